@@ -1,0 +1,34 @@
+# Two commands: `make quickstart` runs the whole road, `make test` runs every test. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-all check coverage clean
+
+quickstart: $(STAMP)
+	$(BIN)/edgetune quickstart --out quickstart-out
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" -q
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p edgetune
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" -q --cov --cov-report=term-missing:skip-covered
+
+# torch first and by itself: its exact version resolves to a CPU build where one is offered
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("edgetune needs Python 3.10 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache quickstart-out

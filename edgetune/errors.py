@@ -1,0 +1,78 @@
+"""Every error a user can cause, as one tree. A leaf: any room may import it, it imports nothing.
+
+EdgetuneError
+├── RecipeError        a recipe file or a `--set` value
+├── DataError          a data file or a row in it
+├── BaseModelError     a base model that cannot be found, fetched or read
+├── AdapterError       an adapter folder that does not fit, or an unknown adapter name
+├── BundleError        a bundle folder that is damaged, incomplete or of another schema
+├── InputError         a request to the runtime: a prompt too long, a wrong field
+├── OutputError        an output folder that cannot be written
+├── DeviceError        a device profile or a budget
+├── TrainingError      training that cannot go on (loss is NaN, no trainable weights)
+├── ExportError        a model or an option the exporter does not support
+└── ProofError         what would ship does not answer as what was trained
+
+Library code raises these; only the command line turns them into exit codes.
+"""
+
+from __future__ import annotations
+
+
+class EdgetuneError(Exception):
+    """One line for a person: where, what, expected, got, what to do."""
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", got: str = "", fix: str = "") -> None:
+        self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
+        super().__init__(self._line())
+
+    def _line(self) -> str:
+        line = f"{self.where}: {self.what}" if self.where else self.what
+        facts = [f"{word} {value}" for word, value in (("expected", self.expected), ("got", self.got)) if value]
+        if facts:
+            line += f" ({', '.join(facts)})"
+        return f"{line}. {self.fix}" if self.fix else line
+
+
+class RecipeError(EdgetuneError):
+    """A recipe file or a `--set` value."""
+
+
+class DataError(EdgetuneError):
+    """A data file or a row in it."""
+
+
+class BaseModelError(EdgetuneError):
+    """A base model that cannot be found, fetched or read."""
+
+
+class AdapterError(EdgetuneError):
+    """An adapter folder that does not fit, or an unknown adapter name."""
+
+
+class BundleError(EdgetuneError):
+    """A bundle folder that is damaged, incomplete or of another schema."""
+
+
+class InputError(EdgetuneError):
+    """A request to the runtime: a prompt too long, a wrong field."""
+
+
+class OutputError(EdgetuneError):
+    """An output folder that cannot be written."""
+
+
+class DeviceError(EdgetuneError):
+    """A device profile or a budget."""
+
+
+class TrainingError(EdgetuneError):
+    """Training that cannot go on."""
+
+
+class ExportError(EdgetuneError):
+    """A model or an option the exporter does not support."""
+
+
+class ProofError(EdgetuneError):
+    """What would ship does not answer as what was trained."""
