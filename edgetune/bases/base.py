@@ -1,0 +1,234 @@
+"""What a base model is: a folder in Hugging Face layout, its digest, and what can be read off its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgetune.errors import BaseModelError
+from edgetune.files import CHUNK
+
+Kind = Literal["decoder", "encoder"]
+Pooling = Literal["mean", "cls"]
+
+# Keys that change what the weights compute; other keys vary with the version of transformers that wrote the file.
+ARCHITECTURE_KEYS = (
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "partial_rotary_factor",
+    "rms_norm_eps",
+    "sliding_window",
+    "type_vocab_size",
+    "vocab_size",
+)
+ENCODERS = frozenset(
+    {
+        "albert",
+        "bert",
+        "camembert",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie",
+        "modernbert",
+        "mpnet",
+        "nomic_bert",
+        "roberta",
+        "xlm-roberta",
+    }
+)
+PAD_OFFSET = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})  # positions start after pad_token_id
+UNLIMITED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine. `max_length`: positions in tokens; `pooling` is None for decoders."""
+
+    name: str
+    folder: Path
+    digest: str
+    kind: Kind
+    pooling: Pooling | None
+    model_type: str
+    max_length: int
+
+
+def open_folder(folder: Path, *, name: str, digest: str | None = None) -> Base:
+    """Check a folder's files and describe it; the digest is computed over all weights unless it is known."""
+    config = _config(folder)
+    _check_tokenizer(folder)
+    kind = _kind(config, folder)
+    return Base(
+        name=name,
+        folder=folder,
+        digest=digest or digest_of(folder),
+        kind=kind,
+        pooling=_pooling(folder) if kind == "encoder" else None,
+        model_type=str(config["model_type"]),
+        max_length=_max_length(config),
+    )
+
+
+def digest_of(folder: Path) -> str:
+    """`sha256:…` over the architecture and every tensor (name, dtype, shape, bytes), however they are spread over files."""
+    digest = hashlib.sha256(json.dumps(_architecture(_config(folder)), sort_keys=True).encode())
+    tensors = sorted(entry for path in weight_files(folder) for entry in _tensors(path))
+    for name, dtype, shape, start, stop, path in tensors:
+        if name.endswith("position_ids"):  # a constant 0, 1, 2, … that some versions save
+            continue
+        digest.update(f"\n{name} {dtype} {list(shape)}\n".encode())
+        with path.open("rb") as file:
+            file.seek(start)
+            while start < stop:
+                block = file.read(min(CHUNK, stop - start))
+                digest.update(block)
+                start += len(block)
+    return "sha256:" + digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, one or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [path.name for path in files if not path.exists()]
+    if missing or not files:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+        raise BaseModelError(
+            "there are no weights in this folder",
+            where=str(folder),
+            expected=", ".join(missing[:3]) or "model.safetensors",
+            got=found or "an empty folder",
+            fix="Save the model with save_pretrained (safetensors).",
+        )
+    return files
+
+
+def _tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int, int, Path]]:
+    """(name, dtype, shape, first byte, last byte + 1, file) of every tensor; a truncated file raises."""
+    size = path.stat().st_size
+    fix = "Copy or fetch the file again."
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise BaseModelError("the file is truncated", where=str(path), got=f"{size} bytes", fix=fix)
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise BaseModelError("not a safetensors file", where=str(path), fix=fix) from error
+    header.pop("__metadata__", None)
+    first = 8 + length
+    stop = first + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if stop != size:
+        raise BaseModelError(
+            "the file is damaged", where=str(path), expected=f"{stop} bytes", got=f"{size} bytes", fix=fix
+        )
+    return [
+        (name, e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0], first + e["data_offsets"][1], path)
+        for name, e in header.items()
+    ]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        is_adapter = (folder / "adapter_config.json").exists() or (folder / "adapter").exists()
+        raise BaseModelError(
+            "this is an adapter or a run, not a base model" if is_adapter else "this folder holds no model",
+            where=str(folder),
+            expected="config.json, model.safetensors, tokenizer.json",
+            fix="Give the folder of a base model.",
+        )
+    config = _json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise BaseModelError("the configuration names no model_type", where=str(path))
+    return config
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not (folder / "tokenizer.json").exists():
+        fix = f"Write it once: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        raise BaseModelError("there is no tokenizer.json in this folder", where=str(folder), fix=fix)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"cannot be read: {error}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise BaseModelError("not a JSON object", where=str(path))
+    return value
+
+
+def _kind(config: dict[str, Any], folder: Path) -> Kind:
+    classes = [str(name) for name in config.get("architectures") or []]
+    if config.get("is_encoder_decoder"):
+        raise BaseModelError(
+            "encoder-decoder models are not supported", where=str(folder), expected="a decoder or an encoder"
+        )
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
+        return "decoder"
+    if config["model_type"] in ENCODERS or any(name.endswith("ForMaskedLM") for name in classes):
+        return "encoder"
+    raise BaseModelError(
+        "neither a decoder (…ForCausalLM) nor a known encoder",
+        where=str(folder / "config.json"),
+        expected="one of the encoders " + ", ".join(sorted(ENCODERS)),
+        got=f"model_type {config['model_type']!r}, architectures {classes}",
+    )
+
+
+def _pooling(folder: Path) -> Pooling:
+    """A sentence encoder's own pooling; other encoders are read at their first token."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.exists():
+        return "cls"
+    values = _json(path)
+    mode = values.get("pooling_mode")  # newer files name it, older ones have one flag a mode
+    flags = {key.removeprefix("pooling_mode_"): value for key, value in values.items() if value is True}
+    if mode == "mean" or "mean_tokens" in flags:
+        return "mean"
+    if mode == "cls" or "cls_token" in flags:
+        return "cls"
+    got = ", ".join(flags) or str(mode)
+    raise BaseModelError("this pooling is not supported", where=str(path), expected="mean or cls", got=got)
+
+
+def _max_length(config: dict[str, Any]) -> int:
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or UNLIMITED
+    if config["model_type"] in PAD_OFFSET:
+        positions -= (config.get("pad_token_id") or 0) + 1
+    return int(positions)
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys that matter, with the defaults that some versions write and others leave out."""
+    kept = {key: config[key] for key in ARCHITECTURE_KEYS if config.get(key) is not None}
+    heads = config.get("num_attention_heads")
+    if heads:
+        kept["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+        kept["head_dim"] = config.get("head_dim") or config.get("hidden_size", 0) // heads
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta")
+    if theta:
+        kept["rope_theta"] = float(theta)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None)
+    if kind not in (None, "default"):
+        kept["rope"] = {"type": kind, **rope}
+    return kept
