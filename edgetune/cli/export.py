@@ -1,0 +1,45 @@
+"""`edgetune export`: adapters → bundle with proof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgetune.errors import ExportError
+
+
+@click.command()
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter's name and its run or PEFT folder; repeat for several.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
+@click.option("--mode", default="separate", show_default=True, type=click.Choice(["separate", "merged"]), help="Adapters as inputs, or one merged into the weights.")
+@click.option("--precision", default="int8", show_default=True, type=click.Choice(["fp32", "int8", "int4"]), help="How weights are stored.")
+@click.option("--block-size", default=32, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
+@click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as lm_head=int8.")
+@click.option("--base", "base_name", help="The base model, for adapters that do not say.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
+def command(
+    adapters: tuple[str, ...], out: Path, mode: str, precision: str, block_size: int, keep: tuple[str, ...], base_name: str | None, threads: int | None
+) -> None:
+    """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
+    from edgetune.export.bundle import export_bundle
+    from edgetune.export.lower import BITS, Precision
+
+    overrides = dict(_pair(text, "--keep", "MODULE=PRECISION") for text in keep)
+    for value in overrides.values():
+        if value not in BITS:
+            raise ExportError("unknown precision in --keep", expected=", ".join(BITS), got=value)
+    pairs = [(name, Path(folder)) for name, folder in (_pair(text, "--adapter", "NAME=RUN") for text in adapters)]
+    chosen = Precision(precision, block_size=block_size, overrides=overrides)
+    manifest = export_bundle(
+        pairs, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, say=lambda line: click.echo(line, err=True)
+    )
+    size = sum(info.bytes for info in manifest.files.values()) / 1e6
+    click.echo(f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)} adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB")
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ExportError(f"cannot read {option}", expected=form, got=text)
+    return name, value

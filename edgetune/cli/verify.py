@@ -1,0 +1,36 @@
+"""`edgetune verify`: hashes of a bundle; with --parity the proof again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--parity", is_flag=True, help="Prove again that it answers as what was trained (needs torch and the base model).")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
+def command(bundle: Path, parity: bool, threads: int | None) -> int:
+    """Check that a bundle is what was exported. Exit 1 when anything differs."""
+    from edgetune.runtime.manifest import read_manifest, verify_files
+
+    manifest = read_manifest(bundle)
+    problems = list(verify_files(bundle, manifest))
+    for problem in problems:
+        click.echo(f"edgetune: {problem}", err=True)
+    if problems:
+        return 1
+    click.echo(f"{bundle}: {len(manifest.files)} files, every size and sha256 as exported")
+    return _parity(bundle, threads) if parity else 0
+
+
+def _parity(bundle: Path, threads: int | None) -> int:
+    from edgetune.export.bundle import reprove
+    from edgetune.runtime.manifest import read_manifest
+
+    failed = False
+    for name, proof in reprove(bundle, read_manifest(bundle), threads=threads).items():
+        click.echo(f"proof {name}: {'passed' if proof.passed else 'FAILED: ' + '; '.join(proof.failures)}; {proof.line()}")
+        failed |= not proof.passed
+    return int(failed)

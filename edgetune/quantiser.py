@@ -1,0 +1,105 @@
+"""Block-wise weight quantisation: the one implementation that the exporter ships and training can simulate.
+
+A weight (out, in) is cut along `in` into blocks of `block_size`. Each block has a scale and holds unsigned integers
+`q` of 4 or 8 bits: w ≈ scale · (q − zero). Symmetric blocks have zero = 8 (or 128); the layout of the packed
+bytes is that of ONNX Runtime's `MatMulNBits` (two 4-bit values a byte, the lower one first).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Candidate shrinkages of a block's range; the one with the least squared error is kept, block by block.
+SHRINK = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8)
+ELEMENTS_AT_ONCE = 1 << 18  # a piece that stays in the cache: 6 times faster than the whole weight at once
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised weight: values (out, blocks, block_size) uint8, scales (out, blocks), zeros (out, blocks) or None."""
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    columns: int
+
+    @property
+    def block_size(self) -> int:
+        return int(self.values.shape[2])
+
+    def dequantise(self) -> Tensor:
+        """The weight (out, in) in float32 that the engine computes with."""
+        zero = float(1 << (self.bits - 1)) if self.zeros is None else self.zeros.float()[..., None]
+        weight = (self.values.float() - zero) * self.scales[..., None]
+        return weight.flatten(1)[:, : self.columns].contiguous()
+
+    def packed(self) -> Tensor:
+        """values as bytes: (out, blocks, block_size · bits / 8)."""
+        return pack_nibbles(self.values) if self.bits == 4 else self.values
+
+    def packed_zeros(self) -> Tensor | None:
+        """zeros as bytes: (out, blocks) for 8 bits, (out, ceil(blocks / 2)) for 4."""
+        if self.zeros is None or self.bits == 8:
+            return self.zeros
+        even = torch.nn.functional.pad(self.zeros, (0, self.zeros.shape[1] % 2), value=8)
+        return pack_nibbles(even)
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """(…, n) values of 0..15 → (…, n / 2) bytes, the even index in the lower half."""
+    return values[..., 0::2] | (values[..., 1::2] << 4)
+
+
+def quantise(weight: Tensor, *, bits: int, block_size: int = 32, symmetric: bool = True) -> Quantised:
+    """Round a weight (out, in) to the nearest point of the best of a few grids for each block."""
+    columns = weight.shape[1]
+    padded = torch.nn.functional.pad(weight.detach().float(), (0, -columns % block_size))
+    blocks = padded.view(weight.shape[0], -1, block_size)
+    fit = _symmetric if symmetric else _asymmetric
+    parts = [fit(rows, bits) for rows in blocks.split(max(1, ELEMENTS_AT_ONCE // padded.shape[1]))]
+    values, scales = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    zeros = None if symmetric else torch.cat([part[2] for part in parts])
+    return Quantised(values, scales, zeros, bits, columns)
+
+
+def _symmetric(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The value of largest magnitude sits exactly on the grid's far end, as in GGUF's Q4_0."""
+    half = 1 << (bits - 1)
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    extreme = torch.where(high.abs() > low.abs(), high, low) / -half
+    zero = torch.full_like(extreme, float(half))
+    return _best([(extreme * shrink, zero) for shrink in (SHRINK if bits == 4 else (1.0,))], blocks, bits)
+
+
+def _asymmetric(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The block's range fills the grid; zero is an integer of the grid."""
+    top = (1 << bits) - 1
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    candidates = []
+    for shrink in SHRINK if bits == 4 else (1.0,):
+        scale = (high - low) * shrink / top
+        zero = torch.round(-low * shrink / torch.where(scale == 0, 1.0, scale)).clamp(0, top)
+        candidates.append((scale, zero))
+    return _best(candidates, blocks, bits)
+
+
+def _best(candidates: list[tuple[Tensor, Tensor]], blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of several (scale, zero) a block, the one with the least squared error → values, scales, zeros."""
+    top = (1 << bits) - 1
+    best_error: Tensor | None = None
+    for scale, zero in candidates:
+        safe = torch.where(scale == 0, 1.0, scale)[..., None]
+        q = torch.round(blocks / safe + zero[..., None]).clamp_(0, top)
+        error = ((q - zero[..., None]) * safe - blocks).square_().sum(-1)
+        if best_error is None:
+            best_error, values, scales, zeros = error, q.to(torch.uint8), scale.clone(), zero.clone()
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        values = torch.where(better[..., None], q.to(torch.uint8), values)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return values, torch.where(scales == 0, 1.0, scales), zeros.to(torch.uint8)

@@ -1,0 +1,7 @@
+"""Base + adapters → bundle: traced graph, quantised weights, adapter files, proof, manifest.
+
+`export_bundle` writes one; `reprove` repeats the proof of one. See `edgetune.export.bundle`.
+"""
+
+if __name__ == "export":  # a second copy of every module would be made under the bare name
+    raise ImportError("import edgetune.export, not export")

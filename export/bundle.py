@@ -1,0 +1,275 @@
+"""Adapters → a bundle folder: graph, quantised weights, adapter files, tokenizer, proof, manifest. Whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from edgetune import __version__
+from edgetune.adapters import load_adapter
+from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
+from edgetune.errors import AdapterError, ExportError
+from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
+from edgetune.export.graphfile import DATA, ENGINE, STANDARD, standard_decoder, standard_encoder, write_data, write_graph
+from edgetune.export.layout import simplify
+from edgetune.export.lower import Precision, add_head, lower
+from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, torch_outputs
+from edgetune.export.proof import BOUNDS, Outputs, Proof, demand, prove
+from edgetune.export.trace import trace_decoder, trace_encoder
+from edgetune.files import sha256_file, whole_folder, write_json
+from edgetune.heads import SequenceClassifier
+from edgetune.runtime.adapters import pack_adapter
+from edgetune.runtime.engine import DecoderEngine, EncoderEngine
+from edgetune.runtime.manifest import MANIFEST, SCHEMA, AdapterEntry, BaseInfo, FileInfo, GraphInfo, HeadInfo, Manifest, Site
+from edgetune.runtime.manifest import Precision as PrecisionInfo
+
+Say = Callable[[str], None]
+MODES = ("separate", "merged")
+LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained adapter on its way into a bundle."""
+
+    name: str
+    folder: Path
+    metadata: Mapping[str, Any]
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The head's labels, in the order of its rows."""
+        labels = self.metadata.get("labels")
+        return tuple(labels) if labels is not None else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """PEFT's adapter_config.json."""
+        value: dict[str, Any] = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return value
+
+
+def export_bundle(
+    adapters: Sequence[tuple[str, Path]], out: Path, *, mode: str = "separate", precision: Precision | None = None,
+    base_name: str | None = None, threads: int | None = None, say: Say = lambda line: None,
+) -> Manifest:  # fmt: skip
+    """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
+
+    ProofError when the proof fails; then, as after any error, nothing is left at `out` that was not there before.
+    """
+    precision = precision or Precision()
+    sources = [_source(name, Path(folder)) for name, folder in adapters]
+    _check(sources, mode, precision)
+    base = _base(sources, base_name)
+    with whole_folder(out) as folder:
+        manifest, rows = _build(base, sources, folder, mode=mode, precision=precision, say=say)
+        proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
+        for name, proof in proofs.items():
+            say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
+        demand(proofs, where=str(out))
+        manifest = replace(manifest, proof=_proof_document(proofs, rows, precision), files=_digests(folder))
+        write_json(folder / MANIFEST, manifest.to_dict())
+    return manifest
+
+
+def _source(name: str, folder: Path) -> Source:
+    inner = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
+    if not (inner / "adapter_config.json").is_file():
+        raise AdapterError(
+            "no adapter here", where=str(folder), expected="a run folder of `edgetune train`, or a PEFT adapter folder",
+            got="no such folder" if not folder.exists() else "a folder without adapter_config.json",
+        )  # fmt: skip
+    metadata = inner / "edgetune_adapter.json"
+    return Source(name, inner, json.loads(metadata.read_text(encoding="utf-8")) if metadata.is_file() else {})
+
+
+def _check(sources: Sequence[Source], mode: str, precision: Precision) -> None:
+    if mode not in MODES:
+        raise ExportError("unknown mode", expected=" or ".join(MODES), got=mode)
+    if precision.weights not in BOUNDS:
+        raise ExportError("unknown precision", expected=", ".join(BOUNDS), got=precision.weights)
+    names = [source.name for source in sources]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise ExportError(f"two adapters are named {double[0]!r}", fix="Give each --adapter NAME=RUN its own name.")
+    if mode == "merged" and len(sources) != 1:
+        raise ExportError("a merged bundle holds exactly one adapter", got=str(len(sources)), fix="Use --mode separate for several.")
+    for source in sources:
+        if mode == "separate" and source.config.get("use_dora"):
+            raise ExportError(
+                "DoRA rescales the rows of W₀ + BA by a learned magnitude, which adapter inputs cannot express", where=str(source.folder),
+                fix="Export it with --mode merged, or train with dora = false.",
+            )  # fmt: skip
+
+
+def _base(sources: Sequence[Source], base_name: str | None) -> Base:
+    """The one base all adapters were trained on, checked by digest."""
+    trained_on = {source.metadata["base"]["name"] for source in sources if source.metadata}
+    name = base_name or next(iter(sorted(trained_on)), None)
+    if name is None:
+        raise ExportError("which base model? These adapters do not say", fix="Give --base NAME.")
+    base = resolve_base(name)
+    for source in sources:
+        digest = source.metadata.get("base", {}).get("digest", base.digest)
+        if digest != base.digest:
+            raise AdapterError(
+                "this adapter was trained on another base model", where=str(source.folder), expected=f"{base.name} {base.digest[:23]}…",
+                got=f"{source.metadata['base']['name']} {digest[:23]}…", fix="Export the adapters of each base into a bundle of their own.",
+            )  # fmt: skip
+    return base
+
+
+def _build(
+    base: Base, sources: Sequence[Source], folder: Path, *, mode: str, precision: Precision, say: Say
+) -> tuple[Manifest, dict[str, list[list[int]]]]:
+    """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each adapter."""
+    tokenizer = load_tokenizer(base)
+    say(f"tracing {base.name} ({base.model_type})")
+    model = _torch_model(base, sources[0], merge=True) if mode == "merged" else _torch_model(base)
+    graph, info, sites, head = _graph(base, model, sources, mode=mode, precision=precision, say=say)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    config = model.config
+    del model
+    _write_graphs(graph, folder, base=base, precision=precision, mode=mode)
+    files = copy_tokenizer(base, tokenizer, folder)
+    if base.kind == "decoder":
+        write_genai_config(config, files, folder, max_length=info.max_length)
+    manifest = Manifest(
+        schema=SCHEMA, edgetune_version=__version__, task="text-generation" if base.kind == "decoder" else "sequence-classification",
+        base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
+        precision=PrecisionInfo(precision.weights, precision.block_size if precision.weights != "fp32" else None, dict(precision.overrides)),
+        graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
+    )  # fmt: skip
+    entries = [_add_adapter(source, folder, manifest, say=say) for source in sources]
+    manifest = replace(manifest, adapters=tuple(entries))
+    rows = {source.name: probe_rows(source.folder, tokenizer, base) for source in sources}
+    return manifest, rows
+
+
+def _torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
+    """The base in torch fp32, with a source's adapter on it (or merged into it)."""
+    body = load_body(base).float().eval()
+    if source is None:
+        return body
+    model = body
+    if base.kind == "encoder":
+        if source.labels is None:
+            raise ExportError(
+                "an adapter for an encoder needs its labels", where=str(source.folder), expected="edgetune_adapter.json with labels", got="none",
+                fix="Adapters of other tools load into a finished bundle with Runtime.load_adapter.",
+            )  # fmt: skip
+        model = SequenceClassifier(body, labels=len(source.labels), pooling=source.metadata.get("pooling") or base.pooling or "mean")
+    adapted = load_adapter(model, source.folder).eval()
+    return adapted.merge_and_unload() if merge else adapted
+
+
+def _graph(
+    base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say
+) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None]:
+    """Trace, simplify, quantise; what the runtime must know of the result."""
+    config, body = model.config, model.body if isinstance(model, SequenceClassifier) else model
+    max_length = min(base.max_length, LARGEST_CONTEXT)
+    if base.kind == "decoder":
+        graph = trace_decoder(body, max_length=max_length)
+        shape = {"layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+    else:
+        graph = trace_encoder(body, pooling=base.pooling or "mean")
+        shape = {"cache_dtype": None, "pooling": base.pooling}
+    simplify(graph)
+    say(f"writing weights as {precision.weights}")
+    sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
+    head = None
+    if base.kind == "encoder":
+        classifier = model.classifier if isinstance(model, SequenceClassifier) else None
+        weights = (classifier.weight.detach(), classifier.bias.detach()) if classifier is not None else (None, None)
+        head = add_head(graph, *weights, hidden=config.hidden_size)
+    info = GraphInfo(
+        engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
+    )
+    return graph, info, sites, head
+
+
+def _untouched(sources: Sequence[Source]) -> frozenset[str]:
+    """The output projection gets adapter inputs only when an adapter of this bundle was trained there."""
+    targets = " ".join(str(source.config.get("target_modules")) for source in sources)
+    return frozenset() if "lm_head" in targets else frozenset({"lm_head"})
+
+
+def _write_graphs(graph: ir.Model, folder: Path, *, base: Base, precision: Precision, mode: str) -> None:
+    note = {"base": base.name, "base_digest": base.digest, "precision": precision.weights, "mode": mode, "edgetune": __version__}
+    write_data(graph, folder)
+    write_graph(graph, folder / ENGINE, metadata=note)
+    standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
+    write_graph(standard, folder / STANDARD, metadata=note)
+
+
+def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) -> AdapterEntry:
+    """Copy the PEFT folder, write the same weights for other engines, describe both."""
+    place = Path("adapters") / source.name
+    copy_adapter(source.folder, folder / place)
+    entry = AdapterEntry(
+        name=source.name, path=str(place), task=manifest.task, labels=source.labels, prompt_format=source.metadata.get("prompt_format"),
+        generation=source.metadata.get("generation"), rank=int(source.config.get("r", 0)),
+        digest=sha256_file(source.folder / "adapter_model.safetensors"), onnx_adapter=None, metrics=dict(source.metadata.get("metrics") or {}),
+    )  # fmt: skip
+    if manifest.mode == "merged":
+        return replace(entry, path=None)
+    packed = pack_adapter(folder / place, manifest, name=source.name)
+    for note in packed.notes:
+        say(f"adapter {source.name}: {note}")
+    onnx_adapter = place / f"{source.name}.onnx_adapter"
+    write_onnx_adapter(packed, folder / onnx_adapter)
+    return replace(entry, onnx_adapter=str(onnx_adapter), rank=packed.rank)
+
+
+def prove_bundle(
+    folder: Path, manifest: Manifest, base: Base, sources: Sequence[Source], rows: Mapping[str, list[list[int]]], *, threads: int | None = None
+) -> dict[str, Proof]:
+    """Run torch and the bundle's real engine on the probe, adapter by adapter."""
+    engine = (DecoderEngine if manifest.is_decoder else EncoderEngine)(folder, manifest, threads=threads)
+    return {source.name: _prove_one(engine, manifest, base, source, rows[source.name]) for source in sources}
+
+
+def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: Base, source: Source, rows: list[list[int]]) -> Proof:
+    model = _torch_model(base, source)
+    trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
+    del model
+
+    def ship(tensors: Any) -> Outputs:
+        return decoder_outputs(engine, rows, tensors) if isinstance(engine, DecoderEngine) else encoder_outputs(engine, rows, tensors)
+
+    if manifest.mode == "merged":
+        return prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=trained_off, precision=manifest.precision.weights)
+    tensors = pack_adapter(source.folder, manifest, name=source.name).tensors
+    only_head = {name: tensor for name, tensor in tensors.items() if manifest.head and name in (manifest.head.weight, manifest.head.bias)}
+    shipped, shipped_off = ship(tensors), ship(only_head or None)
+    return prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=shipped_off, precision=manifest.precision.weights)
+
+
+def _proof_document(proofs: Mapping[str, Proof], rows: Mapping[str, list[list[int]]], precision: Precision) -> dict[str, Any]:
+    return {
+        "bounds": asdict(BOUNDS[precision.weights]),
+        "adapters": {name: proof.to_dict() for name, proof in proofs.items()},
+        "probe": dict(rows),
+    }
+
+
+def _digests(folder: Path) -> dict[str, FileInfo]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size) for path in files}
+
+
+def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> dict[str, Proof]:
+    """The proof again, from the bundle alone and the base it names."""
+    base = resolve_base(manifest.base.name)
+    if base.digest != manifest.base.digest:
+        raise ExportError("the base model here is another one", expected=manifest.base.digest, got=base.digest)
+    sources = [_source(entry.name, folder / "adapters" / entry.name) for entry in manifest.adapters]
+    return prove_bundle(folder, manifest, base, sources, manifest.proof["probe"], threads=threads)
+
+
+__all__ = ["Source", "export_bundle", "prove_bundle", "reprove"]

@@ -1,0 +1,207 @@
+"""The last passes: edgetune's linear layers and embeddings → the engine's operators, with adapter and head inputs.
+
+A packed linear layer is one `MatMul` or `MatMulNBits`. Where adapters are inputs, three nodes follow it:
+y = W₀x + (xA)B with A (group, in, rank) and B (group, rank, out); group is 1 (one adapter for the batch) or the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from edgetune.export.layout import MICROSOFT, constant, drop_dead, new_node, replace
+from edgetune.export.trace import DOMAIN
+from edgetune.quantiser import Quantised, quantise
+from edgetune.runtime.manifest import HeadInfo, Part, Site
+
+BITS = {"fp32": 0, "int8": 8, "int4": 4}
+ACCURACY_LEVEL = 4  # activations in int8 inside MatMulNBits; level 1 (fp32) costs a third of decode speed
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are stored: the default, and module-name endings that are kept at another precision."""
+
+    weights: str = "fp32"
+    block_size: int = 32
+    symmetric: bool = True
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+    def bits(self, modules: list[str]) -> int:
+        """0 for float, else 4 or 8, of a linear layer made of these modules."""
+        for ending, name in self.overrides.items():
+            if any(path == ending or path.endswith(f".{ending}") for path in modules):
+                return BITS[name]
+        return BITS[self.weights]
+
+
+class _Lowering:
+    """One walk over the graph; remembers what was quantised, so that a tied weight is stored once."""
+
+    def __init__(self, model: ir.Model, precision: Precision) -> None:
+        self.graph, self.precision = model.graph, precision
+        self.quantised: dict[str, Quantised] = {}
+
+    def linear(self, node: ir.Node) -> ir.Value:
+        """Replace a Linear or Packed node by one matrix product; returns its result."""
+        modules, _ = modules_and_widths(node)
+        count = len(modules)
+        source, weights, biases = node.inputs[0], node.inputs[1 : 1 + count], node.inputs[1 + count :]
+        stacked = torch.cat([_torch(value) for value in weights])  # type: ignore[arg-type]
+        bias = torch.cat([_torch(value) for value in biases]) if biases else None  # type: ignore[arg-type]
+        name = node.name or modules[0]
+        bits = self.precision.bits(modules)
+        if bits:
+            tied = weights[0].name if count == 1 and weights[0] is not None else None
+            return self._quantised(node, source, stacked, bias, bits=bits, name=name, tied=tied)
+        weight = constant(self.graph, f"{name}.weight", stacked.t().contiguous().numpy())
+        product = new_node(self.graph, node, "MatMul", [source, weight], name=name)[0]
+        if bias is None:
+            return product
+        return new_node(self.graph, node, "Add", [product, constant(self.graph, f"{name}.bias", bias.numpy())])[0]
+
+    def _quantised(
+        self, node: ir.Node, source: ir.Value | None, weight: Tensor, bias: Tensor | None, *, bits: int, name: str, tied: str | None
+    ) -> ir.Value:
+        q = quantise(weight, bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric)
+        if tied is not None:
+            self.quantised[tied] = q
+        zeros = q.packed_zeros()
+        inputs = [
+            source,
+            constant(self.graph, f"{name}.weight", q.packed().numpy()),
+            constant(self.graph, f"{name}.scales", q.scales.numpy()),
+            None if zeros is None else constant(self.graph, f"{name}.zeros", zeros.numpy()),
+            None,
+            None if bias is None else constant(self.graph, f"{name}.bias", bias.numpy()),
+        ]
+        while inputs[-1] is None:
+            inputs.pop()
+        sizes = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": q.block_size, "accuracy_level": ACCURACY_LEVEL}
+        return new_node(self.graph, node, "MatMulNBits", inputs, domain=MICROSOFT, attributes=sizes, name=name)[0]
+
+    def embedding(self, node: ir.Node) -> ir.Value:
+        """A Gather; from the output projection's quantised bytes when the two are tied, so that they are kept once."""
+        ids, table = node.inputs
+        module = node.attributes["module"].as_string()
+        assert table is not None
+        bits = self.precision.bits([module])
+        tied = self.quantised.get(table.name or "")
+        if tied is None and (not bits or module != input_embedding(self.graph)):
+            weight = constant(self.graph, f"{module}.weight", _torch(table).numpy())
+            return new_node(self.graph, node, "Gather", [weight, ids], name=module)[0]
+        q = tied or quantise(_torch(table), bits=8, block_size=self.precision.block_size)
+        if q.columns % q.block_size:
+            raise ValueError(f"{module}: width {q.columns} is no multiple of the block size {q.block_size}")
+        zeros = q.packed_zeros()
+        inputs = [
+            constant(self.graph, f"{module}.weight", q.packed().flatten(1).numpy()),
+            ids,
+            constant(self.graph, f"{module}.scales", q.scales.numpy()),
+            *([] if zeros is None else [constant(self.graph, f"{module}.zeros", zeros.numpy())]),
+        ]
+        attributes = {"bits": q.bits, "block_size": q.block_size, "gather_axis": 0, "quantize_axis": 1}
+        return new_node(self.graph, node, "GatherBlockQuantized", inputs, domain=MICROSOFT, attributes=attributes, name=module)[0]
+
+
+def lower(model: ir.Model, precision: Precision, *, adapter_inputs: bool, skip: Collection[str] = ()) -> list[Site]:
+    """Lower every linear layer and embedding in place; returns the adapter sites (none unless `adapter_inputs`).
+
+    `skip` names modules that get no adapter inputs.
+    """
+    walk = _Lowering(model, precision)
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    sites = []
+    for node in nodes:
+        if node.op_type == "Embedding":
+            continue
+        result = walk.linear(node)
+        if adapter_inputs and not set(modules_and_widths(node)[0]) & set(skip):
+            result, site = _with_adapter(model.graph, node, result)
+            sites.append(site)
+        replace(node.outputs[0], result)
+    for node in nodes:
+        if node.op_type == "Embedding":
+            replace(node.outputs[0], walk.embedding(node))
+    drop_dead(model)
+    return sites
+
+
+def modules_and_widths(node: ir.Node) -> tuple[list[str], list[int]]:
+    """Module paths and output widths of a Linear or Packed node."""
+    if node.op_type == "Packed":
+        return list(node.attributes["modules"].as_strings()), list(node.attributes["widths"].as_ints())
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    return [node.attributes["module"].as_string()], [int(weight.shape[0])]  # type: ignore[arg-type]
+
+
+def _with_adapter(graph: ir.Graph, node: ir.Node, base: ir.Value) -> tuple[ir.Value, Site]:
+    """base + (x A) B, with A and B as new graph inputs."""
+    modules, widths = modules_and_widths(node)
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    columns = int(weight.shape[1])  # type: ignore[arg-type]
+    name = node.name if node.op_type == "Packed" and node.name else modules[0]
+    low = _input(graph, f"{name}.lora_A", ("group", columns, f"{name}.rank"))
+    high = _input(graph, f"{name}.lora_B", ("group", f"{name}.rank", sum(widths)))
+    down = new_node(graph, node, "MatMul", [node.inputs[0], low], name=f"{name}.down")[0]
+    up = new_node(graph, node, "MatMul", [down, high], name=f"{name}.up")[0]
+    result = new_node(graph, node, "Add", [base, up], name=f"{name}.adapted")[0]
+    ends = np.cumsum(widths).tolist()
+    parts = tuple(Part(path, end - width, end) for path, width, end in zip(modules, widths, ends, strict=True))
+    return result, Site(name=name, A=str(low.name), B=str(high.name), in_features=columns, out_features=sum(widths), parts=parts)
+
+
+def add_head(model: ir.Model, weight: Tensor | None, bias: Tensor | None, *, hidden: int) -> HeadInfo | None:
+    """logits (B, labels) = pooled · W + b: as graph inputs (W (group, hidden, labels)), or constants when given.
+
+    weight (labels, hidden) and bias (labels,), as torch holds them.
+    """
+    graph = model.graph
+    pooled = next(value for value in graph.outputs if value.name == "pooled")
+    maker = pooled.producer()
+    assert maker is not None
+    if weight is None:
+        w = _input(graph, "head.weight", ("group", hidden, "labels"))
+        b = _input(graph, "head.bias", ("group", "labels"))
+    else:
+        assert bias is not None
+        w = constant(graph, "head.weight", weight.t().contiguous()[None].numpy())
+        b = constant(graph, "head.bias", bias[None].contiguous().numpy())
+    axis = constant(graph, "head.axis", np.array([1], np.int64))
+    nodes = [ir.node("Unsqueeze", [pooled, axis])]
+    nodes.append(ir.node("MatMul", [nodes[0].outputs[0], w]))
+    nodes.append(ir.node("Unsqueeze", [b, axis]))
+    nodes.append(ir.node("Add", [nodes[1].outputs[0], nodes[2].outputs[0]]))
+    nodes.append(ir.node("Squeeze", [nodes[3].outputs[0], axis]))
+    graph.extend(nodes)
+    logits = nodes[-1].outputs[0]
+    logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["batch", "labels"])
+    graph.outputs.insert(0, logits)
+    return HeadInfo(weight="head.weight", bias="head.bias", in_features=hidden) if weight is None else None
+
+
+def input_embedding(graph: ir.Graph) -> str:
+    """Module path of the token embedding: the one that reads `input_ids`."""
+    for node in graph:
+        if node.domain == DOMAIN and node.op_type == "Embedding" and node.inputs[0] is not None and node.inputs[0].name == "input_ids":
+            return node.attributes["module"].as_string()
+    return ""
+
+
+def _input(graph: ir.Graph, name: str, shape: tuple[str | int, ...]) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.inputs.append(value)
+    return value
+
+
+def _torch(value: ir.Value) -> Tensor:
+    tensor = value.const_value
+    assert tensor is not None, value.name
+    return torch.from_numpy(np.array(tensor.numpy(), dtype=np.float32, copy=True))

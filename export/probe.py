@@ -1,0 +1,116 @@
+"""The probe: token rows on which torch and the bundle are compared, and both models' outputs on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgetune.errors import EdgetuneError
+from edgetune.export.proof import Outputs
+from edgetune.heads import SequenceClassifier
+from edgetune.recipe import load_recipe
+from edgetune.runtime.engine import DecoderEngine, EncoderEngine
+
+ROWS, TOKENS = 12, 64  # at most; a row ends where its example ends
+STEPS = 6  # of a row's tokens, the last few go through the cache one by one
+TEXTS = (
+    "What is the capital of France, and what is it known for?",
+    "Please turn off the lights in the kitchen and set the oven to 180 degrees.",
+    "My card was charged twice for the same order last week.",
+    "The quick brown fox jumps over the lazy dog.",
+    "List three things that a small computer can do well.",
+    "It was raining when the train finally arrived at the station.",
+    "How do I change the delivery address of an order?",
+    "Water boils at a lower temperature on a mountain because the air is thinner.",
+)
+
+
+def probe_rows(adapter: Path, tokenizer: Any, base: Any) -> list[list[int]]:
+    """Token ids of a few rows: the run's own validation (else training) data where it is at hand, else plain texts."""
+    recipe_file = adapter.parent / "recipe.toml"
+    if recipe_file.is_file():
+        from edgetune.examples import load_examples
+
+        try:
+            stage = load_recipe(recipe_file).stage[-1]
+            examples = load_examples(stage, tokenizer, base)
+            rows = examples.validation or examples.train
+            return [list(example.input_ids[:TOKENS]) for example in _spread(rows, ROWS)]
+        except EdgetuneError:
+            pass  # the data has moved since training; the proof stands on plain texts too
+    return [tokenizer(text)["input_ids"][:TOKENS] for text in TEXTS]
+
+
+def _spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """`count` rows evenly from all of them: neighbours are often of one class."""
+    return [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
+
+
+def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -> Outputs:
+    """The trained model's outputs, row by row without padding, in float32."""
+    logits, states = [], []
+    with torch.no_grad(), (_on() if adapter else _low_rank_off(model)):
+        for row in rows:
+            ids = torch.tensor([list(row)])
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            if isinstance(inner, SequenceClassifier):
+                pooled = inner.pooled(ids, torch.ones_like(ids))
+                states.append(pooled.numpy())
+                logits.append(inner.classifier(pooled).numpy())
+            else:
+                logits.append(inner(input_ids=ids, use_cache=False).logits[0].numpy())
+    together = np.concatenate(logits)
+    return Outputs(together, np.concatenate(states) if states else together)
+
+
+@contextmanager
+def _on() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _low_rank_off(model: nn.Module) -> Iterator[None]:
+    """The low-rank change off, a trained head kept: PEFT's own switch would bring the untrained head back."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "enable_adapters")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def decoder_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+    """The bundle's logits at every position: the prompt in one piece, the last tokens one by one through the cache."""
+    cuts = [max(1, len(row) - STEPS) for row in rows]
+    prefilled = [engine.logits([row[:cut]], [tensors])[0] for row, cut in zip(rows, cuts, strict=True)]
+    stepped: list[list[np.ndarray]] = [[] for _ in rows]
+    alive = [i for i, row in enumerate(rows) if len(row) > cuts[i]]
+    if alive:
+        longest = max(len(row) for row in rows)
+        state, _ = engine.start([rows[i][: cuts[i]] for i in alive], [tensors] * len(alive), capacity=longest + 1)
+        for step in range(STEPS):
+            going = [i for i in alive if cuts[i] + step < len(rows[i])]
+            if len(going) < len(alive):
+                state.keep([alive.index(i) for i in going])
+                alive = going
+            if not alive:
+                break
+            logits = state.step([rows[i][cuts[i] + step] for i in alive])
+            for place, i in enumerate(alive):
+                stepped[i].append(logits[place].copy()[None])
+    together = np.concatenate([np.concatenate([first, *rest]) for first, rest in zip(prefilled, stepped, strict=True)])
+    return Outputs(together, together)
+
+
+def encoder_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+    """The bundle's head logits and pooled states; all rows in one padded batch, as the device would send them."""
+    logits, pooled = engine.run(rows, [tensors] * len(rows))
+    return Outputs(np.stack(logits), np.array(pooled))

@@ -1,0 +1,163 @@
+"""The proof: what ships answers as what was trained, through the real engine, and the adapter does something.
+
+Parity compares torch with the adapter on (p) with the bundle with the adapter on (q), position by position.
+Effect asks whether the adapter's change survived: with p₀ and q₀ the two without the adapter,
+
+    recovered = 1 − KL(p‖q) / KL(p‖q₀)       1: all of the way from the base to the trained model, 0: none
+    direction = cos(p − p₀, q − q₀)          of the outputs; differences within one engine, so that rounding cancels
+    strength  = |q − q₀| / |p − p₀|
+
+An adapter that silently does nothing has q = q₀: recovered 0, strength 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.errors import ProofError
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a proof must hold to, by precision of the weights. KL in nats, a mean over positions."""
+
+    max_abs: float | None
+    mean_kl: float
+    top1: float
+    recovered: float = 0.5
+    direction: float = 0.7
+    strength: tuple[float, float] = (0.5, 2.0)
+    least_effect: float = 1e-6  # relative size of p − p₀ below which the adapter was not trained
+
+
+BOUNDS = {
+    "fp32": Bounds(max_abs=1e-3, mean_kl=1e-6, top1=0.999, recovered=0.99, direction=0.999, strength=(0.99, 1.01)),
+    "int8": Bounds(max_abs=None, mean_kl=0.02, top1=0.95, direction=0.9),
+    "int4": Bounds(max_abs=None, mean_kl=0.6, top1=0.6),
+}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One model on the probe: logits (positions, classes), and states (positions, width) the adapter moves.
+
+    Decoders: states are the logits. Encoders: states are the pooled embeddings, so that a head cannot hide an
+    adapter that does nothing.
+    """
+
+    logits: Array
+    states: Array
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The figures of one adapter; `passed` says whether they keep within the bounds, `failures` why not."""
+
+    positions: int
+    max_abs: float
+    mean_kl: float
+    top1: float
+    adapter_kl: float
+    unadapted_kl: float
+    recovered: float
+    direction: float
+    strength: float
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True when every figure keeps within its bound."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {**asdict(self), "failures": list(self.failures), "passed": self.passed}
+
+    def line(self) -> str:
+        """For a person."""
+        return (
+            f"max |Δ| {self.max_abs:.1e}, KL {self.mean_kl:.2e} nats, top-1 {self.top1:.1%}; adapter effect "
+            f"{self.adapter_kl:.3g} nats, recovered {self.recovered:.1%}, direction {self.direction:.3f}, strength {self.strength:.2f}"
+        )
+
+
+def prove(*, trained: Outputs, trained_off: Outputs, shipped: Outputs, shipped_off: Outputs, precision: str) -> Proof:
+    """Compare torch (`trained`) with the bundle (`shipped`), each with the adapter on and off, on the same probe.
+
+    For an adapter with a head, `…_off` has the head but not the low-rank change; KL(p‖q₀) is then taken from a
+    uniform guess, because the base alone knows no labels.
+    """
+    bounds = BOUNDS[precision]
+    has_head = trained.logits is not trained.states
+    unadapted = np.zeros_like(shipped.logits) if has_head else shipped_off.logits
+    untrained = np.zeros_like(trained.logits) if has_head else trained_off.logits
+    residual, distance = mean_kl(trained.logits, shipped.logits), mean_kl(trained.logits, unadapted)
+    moved, moved_shipped = _centred(trained.states - trained_off.states), _centred(shipped.states - shipped_off.states)
+    size, size_shipped = float(np.linalg.norm(moved)), float(np.linalg.norm(moved_shipped))
+    figures = {
+        "positions": len(trained.logits),
+        "max_abs": float(np.abs(trained.logits - shipped.logits).max()),
+        "mean_kl": residual,
+        "top1": float((trained.logits.argmax(-1) == shipped.logits.argmax(-1)).mean()),
+        "adapter_kl": mean_kl(trained.logits, untrained),
+        "unadapted_kl": distance,
+        "recovered": 1 - residual / distance if distance > 0 else 0.0,
+        "direction": float((moved * moved_shipped).sum() / (size * size_shipped)) if size and size_shipped else 0.0,
+        "strength": size_shipped / size if size else 0.0,
+    }
+    relative = size / (float(np.linalg.norm(_centred(trained.states))) or 1.0)
+    return Proof(**figures, failures=tuple(_failures(figures, bounds, relative)))  # type: ignore[arg-type]
+
+
+def _failures(figures: Mapping[str, float], bounds: Bounds, relative_effect: float) -> list[str]:
+    if relative_effect < bounds.least_effect:
+        return ["the trained adapter changes nothing even in torch (are its B matrices still zero?)"]
+    failures = []
+    if bounds.max_abs is not None and not figures["max_abs"] <= bounds.max_abs:
+        failures.append(f"logits differ by up to {figures['max_abs']:.2e}, bound {bounds.max_abs:.0e}")
+    if not figures["mean_kl"] <= bounds.mean_kl:
+        failures.append(f"KL to torch is {figures['mean_kl']:.3g} nats, bound {bounds.mean_kl:g}")
+    if not figures["top1"] >= bounds.top1:
+        failures.append(f"the likeliest answer agrees on {figures['top1']:.1%}, bound {bounds.top1:.0%}")
+    if not figures["recovered"] >= bounds.recovered:
+        failures.append(f"only {figures['recovered']:.1%} of the adapter's effect arrives, bound {bounds.recovered:.0%}")
+    if not figures["direction"] >= bounds.direction:
+        failures.append(f"the adapter moves the output in another direction (cosine {figures['direction']:.3f}, bound {bounds.direction})")
+    low, high = bounds.strength
+    if not low <= figures["strength"] <= high:
+        failures.append(f"the adapter's effect has {figures['strength']:.2f} of its strength, bounds {low} to {high}")
+    return failures
+
+
+def mean_kl(p: Array, q: Array) -> float:
+    """Mean over rows of KL(softmax(p) ‖ softmax(q)), in nats; p and q are logits (positions, classes)."""
+    log_p, log_q = _log_softmax(p), _log_softmax(q)
+    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+
+
+def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def _centred(x: Array) -> Array:
+    """Without each row's mean: a constant added to all logits means nothing."""
+    return x - x.mean(-1, keepdims=True)
+
+
+def demand(proofs: Mapping[str, Proof], *, where: str) -> None:
+    """ProofError that lists every adapter that failed and why, when any did."""
+    failed = {name: proof for name, proof in proofs.items() if not proof.passed}
+    if failed:
+        reasons = "; ".join(f"{name}: {', '.join(proof.failures)}" for name, proof in failed.items())
+        raise ProofError(
+            f"the proof failed: {reasons}", where=where,
+            fix="Nothing was written. Try --precision int8 or fp32, or --mode separate; if torch itself shows no effect, train longer.",
+        )  # fmt: skip
