@@ -1,0 +1,75 @@
+"""This machine as a device: cores, memory, processor and its instruction sets, from the operating system alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+USEFUL_FLAGS = (
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",
+)  # fmt: skip
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+
+
+def probe_host() -> dict[str, object]:
+    """The figures a profile has, as far as this system tells: arch, cpu, cores, threads, memory_mb, features."""
+    cores = usable_cores()
+    return {
+        "arch": platform.machine(),
+        "cpu": cpu_model(),
+        "cores": cores,
+        "threads": cores,
+        "memory_mb": memory_mb(),
+        "features": cpu_features(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: its affinity, and a container's CPU quota."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(Path("/sys/fs/cgroup/cpu.max"))
+    return max(1, affinity if quota is None else min(affinity, int(quota)))
+
+
+def cpu_quota(path: Path) -> float | None:
+    """Cores a control group allows ("max" or absent: no limit)."""
+    try:
+        quota, period = path.read_text().split()
+        return None if quota == "max" else float(quota) / float(period)
+    except (OSError, ValueError):
+        return None
+
+
+def memory_mb() -> int | None:
+    """Installed memory in MB, or None where the system does not say."""
+    match = re.search(r"^MemTotal:\s+(\d+) kB", _read(MEMINFO), re.MULTILINE)
+    if match:
+        return int(match[1]) // 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _read(CPUINFO), re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets that matter to inference."""
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(CPUINFO), re.MULTILINE)
+    found = set(match[1].split()) if match else set()
+    return [flag for flag in USEFUL_FLAGS if flag in found]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

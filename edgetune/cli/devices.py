@@ -1,0 +1,69 @@
+"""`edgetune devices`: the profiles, one profile with its sources, or this machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgetune.devices.loader import Device
+
+
+@click.command("devices")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(name: str | None, as_json: bool) -> None:
+    """List the device profiles, or show one: NAME, or the path of a profile of your own (.toml).
+
+    `edgetune devices host` shows this machine.
+    """
+    from edgetune.devices import list_devices, load_device
+
+    if name is None:
+        _list([load_device(one) for one in list_devices()], as_json=as_json)
+    else:
+        _show(load_device(name), as_json=as_json)
+
+
+def _list(devices: list[Device], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([asdict(device) for device in devices], indent=2))
+        return
+    for device in devices:
+        memory = f"{device.memory_mb / 1024:.0f} GB" if device.memory_mb else "?"
+        speed = f", {device.memory_bandwidth_gb_s:g} GB/s" if device.memory_bandwidth_gb_s else ""
+        click.echo(f"{device.name:18} {device.title}: {device.cores} cores, {memory}{speed}")
+    click.echo("\nShow one with its sources and budget: edgetune devices NAME")
+
+
+def _show(device: Device, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(device), indent=2))
+        return
+    click.echo(f"{device.name}: {device.title}")
+    facts = {
+        "processor": device.cpu,
+        "architecture": device.arch,
+        "cores": f"{device.cores}, of which {device.threads} are used",
+        "memory": f"{device.memory_mb} MB" if device.memory_mb else "unknown",
+        "clock": f"{device.clock_ghz} GHz" if device.clock_ghz else None,
+        "arithmetic": f"{device.peak_gflops:g} GFLOP/s fp32 at peak" if device.peak_gflops else None,
+        "bandwidth": f"{device.memory_bandwidth_gb_s:g} GB/s at peak"
+        if device.memory_bandwidth_gb_s
+        else None,
+        "features": ", ".join(device.features) or None,
+        "note": device.notes or None,
+    }
+    for label, fact in facts.items():
+        if fact is not None:
+            click.echo(f"  {label:13} {fact}")
+    for kind, budget in device.budget.items():
+        limits = ", ".join(f"{key} {limit:g}" for key, limit in budget.items())
+        click.echo(f"  budget        {kind}: {limits}")
+    for source in device.sources:
+        click.echo(
+            f"  source        {', '.join(source.figures)}: {source.url}\n                “{source.read}”"
+        )
