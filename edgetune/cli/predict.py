@@ -1,0 +1,123 @@
+"""`edgetune predict`: one text, or a file of rows, answered by a bundle."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edgetune.runtime.runtime import Runtime
+
+
+@click.command("predict")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("text", required=False)
+@click.option("--adapter", metavar="NAME|FOLDER", help="An adapter of the bundle, or a PEFT adapter folder.")
+@click.option(
+    "--input", "source", type=click.Path(path_type=Path), help="Rows to answer (.jsonl, .jsonl.gz)."
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Where the answered rows go; written whole or not at all.",
+)
+@click.option("--max-new-tokens", type=int, help="Tokens to generate at most.")
+@click.option("--temperature", type=float, help="0 (default) takes the most likely token; above 0 samples.")
+@click.option("--top-k", type=int, help="Sample among the k most likely tokens.")
+@click.option(
+    "--top-p", type=float, help="Sample among the most likely tokens that make up this probability."
+)
+@click.option("--seed", type=int, help="Same seed, same samples.")
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--truncate", is_flag=True, help="Cut texts that are too long for an encoder.")
+@click.option("--threads", type=int, help="Processor threads (default: all cores).")
+@click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
+def command(
+    bundle: Path,
+    text: str | None,
+    adapter: str | None,
+    source: Path | None,
+    output: Path | None,
+    truncate: bool,
+    threads: int | None,
+    no_verify: bool,
+    stop: tuple[str, ...],
+    **settings: Any,
+) -> None:
+    """Answer TEXT, or every row of --input, with BUNDLE.
+
+    Rows hold "prompt", "messages" or "text", or the columns the adapter was trained on; "adapter" in a row chooses
+    its adapter. Answered rows keep their fields and gain "completion" and "finish_reason", or "label" and "score".
+    """
+    if (text is None) == (source is None):
+        raise click.UsageError("give one TEXT, or --input FILE with --output FILE")
+    if (source is None) != (output is None):
+        raise click.UsageError("--input and --output belong together")
+    from edgetune.runtime.runtime import Runtime
+
+    settings["stop"] = stop or None
+    with Runtime.open(bundle, threads=threads, verify=not no_verify) as runtime:
+        name = _adapter(runtime, adapter)
+        if source is not None and output is not None:
+            _answer_file(runtime, source, output, adapter=name, truncate=truncate, settings=settings)
+        else:
+            _answer_text(runtime, text or "", adapter=name, truncate=truncate, settings=settings)
+
+
+def _adapter(runtime: Runtime, adapter: str | None) -> str | None:
+    """A name of the bundle as it is; a folder is loaded under its own name, and its notes are shown."""
+    if adapter is None or adapter in runtime.adapters or not Path(adapter).is_dir():
+        return adapter
+    packed = runtime.load_adapter(Path(adapter).resolve().name, adapter)
+    for note in packed.notes:
+        click.echo(f"note: {note}", err=True)
+    return packed.name
+
+
+def _answer_text(
+    runtime: Runtime, text: str, *, adapter: str | None, truncate: bool, settings: dict[str, Any]
+) -> None:
+    if not runtime.manifest.is_decoder:
+        if runtime.labels(adapter) is None:
+            click.echo(" ".join(f"{x:.6f}" for x in runtime.embed([text], adapter, truncate=truncate)[0]))
+            return
+        found = runtime.classify([text], adapter, truncate=truncate)[0]
+        click.echo(f"{found.label}\t{found.score:.4f}")
+        return
+    stream = runtime.stream(text, adapter, **settings)
+    for piece in stream:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+    if (done := stream.completion) is not None and sys.stderr.isatty():
+        speed = f", {1e3 / done.tpot_ms:.0f} tokens/s" if done.tpot_ms else ""
+        click.echo(
+            f"[{done.completion_tokens} tokens, first after {done.ttft_ms:.0f} ms{speed}, {done.finish_reason}]",
+            err=True,
+        )
+
+
+def _answer_file(
+    runtime: Runtime,
+    source: Path,
+    output: Path,
+    *,
+    adapter: str | None,
+    truncate: bool,
+    settings: dict[str, Any],
+) -> None:
+    from edgetune.runtime.rows import answer_rows, read_rows, requests_of, write_rows
+
+    rows = read_rows(source)
+    requests = requests_of(runtime, rows, path=str(source), adapter=adapter, truncate=truncate)
+    answered: list[dict[str, Any]] = [{} for _ in requests]
+    finished = answer_rows(runtime, requests, truncate=truncate, **settings)
+    for done, (place, row) in enumerate(finished, 1):
+        answered[place] = row
+        if sys.stderr.isatty():
+            click.echo(f"\r{done}/{len(requests)} rows", nl=done == len(requests), err=True)
+    write_rows(output, answered)
+    click.echo(f"{len(answered)} rows answered: {output}")

@@ -1,0 +1,233 @@
+"""PEFT folder → the tensors a bundle's graph takes: checked against the manifest, packed, scaling folded in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.errors import AdapterError
+from edgetune.runtime.lora import (
+    CONFIG,
+    METADATA,
+    PREFIX,
+    LoraFolder,
+    is_target,
+    lora_deltas,
+    read_lora,
+    refuse_if,
+)
+from edgetune.runtime.manifest import HeadInfo, Manifest, Part
+
+__all__ = ["PackedAdapter", "lora_deltas", "pack_adapter"]
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter as graph inputs: A (1, in, rank), B (1, rank, out) a site; head (1, hidden, labels), (1, labels).
+
+    Sites without adapter are absent (rank 0). `notes` are for people: what could not be checked.
+    """
+
+    name: str
+    tensors: dict[str, Float32]
+    labels: tuple[str, ...] | None
+    rank: int
+    digest: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory the tensors take, in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def prompt_format(self) -> dict[str, Any] | None:
+        """How a row becomes a prompt, as it was trained; None for a foreign adapter."""
+        value: dict[str, Any] | None = self.metadata.get("prompt_format")
+        return value
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The adapter's own generation defaults."""
+        return self.metadata.get("generation") or {}
+
+
+def pack_adapter(folder: str | Path, manifest: Manifest, *, name: str | None = None) -> PackedAdapter:
+    """Read a PEFT folder for this bundle. AdapterError lists every mismatch: names, shapes, base, hashes."""
+    path = Path(folder)
+    if manifest.mode == "merged":
+        raise AdapterError(
+            "this bundle's adapter is merged into its weights; it takes no other",
+            where=str(path),
+            fix="Export with --mode separate to swap adapters.",
+        )
+    read = read_lora(path, base_digest=manifest.base.digest)
+    placed, labels = _place(read, manifest), _labels(read)
+    problems = [*read.problems, *_missing(read, manifest), *_task_problems(read, manifest)]
+    if manifest.head is not None:
+        problems += _head_problems(read, manifest.head, labels)
+    refuse_if(problems, path)
+    tensors = _pack_sites(placed, manifest)
+    if manifest.head is not None and read.head:
+        tensors |= _pack_head(read, manifest.head)
+    return PackedAdapter(
+        name=name or path.name,
+        tensors=tensors,
+        labels=labels,
+        rank=read.rank,
+        digest=read.digest or "",
+        metadata=read.metadata or {},
+        notes=_notes(read, manifest),
+    )
+
+
+Placed = dict[tuple[int, int], tuple[Float32, Float32]]
+"""(site index, part index) → A (r, in), scaled B (out, r)"""
+
+
+def _place(read: LoraFolder, manifest: Manifest) -> Placed:
+    """Find each module's part in the graph; unknown and misshapen ones become problems."""
+    index, placed = _part_index(manifest), Placed()
+    for module, (a, b) in read.deltas.items():
+        found = index.get(module) or index.get(_without_first(module))
+        key = f"{PREFIX}{module}"
+        if found is None:
+            read.problems.append(
+                f"{key}.lora_A.weight {a.shape}: unknown, this graph has no adapter input for {module}"
+            )
+            continue
+        site, part = manifest.sites[found[0]], manifest.sites[found[0]].parts[found[1]]
+        rank, width = a.shape[0], part.stop - part.start
+        if a.shape != (rank, site.in_features):
+            read.problems.append(f"{key}.lora_A.weight: expected {(rank, site.in_features)}, got {a.shape}")
+        if b.shape != (width, rank):
+            read.problems.append(f"{key}.lora_B.weight: expected {(width, rank)}, got {b.shape}")
+        if found in placed:
+            read.problems.append(f"{key}: two modules of the file name the same part of the graph")
+        placed[found] = (a, b)
+    return placed
+
+
+def _part_index(manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """Module name → place, also under the name without the base model's prefix (`model.`, `bert.` …)."""
+    full = {p.module: (i, j) for i, site in enumerate(manifest.sites) for j, p in enumerate(site.parts)}
+    short: dict[str, tuple[int, int]] = {}
+    for module, place in full.items():
+        short.setdefault(_without_first(module), place)
+    return short | full
+
+
+def _without_first(module: str) -> str:
+    """`bert.encoder.layer.0` → `encoder.layer.0`; a name that would begin with a number is left alone."""
+    rest = module.partition(".")[2]
+    return rest if rest and not rest[0].isdigit() else module
+
+
+def _missing(read: LoraFolder, manifest: Manifest) -> list[str]:
+    """Modules that the configuration targets, the graph has, and the file lacks."""
+    if read.modules is None:
+        return []
+    index, parts = _part_index(manifest), [part for site in manifest.sites for part in site.parts]
+    places = {index.get(name) or index.get(_without_first(name)) for name in read.modules}
+    absent = [p.module for p in parts if index[p.module] not in places and is_target(read.config, p.module)]
+    return [f"{PREFIX}{module}.lora_A.weight: missing, {CONFIG} targets this module" for module in absent]
+
+
+def _pack_sites(placed: Placed, manifest: Manifest) -> dict[str, Float32]:
+    """Concatenate the parts' A along rank and put their B's block-diagonally: one pair of inputs a site.
+
+    All of an adapter's tensors are views of one buffer: one allocation to make, and to give back at unload.
+    """
+    chosen = {}
+    for i, site in enumerate(manifest.sites):
+        if parts := [(part, *placed[i, j]) for j, part in enumerate(site.parts) if (i, j) in placed]:
+            chosen[i] = parts
+    ranks = {i: sum(a.shape[0] for _, a, _ in parts) for i, parts in chosen.items()}
+    widths = {i: manifest.sites[i].in_features + manifest.sites[i].out_features for i in chosen}
+    buffer = np.zeros(sum(ranks[i] * widths[i] for i in chosen), np.float32)
+    tensors, start = {}, 0
+    for i, parts in chosen.items():
+        site, rank = manifest.sites[i], ranks[i]
+        end_a, end_b = start + site.in_features * rank, start + widths[i] * rank
+        tensors[site.A] = buffer[start:end_a].reshape(1, site.in_features, rank)
+        tensors[site.B] = buffer[end_a:end_b].reshape(1, rank, site.out_features)
+        _fill_site(tensors[site.A][0], tensors[site.B][0], parts)
+        start = end_b
+    return tensors
+
+
+def _fill_site(site_a: Float32, site_b: Float32, parts: list[tuple[Part, Float32, Float32]]) -> None:
+    """Write the parts into A (in, Σr) and B (Σr, out), B's row blocks at columns start:stop of their part."""
+    row = 0
+    for part, a, b in parts:
+        site_a[:, row : row + a.shape[0]] = a.T
+        site_b[row : row + a.shape[0], part.start : part.stop] = b.T
+        row += a.shape[0]
+
+
+def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
+    metadata, problems = read.metadata or {}, []
+    task = metadata.get("task")
+    if task is not None and task != manifest.task:
+        problems.append(f"{METADATA}: task: expected {manifest.task}, got {task}")
+    pooling = metadata.get("pooling")
+    if pooling is not None and pooling != manifest.graph.pooling:
+        problems.append(f"{METADATA}: pooling: expected {manifest.graph.pooling}, got {pooling}")
+    if read.head and manifest.head is None:
+        shape = next(iter(read.head.values())).shape
+        problems.append(f"{PREFIX}classifier {shape}: unknown, this graph takes no task head")
+    return problems
+
+
+def _head_problems(read: LoraFolder, head: HeadInfo, labels: tuple[str, ...] | None) -> list[str]:
+    weight, bias = read.head.get("weight"), read.head.get("bias")
+    names = read.config.get("modules_to_save") or ()
+    if weight is None:
+        wanted = read.modules is not None and (bool(names) or bias is not None)
+        return [f"{PREFIX}{next(iter(names), 'classifier')}.weight: missing"] if wanted else []
+    expected = (len(labels) if labels else weight.shape[0], head.in_features)
+    problems = []
+    if weight.shape != expected:
+        problems.append(f"{PREFIX}classifier.weight: expected {expected}, got {weight.shape}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        problems.append(f"{PREFIX}classifier.bias: expected {weight.shape[:1]}, got {bias.shape}")
+    return problems
+
+
+def _pack_head(read: LoraFolder, head: HeadInfo) -> dict[str, Float32]:
+    weight = read.head["weight"]
+    bias = read.head.get("bias", np.zeros(weight.shape[0], np.float32))
+    return {
+        head.weight: np.ascontiguousarray(weight.T[None], np.float32),
+        head.bias: bias[None].astype(np.float32),
+    }
+
+
+def _labels(read: LoraFolder) -> tuple[str, ...] | None:
+    """The adapter's labels; a foreign head has none, so its classes are numbered as transformers does."""
+    labels = (read.metadata or {}).get("labels")
+    if labels is not None:
+        return tuple(str(label) for label in labels)
+    if "weight" in read.head:
+        return tuple(f"LABEL_{i}" for i in range(read.head["weight"].shape[0]))
+    return None
+
+
+def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
+    if read.metadata is not None:
+        return ()
+    notes = [
+        f"no {METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its base could not be checked"
+    ]
+    if read.head:
+        notes.append(
+            f"its head is applied to {manifest.graph.pooling}-pooled states; its labels are numbered"
+        )
+    return tuple(notes)

@@ -1,0 +1,227 @@
+"""Token ids → logits over ONNX Runtime: the cache in place, adapters as bound inputs, a decode step without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.errors import InputError
+from edgetune.runtime.binding import AdapterRow, BoundTensors, GraphSession, KVCache, ort_value
+
+__all__ = ["BoundTensors", "DecodeState", "DecoderEngine", "EncoderEngine"]
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+CACHE_STEP = 64
+"""Cache capacity is a multiple of this many tokens."""
+
+
+class DecodeState:
+    """Rows being decoded: their cache, their lengths, and the bound arrays that a step only writes into."""
+
+    def __init__(self, engine: DecoderEngine, adapters: Sequence[AdapterRow], *, capacity: int) -> None:
+        self.engine, self.adapters = engine, list(adapters)
+        self.cache = KVCache(engine.graph, slots=len(adapters), capacity=capacity)
+        self.limit = min(capacity, engine.graph.max_length)
+        self.lengths: Int64 = np.zeros(len(adapters), np.int64)
+        self._bind_rows()
+
+    @property
+    def rows(self) -> int:
+        """How many rows are still being decoded."""
+        return len(self.adapters)
+
+    def prefill(self, rows: Sequence[Sequence[int]], *, index: Int64) -> Float32:
+        """Run the prompts (right-padded) into the empty cache; logits (rows, k, vocab) at `index` (rows, k)."""
+        ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        self.lengths[:] = [len(row) for row in rows]
+        self._bind_shape(ids, np.ascontiguousarray(index))
+        return self._run()
+
+    def step(self, tokens: Sequence[int] | Int64) -> Float32:
+        """Append one token to every row; logits (rows, vocab), valid until the next step."""
+        if self._ids.shape[1] != 1 or self._index.shape[1] != 1:
+            self._bind_shape(np.zeros((self.rows, 1), np.int64), np.zeros((self.rows, 1), np.int64))
+        if int(self.lengths.max()) >= self.limit:
+            raise InputError("the cache is full", expected=f"at most {self.limit} tokens", got="one more")
+        self._ids[:, 0] = tokens
+        self._index[:] = 0
+        self.lengths += 1
+        return self._run()[:, 0]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only (ascending); the others' slots are free."""
+        if len(rows) == self.rows:
+            return
+        self.cache.keep(rows)
+        self.adapters = [self.adapters[i] for i in rows]
+        self.lengths = self.lengths[list(rows)]
+        self._bind_rows()
+
+    def _bind_rows(self) -> None:
+        """Bind what depends on which rows there are: cache, adapters, lengths."""
+        self._io = self.engine.session.io_binding()
+        self._bound = self.engine.group(self.adapters)
+        self.engine.bind_adapters(self._io, self._bound)
+        self.cache.bind(self._io, self.rows)
+        self._seqlens, self._total = np.zeros(self.rows, np.int32), np.zeros((), np.int32)
+        self._row_values = [ort_value(self._seqlens), ort_value(self._total)]
+        for name, value in zip(("seqlens_k", "total_sequence_length"), self._row_values, strict=True):
+            self._io.bind_ortvalue_input(name, value)
+        self._ids = self._index = np.zeros((0, 0), np.int64)
+
+    def _bind_shape(self, ids: Int64, index: Int64) -> None:
+        """Bind what depends on how many tokens go in and how many logits come out."""
+        self._ids, self._index = ids, index
+        self._logits = np.empty((*index.shape, self.engine.graph.vocab_size), np.float32)
+        self._shape_values = [ort_value(array) for array in (self._ids, self._index, self._logits)]
+        self._io.bind_ortvalue_input("input_ids", self._shape_values[0])
+        self._io.bind_ortvalue_input("logits_index", self._shape_values[1])
+        self._io.bind_ortvalue_output("logits", self._shape_values[2])
+
+    def _run(self) -> Float32:
+        self._seqlens[:] = self.lengths - 1
+        self._total[...] = self.lengths.max()
+        self.engine.session.run_with_iobinding(self._io)
+        return self._logits
+
+
+class DecoderEngine(GraphSession):
+    """A decoder graph: prompts in, logits out, then one token a row and step."""
+
+    def start(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[AdapterRow] | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> tuple[DecodeState, Float32]:
+        """Prefill a batch; the state for `step` and the logits (rows, vocab) after each prompt's last token.
+
+        `capacity`: tokens a row may reach, prompt included; None: up to the next multiple of 64 with room for 64.
+        InputError when a prompt is empty, holds an unknown id, or is longer than the graph's context.
+        """
+        self._check(rows)
+        longest = max(map(len, rows))
+        wanted = min(capacity or longest + CACHE_STEP, self.graph.max_length)
+        state = DecodeState(
+            self, adapter_per_row(rows, adapters), capacity=round_up(max(wanted, longest), CACHE_STEP)
+        )
+        last = np.array([[len(row) - 1] for row in rows], np.int64)
+        return state, state.prefill(rows, index=last)[:, 0]
+
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[AdapterRow] | None = None,
+        *,
+        positions: Sequence[Sequence[int]] | None = None,
+    ) -> list[Float32]:
+        """Logits of every position (len, vocab), or of `positions` a row (k, vocab), by one prefill."""
+        self._check(rows)
+        wanted = (
+            [list(range(len(row))) for row in rows] if positions is None else [list(p) for p in positions]
+        )
+        index = np.zeros((len(rows), max(map(len, wanted))), np.int64)
+        for i, row in enumerate(wanted):
+            index[i, : len(row)] = row
+        capacity = round_up(max(map(len, rows)), CACHE_STEP)
+        state = DecodeState(self, adapter_per_row(rows, adapters), capacity=capacity)
+        logits = state.prefill(rows, index=index)
+        return [logits[i, : len(row)].copy() for i, row in enumerate(wanted)]
+
+    def _check(self, rows: Sequence[Sequence[int]]) -> None:
+        if not rows:
+            raise InputError("no rows", expected="one prompt at least")
+        for i, row in enumerate(rows):
+            if not row:
+                raise InputError("an empty prompt", where=f"row {i}", expected="one token at least")
+            if len(row) > self.graph.max_length:
+                limit = f"at most {self.graph.max_length} tokens"
+                raise InputError(
+                    "the prompt is longer than the context",
+                    where=f"row {i}",
+                    expected=limit,
+                    got=str(len(row)),
+                )
+            if min(row) < 0 or max(row) >= self.graph.vocab_size:
+                limit = f"ids below {self.graph.vocab_size}"
+                raise InputError(
+                    "a token id outside the vocabulary", where=f"row {i}", expected=limit, got=str(max(row))
+                )
+
+
+class EncoderEngine(GraphSession):
+    """An encoder graph: texts in, pooled states and the head's logits out."""
+
+    def run(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[AdapterRow] | None = None,
+        *,
+        pad_token_id: int = 0,
+    ) -> tuple[list[Float32], Float32]:
+        """Logits (labels of the row's head,) a row, and pooled states (rows, hidden), not normalised.
+
+        InputError when a row is empty or longer than the graph's positions.
+        """
+        chosen = adapter_per_row(rows, adapters)
+        limit = self.graph.max_length
+        for i, row in enumerate(rows):
+            if not 0 < len(row) <= limit:
+                raise InputError(
+                    "a text of a length the model cannot take",
+                    where=f"row {i}",
+                    expected=f"1 to {limit} tokens",
+                    got=str(len(row)),
+                )
+        width = max(map(len, rows))
+        ids = np.full((len(rows), width), pad_token_id, np.int64)
+        mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        logits, pooled = self._run(ids, mask, chosen)
+        return [logits[i, : self._labels(adapter, logits)] for i, adapter in enumerate(chosen)], pooled
+
+    def _run(self, ids: Int64, mask: Int64, adapters: Sequence[AdapterRow]) -> tuple[Float32, Float32]:
+        io, inputs = self.session.io_binding(), {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.inputs:
+            inputs["token_type_ids"] = np.zeros_like(ids)
+        values = {name: ort_value(array) for name, array in inputs.items()}
+        for name, value in values.items():
+            io.bind_ortvalue_input(name, value)
+        bound = self.group(adapters)
+        self.bind_adapters(io, bound)
+        for name in ("logits", "pooled"):
+            io.bind_output(name, "cpu")
+        self.session.run_with_iobinding(io)
+        logits, pooled = (value.numpy() for value in io.get_outputs())
+        del bound, values
+        return logits, pooled
+
+    def _labels(self, adapter: AdapterRow, logits: Float32) -> int:
+        """How many of the padded logits belong to this row's head."""
+        head = self.manifest.head
+        if head is None:
+            return int(logits.shape[1])
+        tensors = {} if adapter is None else adapter.tensors if isinstance(adapter, BoundTensors) else adapter
+        bias = tensors.get(head.bias)
+        return 0 if bias is None else int(bias.shape[1])
+
+
+def adapter_per_row(rows: Sequence[Any], adapters: Sequence[AdapterRow] | None) -> list[AdapterRow]:
+    """One entry a row; None for all when none are given."""
+    chosen: list[AdapterRow] = [None] * len(rows) if adapters is None else list(adapters)
+    if len(chosen) != len(rows):
+        raise InputError("one adapter (or None) for each row", expected=str(len(rows)), got=str(len(chosen)))
+    return chosen
+
+
+def round_up(value: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-value // step) * step

@@ -1,0 +1,162 @@
+"""Logits → tokens → text: greedy and sampled choice, stop strings, end of sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.errors import InputError
+from edgetune.runtime.tokenizer import BundleTokenizer, Detokenizer
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How tokens are chosen and when to stop."""
+
+    max_new_tokens: int = 256
+    """Tokens after the prompt, at most."""
+    temperature: float = 0.0
+    """0 takes the most likely token; above 0 samples from softmax(logits / temperature)."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 is all."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens whose probabilities reach p (nucleus sampling, Holtzman 2020)."""
+    seed: int | None = None
+    """Same seed and same prompts, same texts; None draws a new one each time."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these texts."""
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "seed": (self.seed is None or self.seed >= 0, "0 or more"),
+            "stop": (all(self.stop), "no empty text"),
+        }
+        for name, (fits, expected) in bounds.items():
+            if not fits:
+                raise InputError(f"{name} is out of range", expected=expected, got=repr(getattr(self, name)))
+
+
+def settings_from(
+    defaults: Mapping[str, Any], overrides: Mapping[str, Any], *, base: GenerationSettings | None = None
+) -> GenerationSettings:
+    """Settings out of an adapter's recorded defaults and a caller's own (None means: not given)."""
+    known = {f.name for f in fields(GenerationSettings)}
+    given = {k: v for k, v in defaults.items() if k in known and v is not None}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise InputError(f"unknown generation setting {unknown[0]!r}", expected=", ".join(sorted(known)))
+    given |= {k: v for k, v in overrides.items() if v is not None}
+    if "stop" in given:
+        given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+    return replace(base or GenerationSettings(), **given)
+
+
+def choose(logits: Float32, settings: GenerationSettings, rng: np.random.Generator) -> int:
+    """The next token of one row; `logits` (vocab,). Order as in transformers: temperature, top-k, top-p."""
+    if settings.temperature == 0:
+        return int(logits.argmax())
+    kept = keep_likely(logits / np.float32(settings.temperature), top_k=settings.top_k, top_p=settings.top_p)
+    probabilities = softmax(kept).astype(np.float64)
+    total = np.cumsum(probabilities)
+    return int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+
+
+def keep_likely(logits: Float32, *, top_k: int, top_p: float) -> Float32:
+    """Logits with everything outside top-k and then top-p set to minus infinity."""
+    kept = logits.astype(np.float32, copy=True)
+    if 0 < top_k < kept.size:
+        kept[kept < np.partition(kept, -top_k)[-top_k]] = -np.inf
+    if top_p < 1:
+        order = np.argsort(kept)  # ascending, as transformers: drop the tail whose mass is at most 1 - p
+        mass = np.cumsum(softmax(kept[order]))
+        drop = order[mass <= 1 - top_p]
+        kept[drop[drop != order[-1]]] = -np.inf
+    return kept
+
+
+def softmax(logits: Float32) -> Float32:
+    """Probabilities over the last axis."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: Float32 = shifted / shifted.sum(axis=-1, keepdims=True)
+    return result
+
+
+class TokenSequence:
+    """One row while it is generated: takes tokens, gives text, knows when it is done."""
+
+    def __init__(
+        self,
+        tokenizer: BundleTokenizer,
+        settings: GenerationSettings,
+        *,
+        row: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        """`limit`: tokens the context still has room for; `row` makes the sampling of a batch's rows differ."""
+        self.settings = settings
+        self.limit = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit)
+        seed = None if settings.seed is None else [settings.seed, row]
+        self._rng = np.random.default_rng(seed)
+        self._eos = tokenizer.eos_token_ids
+        self._detokenizer = Detokenizer(tokenizer)
+        self._held = ""  # text that may be the beginning of a stop string
+        self._pieces: list[str] = []
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Everything emitted so far."""
+        return "".join(self._pieces)
+
+    def choose(self, logits: Float32) -> int:
+        """Choose this row's next token from its logits (vocab,)."""
+        return choose(logits, self.settings, self._rng)
+
+    def add(self, token: int) -> str:
+        """Take one token; the text that is certain now. Sets `finish_reason` when the row is done."""
+        self.tokens.append(token)
+        if token in self._eos:
+            return self._finish("stop", self._held + self._detokenizer.flush())
+        self._held += self._detokenizer.add(token)
+        if (found := first_stop(self._held, self.settings.stop)) is not None:
+            return self._finish("stop", self._held[:found])
+        if len(self.tokens) >= self.limit:
+            rest = self._held + self._detokenizer.flush()
+            found = first_stop(rest, self.settings.stop)
+            return self._finish("length" if found is None else "stop", rest[:found])
+        keep = stop_overlap(self._held, self.settings.stop)
+        piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return self._emit(piece)
+
+    def _finish(self, reason: str, piece: str) -> str:
+        self.finish_reason, self._held = reason, ""
+        return self._emit(piece)
+
+    def _emit(self, piece: str) -> str:
+        if piece:
+            self._pieces.append(piece)
+        return piece
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins, or None."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
+def stop_overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that a stop string could begin with."""
+    lengths = [
+        n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])
+    ]
+    return max(lengths, default=0)

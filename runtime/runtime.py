@@ -1,0 +1,352 @@
+"""A bundle opened for answers: classify, embed, generate, stream; adapters load and swap without touching the base."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.errors import BundleError, InputError
+from edgetune.runtime.adapters import PackedAdapter
+from edgetune.runtime.binding import AdapterRow
+from edgetune.runtime.engine import DecoderEngine, DecodeState, EncoderEngine
+from edgetune.runtime.generation import GenerationSettings, TokenSequence, settings_from, softmax
+from edgetune.runtime.manifest import Manifest, read_manifest, verify_files
+from edgetune.runtime.prompts import Message, check_messages, with_system
+from edgetune.runtime.registry import AdapterRegistry
+from edgetune.runtime.tokenizer import BundleTokenizer
+
+Prompt = str | Sequence[Message]
+"""A finished prompt (the user's turn of a chat model), or a conversation."""
+
+GENERATE_ROWS, ENCODE_ROWS = 16, 32
+"""Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's list."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated text. `finish_reason`: "stop" (end token or stop text) or "length"; times in milliseconds."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_ms: float
+    tpot_ms: float | None
+    """Mean time of the tokens after the first; None when there is only one."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The most likely label, its probability, and every label's."""
+
+    label: str
+    score: float
+    scores: dict[str, float]
+
+
+class TextStream:
+    """Pieces of one text as they become certain; `completion` is there after the last."""
+
+    def __init__(self, pieces: Iterator[str | Completion]) -> None:
+        self._pieces = pieces
+        self.completion: Completion | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            if isinstance(piece, Completion):
+                self.completion = piece
+            else:
+                yield piece
+
+
+class Runtime:
+    """One base model and its adapters. Open it with `Runtime.open(folder)`; use it as a context manager.
+
+    Every call prepares its own rows and cache, so several streams may be read in turn or from several threads.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.tokenizer = BundleTokenizer(folder, manifest)
+        self._registry = AdapterRegistry(folder, manifest)
+        self.decoder = DecoderEngine(folder, manifest, threads=threads) if manifest.is_decoder else None
+        self.encoder = None if manifest.is_decoder else EncoderEngine(folder, manifest, threads=threads)
+
+    @classmethod
+    def open(cls, folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Runtime:
+        """Open a bundle. `verify` compares every file's sha256 with the manifest first; BundleError lists what differs."""
+        path = Path(folder)
+        manifest = read_manifest(path)
+        if verify and (differing := verify_files(path, manifest)):
+            lines = "".join(f"\n  {line}" for line in differing)
+            raise BundleError(f"{len(differing)} of its files are not as exported:{lines}", where=str(path))
+        return cls(path, manifest, threads=threads)
+
+    def close(self) -> None:
+        """Let go of the session's and the adapters' memory."""
+        self.decoder = self.encoder = None
+        self._registry = AdapterRegistry(self.folder, self.manifest)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that can be used: shipped in the bundle, or loaded."""
+        return self._registry.names()
+
+    def load_adapter(self, name: str, folder: str | Path) -> PackedAdapter:
+        """Load a PEFT folder under a new name; its `.notes` say what could not be checked. See `pack_adapter`."""
+        return self._registry.load(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; a text that is being generated with it goes on."""
+        self._registry.unload(name)
+
+    def adapter(self, name: str) -> PackedAdapter:
+        """An adapter's labels, prompt format and tensors (read from the bundle at first use)."""
+        return self._registry.get(name).packed
+
+    def labels(self, name: str | None) -> tuple[str, ...] | None:
+        """What an adapter classifies into; None for the base model and for adapters that generate or embed."""
+        chosen = self._names(1, name, None)[0]
+        return None if chosen is None else self.adapter(chosen).labels
+
+    def classify(
+        self,
+        texts: Sequence[str],
+        adapter: str | None = None,
+        *,
+        adapters: Sequence[str | None] | None = None,
+        truncate: bool = False,
+    ) -> list[Classification]:
+        """The label of each text, with one adapter for all or one a text.
+
+        `truncate` cuts a text to what the adapter was trained with; else a text longer than the model's positions
+        is an InputError.
+        """
+        names = self._names(len(texts), adapter, adapters)
+        for name in {*names}:
+            if self.labels(name) is None:
+                what = "no adapter is chosen" if name is None else f"the adapter {name!r} has no labels"
+                choices = ", ".join(self.adapters) or "an adapter with labels; this bundle has none"
+                raise InputError(f"{what}, so there is nothing to classify into", expected=choices)
+        logits, _ = self._encode(texts, names, truncate=truncate)
+        return [
+            _classification(row, self.adapter(name or "")) for row, name in zip(logits, names, strict=True)
+        ]
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        adapter: str | None = None,
+        *,
+        adapters: Sequence[str | None] | None = None,
+        normalize: bool = True,
+        truncate: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """Pooled states (texts, hidden) float32, of length 1 unless `normalize` is False."""
+        _, pooled = self._encode(texts, self._names(len(texts), adapter, adapters), truncate=truncate)
+        if not normalize:
+            return pooled
+        lengths = np.linalg.norm(pooled, axis=1, keepdims=True)
+        result: npt.NDArray[np.float32] = pooled / np.maximum(lengths, 1e-12)
+        return result
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        adapter: str | None = None,
+        *,
+        adapters: Sequence[str | None] | None = None,
+        **settings: Any,
+    ) -> list[Completion]:
+        """A completion of each prompt, with one adapter for all or one (or None) a prompt, mixed in a batch.
+
+        `settings`: fields of GenerationSettings; what is not given comes from the row's adapter, then the defaults.
+        """
+        names = self._names(len(prompts), adapter, adapters)
+        ids = [self.prompt_ids(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+        rows = [
+            self._sequence(row, name, settings, index=i)
+            for i, (row, name) in enumerate(zip(ids, names, strict=True))
+        ]
+        results: list[Completion | None] = [None] * len(rows)
+        tensors = [self.bound(name) for name in names]
+        for places in _batches([len(row) for row in ids], GENERATE_ROWS):
+            batch = [ids[i] for i in places], [tensors[i] for i in places], [rows[i] for i in places]
+            for place, _piece, completion in self._decode(*batch):
+                if completion is not None:
+                    results[places[place]] = completion
+        return [completion for completion in results if completion is not None]
+
+    def stream(self, prompt: Prompt, adapter: str | None = None, **settings: Any) -> TextStream:
+        """The text of one prompt in pieces, as they become certain."""
+        adapter = self._names(1, adapter, None)[0]
+        ids = self.prompt_ids(prompt, adapter)
+        sequence, tensors = self._sequence(ids, adapter, settings, index=0), self.bound(adapter)
+
+        def pieces() -> Iterator[str | Completion]:
+            for _row, piece, completion in self._decode([ids], [tensors], [sequence]):
+                if piece:
+                    yield piece
+                if completion is not None:
+                    yield completion
+
+        return TextStream(pieces())
+
+    def prompt_ids(self, prompt: Prompt, adapter: str | None = None) -> list[int]:
+        """Token ids of a prompt as the adapter was trained to see it. InputError when it does not fit the context."""
+        self._need(self.decoder)
+        form = None if adapter is None else self.adapter(adapter).prompt_format
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode_prompt(prompt, form)
+        else:
+            messages = with_system(check_messages(prompt), system=(form or {}).get("system"))
+            ids = self.tokenizer.encode_chat(messages)
+        limit = self.manifest.graph.max_length
+        if not ids:
+            raise InputError("an empty prompt", expected="one token at least")
+        if len(ids) >= limit:
+            expected = f"at most {limit - 1} tokens, so that one can follow"
+            raise InputError(
+                "the prompt is longer than the context", expected=expected, got=f"{len(ids)} tokens"
+            )
+        return ids
+
+    def text_ids(self, text: str, adapter: str | None = None, *, truncate: bool = False) -> list[int]:
+        """Token ids of a text for an encoder; `truncate` cuts to what the adapter was trained with."""
+        limit = self.manifest.graph.max_length
+        if truncate:
+            trained = None if adapter is None else self.adapter(adapter).metadata.get("max_length")
+            return self.tokenizer.encode_within(text, max_tokens=min(limit, trained or limit))
+        ids = self.tokenizer.encode(text)
+        if len(ids) > limit:
+            fix = "Shorten it, or pass truncate=True (`--truncate`)."
+            raise InputError(
+                "the text is longer than the model's positions",
+                expected=f"at most {limit} tokens",
+                got=f"{len(ids)} tokens",
+                fix=fix,
+            )
+        return ids
+
+    def _sequence(
+        self, ids: Sequence[int], name: str | None, settings: Mapping[str, Any], *, index: int
+    ) -> TokenSequence:
+        defaults = {} if name is None else self.adapter(name).generation
+        chosen = settings_from(defaults, settings, base=GenerationSettings())
+        return TokenSequence(
+            self.tokenizer, chosen, row=index, limit=self.manifest.graph.max_length - len(ids)
+        )
+
+    def _decode(
+        self, ids: Sequence[Sequence[int]], adapters: Sequence[AdapterRow], rows: Sequence[TokenSequence]
+    ) -> Iterator[tuple[int, str, Completion | None]]:
+        """Generate a batch: (row, new text, the row's completion when it ended). Rows that end leave the batch."""
+        if not ids:
+            return
+        engine = self._need(self.decoder)
+        start = time.perf_counter()
+        capacity = max(len(row) + sequence.limit for row, sequence in zip(ids, rows, strict=True))
+        state, logits = engine.start(ids, adapters, capacity=capacity)
+        live, first = list(range(len(rows))), [0.0] * len(rows)
+        while True:
+            tokens = {i: rows[i].choose(logits[place]) for place, i in enumerate(live)}
+            now = time.perf_counter()
+            for i in live:
+                first[i] = first[i] or now - start
+                piece = rows[i].add(tokens[i])
+                done = (
+                    _completion(rows[i], len(ids[i]), first[i], now - start)
+                    if rows[i].finish_reason
+                    else None
+                )
+                yield i, piece, done
+            live = self._keep_unfinished(state, live, rows)
+            if not live:
+                return
+            logits = state.step([tokens[i] for i in live])
+
+    @staticmethod
+    def _keep_unfinished(state: DecodeState, live: list[int], rows: Sequence[TokenSequence]) -> list[int]:
+        places = [place for place, i in enumerate(live) if rows[i].finish_reason is None]
+        if places:
+            state.keep(places)
+        return [live[place] for place in places]
+
+    def _encode(
+        self, texts: Sequence[str], names: Sequence[str | None], *, truncate: bool
+    ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+        engine = self._need(self.encoder)
+        if not texts:
+            return [], np.zeros((0, self.manifest.graph.hidden_size), np.float32)
+        ids = [self.text_ids(text, name, truncate=truncate) for text, name in zip(texts, names, strict=True)]
+        logits: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(ids)
+        pooled = np.zeros((len(ids), self.manifest.graph.hidden_size), np.float32)
+        for places in _batches([len(row) for row in ids], ENCODE_ROWS):
+            adapters = [self.bound(names[i]) for i in places]
+            found, states = engine.run(
+                [ids[i] for i in places], adapters, pad_token_id=self.tokenizer.pad_token_id
+            )
+            for i, row, state in zip(places, found, states, strict=True):
+                logits[i], pooled[i] = row, state
+        return logits, pooled
+
+    def bound(self, name: str | None) -> AdapterRow:
+        """What the engine takes for an adapter's name; None is the base model."""
+        return None if name is None else self._registry.get(name).bound
+
+    def _names(
+        self, count: int, adapter: str | None, adapters: Sequence[str | None] | None
+    ) -> list[str | None]:
+        if adapters is None and adapter is None and self.manifest.mode == "merged":
+            adapter = self.manifest.adapters[0].name  # it is in the weights, whether it is named or not
+        if adapters is None:
+            return [adapter] * count
+        if adapter is not None:
+            raise InputError("give `adapter` for all rows or `adapters` for each, not both")
+        if len(adapters) != count:
+            raise InputError(
+                "one adapter (or None) for each row", expected=str(count), got=str(len(adapters))
+            )
+        return list(adapters)
+
+    def _need(self, engine: Any) -> Any:
+        if engine is None:
+            closed = self.decoder is None and self.encoder is None
+            what = (
+                "the runtime is closed" if closed else f"this bundle does {self.manifest.task}, nothing else"
+            )
+            raise InputError(what, where=str(self.folder))
+        return engine
+
+
+def _batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Row numbers in batches of at most `rows`, like lengths together, so that little is padded."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[start : start + rows] for start in range(0, len(order), rows)]
+
+
+def _classification(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -> Classification:
+    scores = dict(zip(adapter.labels or (), softmax(logits).tolist(), strict=True))
+    label = max(scores, key=lambda name: scores[name])
+    return Classification(label=label, score=scores[label], scores=scores)
+
+
+def _completion(row: TokenSequence, prompt_tokens: int, first_s: float, total_s: float) -> Completion:
+    count = len(row.tokens)
+    tpot_ms = (total_s - first_s) * 1e3 / (count - 1) if count > 1 else None
+    return Completion(row.text, row.finish_reason or "stop", prompt_tokens, count, first_s * 1e3, tpot_ms)

@@ -1,0 +1,80 @@
+"""`edgetune.json` reads back as it was written; a bundle that is damaged or of another schema is named precisely."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runtime_helpers import decoder_manifest, encoder_manifest
+
+from edgetune.errors import BundleError
+from edgetune.files import sha256_file
+from edgetune.runtime.manifest import (
+    FileInfo,
+    Manifest,
+    manifest_from_dict,
+    read_manifest,
+    verify_files,
+)
+
+
+@pytest.mark.parametrize("manifest", [decoder_manifest(), encoder_manifest()])
+def test_a_manifest_survives_json(manifest: Manifest) -> None:
+    assert manifest_from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+
+
+def test_sites_use_the_words_in_and_out() -> None:
+    site = decoder_manifest().to_dict()["sites"][0]
+    assert (site["in"], site["out"]) == (64, 128)
+    assert site["parts"][1] == {"module": "model.layers.0.self_attn.k_proj", "start": 64, "stop": 96}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**decoder_manifest().to_dict(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (changed(schema=2), "another schema version (expected 1, got 2)"),
+        (changed(surprise=1), "unknown field surprise"),
+        (
+            changed(task="poetry"),
+            "unknown task (expected text-generation | sequence-classification, got 'poetry')",
+        ),
+        (changed(sites=[{"name": "x"}]), "missing field sites[0].A"),
+        (changed(base={"name": "x", "digest": 3}), "base.digest has a wrong type (expected str, got 3)"),
+        (changed(files={"../out": {"sha256": "0", "bytes": 1}}), "a path leaves the bundle"),
+        ([], "a manifest is a JSON object"),
+    ],
+)
+def test_a_wrong_manifest_names_the_field(document: Any, message: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        manifest_from_dict(document)
+    assert message in str(caught.value)
+
+
+def test_a_folder_without_manifest_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"no edgetune\.json in this folder"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_that_is_no_json_says_so(tmp_path: Path) -> None:
+    (tmp_path / "edgetune.json").write_text("{")
+    with pytest.raises(BundleError, match="not valid JSON"):
+        read_manifest(tmp_path)
+
+
+def test_verify_lists_every_file_that_differs(tmp_path: Path) -> None:
+    for name in ("good", "flipped", "short"):
+        (tmp_path / name).write_bytes(b"12345678")
+    files = {
+        name: FileInfo(sha256_file(tmp_path / "good"), 8) for name in ("good", "flipped", "short", "gone")
+    }
+    (tmp_path / "flipped").write_bytes(b"12345679")
+    (tmp_path / "short").write_bytes(b"1234")
+    lines = verify_files(tmp_path, decoder_manifest(files=files))
+    assert [line.split(":")[0] for line in lines] == ["flipped", "short", "gone"]
+    assert lines[1] == "short: expected 8 bytes, got 4"

@@ -1,0 +1,183 @@
+"""`edgetune predict`: rows in, rows out; what is wrong with a row is one line and nothing is written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runtime_helpers import decoder_bundle, encoder_bundle, peft_adapter
+
+from edgetune.cli import main
+from edgetune.runtime import Runtime
+
+Run = Any
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_text_is_streamed(run: Run, tiny_decoder: Path) -> None:
+    bundle = decoder_bundle(tiny_decoder)
+    code, out, _ = run("predict", bundle, "hello", "--adapter", "a", "--max-new-tokens", 6, "--threads", 2)
+    with Runtime.open(bundle, threads=2) as runtime:
+        assert (code, out) == (0, runtime.generate(["hello"], "a", max_new_tokens=6)[0].text + "\n")
+
+
+def test_rows_keep_their_fields_and_order_and_choose_their_adapter(
+    run: Run, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"id": 1, "prompt": "a much longer prompt than the others", "adapter": "a"},
+        {"id": 2, "prompt": "hello", "adapter": None},
+        {"id": 3, "mr": "hello", "adapter": "b"},
+        {"id": 4, "question": "why?"},
+        {"id": 5, "messages": [{"role": "user", "content": "hello"}], "adapter": "b"},
+    ]
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    bundle = decoder_bundle(tiny_decoder)
+    code, _, _ = run(
+        "predict", bundle, "--input", source, "--output", output, "--adapter", "a", "--max-new-tokens", 5
+    )
+    answered = read(output)
+    assert code == 0
+    assert [
+        {k: v for k, v in row.items() if k not in ("completion", "finish_reason")} for row in answered
+    ] == rows
+    with Runtime.open(bundle) as runtime:
+        prompts = [rows[0]["prompt"], "hello", "hello", "Ask: why?", "hello"]
+        expected = runtime.generate(prompts, adapters=["a", None, "b", "a", "b"], max_new_tokens=5)
+    assert [row["completion"] for row in answered] == [c.text for c in expected]
+
+
+def test_texts_get_label_and_score(run: Run, tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = [{"text": "lights"}, {"text": "card", "adapter": "mood"}, {"text": "x", "adapter": None}]
+    with gzip.open(tmp_path / "in.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    output = tmp_path / "out.jsonl.gz"
+    code, _, _ = run(
+        "predict",
+        encoder_bundle(tiny_encoder),
+        "--input",
+        tmp_path / "in.jsonl.gz",
+        "--output",
+        output,
+        "--adapter",
+        "intent",
+    )
+    answered = [json.loads(line) for line in gzip.decompress(output.read_bytes()).decode().splitlines()]
+    assert code == 0
+    assert answered[0]["label"] in ("lights", "card", "other")
+    assert answered[1]["label"] in ("calm", "upset")
+    assert len(answered[2]["embedding"]) == 64
+
+
+def test_one_text_is_classified(run: Run, tiny_encoder: Path) -> None:
+    code, out, _ = run("predict", encoder_bundle(tiny_encoder), "lights", "--adapter", "mood")
+    assert code == 0
+    assert out.split("\t")[0] in ("calm", "upset")
+
+
+def test_a_peft_folder_can_be_the_adapter(run: Run, tiny_decoder: Path, tmp_path: Path) -> None:
+    peft_adapter(tiny_decoder, tmp_path / "mine", seed=5)
+    code, out, err = run(
+        "predict", decoder_bundle(tiny_decoder), "x", "--adapter", tmp_path / "mine", "--max-new-tokens", 3
+    )
+    assert (code, bool(out)) == (0, True)
+    assert "note: no edgetune_adapter.json" in err
+
+
+BAD_ROWS: list[tuple[str, str]] = [
+    ("{", "line 2: not valid JSON"),
+    ("[1]", "line 2: a row is a JSON object (expected an object, got list)"),
+    (
+        '{"other": 1}',
+        "line 2: the row has no `prompt` (expected prompt or messages or the columns question, got columns other)",
+    ),
+    ('{"prompt": 3}', "line 2: `prompt` has a wrong value (expected a text that is not empty, got 3)"),
+    ('{"prompt": ""}', "line 2: `prompt` has a wrong value"),
+    ('{"messages": "hi"}', "line 2: `messages` is no conversation"),
+    ('{"prompt": "x", "adapter": "zz"}', "line 2: unknown adapter 'zz' (expected a, b, got zz)"),
+    ('{"prompt": "x", "adapter": 3}', "line 2: `adapter` has a wrong type (expected a name, got 3)"),
+    (
+        json.dumps({"prompt": "~" * 400}),
+        "line 2: the prompt is longer than the context (expected at most 255 tokens",
+    ),
+    ('{"question": null}', "line 2: the adapter's prompt 'Ask: {{ question }}': a column it uses is null"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+def test_a_bad_row_is_one_line_and_nothing_is_written(
+    row: str, message: str, run: Run, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "fine"}\n' + row + "\n")
+    code, _, err = run(
+        "predict", decoder_bundle(tiny_decoder), "--input", source, "--output", output, "--adapter", "a"
+    )
+    assert code == 2
+    assert f"{source}, {message}" in err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), ("", "the file has no rows"), ("\n\n", "the file has no rows")],
+)
+def test_a_missing_or_empty_file_is_one_line(
+    content: str | None, message: str, run: Run, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    if content is not None:
+        source.write_text(content)
+    code, _, err = run(
+        "predict", decoder_bundle(tiny_decoder), "--input", source, "--output", tmp_path / "out.jsonl"
+    )
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"{source}: {message}" in err
+
+
+def test_an_output_place_that_cannot_be_written_is_one_line(
+    run: Run, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
+    output = source / "out.jsonl"
+    code, _, err = run(
+        "predict", decoder_bundle(tiny_decoder), "--input", source, "--output", output, "--max-new-tokens", 2
+    )
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "a part of the path is a file" in err
+
+
+@pytest.mark.parametrize("arguments", [(), ("x", "--input", "f"), ("--input", "f")])
+def test_wrong_usage_exits_2(arguments: tuple[str, ...], run: Run, tiny_decoder: Path) -> None:
+    code, _, err = run("predict", decoder_bundle(tiny_decoder), *arguments)
+    assert code == 2
+    assert "Usage" in err
+
+
+def test_a_folder_that_is_no_bundle_is_one_line(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("predict", tmp_path, "x")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "no edgetune.json in this folder" in err
