@@ -13,7 +13,7 @@ import onnx_ir as ir
 from edgetune import __version__
 from edgetune.adapters import load_adapter
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
-from edgetune.errors import AdapterError, ExportError
+from edgetune.errors import AdapterError, ExportError, OutputError
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.graphfile import DATA, ENGINE, STANDARD, standard_decoder, standard_encoder, write_data, write_graph
 from edgetune.export.layout import simplify
@@ -63,6 +63,7 @@ def export_bundle(
     ProofError when the proof fails; then, as after any error, nothing is left at `out` that was not there before.
     """
     precision = precision or Precision()
+    _check_place(out)
     sources = [_source(name, Path(folder)) for name, folder in adapters]
     _check(sources, mode, precision)
     base = _base(sources, base_name)
@@ -75,6 +76,15 @@ def export_bundle(
         manifest = replace(manifest, proof=_proof_document(proofs, rows, precision), files=_digests(folder))
         write_json(folder / MANIFEST, manifest.to_dict())
     return manifest
+
+
+def _check_place(out: Path) -> None:
+    """A bundle may replace a bundle, never another folder of the user's."""
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(
+            "there is something else at this place", where=str(out), expected=f"a new or empty folder, or a bundle (with {MANIFEST})",
+            got="another folder" if out.is_dir() else "a file", fix="Choose another --out.",
+        )  # fmt: skip
 
 
 def _source(name: str, folder: Path) -> Source:

@@ -39,8 +39,8 @@ class Bounds:
 
 BOUNDS = {
     "fp32": Bounds(max_abs=1e-3, mean_kl=1e-6, top1=0.999, recovered=0.99, direction=0.999, strength=(0.99, 1.01)),
-    "int8": Bounds(max_abs=None, mean_kl=0.02, top1=0.95, direction=0.9),
-    "int4": Bounds(max_abs=None, mean_kl=0.6, top1=0.6),
+    "int8": Bounds(max_abs=None, mean_kl=0.03, top1=0.9, direction=0.9),
+    "int4": Bounds(max_abs=None, mean_kl=0.6, top1=0.5),
 }
 
 

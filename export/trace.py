@@ -12,7 +12,9 @@ The model's own Python code is traced by torch.export; only the leaves are swapp
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -180,7 +182,7 @@ def _trace(
     was = model.config._attn_implementation
     model.set_attn_implementation(attention)
     try:
-        with torch.no_grad(), _leaves(model):
+        with torch.no_grad(), _silent(), _leaves(model):
             program = torch.onnx.export(
                 module.eval(), args, dynamic_shapes=dynamic, dynamo=True, opset_version=OPSET, optimize=True,
                 input_names=inputs, output_names=outputs, verbose=False,
@@ -189,6 +191,20 @@ def _trace(
         model.set_attn_implementation(was)
     assert program is not None
     return program.model
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the tracer's own remarks (packages it does not find, axes it renames): they are about its insides."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _supported(model_type: str, families: tuple[str, ...], kind: str) -> None:

@@ -1,0 +1,199 @@
+"""Bundles of the tiny models: what is in them, that they answer as torch, and that a failed proof leaves nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from export_helpers import decoder_feed, export, make_adapter, plain_session
+
+from edgetune.errors import AdapterError, ExportError, OutputError, ProofError
+from edgetune.export.bundle import reprove
+from edgetune.runs import load_adapted_model
+from edgetune.runtime.adapters import pack_adapter
+from edgetune.runtime.manifest import read_manifest, verify_files
+
+IDS = np.array([[5, 9, 30, 31, 7, 100, 12], [8, 4, 77, 0, 0, 0, 0]], np.int64)
+MASK = np.array([[1] * 7, [1, 1, 1, 0, 0, 0, 0]], np.int64)
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny_decoder, tmp_path_factory.mktemp("adapters") / "chat")
+
+
+@pytest.fixture(scope="module")
+def bundle(chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "decoder"
+    export(out, chat)
+    return out
+
+
+@pytest.fixture(scope="module")
+def topics(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny_encoder, tmp_path_factory.mktemp("adapters") / "topics")
+
+
+def test_a_decoder_bundle_holds_exactly_these_files(bundle: Path) -> None:
+    files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json", "chat.onnx_adapter"}
+    graph = {"edgetune.json", "engine.onnx", "model.onnx", "model.onnx.data", "genai_config.json"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert files == graph | tokenizer | {f"adapters/chat/{name}" for name in adapter}
+
+
+def test_the_manifest_knows_every_file_and_the_proof(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    assert verify_files(bundle, manifest) == []
+    assert manifest.proof["adapters"]["chat"]["passed"] and manifest.proof["adapters"]["chat"]["max_abs"] <= 1e-3
+
+
+def test_the_proof_can_be_repeated_from_the_bundle_alone(bundle: Path) -> None:
+    assert reprove(bundle, read_manifest(bundle))["chat"].passed
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rank": 1},
+        {"rslora": True},
+        {"rank_pattern": {"q_proj": 2, "down_proj": 6}, "alpha_pattern": {"q_proj": 3, "o_proj": 64}},
+        {"target_modules": ("q_proj", "v_proj")},
+        {"target_modules": ("up_proj",)},
+    ],
+    ids=["rank 1", "rsLoRA", "rank and alpha patterns", "only q and v", "only up"],
+)
+def test_every_kind_of_lora_answers_as_torch(tiny_decoder: Path, tmp_path: Path, parameters: dict[str, object]) -> None:
+    adapter = make_adapter(tiny_decoder, tmp_path / "a", **parameters)
+    manifest = export(tmp_path / "bundle", adapter)
+    assert manifest.proof["adapters"]["a"]["max_abs"] <= 1e-3
+
+
+def test_several_adapters_share_one_base(tiny_decoder: Path, tmp_path: Path) -> None:
+    adapters = [make_adapter(tiny_decoder, tmp_path / name, seed=i, rank=2 + i) for i, name in enumerate("abc")]
+    manifest = export(tmp_path / "bundle", *adapters)
+    assert [entry.name for entry in manifest.adapters] == ["a", "b", "c"]
+    assert [entry.rank for entry in manifest.adapters] == [6, 9, 12] or all(entry.rank >= 2 for entry in manifest.adapters)
+
+
+def test_a_merged_bundle_has_no_adapter_inputs_and_answers_as_torch(chat: Path, tmp_path: Path) -> None:
+    manifest = export(tmp_path / "merged", chat, mode="merged")
+    assert manifest.sites == () and manifest.proof["adapters"]["chat"]["max_abs"] <= 1e-3
+    assert reprove(tmp_path / "merged", manifest)["chat"].passed
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("mode", ["separate", "merged"])
+def test_quantised_decoders_keep_the_adapter(tiny_decoder: Path, tmp_path: Path, precision: str, mode: str) -> None:
+    adapter = make_adapter(tiny_decoder, tmp_path / "a", strength=0.5 if mode == "separate" else 0.1)
+    manifest = export(tmp_path / "bundle", adapter, precision=precision, mode=mode, overrides={"lm_head": "int8"})
+    assert manifest.proof["adapters"]["a"]["recovered"] > 0.5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("mode", ["separate", "merged"])
+def test_encoders_with_their_head_answer_as_torch(topics: Path, tmp_path: Path, precision: str, mode: str) -> None:
+    manifest = export(tmp_path / "bundle", topics, precision=precision, mode=mode)
+    assert manifest.proof["adapters"]["topics"]["passed"]
+    assert manifest.adapters[0].labels == ("low", "high", "none")
+
+
+def test_a_dead_adapter_fails_the_proof_and_leaves_nothing(tiny_decoder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_decoder, tmp_path / "dead", strength=0.0)
+    with pytest.raises(ProofError, match="changes nothing even in torch"):
+        export(tmp_path / "bundle", adapter)
+    assert {path.name for path in tmp_path.iterdir()} == {"dead"}
+
+
+def test_dora_is_refused_as_input_with_the_reason_and_merges(tiny_decoder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_decoder, tmp_path / "dora", dora=True)
+    with pytest.raises(ExportError, match="--mode merged"):
+        export(tmp_path / "bundle", adapter)
+    assert export(tmp_path / "merged", adapter, mode="merged").proof["adapters"]["dora"]["max_abs"] <= 1e-3
+
+
+def test_an_adapter_of_another_base_is_refused(chat: Path, topics: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="another base model"):
+        export(tmp_path / "bundle", chat, topics)
+
+
+def test_only_one_adapter_merges(tiny_decoder: Path, tmp_path: Path) -> None:
+    adapters = [make_adapter(tiny_decoder, tmp_path / name, seed=i) for i, name in enumerate("ab")]
+    with pytest.raises(ExportError, match="exactly one"):
+        export(tmp_path / "bundle", *adapters, mode="merged")
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(chat: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="something else"):
+        export(tmp_path / "thesis", chat)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_a_missing_run_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"nowhere.*run folder.*no such folder"):
+        export(tmp_path / "bundle", tmp_path / "nowhere")
+
+
+def test_plain_onnx_runtime_runs_the_base_and_the_adapter(bundle: Path, chat: Path) -> None:
+    manifest, session = read_manifest(bundle), plain_session(bundle)
+    feed = decoder_feed(manifest, IDS, MASK)
+    adapter = ort.LoraAdapter()
+    adapter.Load(str(bundle / "adapters/chat/chat.onnx_adapter"))
+    options = ort.RunOptions()
+    options.add_active_adapter(adapter)
+    model, _, _ = load_adapted_model(chat)
+    for run_options, context in ((options, None), (None, model.disable_adapter())):
+        logits = session.run(["logits"], feed, run_options)[0][:, 0]
+        with torch.no_grad(), context or torch.no_grad():
+            expected = [model(torch.tensor([IDS[i][MASK[i] == 1].tolist()])).logits[0, -1].numpy() for i in (0, 1)]
+        assert np.abs(logits - np.stack(expected)).max() < 1e-3
+
+
+def test_the_standard_graph_goes_on_from_its_own_cache(bundle: Path) -> None:
+    manifest, session = read_manifest(bundle), plain_session(bundle)
+    whole = session.run(["logits"], decoder_feed(manifest, IDS[:1], MASK[:1]))[0]
+    first = decoder_feed(manifest, IDS[:1, :4], MASK[:1, :4])
+    names = [value.name for value in session.get_outputs()]
+    results = dict(zip(names, session.run(None, first), strict=True))
+    cache = {name.replace("present", "past_key_values"): value for name, value in results.items() if name != "logits"}
+    for i in range(4, 7):
+        feed = {"input_ids": IDS[:1, i : i + 1], "attention_mask": MASK[:1, : i + 1], **cache}
+        results = dict(zip(names, session.run(None, feed), strict=True))
+        cache = {name.replace("present", "past_key_values"): value for name, value in results.items() if name != "logits"}
+    assert np.abs(results["logits"] - whole).max() < 1e-4
+
+
+def test_the_graph_has_no_reshapes_and_one_attention_a_layer(bundle: Path) -> None:
+    import onnx
+
+    kinds = [node.op_type for node in onnx.load(str(bundle / "engine.onnx"), load_external_data=False).graph.node]
+    assert kinds.count("GroupQueryAttention") == 2 and not {"Reshape", "Transpose", "Sigmoid"} & set(kinds)
+    assert kinds.count("SkipSimplifiedLayerNormalization") == 4 and kinds.count("MatMul") == 2 * 4 * 3 + 1
+
+
+def test_a_tied_embedding_is_stored_once(chat: Path, bundle: Path, tmp_path: Path) -> None:
+    manifest = export(tmp_path / "int8", chat, precision="int8")
+    embedding = manifest.graph.vocab_size * manifest.graph.hidden_size
+    body = manifest.base.parameters - embedding
+    assert (tmp_path / "int8" / "model.onnx.data").stat().st_size < 1.25 * (embedding + body) + 2 * 256 * 16 * 4 + 60 * 4096
+
+
+def test_genai_config_names_the_graph_as_it_is(bundle: Path) -> None:
+    config = json.loads((bundle / "genai_config.json").read_text())["model"]
+    inputs = {value.name for value in plain_session(bundle).get_inputs()}
+    assert config["decoder"]["filename"] == "model.onnx" and config["decoder"]["num_hidden_layers"] == 2
+    assert {config["decoder"]["inputs"]["past_key_names"] % 1, "attention_mask", "input_ids"} <= inputs
+
+
+def test_onnx_adapter_and_peft_folder_hold_the_same_tensors(bundle: Path, chat: Path) -> None:
+    packed = pack_adapter(chat, read_manifest(bundle))
+    form = ort.AdapterFormat.read_adapter(str(bundle / "adapters/chat/chat.onnx_adapter"))
+    stored = {name: value.numpy() for name, value in form.get_parameters().items()}
+    assert stored.keys() == packed.tensors.keys()
+    assert all(np.array_equal(stored[name], packed.tensors[name]) for name in stored)
