@@ -1,0 +1,188 @@
+"""LoRA adapters through PEFT: put on a base, written to a folder, read back.
+
+The folder is PEFT's own (`adapter_config.json`, `adapter_model.safetensors`) and loads in PEFT unchanged;
+`edgetune_adapter.json` beside it says what PEFT has no field for: the base's digest, labels, prompt format, hashes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from edgetune import __version__
+from edgetune.errors import AdapterError, RecipeError
+from edgetune.files import sha256_file, whole_folder, write_json
+from edgetune.heads import HEAD, SequenceClassifier
+from edgetune.recipe import Parameters
+
+CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
+SCHEMA = 1
+ALL_LINEAR = "all-linear"
+TASKS = {"text-generation": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+UNUSED = ("pooler",)  # an encoder's own pooler: this head does not read it, an adapter there would learn nothing
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """`edgetune_adapter.json` without the hashes, which are computed when it is written."""
+
+    base: Mapping[str, str]  # {"name", "digest"}
+    task: str
+    labels: tuple[str, ...] | None = None
+    pooling: str | None = None
+    prompt_format: Mapping[str, Any] | None = None
+    generation: Mapping[str, Any] | None = None
+    max_length: int = 512  # tokens
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    edgetune_version: str = __version__
+
+
+def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
+    """Put a fresh adapter on `model`: base frozen, adapter (and head) trainable, ΔW = 0 at the start."""
+    names = target_names(model, parameters.target_modules)
+    for table, pattern in (("rank_pattern", parameters.rank_pattern), ("alpha_pattern", parameters.alpha_pattern)):
+        _check_pattern(pattern, names, table=table)
+    head = [HEAD] if isinstance(model, SequenceClassifier) else None
+    config = LoraConfig(
+        task_type=TASKS[task],
+        r=parameters.rank,
+        lora_alpha=_whole(parameters.alpha),
+        lora_dropout=parameters.dropout,
+        target_modules=names,
+        use_rslora=parameters.rslora,
+        use_dora=parameters.dora,
+        rank_pattern=dict(parameters.rank_pattern),
+        alpha_pattern={name: _whole(alpha) for name, alpha in parameters.alpha_pattern.items()},
+        modules_to_save=head,
+    )
+    return PeftModel(model, config)
+
+
+def target_names(model: nn.Module, target_modules: str | tuple[str, ...]) -> list[str]:
+    """The full names of the linear modules that get an adapter.
+
+    `target_modules` is "all-linear", a regular expression over full names (a string), or a list of names, each of which
+    matches a module of that name or whose name ends in `.name`; as in PEFT.
+    """
+    linears = dict(_linears(model))
+    if target_modules == ALL_LINEAR:
+        return list(linears)
+    if isinstance(target_modules, str):
+        found = [name for name in linears if re.fullmatch(target_modules, name)]
+        unmatched = [] if found else [target_modules]
+    else:
+        found = [name for name in linears if any(_ends_in(name, wanted) for wanted in target_modules)]
+        unmatched = [wanted for wanted in target_modules if not any(_ends_in(name, wanted) for name in linears)]
+    if unmatched:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise RecipeError(
+            f"target_modules {', '.join(map(repr, unmatched))} matches no linear layer of this base",
+            where="parameters.target_modules",
+            fix=f"There are: {', '.join(kinds)}; or \"{ALL_LINEAR}\" for all.",
+        )
+    return found
+
+
+def _check_pattern(pattern: Mapping[str, float], names: list[str], *, table: str) -> None:
+    """PEFT passes over a pattern that matches nothing; here that is an error."""
+    for key in pattern:
+        if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+            raise RecipeError(f"{key!r} matches no target module", where=f"parameters.{table}", got=key)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers of the body: not the output projection, not the head, not an unused pooler."""
+    find_output: Any = getattr(model, "get_output_embeddings", None)
+    output = find_output() if find_output is not None else None
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if linear and module is not output and not set(name.split(".")) & {HEAD, *UNUSED}:
+            yield name, module
+
+
+def _ends_in(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _whole(number: float) -> float | int:
+    """16.0 → 16: PEFT's own type for alpha is int, and other readers of its file expect that."""
+    return int(number) if float(number).is_integer() else number
+
+
+def save_adapter(model: PeftModel, folder: Path, metadata: AdapterMetadata) -> None:
+    """Write the adapter folder, whole or not at all; the same weights give the same bytes."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    contiguous = {name: tensors[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(tensors)}
+    with whole_folder(folder) as partial:
+        save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
+        write_json(partial / CONFIG, _config_dict(model, metadata))
+        files = {name: sha256_file(partial / name) for name in (WEIGHTS, CONFIG)}
+        write_json(partial / METADATA, {"schema": SCHEMA, **asdict(metadata), "files": files})
+
+
+def _config_dict(model: PeftModel, metadata: AdapterMetadata) -> dict[str, Any]:
+    """PEFT's config as JSON, sets sorted, no machine path in it."""
+    config = model.peft_config["default"].to_dict()
+    config["base_model_name_or_path"] = metadata.base["name"]
+    config["inference_mode"] = True
+    return {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in sorted(config.items())
+    }
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """`edgetune_adapter.json`, its hashes verified against the files beside it."""
+    path = folder / METADATA
+    try:
+        metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{folder} is not an adapter that edgetune trained", expected=METADATA, got="no such file",
+            fix="Name a run folder or its adapter folder.",
+        ) from error  # fmt: skip
+    except ValueError as error:
+        raise AdapterError(f"{path} is not JSON: {error}", fix="Train the adapter again.") from error
+    for name, expected in metadata["files"].items():
+        got = sha256_file(folder / name) if (folder / name).is_file() else "no such file"
+        if got != expected:
+            raise AdapterError(f"{folder / name} is damaged", expected=f"sha256 {expected}", got=got)
+    return metadata
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Put the adapter in `folder` on a base model, for inference; every tensor that does not fit is listed."""
+    config = LoraConfig.from_pretrained(str(folder))
+    adapted = PeftModel(model, config)
+    tensors = load_file(folder / WEIGHTS)
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    problems = _mismatches(expected, tensors)
+    if problems:
+        raise AdapterError(f"{folder} does not fit the base model", got="; ".join(problems))
+    set_peft_model_state_dict(adapted, tensors)
+    return adapted.eval()
+
+
+def _mismatches(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    missing = [f"missing {name}" for name in sorted(expected.keys() - got.keys())]
+    unknown = [f"unknown {name}" for name in sorted(got.keys() - expected.keys())]
+    shapes = [
+        f"{name} has shape {tuple(got[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & got.keys())
+        if expected[name].shape != got[name].shape
+    ]
+    return missing + unknown + shapes
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Number of weights that learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,126 @@
+"""Examples → batches: rows of like length together, padded to the longest row of the batch, in an order the seed fixes.
+
+The order is a pure function of (lengths, batch size, seed, epoch), so a position in the data is a step number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the label of a position without loss, as in torch's cross entropy
+POOL_BATCHES = 32  # rows are sorted by length within pools of this many batches: < 3 % padding on E2E, order still random
+
+
+class Example(Protocol):
+    """What batching needs of a tokenised row."""
+
+    @property
+    def input_ids(self) -> list[int]: ...
+    @property
+    def labels(self) -> list[int] | int: ...
+    @property
+    def row(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded rows."""
+
+    input_ids: Tensor  # (batch, seq) int64
+    attention_mask: Tensor  # (batch, seq) int64, 1 where there is a token
+    labels: Tensor  # (batch, seq) with IGNORE where there is no loss, or (batch,) classes
+    rows: tuple[int, ...]  # line numbers in the data file
+    tokens: int  # real tokens, padding not counted
+    targets: int  # positions (or rows) that carry loss
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Every row once, in batches of like length, in a random order of batches.
+
+    Rows are shuffled, cut into pools of POOL_BATCHES batches, and sorted by length within a pool; the last
+    batch of the epoch may be smaller.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    pool = batch_size * POOL_BATCHES
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool):
+        by_length = sorted(order[start : start + pool], key=lambda index: lengths[index])
+        batches += [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def steps(lengths: Sequence[int], batch_size: int, *, seed: int, total: int, start: int = 0) -> Iterator[list[int]]:
+    """The rows of steps `start` … `total - 1`, epoch after epoch."""
+    per_epoch = steps_per_epoch(len(lengths), batch_size)
+    epoch, order = -1, list[list[int]]()
+    for step in range(start, total):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = epoch_order(lengths, batch_size, seed=seed, epoch=epoch)
+        yield order[step % per_epoch]
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Optimizer steps that see every row once."""
+    return -(-rows // batch_size)
+
+
+def split(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut one step's rows into parts of at most `max_tokens` padded tokens, for gradient accumulation.
+
+    A row longer than that is a part of its own.
+    """
+    parts: list[list[int]] = []
+    for index in sorted(indices, key=lambda index: lengths[index]):
+        if parts and lengths[index] * (len(parts[-1]) + 1) <= max_tokens:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
+
+
+def in_order_of_length(lengths: Sequence[int], max_tokens: int, *, batch_size: int) -> list[list[int]]:
+    """Batches for measuring: every row once, shortest first, at most `max_tokens` padded tokens each."""
+    parts = split(range(len(lengths)), lengths, max_tokens)
+    return [part[at : at + batch_size] for part in parts for at in range(0, len(part), batch_size)]
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad on the right to the longest of these rows."""
+    longest = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids, dtype=torch.int64)
+        attention_mask[row, : len(example.input_ids)] = 1
+    labels = _collate_labels(examples, longest)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        rows=tuple(example.row for example in examples),
+        tokens=int(attention_mask.sum()),
+        # The label of a row's first token is never predicted: nothing stands before it.
+        targets=int((labels[:, 1:] != IGNORE).sum()) if labels.ndim == 2 else len(examples),
+    )
+
+
+def _collate_labels(examples: Sequence[Example], longest: int) -> Tensor:
+    labels = [example.labels for example in examples]
+    classes = [label for label in labels if isinstance(label, int)]
+    if len(classes) == len(labels):
+        return torch.tensor(classes, dtype=torch.int64)
+    padded = torch.full((len(examples), longest), IGNORE, dtype=torch.int64)
+    for row, label in enumerate(labels):
+        if isinstance(label, list):
+            padded[row, : len(label)] = torch.tensor(label, dtype=torch.int64)
+    return padded

@@ -1,0 +1,30 @@
+"""`edgetune train`: recipe → run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one setting of the recipe, e.g. stage.0.epochs=2 or parameters.rank=4; repeat for several.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder, instead of the recipe's out.")
+def command(recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Train an adapter as RECIPE (a .toml file) says and write the run folder."""
+    from edgetune.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides)  # before torch is imported: a typing error shows at once
+
+    from edgetune.training import run_recipe
+
+    summary = run_recipe(settings, out=out)
+    numbers = summary.metrics or {"train_loss": summary.train_loss}
+    click.echo(f"{summary.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))

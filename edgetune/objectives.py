@@ -1,0 +1,70 @@
+"""Objectives: functions of (model, batch) → (mean loss, number of positions it is the mean of)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgetune.batching import IGNORE, Batch
+
+
+class Objective(Protocol):
+    """What a stage minimises."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """The mean loss (a scalar with gradient) and the number of positions or rows it is the mean of."""
+
+
+def sft(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Next-token cross entropy at the positions that have labels."""
+    logits, targets = completion_logits(model, batch)
+    return F.cross_entropy(logits, targets), targets.numel()
+
+
+def sequence_classification(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
+    """Cross entropy of the class logits."""
+    logits = class_logits(model, batch)
+    return F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing), batch.labels.numel()
+
+
+def class_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Class logits (batch, labels) in fp32."""
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return logits.float()
+
+
+def completion_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (targets, vocab) in fp32 that predict the labelled tokens, and those tokens (targets,).
+
+    No attention mask goes in: with causal attention a token sees no later one, so the padding on the right
+    changes nothing before it.
+    """
+    next_labels = batch.labels[:, 1:]
+    labelled = next_labels != IGNORE
+    with projection_only_at(model, labelled):
+        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+    return logits.reshape(-1, logits.shape[-1]).float(), next_labels[labelled]
+
+
+@contextlib.contextmanager
+def projection_only_at(model: Any, labelled: Tensor) -> Iterator[None]:
+    """Let the output projection see only the hidden states where `labelled` (batch, seq - 1) is true.
+
+    On a small model the projection to the vocabulary costs as much as many layers. What a model does after it
+    (soft-capping, scaling) is element-wise and stays as it is; the logits come out as (1, targets, vocab).
+    """
+    positions = F.pad(labelled, (0, 1)).flatten().nonzero().squeeze(1)
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (hidden,) = inputs  # (batch, seq, hidden)
+        return (hidden.flatten(0, 1).index_select(0, positions).unsqueeze(0),)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()

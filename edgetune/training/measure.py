@@ -1,0 +1,107 @@
+"""Measurements on held-out rows: validation metrics, and what the adapter changes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgetune.batching import Batch, Example, collate, in_order_of_length
+from edgetune.metrics import accuracy, macro_f1
+from edgetune.objectives import class_logits, completion_logits
+from edgetune.training.precision import Precision, autocast
+
+TOKENS_AT_ONCE = 4096
+VALIDATION_TOKENS = 50_000  # of more, a validation takes rows at equal distances; `edgetune eval` takes them all
+EFFECT_TOKENS = 5_000
+
+Logits = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # (model, batch) → logits (n, classes), targets (n,)
+
+
+def batches_for_measuring(examples: Sequence[Example], *, pad_id: int, tokens: int, batch_size: int) -> list[Batch]:
+    """Batches over all rows, or over evenly spaced ones when there are more than `tokens` tokens."""
+    total = sum(len(example.input_ids) for example in examples)
+    keep = min(len(examples), max(1, len(examples) * tokens // max(1, total)))
+    chosen = [examples[at * len(examples) // keep] for at in range(keep)]
+    lengths = [len(example.input_ids) for example in chosen]
+    parts = in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=batch_size)
+    return [collate([chosen[i] for i in part], pad_id) for part in parts]
+
+
+def next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of the labelled tokens, and these tokens."""
+    return completion_logits(model, batch)
+
+
+def classes(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Class logits, and the classes."""
+    return class_logits(model, batch), batch.labels
+
+
+def measure_completions(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
+    """Cross entropy, perplexity and top-1 accuracy over the completion tokens."""
+    loss, hits, count = 0.0, 0, 0
+    for logits, targets in _outputs(model, batches, next_tokens, precision=precision):
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        hits += int((logits.argmax(-1) == targets).sum())
+        count += targets.numel()
+    mean = loss / count
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": hits / count}
+
+
+def measure_classes(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
+    """Cross entropy, accuracy and macro-F1."""
+    loss, predicted, expected = 0.0, list[str](), list[str]()
+    for logits, targets in _outputs(model, batches, classes, precision=precision):
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        predicted += map(str, logits.argmax(-1).tolist())
+        expected += map(str, targets.tolist())
+    return {
+        "loss": loss / len(expected),
+        "accuracy": accuracy(predicted, expected),
+        "macro_f1": macro_f1(predicted, expected),
+    }
+
+
+def adapter_effect(model: Any, batches: Sequence[Batch], outputs: Logits, *, precision: Precision) -> dict[str, float]:
+    """How far the answers with the adapter are from those without it.
+
+    `mean_kl`: KL(adapter on ‖ off) in nats; `mean_logit_change`: mean |Δ logit|; `top1_changed`: share of
+    positions with another best answer. All are 0 for an adapter that does nothing. Off also means the head as
+    it was before training.
+    """
+    with_adapter = _outputs(model, batches, outputs, precision=precision)
+    kl = change = changed = 0.0
+    count = 0
+    for batch, (on, _) in zip(batches, with_adapter, strict=True):
+        with adapter_off(model):
+            ((off, _),) = _outputs(model, [batch], outputs, precision=precision)
+        log_on, log_off = on.log_softmax(-1), off.log_softmax(-1)
+        kl += (log_on.exp() * (log_on - log_off)).sum().item()
+        change += (on - off).abs().mean(-1).sum().item()
+        changed += (on.argmax(-1) != off.argmax(-1)).sum().item()
+        count += len(on)
+    return {"mean_kl": kl / count, "mean_logit_change": change / count, "top1_changed": changed / count}
+
+
+@contextlib.contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The base model's own answers (a PEFT model's `disable_adapter`), in evaluation mode."""
+    with model.disable_adapter():
+        model.eval()
+        yield
+
+
+def _outputs(
+    model: nn.Module, batches: Iterable[Batch], outputs: Logits, *, precision: Precision
+) -> Iterator[tuple[Tensor, Tensor]]:
+    model.eval()
+    for batch in batches:
+        with torch.no_grad(), autocast(precision):
+            result = outputs(model, batch)
+        yield result

@@ -1,0 +1,30 @@
+"""What each method of a stage means to the loop: its objective and its validation. A new method is a new entry."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgetune.objectives import Objective, sequence_classification, sft
+from edgetune.recipe import Stage
+from edgetune.training.measure import Logits, classes, measure_classes, measure_completions, next_tokens
+
+
+@dataclass(frozen=True)
+class Method:
+    """The parts of training that depend on the method."""
+
+    objective: Callable[[Stage], Objective]
+    measure: Callable[..., dict[str, float]]  # (model, batches, *, precision) → validation metrics
+    outputs: Logits
+
+
+METHODS = {
+    "sft": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
+    "sequence-classification": Method(
+        objective=lambda stage: functools.partial(sequence_classification, label_smoothing=stage.label_smoothing),
+        measure=measure_classes,
+        outputs=classes,
+    ),
+}
