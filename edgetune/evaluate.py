@@ -1,0 +1,197 @@
+"""Task metrics of a run (in torch) or of a bundle (in the runtime) on a data file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgetune.data import Row, read_rows
+from edgetune.errors import DataError, InputError
+from edgetune.examples import labelled_rows
+from edgetune.metrics import accuracy, bleu, exact_match, is_json_task, json_exact_match, json_valid, macro_f1
+from edgetune.prompts import PromptFormat, render, split_messages
+
+BUNDLE_MANIFEST = "edgetune.json"
+ROWS_AT_ONCE = 16
+
+Prompt = str | list[dict[str, str]]  # the user's turn, or a conversation
+Advance = Callable[[int, int], None]  # (rows done, rows in all)
+
+
+class Answers(Protocol):
+    """Something that answers: a model in torch or a bundle."""
+
+    task: str
+    labels: tuple[str, ...] | None
+    prompt_format: PromptFormat
+
+    def classify(self, texts: Sequence[str]) -> list[str]:
+        """The label of each text."""
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The completion of each prompt, greedily."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured; `predictions` in the order of the file."""
+
+    source: str
+    adapter: str | None
+    task: str
+    data: str
+    data_digest: str
+    rows: int
+    skipped: int
+    metrics: dict[str, float]
+    seconds: float  # of answering, loading not counted
+    predictions: list[dict[str, Any]]  # {"line", "prediction", "label" | "references"}
+
+
+def evaluate(
+    folder: Path, data: Path, *, adapter: str | None = None, skip_invalid: bool = False, advance: Advance | None = None
+) -> Evaluation:
+    """Measure a run or adapter folder in torch, or a bundle in the runtime, on the rows of `data`.
+
+    The rows are read by the prompt format that was recorded with the adapter.
+    """
+    if (folder / BUNDLE_MANIFEST).is_file():
+        from edgetune.runtime import Runtime
+
+        with Runtime.open(folder) as runtime:
+            return measure(BundleAnswers(runtime, adapter), folder, data, skip_invalid=skip_invalid, advance=advance)
+    if adapter is not None:
+        raise InputError("--adapter chooses among a bundle's adapters", where=str(folder), got="a run, which has one")
+    from edgetune.torch_answers import TorchAnswers
+
+    return measure(TorchAnswers.open(folder), folder, data, skip_invalid=skip_invalid, advance=advance)
+
+
+def measure(
+    answers: Answers, folder: Path, data: Path, *, skip_invalid: bool = False, advance: Advance | None = None
+) -> Evaluation:
+    """Let `answers` answer every row, and compare."""
+    source = read_rows(data, skip_invalid)
+    started = time.perf_counter()
+    how = _measure_generation if answers.labels is None else _measure_classification
+    metrics, predictions, skipped = how(answers, source, skip_invalid, advance or (lambda done, total: None))
+    return Evaluation(
+        source=str(folder),
+        adapter=getattr(answers, "adapter", None),
+        task=answers.task,
+        data=str(data),
+        data_digest=source.digest,
+        rows=len(predictions),
+        skipped=source.skipped + skipped,
+        metrics=metrics,
+        seconds=time.perf_counter() - started,
+        predictions=predictions,
+    )
+
+
+Measured = tuple[dict[str, float], list[dict[str, Any]], int]
+
+
+def _measure_classification(answers: Answers, source: Any, skip_invalid: bool, advance: Advance) -> Measured:
+    rows, skipped = labelled_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    known = set(answers.labels or ())
+    for row in rows:
+        if row.label not in known:
+            raise DataError(
+                f'the adapter does not know the label "{row.label}"',
+                where=f"{source.source}, line {row.line}",
+                expected=f"one of {', '.join(sorted(known)[:8])}{' …' if len(known) > 8 else ''}",
+            )
+    predicted: list[str] = []
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        predicted += answers.classify([row.text for row in rows[at : at + ROWS_AT_ONCE]])
+        advance(len(predicted), len(rows))
+    expected = [row.label for row in rows]
+    metrics = {"accuracy": accuracy(predicted, expected), "macro_f1": macro_f1(predicted, expected)}
+    predictions = [
+        {"line": row.line, "prediction": label, "label": row.label} for row, label in zip(rows, predicted, strict=True)
+    ]
+    return metrics, predictions, skipped
+
+
+def _measure_generation(answers: Answers, source: Any, skip_invalid: bool, advance: Advance) -> Measured:
+    """Rows with the same prompt are one question with several references, as in E2E."""
+    questions, skipped = _questions(source, answers.prompt_format, skip_invalid=skip_invalid)
+    completions: list[str] = []
+    for at in range(0, len(questions), ROWS_AT_ONCE):
+        completions += answers.generate([q.prompt for q in questions[at : at + ROWS_AT_ONCE]])
+        advance(len(completions), len(questions))
+    references = [question.references for question in questions]
+    metrics = {"exact_match": exact_match(completions, references)}
+    if is_json_task(references):
+        metrics["json_exact_match"] = json_exact_match(completions, references)
+        metrics["json_valid"] = json_valid(completions)
+    else:
+        metrics["bleu"] = bleu(completions, references)
+    predictions = [
+        {"line": question.line, "prediction": completion, "references": question.references}
+        for question, completion in zip(questions, completions, strict=True)
+    ]
+    return metrics, predictions, skipped
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, the line where it first stands, and every completion that the file has for it."""
+
+    line: int
+    prompt: Prompt
+    references: list[str]
+
+
+def _questions(source: Any, form: PromptFormat, *, skip_invalid: bool) -> tuple[list[Question], int]:
+    found: dict[str, Question] = {}
+    skipped = 0
+    for row in source.rows:
+        try:
+            prompt, completion = _prompt_and_completion(row, form, where=f"{source.source}, line {row.line}")
+        except DataError:
+            if not skip_invalid:
+                raise
+            skipped += 1
+            continue
+        question = found.setdefault(json.dumps(prompt), Question(row.line, prompt, []))
+        question.references.append(completion)
+    if not found:
+        raise DataError("no row can be used", where=source.source, got=f"{skipped} invalid rows")
+    return list(found.values()), skipped
+
+
+def _prompt_and_completion(row: Row, form: PromptFormat, *, where: str) -> tuple[Prompt, str]:
+    if form.prompt is None or form.completion is None:
+        return split_messages(row.values, system=form.system, where=where)
+    prompt = render(form.prompt, row.values, where=where, field="prompt")
+    return prompt, render(form.completion, row.values, where=where, field="completion")
+
+
+class BundleAnswers:
+    """A bundle's answers with one of its adapters."""
+
+    def __init__(self, runtime: Any, adapter: str | None) -> None:
+        names = tuple(runtime.adapters)
+        if adapter is None and len(names) != 1:
+            raise InputError(
+                "which adapter?", where=str(runtime.folder), expected=f"--adapter with one of {', '.join(names)}"
+            )
+        self.runtime, self.adapter = runtime, adapter if adapter is not None else names[0]
+        packed = runtime.adapter(self.adapter)
+        self.labels = tuple(packed.labels) if packed.labels is not None else None
+        self.task = "text-generation" if self.labels is None else "sequence-classification"
+        self.prompt_format = PromptFormat(**(packed.prompt_format or {}))
+
+    def classify(self, texts: Sequence[str]) -> list[str]:
+        """The label of each text."""
+        return [answer.label for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The completion of each prompt, greedily, as long as the adapter's own limit allows."""
+        return [answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter)]

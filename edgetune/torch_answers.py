@@ -1,0 +1,72 @@
+"""A run's answers in torch: the reference that a bundle's answers are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgetune.errors import InputError
+from edgetune.examples import encode_prompts
+from edgetune.prompts import PromptFormat, chat_messages, chat_text
+from edgetune.runs import load_adapted_model
+
+MAX_NEW_TOKENS = 256  # where the adapter records no limit
+
+
+class TorchAnswers:
+    """The adapted model in fp32, greedy."""
+
+    def __init__(self, model: Any, tokenizer: Any, metadata: dict[str, Any]) -> None:
+        self.model, self.tokenizer, self.metadata = model.eval(), tokenizer, metadata
+        self.task: str = metadata["task"]
+        self.labels = tuple(metadata["labels"]) if metadata["labels"] is not None else None
+        self.prompt_format = PromptFormat(**(metadata["prompt_format"] or {}))
+
+    @classmethod
+    def open(cls, folder: Path) -> TorchAnswers:
+        """Load a run or adapter folder."""
+        return cls(*load_adapted_model(folder))
+
+    @torch.no_grad()
+    def classify(self, texts: Sequence[str]) -> list[str]:
+        """The label of each text; longer ones are cut to the length the adapter was trained with."""
+        limit = self.metadata["max_length"]
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        labels = self.labels or ()
+        return [labels[index] for index in logits.argmax(-1).tolist()]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[str]:
+        """The completion of each prompt, greedily, up to the end token or the adapter's own limit."""
+        rows = encode_prompts([self._text(prompt) for prompt in prompts], self.prompt_format.template, self.tokenizer)
+        longest = max(map(len, rows))
+        limit = (self.metadata["generation"] or {}).get("max_new_tokens", MAX_NEW_TOKENS)
+        positions = getattr(self.model.config, "max_position_embeddings", longest + limit)
+        if longest >= positions:
+            raise InputError(
+                "a prompt is longer than the context", expected=f"at most {positions - 1} tokens", got=str(longest)
+            )
+        pad = self.tokenizer.eos_token_id
+        input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        output = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=min(limit, positions - longest),
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=pad,
+        )
+        completions: list[str] = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        return completions
+
+    def _text(self, prompt: str | list[dict[str, str]]) -> str:
+        if isinstance(prompt, list):
+            return chat_text(self.tokenizer, prompt)
+        if self.prompt_format.template == "chat":
+            return chat_text(self.tokenizer, chat_messages(prompt, system=self.prompt_format.system))
+        return prompt
