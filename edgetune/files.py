@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            os.replace(partial, path)
+            partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -49,7 +48,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes `path`'s place, else it is removed."""
-    path = Path(os.path.abspath(path))
+    path = path.absolute()
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
     with output_errors(path):
         partial.mkdir(parents=True)
@@ -57,12 +56,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
             yield partial
             old = path.with_name(f"{partial.name}-old")
             if path.exists():
-                os.replace(path, old)
+                path.replace(old)
             try:
-                os.replace(partial, path)
+                partial.replace(path)
             except OSError:
                 if old.exists():
-                    os.replace(old, path)
+                    old.replace(path)
                 raise
             if old.is_dir():
                 shutil.rmtree(old)

@@ -15,7 +15,15 @@ from edgetune.adapters import load_adapter
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, ExportError, OutputError
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
-from edgetune.export.graphfile import DATA, ENGINE, STANDARD, standard_decoder, standard_encoder, write_data, write_graph
+from edgetune.export.graphfile import (
+    DATA,
+    ENGINE,
+    STANDARD,
+    standard_decoder,
+    standard_encoder,
+    write_data,
+    write_graph,
+)
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
 from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, torch_outputs
@@ -25,7 +33,17 @@ from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.heads import SequenceClassifier
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
-from edgetune.runtime.manifest import MANIFEST, SCHEMA, AdapterEntry, BaseInfo, FileInfo, GraphInfo, HeadInfo, Manifest, Site
+from edgetune.runtime.manifest import (
+    MANIFEST,
+    SCHEMA,
+    AdapterEntry,
+    BaseInfo,
+    FileInfo,
+    GraphInfo,
+    HeadInfo,
+    Manifest,
+    Site,
+)
 from edgetune.runtime.manifest import Precision as PrecisionInfo
 
 Say = Callable[[str], None]

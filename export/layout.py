@@ -6,6 +6,8 @@ Each pass takes and changes an `ir.Graph` whose linear layers are still `edgetun
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -43,7 +45,7 @@ def drop_dead(model: ir.Model) -> None:
 
 def new_node(
     graph: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value | None], *, domain: str = "", outputs: int = 1,
-    attributes: dict[str, object] | None = None, name: str = "",
+    attributes: Mapping[str, Any] | None = None, name: str = "",
 ) -> list[ir.Value]:  # fmt: skip
     """Insert a node and return its outputs."""
     node = ir.node(op, inputs, attributes=attributes, domain=domain, num_outputs=outputs, name=name or None)  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from edgetune.errors import EdgetuneError
 from edgetune.export.proof import Outputs
@@ -75,9 +74,9 @@ def _on() -> Iterator[None]:
 
 
 @contextmanager
-def _low_rank_off(model: nn.Module) -> Iterator[None]:
+def _low_rank_off(model: Any) -> Iterator[None]:
     """The low-rank change off, a trained head kept: PEFT's own switch would bring the untrained head back."""
-    layers = [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "enable_adapters")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "enable_adapters")]
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -154,7 +154,7 @@ def trace_decoder(model: PreTrainedModel, *, max_length: int) -> ir.Model:
         torch.tensor(SEQ, dtype=torch.int32), torch.zeros(BATCH, KEEP, dtype=torch.int64), past,
     )  # fmt: skip
     batch, seq, keep, capacity = (torch.export.Dim(name) for name in ("batch", "sequence", "kept", "capacity"))
-    dynamic = ({0: batch, 1: seq}, {0: batch}, {}, {0: batch, 1: keep}, [({0: batch, 2: capacity},) * 2 for _ in past])
+    dynamic: Any = ({0: batch, 1: seq}, {0: batch}, {}, {0: batch, 1: keep}, [({0: batch, 2: capacity},) * 2 for _ in past])
     pairs = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
     return _trace(
         _Decoder(model, max_length), args, dynamic, "edgetune_decoder", model,

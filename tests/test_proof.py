@@ -17,7 +17,7 @@ def outputs(logits: np.ndarray) -> Outputs:
     return Outputs(logits, logits)
 
 
-def proof(shipped: np.ndarray, shipped_off: np.ndarray, precision: str = "int8", change: np.ndarray = CHANGE):  # noqa: ANN201
+def proof(shipped: np.ndarray, shipped_off: np.ndarray, precision: str = "int8", change: np.ndarray = CHANGE):
     return prove(
         trained=outputs(BASE + change), trained_off=outputs(BASE), shipped=outputs(shipped), shipped_off=outputs(shipped_off), precision=precision
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -54,6 +55,7 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every error a user can cause is one line on stderr."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries plan among themselves
     try:
         result: Any = cli.main(args=args, standalone_mode=False)
     except click.exceptions.Abort:
