@@ -1,0 +1,192 @@
+"""Decode and prefill speed of a bundle beside its peers, interleaved in one run; a table, then one JSON line.
+
+    python benchmarks/decode.py --bundle BUNDLE [--adapter NAME] [--plain BUNDLE]
+                                [--genai FOLDER --genai-python PYTHON] [--llama FILE.gguf --llama-python PYTHON]
+
+Every engine is a worker process of its own, loaded once and asked in turns, so that a drifting machine hits all alike.
+A round is one prompt of 256 tokens and 128 greedy tokens, batch 1. Medians over rounds; memory is the worker's peak.
+Peers live in their own virtual environments: pip install onnxruntime-genai==0.18.0, llama-cpp-python==0.3.36.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PROMPT, NEW = 256, 128
+Round = Callable[[], tuple[float, float]]  # → seconds to the first token, seconds for the other tokens
+
+
+def prompt_ids() -> list[int]:
+    """The same pseudo-random prompt everywhere."""
+    return [100 + (i * 7919) % 40000 for i in range(PROMPT)]
+
+
+def edgetune_rounds(bundle: str, adapter: str, threads: int) -> Round:
+    """Our runtime's decoder engine, adapter bound or not."""
+    from edgetune.runtime import Runtime
+
+    runtime = Runtime.open(bundle, threads=threads, verify=False)
+    bound = runtime.bound(adapter) if adapter else None
+
+    def once() -> tuple[float, float]:
+        start = time.perf_counter()
+        state, logits = runtime.decoder.start([prompt_ids()], [bound], capacity=PROMPT + NEW)
+        token = int(logits[0].argmax())
+        first = time.perf_counter()
+        for _ in range(NEW - 1):
+            token = int(state.step([token])[0].argmax())
+        return first - start, time.perf_counter() - first
+
+    return once
+
+
+def genai_rounds(folder: str, adapter: str, threads: int) -> Round:
+    """onnxruntime-genai's own generator; an adapter is an `.onnx_adapter` file."""
+    import onnxruntime_genai as og
+
+    config = og.Config(folder)
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = og.Model(config)
+    adapters = og.Adapters(model)
+    if adapter:
+        adapters.load(adapter, "a")
+
+    def once() -> tuple[float, float]:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=PROMPT + NEW, min_length=PROMPT + NEW, do_sample=False)
+        generator = og.Generator(model, params)
+        if adapter:
+            generator.set_active_adapter(adapters, "a")
+        start = time.perf_counter()
+        generator.append_tokens(prompt_ids())
+        generator.generate_next_token()
+        first = time.perf_counter()
+        for _ in range(NEW - 1):
+            generator.generate_next_token()
+        return first - start, time.perf_counter() - first
+
+    return once
+
+
+def llama_rounds(file: str, adapter: str, threads: int) -> Round:
+    """llama.cpp through llama-cpp-python; an adapter is a GGUF LoRA."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        file, n_ctx=PROMPT + NEW + 8, n_threads=threads, n_threads_batch=threads, lora_path=adapter or None, verbose=False, logits_all=False
+    )
+
+    def once() -> tuple[float, float]:
+        model.reset()
+        start = time.perf_counter()
+        model.eval(prompt_ids())
+        token = int(model.scores[model.n_tokens - 1].argmax())
+        first = time.perf_counter()
+        for _ in range(NEW - 1):
+            model.eval([token])
+            token = int(model.scores[model.n_tokens - 1].argmax())
+        return first - start, time.perf_counter() - first
+
+    return once
+
+
+ENGINES = {"edgetune": edgetune_rounds, "genai": genai_rounds, "llama": llama_rounds}
+
+
+def worker(engine: str, model: str, adapter: str, threads: int) -> None:
+    """Load, say so, then run a round for every line read."""
+    loaded = time.perf_counter()
+    once = ENGINES[engine](model, adapter, threads)
+    print(json.dumps({"load_s": time.perf_counter() - loaded}), flush=True)
+    for _ in sys.stdin:
+        first, rest = once()
+        print(json.dumps({"prefill": PROMPT / first, "decode": (NEW - 1) / rest, "peak_mb": peak_mb()}), flush=True)
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process, MB."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def configurations(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """(title, worker command) of everything asked for."""
+    def command(python: str, engine: str, model: str, adapter: str = "") -> list[str]:
+        return [python, __file__, "--worker", engine, model, adapter, str(options.threads)]
+
+    yield "edgetune, adapter inputs, none active", command(sys.executable, "edgetune", options.bundle)
+    yield "edgetune, adapter active", command(sys.executable, "edgetune", options.bundle, options.adapter)
+    if options.plain:
+        yield "edgetune, no adapter inputs", command(sys.executable, "edgetune", options.plain)
+    if options.genai:
+        yield "onnxruntime-genai", command(options.genai_python, "genai", options.genai)
+    if options.genai_adapter_model:
+        yield "onnxruntime-genai, adapter active", command(options.genai_python, "genai", options.genai_adapter_model, options.genai_adapter)
+    if options.llama:
+        yield "llama.cpp", command(options.llama_python, "llama", options.llama)
+    if options.llama_adapter:
+        yield "llama.cpp, adapter active", command(options.llama_python, "llama", options.llama, options.llama_adapter)
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Interleaved rounds → medians by configuration."""
+    workers = {}
+    for title, command in configurations(options):
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        workers[title] = (process, json.loads(_line(process)), [])
+    for round_number in range(options.rounds + 1):  # the first is warm-up
+        for process, _, rows in workers.values():
+            assert process.stdin is not None
+            print("go", file=process.stdin, flush=True)
+            row = json.loads(_line(process))
+            if round_number:
+                rows.append(row)
+    results = {}
+    for title, (process, loaded, rows) in workers.items():
+        process.kill()
+        middle = {key: statistics.median(row[key] for row in rows) for key in ("prefill", "decode")}
+        results[title] = {**loaded, **middle, "peak_mb": rows[-1]["peak_mb"], "decode_rounds": [round(row["decode"], 1) for row in rows]}
+    return results
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    while True:
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a worker stopped: {' '.join(map(str, process.args))}")  # type: ignore[arg-type]
+        if line.startswith("{"):
+            return line
+
+
+def main() -> None:
+    if len(sys.argv) > 2 and sys.argv[1] == "--worker":
+        worker(*sys.argv[2:5], int(sys.argv[5]))  # type: ignore[misc]
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", required=True)
+    parser.add_argument("--adapter", default="")
+    for name in ("plain", "genai", "genai-adapter-model", "genai-adapter", "llama", "llama-adapter"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--genai-python", default=sys.executable)
+    parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    results = measure(parser.parse_args())
+    print(f"{'configuration':<42}{'decode tok/s':>14}{'prefill tok/s':>15}{'peak MB':>9}{'load s':>8}")
+    for title, row in results.items():
+        print(f"{title:<42}{row['decode']:>14.1f}{row['prefill']:>15.0f}{row['peak_mb']:>9.0f}{row['load_s']:>8.2f}")
+    print(json.dumps({"benchmark": "decode", "prompt": PROMPT, "new": NEW, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
