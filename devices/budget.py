@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -52,7 +53,7 @@ def check_budget(values: Mapping[str, Any], *, where: str) -> Budget:
         if key not in known:
             short = [k for k in known if timed_key(k) is None or "_p" not in k]
             raise DeviceError(f"unknown budget key {key!r}", where=where, expected=", ".join(short), got=key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise DeviceError(
                 f"the limit of {key} is wrong", where=where, expected="a number above 0", got=repr(value)
             )

@@ -114,11 +114,16 @@ def device_from_dict(values: Mapping[str, Any], *, where: str) -> Device:
     ]
     if missing := [name for name in required if name not in values]:
         raise DeviceError(f"missing key {missing[0]!r}", where=where)
+    for name, kind in TYPES.items():
+        if name in values and not isinstance(values[name], kind):
+            expected, got = f"a {'string' if kind is str else 'list'}", repr(values[name])
+            raise DeviceError(f"{name} is wrong", where=where, expected=expected, got=got)
     sources = tuple(_source(entry, where=where) for entry in values.get("source", []))
     budget = values.get("budget", {})
-    if not isinstance(budget, dict) or (wrong := sorted(set(budget) - set(KINDS))):
+    tables = isinstance(budget, dict) and all(isinstance(table, dict) for table in budget.values())
+    if not tables or set(budget) - set(KINDS):
         raise DeviceError(
-            "budgets are tables", where=where, expected="[budget.decoder], [budget.encoder]", got=str(wrong)
+            "budgets are tables", where=where, expected="[budget.decoder], [budget.encoder]", got=str(budget)
         )
     limits = {kind: check_budget(table, where=f"{where}, budget.{kind}") for kind, table in budget.items()}
     plain = {k: v for k, v in values.items() if k not in ("source", "budget")}
@@ -128,6 +133,9 @@ def device_from_dict(values: Mapping[str, Any], *, where: str) -> Device:
     return device
 
 
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "name": str, "title": str, "arch": str, "cpu": str, "notes": str, "features": (list, tuple), "source": (list, tuple)
+}  # fmt: skip
 FIGURES = ("cores", "clock_ghz", "fp32_flops_per_cycle", "memory_mb", "memory_bandwidth_gb_s")
 
 

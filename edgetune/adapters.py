@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from edgetune import __version__
@@ -77,15 +77,16 @@ def target_names(model: nn.Module, target_modules: str | tuple[str, ...]) -> lis
     if target_modules == ALL_LINEAR:
         return list(linears)
     if isinstance(target_modules, str):
-        found = [name for name in linears if re.fullmatch(target_modules, name)]
+        pattern = _pattern(target_modules, where="parameters.target_modules")
+        found = [name for name in linears if pattern.fullmatch(name)]
         unmatched = [] if found else [target_modules]
     else:
         found = [name for name in linears if any(_ends_in(name, wanted) for wanted in target_modules)]
         unmatched = [wanted for wanted in target_modules if not any(_ends_in(name, wanted) for name in linears)]
-    if unmatched:
+    if unmatched or not found:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise RecipeError(
-            f"target_modules {', '.join(map(repr, unmatched))} matches no linear layer of this base",
+            f"target_modules {', '.join(map(repr, unmatched)) or '[]'} matches no linear layer of this base",
             where="parameters.target_modules",
             fix=f"There are: {', '.join(kinds)}; or \"{ALL_LINEAR}\" for all.",
         )
@@ -95,8 +96,16 @@ def target_names(model: nn.Module, target_modules: str | tuple[str, ...]) -> lis
 def _check_pattern(pattern: Mapping[str, float], names: list[str], *, table: str) -> None:
     """PEFT passes over a pattern that matches nothing; here that is an error."""
     for key in pattern:
+        _pattern(key, where=f"parameters.{table}")
         if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
             raise RecipeError(f"{key!r} matches no target module", where=f"parameters.{table}", got=key)
+
+
+def _pattern(text: str, *, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise RecipeError(f"not a regular expression: {error}", where=where, got=text) from error
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -123,7 +132,7 @@ def save_adapter(model: PeftModel, folder: Path, metadata: AdapterMetadata) -> N
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     contiguous = {name: tensors[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(tensors)}
     with whole_folder(folder) as partial:
-        save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / WEIGHTS).write_bytes(save(contiguous, metadata={"format": "pt"}))  # a full disk is then an OSError
         write_json(partial / CONFIG, _config_dict(model, metadata))
         files = {name: sha256_file(partial / name) for name in (WEIGHTS, CONFIG)}
         write_json(partial / METADATA, {"schema": SCHEMA, **asdict(metadata), "files": files})
@@ -152,10 +161,14 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         ) from error  # fmt: skip
     except ValueError as error:
         raise AdapterError(f"{path} is not JSON: {error}", fix="Train the adapter again.") from error
+    if not isinstance(metadata, dict) or (missing := sorted({"base", "files", "task"} - set(metadata))):
+        got = f"none for {', '.join(missing)}" if isinstance(metadata, dict) else type(metadata).__name__
+        raise AdapterError(f"{path} is no adapter's description", expected="base, files, task …", got=got, fix="Train the adapter again.")
     for name, expected in metadata["files"].items():
         got = sha256_file(folder / name) if (folder / name).is_file() else "no such file"
         if got != expected:
-            raise AdapterError(f"{folder / name} is damaged", expected=f"sha256 {expected}", got=got)
+            expected, got = f"sha256 {expected[:16]}…", got if got == "no such file" else f"{got[:16]}…"
+            raise AdapterError(f"{folder / name} is damaged", expected=expected, got=got, fix="Copy it again from where it was trained.")
     return metadata
 
 

@@ -18,6 +18,15 @@ Library code raises these; only the command line turns them into exit codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+
+def listed(problems: Sequence[str], what: str) -> str:
+    """One problem as it is; several under their number, each on a line of its own."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} {what}:" + "".join(f"\n  {line}" for line in problems)
+
 
 class EdgetuneError(Exception):
     """One line for a person: where, what, expected, got, what to do."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from edgetune.errors import OutputError
 
 CHUNK = 1 << 20
 PARTIAL = ".partial-"
+TEMPORARY = re.compile(rf"{re.escape(PARTIAL)}[0-9a-f]{{8}}-")
 
 
 def sha256_file(path: Path) -> str:
@@ -36,7 +38,7 @@ def sha256_text(text: str) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed onto `path`, else removed."""
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
-    with output_errors(path):
+    with output_errors(path, partial):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -48,9 +50,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes `path`'s place, else it is removed."""
-    path = path.absolute()
+    path = path.resolve()  # a link stays, what it leads to is replaced
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
-    with output_errors(path):
+    with output_errors(path, partial):
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -59,7 +61,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 path.replace(old)
             try:
                 partial.replace(path)
-            except OSError:
+            except BaseException:
                 if old.exists():
                     old.replace(path)
                 raise
@@ -72,8 +74,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into one clear line."""
+def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into one clear line. `partial` is what is made on the way to `path`."""
     reasons = {
         errno.EACCES: "it is not writable",
         errno.EROFS: "it is on a read-only file system",
@@ -83,15 +85,20 @@ def output_errors(path: Path) -> Iterator[None]:
         errno.ENOTDIR: "a part of the path is a file, not a folder",
         errno.EEXIST: "a part of the path is a file, not a folder",
         errno.EISDIR: "it is a folder",
+        errno.ENAMETOOLONG: "its name is too long",
+        errno.EBUSY: "it is in use, or a mount point, which cannot be replaced; name a folder inside it",
+        errno.EXDEV: "it is a mount point, which cannot be replaced; name a folder inside it",
     }
     try:
         yield
     except OSError as error:
-        if error.errno not in reasons:
+        reason = reasons.get(error.errno or 0)
+        if error.errno == errno.ENOENT and partial is not None and Path(error.filename or "") in (partial, *partial.parents):
+            reason = "nothing can be made there"  # as in /proc
+        if reason is None:
             raise
-        raise OutputError(
-            f"cannot write {path}: {reasons[error.errno]}", fix="Nothing was left behind; choose another --out or free the place."
-        ) from error
+        shown = TEMPORARY.sub("", str(path))  # a file of a folder that is being made, by its final name
+        raise OutputError(f"cannot write {shown}: {reason}", fix="Nothing was left behind; choose another place, or free this one.") from error
 
 
 def write_text(path: Path, text: str) -> None:

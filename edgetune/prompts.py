@@ -81,6 +81,10 @@ def render(template: str, values: Mapping[str, Any], *, where: str, field: str) 
         raise _missing(template, values, where=where, field=field, reason=str(error.message)) from error
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise DataError(f"data.{field} cannot be rendered: {error}", where=where, got=template) from error
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+        raise DataError(f"the {field} is not valid Unicode", where=where, expected="UTF-8 text", got=repr(text)[:60]) from error
     if not text.strip():
         raise DataError(
             f"the {field} is empty",

@@ -94,9 +94,8 @@ def _plots(records: Sequence[Record]) -> Iterable[str]:
     held_out = _in_one_row([r for r in records if r["kind"] == "validation"], records)
     yield line_chart("Loss", [_series("training", train, "loss", 1), _series("validation", held_out, "loss", 2)])
     shares = [name for name in ("accuracy", "macro_f1", "token_accuracy") if any(name in r for _, r in held_out)]
-    yield line_chart(
-        "Validation", [_series(_words(name), held_out, name, color) for color, name in enumerate(shares, start=2)]
-    )
+    title = f"Validation {_words(shares[0])}" if len(shares) == 1 else "Validation"
+    yield line_chart(title, [_series(_words(name), held_out, name, color) for color, name in enumerate(shares, start=2)])
     if any("perplexity" in r for _, r in held_out):
         yield line_chart("Validation perplexity", [_series("perplexity", held_out, "perplexity", 2)])
     yield line_chart("Learning rate", [_series("learning rate", train, "learning_rate", 3)], from_zero=True)
@@ -121,7 +120,8 @@ def _results(summary: Mapping[str, Any]) -> str:
         for name, value in summary["metrics"].items()
     ]
     rows.append(("training loss (last)", "–", f"{summary['train_loss']:.4f}"))
-    return _table(("validation", "base", "with the adapter"), rows)
+    without = "frozen base + logistic regression" if "accuracy" in base else "base"
+    return _table(("validation", without, "with the adapter"), rows)
 
 
 def _effect(summary: Mapping[str, Any]) -> str:

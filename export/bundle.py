@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgetune import __version__
-from edgetune.adapters import load_adapter
+from edgetune.adapters import load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, ExportError, OutputError
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
@@ -33,6 +33,7 @@ from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.heads import SequenceClassifier
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
+from edgetune.runtime.lora import WEIGHTS, read_lora, refuse_if
 from edgetune.runtime.manifest import (
     MANIFEST,
     SCHEMA,
@@ -48,6 +49,7 @@ from edgetune.runtime.manifest import Precision as PrecisionInfo
 
 Say = Callable[[str], None]
 MODES = ("separate", "merged")
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a folder of the bundle
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
 
@@ -57,19 +59,15 @@ class Source:
 
     name: str
     folder: Path
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Any]  # edgetune_adapter.json; empty for an adapter of another tool
+    config: Mapping[str, Any]  # PEFT's adapter_config.json
+    modules: frozenset[str]  # where it has low-rank weights
 
     @property
     def labels(self) -> tuple[str, ...] | None:
         """The head's labels, in the order of its rows."""
         labels = self.metadata.get("labels")
         return tuple(labels) if labels is not None else None
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """PEFT's adapter_config.json."""
-        value: dict[str, Any] = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return value
 
 
 def export_bundle(
@@ -106,14 +104,27 @@ def _check_place(out: Path) -> None:
 
 
 def _source(name: str, folder: Path) -> Source:
+    """A run or PEFT folder, its files read and checked before anything is traced."""
+    if not NAME.fullmatch(name):
+        raise ExportError(
+            f"{name!r} cannot be an adapter's name", expected="letters, digits, - _ .", fix="It becomes a folder of the bundle."
+        )
     inner = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
     if not (inner / "adapter_config.json").is_file():
         raise AdapterError(
             "no adapter here", where=str(folder), expected="a run folder of `edgetune train`, or a PEFT adapter folder",
-            got="no such folder" if not folder.exists() else "a folder without adapter_config.json",
+            got=_what_is(folder),
         )  # fmt: skip
-    metadata = inner / "edgetune_adapter.json"
-    return Source(name, inner, json.loads(metadata.read_text(encoding="utf-8")) if metadata.is_file() else {})
+    read = read_lora(inner)
+    refuse_if([problem for problem in read.problems if problem.startswith(WEIGHTS)], inner)
+    metadata = read_metadata(inner) if read.metadata is not None else {}
+    return Source(name, inner, metadata, read.config, frozenset(read.modules or ()))
+
+
+def _what_is(folder: Path) -> str:
+    if not folder.exists():
+        return "no such folder"
+    return "a bundle; its adapters are in its folder adapters" if (folder / MANIFEST).is_file() else "a folder without adapter_config.json"
 
 
 def _check(sources: Sequence[Source], mode: str, precision: Precision) -> None:
@@ -121,6 +132,8 @@ def _check(sources: Sequence[Source], mode: str, precision: Precision) -> None:
         raise ExportError("unknown mode", expected=" or ".join(MODES), got=mode)
     if precision.weights not in BOUNDS:
         raise ExportError("unknown precision", expected=", ".join(BOUNDS), got=precision.weights)
+    if not sources:
+        raise ExportError("there is no adapter to export", expected="--adapter NAME=RUN, once or several times")
     names = [source.name for source in sources]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise ExportError(f"two adapters are named {double[0]!r}", fix="Give each --adapter NAME=RUN its own name.")
@@ -223,8 +236,7 @@ def _graph(
 
 def _untouched(sources: Sequence[Source]) -> frozenset[str]:
     """The output projection gets adapter inputs only when an adapter of this bundle was trained there."""
-    targets = " ".join(str(source.config.get("target_modules")) for source in sources)
-    return frozenset() if "lm_head" in targets else frozenset({"lm_head"})
+    return frozenset({"lm_head"}) - frozenset[str]().union(*(source.modules for source in sources))
 
 
 def _write_graphs(graph: ir.Model, folder: Path, *, base: Base, precision: Precision, mode: str) -> None:
@@ -246,7 +258,7 @@ def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) 
     )  # fmt: skip
     if manifest.mode == "merged":
         return replace(entry, path=None)
-    packed = pack_adapter(folder / place, manifest, name=source.name)
+    packed = pack_adapter(source.folder, manifest, name=source.name)
     for note in packed.notes:
         say(f"adapter {source.name}: {note}")
     onnx_adapter = place / f"{source.name}.onnx_adapter"
@@ -297,6 +309,8 @@ def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> 
     if base.digest != manifest.base.digest:
         raise ExportError("the base model here is another one", expected=manifest.base.digest, got=base.digest)
     sources = [_source(entry.name, folder / "adapters" / entry.name) for entry in manifest.adapters]
+    if missing := sorted({source.name for source in sources} - set(manifest.proof.get("probe", {}))):
+        raise ExportError(f"the manifest holds no probe for {missing[0]}", where=str(folder), fix="Export the bundle again.")
     return prove_bundle(folder, manifest, base, sources, manifest.proof["probe"], threads=threads)
 
 

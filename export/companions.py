@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgetune.bases import Base
+from edgetune.errors import OutputError
 from edgetune.export.graphfile import STANDARD
 from edgetune.files import write_json
 from edgetune.runtime.adapters import PackedAdapter
@@ -97,4 +98,10 @@ def write_onnx_adapter(packed: PackedAdapter, path: Path) -> None:
     form.set_adapter_version(1)
     form.set_model_version(1)
     form.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in packed.tensors.items()})
-    form.export_adapter(str(path))
+    try:
+        form.export_adapter(str(path))
+    except RuntimeError as error:  # ONNX Runtime's own words name neither the reason nor the place
+        free = shutil.disk_usage(path.parent).free
+        raise OutputError(
+            f"ONNX Runtime cannot write {path.name}", expected=f"{packed.nbytes} free bytes", got=str(free), fix="Choose another --out or free the place."
+        ) from error

@@ -6,7 +6,7 @@ y = W₀x + (xA)B with A (group, in, rank) and B (group, rank, out); group is 1 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from edgetune.errors import ExportError
 from edgetune.export.layout import MICROSOFT, constant, drop_dead, new_node, replace
 from edgetune.export.trace import DOMAIN
 from edgetune.quantiser import Quantised, quantise
@@ -32,12 +33,25 @@ class Precision:
     symmetric: bool = True
     overrides: Mapping[str, str] = field(default_factory=dict)
 
-    def bits(self, modules: list[str]) -> int:
+    def bits(self, modules: Sequence[str]) -> int:
         """0 for float, else 4 or 8, of a linear layer made of these modules."""
-        for ending, name in self.overrides.items():
-            if any(path == ending or path.endswith(f".{ending}") for path in modules):
-                return BITS[name]
-        return BITS[self.weights]
+        asked = self.override(modules)
+        return BITS[self.weights] if asked is None else asked
+
+    def override(self, modules: Sequence[str]) -> int | None:
+        """The bits that an override asks for, where one names any of these modules."""
+        return next((BITS[name] for ending, name in self.overrides.items() if _named(ending, modules)), None)
+
+    def check(self, modules: Sequence[str]) -> None:
+        """ExportError for an override that names none of the graph's modules: it would silently do nothing."""
+        for ending in self.overrides:
+            if not _named(ending, modules):
+                endings = sorted({path.rpartition(".")[2] for path in modules})
+                raise ExportError(f"no module is called {ending!r}", where="--keep", expected=", ".join(endings), got=ending)
+
+
+def _named(ending: str, modules: Sequence[str]) -> bool:
+    return any(path == ending or path.endswith(f".{ending}") for path in modules)
 
 
 class _Lowering:
@@ -90,14 +104,10 @@ class _Lowering:
         ids, table = node.inputs
         module = node.attributes["module"].as_string()
         assert table is not None
-        bits = self.precision.bits([module])
-        tied = self.quantised.get(table.name or "")
-        if tied is None and (not bits or module != input_embedding(self.graph)):
+        q = self._table(module, table)
+        if q is None:
             weight = constant(self.graph, f"{module}.weight", _torch(table).numpy())
             return new_node(self.graph, node, "Gather", [weight, ids], name=module)[0]
-        q = tied or quantise(_torch(table), bits=8, block_size=self.precision.block_size)
-        if q.columns % q.block_size:
-            raise ValueError(f"{module}: width {q.columns} is no multiple of the block size {q.block_size}")
         zeros = q.packed_zeros()
         inputs = [
             constant(self.graph, f"{module}.weight", q.packed().flatten(1).numpy()),
@@ -109,6 +119,23 @@ class _Lowering:
         return new_node(self.graph, node, "GatherBlockQuantized", inputs, domain=MICROSOFT, attributes=attributes, name=module)[0]
 
 
+    def _table(self, module: str, table: ir.Value) -> Quantised | None:
+        """An embedding's quantised rows, or None where they stay float.
+
+        What is asked for by name; else those of the tied output projection; else 8 bits for the token embedding of a
+        quantised model (4 would cost too much there) and float for the small ones. The engine's operator wants whole blocks.
+        """
+        asked = self.precision.override([module])
+        tied = self.quantised.get(table.name or "")
+        is_input = module == input_embedding(self.graph)
+        bits = asked if asked is not None else tied.bits if tied else 8 if is_input and self.precision.bits([module]) else 0
+        if not bits or int(table.shape[1]) % self.precision.block_size:  # type: ignore[index, arg-type]
+            return None
+        if tied is not None and tied.bits == bits:
+            return tied
+        return quantise(_torch(table), bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric)
+
+
 def lower(model: ir.Model, precision: Precision, *, adapter_inputs: bool, skip: Collection[str] = ()) -> list[Site]:
     """Lower every linear layer and embedding in place; returns the adapter sites (none unless `adapter_inputs`).
 
@@ -116,6 +143,7 @@ def lower(model: ir.Model, precision: Precision, *, adapter_inputs: bool, skip: 
     """
     walk = _Lowering(model, precision)
     nodes = [node for node in model.graph if node.domain == DOMAIN]
+    precision.check([module for node in nodes for module in modules_and_widths(node)[0]])
     sites = []
     for node in nodes:
         if node.op_type == "Embedding":

@@ -32,7 +32,7 @@ TEXTS = (
 
 def probe_rows(adapter: Path, tokenizer: Any, base: Any) -> list[list[int]]:
     """Token ids of a few rows: the run's own validation (else training) data where it is at hand, else plain texts."""
-    recipe_file = adapter.parent / "recipe.toml"
+    recipe_file, longest = adapter.parent / "recipe.toml", min(TOKENS, base.max_length)
     if recipe_file.is_file():
         from edgetune.examples import load_examples
 
@@ -40,10 +40,10 @@ def probe_rows(adapter: Path, tokenizer: Any, base: Any) -> list[list[int]]:
             stage = load_recipe(recipe_file).stage[-1]
             examples = load_examples(stage, tokenizer, base)
             rows = examples.validation or examples.train
-            return [list(example.input_ids[:TOKENS]) for example in _spread(rows, ROWS)]
+            return [list(example.input_ids[:longest]) for example in _spread(rows, ROWS)]
         except EdgetuneError:
             pass  # the data has moved since training; the proof stands on plain texts too
-    return [tokenizer(text)["input_ids"][:TOKENS] for text in TEXTS]
+    return [tokenizer(text)["input_ids"][:longest] for text in TEXTS]
 
 
 def _spread(rows: Sequence[Any], count: int) -> list[Any]:

@@ -159,5 +159,5 @@ def demand(proofs: Mapping[str, Proof], *, where: str) -> None:
         reasons = "; ".join(f"{name}: {', '.join(proof.failures)}" for name, proof in failed.items())
         raise ProofError(
             f"the proof failed: {reasons}", where=where,
-            fix="Nothing was written. Try --precision int8 or fp32, or --mode separate; if torch itself shows no effect, train longer.",
+            fix="Nothing was written. Try a higher --precision (int8, fp32), or --mode separate; if torch itself shows no effect, train longer.",
         )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.errors import AdapterError
+from edgetune.errors import AdapterError, listed
 from edgetune.files import sha256_file
 
 Array = npt.NDArray[Any]
@@ -86,28 +86,26 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
     read = LoraFolder(path=path, config=config or {}, metadata=metadata)
     read.problems += _config_problems(read.config)
     weights = path / WEIGHTS
-    if weights.is_file():
-        read.digest = sha256_file(weights)
-    if metadata is not None:
-        read.problems += _metadata_problems(read, metadata, base_digest)
-    if not weights.is_file():
-        read.problems.append(f"{WEIGHTS}: missing")
-        return read
+    tensors: dict[str, Array] | None = None
     try:
         tensors = read_safetensors(weights)
+        read.digest = sha256_file(weights)
+    except FileNotFoundError:
+        read.problems.append(f"{WEIGHTS}: missing")
     except ValueError as error:
         read.problems.append(f"{WEIGHTS}: {error}")
-        return read
-    _sort_tensors(tensors, read)
+    if metadata is not None:
+        read.problems += _metadata_problems(read, metadata, base_digest)
+    if tensors is not None:
+        _sort_tensors(tensors, read)
     return read
 
 
 def refuse_if(problems: Sequence[str], path: Path) -> None:
-    """Raise one AdapterError that lists every problem on a line of its own."""
+    """Raise one AdapterError that says the problem; several stand on a line of their own each."""
     if problems:
-        count = f"{len(problems)} mismatch" + ("es" if len(problems) > 1 else "")
-        lines = "".join(f"\n  {line}" for line in problems)
-        raise AdapterError(f"the adapter does not fit, nothing was loaded; {count}:{lines}", where=str(path))
+        what = f"the adapter cannot be used, nothing was loaded: {listed(problems, 'mismatches')}"
+        raise AdapterError(what, where=str(path))
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
@@ -227,13 +225,14 @@ def _metadata_problems(read: LoraFolder, metadata: Mapping[str, Any], base_diges
         problems.append(f"{METADATA}: base model: expected digest {base_digest[:23]}…, got {got}")
     for name, expected in (metadata.get("files") or {}).items():
         file = read.path / Path(name).name
+        if file.name == WEIGHTS and read.digest is None:
+            continue  # missing or damaged: reported by itself
         if not file.is_file():
-            if file.name != WEIGHTS:  # that one is reported by itself
-                problems.append(f"{name}: missing")
+            problems.append(f"{name}: missing")
             continue
         got = read.digest if file.name == WEIGHTS and read.digest is not None else sha256_file(file)
         if got != expected:
-            problems.append(f"{name}: sha256: expected {str(expected)[:16]}…, got {got[:16]}…")
+            problems.append(f"{name}: sha256: expected {str(expected)[:16]}…, got {got[:16]}…; copy it again")
     return problems
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append((number, _row(line, where=f"{path}, line {number}")))
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"the file cannot be unpacked: {error}", where=str(path), expected="gzip") from error
     if not rows:
         raise InputError("the file has no rows", where=str(path), expected="one JSON object a line")
@@ -88,7 +89,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _row(line: bytes, *, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         shown = line.decode(errors="replace").strip()
         raise InputError(
             f"not valid JSON: {error}", where=where, expected="a JSON object", got=repr(shown[:40])

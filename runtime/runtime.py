@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.errors import BundleError, InputError
+from edgetune.errors import BundleError, InputError, listed
 from edgetune.runtime.adapters import PackedAdapter
 from edgetune.runtime.binding import AdapterRow
 from edgetune.runtime.engine import DecoderEngine, DecodeState, EncoderEngine
@@ -85,8 +85,9 @@ class Runtime:
         path = Path(folder)
         manifest = read_manifest(path)
         if verify and (differing := verify_files(path, manifest)):
-            lines = "".join(f"\n  {line}" for line in differing)
-            raise BundleError(f"{len(differing)} of its files are not as exported:{lines}", where=str(path))
+            problems = listed(differing, "files differ")
+            fix = "Copy the bundle again, or export it again."
+            raise BundleError(f"the bundle is not as exported: {problems}", where=str(path), fix=fix)
         return cls(path, manifest, threads=threads)
 
     def close(self) -> None:

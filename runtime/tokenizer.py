@@ -37,15 +37,21 @@ class BundleTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens (BOS, [CLS] … [SEP]) as the tokenizer's post-processor adds them."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = self._encoding(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_within(self, text: str, *, max_tokens: int) -> list[int]:
         """Ids of a text, cut to `max_tokens` with its special tokens kept, as transformers' `truncation=True`."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text, add_special_tokens=False)
         encoding.truncate(max(max_tokens - self.tokenizer.num_special_tokens_to_add(False), 0))
         ids: list[int] = self.tokenizer.post_process(encoding).ids
         return ids
+
+    def _encoding(self, text: str, *, add_special_tokens: bool) -> Any:
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+            raise InputError("the text is not valid Unicode", expected="UTF-8 text", got=repr(text)[:60]) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""

@@ -79,6 +79,10 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(source=[{"url": "x"}]), "a source has figures, url and read"),
         (changed(budget={"decoder": {"ttft": 1}}), "unknown budget key 'ttft'"),
         (changed(budget={"vision": {}}), "budgets are tables"),
+        (changed(budget=3), "budgets are tables"),
+        (changed(budget={"decoder": 3}), "budgets are tables"),
+        (changed(features=3), "features is wrong"),
+        (changed(title=3), "title is wrong"),
     ],
 )
 def test_a_mistake_in_a_profile_is_named(values: dict[str, Any], message: str) -> None:
@@ -100,7 +104,7 @@ def test_budgets_on_the_command_line() -> None:
     assert timed_key("ttft_ms") == ("ttft", 95)
 
 
-@pytest.mark.parametrize("pair", ["ttft_ms", "ttft_ms=fast", "speed=3", "ttft_ms=0", "ttft_p42_ms=3"])
+@pytest.mark.parametrize("pair", ["ttft_ms", "ttft_ms=fast", "speed=3", "ttft_ms=0", "ttft_ms=nan", "ttft_ms=inf", "ttft_p42_ms=3"])
 def test_a_wrong_budget_is_refused(pair: str) -> None:
     with pytest.raises(DeviceError):
         parse_budget([pair])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_merged_bundle_has_no_adapter_inputs_and_answers_as_torch(chat: Path, 
 @pytest.mark.parametrize("mode", ["separate", "merged"])
 def test_quantised_decoders_keep_the_adapter(tiny_decoder: Path, tmp_path: Path, precision: str, mode: str) -> None:
     adapter = make_adapter(tiny_decoder, tmp_path / "a", strength=0.5 if mode == "separate" else 0.1)
-    manifest = export(tmp_path / "bundle", adapter, precision=precision, mode=mode, overrides={"lm_head": "int8"})
+    manifest = export(tmp_path / "bundle", adapter, precision=precision, mode=mode, overrides={"lm_head": "int8", "down_proj": "int8"})
     assert manifest.proof["adapters"]["a"]["recovered"] > 0.5
 
 
@@ -170,9 +171,7 @@ def test_the_standard_graph_goes_on_from_its_own_cache(bundle: Path) -> None:
 
 
 def test_the_graph_has_no_reshapes_and_one_attention_a_layer(bundle: Path) -> None:
-    import onnx
-
-    kinds = [node.op_type for node in onnx.load(str(bundle / "engine.onnx"), load_external_data=False).graph.node]
+    kinds = op_types(bundle)
     assert kinds.count("GroupQueryAttention") == 2 and not {"Reshape", "Transpose", "Sigmoid"} & set(kinds)
     assert kinds.count("SkipSimplifiedLayerNormalization") == 4 and kinds.count("MatMul") == 2 * 4 * 3 + 1
 
@@ -182,6 +181,54 @@ def test_a_tied_embedding_is_stored_once(chat: Path, bundle: Path, tmp_path: Pat
     embedding = manifest.graph.vocab_size * manifest.graph.hidden_size
     body = manifest.base.parameters - embedding
     assert (tmp_path / "int8" / "model.onnx.data").stat().st_size < 1.25 * (embedding + body) + 2 * 256 * 16 * 4 + 60 * 4096
+
+
+def odd_decoder(tiny_decoder: Path, folder: Path, *, tied: bool) -> Path:
+    """A Llama whose width is no multiple of the block size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(tiny_decoder, folder)
+    config = LlamaConfig.from_pretrained(folder)
+    config.hidden_size, config.intermediate_size, config.tie_word_embeddings = 48, 80, tied
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_odd_width_keeps_its_embedding_in_fp32(tiny_decoder: Path, tmp_path: Path, tied: bool) -> None:
+    adapter = make_adapter(odd_decoder(tiny_decoder, tmp_path / "odd", tied=tied), tmp_path / "a")
+    manifest = export(tmp_path / "bundle", adapter, precision="int8")
+    assert manifest.proof["adapters"]["a"]["passed"]
+    assert op_types(tmp_path / "bundle").count("GatherBlockQuantized") == 0
+
+
+def op_types(bundle: Path) -> list[str]:
+    import onnx
+
+    return [node.op_type for node in onnx.load(str(bundle / "engine.onnx"), load_external_data=False).graph.node]
+
+
+def test_an_embedding_is_kept_as_it_is_asked_for(topics: Path, tmp_path: Path) -> None:
+    export(tmp_path / "int8", topics, precision="int8")
+    export(tmp_path / "kept", topics, precision="int8", overrides={"word_embeddings": "fp32"})
+    assert op_types(tmp_path / "int8").count("GatherBlockQuantized") == 1
+    assert op_types(tmp_path / "kept").count("GatherBlockQuantized") == 0
+
+
+def test_an_encoder_read_at_its_first_token_answers_as_torch(tiny_encoder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_encoder, tmp_path / "base")
+    shutil.rmtree(base / "1_Pooling")
+    manifest = export(tmp_path / "bundle", make_adapter(base, tmp_path / "a"))
+    assert manifest.graph.pooling == "cls" and manifest.proof["adapters"]["a"]["max_abs"] <= 1e-3
+
+
+def test_a_bundle_behind_a_link_is_replaced_and_the_link_stays(chat: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    export(tmp_path / "link", chat)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "edgetune.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
 
 
 def test_genai_config_names_the_graph_as_it_is(bundle: Path) -> None:

@@ -129,19 +129,17 @@ def _tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int, int, Path
             raise BaseModelError("the file is truncated", where=str(path), got=f"{size} bytes", fix=fix)
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise BaseModelError("not a safetensors file", where=str(path), fix=fix) from error
-    header.pop("__metadata__", None)
     first = 8 + length
-    stop = first + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    stop = first + max((end for *_, end in entries), default=0)
     if stop != size:
         raise BaseModelError(
             "the file is damaged", where=str(path), expected=f"{stop} bytes", got=f"{size} bytes", fix=fix
         )
-    return [
-        (name, e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0], first + e["data_offsets"][1], path)
-        for name, e in header.items()
-    ]
+    return [(name, dtype, shape, first + begin, first + end, path) for name, dtype, shape, begin, end in entries]
 
 
 def _config(folder: Path) -> dict[str, Any]:

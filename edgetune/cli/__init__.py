@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; every error a user can cause is one line on stderr."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries plan among themselves
     try:
-        result: Any = cli.main(args=args, standalone_mode=False)
+        result: Any = cli.main(args=args, prog_name="edgetune", standalone_mode=False)
     except click.exceptions.Abort:
         _stop("interrupted", 130)
     except click.ClickException as error:
@@ -74,6 +74,8 @@ def main(args: list[str] | None = None) -> None:
         _stop(f"this command needs the Python package {error.name!r}. Install it: pip install 'edgetune[{extra}]'", 2)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
+    except OSError as error:  # a place that nobody expected to be unreadable
+        _stop(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     else:
         sys.exit(result if isinstance(result, int) else 0)
 

@@ -66,7 +66,7 @@ def command(
     bundle is measured. For another device than the host, times are estimates and say so.
     """
     from edgetune.devices import load_device, parse_budget
-    from edgetune.errors import AdapterError
+    from edgetune.errors import AdapterError, DeviceError
     from edgetune.runtime.latency import Workload, host_speed, measure
     from edgetune.runtime.manifest import read_manifest
     from edgetune.runtime.verdict import judge, overall
@@ -74,7 +74,8 @@ def command(
     manifest = read_manifest(bundle)
     device = load_device(device_name)
     kind = "decoder" if manifest.is_decoder else "encoder"
-    budget = {**device.budget.get(kind, {}), **parse_budget(limits)}
+    asked = parse_budget(limits)
+    budget = {**device.budget.get(kind, {}), **asked}
     shipped = tuple(entry.name for entry in manifest.adapters)
     if unknown := [name for name in adapters if name not in shipped]:
         raise AdapterError(
@@ -87,6 +88,9 @@ def command(
     measured = measure(workload)
     speed = None if device.is_host else host_speed(used)
     verdicts = judge(measured, budget, device=device, host=speed)
+    if unmeasured := sorted(set(asked) - {verdict.key for verdict in verdicts}):
+        what = f"this bundle has no {unmeasured[0]}, so its limit cannot be checked"
+        raise DeviceError(what, where="--budget", got=f"a bundle for {manifest.task}, {manifest.mode}", fix="Leave it out.")
     state = overall(verdicts)
     _print(measured, verdicts, device, speed, state=state)
     document = _document(workload, measured, verdicts, device, speed, budget=budget, state=state)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Same seed, same samples.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--truncate", is_flag=True, help="Cut texts that are too long for an encoder.")
-@click.option("--threads", type=int, help="Processor threads (default: all cores).")
+@click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
 def command(
     bundle: Path,
@@ -52,6 +52,8 @@ def command(
     Rows hold "prompt", "messages" or "text", or the columns the adapter was trained on; "adapter" in a row chooses
     its adapter. Answered rows keep their fields and gain "completion" and "finish_reason", or "label" and "score".
     """
+    if text is not None and not text.strip():
+        raise click.UsageError("TEXT is empty")
     if (text is None) == (source is None):
         raise click.UsageError("give one TEXT, or --input FILE with --output FILE")
     if (source is None) != (output is None):

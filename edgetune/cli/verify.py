@@ -18,7 +18,7 @@ def command(bundle: Path, parity: bool, threads: int | None) -> int:
     manifest = read_manifest(bundle)
     problems = list(verify_files(bundle, manifest))
     for problem in problems:
-        click.echo(f"edgetune: {problem}", err=True)
+        click.echo(f"edgetune: {bundle}/{problem}. Copy the bundle again, or export it again.", err=True)
     if problems:
         return 1
     click.echo(f"{bundle}: {len(manifest.files)} files, every size and sha256 as exported")
