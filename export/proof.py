@@ -12,7 +12,7 @@ An adapter that silently does nothing has q = q₀: recovered 0, strength 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ BOUNDS = {
     "int8": Bounds(max_abs=None, mean_kl=0.03, top1=0.9, direction=0.9),
     "int4": Bounds(max_abs=None, mean_kl=0.6, top1=0.5),
 }
+
+
+TIE = 0.1  # nats; closer than this, which answer is likelier is chance
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def prove(*, trained: Outputs, trained_off: Outputs, shipped: Outputs, shipped_o
         "positions": len(trained.logits),
         "max_abs": float(np.abs(trained.logits - shipped.logits).max()),
         "mean_kl": residual,
-        "top1": float((trained.logits.argmax(-1) == shipped.logits.argmax(-1)).mean()),
+        "top1": top1_agreement(trained.logits, shipped.logits),
         "adapter_kl": mean_kl(trained.logits, untrained),
         "unadapted_kl": distance,
         "recovered": 1 - residual / distance if distance > 0 else 0.0,
@@ -134,6 +137,17 @@ def _failures(figures: Mapping[str, float], bounds: Bounds, relative_effect: flo
     if not low <= figures["strength"] <= high:
         failures.append(f"the adapter's effect has {figures['strength']:.2f} of its strength, bounds {low} to {high}")
     return failures
+
+
+def top1_agreement(p: Array, q: Array) -> float:
+    """Share of positions where q's likeliest class is p's, or one that p itself cannot tell from it (0.1 nats)."""
+    rows = np.arange(len(p))
+    return float((p.max(-1) - p[rows, q.argmax(-1)] <= TIE).mean())
+
+
+def coarsest(precisions: Iterable[str]) -> str:
+    """The precision whose bounds hold for a bundle that mixes several."""
+    return max(precisions, key=list(BOUNDS).index)
 
 
 def mean_kl(p: Array, q: Array) -> float:

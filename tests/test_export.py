@@ -231,6 +231,12 @@ def test_a_bundle_behind_a_link_is_replaced_and_the_link_stays(chat: Path, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
 
 
+def test_a_four_bit_decoder_keeps_its_output_projection_in_eight(tiny_decoder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_decoder, tmp_path / "a", strength=0.5)
+    manifest = export(tmp_path / "bundle", adapter, precision="int4")
+    assert manifest.precision.overrides == {"lm_head": "int8"}
+
+
 def test_genai_config_names_the_graph_as_it_is(bundle: Path) -> None:
     config = json.loads((bundle / "genai_config.json").read_text())["model"]
     inputs = {value.name for value in plain_session(bundle).get_inputs()}

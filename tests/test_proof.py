@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgetune.errors import ProofError
-from edgetune.export.proof import Outputs, demand, mean_kl, prove
+from edgetune.export.proof import Outputs, coarsest, demand, mean_kl, prove, top1_agreement
 
 rng = np.random.default_rng(0)
 BASE = rng.standard_normal((20, 50)).astype(np.float32)
@@ -67,3 +67,13 @@ def test_kl_is_that_of_the_definition() -> None:
 def test_a_failed_proof_names_the_adapter_and_the_reason() -> None:
     with pytest.raises(ProofError, match=r"mute: .*strength"):
         demand({"mute": proof(BASE, BASE, "int4")}, where="bundle")
+
+
+def test_answers_that_torch_itself_cannot_tell_apart_count_as_the_same() -> None:
+    p = np.array([[2.0, 1.95, 0.0], [2.0, 1.0, 0.0]], np.float32)
+    q = np.array([[1.9, 2.0, 0.0], [1.0, 2.0, 0.0]], np.float32)
+    assert top1_agreement(p, q) == 0.5
+
+
+def test_a_mixed_bundle_is_judged_by_its_coarsest_precision() -> None:
+    assert coarsest(["int4", "int8"]) == "int4" and coarsest(["fp32", "int8"]) == "int8"

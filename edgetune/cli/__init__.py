@@ -7,7 +7,9 @@ budget failed; 2 bad usage or bad input; 3 too noisy to tell; 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 import warnings
 from typing import Any
 
@@ -56,6 +58,8 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every error a user can cause is one line on stderr."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries plan among themselves
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed
     try:
         result: Any = cli.main(args=args, prog_name="edgetune", standalone_mode=False)
     except click.exceptions.Abort:

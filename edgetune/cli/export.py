@@ -15,7 +15,7 @@ from edgetune.errors import ExportError
 @click.option("--mode", default="separate", show_default=True, type=click.Choice(["separate", "merged"]), help="Adapters as inputs, or one merged into the weights.")
 @click.option("--precision", default="int8", show_default=True, type=click.Choice(["fp32", "int8", "int4"]), help="How weights are stored.")
 @click.option("--block-size", default=32, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
-@click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as lm_head=int8.")
+@click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
 @click.option("--base", "base_name", help="The base model, for adapters that do not say.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
