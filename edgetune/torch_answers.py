@@ -33,7 +33,7 @@ class TorchAnswers:
     @torch.no_grad()
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The label of each text; longer ones are cut to the length the adapter was trained with."""
-        limit = self.metadata["max_length"]
+        limit = min(self.metadata["max_length"], getattr(self.model.config, "max_position_embeddings", self.metadata["max_length"]))
         batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         labels = self.labels or ()

@@ -23,7 +23,7 @@ from edgetune.training.journal import Journal
 from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
 from edgetune.training.precision import Precision, autocast
 
-MAX_TOKENS_AT_ONCE = 4096  # padded tokens in one forward pass; a step with more is accumulated from parts
+MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
 LOGGED_STEPS = 200  # about this many lines of a stage go to the journal
 
 Validate = Callable[[nn.Module], Mapping[str, float]]

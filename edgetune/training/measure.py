@@ -16,7 +16,7 @@ from edgetune.metrics import accuracy, macro_f1
 from edgetune.objectives import class_logits, completion_logits
 from edgetune.training.precision import Precision, autocast
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 1024  # the logits of a vocabulary take 200 kB a token
 VALIDATION_TOKENS = 50_000  # of more, a validation takes rows at equal distances; `edgetune eval` takes them all
 EFFECT_TOKENS = 5_000
 
