@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from edgetune.cli.quickstart import conclude
 from edgetune.data import read_rows
 from edgetune.errors import OutputError
 from edgetune.quickstart.fewshot import FewShotBase, spread
@@ -121,11 +122,20 @@ def test_the_page_is_self_contained_and_shows_every_adapter(outcome: Outcome) ->
         assert f"{adapter.name}: loss" in page and percent(adapter.bundle_score) in page
 
 
+def test_the_command_ends_with_the_table_and_the_report(
+    outcome: Outcome, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert conclude(outcome, out) == 0
+    printed = capsys.readouterr().out
+    assert "urgency" in printed and "peak memory" in printed and str(out / "report.html") in printed
+
+
 def test_an_exceeded_budget_is_a_failure_and_a_noisy_one_is_not(outcome: Outcome) -> None:
     shipment = outcome.shipments[0]
     verdicts = [{**shipment.verdicts[0], "state": state} for state in ("ok", "noisy", "over")]
     changed = replace(outcome, shipments=(replace(shipment, verdicts=verdicts),))
     assert len(changed.failures) == 1 and changed.failures[0].startswith("smollm2: ttft_ms")
+    assert conclude(changed, Path("out")) == 1
     assert "exceeded" in render_page(changed)
 
 
@@ -175,7 +185,7 @@ def slow_answer(base: FewShotBase, question: str) -> str:
     ids = [*base.prefix, *base.tokenizer(base.SHOT.format(question), add_special_tokens=False)["input_ids"]]
     start = len(ids)
     with adapter_off(base.model):
-        while len(ids) - start < base.max_new_tokens and (len(ids) == start or ids[-1] != base.tokenizer.eos_token_id):
+        while len(ids) - start < base.max_new_tokens and (len(ids) == start or ids[-1] not in base.ends):
             ids.append(int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     text: str = base.tokenizer.decode(ids[start:], skip_special_tokens=True)
     return text.strip().split("\n", 1)[0]

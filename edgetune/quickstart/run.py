@@ -1,0 +1,205 @@
+"""The whole road once: train → measure → export with proof → call → check → table and report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from edgetune.bases import resolve_base
+from edgetune.data import read_rows
+from edgetune.devices import load_device
+from edgetune.errors import OutputError
+from edgetune.evaluate import BundleAnswers, measure
+from edgetune.export.bundle import export_bundle
+from edgetune.export.lower import Precision
+from edgetune.files import output_errors, write_json, write_text
+from edgetune.progress import Progress
+from edgetune.quickstart.fewshot import FewShotBase, spread
+from edgetune.quickstart.outcome import AdapterOutcome, Call, Outcome, ShipmentOutcome, Step, counted, percent
+from edgetune.quickstart.page import render_page
+from edgetune.quickstart.plan import Plan, Shipment, Task
+from edgetune.runs import JOURNAL
+from edgetune.runtime import Runtime
+from edgetune.runtime.latency import Workload, host_speed
+from edgetune.runtime.latency import measure as measure_latency
+from edgetune.runtime.manifest import Manifest
+from edgetune.runtime.verdict import judge, overall
+from edgetune.torch_answers import TorchAnswers
+from edgetune.training import RunSummary, run_recipe
+from edgetune.training.run import peak_rss_mb
+
+RUNS, BUNDLES, REPORT, RESULTS = "runs", "bundles", "report.html", "results.json"
+ENCODER_TOKENS = 32  # of a request in the latency check, as the profiles' budgets say
+PROBE = "frozen encoder + logistic regression"
+
+Scores = tuple[str, int, str, float, float]  # metric, rows, what the base's is, the base's, torch's
+
+
+class Road:
+    """Says and times the steps."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.steps = stream, list[Step]()
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Announce a step; its seconds are kept when it is done."""
+        self.say(f"\n── {name}")
+        started = time.perf_counter()
+        yield
+        self.steps.append(Step(name, time.perf_counter() - started))
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        self.stream.write(line + "\n")
+        self.stream.flush()
+
+
+def run_quickstart(plan: Plan, out: Path, *, stream: TextIO | None = None) -> Outcome:
+    """Go the whole road and write runs, bundles, results.json and report.html into `out`.
+
+    ProofError when a bundle does not answer as what was trained; budgets that are exceeded are in `Outcome.failures`.
+    """
+    road = Road(sys.stderr if stream is None else stream)
+    _open_folder(out)
+    preparation = _prepare(plan, road)
+    scores: dict[str, Scores] = {}
+    for task in plan.tasks:
+        with road.step(f"train {task.name}: {task.title}"):
+            summary = run_recipe(task.recipe, out=out / RUNS / task.name, progress=Progress(road.stream))
+        with road.step(f"measure {task.name} in torch"):
+            scores[task.name] = _measure_in_torch(task, out / RUNS / task.name, summary)
+            road.say(f"{scores[task.name][2]} {percent(scores[task.name][3])}, adapted {percent(scores[task.name][4])}")
+    shipments = tuple(_ship(shipment, plan, out, scores, road) for shipment in plan.shipments)
+    versions = summary.versions
+    outcome = Outcome(shipments, tuple(road.steps), preparation, peak_rss_mb(), torch.get_num_threads(), versions)
+    write_json(out / RESULTS, {"schema": 1, "seconds": outcome.seconds, "failures": outcome.failures, **asdict(outcome)})
+    write_text(out / REPORT, render_page(outcome))
+    return outcome
+
+
+def _open_folder(out: Path) -> None:
+    """A new or empty folder, or an older quickstart's; never one with other files in it."""
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if foreign := sorted(path.name for path in out.iterdir() if path.name not in {RUNS, BUNDLES, REPORT, RESULTS}):
+        raise OutputError(
+            "the output folder holds other files", where=str(out), expected="a new folder, or an older quickstart's",
+            got=", ".join(foreign[:5]), fix="Choose another --out.",
+        )  # fmt: skip
+
+
+def _prepare(plan: Plan, road: Road) -> float:
+    """Have every base in the cache; seconds."""
+    started = time.perf_counter()
+    for name in plan.bases:
+        base = resolve_base(name)
+        road.say(f"base {base.name} ({base.model_type}, {base.kind})")
+    return time.perf_counter() - started
+
+
+def _measure_in_torch(task: Task, run: Path, summary: RunSummary) -> Scores:
+    """The base's score and the adapted model's, on the held-out rows."""
+    adapted = TorchAnswers.open(run)
+    found = measure(adapted, run, task.test)
+    metric = next(name for name in ("accuracy", "json_exact_match", "exact_match") if name in found.metrics)
+    if metric == "accuracy":  # the trainer measured the frozen encoder with the head as it was before training
+        base = (summary.base_metrics or {}).get("accuracy", 0.0)
+        return metric, found.rows, PROBE, base, found.metrics[metric]
+    shots = spread(read_rows(task.recipe.stage[0].data.train).rows, task.shots)
+    alone = measure(FewShotBase(adapted, shots), run, task.test)
+    return metric, found.rows, f"no adapter, {counted(len(shots), 'example')} in the prompt", alone.metrics[metric], found.metrics[metric]
+
+
+def _ship(shipment: Shipment, plan: Plan, out: Path, scores: Mapping[str, Scores], road: Road) -> ShipmentOutcome:
+    """Export, prove, measure, call and check one bundle."""
+    folder, names = out / BUNDLES / shipment.name, tuple(task.name for task in shipment.tasks)
+    with road.step(f"export {shipment.name} ({shipment.precision}) with {', '.join(names)}, and prove it"):
+        manifest = export_bundle(
+            [(name, out / RUNS / name) for name in names],
+            folder,
+            precision=Precision(shipment.precision, overrides=shipment.overrides),
+            say=road.say,
+        )
+    with road.step(f"call {shipment.name}"), Runtime.open(folder) as runtime:
+        in_bundle = {task.name: _measure_in_bundle(task, runtime, folder) for task in shipment.tasks}
+        calls = {task.name: _call(task, runtime, road) for task in shipment.tasks}
+    with road.step(f"check {shipment.name} on {plan.device}"):
+        checked = _check(plan, folder, manifest, road)
+    adapters = tuple(
+        _adapter_outcome(task, out, manifest, scores[task.name], in_bundle[task.name], calls[task.name])
+        for task in shipment.tasks
+    )
+    size = sum(file.bytes for file in manifest.files.values()) / 1e6
+    return ShipmentOutcome(
+        shipment.name, str(folder), shipment.precision, size, adapters, device=plan.device, **checked
+    )
+
+
+def _measure_in_bundle(task: Task, runtime: Runtime, folder: Path) -> float:
+    metrics = measure(BundleAnswers(runtime, task.name), folder, task.test).metrics
+    return next(metrics[name] for name in ("accuracy", "json_exact_match", "exact_match") if name in metrics)
+
+
+def _call(task: Task, runtime: Runtime, road: Road) -> list[Call]:
+    """The adapter's answers to new requests; beside a decoder's, in the same batch, those of the base."""
+    requests = list(task.calls)
+    if runtime.labels(task.name) is not None:
+        found = runtime.classify(requests, task.name)
+        calls = [Call(r, c.label, c.score, None) for r, c in zip(requests, found, strict=True)]
+    else:
+        adapters = [task.name] * len(requests) + [None] * len(requests)
+        limit = (runtime.adapter(task.name).generation or {}).get("max_new_tokens", 32)
+        texts = [c.text.strip() for c in runtime.generate(requests * 2, adapters=adapters, max_new_tokens=limit)]
+        pairs = zip(requests, texts[: len(requests)], texts[len(requests) :], strict=True)
+        calls = [Call(request, with_adapter, None, without) for request, with_adapter, without in pairs]
+    for call in calls:
+        road.say(f'  {task.name}: "{call.request}" → {call.answer}' + (f" ({call.score:.0%})" if call.score else ""))
+    return calls
+
+
+def _check(plan: Plan, folder: Path, manifest: Manifest, road: Road) -> dict[str, Any]:
+    """What `edgetune check` measures, against the device's budget."""
+    device = load_device(plan.device)
+    kind = "decoder" if manifest.is_decoder else "encoder"
+    tokens = plan.prompt_tokens if manifest.is_decoder else ENCODER_TOKENS
+    threads = min(device.threads, load_device("host").threads)
+    names = tuple(entry.name for entry in manifest.adapters)
+    measured = measure_latency(Workload(str(folder), names, threads, plan.requests, tokens, plan.new_tokens))
+    host = None if device.is_host else host_speed(threads)
+    verdicts = judge(measured, device.budget.get(kind, {}), device=device, host=host)
+    for verdict in verdicts:
+        who = f" ({verdict.adapter})" if verdict.adapter else ""
+        road.say(f"  {verdict.key}{who}: {verdict.value:.4g} of {verdict.limit:g}, {verdict.state}")
+    return {"state": overall(verdicts), "verdicts": [v.to_dict() for v in verdicts], "measured": measured}
+
+
+def _adapter_outcome(
+    task: Task, out: Path, manifest: Manifest, scores: Scores, in_bundle: float, calls: Sequence[Call]
+) -> AdapterOutcome:
+    metric, rows, base_how, base_score, torch_score = scores
+    journal = (out / RUNS / task.name / JOURNAL).read_text(encoding="utf-8").splitlines()
+    entry = f"adapters/{task.name}/adapter_model.safetensors"
+    return AdapterOutcome(
+        name=task.name,
+        title=task.title,
+        base=task.recipe.base,
+        metric=metric,
+        rows=rows,
+        base_how=base_how,
+        base_score=base_score,
+        torch_score=torch_score,
+        bundle_score=in_bundle,
+        adapter_mb=manifest.files[entry].bytes / 1e6,
+        proof=manifest.proof["adapters"][task.name],
+        records=[json.loads(line) for line in journal],
+        calls=calls,
+    )
