@@ -27,6 +27,7 @@ else:
 Method = Literal["sft", "sequence-classification"]
 Task = Literal["text-generation", "sequence-classification"]
 TASKS: dict[str, Task] = {"sft": "text-generation", "sequence-classification": "sequence-classification"}
+KINDS: dict[str, Literal["decoder", "encoder"]] = {"sft": "decoder", "sequence-classification": "encoder"}
 COLUMNS = {"sft": ("prompt", "completion", "system", "template"), "sequence-classification": ("text", "label")}
 
 

@@ -1,0 +1,68 @@
+"""Rows become tokenised examples: checked, rendered, encoded and labelled, for training and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from edgetune.bases import Base
+from edgetune.data import read_rows
+from edgetune.errors import RecipeError
+from edgetune.examples.classification import LabelledRow, labelled_rows, load_labelled
+from edgetune.examples.common import IGNORED, Example, ExampleSet, Loading, token_limit
+from edgetune.examples.generation import PromptedRow, encode_prompts, load_completions, prompted_rows
+from edgetune.prompts import prompt_format
+from edgetune.recipe import KINDS, Method, Stage
+
+__all__ = [
+    "IGNORED",
+    "Example",
+    "ExampleSet",
+    "LabelledRow",
+    "PromptedRow",
+    "encode_prompts",
+    "labelled_rows",
+    "load_examples",
+    "prompted_rows",
+    "token_limit",
+]
+
+LOADERS: dict[Method, Callable[[Loading], ExampleSet]] = {
+    "sft": load_completions,
+    "sequence-classification": load_labelled,
+}
+
+
+def load_examples(
+    stage: Stage, tokenizer: Any, base: Base, labels: Sequence[str] | None = None, *, seed: int = 0
+) -> ExampleSet:
+    """All examples of a stage; `labels` fixes the classes, else they are the sorted labels of the training file.
+
+    Raises RecipeError when method and base do not fit, DataError for a row that cannot be used (with
+    `data.skip_invalid` such rows are counted instead). `seed` draws the subset of `data.limit`.
+    """
+    _check_kind(stage, base)
+    data = stage.data
+    sources = {"train": read_rows(data.train, data.skip_invalid)}
+    if data.validation is not None:
+        sources["validation"] = read_rows(data.validation, data.skip_invalid)
+    limit = token_limit(stage.max_length, tokenizer, base)
+    form = prompt_format(
+        data,
+        method=stage.method,
+        chat_template=tokenizer.chat_template,
+        columns=sources["train"].rows[0].values,
+    )
+    return LOADERS[stage.method](Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed))
+
+
+def _check_kind(stage: Stage, base: Base) -> None:
+    needed = KINDS[stage.method]
+    if base.kind != needed:
+        example = "builtin:smollm2-135m-instruct" if needed == "decoder" else "builtin:minilm-l6"
+        raise RecipeError(
+            f'method "{stage.method}" does not fit the base {base.name}',
+            expected=f"a base that is {'a decoder' if needed == 'decoder' else 'an encoder'}",
+            got=f"{base.model_type}, {'an' if base.kind == 'encoder' else 'a'} {base.kind}",
+            fix=f'For example base = "{example}".',
+        )

@@ -1,0 +1,109 @@
+"""What every kind of example shares: the example itself, a stage's set of them, reading and choosing rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from edgetune.bases import Base
+from edgetune.data import Row, Rows
+from edgetune.errors import DataError
+from edgetune.prompts import PromptFormat
+from edgetune.recipe import Stage
+
+IGNORED = -100  # a position without loss, as in torch's cross_entropy
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Example:
+    """`labels`: per token, IGNORED where there is no loss (sft), or one class index. `row`: line in the file."""
+
+    input_ids: list[int]
+    labels: list[int] | int
+    row: int
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """A stage's examples. `digests`, `skipped` and `truncated` have the keys `train` and `validation`."""
+
+    train: list[Example]
+    validation: list[Example]
+    labels: tuple[str, ...] | None
+    digests: dict[str, str]
+    prompt_format: PromptFormat
+    max_length: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a loader works on: the opened files and how their rows are read. `labels` fixes the classes."""
+
+    sources: dict[str, Rows]
+    form: PromptFormat
+    stage: Stage
+    tokenizer: Any
+    labels: Sequence[str] | None
+    limit: int  # tokens an example may have
+    seed: int
+
+    def example_set(
+        self,
+        examples: dict[str, list[Example]],
+        *,
+        labels: tuple[str, ...] | None = None,
+        skipped: dict[str, int],
+        truncated: dict[str, int] | None = None,
+    ) -> ExampleSet:
+        """The finished set; the dictionaries have the keys of `sources`."""
+        return ExampleSet(
+            train=examples["train"],
+            validation=examples.get("validation", []),
+            labels=labels,
+            digests={name: source.digest for name, source in self.sources.items()},
+            prompt_format=self.form,
+            max_length=self.limit,
+            skipped=skipped,
+            truncated=truncated or {},
+        )
+
+
+def token_limit(max_length: int, tokenizer: Any, base: Base) -> int:
+    """Tokens an example may have: what the recipe says, or less where the base has fewer positions."""
+    return min(max_length, base.max_length, int(min(tokenizer.model_max_length, 2**31)))
+
+
+def convert_rows(
+    source: Rows, convert: Callable[[Row, str], T], *, skip_invalid: bool
+) -> tuple[list[T], int]:
+    """Every row converted; the first bad one raises, or all bad ones are counted. None left is an error."""
+    converted: list[T] = []
+    first: DataError | None = None
+    for row in source.rows:
+        try:
+            converted.append(convert(row, f"{source.source}, line {row.line}"))
+        except DataError as error:
+            if not skip_invalid:
+                raise
+            first = first or error
+    skipped = len(source.rows) - len(converted)
+    if not converted and first is not None:
+        raise DataError(f"none of {skipped} rows can be used; the first: {first}", where=source.source) from first
+    return converted, skipped
+
+
+def subset(source: Rows, limit: int | None, *, seed: int) -> Rows:
+    rows = sample(source.rows, limit, seed=seed)
+    return Rows(source=source.source, rows=rows, skipped=source.skipped, digest=source.digest)
+
+
+def sample(rows: list[T], limit: int | None, *, seed: int) -> list[T]:
+    """A random subset in file order; the same seed draws the same rows."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
