@@ -19,6 +19,7 @@ from edgetune.objectives import Objective
 from edgetune.progress import Progress
 from edgetune.recipe import Stage
 from edgetune.training.fused_lora import fused_lora
+from edgetune.training.fused_ops import fused_ops
 from edgetune.training.journal import Journal
 from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
 from edgetune.training.precision import Precision, autocast
@@ -91,7 +92,7 @@ def train_stage(
         targets = sum(part.targets for part in parts)
         loss = 0.0
         for part in parts:
-            with autocast(precision), fused_lora(model, precision):
+            with autocast(precision), fused_lora(model, precision), fused_ops(model):
                 part_loss, _ = objective(model, part)
             share = part.targets / targets
             loss += share * part_loss.item()
