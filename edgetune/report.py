@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +11,7 @@ from edgetune.charts import Series, line_chart
 from edgetune.files import write_text
 from edgetune.progress import duration
 from edgetune.recipe import Recipe
+from edgetune.settings import flat
 
 Record = Mapping[str, Any]
 
@@ -130,19 +130,7 @@ def _effect(summary: Mapping[str, Any]) -> str:
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
-    return [(key, str(value)) for key, value in _flat(recipe) if value is not None and value != {}]
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for field in dataclasses.fields(tree):
-        value, name = getattr(tree, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from _flat(value, f"{name}.")
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            for index, item in enumerate(value):
-                yield from _flat(item, f"{name}.{index}.")
-        else:
-            yield name, value
+    return [(key, str(value)) for key, value in flat(recipe) if value is not None and value != {}]
 
 
 def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

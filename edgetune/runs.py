@@ -13,8 +13,8 @@ from edgetune.heads import SequenceClassifier
 from edgetune.recipe import Recipe, load_recipe
 
 RECIPE, ADAPTER, JOURNAL = "recipe.toml", "adapter", "metrics.jsonl"
-SUMMARY, REPORT, CHECKPOINTS = "summary.json", "report.html", "checkpoints"
-LAYOUT = frozenset({RECIPE, ADAPTER, JOURNAL, SUMMARY, REPORT, CHECKPOINTS})
+SUMMARY, REPORT, CHECKPOINTS, CURVES = "summary.json", "report.html", "checkpoints", "tensorboard"
+LAYOUT = frozenset({RECIPE, ADAPTER, JOURNAL, SUMMARY, REPORT, CHECKPOINTS, CURVES})
 
 
 @dataclass(frozen=True)
