@@ -238,7 +238,7 @@ def test_a_folder_that_lost_its_place_to_a_kill_gets_it_back(tmp_path: Path) -> 
 def test_the_command_line_killed_from_outside_resumes(
     generation: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    longer = replace(generation.recipe.stage[0], epochs=20.0)
+    longer = replace(generation.recipe.stage[0], epochs=10.0, validate_every=30)
     recipe = replace(generation.recipe, out=str(tmp_path / "run"), stage=(longer,), checkpoint_every=5)
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
     command = [sys.executable, "-m", "edgetune", "train", str(tmp_path / "recipe.toml")]
