@@ -27,7 +27,17 @@ def choose_device(setting: str, *, local_rank: int = 0) -> torch.device:
             got=f"torch {torch.__version__}",
             fix='Set device = "auto", or install a torch that is built for it.',
         )
-    return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device(kind, local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return device
+
+
+def peak_device_mb(device: torch.device) -> float | None:
+    """Peak memory of tensors on a CUDA GPU since `choose_device`, in MB (10^6 bytes); None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -42,7 +52,7 @@ def to_device(value: T, device: torch.device) -> T:
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)

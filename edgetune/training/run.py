@@ -31,7 +31,7 @@ from edgetune.recipe import Device, Recipe, Stage, load_recipe, to_toml
 from edgetune.report import write_report
 from edgetune.runs import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY, check_replaceable
 from edgetune.training.checkpoint import State, check_origin, origin_of, steps_between, unfinished
-from edgetune.training.device import choose_device
+from edgetune.training.device import choose_device, peak_device_mb
 from edgetune.training.distributed import Group, process_group
 from edgetune.training.journal import Journal
 from edgetune.training.loop import StageResult, total_steps, train_stage
@@ -68,6 +68,7 @@ class RunSummary:
     training_seconds: float
     seconds: float  # everything, loading included
     peak_rss_mb: float  # of this process since it started
+    peak_device_mb: float | None  # of tensors on the GPU; None on the CPU
     data: list[dict[str, Any]]  # a stage each: digests, rows, skipped, truncated, validation_rows_measured
     seed: int
     threads: int
@@ -142,6 +143,7 @@ def run_recipe(
             training_seconds=sum(result.seconds for result in results),
             seconds=time.perf_counter() - course.started,
             peak_rss_mb=peak_rss_mb(),
+            peak_device_mb=peak_device_mb(device),
             data=[_data_facts(examples) for examples in sets],
             seed=recipe.seed,
             threads=torch.get_num_threads(),
