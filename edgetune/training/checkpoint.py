@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from edgetune.errors import DataError, EdgetuneError, OutputError, RecipeError, TrainingError
 from edgetune.files import PARTIAL, clear_interrupted, output_errors, whole_file
+from edgetune.layout import CHECKPOINTS
 from edgetune.recipe import Recipe
-from edgetune.runs import CHECKPOINTS
 from edgetune.settings import flat, toml_value
 
 SCHEMA = 1

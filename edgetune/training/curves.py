@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,10 @@ class Curves:
 
 
 def open_curves(folder: Path) -> Curves | None:
-    """Curves in an empty `folder`; None where TensorBoard is not installed."""
-    if find_spec("tensorboard") is None:
+    """Curves in an empty `folder`; None where TensorBoard is not installed, or too old for torch."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined,unused-ignore]
+    except ImportError:
         return None
-    from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined,unused-ignore]
-
     shutil.rmtree(folder, ignore_errors=True)
     return Curves(folder, SummaryWriter(str(folder)))  # type: ignore[no-untyped-call,unused-ignore]

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from edgetune.errors import RecipeError
+from edgetune.layout import RECIPE, SUMMARY
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe
-from edgetune.training.checkpoint import Checkpoints, Position, State, learned, restore_weights
+from edgetune.recipe import Recipe, load_recipe
+from edgetune.training.checkpoint import (
+    Checkpoints,
+    Position,
+    State,
+    check_origin,
+    learned,
+    origin_of,
+    restore_weights,
+)
 from edgetune.training.device import device_of, rng_state, set_rng_state
 from edgetune.training.distributed import Group
 from edgetune.training.journal import Journal
 from edgetune.training.loop import StageResult
+
+CHOSEN = re.compile(r"threads|device|stage\.\d+\.precision")  # a finished run's recipe says what was chosen for these
 
 
 def find_state(checkpoints: Checkpoints, origin: dict[str, str], *, resume: bool, progress: Progress) -> State | None:
@@ -33,6 +48,19 @@ def find_state(checkpoints: Checkpoints, origin: dict[str, str], *, resume: bool
     else:
         progress.say(f"resumed at stage {state.stage}, step {state.position.step}, from {checkpoints.latest}")
     return state
+
+
+def finished_summary(folder: Path, origin: dict[str, str]) -> dict[str, Any] | None:
+    """summary.json of the finished run in `folder`, None when there is none. Raises when it is of another recipe."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        recipe, data = load_recipe(folder / RECIPE), [facts["digests"] for facts in summary["data"]]
+        found = origin_of(recipe, base=summary["base"]["digest"], data=data, processes=summary["processes"])
+    except (OSError, ValueError, KeyError, TypeError, RecipeError):
+        return None
+    left_open = {k: found[k] for k, v in origin.items() if CHOSEN.fullmatch(k) and v in ('"auto"', "not set")}
+    check_origin(found, origin | left_open, where=folder)
+    return summary
 
 
 @dataclass

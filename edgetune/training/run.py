@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import platform
-import re
 import resource
 import sys
 import time
@@ -22,15 +20,16 @@ from edgetune import __version__
 from edgetune.adapters import AdapterMetadata, adapt, save_adapter, trainable_parameters
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.batching import Batch
-from edgetune.errors import RecipeError, TrainingError
+from edgetune.errors import TrainingError
 from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
 from edgetune.heads import SequenceClassifier
+from edgetune.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
 from edgetune.progress import Progress, duration
-from edgetune.recipe import Device, Recipe, Stage, load_recipe, to_toml
+from edgetune.recipe import Device, Recipe, Stage, to_toml
 from edgetune.report import write_report
-from edgetune.runs import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY, check_replaceable
-from edgetune.training.checkpoint import State, check_origin, origin_of, steps_between, unfinished
+from edgetune.runs import check_replaceable
+from edgetune.training.checkpoint import State, origin_of, steps_between, unfinished
 from edgetune.training.device import choose_device, peak_device_mb
 from edgetune.training.distributed import Group, process_group
 from edgetune.training.journal import Journal
@@ -45,9 +44,8 @@ from edgetune.training.measure import (
 from edgetune.training.methods import METHODS
 from edgetune.training.precision import Precision, choose_precision, hold_frozen_linears_in_bf16
 from edgetune.training.probe import fit_probe
-from edgetune.training.resume import Course, find_state
+from edgetune.training.resume import Course, find_state, finished_summary
 
-CHOSEN = re.compile(r"threads|device|stage\.\d+\.precision")  # a finished run's recipe says what was chosen for these
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
 
 
@@ -104,11 +102,11 @@ def run_recipe(
         progress.say(_opening(recipe, base, sets))
         origin = origin_of(recipe, base=base.digest, data=[s.digests for s in sets], processes=group.size)
         state = find_state(checkpoints, origin, resume=resume, progress=progress) if checkpoints is not None else None
-        finished = _finished(folder, origin) if resume and group.leads and state is None else None
+        finished = finished_summary(folder, origin) if resume and group.leads and state is None else None
         state, finished = group.from_leader((state, finished))
         if finished is not None:
             progress.say(f"{folder} is finished")
-            return finished
+            return RunSummary(**finished)
         model, pad_id = _build_model(recipe, base, tokenizer, sets[0], device=device)
         group.copy_weights([parameter for parameter in model.parameters() if parameter.requires_grad])
         if group.rank:
@@ -175,20 +173,6 @@ def _settings(recipe: Recipe) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _finished(folder: Path, origin: dict[str, str]) -> RunSummary | None:
-    """The summary of the finished run in `folder`, None when there is none. Raises when it is of another recipe."""
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        recipe, data = load_recipe(folder / RECIPE), [facts["digests"] for facts in summary["data"]]
-        found = origin_of(recipe, base=summary["base"]["digest"], data=data, processes=summary["processes"])
-        finished = RunSummary(**summary)
-    except (OSError, ValueError, KeyError, TypeError, RecipeError):
-        return None
-    left_open = {k: found[k] for k, v in origin.items() if CHOSEN.fullmatch(k) and v in ('"auto"', "not set")}
-    check_origin(found, origin | left_open, where=folder)
-    return finished
 
 
 def _load_data(recipe: Recipe, tokenizer: Any, base: Base) -> list[ExampleSet]:
