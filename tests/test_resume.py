@@ -165,7 +165,8 @@ def test_a_finished_run_is_not_trained_again(generation: Whole) -> None:
     stages = tuple(replace(stage, precision="auto") for stage in generation.recipe.stage)  # it chose then
     open_recipe = replace(generation.recipe, threads=None, stage=stages)
     summary = run_recipe(open_recipe, out=generation.run, progress=Progress(said), resume=True)
-    assert f"{generation.run} is finished" in said.getvalue() and summary.metrics
+    assert f"nothing to resume: {generation.run} is finished\n" in said.getvalue() and summary.metrics
+    assert "begins" not in said.getvalue()
     assert (generation.run / WEIGHTS).stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match=r"seed = 0\b.*seed = 1\b"):
         run_recipe(replace(generation.recipe, seed=1), out=generation.run, progress=silent(), resume=True)

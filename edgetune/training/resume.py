@@ -33,21 +33,30 @@ from edgetune.training.loop import StageResult
 CHOSEN = re.compile(r"threads|device|stage\.\d+\.precision")  # a finished run's recipe says what was chosen for these
 
 
-def find_state(checkpoints: Checkpoints, origin: dict[str, str], *, resume: bool, progress: Progress) -> State | None:
-    """The state to continue from; None begins afresh. What lies there unused is said."""
+def find_state(
+    checkpoints: Checkpoints, origin: dict[str, str], *, resume: bool, progress: Progress
+) -> tuple[State | None, dict[str, Any] | None]:
+    """The state to continue from, and the summary of a run that is finished already; without either, begin afresh.
+
+    Says which of these it is, and what lies there unused. Raises where it is of another recipe or other data.
+    """
     if not resume:
         if checkpoints.older:
             progress.say(
                 f"{checkpoints.folder} holds checkpoints of an unfinished run. This is a new run, which replaces them "
                 "at its first checkpoint; --resume would continue the old one"
             )
-        return None
+        return None, None
     state = checkpoints.load(origin, say=progress.say)
-    if state is None:
-        progress.say(f"nothing to resume: no checkpoint in {checkpoints.folder}. Training begins at the beginning")
-    else:
+    if state is not None:
         progress.say(f"resumed at stage {state.stage}, step {state.position.step}, from {checkpoints.latest}")
-    return state
+        return state, None
+    finished = finished_summary(checkpoints.folder.parent, origin)
+    if finished is not None:
+        progress.say(f"nothing to resume: {checkpoints.folder.parent} is finished")
+    else:
+        progress.say(f"nothing to resume: no checkpoint in {checkpoints.folder}. Training begins at the beginning")
+    return None, finished
 
 
 def finished_summary(folder: Path, origin: dict[str, str]) -> dict[str, Any] | None:

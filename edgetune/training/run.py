@@ -44,7 +44,7 @@ from edgetune.training.measure import (
 from edgetune.training.methods import METHODS
 from edgetune.training.precision import Precision, choose_precision, hold_frozen_linears_in_bf16
 from edgetune.training.probe import fit_probe
-from edgetune.training.resume import Course, find_state, finished_summary
+from edgetune.training.resume import Course, find_state
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
 
@@ -101,11 +101,10 @@ def run_recipe(
         sets = _load_data(recipe, tokenizer, base)
         progress.say(_opening(recipe, base, sets))
         origin = origin_of(recipe, base=base.digest, data=[s.digests for s in sets], processes=group.size)
-        state = find_state(checkpoints, origin, resume=resume, progress=progress) if checkpoints is not None else None
-        finished = finished_summary(folder, origin) if resume and group.leads and state is None else None
-        state, finished = group.from_leader((state, finished))
+        state, finished = group.from_leader(
+            (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)
+        )
         if finished is not None:
-            progress.say(f"{folder} is finished")
             return RunSummary(**finished)
         model, pad_id = _build_model(recipe, base, tokenizer, sets[0], device=device)
         group.copy_weights([parameter for parameter in model.parameters() if parameter.requires_grad])
