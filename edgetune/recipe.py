@@ -25,6 +25,7 @@ else:
     import tomli as tomllib
 
 Method = Literal["sft", "sequence-classification"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Task = Literal["text-generation", "sequence-classification"]
 TASKS: dict[str, Task] = {"sft": "text-generation", "sequence-classification": "sequence-classification"}
 KINDS: dict[str, Literal["decoder", "encoder"]] = {"sft": "decoder", "sequence-classification": "encoder"}
@@ -70,7 +71,12 @@ class Stage:
     head_learning_rate: float | None = option(
         None, help="peak learning rate of the task head; not set: learning_rate", above=0
     )
-    batch_size: int = option(8, help="examples per optimizer step", at_least=1)
+    batch_size: int = option(
+        8,
+        help="examples per optimizer step, over all processes; what is too long for one pass is cut into parts whose "
+        "gradients are added up",
+        at_least=1,
+    )
     max_length: int = option(512, help="tokens per example, also limited by the base", at_least=8)
     warmup_ratio: float = option(0.05, help="share of the steps with rising learning rate", at_least=0, below=1)
     weight_decay: float = option(0.0, help="AdamW's decoupled weight decay", at_least=0)
@@ -113,6 +119,16 @@ class Recipe:
     out: str = option("runs/run", help="run folder")
     seed: int = option(0, help="the same seed gives the same adapter on the same machine", at_least=0)
     threads: int | None = option(None, help="CPU threads; not set: as many as torch chooses", at_least=1)
+    device: Device = option(
+        "auto", help="where training computes; auto = a CUDA GPU, else Apple's (MPS), else the CPU"
+    )
+    checkpoint_every: int | None = option(
+        None,
+        help="steps between checkpoints, for train --resume; not set: a tenth of a stage, at least 50. Also written "
+        "between stages; gone when the run is finished",
+        at_least=1,
+    )
+    keep_checkpoints: int = option(2, help="at most this many checkpoints are kept, the newest", at_least=1)
     parameters: Parameters = option(help="which weights learn", factory=Parameters)
     stage: tuple[Stage, ...] = option(help="at least one [[stage]]")
 

@@ -10,11 +10,8 @@ from edgetune.adapters import METADATA, load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, OutputError
 from edgetune.heads import SequenceClassifier
+from edgetune.layout import ADAPTER, LAYOUT, RECIPE
 from edgetune.recipe import Recipe, load_recipe
-
-RECIPE, ADAPTER, JOURNAL = "recipe.toml", "adapter", "metrics.jsonl"
-SUMMARY, REPORT, CHECKPOINTS = "summary.json", "report.html", "checkpoints"
-LAYOUT = frozenset({RECIPE, ADAPTER, JOURNAL, SUMMARY, REPORT, CHECKPOINTS})
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,13 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextlib.contextmanager
 def fused_ops(model: Any) -> Iterator[dict[str, int]]:
-    """Let norms, rotations, gated activations and attention compute as above; yields how many of each there are."""
+    """Let norms, rotations, gated activations and attention compute as above; yields how many of each there are.
+
+    Only on a processor: a GPU's own kernels are better.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        yield {}
+        return
     body = model.get_base_model() if hasattr(model, "get_base_model") else model
     swaps: list[tuple[Any, str, Any]] = []
     counts = {"norm": 0, "gate": 0, "rotation": 0}
