@@ -17,7 +17,7 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 CACHE_STEP = 64
 """Cache capacity is a multiple of this many tokens."""
-PREFILL_CHUNK = 64
+PREFILL_CHUNK = 128
 """Tokens of a prompt that go through the graph at once: activations do not grow with the prompt."""
 
 
