@@ -38,6 +38,7 @@ class ExampleSet:
     max_length: int
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
+    max_new_tokens: int | None = None  # what an answer may take; None: as the longest completion says
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class Loading:
 
     def example_set(
         self,
-        examples: dict[str, list[Example]],
+        examples: dict[str, list[Any]],
         *,
         labels: tuple[str, ...] | None = None,
         skipped: dict[str, int],
         truncated: dict[str, int] | None = None,
+        max_new_tokens: int | None = None,
     ) -> ExampleSet:
         """The finished set; the dictionaries have the keys of `sources`."""
         return ExampleSet(
@@ -70,6 +72,7 @@ class Loading:
             max_length=self.limit,
             skipped=skipped,
             truncated=truncated or {},
+            max_new_tokens=max_new_tokens,
         )
 
 
