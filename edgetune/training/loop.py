@@ -22,6 +22,7 @@ from edgetune.training.fused_lora import fused_lora
 from edgetune.training.journal import Journal
 from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
 from edgetune.training.precision import Precision, autocast
+from edgetune.training.stage import Collate, Experience, Length, tokens_of
 
 MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
 LOGGED_STEPS = 200  # about this many lines of a stage go to the journal
@@ -46,7 +47,7 @@ class StageResult:
 
 def total_steps(stage: Stage, rows: int) -> int:
     """Optimizer steps of a stage over this many rows."""
-    planned = max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size)))
+    planned = max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size))) * stage.iterations
     return min(planned, stage.max_steps or planned)
 
 
@@ -63,14 +64,18 @@ def train_stage(
     stage_index: int,
     journal: Journal,
     progress: Progress,
+    collate: Collate = collate,
+    length: Length = tokens_of,
+    experience: Experience | None = None,
 ) -> StageResult:
     """Minimise `objective` over `examples` and leave `model` with the last step's weights.
 
+    With `experience` a step learns from what it makes of the step's rows, and they are `collate`d by it.
     Raises TrainingError when the loss or a gradient is not finite; the weights are then those before that step.
     """
-    lengths = [len(example.input_ids) for example in examples]
+    lengths = [length(example) for example in examples]
     total = total_steps(stage, len(examples))
-    validate_every = stage.validate_every or steps_per_epoch(len(examples), stage.batch_size)
+    validate_every = stage.validate_every or steps_per_epoch(len(examples), stage.batch_size) * stage.iterations
     log_every = max(1, total // LOGGED_STEPS)
     optimizer = build_optimizer(
         model,
@@ -80,14 +85,21 @@ def train_stage(
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tokens = padded = 0
-    seconds, recent = 0.0, list[float]()
+    seconds, recent, recent_facts = 0.0, list[float](), list[Mapping[str, float]]()
     model.train()
-    for step, indices in enumerate(steps(lengths, stage.batch_size, seed=seed, total=total), start=1):
+    order = steps(lengths, stage.batch_size, seed=seed, total=total, repeat=stage.iterations)
+    for step, indices in enumerate(order, start=1):
         started = time.perf_counter()
         factor = warmup_cosine(step - 1, total, warmup_ratio=stage.warmup_ratio)
         learning_rate = set_learning_rate(optimizer, factor)
 
-        parts = [collate([examples[i] for i in part], pad_id) for part in split(indices, lengths, MAX_TOKENS_AT_ONCE)]
+        rows: Sequence[Example] = [examples[i] for i in indices]
+        if experience is None:
+            parts = parts_of(rows, pad_id, collate, length)
+        else:
+            rows, facts = experience(model, rows, step=step)
+            parts = parts_of(rows, pad_id, experience.collate, experience.length)
+            recent_facts.append(facts)
         targets = sum(part.targets for part in parts)
         loss = 0.0
         for part in parts:
@@ -114,15 +126,16 @@ def train_stage(
                 kind="train",
                 stage=stage_index,
                 step=step,
-                epoch=step * stage.batch_size / len(examples),
+                epoch=step * stage.batch_size / len(examples) / stage.iterations,
                 loss=sum(recent) / len(recent),
                 learning_rate=learning_rate,
                 grad_norm=norm,
                 tokens=tokens,
                 tokens_per_second=tokens / seconds,
                 seconds=seconds,
+                **_means(recent_facts),
             )
-            final_loss, recent = sum(recent) / len(recent), []
+            final_loss, recent, recent_facts = sum(recent) / len(recent), [], []
         if validate is not None and (step % validate_every == 0 or step == total):
             measured = validate(model)
             journal.write(kind="validation", stage=stage_index, step=step, **measured)
@@ -131,6 +144,16 @@ def train_stage(
     progress.close()
     model.eval()
     return StageResult(total, tokens, padded, seconds, final_loss)
+
+
+def parts_of(rows: Sequence[Example], pad_id: int, collate: Collate, length: Length) -> list[Batch]:
+    """The rows of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens."""
+    parts = split(range(len(rows)), [length(row) for row in rows], MAX_TOKENS_AT_ONCE)
+    return [collate([rows[i] for i in part], pad_id) for part in parts]
+
+
+def _means(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(fact[name] for fact in facts) / len(facts) for name in facts[0]} if facts else {}
 
 
 def _not_finite(what: str, value: float, *, step: int, parts: Sequence[Batch]) -> TrainingError:

@@ -21,7 +21,7 @@ from edgetune.batching import Batch
 from edgetune.errors import TrainingError
 from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
-from edgetune.heads import SequenceClassifier
+from edgetune.heads import RewardModel, SequenceClassifier
 from edgetune.progress import Progress, duration
 from edgetune.recipe import Recipe, Stage, to_toml
 from edgetune.report import write_report
@@ -35,9 +35,10 @@ from edgetune.training.measure import (
     adapter_off,
     batches_for_measuring,
 )
-from edgetune.training.methods import METHODS
+from edgetune.training.methods import METHODS, Method
 from edgetune.training.precision import Precision, choose_precision, hold_frozen_linears_in_bf16
-from edgetune.training.probe import fit_probe
+from edgetune.training.probe import fit_probe, fit_reward_probe
+from edgetune.training.stage import Prepared, Situation
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
 
@@ -75,10 +76,17 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | 
     folder = Path(recipe.out if out is None else out)
     progress = progress if progress is not None else Progress()
     check_replaceable(folder)
-    with contextlib.closing(progress), _settings(recipe), whole_folder(folder) as partial:
+    with (
+        contextlib.closing(progress),
+        _settings(recipe),
+        whole_folder(folder) as partial,
+        contextlib.ExitStack() as opened,
+    ):
         base = resolve_base(recipe.base)
         tokenizer = load_tokenizer(base)
         sets = _load_data(recipe, tokenizer, base)
+        for stage in recipe.stage:
+            METHODS[stage.method].check(stage, base)
         progress.say(_opening(recipe, base, sets))
         model, pad_id = _build_model(recipe, base, tokenizer, sets[0])
         trainable = trainable_parameters(model)
@@ -86,11 +94,17 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | 
         if all(stage.precision == "bf16" for stage in recipe.stage):
             hold_frozen_linears_in_bf16(model)
         journal = Journal(partial / JOURNAL)
-        results = [
-            _run_stage(model, recipe, index, sets[index], pad_id=pad_id, journal=journal, progress=progress)
-            for index in range(len(recipe.stage))
-        ]
-        measured = _measure(model, recipe, sets[-1], journal, pad_id=pad_id)
+        results = []
+        for index, stage in enumerate(recipe.stage):
+            opened.close()  # what the stage before had open; the last stage's things are needed once more below
+            situation = Situation(
+                model, stage, sets[index], tokenizer, base, pad_id, _precision(stage), recipe.seed + index, progress
+            )
+            method = METHODS[stage.method]
+            prepared = opened.enter_context(method.prepare(situation, method.measure))
+            results.append(_run_stage(situation, prepared, index, journal=journal))
+        measured = _measure(model, recipe, sets[-1], journal, prepared, pad_id=pad_id)
+        opened.close()
         summary = RunSummary(
             task=recipe.task,
             base={"name": base.name, "digest": base.digest},
@@ -147,6 +161,10 @@ def _build_model(recipe: Recipe, base: Base, tokenizer: Any, examples: ExampleSe
         model = SequenceClassifier(model, labels=len(examples.labels), pooling=base.pooling or "mean")
         if recipe.stage[0].head_init == "probe":
             fit_probe(model, examples.train, pad_id=pad_id)
+    elif recipe.task == "reward":
+        model = RewardModel(model)
+        if recipe.stage[0].head_init == "probe":
+            fit_reward_probe(model, examples.train, pad_id=pad_id)
     # Seeded again: what was drawn before (a random head) must not move the adapter's first weights.
     torch.manual_seed(recipe.seed)
     return adapt(model, recipe.parameters, task=recipe.task), pad_id
@@ -162,49 +180,45 @@ def _resolve_precision(recipe: Recipe, *, hidden: int) -> Recipe:
     )
 
 
-def _run_stage(
-    model: Any,
-    recipe: Recipe,
-    index: int,
-    examples: ExampleSet,
-    *,
-    pad_id: int,
-    journal: Journal,
-    progress: Progress,
-) -> StageResult:
-    stage = recipe.stage[index]
-    method, precision = METHODS[stage.method], _precision(stage)
-    held_out = _validation_batches(examples, pad_id=pad_id)
+def _run_stage(situation: Situation, prepared: Prepared, index: int, *, journal: Journal) -> StageResult:
+    s = situation
+    method = METHODS[s.stage.method]
+    held_out = _validation_batches(s.examples, method, pad_id=s.pad_id)
     return train_stage(
-        model,
-        stage,
-        examples.train,
-        objective=method.objective(stage),
-        validate=(lambda trained: method.measure(trained, held_out, precision=precision)) if held_out else None,
-        precision=precision,
-        pad_id=pad_id,
-        seed=recipe.seed + index,
+        s.model,
+        s.stage,
+        s.examples.train,
+        objective=method.objective(s.stage),
+        validate=(lambda trained: prepared.measure(trained, held_out, precision=s.precision)) if held_out else None,
+        precision=s.precision,
+        pad_id=s.pad_id,
+        seed=s.seed,
         stage_index=index,
         journal=journal,
-        progress=progress,
+        progress=s.progress,
+        collate=method.collate,
+        length=method.length,
+        experience=prepared.experience,
     )
 
 
 def _measure(
-    model: Any, recipe: Recipe, examples: ExampleSet, journal: Journal, *, pad_id: int
+    model: Any, recipe: Recipe, examples: ExampleSet, journal: Journal, prepared: Prepared, *, pad_id: int
 ) -> dict[str, Any]:
     """Final metrics, the base's, and the adapter's effect; on training rows when there are no others."""
     stage = recipe.stage[-1]
     method, precision = METHODS[stage.method], _precision(stage)
-    held_out = _validation_batches(examples, pad_id=pad_id)
+    held_out = _validation_batches(examples, method, pad_id=pad_id)
     last = journal.last("validation")
     metrics = {k: v for k, v in (last or {}).items() if k not in {"kind", "stage", "step"}}
     base_metrics = None
-    if held_out and (examples.labels is None or recipe.stage[0].head_init == "probe"):
+    if held_out and (recipe.task == "text-generation" or recipe.stage[0].head_init == "probe"):
         with adapter_off(model):
-            base_metrics = method.measure(model, held_out, precision=precision)
+            base_metrics = prepared.measure(model, held_out, precision=precision)
     rows = examples.validation or examples.train
-    sample = batches_for_measuring(rows, pad_id=pad_id, tokens=EFFECT_TOKENS, batch_size=64)
+    sample = batches_for_measuring(
+        rows, pad_id=pad_id, tokens=EFFECT_TOKENS, batch_size=64, collate=method.collate, length=method.length
+    )
     effect = adapter_effect(model, sample, method.outputs, precision=precision)
     if effect["mean_logit_change"] == 0.0:
         raise TrainingError(
@@ -218,10 +232,12 @@ def _measure(
     }
 
 
-def _validation_batches(examples: ExampleSet, *, pad_id: int) -> Sequence[Batch]:
+def _validation_batches(examples: ExampleSet, method: Method, *, pad_id: int) -> Sequence[Batch]:
     if not examples.validation:
         return []
-    return batches_for_measuring(examples.validation, pad_id=pad_id, tokens=VALIDATION_TOKENS, batch_size=64)
+    return batches_for_measuring(
+        examples.validation, pad_id=pad_id, tokens=VALIDATION_TOKENS, batch_size=64, collate=method.collate, length=method.length
+    )
 
 
 def _precision(stage: Stage) -> Precision:
@@ -251,7 +267,7 @@ def _metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSumm
         labels=examples.labels,
         pooling=base.pooling,
         prompt_format=examples.prompt_format.to_dict(),
-        generation={"max_new_tokens": longest + 16} if examples.labels is None else None,
+        generation={"max_new_tokens": examples.max_new_tokens or longest + 16} if recipe.task == "text-generation" else None,
         max_length=examples.max_length,
         metrics=summary.metrics,
     )
