@@ -73,17 +73,21 @@ def _per_token(values: Sequence[list[float] | None]) -> Tensor | None:
 def grpo(
     model: nn.Module, batch: AnswerBatch, *, clip: float, kl: float, temperature: float = 1.0, loss_type: str = "grpo"
 ) -> tuple[Tensor, int]:
-    """The clipped objective with the KL penalty, negated."""
+    """The clipped objective with the KL penalty, negated.
+
+    The penalty is weighted by π / π_old, so that its gradient is the one of the KL divergence (DeepSeek-V3.2,
+    arXiv:2512.02556; TRL does so too).
+    """
     log_probs, rows = token_log_probs(model, batch, temperature=temperature)
-    per_token = policy_loss(log_probs, batch.old, batch.advantages[rows], clip=clip)
+    ratio = (log_probs - (log_probs.detach() if batch.old is None else batch.old)).exp()
+    per_token = clipped(ratio, batch.advantages[rows], clip=clip)
     if kl and batch.reference is not None:
-        per_token = per_token + kl * k3(log_probs, batch.reference)
+        per_token = per_token + kl * ratio * k3(log_probs, batch.reference)
     return _mean(per_token, rows, batch, loss_type=loss_type), batch.targets
 
 
-def policy_loss(log_probs: Tensor, old: Tensor | None, advantages: Tensor, *, clip: float) -> Tensor:
+def clipped(ratio: Tensor, advantages: Tensor, *, clip: float) -> Tensor:
     """-min(ρ A, clip(ρ, 1 ± clip) A) with ρ = π / π_old, per token."""
-    ratio = (log_probs - (log_probs.detach() if old is None else old)).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
