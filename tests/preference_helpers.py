@@ -38,13 +38,13 @@ def pair_recipe(base: Path, folder: Path, method: str, **stage: Any) -> Recipe:
     return recipe(base, method, train, held_out, **stage)
 
 
-def prompt_recipe(base: Path, folder: Path, reward: str, **stage: Any) -> Recipe:
+def prompt_recipe(base: Path, folder: Path, reward: str | list[str], **stage: Any) -> Recipe:
     """A grpo recipe whose reward is Python text, or names something else."""
-    if reward.startswith("def "):
+    if isinstance(reward, str) and reward.startswith("def "):
         (folder / "scoring.py").write_text(reward, encoding="utf-8")
         reward = "scoring:score"
     rows = [{"prompt": question, "wanted": question[0]} for question in QUESTIONS]
-    train = write_rows(folder / "prompts.jsonl", rows)
+    train = write_rows(folder / "prompts.jsonl", rows * stage.pop("copies", 1))
     held_out = write_rows(folder / "prompts-dev.jsonl", rows[:2])
     settings = {
         "method": "grpo", "reward": reward, "max_length": 128, "max_new_tokens": 8, "group_size": 4, "batch_size": 4,

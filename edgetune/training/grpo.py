@@ -67,7 +67,7 @@ def prepare_grpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
     """Rewards opened, the policy at the start kept where the KL penalty refers to it."""
     s = situation
     rollout = TorchRollout(end=end_token(s.tokenizer), pad_id=s.pad_id, precision=s.precision)
-    with open_rewards(s.stage, s.model, s.tokenizer, s.base) as rewards:
+    with open_rewards(s.stage, s.model, s.tokenizer, s.base, precision=s.precision) as rewards:
         answering = Answering(rollout, rewards, s.tokenizer, s.stage)
         experience = Sampler(answering, s)
         yield Prepared(functools.partial(measure_greedy, answering), experience)

@@ -21,6 +21,7 @@ from edgetune.heads import last_hidden
 from edgetune.prompts import PromptFormat
 from edgetune.runs import find_adapter
 from edgetune.scoring import encode_answered, score_rows
+from edgetune.training.precision import Precision, autocast
 
 SCORE_WEIGHT = "base_model.model.score.weight"
 
@@ -37,17 +38,25 @@ class Scored(Protocol):
 class AdapterScorer:
     """A reward adapter's scores; `body` is the decoder without its output projection, the adapter on it."""
 
-    def __init__(self, name: str, model: Any, adapter: str, score: Tensor, form: PromptFormat, tokenizer: Any, limit: int) -> None:
+    def __init__(
+        self, name: str, model: Any, adapter: str, score: Tensor, form: PromptFormat, tokenizer: Any, *, limit: int, precision: Precision
+    ) -> None:
         self.name, self.model, self.adapter, self.score = name, model, adapter, score.float()
-        self.form, self.tokenizer, self.limit = form, tokenizer, limit
+        self.form, self.tokenizer, self.limit, self.precision = form, tokenizer, limit, precision
 
     def __call__(self, answers: Sequence[Scored]) -> list[float]:
         """The reward of each answer, read in the form that the adapter was trained with."""
         prompts, completions = [answer.prompt for answer in answers], [answer.completion for answer in answers]
         rows = encode_answered(prompts, completions, self.form, self.tokenizer, limit=self.limit)
         body = self.model.get_base_model().base_model
+
+        def reward(ids: Tensor, mask: Tensor) -> Tensor:
+            with autocast(self.precision):
+                hidden = last_hidden(body, ids, mask)
+            return hidden @ self.score[0]  # in fp32: a reward in bf16 would have 8 bits
+
         with torch.no_grad(), only_adapter(self.model, self.adapter):
-            return score_rows(rows, lambda ids, mask: last_hidden(body, ids, mask) @ self.score[0])
+            return score_rows(rows, reward)
 
 
 def check_reward_adapter(folder: Path, base: Base) -> tuple[Path, dict[str, Any]]:
@@ -70,7 +79,7 @@ def check_reward_adapter(folder: Path, base: Base) -> tuple[Path, dict[str, Any]
 
 @contextlib.contextmanager
 def reward_adapter(
-    folder: Path, model: Any, tokenizer: Any, base: Base, *, name: str, label: str
+    folder: Path, model: Any, tokenizer: Any, base: Base, *, name: str, label: str, precision: Precision = "fp32"
 ) -> Iterator[AdapterScorer]:
     """The adapter in `folder` on `model` (a PEFT model of a decoder) as the frozen, inactive adapter `name`."""
     adapter_dir, metadata = check_reward_adapter(folder, base)
@@ -89,7 +98,7 @@ def reward_adapter(
             if f".{name}." in parameter_name:
                 parameter.requires_grad_(False)
         form = PromptFormat(**(metadata["prompt_format"] or {}))
-        yield AdapterScorer(label, model, name, score, form, tokenizer, base.max_length)
+        yield AdapterScorer(label, model, name, score, form, tokenizer, limit=base.max_length, precision=precision)
     finally:
         model.delete_adapter(name)
 

@@ -19,6 +19,7 @@ from edgetune.errors import AdapterError, EdgetuneError, RecipeError, TrainingEr
 from edgetune.examples.turns import Prompt, last_turn
 from edgetune.recipe import Stage
 from edgetune.reward_names import split_function
+from edgetune.training.precision import Precision
 from edgetune.training.reward_adapter import AdapterScorer, check_reward_adapter, reward_adapter
 
 RewardFunction = Callable[[str, str, dict[str, Any]], float]  # (prompt, completion, row) → reward
@@ -106,7 +107,9 @@ def check_rewards(stage: Stage, base: Base) -> None:
 
 
 @contextlib.contextmanager
-def open_rewards(stage: Stage, model: Any, tokenizer: Any, base: Base) -> Iterator[Rewards]:
+def open_rewards(
+    stage: Stage, model: Any, tokenizer: Any, base: Base, *, precision: Precision = "fp32"
+) -> Iterator[Rewards]:
     """The stage's rewards; reward adapters are on the model for as long as this is open."""
     names = names_of(stage)
     labels = _labels(names)
@@ -117,7 +120,9 @@ def open_rewards(stage: Stage, model: Any, tokenizer: Any, base: Base) -> Iterat
             if split_function(name) is not None:
                 scorers.append(FunctionScorer(label, load_function(name)))
             else:
-                opened = reward_adapter(Path(name), model, tokenizer, base, name=f"reward{number}", label=label)
+                opened = reward_adapter(
+                    Path(name), model, tokenizer, base, name=f"reward{number}", label=label, precision=precision
+                )
                 scorers.append(stack.enter_context(opened))
         yield Rewards(tuple(scorers), weights)
 
