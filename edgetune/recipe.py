@@ -92,6 +92,9 @@ class Data:
         help="decoders: chat = the tokenizer's chat template; plain = prompt + completion; auto = chat if there is one",
     )
     skip_invalid: bool = option(False, help="leave out rows that cannot be used and count them, instead of stopping")
+    hold_out: int | None = option(
+        None, help="without a validation file: this many rows of train, drawn with the seed, are for validation", at_least=1
+    )
     limit: int | None = option(None, help="train on a random subset of this many rows, drawn with the seed", at_least=1)
 
 
@@ -234,6 +237,9 @@ def _check_stage(stage: Stage, recipe: Recipe, *, path: str, where: str) -> None
             expected="stages of one task",
             fix="Split this into two recipes.",
         )
+    if stage.data.validation is not None and stage.data.hold_out is not None:
+        what = f"{path}.data has both validation and hold_out"
+        raise RecipeError(what, where=where, fix="Remove one of them.")
     used = COLUMNS[stage.method]
     for key in sorted({column for columns in COLUMNS.values() for column in columns} - set(used)):
         if getattr(stage.data, key) != getattr(Data, key):

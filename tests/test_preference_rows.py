@@ -152,3 +152,18 @@ def test_the_recorded_format_of_a_policy_is_evaluated_on_the_chosen_answer(tiny_
     for method, completion in (("dpo", "{{ chosen }}"), ("reward", None)):
         form = load_examples(pair_recipe(tiny_decoder, tmp_path, method).stage[0], tokenizer, base).prompt_format
         assert (form.prompt, form.completion, form.rejected) == ("{{ prompt }}", completion, "{{ rejected }}")
+
+
+def test_rows_held_out_of_train_validate(tiny_decoder: Path, tmp_path: Path) -> None:
+    base, tokenizer = tiny(tiny_decoder)
+    path = write_rows(tmp_path / "rows.jsonl", pair_rows(12))
+    data = {"train": str(path), "hold_out": 4}
+    stage = recipe(tiny_decoder, "dpo", path, None, data=data).stage[0]
+    examples = load_examples(stage, tokenizer, base, seed=3)
+    train, held = {e.row for e in examples.train}, {e.row for e in examples.validation}
+    assert (len(train), len(held), train & held, train | held) == (8, 4, set(), set(range(1, 13)))
+    again = load_examples(stage, tokenizer, base, seed=3)
+    assert [e.row for e in again.validation] == [e.row for e in examples.validation]
+    with pytest.raises(DataError, match=r"leaves no row to train on \(expected less than 12, got 12"):
+        too_many = recipe(tiny_decoder, "dpo", path, None, data={**data, "hold_out": 12}).stage[0]
+        load_examples(too_many, tokenizer, base)

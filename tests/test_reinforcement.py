@@ -55,7 +55,7 @@ def test_the_dpo_margin_rises_from_zero(tiny_decoder: Path, tmp_path: Path) -> N
 
 
 def test_grpo_raises_the_reward(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = prompt_recipe(tiny_decoder, tmp_path, VOWELS, epochs=15, group_size=8, kl=0.01)
+    recipe = prompt_recipe(tiny_decoder, tmp_path, VOWELS, epochs=8, group_size=16, kl=0.01, learning_rate=5e-2, validate_every=8)
     summary = run(recipe, tmp_path / "run")
     steps = records(tmp_path / "run", "train")
     assert summary.base_metrics is not None and summary.metrics["reward"] > summary.base_metrics["reward"]

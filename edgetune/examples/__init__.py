@@ -9,7 +9,7 @@ from edgetune.bases import Base
 from edgetune.data import read_rows
 from edgetune.errors import RecipeError
 from edgetune.examples.classification import LabelledRow, labelled_rows, load_labelled
-from edgetune.examples.common import IGNORED, Example, ExampleSet, Loading, token_limit
+from edgetune.examples.common import IGNORED, Example, ExampleSet, Loading, hold_out, token_limit
 from edgetune.examples.generation import PromptedRow, encode_prompts, load_completions, prompted_rows
 from edgetune.examples.preference import PreferenceRow, load_preferences, preference_rows
 from edgetune.examples.prompting import load_prompts
@@ -53,6 +53,8 @@ def load_examples(
     sources = {"train": read_rows(data.train, data.skip_invalid)}
     if data.validation is not None:
         sources["validation"] = read_rows(data.validation, data.skip_invalid)
+    elif data.hold_out is not None:
+        sources["train"], sources["validation"] = hold_out(sources["train"], data.hold_out, seed=seed)
     limit = token_limit(stage.max_length, tokenizer, base)
     form = prompt_format(
         data,

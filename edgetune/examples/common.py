@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from edgetune.bases import Base
@@ -103,6 +103,21 @@ def convert_rows(
 def subset(source: Rows, limit: int | None, *, seed: int) -> Rows:
     rows = sample(source.rows, limit, seed=seed)
     return Rows(source=source.source, rows=rows, skipped=source.skipped, digest=source.digest)
+
+
+def hold_out(source: Rows, count: int, *, seed: int) -> tuple[Rows, Rows]:
+    """The rows without `count` random ones, and these; both in file order. The same seed draws the same rows."""
+    if count >= len(source.rows):
+        raise DataError(
+            "data.hold_out leaves no row to train on",
+            where=source.source,
+            expected=f"less than {len(source.rows)}",
+            got=str(count),
+        )
+    drawn = set(random.Random(seed).sample(range(len(source.rows)), count))
+    kept = [row for at, row in enumerate(source.rows) if at not in drawn]
+    held = [row for at, row in enumerate(source.rows) if at in drawn]
+    return replace(source, rows=kept), replace(source, rows=held, skipped=0)
 
 
 def sample(rows: list[T], limit: int | None, *, seed: int) -> list[T]:
