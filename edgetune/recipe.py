@@ -53,7 +53,7 @@ OWN_SETTINGS = {
     "dpo": ("beta",),
     "grpo": (
         "reward", "reward_weights", "group_size", "iterations", "max_new_tokens", "temperature", "top_p", "clip",
-        "kl", "kl_to", "scale_by_std", "loss_type",
+        "kl", "kl_to", "scale_by_std", "loss_type", "rollout",
     ),
 }  # fmt: skip
 
@@ -144,6 +144,10 @@ class Stage:
     scale_by_std: bool = option(True, help="grpo: divide advantages by their group's std; false: as Dr. GRPO")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
         "grpo", help="grpo: mean over answers of token means; dapo: mean over tokens; dr_grpo: sum / max_new_tokens"
+    )
+
+    rollout: Literal["torch", "engine"] = option(
+        "torch", help="grpo: what samples; engine = the exported int8 graph, faster, needs edgetune[export]"
     )
 
     @property

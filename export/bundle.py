@@ -198,6 +198,13 @@ def _build(
     return manifest, rows
 
 
+def build_base(base: Base, folder: Path, *, precision: Precision, say: Say = lambda line: None) -> Manifest:
+    """A bundle of the base alone with inputs for any adapter, without proof and without `edgetune.json`: for this
+    process to use, as the rollouts of grpo do. It is not for a device.
+    """
+    return _build(base, [], folder, mode="separate", precision=precision, say=say)[0]
+
+
 def _torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
     """The base in torch fp32, with a source's adapter on it (or merged into it)."""
     body = load_body(base).float().eval()
@@ -322,4 +329,4 @@ def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> 
     return prove_bundle(folder, manifest, base, sources, manifest.proof["probe"], threads=threads)
 
 
-__all__ = ["Source", "export_bundle", "prove_bundle", "reprove"]
+__all__ = ["Source", "build_base", "export_bundle", "prove_bundle", "reprove"]

@@ -58,19 +58,34 @@ def first_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def check_grpo(stage: Stage, base: Base) -> None:
-    """Raises for rewards that cannot be loaded."""
+    """Raises for rewards that cannot be loaded, and for an engine that cannot run this base."""
     check_rewards(stage, base)
+    if stage.rollout == "engine":
+        from edgetune.training.engine_rollout import check_engine
+
+        check_engine(base)
 
 
 @contextlib.contextmanager
 def prepare_grpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
     """Rewards opened, the policy at the start kept where the KL penalty refers to it."""
     s = situation
-    rollout = TorchRollout(end=end_token(s.tokenizer), pad_id=s.pad_id, precision=s.precision)
-    with open_rewards(s.stage, s.model, s.tokenizer, s.base, precision=s.precision) as rewards:
+    with (
+        _rollout(s) as rollout,
+        open_rewards(s.stage, s.model, s.tokenizer, s.base, precision=s.precision) as rewards,
+    ):
         answering = Answering(rollout, rewards, s.tokenizer, s.stage)
         experience = Sampler(answering, s)
         yield Prepared(functools.partial(measure_greedy, answering), experience)
+
+
+def _rollout(s: Situation) -> contextlib.AbstractContextManager[Rollout]:
+    end = end_token(s.tokenizer)
+    if s.stage.rollout == "torch":
+        return contextlib.nullcontext(TorchRollout(end=end, pad_id=s.pad_id, precision=s.precision))
+    from edgetune.training.engine_rollout import open_engine
+
+    return open_engine(s.base, s.model, end=end, say=s.progress.say)
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,10 @@ class Sampler:
             AnswerExample(row.input_ids + answer.ids, [IGNORED] * len(row.input_ids) + answer.ids, row.row, advantage)
             for (row, answer), advantage in zip(flat, advantages, strict=True)
         ]
-        if stage.iterations > 1:
+        if not self.answering.rollout.exact:
+            for example, (_, answer) in zip(examples, flat, strict=True):
+                example.old = answer.log_probs
+        elif stage.iterations > 1:
             for example, old in zip(examples, self._log_probs(model, examples), strict=True):
                 example.old = old
         facts = {
