@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,6 +25,11 @@ def paired_bootstrap(differences: Sequence[float], *, draws: int = 2000, seed: i
     chosen = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     low, high = np.percentile(values[chosen].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics without the ends of their intervals, for a line of text."""
+    return {name: value for name, value in metrics.items() if not name.endswith(("_low", "_high"))}
 
 
 def preference_metrics(right: Sequence[float], longer: Sequence[float]) -> dict[str, float]:

@@ -7,12 +7,12 @@ Yu et al. 2025, arXiv:2503.14476. Names and numbers as in TRL's GRPOTrainer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from edgetune.batching import Batch, collate
+from edgetune.batching import IGNORE, Batch, collate
 from edgetune.preference import token_log_probs
 
 STD_EPSILON = 1e-4  # TRL's
@@ -44,6 +44,21 @@ def group_advantages(rewards: Tensor, *, scale_by_std: bool = True) -> Tensor:
     """(groups, answers of a group) rewards → advantages: minus the group's mean, over its std (of a sample) + 1e-4."""
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     return advantages / (rewards.std(dim=1, keepdim=True) + STD_EPSILON) if scale_by_std else advantages
+
+
+def without_flat(answers: Sequence[AnswerExample], flat: Sequence[bool], *, loss_type: str) -> list[AnswerExample]:
+    """Only the answers that teach something, their advantages scaled so that loss and gradient stay what they were.
+
+    `flat`: whether an answer's group all got the same reward; without KL penalty its gradient is zero. At least one
+    answer is left.
+    """
+    kept = [answer for answer, skip in zip(answers, flat, strict=True) if not skip]
+    if not kept:
+        return [replace(answers[0], advantage=0.0)]
+    counted = sum if loss_type == "dapo" else len
+    sizes = [[sum(label != IGNORE for label in a.labels) for a in some] for some in (kept, answers)]
+    share = counted(sizes[0]) / counted(sizes[1])
+    return [replace(answer, advantage=answer.advantage * share) for answer in kept]
 
 
 def collate_answers(

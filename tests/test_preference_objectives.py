@@ -16,7 +16,15 @@ from transformers import AutoModelForSequenceClassification
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
 from edgetune.batching import IGNORE
-from edgetune.policy import AnswerBatch, AnswerExample, collate_answers, group_advantages, grpo, k3
+from edgetune.policy import (
+    AnswerBatch,
+    AnswerExample,
+    collate_answers,
+    group_advantages,
+    grpo,
+    k3,
+    without_flat,
+)
 from edgetune.preference import answer_log_probs, bradley_terry, dpo
 from edgetune.training.preference import store_references
 
@@ -188,6 +196,20 @@ def test_parts_of_a_step_add_up_to_the_whole(tiny_decoder: Path) -> None:
         targets = [batch.targets for batch in batches]
         assert targets[0] == targets[1] + targets[2]
         assert sum(loss * n for loss, n in zip(parts, targets[1:], strict=True)) / targets[0] == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_flat_groups_can_be_left_out_without_a_change(tiny_decoder: Path, loss_type: str) -> None:
+    model, examples = adapted(tiny_decoder), answers()
+    examples[1].advantage = examples[3].advantage = 0.0
+    kept = without_flat(examples, [False, True, False, True], loss_type=loss_type)
+    assert [example.row for example in kept] == [0, 2]
+    whole, few = (
+        grpo(model, collate_answers(some, 0, loss_type=loss_type, longest=12), clip=0.2, kl=0.0, loss_type=loss_type)[0]
+        for some in (examples, kept)
+    )
+    assert_same(few, whole, model)
+    assert without_flat(examples, [True] * 4, loss_type=loss_type)[0].advantage == 0.0
 
 
 def test_advantages_are_trls_formula() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from preference_helpers import pair_recipe, prompt_recipe
+from preference_helpers import pair_recipe, prompt_recipe, tiny
 from training_helpers import sft_recipe, silent, write_rows
 
 from edgetune.errors import TrainingError
+from edgetune.export.probe import probe_rows
 from edgetune.files import sha256_file
 from edgetune.runs import load_adapted_model
 from edgetune.training import RunSummary, run_recipe
@@ -68,12 +69,15 @@ def test_grpo_raises_the_reward(tiny_decoder: Path, tmp_path: Path) -> None:
 
 def test_a_trained_reward_adapter_scores_the_policy(tiny_decoder: Path, tmp_path: Path) -> None:
     run(pair_recipe(tiny_decoder, tmp_path, "reward", epochs=3), tmp_path / "reward")
-    summary = run(prompt_recipe(tiny_decoder, tmp_path, "reward", epochs=12, kl=0.0), tmp_path / "run")
+    summary = run(prompt_recipe(tiny_decoder, tmp_path, "reward", epochs=8, kl=0.0, group_size=16, learning_rate=5e-2), tmp_path / "run")
     steps = records(tmp_path / "run", "train")
     assert sum(s["reward"] for s in steps[-3:]) > sum(s["reward"] for s in steps[:3])
     assert "kl" not in steps[0] and summary.task == "text-generation"
     model, _, metadata = load_adapted_model(tmp_path / "run")
     assert list(model.peft_config) == ["default"] and metadata["generation"] == {"max_new_tokens": 8}
+    base, tokenizer = tiny(tiny_decoder)
+    rows = probe_rows(tmp_path / "run" / "adapter", tokenizer, base)  # what an export compares torch and engine on
+    assert [tokenizer.decode(row)[-20:] for row in rows] == ["<|im_start|>assistant\n"[-20:]] * 2
 
 
 def test_steps_on_the_same_samples_move_the_ratio(tiny_decoder: Path, tmp_path: Path) -> None:

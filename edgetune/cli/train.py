@@ -23,8 +23,9 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
 
     settings = load_recipe(recipe, overrides)  # before torch is imported: a typing error shows at once
 
+    from edgetune.intervals import headline
     from edgetune.training import run_recipe
 
     summary = run_recipe(settings, out=out)
     numbers = summary.metrics or {"train_loss": summary.train_loss}
-    click.echo(f"{summary.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    click.echo(f"{summary.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in headline(numbers).items()))

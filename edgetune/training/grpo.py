@@ -18,7 +18,7 @@ from edgetune.examples.common import IGNORED
 from edgetune.examples.prompting import PromptExample
 from edgetune.examples.turns import end_token
 from edgetune.objectives import projection_only_at
-from edgetune.policy import AnswerExample, collate_answers, group_advantages, k3
+from edgetune.policy import AnswerExample, collate_answers, group_advantages, k3, without_flat
 from edgetune.preference import token_log_probs
 from edgetune.recipe import Stage
 from edgetune.training.fused_lora import fused_lora
@@ -28,6 +28,7 @@ from edgetune.training.rollout import Answer, Rollout, Sampling, TorchRollout
 from edgetune.training.stage import Collate, Length, Measure, Prepared, Situation, tokens_of
 
 TOKENS_AT_ONCE, ROWS_AT_ONCE = 1536, 64
+FLAT = 1e-8  # a group whose rewards have this std or less teaches nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +161,11 @@ class Sampler:
         elif stage.iterations > 1:
             for example, old in zip(examples, self._log_probs(model, examples), strict=True):
                 example.old = old
+        is_flat = rewards.std(dim=1) < FLAT
         facts = {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std()),
-            "flat_groups": float((rewards.std(dim=1) < 1e-8).float().mean()),
+            "flat_groups": float(is_flat.float().mean()),
             "completion_length": fmean(len(answer.ids) for _, answer in flat),
             "ended": fmean(answer.ended for _, answer in flat),
         }
@@ -176,6 +178,9 @@ class Sampler:
                 example.reference = reference
             sampled = torch.tensor([x for _, answer in flat for x in answer.log_probs])
             facts["kl"] = float(k3(sampled, torch.tensor([x for r in references for x in r])).mean())
+        else:
+            flat_answers = is_flat.repeat_interleave(stage.group_size).tolist()
+            examples = without_flat(examples, flat_answers, loss_type=stage.loss_type)
         return examples, facts
 
     def _reference(self, model: Any) -> contextlib.AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from edgetune.batching import Batch, Example, collate, split, steps, steps_per_epoch
 from edgetune.errors import TrainingError
+from edgetune.intervals import headline
 from edgetune.objectives import Objective
 from edgetune.progress import Progress
 from edgetune.recipe import Stage
@@ -139,7 +140,7 @@ def train_stage(
         if validate is not None and (step % validate_every == 0 or step == total):
             measured = validate(model)
             journal.write(kind="validation", stage=stage_index, step=step, **measured)
-            progress.say(f"step {step}/{total}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
+            progress.say(f"step {step}/{total}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in headline(measured).items()))
             model.train()
     progress.close()
     model.eval()

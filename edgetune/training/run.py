@@ -22,6 +22,7 @@ from edgetune.errors import TrainingError
 from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
 from edgetune.heads import RewardModel, SequenceClassifier
+from edgetune.intervals import headline
 from edgetune.progress import Progress, duration
 from edgetune.recipe import Recipe, Stage, to_toml
 from edgetune.report import write_report
@@ -300,7 +301,7 @@ def _opening(recipe: Recipe, base: Base, sets: Sequence[ExampleSet]) -> str:
 
 
 def _closing(summary: RunSummary) -> str:
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in summary.metrics.items())
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in headline(summary.metrics).items())
     result = metrics or f"train loss {summary.train_loss:.4f}"
     speed = f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak {summary.peak_rss_mb:,.0f} MB"
     return f"{result}\n{speed}\nwritten to {summary.out}"
