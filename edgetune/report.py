@@ -128,7 +128,7 @@ def _results(summary: Mapping[str, Any]) -> str:
         if not name.endswith(("_low", "_high"))
     ]
     rows.append(("training loss (last)", "–", f"{summary['train_loss']:.4f}"))
-    without = "frozen base + logistic regression" if "accuracy" in base else "base"
+    without = "frozen base + logistic regression" if "accuracy" in base or summary["task"] == "reward" else "base"
     return _table(("validation", without, "with the adapter"), rows)
 
 

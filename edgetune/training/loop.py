@@ -95,6 +95,7 @@ def train_stage(
         learning_rate = set_learning_rate(optimizer, factor)
 
         rows: Sequence[Example] = [examples[i] for i in indices]
+        facts: Mapping[str, float] = {}
         if experience is None:
             parts = parts_of(rows, pad_id, collate, length)
         else:
@@ -121,7 +122,8 @@ def train_stage(
         tokens += sum(part.tokens for part in parts)
         padded += sum(part.input_ids.numel() for part in parts)
         recent.append(loss)
-        progress.step(step, total, loss=loss, tokens_per_second=tokens / seconds, seconds=seconds)
+        speed = tokens / seconds
+        progress.step(step, total, loss=loss, tokens_per_second=speed, seconds=seconds, reward=facts.get("reward"))
         if step % log_every == 0 or step == total:
             journal.write(
                 kind="train",
