@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from edgetune import __version__
 from edgetune.errors import AdapterError, RecipeError
 from edgetune.files import sha256_file, whole_folder, write_json
-from edgetune.heads import HEAD, SequenceClassifier
+from edgetune.heads import HEADS, head_of
 from edgetune.recipe import Parameters
 
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
 SCHEMA = 1
 ALL_LINEAR = "all-linear"
-TASKS = {"text-generation": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+TASKS = {"text-generation": "CAUSAL_LM", "sequence-classification": "SEQ_CLS", "reward": "SEQ_CLS"}
 UNUSED = ("pooler",)  # an encoder's own pooler: this head does not read it, an adapter there would learn nothing
 
 
@@ -51,7 +51,7 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
     names = target_names(model, parameters.target_modules)
     for table, pattern in (("rank_pattern", parameters.rank_pattern), ("alpha_pattern", parameters.alpha_pattern)):
         _check_pattern(pattern, names, table=table)
-    head = [HEAD] if isinstance(model, SequenceClassifier) else None
+    head = head_of(model)
     config = LoraConfig(
         task_type=TASKS[task],
         r=parameters.rank,
@@ -62,7 +62,7 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         use_dora=parameters.dora,
         rank_pattern=dict(parameters.rank_pattern),
         alpha_pattern={name: _whole(alpha) for name, alpha in parameters.alpha_pattern.items()},
-        modules_to_save=head,
+        modules_to_save=None if head is None else [head],
     )
     return PeftModel(model, config)
 
@@ -114,7 +114,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     output = find_output() if find_output is not None else None
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and module is not output and not set(name.split(".")) & {HEAD, *UNUSED}:
+        if linear and module is not output and not set(name.split(".")) & {*HEADS, *UNUSED}:
             yield name, module
 
 
@@ -178,14 +178,15 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     adapted = PeftModel(model, config)
     tensors = load_file(folder / WEIGHTS)
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    problems = _mismatches(expected, tensors)
+    problems = mismatches(expected, tensors)
     if problems:
         raise AdapterError(f"{folder} does not fit the base model", got="; ".join(problems))
     set_peft_model_state_dict(adapted, tensors)
     return adapted.eval()
 
 
-def _mismatches(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+def mismatches(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    """What keeps the tensors of a file from being those that a model expects, one line each."""
     missing = [f"missing {name}" for name in sorted(expected.keys() - got.keys())]
     unknown = [f"unknown {name}" for name in sorted(got.keys() - expected.keys())]
     shapes = [

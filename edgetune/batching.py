@@ -58,15 +58,18 @@ def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: in
     return batches
 
 
-def steps(lengths: Sequence[int], batch_size: int, *, seed: int, total: int, start: int = 0) -> Iterator[list[int]]:
-    """The rows of steps `start` … `total - 1`, epoch after epoch."""
+def steps(
+    lengths: Sequence[int], batch_size: int, *, seed: int, total: int, start: int = 0, repeat: int = 1
+) -> Iterator[list[int]]:
+    """The rows of steps `start` … `total - 1`, epoch after epoch; `repeat` steps in succession have the same rows."""
     per_epoch = steps_per_epoch(len(lengths), batch_size)
     epoch, order = -1, list[list[int]]()
     for step in range(start, total):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
+        batch = step // repeat
+        if batch // per_epoch != epoch:
+            epoch = batch // per_epoch
             order = epoch_order(lengths, batch_size, seed=seed, epoch=epoch)
-        yield order[step % per_epoch]
+        yield order[batch % per_epoch]
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -12,9 +12,10 @@ from typing import Any
 
 from edgetune.charts import Series, line_chart
 from edgetune.errors import InputError
+from edgetune.intervals import headline
 from edgetune.layout import JOURNAL, RECIPE, SUMMARY
 from edgetune.progress import duration
-from edgetune.report import STYLE, figure, in_one_row, words
+from edgetune.report import STYLE, in_one_row, with_interval, words
 from edgetune.settings import toml_value
 
 if sys.version_info >= (3, 11):
@@ -35,7 +36,7 @@ figcaption .key { display: inline-block; margin: 0 .9rem 0 0; } figcaption .key:
 details { margin-top: 1rem; } summary { cursor: pointer; color: var(--soft); }
 """
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
-HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match", "bleu", "rouge_l", "spearman", "pearson", "json_valid")
+HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match", "bleu", "rouge_l", "spearman", "pearson", "json_valid", "reward", "margin", "above_length")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def render_comparison(runs: Sequence[FinishedRun]) -> str:
 
 def _results(runs: Sequence[FinishedRun]) -> str:
     """A row a run; the best of a metric that has a direction is bold."""
-    names = list(dict.fromkeys(name for run in runs for name in run.summary["metrics"]))
+    names = list(dict.fromkeys(name for run in runs for name in headline(run.summary["metrics"])))
     facts: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "training loss": lambda s: f"{s['train_loss']:.4f}",
         "tokens/s": lambda s: f"{s['tokens_per_second']:,.0f}",
@@ -143,7 +144,7 @@ def _results(runs: Sequence[FinishedRun]) -> str:
         cells = [f'<td class="run">{_swatch(number)}{escape(run.name)}</td>']
         for name in names:
             kind = "number best" if name in metrics and metrics[name] == best[name] else "number"
-            cells.append(_cell(figure(name, metrics[name]) if name in metrics else "–", kind=kind))
+            cells.append(_cell(with_interval(name, metrics) if name in metrics else "–", kind=kind))
         rows.append(cells + [_cell(fact(run.summary), kind="number") for fact in facts.values()])
     note = "Metrics are of each run's own validation rows, after its last step; the best is bold."
     return _rows(("run", *map(words, names), *facts), rows, numbers=True) + f'<p class="note">{note}</p>'
@@ -163,7 +164,7 @@ def _plots(runs: Sequence[FinishedRun]) -> Iterator[str]:
     yield line_chart("Training loss", _curves(runs, "train", "loss"))
     yield line_chart("Training loss by time", _curves(runs, "train", "loss", by_time=True), x_label="seconds of training")
     shown = dict.fromkeys(name for run in runs for r in run.records if r["kind"] == "validation" for name in r)
-    for name in shown:
+    for name in headline(shown):
         if name not in ("kind", "stage", "step", "perplexity"):  # the perplexity is the loss again
             yield line_chart(f"Validation {words(name)}", _curves(runs, "validation", name))
 

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 from edgetune.data import Row, read_rows
 from edgetune.errors import DataError, InputError
-from edgetune.examples import labelled_rows
+from edgetune.examples import labelled_rows, preference_rows
+from edgetune.examples.turns import row_answer, row_prompt
+from edgetune.intervals import preference_metrics
 from edgetune.metrics import accuracy, bleu, exact_match, is_json_task, json_exact_match, json_valid, macro_f1
-from edgetune.prompts import PromptFormat, render, split_messages
+from edgetune.prompts import PromptFormat, split_messages
 
 BUNDLE_MANIFEST = "edgetune.json"
 ROWS_AT_ONCE = 16
@@ -49,7 +51,7 @@ class Evaluation:
     skipped: int
     metrics: dict[str, float]
     seconds: float  # of answering, loading not counted
-    predictions: list[dict[str, Any]]  # {"line", "prediction", "label" | "references"}
+    predictions: list[dict[str, Any]]  # {"line", "prediction", "label" | "references"}, of a reward "chosen", "rejected"
 
 
 def evaluate(
@@ -77,7 +79,7 @@ def measure(
     """Let `answers` answer every row, and compare."""
     source = read_rows(data, skip_invalid)
     started = time.perf_counter()
-    how = _measure_generation if answers.labels is None else _measure_classification
+    how = _measure_preference if answers.task == "reward" else _measure_generation if answers.labels is None else _measure_classification
     metrics, predictions, skipped = how(answers, source, skip_invalid, advance or (lambda done, total: None))
     return Evaluation(
         source=str(folder),
@@ -114,6 +116,24 @@ def _measure_classification(answers: Answers, source: Any, skip_invalid: bool, a
     metrics = {"accuracy": accuracy(predicted, expected), "macro_f1": macro_f1(predicted, expected)}
     predictions = [
         {"line": row.line, "prediction": label, "label": row.label} for row, label in zip(rows, predicted, strict=True)
+    ]
+    return metrics, predictions, skipped
+
+
+def _measure_preference(answers: Any, source: Any, skip_invalid: bool, advance: Advance) -> Measured:
+    """How often the chosen answer has the higher reward, beside how often it is the longer one."""
+    rows, skipped = preference_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    scores: list[tuple[float, float]] = []
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[at : at + ROWS_AT_ONCE]
+        prompts = [row.prompt for row in part]
+        rewards = answers.rewards([*prompts, *prompts], [*(row.chosen for row in part), *(row.rejected for row in part)])
+        scores += zip(rewards[: len(part)], rewards[len(part) :], strict=True)
+        advance(len(scores), len(rows))
+    right = [0.5 if chosen == rejected else float(chosen > rejected) for chosen, rejected in scores]
+    metrics = preference_metrics(right, [row.longer for row in rows])
+    predictions = [
+        {"line": row.line, "chosen": chosen, "rejected": rejected} for row, (chosen, rejected) in zip(rows, scores, strict=True)
     ]
     return metrics, predictions, skipped
 
@@ -169,8 +189,8 @@ def _questions(source: Any, form: PromptFormat, *, skip_invalid: bool) -> tuple[
 def _prompt_and_completion(row: Row, form: PromptFormat, *, where: str) -> tuple[Prompt, str]:
     if form.prompt is None or form.completion is None:
         return split_messages(row.values, system=form.system, where=where)
-    prompt = render(form.prompt, row.values, where=where, field="prompt")
-    return prompt, render(form.completion, row.values, where=where, field="completion")
+    prompt = row_prompt(form, row.values, where=where)
+    return prompt, row_answer(form.completion, row.values, where=where, field="completion")
 
 
 class BundleAnswers:

@@ -1,4 +1,4 @@
-"""A task head on an encoder: pooled last hidden states → class logits."""
+"""Task heads: pooled last hidden states of an encoder → class logits; a decoder's last hidden state → a reward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from edgetune.errors import BaseModelError
 
 Pooling = Literal["mean", "cls"]
-HEAD = "classifier"
+HEAD, SCORE = "classifier", "score"  # as transformers names them in encoders and in decoders
+HEADS = (HEAD, SCORE)
 
 
 class SequenceClassifier(nn.Module):
@@ -47,6 +48,57 @@ class SequenceClassifier(nn.Module):
         """(batch, seq) token ids → (batch, labels) logits."""
         logits: Tensor = self.classifier(self.pooled(input_ids, attention_mask))
         return logits
+
+
+class RewardModel(nn.Module):
+    """A decoder's body and a scalar on the hidden state of a sequence's last token: `reward = score(hidden)`.
+
+    Parameter names are those of transformers' decoder `AutoModelForSequenceClassification` with `num_labels=1`
+    (`score.weight` (1, hidden), no bias), so an adapter loads there.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.config = decoder.config
+        self.body_name: str = decoder.base_model_prefix
+        if not self.body_name or self.body_name == SCORE or decoder.base_model is decoder:
+            raise BaseModelError(f"{type(decoder).__name__} has no usable base_model_prefix", got=repr(self.body_name))
+        setattr(self, self.body_name, decoder.base_model)
+        self.score = nn.Linear(decoder.config.hidden_size, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=getattr(decoder.config, "initializer_range", 0.02))
+
+    @property
+    def body(self) -> nn.Module:
+        """The decoder without its output projection."""
+        module: nn.Module = getattr(self, self.body_name)
+        return module
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(batch, seq) right-padded token ids → (batch, hidden) in fp32."""
+        return last_hidden(self.body, input_ids, attention_mask)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(batch, seq) right-padded token ids → (batch,) rewards."""
+        hidden = self.pooled(input_ids, attention_mask)
+        with torch.autocast(hidden.device.type, enabled=False):  # a reward in bf16 would have 8 bits
+            rewards: Tensor = self.score(hidden).squeeze(-1)
+        return rewards
+
+
+def last_hidden(body: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """A causal body's hidden states (batch, hidden), fp32, at the last real token of right-padded rows.
+
+    No mask goes in: a token sees no later one, so padding on the right changes nothing before it.
+    """
+    hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state
+    last = attention_mask.sum(dim=1) - 1
+    state: Tensor = hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+    return state
+
+
+def head_of(model: nn.Module) -> str | None:
+    """The name of the model's task head; None for one that has none."""
+    return HEAD if isinstance(model, SequenceClassifier) else SCORE if isinstance(model, RewardModel) else None
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:

@@ -15,7 +15,7 @@ from edgetune.batching import IGNORE, Batch
 class Objective(Protocol):
     """What a stage minimises."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         """The mean loss (a scalar with gradient) and the number of positions or rows it is the mean of."""
 
 

@@ -39,6 +39,8 @@ class PromptFormat:
     completion: str | None = None
     text: str | None = None
     label: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
 
     def to_dict(self) -> dict[str, str | None]:
         """As it is recorded in `edgetune_adapter.json`."""
@@ -60,16 +62,20 @@ def prompt_format(data: Data, *, method: Method, chat_template: str | None, colu
     if template == "plain" and data.system is not None:
         fix = "Write it into data.prompt instead."
         raise RecipeError("data.system needs a chat template; this stage uses plain prompts", fix=fix)
-    if data.prompt is None and data.completion is None and "messages" in columns and "prompt" not in columns:
+    is_conversation = data.prompt is None and data.completion is None and "messages" in columns and "prompt" not in columns
+    if method == "sft" and is_conversation:
         if template == "plain":
             raise RecipeError("rows with messages need a base with a chat template", fix="Choose an instruct model.")
         return PromptFormat(template=template, system=data.system)
-    return PromptFormat(
-        template=template,
-        system=data.system,
-        prompt=_template(data.prompt, "prompt", key="data.prompt"),
-        completion=_template(data.completion, "completion", key="data.completion"),
-    )
+    prompt = _template(data.prompt, "prompt", key="data.prompt")
+    if method in ("reward", "dpo"):
+        chosen = _template(data.chosen, "chosen", key="data.chosen")
+        rejected = _template(data.rejected, "rejected", key="data.rejected")
+        # A policy is evaluated on what it should have answered; a reward answers nothing.
+        completion = chosen if method == "dpo" else None
+        return PromptFormat(template, data.system, prompt, completion, chosen=chosen, rejected=rejected)
+    completion = _template(data.completion, "completion", key="data.completion")
+    return PromptFormat(template=template, system=data.system, prompt=prompt, completion=completion)
 
 
 def render(template: str, values: Mapping[str, Any], *, where: str, field: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from edgetune import settings
 from edgetune.errors import RecipeError
+from edgetune.reward_names import locate_reward
 from edgetune.settings import option
 
 if sys.version_info >= (3, 11):
@@ -24,36 +25,77 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Method = Literal["sft", "sequence-classification"]
+Method = Literal["sft", "sequence-classification", "reward", "dpo", "grpo"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Task = Literal["text-generation", "sequence-classification"]
-TASKS: dict[str, Task] = {"sft": "text-generation", "sequence-classification": "sequence-classification"}
-KINDS: dict[str, Literal["decoder", "encoder"]] = {"sft": "decoder", "sequence-classification": "encoder"}
-COLUMNS = {"sft": ("prompt", "completion", "system", "template"), "sequence-classification": ("text", "label")}
+Task = Literal["text-generation", "sequence-classification", "reward"]
+TASKS: dict[str, Task] = {
+    "sft": "text-generation",
+    "sequence-classification": "sequence-classification",
+    "reward": "reward",
+    "dpo": "text-generation",
+    "grpo": "text-generation",
+}
+KINDS: dict[str, Literal["decoder", "encoder"]] = {
+    "sft": "decoder",
+    "sequence-classification": "encoder",
+    "reward": "decoder",
+    "dpo": "decoder",
+    "grpo": "decoder",
+}
+COLUMNS = {
+    "sft": ("prompt", "completion", "system", "template"),
+    "sequence-classification": ("text", "label"),
+    "reward": ("prompt", "chosen", "rejected", "system", "template"),
+    "dpo": ("prompt", "chosen", "rejected", "system", "template"),
+    "grpo": ("prompt", "completion", "system", "template"),
+}
+# Settings of a stage that mean something to one method only.
+OWN_SETTINGS = {
+    "dpo": ("beta",),
+    "grpo": (
+        "reward", "reward_weights", "group_size", "iterations", "max_new_tokens", "temperature", "top_p", "clip",
+        "kl", "kl_to", "scale_by_std", "loss_type", "rollout",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The rows of a stage and how a row becomes an example.
 
-    `prompt`, `completion`, `text` and `label` are each a column's name or a Jinja template over the row.
+    `prompt`, `completion`, `chosen`, `rejected`, `text` and `label` are each a column's name or a Jinja template over
+    the row.
     """
 
     train: str = option(help="file of training rows (.jsonl .csv .tsv .parquet .txt, also .gz) or hub data set id")
     validation: str | None = option(None, help="file of validation rows, never trained on")
-    prompt: str | None = option(None, help='sft: what the model is given, e.g. "{{ question }}"; default: column prompt')
-    completion: str | None = option(None, help="sft: what it shall answer; default: column completion")
+    prompt: str | None = option(
+        None,
+        help='decoders: what the model is given, e.g. "{{ question }}"; default: column prompt (for reward, dpo and grpo '
+        "the column may also hold a conversation, a list of messages)",
+    )
+    completion: str | None = option(
+        None,
+        help="sft: what it shall answer; default: column completion; grpo: not used for training, `edgetune eval` "
+        "compares with it",
+    )
+    chosen: str | None = option(None, help="reward, dpo: the better answer; default: column chosen")
+    rejected: str | None = option(None, help="reward, dpo: the worse answer; default: column rejected")
     text: str | None = option(None, help="classification: the text; default: column text")
     label: str | None = option(None, help="classification: its label; default: column label")
     system: str | None = option(
         None,
-        help='sft with a chat template: the system message; not set: the template\'s default one; "": an explicit '
+        help='decoders with a chat template: the system message; not set: the template\'s default one; "": an explicit '
         "empty one (where the template has a default, this saves its tokens on the device)",
     )
     template: Literal["auto", "chat", "plain"] = option(
-        "auto", help="sft: chat = the tokenizer's chat template; plain = prompt + completion; auto = chat if there is one"
+        "auto",
+        help="decoders: chat = the tokenizer's chat template; plain = prompt + completion; auto = chat if there is one",
     )
     skip_invalid: bool = option(False, help="leave out rows that cannot be used and count them, instead of stopping")
+    hold_out: int | None = option(
+        None, help="without a validation file: this many rows of train, drawn with the seed, are for validation", at_least=1
+    )
     limit: int | None = option(None, help="train on a random subset of this many rows, drawn with the seed", at_least=1)
 
 
@@ -62,7 +104,7 @@ class Stage:
     """One pass of training with one objective; stages run in succession on the same weights."""
 
     method: Method = option(
-        help="the objective", planned=("causal-lm", "masked-lm", "token-classification", "reward", "dpo", "grpo")
+        help="the objective", planned=("causal-lm", "masked-lm", "token-classification")
     )
     data: Data = option(help="the rows")
     epochs: float = option(1.0, help="passes over the training rows", above=0)
@@ -86,6 +128,32 @@ class Stage:
     label_smoothing: float = option(0.0, help="probability mass spread over all labels", at_least=0, below=1)
     head_init: Literal["probe", "random"] = option(
         "probe", help="probe = logistic regression on the frozen features first (LP-FT, Kumar et al. 2022); random"
+    )
+
+    beta: float = option(0.1, help="dpo: how strongly the policy is held near its start (β of the paper)", above=0)
+    reward: str | tuple[str, ...] | None = option(
+        None,
+        help="grpo: what scores the answers: the run folder of a `reward` stage, or a Python function as "
+        '"module:function" or "file.py:function", also found beside the recipe; or a list of these',
+    )
+    reward_weights: tuple[float, ...] | None = option(None, help="grpo: a weight for each reward; not set: 1 each")
+    group_size: int = option(8, help="grpo: answers sampled for each prompt", at_least=2)
+    iterations: int = option(1, help="grpo: optimizer steps on the same samples (μ of the paper)", at_least=1)
+    max_new_tokens: int = option(128, help="grpo: tokens of an answer at most", at_least=1)
+    temperature: float = option(1.0, help="grpo: of sampling; the loss sees the same distribution", above=0)
+    top_p: float = option(1.0, help="grpo: sample among the likeliest tokens of this total probability", above=0, at_most=1)
+    clip: float = option(0.2, help="grpo: the policy's ratio to the sampling one is clipped to 1 ± this (ε)", above=0)
+    kl: float = option(0.04, help="grpo: weight of the KL penalty (β of the GRPO paper); 0: none", at_least=0)
+    kl_to: Literal["base", "start"] = option(
+        "base", help="grpo: base = the model without its adapter; start = the policy at the start of this stage"
+    )
+    scale_by_std: bool = option(True, help="grpo: divide advantages by their group's std; false: as Dr. GRPO")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
+        "grpo", help="grpo: mean over answers of token means; dapo: mean over tokens; dr_grpo: sum / max_new_tokens"
+    )
+
+    rollout: Literal["torch", "engine"] = option(
+        "torch", help="grpo: what samples; engine = the exported int8 graph, faster, needs edgetune[export]"
     )
 
     @property
@@ -166,7 +234,10 @@ def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, w
     for index, stage in enumerate(recipe.stage):
         _check_stage(stage, recipe, path=f"stage.{index}", where=where)
     stages = tuple(
-        replace(stage, data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where))
+        replace(
+            _resolve_reward(stage, folder=folder, path=f"stage.{index}.reward", where=where),
+            data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where),
+        )
         for index, stage in enumerate(recipe.stage)
     )
     out = _expand(recipe.out, path="out", where=where)
@@ -186,6 +257,9 @@ def _check_stage(stage: Stage, recipe: Recipe, *, path: str, where: str) -> None
             expected="stages of one task",
             fix="Split this into two recipes.",
         )
+    if stage.data.validation is not None and stage.data.hold_out is not None:
+        what = f"{path}.data has both validation and hold_out"
+        raise RecipeError(what, where=where, fix="Remove one of them.")
     used = COLUMNS[stage.method]
     for key in sorted({column for columns in COLUMNS.values() for column in columns} - set(used)):
         if getattr(stage.data, key) != getattr(Data, key):
@@ -195,6 +269,45 @@ def _check_stage(stage: Stage, recipe: Recipe, *, path: str, where: str) -> None
                 expected="of these, " + ", ".join(used),
                 fix=f"Remove {key}.",
             )
+    _check_own_settings(stage, path=path, where=where)
+
+
+def _check_own_settings(stage: Stage, *, path: str, where: str) -> None:
+    for method, keys in OWN_SETTINGS.items():
+        for key in keys:
+            if method != stage.method and getattr(stage, key) != getattr(Stage, key):
+                raise RecipeError(
+                    f"{path}.{key} has no meaning for {stage.method}",
+                    where=where,
+                    expected=f"only with {method}",
+                    fix=f"Remove {key}.",
+                )
+    if stage.method != "grpo":
+        return
+    if not stage.reward:
+        raise RecipeError(
+            f"{path}.reward is missing",
+            where=where,
+            expected='the run folder of a reward stage, or "module:function"',
+            fix='For example reward = "rewards.py:score".',
+        )
+    count = 1 if isinstance(stage.reward, str) else len(stage.reward)
+    if stage.reward_weights is not None and len(stage.reward_weights) != count:
+        raise RecipeError(
+            f"{path}.reward_weights must weigh each reward",
+            where=where,
+            expected=f"{count} numbers",
+            got=str(len(stage.reward_weights)),
+        )
+
+
+def _resolve_reward(stage: Stage, *, folder: Path, path: str, where: str) -> Stage:
+    """Absolute paths of reward runs and of the files that hold reward functions."""
+    if stage.reward is None:
+        return stage
+    given = (stage.reward,) if isinstance(stage.reward, str) else stage.reward
+    found = tuple(locate_reward(_expand(value, path=path, where=where), folder) for value in given)
+    return replace(stage, reward=found[0] if isinstance(stage.reward, str) else found)
 
 
 def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgetune.charts import Series, line_chart
 from edgetune.files import write_text
+from edgetune.intervals import headline
 from edgetune.progress import duration
 from edgetune.recipe import Recipe
 from edgetune.settings import flat
@@ -49,6 +50,9 @@ EFFECT_WORDS = {
     "top1_changed": "answers that the adapter changes (share)",
 }
 
+PLOTTED_SHARES = ("accuracy", "macro_f1", "token_accuracy", "preference_accuracy", "length_baseline")
+SHARES = {*PLOTTED_SHARES, "above_length", "ended"}
+
 
 def write_report(path: Path, *, recipe: Recipe, summary: Mapping[str, Any], records: Sequence[Record]) -> None:
     """Write the page, whole or not at all."""
@@ -76,7 +80,7 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
 
 def _tiles(summary: Mapping[str, Any]) -> str:
     tiles = []
-    for name, value in summary["metrics"].items():
+    for name, value in headline(summary["metrics"]).items():
         before = (summary["base_metrics"] or {}).get(name)
         label = f"{words(name)}" + (f", base {figure(name, before)}" if before is not None else "")
         tiles.append((figure(name, value), label))
@@ -93,11 +97,13 @@ def _plots(records: Sequence[Record]) -> Iterable[str]:
     train = in_one_row([r for r in records if r["kind"] == "train"], records)
     held_out = in_one_row([r for r in records if r["kind"] == "validation"], records)
     yield line_chart("Loss", [_series("training", train, "loss", 1), _series("validation", held_out, "loss", 2)])
-    shares = [name for name in ("accuracy", "macro_f1", "token_accuracy") if any(name in r for _, r in held_out)]
+    shares = [name for name in PLOTTED_SHARES if any(name in r for _, r in held_out)]
     title = f"Validation {words(shares[0])}" if len(shares) == 1 else "Validation"
     yield line_chart(title, [_series(words(name), held_out, name, color) for color, name in enumerate(shares, start=2)])
     if any("perplexity" in r for _, r in held_out):
         yield line_chart("Validation perplexity", [_series("perplexity", held_out, "perplexity", 2)])
+    for name, title in (("reward", "Reward"), ("kl", "KL to the reference"), ("completion_length", "Tokens of an answer")):
+        yield line_chart(title, [_series("sampled", train, name, 1), _series("validation, greedy", held_out, name, 2)])
     yield line_chart("Learning rate", [_series("learning rate", train, "learning_rate", 3)], from_zero=True)
 
 
@@ -116,12 +122,18 @@ def _series(name: str, records: Sequence[tuple[int, Record]], key: str, color: i
 def _results(summary: Mapping[str, Any]) -> str:
     base = summary["base_metrics"] or {}
     rows = [
-        (words(name), figure(name, base[name]) if name in base else "–", figure(name, value))
-        for name, value in summary["metrics"].items()
+        (words(name), with_interval(name, base) if name in base else "–", with_interval(name, summary["metrics"]))
+        for name in headline(summary["metrics"])
     ]
     rows.append(("training loss (last)", "–", f"{summary['train_loss']:.4f}"))
-    without = "frozen base + logistic regression" if "accuracy" in base else "base"
+    without = "frozen base + logistic regression" if "accuracy" in base or summary["task"] == "reward" else "base"
     return _table(("validation", without, "with the adapter"), rows)
+
+
+def with_interval(name: str, metrics: Mapping[str, float]) -> str:
+    """A figure, and its 95 % interval where there is one."""
+    ends = [figure(name, metrics[f"{name}_{end}"]) for end in ("low", "high") if f"{name}_{end}" in metrics]
+    return figure(name, metrics[name]) + (f" ({ends[0]} to {ends[1]})" if len(ends) == 2 else "")
 
 
 def _effect(summary: Mapping[str, Any]) -> str:
@@ -159,5 +171,4 @@ def words(name: str) -> str:
 
 def figure(name: str, value: float) -> str:
     """A metric's value for people; shares in per cent."""
-    shares = {"accuracy", "macro_f1", "token_accuracy"}
-    return f"{100 * value:.2f} %" if name in shares else f"{value:.4g}"
+    return f"{100 * value:.2f} %" if name.removesuffix("_low").removesuffix("_high") in SHARES else f"{value:.4g}"

@@ -9,7 +9,7 @@ from typing import Any
 from edgetune.adapters import METADATA, load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, OutputError
-from edgetune.heads import SequenceClassifier
+from edgetune.heads import RewardModel, SequenceClassifier
 from edgetune.layout import ADAPTER, LAYOUT, RECIPE
 from edgetune.recipe import Recipe, load_recipe
 
@@ -40,6 +40,8 @@ def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     model = load_body(base)
     if metadata["labels"] is not None:
         model = SequenceClassifier(model, labels=len(metadata["labels"]), pooling=metadata["pooling"])
+    elif metadata["task"] == "reward":
+        model = RewardModel(model)
     return load_adapter(model, adapter_dir), load_tokenizer(base), metadata
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 
 from edgetune.errors import InputError
 from edgetune.examples import encode_prompts
+from edgetune.examples.turns import Prompt
 from edgetune.prompts import PromptFormat, chat_messages, chat_text
 from edgetune.runs import load_adapted_model
+from edgetune.scoring import encode_answered, score_rows
 
 MAX_NEW_TOKENS = 256  # where the adapter records no limit
 
@@ -38,6 +41,13 @@ class TorchAnswers:
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         labels = self.labels or ()
         return [labels[index] for index in logits.argmax(-1).tolist()]
+
+    @torch.no_grad()
+    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """A reward adapter's score of each answer."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        rows = encode_answered(prompts, completions, self.prompt_format, self.tokenizer, limit=limit)
+        return score_rows(rows, lambda ids, mask: self.model(input_ids=ids, attention_mask=mask))
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[str]:

@@ -122,6 +122,9 @@ def _source(name: str, folder: Path) -> Source:
     read = read_lora(inner)
     refuse_if([problem for problem in read.problems if problem.startswith(WEIGHTS)], inner)
     metadata = read_metadata(inner) if read.metadata is not None else {}
+    if metadata.get("task") == "reward":
+        fix = "Use it where it is: in `reward` of a grpo stage, or with `edgetune eval`."
+        raise ExportError("reward adapters cannot be exported yet", where=str(folder), fix=fix)
     return Source(name, inner, metadata, read.config, frozenset(read.modules or ()))
 
 
@@ -193,6 +196,13 @@ def _build(
     manifest = replace(manifest, adapters=tuple(entries))
     rows = {source.name: probe_rows(source.folder, tokenizer, base) for source in sources}
     return manifest, rows
+
+
+def build_base(base: Base, folder: Path, *, precision: Precision, say: Say = lambda line: None) -> Manifest:
+    """A bundle of the base alone with inputs for any adapter, without proof and without `edgetune.json`: for this
+    process to use, as the rollouts of grpo do. It is not for a device.
+    """
+    return _build(base, [], folder, mode="separate", precision=precision, say=say)[0]
 
 
 def _torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
@@ -319,4 +329,4 @@ def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> 
     return prove_bundle(folder, manifest, base, sources, manifest.proof["probe"], threads=threads)
 
 
-__all__ = ["Source", "export_bundle", "prove_bundle", "reprove"]
+__all__ = ["Source", "build_base", "export_bundle", "prove_bundle", "reprove"]

@@ -62,13 +62,18 @@ class PackedAdapter:
 def pack_adapter(folder: str | Path, manifest: Manifest, *, name: str | None = None) -> PackedAdapter:
     """Read a PEFT folder for this bundle. AdapterError lists every mismatch: names, shapes, base, hashes."""
     path = Path(folder)
+    return pack_lora(read_lora(path, base_digest=manifest.base.digest), manifest, name=name or path.name)
+
+
+def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapter:
+    """Low-rank weights that are already in memory, for this bundle; else as `pack_adapter`."""
+    path = read.path
     if manifest.mode == "merged":
         raise AdapterError(
             "this bundle's adapter is merged into its weights; it takes no other",
             where=str(path),
             fix="Export with --mode separate to swap adapters.",
         )
-    read = read_lora(path, base_digest=manifest.base.digest)
     placed, labels = _place(read, manifest), _labels(read)
     problems = [*read.problems, *_missing(read, manifest), *_task_problems(read, manifest)]
     if manifest.head is not None:
@@ -78,7 +83,7 @@ def pack_adapter(folder: str | Path, manifest: Manifest, *, name: str | None = N
     if manifest.head is not None and read.head:
         tensors |= _pack_head(read, manifest.head)
     return PackedAdapter(
-        name=name or path.name,
+        name=name,
         tensors=tensors,
         labels=labels,
         rank=read.rank,

@@ -68,6 +68,14 @@ class DecodeState:
         self.lengths += 1
         return self._run()[:, 0]
 
+    def repeat(self, count: int) -> DecodeState:
+        """A new state in which each row stands `count` times, one after the other, its prompt already read."""
+        state = DecodeState(self.engine, [a for a in self.adapters for _ in range(count)], capacity=self.cache.capacity)
+        for name, array in self.cache.arrays.items():
+            state.cache.arrays[name][:] = np.repeat(array[: self.rows], count, axis=0)
+        state.lengths[:] = np.repeat(self.lengths, count)
+        return state
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only (ascending); the others' slots are free."""
         if len(rows) == self.rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from preference_helpers import pair_recipe, prompt_recipe
 from process_helpers import command_line_of_rank, free_port, in_processes
 from safetensors.torch import load_file
 from training_helpers import intent_recipe, sft_recipe, silent
@@ -23,6 +25,7 @@ from edgetune.training import run_recipe
 from edgetune.training.distributed import Group, launched
 
 WEIGHTS = "adapter/adapter_model.safetensors"
+LENGTH = "def score(prompt, completion, row):\n    return len(completion) / 8\n"
 
 
 def losses(run: Path) -> list[float]:
@@ -59,11 +62,17 @@ def calm_encoder(tiny_encoder: Path, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("kind", ["sft", "sequence-classification"])
+@pytest.mark.parametrize("kind", ["sft", "sequence-classification", "reward", "dpo"])
 def test_two_processes_train_as_one_does(kind: str, tiny_decoder: Path, calm_encoder: Path, tmp_path: Path) -> None:
     """Batches of 5 of 12 rows: shares of 3 and 2, and of 1 and 1 at the end of an epoch."""
-    make, base = (sft_recipe, tiny_decoder) if kind == "sft" else (intent_recipe, calm_encoder)
-    recipe = replace(make(base, tmp_path, batch_size=5, learning_rate=1e-3), out=str(tmp_path / "two"))
+    settings: dict[str, Any] = {"batch_size": 5, "learning_rate": 1e-3}
+    if kind == "sft":
+        recipe = sft_recipe(tiny_decoder, tmp_path, **settings)
+    elif kind == "sequence-classification":
+        recipe = intent_recipe(calm_encoder, tmp_path, **settings)
+    else:
+        recipe = pair_recipe(tiny_decoder, tmp_path, kind, **settings)
+    recipe = replace(recipe, out=str(tmp_path / "two"))
     first, second = train_together(recipe, tmp_path)
     assert "written to" in first and second == ""
     summary = run_recipe(recipe, out=tmp_path / "one", progress=silent())
@@ -89,6 +98,20 @@ def test_two_processes_resume_with_the_dropout_of_each(tiny_decoder: Path, tmp_p
     first, _ = train_together(recipe, tmp_path, "--resume")
     assert "resumed at stage 0, step 4" in first
     assert sha256_file(tmp_path / "two" / WEIGHTS) == sha256_file(tmp_path / "whole" / WEIGHTS)
+
+
+def test_two_processes_resume_grpo_with_the_samples_of_each(tiny_decoder: Path, tmp_path: Path) -> None:
+    """Two prompts and one in turn: in every other rollout the second process has none. Step 5 learns from samples of 4."""
+    settings: dict[str, Any] = {"copies": 1, "batch_size": 3, "epochs": 2, "iterations": 3, "group_size": 2, "kl": 0.0}
+    recipe = replace(prompt_recipe(tiny_decoder, tmp_path, LENGTH, **settings), checkpoint_every=4)
+    train_together(replace(recipe, out=str(tmp_path / "whole")), tmp_path)
+    (tmp_path / "recipe.toml").write_text(to_toml(replace(recipe, out=str(tmp_path / "two"))))
+    stop_after_checkpoint(tmp_path)
+    first, _ = train_together(replace(recipe, out=str(tmp_path / "two")), tmp_path, "--resume")
+    assert "resumed at stage 0, step 4" in first
+    assert sha256_file(tmp_path / "two" / WEIGHTS) == sha256_file(tmp_path / "whole" / WEIGHTS)
+    steps = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(step["reward"]) for step in steps if step["kind"] == "train")
 
 
 def stop_after_checkpoint(folder: Path) -> None:

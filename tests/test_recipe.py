@@ -116,7 +116,7 @@ def test_set_changes_one_value(recipe_file: Path) -> None:
         ("parameters.rank_pattern={q=0}", r"out of range \(expected at least 1"),
         ("parameters.dropout=1.0", r"expected at least 0 and less than 1"),
         ("stage.0.learning_rate=nan", r"expected a number"),
-        ("stage.0.method=dpo", r"planned but not in this version \(expected one of \"sft\", \"sequence-class"),
+        ("stage.0.method=dpo", r"stage.0.data.completion has no meaning for dpo \(expected of these, prompt, chosen, rej"),
         ("stage.0.method=stf", r'Did you mean "sft"\?'),
         ("parameters.train=full", r'parameters.train = "full" is planned but not in this version'),
         ("parameters.target_modules=[1]", r"expected a string or a list of strings"),

@@ -13,11 +13,11 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from process_helpers import KILLED, STARTS, SWAPS, WRITES, in_process, train_until_killed
+from resume_helpers import WEIGHTS, journal, stopped_at
 from training_helpers import intent_recipe, sft_recipe, silent, write_rows
 
 from edgetune.cli import main
@@ -28,8 +28,6 @@ from edgetune.recipe import Recipe, to_toml
 from edgetune.training import run_recipe
 from edgetune.training.checkpoint import steps_between
 from edgetune.training.device import CPU, rng_state, set_rng_state
-
-WEIGHTS = "adapter/adapter_model.safetensors"
 
 
 def two_stages(one: Recipe) -> Recipe:
@@ -66,12 +64,6 @@ def classification(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory)
     return Whole(recipe, folder / "run")
 
 
-def journal(run: Path) -> list[dict[str, Any]]:
-    """The records without their timings."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("seconds", "tokens_per_second")} for record in records]
-
-
 @pytest.mark.parametrize("task", ["generation", "classification"])
 def test_killed_at_random_steps_and_resumed_it_ends_with_the_same_adapter(
     task: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -105,21 +97,6 @@ def test_killed_while_it_writes_it_ends_with_the_same_adapter(
     run_recipe(whole.recipe, out=out, progress=silent(), resume=True)
     assert sha256_file(out / WEIGHTS) == whole.digest
     assert [path.name for path in out.parent.iterdir()] == ["run"]
-
-
-def stopped_at(step: int, recipe: Recipe, out: Path, *, resume: bool = False) -> str:
-    """What a run says that an exception stops at its `step`-th step."""
-    progress, stream = silent(), io.StringIO()
-    progress.stream, left = stream, iter(range(step - 1, -1, -1))
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        if next(left) == 0:
-            raise KeyboardInterrupt
-
-    progress.step = stop  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, out=out, progress=progress, resume=resume)
-    return stream.getvalue()
 
 
 @pytest.mark.parametrize("step", [1, 3, 6, 7, 9])

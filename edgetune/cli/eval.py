@@ -20,6 +20,7 @@ def command(folder: Path, data: Path, adapter: str | None, skip_invalid: bool, j
 
     from edgetune.evaluate import evaluate
     from edgetune.files import write_json
+    from edgetune.intervals import headline
 
     live = sys.stderr.isatty()
 
@@ -32,7 +33,9 @@ def command(folder: Path, data: Path, adapter: str | None, skip_invalid: bool, j
         write_json(json_file, asdict(result))
     name = f"{result.source} [{result.adapter}]" if result.adapter else result.source
     click.echo(f"{name} on {result.rows} rows of {result.data}")
-    for metric, value in result.metrics.items():
-        click.echo(f"  {metric:<18}{value:.4f}" if metric != "bleu" else f"  {metric:<18}{value:.2f}")
+    for metric, value in headline(result.metrics).items():
+        low, high = (result.metrics.get(f"{metric}_{end}") for end in ("low", "high"))
+        interval = f"  (95 %: {low:.4f} to {high:.4f})" if low is not None else ""
+        click.echo(f"  {metric:<18} {value:.4f}{interval}" if metric != "bleu" else f"  {metric:<18} {value:.2f}")
     if result.skipped:
         click.echo(f"  {result.skipped} rows skipped")

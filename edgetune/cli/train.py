@@ -24,6 +24,7 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: 
 
     settings = load_recipe(recipe, overrides)  # before torch is imported: a typing error shows at once
 
+    from edgetune.intervals import headline
     from edgetune.training import run_recipe
     from edgetune.training.distributed import launched
 
@@ -31,4 +32,4 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: 
     if not launched().leads:
         return  # of several processes one speaks
     numbers = summary.metrics or {"train_loss": summary.train_loss}
-    click.echo(f"{summary.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    click.echo(f"{summary.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in headline(numbers).items()))

@@ -9,8 +9,10 @@ from edgetune.bases import Base
 from edgetune.data import read_rows
 from edgetune.errors import RecipeError
 from edgetune.examples.classification import LabelledRow, labelled_rows, load_labelled
-from edgetune.examples.common import IGNORED, Example, ExampleSet, Loading, token_limit
+from edgetune.examples.common import IGNORED, Example, ExampleSet, Loading, hold_out, token_limit
 from edgetune.examples.generation import PromptedRow, encode_prompts, load_completions, prompted_rows
+from edgetune.examples.preference import PreferenceRow, load_preferences, preference_rows
+from edgetune.examples.prompting import load_prompts
 from edgetune.prompts import prompt_format
 from edgetune.recipe import KINDS, Method, Stage
 
@@ -19,10 +21,12 @@ __all__ = [
     "Example",
     "ExampleSet",
     "LabelledRow",
+    "PreferenceRow",
     "PromptedRow",
     "encode_prompts",
     "labelled_rows",
     "load_examples",
+    "preference_rows",
     "prompted_rows",
     "token_limit",
 ]
@@ -30,6 +34,9 @@ __all__ = [
 LOADERS: dict[Method, Callable[[Loading], ExampleSet]] = {
     "sft": load_completions,
     "sequence-classification": load_labelled,
+    "reward": load_preferences,
+    "dpo": load_preferences,
+    "grpo": load_prompts,
 }
 
 
@@ -46,6 +53,8 @@ def load_examples(
     sources = {"train": read_rows(data.train, data.skip_invalid)}
     if data.validation is not None:
         sources["validation"] = read_rows(data.validation, data.skip_invalid)
+    elif data.hold_out is not None:
+        sources["train"], sources["validation"] = hold_out(sources["train"], data.hold_out, seed=seed)
     limit = token_limit(stage.max_length, tokenizer, base)
     form = prompt_format(
         data,

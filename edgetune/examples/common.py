@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from edgetune.bases import Base
@@ -38,6 +38,7 @@ class ExampleSet:
     max_length: int
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
+    max_new_tokens: int | None = None  # what an answer may take; None: as the longest completion says
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class Loading:
 
     def example_set(
         self,
-        examples: dict[str, list[Example]],
+        examples: dict[str, list[Any]],
         *,
         labels: tuple[str, ...] | None = None,
         skipped: dict[str, int],
         truncated: dict[str, int] | None = None,
+        max_new_tokens: int | None = None,
     ) -> ExampleSet:
         """The finished set; the dictionaries have the keys of `sources`."""
         return ExampleSet(
@@ -70,6 +72,7 @@ class Loading:
             max_length=self.limit,
             skipped=skipped,
             truncated=truncated or {},
+            max_new_tokens=max_new_tokens,
         )
 
 
@@ -100,6 +103,21 @@ def convert_rows(
 def subset(source: Rows, limit: int | None, *, seed: int) -> Rows:
     rows = sample(source.rows, limit, seed=seed)
     return Rows(source=source.source, rows=rows, skipped=source.skipped, digest=source.digest)
+
+
+def hold_out(source: Rows, count: int, *, seed: int) -> tuple[Rows, Rows]:
+    """The rows without `count` random ones, and these; both in file order. The same seed draws the same rows."""
+    if count >= len(source.rows):
+        raise DataError(
+            "data.hold_out leaves no row to train on",
+            where=source.source,
+            expected=f"less than {len(source.rows)}",
+            got=str(count),
+        )
+    drawn = set(random.Random(seed).sample(range(len(source.rows)), count))
+    kept = [row for at, row in enumerate(source.rows) if at not in drawn]
+    held = [row for at, row in enumerate(source.rows) if at in drawn]
+    return replace(source, rows=kept), replace(source, rows=held, skipped=0)
 
 
 def sample(rows: list[T], limit: int | None, *, seed: int) -> list[T]:

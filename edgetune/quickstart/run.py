@@ -34,7 +34,7 @@ from edgetune.runtime.manifest import Manifest
 from edgetune.runtime.verdict import judge, overall
 from edgetune.torch_answers import TorchAnswers
 from edgetune.training import RunSummary, run_recipe
-from edgetune.training.run import peak_rss_mb
+from edgetune.training.summary import peak_rss_mb
 
 RUNS, BUNDLES, REPORT, RESULTS = "runs", "bundles", "report.html", "results.json"
 ENCODER_TOKENS = 32  # of a request in the latency check, as the profiles' budgets say

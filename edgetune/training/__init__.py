@@ -3,11 +3,18 @@
 | module | for |
 |---|---|
 | run | the whole of it: data, base, adapter, stages, measurements, files |
+| summary | summary.json, the adapter's metadata, first and last words |
+| stages, stage | one stage after the other; what a stage works with |
 | loop | the training loop, the same for every method |
 | methods | what differs between methods |
+| preference | `reward` and `dpo`: metrics, the reference policy |
+| grpo | prompts → sampled answers → rewards → advantages |
+| rollout, engine_rollout | the policy answers, by torch or by the exported graph |
+| rewards, reward_adapter | what scores answers: Python functions, trained adapters |
+| fused_lora, fused_ops | LoRA layers, and a decoder's small operations, as one function each |
 | optimizer | AdamW and the learning-rate schedule |
 | precision | fp32 or bf16, chosen by measurement |
-| probe | the classification head's first weights |
+| probe | a head's first weights |
 | measure | validation metrics; what the adapter changes |
 | journal, curves | metrics.jsonl, and TensorBoard's files |
 | checkpoint, resume | an unfinished run's checkpoints; going on from one |
@@ -15,6 +22,7 @@
 | distributed | several processes that share every step's rows |
 """
 
-from edgetune.training.run import RunSummary, run_recipe
+from edgetune.training.run import run_recipe
+from edgetune.training.summary import RunSummary
 
 __all__ = ["RunSummary", "run_recipe"]

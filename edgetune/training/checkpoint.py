@@ -25,7 +25,7 @@ from edgetune.layout import CHECKPOINTS
 from edgetune.recipe import Recipe
 from edgetune.settings import flat, toml_value
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = re.compile(r"stage-(\d+)-step-(\d+)\.pt")
 STEPS_BETWEEN, PARTS_OF_A_STAGE = 50, 10  # of checkpoints, where the recipe does not say
 # What a run may differ in and still be the same: where it is written, and files, which are compared by their digests.
@@ -41,6 +41,7 @@ class Position:
     padded_tokens: int = 0
     seconds: float = 0.0
     recent: list[float] = field(default_factory=list)  # losses since the last line of the journal
+    recent_facts: list[dict[str, float]] = field(default_factory=list)  # what the steps since then measured besides
     final_loss: float = float("nan")  # mean over the last logged steps
 
 
@@ -56,6 +57,8 @@ class State:
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng: list[dict[str, Any]]  # of every process
+    reference: dict[str, Tensor]  # of the stage, from before its first step; see Prepared
+    samples: list[Any]  # of every process: what the next step learns from, where it was made before; see Experience
     journal: list[dict[str, Any]]
     seconds: float  # since the run began, loading and measuring included
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
+from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -76,6 +78,16 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     if device.type == "mps":
         state["mps"] = torch.mps.get_rng_state()
     return state
+
+
+@contextlib.contextmanager
+def generators_untouched(device: torch.device) -> Iterator[None]:
+    """What is drawn inside does not move any generator that training may draw from."""
+    state = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(state, device)
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:

@@ -84,9 +84,10 @@ class _Cast:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether the layer is nothing but frozen W (and b) with one LoRA pair."""
+    """Whether the layer is nothing but frozen W (and b) with one active LoRA pair."""
     return (
-        list(layer.lora_A) == [ADAPTER]
+        layer.active_adapters == [ADAPTER]
+        and ADAPTER in layer.lora_A
         and ADAPTER not in layer.lora_variant
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
         and not layer.lora_bias[ADAPTER]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgetune.batching import Example, collate, split, steps, steps_per_epoch
+from edgetune.batching import Batch, Example, collate, split, steps, steps_per_epoch
 from edgetune.errors import TrainingError
+from edgetune.intervals import headline
 from edgetune.objectives import Objective
 from edgetune.progress import Progress
 from edgetune.recipe import Stage
@@ -27,6 +28,7 @@ from edgetune.training.fused_ops import fused_ops
 from edgetune.training.journal import Journal
 from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
 from edgetune.training.precision import Precision, autocast
+from edgetune.training.stage import Collate, Experience, Length, tokens_of
 
 MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
 ALONE = Group()
@@ -53,7 +55,7 @@ class StageResult:
 
 def total_steps(stage: Stage, rows: int) -> int:
     """Optimizer steps of a stage over this many rows."""
-    planned = max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size)))
+    planned = max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size))) * stage.iterations
     return min(planned, stage.max_steps or planned)
 
 
@@ -70,6 +72,9 @@ def train_stage(
     stage_index: int,
     journal: Journal,
     progress: Progress,
+    collate: Collate = collate,
+    length: Length = tokens_of,
+    experience: Experience | None = None,
     group: Group = ALONE,
     position: Position | None = None,
     optimizer_state: dict[str, Any] | None = None,
@@ -78,13 +83,14 @@ def train_stage(
 ) -> StageResult:
     """Minimise `objective` over `examples` and leave `model` with the last step's weights.
 
+    With `experience` a step learns from what it makes of the step's rows, and they are `collate`d by it.
     `position` and `optimizer_state` continue a stage where `save`, called every `save_every` steps, saw it.
     Of several processes (`group`) each works on its share of every step's rows.
     Raises TrainingError when the loss or a gradient is not finite; the weights are then those before that step.
     """
-    lengths = [len(example.input_ids) for example in examples]
+    lengths = [length(example) for example in examples]
     total = total_steps(stage, len(examples))
-    validate_every = stage.validate_every or steps_per_epoch(len(examples), stage.batch_size)
+    validate_every = stage.validate_every or steps_per_epoch(len(examples), stage.batch_size) * stage.iterations
     log_every = max(1, total // LOGGED_STEPS)
     optimizer = build_optimizer(
         model,
@@ -97,14 +103,21 @@ def train_stage(
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
     model.train()
-    order = steps(lengths, stage.batch_size, seed=seed, total=total, start=at.step)
+    order = steps(lengths, stage.batch_size, seed=seed, total=total, start=at.step, repeat=stage.iterations)
     for step, indices in enumerate(order, start=at.step + 1):
         started = time.perf_counter()
         factor = warmup_cosine(step - 1, total, warmup_ratio=stage.warmup_ratio)
         learning_rate = set_learning_rate(optimizer, factor)
 
-        mine = split(group.share(indices), lengths, MAX_TOKENS_AT_ONCE)
-        parts = [to_device(collate([examples[i] for i in part], pad_id), device) for part in mine]
+        rows: Sequence[Example] = [examples[i] for i in group.share(indices)]
+        facts: Mapping[str, float] = {}
+        if experience is None:
+            batches = parts_of(rows, pad_id, collate, length)
+        else:
+            rows, facts = experience(model, rows, step=step)
+            batches = parts_of(rows, pad_id, experience.collate, experience.length)
+            at.recent_facts.append(dict(facts))
+        parts = [to_device(batch, device) for batch in batches]
         counts = [(part.targets, part.tokens, part.input_ids.numel()) for part in parts]
         targets, tokens, padded = group.total([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0])
         loss = 0.0
@@ -127,32 +140,44 @@ def train_stage(
         at.step, at.seconds = step, at.seconds + time.perf_counter() - started
         at.tokens, at.padded_tokens = at.tokens + tokens, at.padded_tokens + padded
         at.recent.append(loss)
-        speed = at.tokens / at.seconds
-        progress.step(step, total, loss=loss, tokens_per_second=speed, seconds=at.seconds)
+        speed, reward = at.tokens / at.seconds, facts.get("reward")
+        progress.step(step, total, loss=loss, tokens_per_second=speed, seconds=at.seconds, reward=reward)
         if step % log_every == 0 or step == total:
             at.final_loss, at.recent = sum(at.recent) / len(at.recent), []
             journal.write(
                 kind="train",
                 stage=stage_index,
                 step=step,
-                epoch=step * stage.batch_size / len(examples),
+                epoch=step * stage.batch_size / len(examples) / stage.iterations,
                 loss=at.final_loss,
                 learning_rate=learning_rate,
                 grad_norm=norm,
                 tokens=at.tokens,
                 tokens_per_second=speed,
                 seconds=at.seconds,
+                **_means(at.recent_facts),
             )
+            at.recent_facts = []
         if validate is not None and (step % validate_every == 0 or step == total):
             measured = validate(model)
             journal.write(kind="validation", stage=stage_index, step=step, **measured)
-            progress.say(f"step {step}/{total}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
+            progress.say(f"step {step}/{total}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in headline(measured).items()))
             model.train()
         if save is not None and save_every is not None and step % save_every == 0:
             save(at, optimizer)
     progress.close()
     model.eval()
     return StageResult(total, at.tokens, at.padded_tokens, at.seconds, at.final_loss)
+
+
+def parts_of(rows: Sequence[Example], pad_id: int, collate: Collate, length: Length) -> list[Batch]:
+    """The rows of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens."""
+    parts = split(range(len(rows)), [length(row) for row in rows], MAX_TOKENS_AT_ONCE)
+    return [collate([rows[i] for i in part], pad_id) for part in parts]
+
+
+def _means(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(fact[name] for fact in facts) / len(facts) for name in facts[0]} if facts else {}
 
 
 def _not_finite(what: str, value: float, *, step: int, rows: Sequence[int]) -> TrainingError:

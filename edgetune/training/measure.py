@@ -16,20 +16,29 @@ from edgetune.metrics import accuracy, macro_f1
 from edgetune.objectives import class_logits, completion_logits
 from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision, autocast
+from edgetune.training.stage import Collate, Length, tokens_of
 
 TOKENS_AT_ONCE = 1024  # the logits of a vocabulary take 200 kB a token
 VALIDATION_TOKENS = 50_000  # of more, a validation takes rows at equal distances; `edgetune eval` takes them all
 EFFECT_TOKENS = 5_000
 
-Logits = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # (model, batch) → logits (n, classes), targets (n,)
+Logits = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # (model, batch) → logits (n, classes), targets (n,)
 
 
-def batches_for_measuring(examples: Sequence[Example], *, pad_id: int, tokens: int, batch_size: int) -> list[Batch]:
+def batches_for_measuring(
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    tokens: int,
+    batch_size: int,
+    collate: Collate = collate,
+    length: Length = tokens_of,
+) -> list[Batch]:
     """Batches over all rows, or over evenly spaced ones when there are more than `tokens` tokens."""
-    total = sum(len(example.input_ids) for example in examples)
+    total = sum(length(example) for example in examples)
     keep = min(len(examples), max(1, len(examples) * tokens // max(1, total)))
     chosen = [examples[at * len(examples) // keep] for at in range(keep)]
-    lengths = [len(example.input_ids) for example in chosen]
+    lengths = [length(example) for example in chosen]
     parts = in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=batch_size)
     return [collate([chosen[i] for i in part], pad_id) for part in parts]
 

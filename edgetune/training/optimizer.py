@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from edgetune.errors import TrainingError
-from edgetune.heads import HEAD
+from edgetune.heads import HEADS
 
 
 def build_optimizer(
@@ -22,7 +22,7 @@ def build_optimizer(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        in_head = HEAD in name.split(".")
+        in_head = not set(HEADS).isdisjoint(name.split("."))
         peak = head_learning_rate if in_head and head_learning_rate is not None else learning_rate
         decay = weight_decay if parameter.ndim >= 2 and not in_head else 0.0
         groups.setdefault((peak, decay), []).append(parameter)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgetune.heads import HEADS
 from edgetune.training.device import CPU
 
 Precision = Literal["fp32", "bf16"]
@@ -69,12 +70,14 @@ def autocast(precision: Precision, device: torch.device = CPU) -> contextlib.Abs
 def hold_frozen_linears_in_bf16(model: nn.Module) -> None:
     """Autocast would convert a frozen weight at every step; converted once it also takes half the memory.
 
-    Embeddings and norms stay fp32, and so does the residual stream.
+    Embeddings, norms and a head as it was before training stay fp32, and so does the residual stream.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and not _is_tied(model, module):
+    for name, module in model.named_modules():
+        in_head = not set(HEADS).isdisjoint(name.split("."))
+        frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad and not in_head
+        if frozen and not _is_tied(model, module):
             module.to(torch.bfloat16)
 
 
-def _is_tied(model: nn.Module, linear: nn.Linear) -> bool:
+def _is_tied(model: nn.Module, linear: nn.Module) -> bool:
     return any(isinstance(m, nn.Embedding) and m.weight is linear.weight for m in model.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from edgetune.errors import RecipeError
@@ -29,6 +31,7 @@ from edgetune.training.device import device_of, rng_state, set_rng_state
 from edgetune.training.distributed import Group
 from edgetune.training.journal import Journal
 from edgetune.training.loop import StageResult
+from edgetune.training.stage import Kept
 
 CHOSEN = re.compile(r"threads|device|stage\.\d+\.precision")  # a finished run's recipe says what was chosen for these
 
@@ -95,25 +98,27 @@ class Course:
         self.started -= self.state.seconds
 
     def run(self, run_stage: Callable[..., StageResult]) -> list[StageResult]:
-        """Train every stage that is not finished: `run_stage(index, position=, optimizer_state=, save=)` trains one."""
+        """Train every stage that is not finished: `run_stage(index, kept=, position=, optimizer_state=, save=)` trains one."""
         first, stages = self.state.stage if self.state is not None else 0, len(self.recipe.stage)
         for index in range(first, stages):
-            within = self.state if self.state is not None and index == first else None
+            within = self.state if self.state is not None and self.state.position.step and index == first else None
             result = run_stage(
                 index,
+                kept=Kept(within.reference, within.samples[self.group.rank]) if within is not None else None,
                 position=replace(within.position) if within is not None else None,
-                optimizer_state=within.optimizer if within is not None and within.position.step else None,
-                save=lambda position, optimizer, index=index: self.save(index, position, optimizer.state_dict()),
+                optimizer_state=within.optimizer if within is not None else None,
+                save=functools.partial(self.save, index),
             )
             self.results.append(result)
             if index + 1 < stages:
-                self.save(index + 1, Position(), {})
+                self.save(index + 1, Position(), None, Kept())
         self.state = None  # its tensors are in the model now
         return self.results
 
-    def save(self, stage: int, position: Position, optimizer: dict[str, Any]) -> None:
-        """Write a checkpoint; every process must call this."""
+    def save(self, stage: int, position: Position, optimizer: torch.optim.Optimizer | None, kept: Kept) -> None:
+        """Write a checkpoint; every process must call this. `kept` is the stage's own."""
         rng = self.group.gathered(rng_state(device_of(self.model)))
+        samples = self.group.gathered(kept.samples)
         if self.checkpoints is None:
             return
         self.checkpoints.write(
@@ -124,8 +129,10 @@ class Course:
                 finished=[asdict(result) for result in self.results],
                 precisions=[stage.precision for stage in self.recipe.stage],
                 weights=learned(self.model),
-                optimizer=optimizer,
+                optimizer=optimizer.state_dict() if optimizer is not None else {},
                 rng=rng,
+                reference=dict(kept.reference),
+                samples=samples,
                 journal=self.journal.records,
                 seconds=time.perf_counter() - self.started,
             )

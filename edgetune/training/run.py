@@ -3,77 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
-import platform
-import resource
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from edgetune import __version__
-from edgetune.adapters import AdapterMetadata, adapt, save_adapter, trainable_parameters
+from edgetune.adapters import adapt, save_adapter, trainable_parameters
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
-from edgetune.batching import Batch
-from edgetune.errors import TrainingError
 from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
-from edgetune.heads import SequenceClassifier
+from edgetune.heads import RewardModel, SequenceClassifier
 from edgetune.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
-from edgetune.progress import Progress, duration
-from edgetune.recipe import Device, Recipe, Stage, to_toml
+from edgetune.progress import Progress
+from edgetune.recipe import Device, Recipe, to_toml
 from edgetune.report import write_report
 from edgetune.runs import check_replaceable
-from edgetune.training.checkpoint import State, origin_of, steps_between, unfinished
+from edgetune.training.checkpoint import State, origin_of, unfinished
 from edgetune.training.device import choose_device, peak_device_mb
-from edgetune.training.distributed import Group, process_group
+from edgetune.training.distributed import process_group
 from edgetune.training.journal import Journal
-from edgetune.training.loop import StageResult, total_steps, train_stage
-from edgetune.training.measure import (
-    EFFECT_TOKENS,
-    VALIDATION_TOKENS,
-    adapter_effect,
-    adapter_off,
-    batches_for_measuring,
-)
 from edgetune.training.methods import METHODS
-from edgetune.training.precision import Precision, choose_precision, hold_frozen_linears_in_bf16
-from edgetune.training.probe import fit_probe
+from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
+from edgetune.training.probe import fit_probe, fit_reward_probe
 from edgetune.training.resume import Course, find_state
-
-PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """summary.json: what came out and what it came from."""
-
-    task: str
-    base: dict[str, str]  # {"name", "digest"}
-    metrics: dict[str, float]  # on the validation rows after the last step; training loss when there are none
-    base_metrics: dict[str, float] | None  # the same with the adapter off; None where the base has no trained head
-    effect: dict[str, float]  # adapter on against off: mean_kl (nats), mean_logit_change, top1_changed (share)
-    effect_rows: str  # "validation" or "train"
-    train_loss: float
-    stages: list[dict[str, Any]]  # steps, tokens, padded_tokens, seconds, tokens_per_second, precision
-    trainable_parameters: int
-    tokens_per_second: float  # real tokens, padding not counted, validation not timed
-    training_seconds: float
-    seconds: float  # everything, loading included
-    peak_rss_mb: float  # of this process since it started
-    peak_device_mb: float | None  # of tensors on the GPU; None on the CPU
-    data: list[dict[str, Any]]  # a stage each: digests, rows, skipped, truncated, validation_rows_measured
-    seed: int
-    threads: int
-    device: str
-    processes: int
-    versions: dict[str, str]
-    out: str
+from edgetune.training.stages import Stages
+from edgetune.training.summary import (
+    RunSummary,
+    closing,
+    data_facts,
+    metadata,
+    opening,
+    peak_rss_mb,
+    stage_facts,
+    versions,
+)
 
 
 def run_recipe(
@@ -99,7 +66,9 @@ def run_recipe(
         base = resolve_base(recipe.base)
         tokenizer = load_tokenizer(base)
         sets = _load_data(recipe, tokenizer, base)
-        progress.say(_opening(recipe, base, sets))
+        for stage in recipe.stage:
+            METHODS[stage.method].check(stage, base)
+        progress.say(opening(recipe, base, sets))
         origin = origin_of(recipe, base=base.digest, data=[s.digests for s in sets], processes=group.size)
         state, finished = group.from_leader(
             (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)
@@ -120,44 +89,40 @@ def run_recipe(
             curves=None if checkpoints is None else checkpoints.folder / CURVES,
         )
         course = Course(model, recipe, origin, journal, group, checkpoints, state, started)
-        results = course.run(
-            functools.partial(
-                _run_stage, model, recipe, sets=sets, pad_id=pad_id, journal=journal, progress=progress, group=group
-            )
-        )
-        journal.close()
-        if not group.leads:
-            return cast(RunSummary, group.from_leader(None))
-        measured = _measure(model, recipe, sets[-1], journal, pad_id=pad_id)
+        with Stages(model, recipe, base, tokenizer, sets, pad_id, journal, progress, group) as stages:
+            results = course.run(stages.run)
+            journal.close()
+            if not group.leads:
+                return cast(RunSummary, group.from_leader(None))
+            measured = stages.measure()
         summary = RunSummary(
             task=recipe.task,
             base={"name": base.name, "digest": base.digest},
             **measured,
             train_loss=results[-1].final_loss,
-            stages=[_stage_facts(stage, result) for stage, result in zip(recipe.stage, results, strict=True)],
+            stages=[stage_facts(stage, result) for stage, result in zip(recipe.stage, results, strict=True)],
             trainable_parameters=trainable,
             tokens_per_second=sum(r.tokens for r in results) / max(1e-9, sum(r.seconds for r in results)),
             training_seconds=sum(result.seconds for result in results),
             seconds=time.perf_counter() - course.started,
             peak_rss_mb=peak_rss_mb(),
             peak_device_mb=peak_device_mb(device),
-            data=[_data_facts(examples) for examples in sets],
+            data=[data_facts(examples) for examples in sets],
             seed=recipe.seed,
             threads=torch.get_num_threads(),
             device=device.type,
             processes=group.size,
-            versions=_versions(),
+            versions=versions(),
             out=str(folder),
         )
-        metadata = _metadata(recipe, base, sets[-1], summary)
         with whole_folder(folder) as partial:
-            save_adapter(model, partial / ADAPTER, metadata)
+            save_adapter(model, partial / ADAPTER, metadata(recipe, base, sets[-1], summary))
             write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
             write_json(partial / SUMMARY, asdict(summary))
             write_report(partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records)
             journal.copy_to(partial)
         group.from_leader(summary)
-    progress.say(_closing(summary))
+    progress.say(closing(summary))
     return summary
 
 
@@ -193,6 +158,10 @@ def _build_model(
         model = SequenceClassifier(model, labels=len(examples.labels), pooling=base.pooling or "mean")
         if recipe.stage[0].head_init == "probe":
             fit_probe(model.to(device), examples.train, pad_id=pad_id)
+    elif recipe.task == "reward":
+        model = RewardModel(model)
+        if recipe.stage[0].head_init == "probe":
+            fit_reward_probe(model.to(device), examples.train, pad_id=pad_id)
     # Seeded again: what was drawn before (a random head) must not move the adapter's first weights.
     torch.manual_seed(recipe.seed)
     return adapt(model, recipe.parameters, task=recipe.task).to(device), pad_id
@@ -207,136 +176,3 @@ def _resolve(recipe: Recipe, state: State | None, *, hidden: int, device: torch.
     chosen = {setting: choose_precision(setting, hidden=hidden, device=device) for setting in set(settings)}
     stages = [replace(stage, precision=chosen[s]) for stage, s in zip(recipe.stage, settings, strict=True)]
     return replace(recipe, stage=tuple(stages), device=cast(Device, device.type))
-
-
-def _run_stage(
-    model: Any,
-    recipe: Recipe,
-    index: int,
-    *,
-    sets: Sequence[ExampleSet],
-    pad_id: int,
-    journal: Journal,
-    progress: Progress,
-    group: Group,
-    **resumed: Any,
-) -> StageResult:
-    stage, examples = recipe.stage[index], sets[index]
-    method, precision = METHODS[stage.method], _precision(stage)
-    held_out = _validation_batches(examples, pad_id=pad_id) if group.leads else []
-    return train_stage(
-        model,
-        stage,
-        examples.train,
-        objective=method.objective(stage),
-        validate=(lambda trained: method.measure(trained, held_out, precision=precision)) if held_out else None,
-        precision=precision,
-        pad_id=pad_id,
-        seed=recipe.seed + index,
-        stage_index=index,
-        journal=journal,
-        progress=progress,
-        group=group,
-        save_every=steps_between(recipe, total_steps(stage, len(examples.train))),
-        **resumed,
-    )
-
-
-def _measure(
-    model: Any, recipe: Recipe, examples: ExampleSet, journal: Journal, *, pad_id: int
-) -> dict[str, Any]:
-    """Final metrics, the base's, and the adapter's effect; on training rows when there are no others."""
-    stage = recipe.stage[-1]
-    method, precision = METHODS[stage.method], _precision(stage)
-    held_out = _validation_batches(examples, pad_id=pad_id)
-    last = journal.last("validation")
-    metrics = {k: v for k, v in (last or {}).items() if k not in {"kind", "stage", "step"}}
-    base_metrics = None
-    if held_out and (examples.labels is None or recipe.stage[0].head_init == "probe"):
-        with adapter_off(model):
-            base_metrics = method.measure(model, held_out, precision=precision)
-    rows = examples.validation or examples.train
-    sample = batches_for_measuring(rows, pad_id=pad_id, tokens=EFFECT_TOKENS, batch_size=64)
-    effect = adapter_effect(model, sample, method.outputs, precision=precision)
-    if effect["mean_logit_change"] == 0.0:
-        raise TrainingError(
-            "the trained adapter changes nothing", got="mean logit change 0", fix="Raise learning_rate or epochs."
-        )
-    return {
-        "metrics": metrics,
-        "base_metrics": base_metrics,
-        "effect": effect,
-        "effect_rows": "validation" if examples.validation else "train",
-    }
-
-
-def _validation_batches(examples: ExampleSet, *, pad_id: int) -> Sequence[Batch]:
-    if not examples.validation:
-        return []
-    return batches_for_measuring(examples.validation, pad_id=pad_id, tokens=VALIDATION_TOKENS, batch_size=64)
-
-
-def _precision(stage: Stage) -> Precision:
-    return "bf16" if stage.precision == "bf16" else "fp32"
-
-
-def _stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
-    facts = {**asdict(result), "tokens_per_second": result.tokens_per_second}
-    return {"method": stage.method, "precision": stage.precision, **facts}
-
-
-def _data_facts(examples: ExampleSet) -> dict[str, Any]:
-    return {
-        "digests": examples.digests,
-        "rows": {"train": len(examples.train), "validation": len(examples.validation)},
-        "skipped": examples.skipped,
-        "truncated": examples.truncated,
-    }
-
-
-def _metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSummary) -> AdapterMetadata:
-    """What a device needs to know to use the adapter."""
-    longest = max((_completion_length(e.labels) for e in examples.train + examples.validation), default=0)
-    return AdapterMetadata(
-        base=summary.base,
-        task=recipe.task,
-        labels=examples.labels,
-        pooling=base.pooling,
-        prompt_format=examples.prompt_format.to_dict(),
-        generation={"max_new_tokens": longest + 16} if examples.labels is None else None,
-        max_length=examples.max_length,
-        metrics=summary.metrics,
-    )
-
-
-def _completion_length(labels: list[int] | int) -> int:
-    return sum(label >= 0 for label in labels) if isinstance(labels, list) else 0
-
-
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
-def _versions() -> dict[str, str]:
-    found = {name: str(sys.modules[name].__version__) for name in PACKAGES if name in sys.modules}
-    return {"edgetune": __version__, "python": platform.python_version(), **found}
-
-
-def _opening(recipe: Recipe, base: Base, sets: Sequence[ExampleSet]) -> str:
-    rows = " + ".join(str(len(examples.train)) for examples in sets)
-    held_out = len(sets[-1].validation)
-    p = recipe.parameters
-    lines = [f"{recipe.stage[-1].method} of {base.name}: {rows} rows, {held_out} held out, LoRA r={p.rank} alpha={p.alpha:g}"]
-    for what in ("skipped", "truncated"):
-        counts = {name: count for examples in sets for name, count in getattr(examples, what).items() if count}
-        lines += [f"{count} {name} rows {what}" for name, count in counts.items()]
-    return "\n".join(lines)
-
-
-def _closing(summary: RunSummary) -> str:
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in summary.metrics.items())
-    result = metrics or f"train loss {summary.train_loss:.4f}"
-    speed = f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak {summary.peak_rss_mb:,.0f} MB"
-    return f"{result}\n{speed}\nwritten to {summary.out}"

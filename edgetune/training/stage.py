@@ -1,0 +1,108 @@
+"""What a stage works with from its start to its end, beyond model and rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from edgetune.bases import Base
+from edgetune.batching import Batch, collate
+from edgetune.examples import ExampleSet
+from edgetune.progress import Progress
+from edgetune.recipe import Stage
+from edgetune.training.distributed import Group
+from edgetune.training.precision import Precision
+
+Measure = Callable[..., dict[str, float]]  # (model, batches, *, precision) → metrics
+Collate = Callable[[Sequence[Any], int], Batch]  # (examples, pad_id)
+Length = Callable[[Any], int]  # an example → the padded tokens it takes
+
+
+class Experience(Protocol):
+    """Turns the rows of a step into what is learned from: grpo's prompts into scored answers."""
+
+    def __call__(self, model: nn.Module, rows: Sequence[Any], *, step: int) -> tuple[Sequence[Any], Mapping[str, float]]:
+        """Examples for `collate`, and the step's metrics."""
+
+    def samples(self) -> Any:
+        """What a checkpoint must hold so that the next step learns from the same; numbers in lists and dicts, or None."""
+
+    collate: Collate
+    length: Length
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a stage in the middle cannot make again, because the weights have moved since. A checkpoint holds it."""
+
+    reference: Mapping[str, Tensor] = field(default_factory=dict)  # see Prepared
+    samples: Any = None  # see Experience; this process's own
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where a stage starts, or goes on: then with what was `kept`."""
+
+    model: Any
+    stage: Stage
+    examples: ExampleSet
+    tokenizer: Any
+    base: Base
+    pad_id: int
+    precision: Precision
+    seed: int
+    progress: Progress
+    group: Group = field(default_factory=Group)
+    kept: Kept | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a stage needs while it runs; see Method for the parts that are fixed."""
+
+    measure: Measure
+    experience: Experience | None = None
+    reference: Mapping[str, Tensor] = field(default_factory=dict)  # what refers to the stage's first weights
+
+    def kept(self) -> Kept:
+        """For a checkpoint, now."""
+        return Kept(self.reference, self.experience.samples() if self.experience is not None else None)
+
+
+def tokens_of(example: Any) -> int:
+    """The length of an example that is one sequence."""
+    return len(example.input_ids)
+
+
+def padded_length(example: Any) -> int:
+    """The length of an example that says it itself."""
+    length: int = example.padded_length
+    return length
+
+
+@contextlib.contextmanager
+def nothing_to_prepare(situation: Situation, measure: Measure) -> Iterator[Prepared]:
+    """For methods whose rows are all they need."""
+    yield Prepared(measure)
+
+
+Prepare = Callable[[Situation, Measure], contextlib.AbstractContextManager[Prepared]]
+
+__all__ = [
+    "Collate",
+    "Experience",
+    "Kept",
+    "Length",
+    "Measure",
+    "Prepare",
+    "Prepared",
+    "Situation",
+    "collate",
+    "nothing_to_prepare",
+    "padded_length",
+    "tokens_of",
+]

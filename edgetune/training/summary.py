@@ -1,0 +1,115 @@
+"""What a run says about itself: summary.json, the adapter's metadata, and its first and last words."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgetune import __version__
+from edgetune.adapters import AdapterMetadata
+from edgetune.bases import Base
+from edgetune.examples import ExampleSet
+from edgetune.intervals import headline
+from edgetune.progress import duration
+from edgetune.recipe import Recipe, Stage
+from edgetune.training.loop import StageResult
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """summary.json: what came out and what it came from."""
+
+    task: str
+    base: dict[str, str]  # {"name", "digest"}
+    metrics: dict[str, float]  # on the validation rows after the last step; training loss when there are none
+    base_metrics: dict[str, float] | None  # the same with the adapter off; None where the base has no trained head
+    effect: dict[str, float]  # adapter on against off: mean_kl (nats), mean_logit_change, top1_changed (share)
+    effect_rows: str  # "validation" or "train"
+    train_loss: float
+    stages: list[dict[str, Any]]  # steps, tokens, padded_tokens, seconds, tokens_per_second, precision
+    trainable_parameters: int
+    tokens_per_second: float  # real tokens, padding not counted, validation not timed
+    training_seconds: float
+    seconds: float  # everything, loading included
+    peak_rss_mb: float  # of this process since it started
+    peak_device_mb: float | None  # of tensors on the GPU; None on the CPU
+    data: list[dict[str, Any]]  # a stage each: digests, rows, skipped, truncated, validation_rows_measured
+    seed: int
+    threads: int
+    device: str
+    processes: int
+    versions: dict[str, str]
+    out: str
+
+
+def stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
+    """What a stage did, for summary.json."""
+    facts = {**asdict(result), "tokens_per_second": result.tokens_per_second}
+    return {"method": stage.method, "precision": stage.precision, **facts}
+
+
+def data_facts(examples: ExampleSet) -> dict[str, Any]:
+    """A stage's rows, for summary.json."""
+    return {
+        "digests": examples.digests,
+        "rows": {"train": len(examples.train), "validation": len(examples.validation)},
+        "skipped": examples.skipped,
+        "truncated": examples.truncated,
+    }
+
+
+def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSummary) -> AdapterMetadata:
+    """What a device needs to know to use the adapter."""
+    longest = max((_completion_length(e.labels) for e in examples.train + examples.validation), default=0)
+    return AdapterMetadata(
+        base=summary.base,
+        task=recipe.task,
+        labels=examples.labels,
+        pooling=base.pooling,
+        prompt_format=examples.prompt_format.to_dict(),
+        generation={"max_new_tokens": examples.max_new_tokens or longest + 16} if recipe.task == "text-generation" else None,
+        max_length=examples.max_length,
+        metrics=summary.metrics,
+    )
+
+
+def _completion_length(labels: list[int] | int) -> int:
+    return sum(label >= 0 for label in labels) if isinstance(labels, list) else 0
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python and what training uses."""
+    found = {name: str(sys.modules[name].__version__) for name in PACKAGES if name in sys.modules}
+    return {"edgetune": __version__, "python": platform.python_version(), **found}
+
+
+def opening(recipe: Recipe, base: Base, sets: Sequence[ExampleSet]) -> str:
+    """What is about to be trained, in a line or two."""
+    rows = " + ".join(str(len(examples.train)) for examples in sets)
+    held_out = len(sets[-1].validation)
+    p = recipe.parameters
+    lines = [f"{recipe.stage[-1].method} of {base.name}: {rows} rows, {held_out} held out, LoRA r={p.rank} alpha={p.alpha:g}"]
+    for what in ("skipped", "truncated"):
+        counts = {name: count for examples in sets for name, count in getattr(examples, what).items() if count}
+        lines += [f"{count} {name} rows {what}" for name, count in counts.items()]
+    return "\n".join(lines)
+
+
+def closing(summary: RunSummary) -> str:
+    """The result, the speed and the place, a line each."""
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in headline(summary.metrics).items())
+    result = metrics or f"train loss {summary.train_loss:.4f}"
+    speed = f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak {summary.peak_rss_mb:,.0f} MB"
+    return f"{result}\n{speed}\nwritten to {summary.out}"
