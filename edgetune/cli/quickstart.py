@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from edgetune.cli.waiting import wait_briefly
 
 if TYPE_CHECKING:
     from edgetune.quickstart.outcome import Outcome
@@ -25,9 +26,7 @@ def command(out: Path) -> int:
 
     Exit 0: done; 1: a proof fails or a limit of the host's budget is exceeded.
     """
-    # Waiting threads sleep instead of spinning: with one busy neighbour on two cores, spinning made training four times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by OpenMP when torch is imported, so before that
-
+    wait_briefly()
     from edgetune.quickstart.plan import embedded_plan
     from edgetune.quickstart.run import run_quickstart
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from edgetune.cli.waiting import wait_briefly
+
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
@@ -24,6 +26,7 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: 
 
     settings = load_recipe(recipe, overrides)  # before torch is imported: a typing error shows at once
 
+    wait_briefly()
     from edgetune.intervals import headline
     from edgetune.training import run_recipe
     from edgetune.training.distributed import launched
