@@ -62,18 +62,14 @@ class PackedAdapter:
 def pack_adapter(folder: str | Path, manifest: Manifest, *, name: str | None = None) -> PackedAdapter:
     """Read a PEFT folder for this bundle. AdapterError lists every mismatch: names, shapes, base, hashes."""
     path = Path(folder)
+    _takes_adapters(manifest, path)
     return pack_lora(read_lora(path, base_digest=manifest.base.digest), manifest, name=name or path.name)
 
 
 def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapter:
     """Low-rank weights that are already in memory, for this bundle; else as `pack_adapter`."""
     path = read.path
-    if manifest.mode == "merged":
-        raise AdapterError(
-            "this bundle's adapter is merged into its weights; it takes no other",
-            where=str(path),
-            fix="Export with --mode separate to swap adapters.",
-        )
+    _takes_adapters(manifest, path)
     placed, labels = _place(read, manifest), _labels(read)
     problems = [*read.problems, *_missing(read, manifest), *_task_problems(read, manifest)]
     if manifest.head is not None:
@@ -91,6 +87,15 @@ def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapt
         metadata=read.metadata or {},
         notes=_notes(read, manifest),
     )
+
+
+def _takes_adapters(manifest: Manifest, path: Path) -> None:
+    if manifest.mode == "merged":
+        raise AdapterError(
+            "this bundle's adapter is merged into its weights; it takes no other",
+            where=str(path),
+            fix="Export with --mode separate to swap adapters.",
+        )
 
 
 Placed = dict[tuple[int, int], tuple[Float32, Float32]]
