@@ -41,12 +41,14 @@ def completion_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits (targets, vocab) in fp32 that predict the labelled tokens, and those tokens (targets,).
 
     No attention mask goes in: with causal attention a token sees no later one, so the padding on the right
-    changes nothing before it.
+    changes nothing before it. Where `position_ids` start again, transformers lets no token see what stands before
+    (`masking_utils.find_packed_sequence_indices`).
     """
     next_labels = batch.labels[:, 1:]
     labelled = next_labels != IGNORE
+    packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     with projection_only_at(model, labelled):
-        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **packed).logits
     return logits.reshape(-1, logits.shape[-1]).float(), next_labels[labelled]
 
 

@@ -24,11 +24,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Method = Literal["sft", "sequence-classification"]
+Method = Literal["sft", "sequence-classification", "causal-lm"]
 Task = Literal["text-generation", "sequence-classification"]
-TASKS: dict[str, Task] = {"sft": "text-generation", "sequence-classification": "sequence-classification"}
-KINDS: dict[str, Literal["decoder", "encoder"]] = {"sft": "decoder", "sequence-classification": "encoder"}
-COLUMNS = {"sft": ("prompt", "completion", "system", "template"), "sequence-classification": ("text", "label")}
+TASKS: dict[str, Task] = {
+    "causal-lm": "text-generation",
+    "sft": "text-generation",
+    "sequence-classification": "sequence-classification",
+}
+KINDS: dict[str, Literal["decoder", "encoder"]] = {
+    "causal-lm": "decoder",
+    "sft": "decoder",
+    "sequence-classification": "encoder",
+}
+COLUMNS = {
+    "causal-lm": ("text",),
+    "sft": ("prompt", "completion", "system", "template"),
+    "sequence-classification": ("text", "label"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +54,7 @@ class Data:
     validation: str | None = option(None, help="file of validation rows, never trained on")
     prompt: str | None = option(None, help='sft: what the model is given, e.g. "{{ question }}"; default: column prompt')
     completion: str | None = option(None, help="sft: what it shall answer; default: column completion")
-    text: str | None = option(None, help="classification: the text; default: column text")
+    text: str | None = option(None, help="causal-lm and classification: the text; default: column text")
     label: str | None = option(None, help="classification: its label; default: column label")
     system: str | None = option(
         None,
@@ -61,7 +73,7 @@ class Stage:
     """One pass of training with one objective; stages run in succession on the same weights."""
 
     method: Method = option(
-        help="the objective", planned=("causal-lm", "masked-lm", "token-classification", "reward", "dpo", "grpo")
+        help="the objective", planned=("masked-lm", "token-classification", "reward", "dpo", "grpo")
     )
     data: Data = option(help="the rows")
     epochs: float = option(1.0, help="passes over the training rows", above=0)
@@ -71,7 +83,9 @@ class Stage:
         None, help="peak learning rate of the task head; not set: learning_rate", above=0
     )
     batch_size: int = option(8, help="examples per optimizer step", at_least=1)
-    max_length: int = option(512, help="tokens per example, also limited by the base", at_least=8)
+    max_length: int = option(
+        512, help="tokens per example (causal-lm: per packed sequence), also limited by the base", at_least=8
+    )
     warmup_ratio: float = option(0.05, help="share of the steps with rising learning rate", at_least=0, below=1)
     weight_decay: float = option(0.0, help="AdamW's decoupled weight decay", at_least=0)
     max_grad_norm: float = option(1.0, help="gradients are clipped to this 2-norm", above=0)

@@ -19,11 +19,15 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Example:
-    """`labels`: per token, IGNORED where there is no loss (sft), or one class index. `row`: line in the file."""
+    """`labels`: per token, IGNORED where there is no loss, or one class index. `row`: line in the file.
+
+    `position_ids` only where several documents share the example: it starts again at 0 with each.
+    """
 
     input_ids: list[int]
     labels: list[int] | int
     row: int
+    position_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)

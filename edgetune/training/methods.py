@@ -21,6 +21,7 @@ class Method:
 
 
 METHODS = {
+    "causal-lm": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
     "sft": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
     "sequence-classification": Method(
         objective=lambda stage: functools.partial(sequence_classification, label_smoothing=stage.label_smoothing),

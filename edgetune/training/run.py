@@ -245,13 +245,14 @@ def _data_facts(examples: ExampleSet) -> dict[str, Any]:
 def _metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSummary) -> AdapterMetadata:
     """What a device needs to know to use the adapter."""
     longest = max((_completion_length(e.labels) for e in examples.train + examples.validation), default=0)
+    packed = recipe.stage[-1].method == "causal-lm"  # its examples are as long as they can be, answers need not be
     return AdapterMetadata(
         base=summary.base,
         task=recipe.task,
         labels=examples.labels,
         pooling=base.pooling,
         prompt_format=examples.prompt_format.to_dict(),
-        generation={"max_new_tokens": longest + 16} if examples.labels is None else None,
+        generation={"max_new_tokens": min(longest + 16, 256) if packed else longest + 16} if examples.labels is None else None,
         max_length=examples.max_length,
         metrics=summary.metrics,
     )
