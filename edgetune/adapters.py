@@ -27,7 +27,7 @@ from edgetune.recipe import Parameters
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
 SCHEMA = 1
 ALL_LINEAR = "all-linear"
-TASKS = {"text-generation": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+TASKS = {"text-generation": "CAUSAL_LM", "sequence-classification": "SEQ_CLS", "masked-lm": "FEATURE_EXTRACTION"}
 UNUSED = ("pooler",)  # an encoder's own pooler: this head does not read it, an adapter there would learn nothing
 
 
@@ -110,11 +110,13 @@ def _pattern(text: str, *, where: str) -> re.Pattern[str]:
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers of the body: not the output projection, not the head, not an unused pooler."""
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    in_body = body if hasattr(model, body[:-1]) and body != "." else ""
     find_output: Any = getattr(model, "get_output_embeddings", None)
     output = find_output() if find_output is not None else None
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and module is not output and not set(name.split(".")) & {HEAD, *UNUSED}:
+        if linear and module is not output and name.startswith(in_body) and not set(name.split(".")) & {HEAD, *UNUSED}:
             yield name, module
 
 

@@ -25,6 +25,13 @@ def sft(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return F.cross_entropy(logits, targets), targets.numel()
 
 
+def masked_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Cross entropy of the hidden tokens; 0 for a batch in which none is hidden."""
+    logits, targets = masked_logits(model, batch)
+    loss = F.cross_entropy(logits, targets) if len(targets) else logits.sum()
+    return loss, targets.numel()
+
+
 def sequence_classification(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
     """Cross entropy of the class logits."""
     logits = class_logits(model, batch)
@@ -47,19 +54,27 @@ def completion_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     next_labels = batch.labels[:, 1:]
     labelled = next_labels != IGNORE
     packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    with projection_only_at(model, labelled):
+    with projection_only_at(model, F.pad(labelled, (0, 1))):
         logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **packed).logits
     return logits.reshape(-1, logits.shape[-1]).float(), next_labels[labelled]
 
 
+def masked_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (targets, vocab) in fp32 at the hidden tokens, and those tokens (targets,)."""
+    labelled = batch.labels != IGNORE
+    with projection_only_at(model, labelled):
+        logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return logits.reshape(-1, logits.shape[-1]).float(), batch.labels[labelled]
+
+
 @contextlib.contextmanager
 def projection_only_at(model: Any, labelled: Tensor) -> Iterator[None]:
-    """Let the output projection see only the hidden states where `labelled` (batch, seq - 1) is true.
+    """Let the output projection see only the hidden states where `labelled` (batch, seq) is true.
 
     On a small model the projection to the vocabulary costs as much as many layers. What a model does after it
     (soft-capping, scaling) is element-wise and stays as it is; the logits come out as (1, targets, vocab).
     """
-    positions = F.pad(labelled, (0, 1)).flatten().nonzero().squeeze(1)
+    positions = labelled.flatten().nonzero().squeeze(1)
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         (hidden,) = inputs  # (batch, seq, hidden)

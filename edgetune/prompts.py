@@ -50,7 +50,7 @@ def prompt_format(data: Data, *, method: Method, chat_template: str | None, colu
 
     Raises RecipeError for a template that is not valid Jinja or uses no column, or `chat` without a template.
     """
-    if method == "causal-lm":
+    if method in ("causal-lm", "masked-lm"):
         return PromptFormat(text=_template(data.text, "text", key="data.text"))
     if method == "sequence-classification":
         text, label = _template(data.text, "text", key="data.text"), _template(data.label, "label", key="data.label")

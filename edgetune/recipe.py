@@ -24,20 +24,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Method = Literal["sft", "sequence-classification", "causal-lm"]
-Task = Literal["text-generation", "sequence-classification"]
+Method = Literal["sft", "sequence-classification", "causal-lm", "masked-lm"]
+Task = Literal["text-generation", "sequence-classification", "masked-lm"]
 TASKS: dict[str, Task] = {
     "causal-lm": "text-generation",
+    "masked-lm": "masked-lm",
     "sft": "text-generation",
     "sequence-classification": "sequence-classification",
 }
 KINDS: dict[str, Literal["decoder", "encoder"]] = {
     "causal-lm": "decoder",
+    "masked-lm": "encoder",
     "sft": "decoder",
     "sequence-classification": "encoder",
 }
 COLUMNS = {
     "causal-lm": ("text",),
+    "masked-lm": ("text",),
     "sft": ("prompt", "completion", "system", "template"),
     "sequence-classification": ("text", "label"),
 }
@@ -54,7 +57,7 @@ class Data:
     validation: str | None = option(None, help="file of validation rows, never trained on")
     prompt: str | None = option(None, help='sft: what the model is given, e.g. "{{ question }}"; default: column prompt')
     completion: str | None = option(None, help="sft: what it shall answer; default: column completion")
-    text: str | None = option(None, help="causal-lm and classification: the text; default: column text")
+    text: str | None = option(None, help="causal-lm, masked-lm and classification: the text; default: column text")
     label: str | None = option(None, help="classification: its label; default: column label")
     system: str | None = option(
         None,
@@ -73,7 +76,7 @@ class Stage:
     """One pass of training with one objective; stages run in succession on the same weights."""
 
     method: Method = option(
-        help="the objective", planned=("masked-lm", "token-classification", "reward", "dpo", "grpo")
+        help="the objective", planned=("token-classification", "reward", "dpo", "grpo")
     )
     data: Data = option(help="the rows")
     epochs: float = option(1.0, help="passes over the training rows", above=0)
@@ -133,7 +136,7 @@ class Recipe:
     @property
     def task(self) -> Task:
         """What the finished adapter does."""
-        return self.stage[0].task
+        return self.stage[-1].task
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -162,7 +165,8 @@ def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, w
     if not recipe.stage:
         raise RecipeError("there is no stage", where=where, expected="at least one [[stage]]")
     for index, stage in enumerate(recipe.stage):
-        _check_stage(stage, recipe, path=f"stage.{index}", where=where)
+        previous = recipe.stage[index - 1] if index else None
+        _check_stage(stage, previous, path=f"stage.{index}", where=where)
     stages = tuple(
         replace(stage, data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where))
         for index, stage in enumerate(recipe.stage)
@@ -176,12 +180,12 @@ def to_toml(recipe: Recipe) -> str:
     return settings.to_toml(recipe)
 
 
-def _check_stage(stage: Stage, recipe: Recipe, *, path: str, where: str) -> None:
-    if stage.task != recipe.task:
+def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str) -> None:
+    if previous is not None and not _may_follow(stage, previous):
         raise RecipeError(
-            f'{path}.method = "{stage.method}" cannot follow "{recipe.stage[0].method}"',
+            f'{path}.method = "{stage.method}" cannot follow "{previous.method}"',
             where=where,
-            expected="stages of one task",
+            expected="stages of one task, on encoders after masked-lm",
             fix="Split this into two recipes.",
         )
     used = COLUMNS[stage.method]
@@ -193,6 +197,11 @@ def _check_stage(stage: Stage, recipe: Recipe, *, path: str, where: str) -> None
                 expected="of these, " + ", ".join(used),
                 fix=f"Remove {key}.",
             )
+
+
+def _may_follow(stage: Stage, previous: Stage) -> bool:
+    """One adapter has one task; on an encoder, text may come first, for its head is not the adapter's."""
+    return stage.task == previous.task or (previous.method == "masked-lm" and KINDS[stage.method] == "encoder")
 
 
 def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:

@@ -10,6 +10,7 @@ from edgetune.adapters import METADATA, load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, OutputError
 from edgetune.heads import SequenceClassifier
+from edgetune.masked_lm import load_masked_lm
 from edgetune.recipe import Recipe, load_recipe
 
 RECIPE, ADAPTER, JOURNAL = "recipe.toml", "adapter", "metrics.jsonl"
@@ -40,7 +41,8 @@ def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     adapter_dir = find_adapter(folder)
     metadata = read_metadata(adapter_dir)
     base = _base_of(metadata, adapter_dir)
-    model = load_body(base)
+    # The masked-lm head is not the adapter's: the checkpoint's own is used, or an untrained one.
+    model = load_masked_lm(base, seed=0)[0] if metadata["task"] == "masked-lm" else load_body(base)
     if metadata["labels"] is not None:
         model = SequenceClassifier(model, labels=len(metadata["labels"]), pooling=metadata["pooling"])
     return load_adapter(model, adapter_dir), load_tokenizer(base), metadata

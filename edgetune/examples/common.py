@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from edgetune.bases import Base
+from edgetune.batching import Batch
 from edgetune.data import Row, Rows
 from edgetune.errors import DataError
 from edgetune.prompts import PromptFormat
@@ -15,6 +16,7 @@ from edgetune.recipe import Stage
 
 IGNORED = -100  # a position without loss, as in torch's cross_entropy
 T = TypeVar("T")
+Prepare = Callable[[Batch, int], Batch]  # what a stage does to the batch of an optimizer step before it learns from it
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class ExampleSet:
     max_length: int
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
+    prepare: Prepare | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Loading:
         labels: tuple[str, ...] | None = None,
         skipped: dict[str, int],
         truncated: dict[str, int] | None = None,
+        prepare: Prepare | None = None,
     ) -> ExampleSet:
         """The finished set; the dictionaries have the keys of `sources`."""
         return ExampleSet(
@@ -74,6 +78,7 @@ class Loading:
             max_length=self.limit,
             skipped=skipped,
             truncated=truncated or {},
+            prepare=prepare,
         )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from edgetune.batching import Batch, Example, collate, split, steps, steps_per_epoch
 from edgetune.errors import TrainingError
+from edgetune.examples.common import Prepare
 from edgetune.objectives import Objective
 from edgetune.progress import Progress
 from edgetune.recipe import Stage
@@ -63,6 +64,7 @@ def train_stage(
     stage_index: int,
     journal: Journal,
     progress: Progress,
+    prepare: Prepare | None = None,
 ) -> StageResult:
     """Minimise `objective` over `examples` and leave `model` with the last step's weights.
 
@@ -88,7 +90,9 @@ def train_stage(
         learning_rate = set_learning_rate(optimizer, factor)
 
         parts = [collate([examples[i] for i in part], pad_id) for part in split(indices, lengths, MAX_TOKENS_AT_ONCE)]
-        targets = sum(part.targets for part in parts)
+        if prepare is not None:
+            parts = [prepare(part, step) for part in parts]
+        targets = sum(part.targets for part in parts) or 1
         loss = 0.0
         for part in parts:
             with autocast(precision), fused_lora(model, precision):

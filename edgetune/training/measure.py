@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgetune.batching import Batch, Example, collate, in_order_of_length
 from edgetune.metrics import accuracy, macro_f1
-from edgetune.objectives import class_logits, completion_logits
+from edgetune.objectives import class_logits, completion_logits, masked_logits
 from edgetune.training.precision import Precision, autocast
 
 TOKENS_AT_ONCE = 1024  # the logits of a vocabulary take 200 kB a token
@@ -43,15 +43,22 @@ def classes(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return class_logits(model, batch), batch.labels
 
 
-def measure_completions(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
-    """Cross entropy, perplexity and top-1 accuracy over the completion tokens."""
+def masked_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of the hidden tokens, and these tokens."""
+    return masked_logits(model, batch)
+
+
+def measure_completions(
+    model: nn.Module, batches: Sequence[Batch], *, precision: Precision, outputs: Logits = next_tokens
+) -> dict[str, float]:
+    """Cross entropy, perplexity and top-1 accuracy over the labelled tokens."""
     loss, hits, count = 0.0, 0, 0
-    for logits, targets in _outputs(model, batches, next_tokens, precision=precision):
+    for logits, targets in _outputs(model, batches, outputs, precision=precision):
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         hits += int((logits.argmax(-1) == targets).sum())
         count += targets.numel()
-    mean = loss / count
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": hits / count}
+    mean = loss / max(1, count)
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": hits / max(1, count)}
 
 
 def measure_classes(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:

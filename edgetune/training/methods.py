@@ -6,9 +6,16 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgetune.objectives import Objective, sequence_classification, sft
+from edgetune.objectives import Objective, masked_lm, sequence_classification, sft
 from edgetune.recipe import Stage
-from edgetune.training.measure import Logits, classes, measure_classes, measure_completions, next_tokens
+from edgetune.training.measure import (
+    Logits,
+    classes,
+    masked_tokens,
+    measure_classes,
+    measure_completions,
+    next_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,11 @@ class Method:
 
 METHODS = {
     "causal-lm": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
+    "masked-lm": Method(
+        objective=lambda stage: masked_lm,
+        measure=functools.partial(measure_completions, outputs=masked_tokens),
+        outputs=masked_tokens,
+    ),
     "sft": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
     "sequence-classification": Method(
         objective=lambda stage: functools.partial(sequence_classification, label_smoothing=stage.label_smoothing),

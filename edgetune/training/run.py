@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from edgetune import __version__
-from edgetune.adapters import AdapterMetadata, adapt, save_adapter, trainable_parameters
-from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
+from edgetune.adapters import AdapterMetadata, save_adapter, trainable_parameters
+from edgetune.bases import Base, load_tokenizer, resolve_base
 from edgetune.batching import Batch
 from edgetune.errors import TrainingError
 from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
-from edgetune.heads import SequenceClassifier
 from edgetune.progress import Progress, duration
 from edgetune.recipe import Recipe, Stage, to_toml
 from edgetune.report import write_report
@@ -37,7 +36,7 @@ from edgetune.training.measure import (
 )
 from edgetune.training.methods import METHODS
 from edgetune.training.precision import Precision, choose_precision, hold_frozen_linears_in_bf16
-from edgetune.training.probe import fit_probe
+from edgetune.training.succession import Succession
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
 
@@ -80,17 +79,19 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | 
         tokenizer = load_tokenizer(base)
         sets = _load_data(recipe, tokenizer, base)
         progress.say(_opening(recipe, base, sets))
-        model, pad_id = _build_model(recipe, base, tokenizer, sets[0])
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        succession = Succession(recipe, base, sets, pad_id=pad_id)
+        model = succession.model
         trainable = trainable_parameters(model)
         recipe = _resolve_precision(recipe, hidden=model.config.hidden_size)
         if all(stage.precision == "bf16" for stage in recipe.stage):
             hold_frozen_linears_in_bf16(model)
         journal = Journal(partial / JOURNAL)
         results = [
-            _run_stage(model, recipe, index, sets[index], pad_id=pad_id, journal=journal, progress=progress)
+            _run_stage(succession, recipe, index, sets[index], pad_id=pad_id, journal=journal, progress=progress)
             for index in range(len(recipe.stage))
         ]
-        measured = _measure(model, recipe, sets[-1], journal, pad_id=pad_id)
+        measured = _measure(succession, recipe, sets[-1], journal, pad_id=pad_id)
         summary = RunSummary(
             task=recipe.task,
             base={"name": base.name, "digest": base.digest},
@@ -134,22 +135,9 @@ def _load_data(recipe: Recipe, tokenizer: Any, base: Base) -> list[ExampleSet]:
     """Every stage's examples, so that a bad row of the last stage is found before the first one trains."""
     sets: list[ExampleSet] = []
     for stage in recipe.stage:
-        labels = sets[0].labels if sets else None
+        labels = next((examples.labels for examples in sets if examples.labels is not None), None)
         sets.append(load_examples(stage, tokenizer, base, labels, seed=recipe.seed))
     return sets
-
-
-def _build_model(recipe: Recipe, base: Base, tokenizer: Any, examples: ExampleSet) -> tuple[Any, int]:
-    """The base with a fresh adapter (and a head), and the id to pad with."""
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    model = load_body(base)
-    if examples.labels is not None:
-        model = SequenceClassifier(model, labels=len(examples.labels), pooling=base.pooling or "mean")
-        if recipe.stage[0].head_init == "probe":
-            fit_probe(model, examples.train, pad_id=pad_id)
-    # Seeded again: what was drawn before (a random head) must not move the adapter's first weights.
-    torch.manual_seed(recipe.seed)
-    return adapt(model, recipe.parameters, task=recipe.task), pad_id
 
 
 def _resolve_precision(recipe: Recipe, *, hidden: int) -> Recipe:
@@ -163,7 +151,7 @@ def _resolve_precision(recipe: Recipe, *, hidden: int) -> Recipe:
 
 
 def _run_stage(
-    model: Any,
+    succession: Succession,
     recipe: Recipe,
     index: int,
     examples: ExampleSet,
@@ -176,7 +164,7 @@ def _run_stage(
     method, precision = METHODS[stage.method], _precision(stage)
     held_out = _validation_batches(examples, pad_id=pad_id)
     return train_stage(
-        model,
+        succession.for_stage(index),
         stage,
         examples.train,
         objective=method.objective(stage),
@@ -187,24 +175,26 @@ def _run_stage(
         stage_index=index,
         journal=journal,
         progress=progress,
+        prepare=examples.prepare,
     )
 
 
 def _measure(
-    model: Any, recipe: Recipe, examples: ExampleSet, journal: Journal, *, pad_id: int
+    succession: Succession, recipe: Recipe, examples: ExampleSet, journal: Journal, *, pad_id: int
 ) -> dict[str, Any]:
     """Final metrics, the base's, and the adapter's effect; on training rows when there are no others."""
-    stage = recipe.stage[-1]
+    stage, model = recipe.stage[-1], succession.model
     method, precision = METHODS[stage.method], _precision(stage)
     held_out = _validation_batches(examples, pad_id=pad_id)
-    last = journal.last("validation")
-    metrics = {k: v for k, v in (last or {}).items() if k not in {"kind", "stage", "step"}}
+    last = (journal.last("validation") if held_out else None) or {}
+    metrics = {k: v for k, v in last.items() if k not in {"kind", "stage", "step"}}
     base_metrics = None
-    if held_out and (examples.labels is None or recipe.stage[0].head_init == "probe"):
+    without_answer = succession.fresh_head or recipe.stage[succession.first].head_init == "random"
+    if held_out and not (without_answer and recipe.task != "text-generation"):
         with adapter_off(model):
             base_metrics = method.measure(model, held_out, precision=precision)
     rows = examples.validation or examples.train
-    sample = batches_for_measuring(rows, pad_id=pad_id, tokens=EFFECT_TOKENS, batch_size=64)
+    sample = _prepared(batches_for_measuring(rows, pad_id=pad_id, tokens=EFFECT_TOKENS, batch_size=64), examples)
     effect = adapter_effect(model, sample, method.outputs, precision=precision)
     if effect["mean_logit_change"] == 0.0:
         raise TrainingError(
@@ -221,7 +211,13 @@ def _measure(
 def _validation_batches(examples: ExampleSet, *, pad_id: int) -> Sequence[Batch]:
     if not examples.validation:
         return []
-    return batches_for_measuring(examples.validation, pad_id=pad_id, tokens=VALIDATION_TOKENS, batch_size=64)
+    batches = batches_for_measuring(examples.validation, pad_id=pad_id, tokens=VALIDATION_TOKENS, batch_size=64)
+    return _prepared(batches, examples)
+
+
+def _prepared(batches: Sequence[Batch], examples: ExampleSet) -> Sequence[Batch]:
+    """Batches for measuring, the same every time."""
+    return batches if examples.prepare is None else [examples.prepare(batch, 0) for batch in batches]
 
 
 def _precision(stage: Stage) -> Precision:
@@ -252,7 +248,7 @@ def _metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSumm
         labels=examples.labels,
         pooling=base.pooling,
         prompt_format=examples.prompt_format.to_dict(),
-        generation={"max_new_tokens": min(longest + 16, 256) if packed else longest + 16} if examples.labels is None else None,
+        generation={"max_new_tokens": min(longest + 16, 256) if packed else longest + 16} if recipe.task == "text-generation" else None,
         max_length=examples.max_length,
         metrics=summary.metrics,
     )
