@@ -39,6 +39,7 @@ class Batch:
     tokens: int  # real tokens, padding not counted
     targets: int  # positions (or rows) that carry loss
     position_ids: Tensor | None = None  # (batch, seq), starting again at 0 with each packed document
+    features: Tensor | None = None  # (batch, hidden) pooled states that stand for the tokens
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -113,7 +114,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         # The label of a row's first token is never predicted: nothing stands before it.
         targets=int((labels[:, 1:] != IGNORE).sum()) if labels.ndim == 2 else len(examples),
         position_ids=_collate_positions(examples, longest),
+        features=_collate_features(examples),
     )
+
+
+def _collate_features(examples: Sequence[Example]) -> Tensor | None:
+    features = [feature for example in examples if (feature := getattr(example, "features", None)) is not None]
+    return torch.stack(features) if features else None
 
 
 def _collate_positions(examples: Sequence[Example], longest: int) -> Tensor | None:

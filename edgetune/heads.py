@@ -49,6 +49,11 @@ class SequenceClassifier(nn.Module):
         return logits
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside a PEFT model, its adapted layers included; another model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
     """(batch, seq, hidden) → (batch, hidden): the first token, or the mean over real tokens."""
     if pooling == "cls":

@@ -13,6 +13,7 @@ from torch import nn
 from edgetune.bases import Base
 from edgetune.bases.load import quiet
 from edgetune.errors import BaseModelError
+from edgetune.heads import unwrapped
 
 
 def load_masked_lm(base: Base, *, seed: int) -> tuple[Any, bool]:
@@ -48,6 +49,6 @@ def exchange_body(model: Any, body: nn.Module) -> None:
 
 def head_parameters(model: Any) -> list[nn.Parameter]:
     """The weights of the head: those that are not the body's; a tied projection is the body's."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     in_body = {id(parameter) for parameter in inner.base_model.parameters()}
     return [parameter for parameter in inner.parameters() if id(parameter) not in in_body]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetune.batching import IGNORE, Batch
+from edgetune.heads import unwrapped
 
 
 class Objective(Protocol):
@@ -38,8 +39,10 @@ def sequence_classification(model: nn.Module, batch: Batch, *, label_smoothing: 
     return F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing), batch.labels.numel()
 
 
-def class_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Class logits (batch, labels) in fp32."""
+def class_logits(model: Any, batch: Batch) -> Tensor:
+    """Class logits (batch, labels) in fp32; from the features where the batch brings them."""
+    if batch.features is not None:
+        return unwrapped(model).classifier(batch.features).float()
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     return logits.float()
 

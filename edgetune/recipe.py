@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from edgetune import settings
 from edgetune.errors import RecipeError
+from edgetune.recipe_checks import check_parameters, check_trained
 from edgetune.settings import option
 
 if sys.version_info >= (3, 11):
@@ -107,9 +108,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Which weights learn."""
+    """Which weights learn; everything but `train` is for lora."""
 
-    train: Literal["lora"] = option("lora", help="kind of trained parameters", planned=("full", "head"))
+    train: Literal["lora", "head"] = option(
+        "lora", help="lora = an adapter; head = a new head alone, on features computed once", planned=("full",)
+    )
     rank: int = option(8, help="rank r of the adapter", at_least=1)
     alpha: float = option(16.0, help="the delta weight is alpha / r · B A", above=0)
     dropout: float = option(0.0, help="dropout before lora_A", at_least=0, below=1)
@@ -120,6 +123,12 @@ class Parameters:
     dora: bool = option(False, help="learn a magnitude per output too (DoRA)")
     rank_pattern: dict[str, int] = option(help="other ranks by module name or regex", factory=dict, at_least=1)
     alpha_pattern: dict[str, float] = option(help="other alphas by module name or regex", factory=dict, above=0)
+    layers: tuple[int, ...] | None = option(None, help="[first, last]: only these layers, counted from 0; not set: all")
+    init: str = option(
+        "default",
+        help="PEFT's init_lora_weights: default, gaussian, orthogonal, olora, pissa or pissa_niter_N (faster); olora and "
+        "pissa are saved for the base as it ships, with twice the rank",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +173,9 @@ def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, w
     recipe = settings.from_dict(Recipe, values, where=where)
     if not recipe.stage:
         raise RecipeError("there is no stage", where=where, expected="at least one [[stage]]")
+    check_parameters(recipe.parameters, where=where)
     for index, stage in enumerate(recipe.stage):
+        check_trained(recipe.parameters, stage.method, path=f"stage.{index}", where=where)
         previous = recipe.stage[index - 1] if index else None
         _check_stage(stage, previous, path=f"stage.{index}", where=where)
     stages = tuple(

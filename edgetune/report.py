@@ -11,7 +11,7 @@ from typing import Any
 from edgetune.charts import Series, line_chart
 from edgetune.files import write_text
 from edgetune.progress import duration
-from edgetune.recipe import Recipe
+from edgetune.recipe import Parameters, Recipe
 
 Record = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
     title = f"{Path(summary['out']).name}: {methods}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(summary['base']['name'])}, LoRA r = {recipe.parameters.rank}, "
+        f"<p>{escape(summary['base']['name'])}, {what_learns(recipe.parameters)}, "
         f"{summary['trainable_parameters']:,} trained parameters, edgetune {escape(summary['versions']['edgetune'])}</p>",
         _tiles(summary),
         '<h2>Training</h2><div class="plots">' + "".join(_plots(records)) + "</div>",
@@ -72,6 +72,11 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return f"<!doctype html>\n<html lang=\"en\"><head>{head}<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+
+
+def what_learns(parameters: Parameters) -> str:
+    """In a few words."""
+    return f"LoRA r = {parameters.rank}, alpha = {parameters.alpha:g}" if parameters.train == "lora" else "the head alone"
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:

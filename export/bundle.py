@@ -27,7 +27,7 @@ from edgetune.export.graphfile import (
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
 from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, torch_outputs
-from edgetune.export.proof import BOUNDS, Outputs, Proof, coarsest, demand, prove
+from edgetune.export.proof import BOUNDS, Outputs, Proof, coarsest, demand, prove, prove_head
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.heads import SequenceClassifier
@@ -287,6 +287,9 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
         return decoder_outputs(engine, rows, tensors) if isinstance(engine, DecoderEngine) else encoder_outputs(engine, rows, tensors)
 
     judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
+    if not source.modules:
+        tensors = None if manifest.mode == "merged" else pack_adapter(source.folder, manifest, name=source.name).tensors
+        return prove_head(trained=trained, shipped=ship(tensors), precision=judged)
     if manifest.mode == "merged":
         return prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=trained_off, precision=judged)
     tensors = pack_adapter(source.folder, manifest, name=source.name).tensors

@@ -119,6 +119,17 @@ def prove(*, trained: Outputs, trained_off: Outputs, shipped: Outputs, shipped_o
     return Proof(**figures, failures=tuple(_failures(figures, bounds, relative)))  # type: ignore[arg-type]
 
 
+def prove_head(*, trained: Outputs, shipped: Outputs, precision: str) -> Proof:
+    """The proof of an adapter that is a head alone: its change is the one from a guess that favours no label."""
+
+    def against_a_guess(outputs: Outputs) -> tuple[Outputs, Outputs]:
+        guess = np.zeros_like(outputs.logits)
+        return Outputs(outputs.logits, outputs.logits), Outputs(guess, guess)
+
+    (on, off), (shipped_on, shipped_off) = against_a_guess(trained), against_a_guess(shipped)
+    return prove(trained=on, trained_off=off, shipped=shipped_on, shipped_off=shipped_off, precision=precision)
+
+
 def _failures(figures: Mapping[str, float], bounds: Bounds, relative_effect: float) -> list[str]:
     if relative_effect < bounds.least_effect:
         return ["the trained adapter changes nothing even in torch (are its B matrices still zero?)"]

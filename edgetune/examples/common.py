@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from edgetune.bases import Base
 from edgetune.batching import Batch
 from edgetune.data import Row, Rows
@@ -30,6 +32,7 @@ class Example:
     labels: list[int] | int
     row: int
     position_ids: list[int] | None = None
+    features: Tensor | None = None  # (hidden,) pooled states of a frozen body, where only the head learns
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from edgetune.errors import TrainingError
-from edgetune.heads import HEAD
+from edgetune.heads import HEAD, unwrapped
 from edgetune.masked_lm import head_parameters
 
 
@@ -41,7 +41,7 @@ def build_optimizer(
 
 def _head_ids(model: nn.Module) -> set[int]:
     """The weights of a masked-lm head, which every architecture names differently."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = unwrapped(model)
     return {id(p) for p in head_parameters(inner)} if type(inner).__name__.endswith("ForMaskedLM") else set()
 
 

@@ -23,7 +23,7 @@ from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
 from edgetune.progress import Progress, duration
 from edgetune.recipe import Recipe, Stage, to_toml
-from edgetune.report import write_report
+from edgetune.report import what_learns, write_report
 from edgetune.runs import ADAPTER, JOURNAL, RECIPE, REPORT, SUMMARY, check_replaceable
 from edgetune.training.journal import Journal
 from edgetune.training.loop import StageResult, train_stage
@@ -81,7 +81,7 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | 
         progress.say(_opening(recipe, base, sets))
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         succession = Succession(recipe, base, sets, pad_id=pad_id)
-        model = succession.model
+        model, sets = succession.model, succession.sets
         trainable = trainable_parameters(model)
         recipe = _resolve_precision(recipe, hidden=model.config.hidden_size)
         if all(stage.precision == "bf16" for stage in recipe.stage):
@@ -91,6 +91,7 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | 
             _run_stage(succession, recipe, index, sets[index], pad_id=pad_id, journal=journal, progress=progress)
             for index in range(len(recipe.stage))
         ]
+        succession.finish()
         measured = _measure(succession, recipe, sets[-1], journal, pad_id=pad_id)
         summary = RunSummary(
             task=recipe.task,
@@ -272,8 +273,7 @@ def _versions() -> dict[str, str]:
 def _opening(recipe: Recipe, base: Base, sets: Sequence[ExampleSet]) -> str:
     rows = " + ".join(str(len(examples.train)) for examples in sets)
     held_out = len(sets[-1].validation)
-    p = recipe.parameters
-    lines = [f"{recipe.stage[-1].method} of {base.name}: {rows} rows, {held_out} held out, LoRA r={p.rank} alpha={p.alpha:g}"]
+    lines = [f"{recipe.stage[-1].method} of {base.name}: {rows} rows, {held_out} held out, {what_learns(recipe.parameters)}"]
     for what in ("skipped", "truncated"):
         counts = {name: count for examples in sets for name, count in getattr(examples, what).items() if count}
         lines += [f"{count} {name} rows {what}" for name, count in counts.items()]
