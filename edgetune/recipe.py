@@ -110,8 +110,10 @@ class Stage:
 class Parameters:
     """Which weights learn; everything but `train` is for lora."""
 
-    train: Literal["lora", "head"] = option(
-        "lora", help="lora = an adapter; head = a new head alone, on features computed once", planned=("full",)
+    train: Literal["lora", "head", "full"] = option(
+        "lora",
+        help="lora = an adapter; head = a new head alone, on features computed once; full = all weights, which become a "
+        "base of their own",
     )
     rank: int = option(8, help="rank r of the adapter", at_least=1)
     alpha: float = option(16.0, help="the delta weight is alpha / r · B A", above=0)

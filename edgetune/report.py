@@ -76,7 +76,8 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
 
 def what_learns(parameters: Parameters) -> str:
     """In a few words."""
-    return f"LoRA r = {parameters.rank}, alpha = {parameters.alpha:g}" if parameters.train == "lora" else "the head alone"
+    lora = f"LoRA r = {parameters.rank}, alpha = {parameters.alpha:g}"
+    return {"lora": lora, "head": "the head alone", "full": "all weights"}[parameters.train]
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:

@@ -75,8 +75,15 @@ def measure_classes(model: nn.Module, batches: Sequence[Batch], *, precision: Pr
     }
 
 
-def adapter_effect(model: Any, batches: Sequence[Batch], outputs: Logits, *, precision: Precision) -> dict[str, float]:
-    """How far the answers with the adapter are from those without it.
+def adapter_effect(
+    model: Any,
+    batches: Sequence[Batch],
+    outputs: Logits,
+    *,
+    precision: Precision,
+    before: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+) -> dict[str, float]:
+    """How far the answers with the adapter are from those without it (or from those of the model `before` lends).
 
     `mean_kl`: KL(adapter on ‖ off) in nats; `mean_logit_change`: mean |Δ logit|; `top1_changed`: share of
     positions with another best answer. All are 0 for an adapter that does nothing. Off also means the head as
@@ -86,8 +93,8 @@ def adapter_effect(model: Any, batches: Sequence[Batch], outputs: Logits, *, pre
     kl = change = changed = 0.0
     count = 0
     for batch, (on, _) in zip(batches, with_adapter, strict=True):
-        with adapter_off(model):
-            ((off, _),) = _outputs(model, [batch], outputs, precision=precision)
+        with adapter_off(model) if before is None else before() as without:
+            ((off, _),) = _outputs(without, [batch], outputs, precision=precision)
         log_on, log_off = on.log_softmax(-1), off.log_softmax(-1)
         kl += (log_on.exp() * (log_on - log_off)).sum().item()
         change += (on - off).abs().mean(-1).sum().item()
@@ -97,11 +104,11 @@ def adapter_effect(model: Any, batches: Sequence[Batch], outputs: Logits, *, pre
 
 
 @contextlib.contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
+def adapter_off(model: Any) -> Iterator[Any]:
     """The base model's own answers (a PEFT model's `disable_adapter`), in evaluation mode."""
     with model.disable_adapter():
         model.eval()
-        yield
+        yield model
 
 
 def _outputs(

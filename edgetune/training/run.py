@@ -21,6 +21,7 @@ from edgetune.batching import Batch
 from edgetune.errors import TrainingError
 from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
+from edgetune.full_model import save_full
 from edgetune.progress import Progress, duration
 from edgetune.recipe import Recipe, Stage, to_toml
 from edgetune.report import what_learns, write_report
@@ -31,7 +32,6 @@ from edgetune.training.measure import (
     EFFECT_TOKENS,
     VALIDATION_TOKENS,
     adapter_effect,
-    adapter_off,
     batches_for_measuring,
 )
 from edgetune.training.methods import METHODS
@@ -111,7 +111,10 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | 
             out=str(folder),
         )
         metadata = _metadata(recipe, base, sets[-1], summary)
-        save_adapter(model, partial / ADAPTER, metadata)
+        if recipe.parameters.train == "full":
+            save_full(model, partial, final=folder, base=base, metadata=metadata)
+        else:
+            save_adapter(model, partial / ADAPTER, metadata)
         write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
         write_json(partial / SUMMARY, asdict(summary))
         write_report(partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records)
@@ -192,11 +195,11 @@ def _measure(
     base_metrics = None
     without_answer = succession.fresh_head or recipe.stage[succession.first].head_init == "random"
     if held_out and not (without_answer and recipe.task != "text-generation"):
-        with adapter_off(model):
-            base_metrics = method.measure(model, held_out, precision=precision)
+        with succession.before() as base_model:
+            base_metrics = method.measure(base_model, held_out, precision=precision)
     rows = examples.validation or examples.train
     sample = _prepared(batches_for_measuring(rows, pad_id=pad_id, tokens=EFFECT_TOKENS, batch_size=64), examples)
-    effect = adapter_effect(model, sample, method.outputs, precision=precision)
+    effect = adapter_effect(model, sample, method.outputs, precision=precision, before=succession.before)
     if effect["mean_logit_change"] == 0.0:
         raise TrainingError(
             "the trained adapter changes nothing", got="mean logit change 0", fix="Raise learning_rate or epochs."

@@ -6,7 +6,8 @@ classification head is fitted when its first stage begins, to the features as th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ import torch
 from edgetune.adapters import adapt, adapt_head
 from edgetune.bases import Base, load_body
 from edgetune.examples import ExampleSet
-from edgetune.heads import SequenceClassifier
+from edgetune.heads import SequenceClassifier, unwrapped
 from edgetune.masked_lm import exchange_body, head_parameters, load_masked_lm
 from edgetune.mutated_init import Start, changes_the_base, restore_base, start_of
 from edgetune.recipe import Recipe
 from edgetune.training.features import with_features
+from edgetune.training.measure import adapter_off
 from edgetune.training.probe import fit_probe
 
 
@@ -30,6 +32,8 @@ class Succession:
         self.sets = list(sets)  # with the body's features where only the head learns
         self._masked: Any = None
         self._start: Start | None = None
+        self._original: Any = None
+        self._first_head: dict[str, Any] = {}
         self.fresh_head = False  # a new masked-lm head: the base alone has no answer worth comparing with
         self.model = self._build()
 
@@ -45,23 +49,43 @@ class Succession:
             return self._borrowed()
         if index == self.first > 0 and stage.head_init == "probe":
             self._masked = None
-            fit_probe(self.model.get_base_model(), self.sets[index].train, pad_id=self._pad_id)
+            fit_probe(unwrapped(self.model), self.sets[index].train, pad_id=self._pad_id)
         return self.model
 
     def finish(self) -> None:
         """After the last stage: the base as it ships, with an adapter that fits it."""
+        self._masked = None
         if self._start is not None:
             restore_base(self.model, self._start)
             self._start = None
 
-    def _build(self) -> Any:
+    @contextlib.contextmanager
+    def before(self) -> Iterator[Any]:
+        """The model as it was before training: the adapter off, or, where all weights learned, the base once more."""
+        if self._recipe.parameters.train != "full":
+            with adapter_off(self.model) as model:
+                yield model
+            return
+        if self._original is None:
+            self._original = self._bare()
+            if self._first_head:
+                self._original.classifier.load_state_dict(self._first_head)
+        yield self._original.eval()
+
+    def _bare(self) -> Any:
+        """The base with the head of the recipe's task, untrained."""
         recipe, examples = self._recipe, self.sets[self.first]
         if recipe.task == "masked-lm":
-            body, self.fresh_head = load_masked_lm(self._base, seed=recipe.seed)
-        else:
-            body = load_body(self._base)
-        if examples.labels is not None:
-            body = SequenceClassifier(body, labels=len(examples.labels), pooling=self._base.pooling or "mean")
+            model, self.fresh_head = load_masked_lm(self._base, seed=recipe.seed)
+            return model
+        body = load_body(self._base)
+        if examples.labels is None:
+            return body
+        return SequenceClassifier(body, labels=len(examples.labels), pooling=self._base.pooling or "mean")
+
+    def _build(self) -> Any:
+        recipe, body, examples = self._recipe, self._bare(), self.sets[self.first]
+        if isinstance(body, SequenceClassifier):
             if recipe.parameters.train == "head":
                 self.sets = [with_features(body, each, pad_id=self._pad_id) for each in self.sets]
                 examples = self.sets[self.first]
@@ -69,6 +93,10 @@ class Succession:
                 fit_probe(body, examples.train, pad_id=self._pad_id)
         # Seeded again: what was drawn before (a random head) must not move the adapter's first weights.
         torch.manual_seed(recipe.seed)
+        if recipe.parameters.train == "full":
+            if isinstance(body, SequenceClassifier):
+                self._first_head = {name: tensor.clone() for name, tensor in body.classifier.state_dict().items()}
+            return body.requires_grad_(True)
         if recipe.parameters.train == "head":
             return adapt_head(body)
         model = adapt(body, recipe.parameters, task=recipe.task)
@@ -84,9 +112,9 @@ class Succession:
             state = torch.get_rng_state()  # drawing a head must not move the adapter's dropout
             self._masked, fresh = load_masked_lm(self._base, seed=self._recipe.seed)
             torch.set_rng_state(state)
-            exchange_body(self._masked, self.model.get_base_model().body)
+            exchange_body(self._masked, unwrapped(self.model).body)
             for parameter in head_parameters(self._masked):
-                parameter.requires_grad_(fresh)
+                parameter.requires_grad_(fresh or self._recipe.parameters.train == "full")
         return self._masked
 
 
