@@ -51,9 +51,9 @@ def prompt_format(data: Data, *, method: Method, chat_template: str | None, colu
     Raises RecipeError for a template that is not valid Jinja or uses no column, or `chat` without a template.
     """
     if method in ("causal-lm", "masked-lm"):
-        return PromptFormat(text=_template(data.text, "text", key="data.text"))
+        return PromptFormat(text=row_template(data.text, "text", key="data.text"))
     if method == "sequence-classification":
-        text, label = _template(data.text, "text", key="data.text"), _template(data.label, "label", key="data.label")
+        text, label = row_template(data.text, "text", key="data.text"), row_template(data.label, "label", key="data.label")
         return PromptFormat(text=text, label=label)
     if data.template == "chat" and not chat_template:
         fix = 'Set data.template = "plain", or choose an instruct model.'
@@ -69,8 +69,8 @@ def prompt_format(data: Data, *, method: Method, chat_template: str | None, colu
     return PromptFormat(
         template=template,
         system=data.system,
-        prompt=_template(data.prompt, "prompt", key="data.prompt"),
-        completion=_template(data.completion, "completion", key="data.completion"),
+        prompt=row_template(data.prompt, "prompt", key="data.prompt"),
+        completion=row_template(data.completion, "completion", key="data.completion"),
     )
 
 
@@ -132,8 +132,8 @@ def split_messages(values: Mapping[str, Any], *, system: str | None, where: str)
     return turns, last["content"]
 
 
-def _template(given: str | None, column: str, *, key: str) -> str:
-    """Explicit Jinja: a bare column name becomes `{{ name }}`."""
+def row_template(given: str | None, column: str, *, key: str) -> str:
+    """Explicit Jinja: a bare column name becomes `{{ name }}`; None the column of the field's own name."""
     source = given if given is not None else column
     if NAME.fullmatch(source.strip()):
         return "{{ " + source.strip() + " }}"

@@ -73,6 +73,24 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replay:
+    """A share of general text in every step of a stage, against forgetting: causal-lm on its own rows."""
+
+    data: str = option(help="file of general text or hub data set id")
+    share: float = option(0.1, help="weight of its loss, and its share of a step's tokens", above=0, below=1)
+    text: str | None = option(None, help="the text: a column or a Jinja template; default: column text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetting:
+    """General ability before and after training, on the sets of a folder; results in summary.json and the report."""
+
+    general: str = option(help="folder of the sets (WikiText-2, LAMBADA, PIQA, HellaSwag, ARC-E; STS-B for encoders)")
+    tasks: tuple[str, ...] = option((), help="only these: wikitext2, lambada, piqa, hellaswag, arc_easy, stsb; []: all there are")
+    limit: int | None = option(200, help="items of each at most, at equal distances", at_least=2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One pass of training with one objective; stages run in succession on the same weights."""
 
@@ -80,6 +98,7 @@ class Stage:
         help="the objective", planned=("token-classification", "reward", "dpo", "grpo")
     )
     data: Data = option(help="the rows")
+    replay: Replay | None = option(None, help="general text mixed into the stage; decoders only")
     epochs: float = option(1.0, help="passes over the training rows", above=0)
     max_steps: int | None = option(None, help="stop after this many optimizer steps", at_least=1)
     learning_rate: float = option(2e-4, help="peak learning rate", above=0)
@@ -142,6 +161,7 @@ class Recipe:
     seed: int = option(0, help="the same seed gives the same adapter on the same machine", at_least=0)
     threads: int | None = option(None, help="CPU threads; not set: as many as torch chooses", at_least=1)
     parameters: Parameters = option(help="which weights learn", factory=Parameters)
+    forgetting: Forgetting | None = option(None, help="measure general ability before and after")
     stage: tuple[Stage, ...] = option(help="at least one [[stage]]")
 
     @property
@@ -181,11 +201,20 @@ def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, w
         previous = recipe.stage[index - 1] if index else None
         _check_stage(stage, previous, path=f"stage.{index}", where=where)
     stages = tuple(
-        replace(stage, data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where))
+        replace(
+            stage,
+            data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where),
+            replay=_resolve_replay(stage, folder=folder, path=f"stage.{index}.replay", where=where),
+        )
         for index, stage in enumerate(recipe.stage)
     )
     out = _expand(recipe.out, path="out", where=where)
-    return replace(recipe, base=_resolve_base(recipe.base, folder, where=where), out=out, stage=stages)
+    forgetting = recipe.forgetting
+    if forgetting is not None:
+        general = _absolute(folder, _expand(forgetting.general, path="forgetting.general", where=where))
+        forgetting = replace(forgetting, general=general)
+    base = _resolve_base(recipe.base, folder, where=where)
+    return replace(recipe, base=base, out=out, forgetting=forgetting, stage=stages)
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -225,6 +254,15 @@ def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:
 
     validation = None if data.validation is None else resolve("validation", data.validation)
     return replace(data, train=resolve("train", data.train), validation=validation)
+
+
+def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Replay | None:
+    if stage.replay is None:
+        return None
+    if KINDS[stage.method] != "decoder":
+        fix = "Remove replay; masked-lm may come before this stage instead."
+        raise RecipeError(f"{path} has no meaning for {stage.method}", where=where, expected="a method for decoders", fix=fix)
+    return replace(stage.replay, data=_resolve_data_path(stage.replay.data, folder=folder, path=f"{path}.data", where=where))
 
 
 def _resolve_data_path(value: str, *, folder: Path, path: str, where: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgetune.charts import Series, line_chart
 from edgetune.files import write_text
+from edgetune.forgetting.picture import general_changes, picture, task_changes
 from edgetune.progress import duration
 from edgetune.recipe import Parameters, Recipe
 
@@ -66,6 +67,7 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
         _tiles(summary),
         '<h2>Training</h2><div class="plots">' + "".join(_plots(records)) + "</div>",
         "<h2>Results</h2>" + _results(summary),
+        *_forgetting(summary),
         "<h2>What the adapter changes</h2>" + _effect(summary),
         "<h2>Settings</h2>" + _table(("setting", "value"), _settings(recipe)),
         "<h2>Origin</h2>" + _table(("what", "value"), _origin(summary)),
@@ -128,6 +130,19 @@ def _results(summary: Mapping[str, Any]) -> str:
     rows.append(("training loss (last)", "–", f"{summary['train_loss']:.4f}"))
     without = "frozen base + logistic regression" if "accuracy" in base else "base"
     return _table(("validation", without, "with the adapter"), rows)
+
+
+def _forgetting(summary: Mapping[str, Any]) -> Iterable[str]:
+    results = summary.get("forgetting")
+    if results:
+        drawn = picture(task_changes(summary["metrics"], summary["base_metrics"]), general_changes(results))
+        rows = [
+            (f"{r['task']} {_words(r['metric'])}", f"{r['before']:.4f}", f"{r['after']:.4f}", f"{r['change']:+.4f}",
+             f"{r['low']:+.4f} … {r['high']:+.4f}", f"{r['items']:,}")
+            for r in results
+        ]
+        head = ("general ability", "before", "after", "change", "95 % interval", "items")
+        yield f'<h2>Forgetting</h2><div class="plots">{drawn}</div>' + _table(head, rows)
 
 
 def _effect(summary: Mapping[str, Any]) -> str:

@@ -16,13 +16,14 @@ from torch import nn
 from edgetune.batching import Batch, Example, collate, split, steps, steps_per_epoch
 from edgetune.errors import TrainingError
 from edgetune.examples.common import Prepare
-from edgetune.objectives import Objective
+from edgetune.objectives import Objective, sft
 from edgetune.progress import Progress
 from edgetune.recipe import Stage
 from edgetune.training.fused_lora import fused_lora
 from edgetune.training.journal import Journal
 from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
 from edgetune.training.precision import Precision, autocast
+from edgetune.training.replay import ReplayText
 
 MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
 LOGGED_STEPS = 200  # about this many lines of a stage go to the journal
@@ -65,6 +66,7 @@ def train_stage(
     journal: Journal,
     progress: Progress,
     prepare: Prepare | None = None,
+    replay: ReplayText | None = None,
 ) -> StageResult:
     """Minimise `objective` over `examples` and leave `model` with the last step's weights.
 
@@ -93,7 +95,7 @@ def train_stage(
         if prepare is not None:
             parts = [prepare(part, step) for part in parts]
         targets = sum(part.targets for part in parts) or 1
-        loss = 0.0
+        loss, weight = 0.0, 1.0 - (replay.share if replay else 0.0)
         for part in parts:
             with autocast(precision), fused_lora(model, precision):
                 part_loss, _ = objective(model, part)
@@ -101,7 +103,15 @@ def train_stage(
             loss += share * part_loss.item()
             if not math.isfinite(loss):
                 raise _not_finite("loss", loss, step=step, parts=parts)
-            (part_loss * share).backward()
+            (part_loss * share * weight).backward()
+        if replay is not None:
+            part = replay.batch(step)
+            with autocast(precision), fused_lora(model, precision):
+                replay_loss, _ = sft(model, part)
+            if not math.isfinite(replay_loss.item()):
+                raise _not_finite("loss of the replayed text", replay_loss.item(), step=step, parts=[part])
+            (replay_loss * replay.share).backward()
+            parts.append(part)
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, stage.max_grad_norm))
         if not math.isfinite(norm):
             raise _not_finite("gradient norm", norm, step=step, parts=parts)
@@ -125,6 +135,7 @@ def train_stage(
                 tokens=tokens,
                 tokens_per_second=tokens / seconds,
                 seconds=seconds,
+                **({} if replay is None else {"replay_loss": replay_loss.item()}),
             )
             final_loss, recent = sum(recent) / len(recent), []
         if validate is not None and (step % validate_every == 0 or step == total):

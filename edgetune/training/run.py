@@ -21,6 +21,7 @@ from edgetune.batching import Batch
 from edgetune.errors import TrainingError
 from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
+from edgetune.forgetting import compare
 from edgetune.full_model import save_full
 from edgetune.progress import Progress, duration
 from edgetune.recipe import Recipe, Stage, to_toml
@@ -36,6 +37,7 @@ from edgetune.training.measure import (
 )
 from edgetune.training.methods import METHODS
 from edgetune.training.precision import Precision, choose_precision, hold_frozen_linears_in_bf16
+from edgetune.training.replay import ReplayText, load_replay
 from edgetune.training.succession import Succession
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
@@ -63,6 +65,7 @@ class RunSummary:
     threads: int
     versions: dict[str, str]
     out: str
+    forgetting: list[dict[str, Any]] | None = None  # general ability before and after, where the recipe asks for it
 
 
 def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | None = None) -> RunSummary:
@@ -87,8 +90,14 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | 
         if all(stage.precision == "bf16" for stage in recipe.stage):
             hold_frozen_linears_in_bf16(model)
         journal = Journal(partial / JOURNAL)
+        replays = [
+            load_replay(stage, examples.train, tokenizer, limit=examples.max_length, pad_id=pad_id, seed=recipe.seed + index)
+            for index, (stage, examples) in enumerate(zip(recipe.stage, sets, strict=True))
+        ]
         results = [
-            _run_stage(succession, recipe, index, sets[index], pad_id=pad_id, journal=journal, progress=progress)
+            _run_stage(
+                succession, recipe, index, sets[index], replay=replays[index], pad_id=pad_id, journal=journal, progress=progress
+            )
             for index in range(len(recipe.stage))
         ]
         succession.finish()
@@ -104,11 +113,12 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | 
             training_seconds=sum(result.seconds for result in results),
             seconds=time.perf_counter() - started,
             peak_rss_mb=peak_rss_mb(),
-            data=[_data_facts(examples) for examples in sets],
+            data=[_data_facts(examples, replay) for examples, replay in zip(sets, replays, strict=True)],
             seed=recipe.seed,
             threads=torch.get_num_threads(),
             versions=_versions(),
             out=str(folder),
+            forgetting=_forgetting(succession, recipe, base, tokenizer, progress),
         )
         metadata = _metadata(recipe, base, sets[-1], summary)
         if recipe.parameters.train == "full":
@@ -160,6 +170,7 @@ def _run_stage(
     index: int,
     examples: ExampleSet,
     *,
+    replay: ReplayText | None,
     pad_id: int,
     journal: Journal,
     progress: Progress,
@@ -180,6 +191,7 @@ def _run_stage(
         journal=journal,
         progress=progress,
         prepare=examples.prepare,
+        replay=replay,
     )
 
 
@@ -212,6 +224,23 @@ def _measure(
     }
 
 
+def _forgetting(
+    succession: Succession, recipe: Recipe, base: Base, tokenizer: Any, progress: Progress
+) -> list[dict[str, Any]] | None:
+    """The `[forgetting]` table's tasks, on the model without and with what it learned."""
+    wanted = recipe.forgetting
+    if wanted is None:
+        return None
+    from edgetune.forgetting.torch_subject import TorchSubject  # which needs this package whole
+
+    subject = TorchSubject(
+        tokenizer, kind=base.kind, limit=base.max_length, pooling=base.pooling, before=succession.before,
+        after=lambda: contextlib.nullcontext(succession.model), precision=_precision(recipe.stage[-1]),
+    )  # fmt: skip
+    found = compare(subject, Path(wanted.general), limit=wanted.limit, tasks=wanted.tasks, say=progress.say)
+    return [asdict(general) for general in found]
+
+
 def _validation_batches(examples: ExampleSet, *, pad_id: int) -> Sequence[Batch]:
     if not examples.validation:
         return []
@@ -233,8 +262,9 @@ def _stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
     return {"method": stage.method, "precision": stage.precision, **facts}
 
 
-def _data_facts(examples: ExampleSet) -> dict[str, Any]:
+def _data_facts(examples: ExampleSet, replay: ReplayText | None) -> dict[str, Any]:
     return {
+        "replay": replay and {"digest": replay.digest, "share": replay.share, "sequences_per_step": replay.rows},
         "digests": examples.digests,
         "rows": {"train": len(examples.train), "validation": len(examples.validation)},
         "skipped": examples.skipped,
