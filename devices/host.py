@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -53,6 +55,12 @@ def memory_mb() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def release_free_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it for later (glibc's malloc_trim)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library; Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cpu_model() -> str:

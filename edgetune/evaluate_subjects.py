@@ -17,8 +17,9 @@ from edgetune.forgetting.measure import Say
 from edgetune.forgetting.tasks import Texts
 from edgetune.forgetting.torch_subject import TorchSubject
 from edgetune.full_model import METADATA as MODEL_METADATA
-from edgetune.full_model import MODEL, full_folder, read_full
+from edgetune.full_model import full_folder, read_full
 from edgetune.heads import unwrapped
+from edgetune.layout import MODEL
 from edgetune.runs import find_adapter, load_adapted_model
 from edgetune.training.measure import adapter_off
 

@@ -16,7 +16,7 @@ from typing import Any
 from edgetune.errors import OutputError
 
 CHUNK = 1 << 20
-PARTIAL = ".partial-"
+PARTIAL, REPLACED = ".partial-", ".replaced-"  # then 8 hex digits, "-" and the final name
 TEMPORARY = re.compile(rf"{re.escape(PARTIAL)}[0-9a-f]{{8}}-")
 
 
@@ -56,7 +56,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
-            old = path.with_name(f"{partial.name}-old")
+            old = path.with_name(partial.name.replace(PARTIAL, REPLACED, 1))
             if path.exists():
                 path.replace(old)
             try:
@@ -71,6 +71,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 old.unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def clear_interrupted(path: Path) -> None:
+    """Tidy up beside `path` after a process that was killed inside `whole_folder`.
+
+    Killed between the two renames it left the older folder under a temporary name: that one is put back. Everything
+    else under a temporary name is removed.
+    """
+    path = path.resolve()
+    if not path.parent.is_dir():
+        return
+    hidden = re.compile(rf"({re.escape(PARTIAL)}|{re.escape(REPLACED)})[0-9a-f]{{8}}-{re.escape(path.name)}")
+    left = sorted((p for p in path.parent.iterdir() if hidden.fullmatch(p.name)), key=lambda p: p.stat().st_mtime)
+    replaced = [folder for folder in left if folder.name.startswith(REPLACED)]
+    if replaced and not path.exists():
+        left.remove(replaced[-1])
+        replaced[-1].replace(path)
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

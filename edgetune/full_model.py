@@ -19,8 +19,9 @@ from edgetune.bases.load import quiet
 from edgetune.errors import AdapterError
 from edgetune.files import output_errors, write_json
 from edgetune.heads import SequenceClassifier
+from edgetune.layout import ADAPTER, MODEL
 
-MODEL, METADATA = "model", "edgetune_model.json"
+METADATA = "edgetune_model.json"
 SCHEMA = 1
 BESIDE = (  # files of the base that are not the model's own
     "tokenizer.json",
@@ -46,7 +47,7 @@ def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: Adapt
     write_json(folder / METADATA, {"schema": SCHEMA, **asdict(metadata)})
     if isinstance(model, SequenceClassifier):
         own = {"name": str(final.absolute() / MODEL), "digest": digest_of(folder)}
-        save_adapter(adapt_head(model), run / "adapter", replace(metadata, base=own))
+        save_adapter(adapt_head(model), run / ADAPTER, replace(metadata, base=own))
 
 
 def is_full(folder: Path) -> bool:
@@ -56,7 +57,7 @@ def is_full(folder: Path) -> bool:
 
 def full_folder(folder: Path) -> Path | None:
     """The model folder of such a run; None for a run with an adapter and for anything else."""
-    if (folder / MODEL / METADATA).is_file() and not (folder / "adapter").is_dir():
+    if (folder / MODEL / METADATA).is_file() and not (folder / ADAPTER).is_dir():
         return folder / MODEL
     return folder if (folder / METADATA).is_file() else None
 

@@ -38,8 +38,8 @@ def restore_base(model: PeftModel, start: Start) -> None:
     """Give the base its weights back and the adapter what makes up for it; the model computes as before."""
     config = model.peft_config[ADAPTER]
     for name, layer in _layers(model):
-        a0, b0 = start[name]
         weight = layer.get_base_layer().weight
+        a0, b0 = (tensor.to(weight.device) for tensor in start[name])
         weight += (layer.scaling[ADAPTER] * b0 @ a0).to(weight.dtype)
         layer.lora_A[ADAPTER] = _linear(torch.cat([layer.lora_A[ADAPTER].weight, a0]))
         layer.lora_B[ADAPTER] = _linear(torch.cat([layer.lora_B[ADAPTER].weight, -b0], dim=1))

@@ -90,16 +90,22 @@ def _asymmetric(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def _best(candidates: list[tuple[Tensor, Tensor]], blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of several (scale, zero) a block, the one with the least squared error → values, scales, zeros."""
     top = (1 << bits) - 1
-    best_error: Tensor | None = None
-    for scale, zero in candidates:
-        safe = torch.where(scale == 0, 1.0, scale)[..., None]
-        q = torch.round(blocks / safe + zero[..., None]).clamp_(0, top)
-        error = ((q - zero[..., None]) * safe - blocks).square_().sum(-1)
-        if best_error is None:
-            best_error, values, scales, zeros = error, q.to(torch.uint8), scale.clone(), zero.clone()
-            continue
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        values = torch.where(better[..., None], q.to(torch.uint8), values)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    return values, torch.where(scales == 0, 1.0, scales), zeros.to(torch.uint8)
+    (scales, zeros), *others = candidates
+    if others:
+        least = _error(blocks, scales, zeros, top)
+        for scale, zero in others:
+            error = _error(blocks, scale, zero, top)
+            better = error < least
+            least = torch.where(better, error, least)
+            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    scales = torch.where(scales == 0, 1.0, scales)
+    values = torch.round(blocks / scales[..., None] + zeros[..., None]).clamp_(0, top)
+    return values.to(torch.uint8), scales, zeros.to(torch.uint8)
+
+
+def _error(blocks: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """Squared error a block in units that all its candidates share."""
+    scale = torch.where(scale == 0, 1.0, scale)[..., None]
+    low = -zero[..., None]
+    q = (blocks * scale.reciprocal()).round_().clamp_(min=low, max=low + top)
+    return q.mul_(scale).sub_(blocks).square_().sum(-1)

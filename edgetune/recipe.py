@@ -26,6 +26,7 @@ else:
     import tomli as tomllib
 
 Method = Literal["sft", "sequence-classification", "causal-lm", "masked-lm"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Task = Literal["text-generation", "sequence-classification", "masked-lm"]
 TASKS: dict[str, Task] = {
     "causal-lm": "text-generation",
@@ -105,7 +106,12 @@ class Stage:
     head_learning_rate: float | None = option(
         None, help="peak learning rate of the task head; not set: learning_rate", above=0
     )
-    batch_size: int = option(8, help="examples per optimizer step", at_least=1)
+    batch_size: int = option(
+        8,
+        help="examples per optimizer step, over all processes; what is too long for one pass is cut into parts whose "
+        "gradients are added up",
+        at_least=1,
+    )
     max_length: int = option(
         512, help="tokens per example (causal-lm: per packed sequence), also limited by the base", at_least=8
     )
@@ -160,6 +166,16 @@ class Recipe:
     out: str = option("runs/run", help="run folder")
     seed: int = option(0, help="the same seed gives the same adapter on the same machine", at_least=0)
     threads: int | None = option(None, help="CPU threads; not set: as many as torch chooses", at_least=1)
+    device: Device = option(
+        "auto", help="where training computes; auto = a CUDA GPU, else Apple's (MPS), else the CPU"
+    )
+    checkpoint_every: int | None = option(
+        None,
+        help="steps between checkpoints, for train --resume; not set: a tenth of a stage, at least 50. Also written "
+        "between stages; gone when the run is finished",
+        at_least=1,
+    )
+    keep_checkpoints: int = option(2, help="at most this many checkpoints are kept, the newest", at_least=1)
     parameters: Parameters = option(help="which weights learn", factory=Parameters)
     forgetting: Forgetting | None = option(None, help="measure general ability before and after")
     stage: tuple[Stage, ...] = option(help="at least one [[stage]]")

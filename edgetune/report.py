@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +12,7 @@ from edgetune.files import write_text
 from edgetune.forgetting.picture import general_changes, picture, task_changes
 from edgetune.progress import duration
 from edgetune.recipe import Parameters, Recipe
+from edgetune.settings import flat
 
 Record = Mapping[str, Any]
 
@@ -86,8 +86,8 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     tiles = []
     for name, value in summary["metrics"].items():
         before = (summary["base_metrics"] or {}).get(name)
-        label = f"{_words(name)}" + (f", base {_figure(name, before)}" if before is not None else "")
-        tiles.append((_figure(name, value), label))
+        label = f"{words(name)}" + (f", base {figure(name, before)}" if before is not None else "")
+        tiles.append((figure(name, value), label))
     tiles += [
         (f"{summary['tokens_per_second']:,.0f}", "tokens per second"),
         (duration(summary["seconds"]), "in all"),
@@ -98,18 +98,18 @@ def _tiles(summary: Mapping[str, Any]) -> str:
 
 
 def _plots(records: Sequence[Record]) -> Iterable[str]:
-    train = _in_one_row([r for r in records if r["kind"] == "train"], records)
-    held_out = _in_one_row([r for r in records if r["kind"] == "validation"], records)
+    train = in_one_row([r for r in records if r["kind"] == "train"], records)
+    held_out = in_one_row([r for r in records if r["kind"] == "validation"], records)
     yield line_chart("Loss", [_series("training", train, "loss", 1), _series("validation", held_out, "loss", 2)])
     shares = [name for name in ("accuracy", "macro_f1", "token_accuracy") if any(name in r for _, r in held_out)]
-    title = f"Validation {_words(shares[0])}" if len(shares) == 1 else "Validation"
-    yield line_chart(title, [_series(_words(name), held_out, name, color) for color, name in enumerate(shares, start=2)])
+    title = f"Validation {words(shares[0])}" if len(shares) == 1 else "Validation"
+    yield line_chart(title, [_series(words(name), held_out, name, color) for color, name in enumerate(shares, start=2)])
     if any("perplexity" in r for _, r in held_out):
         yield line_chart("Validation perplexity", [_series("perplexity", held_out, "perplexity", 2)])
     yield line_chart("Learning rate", [_series("learning rate", train, "learning_rate", 3)], from_zero=True)
 
 
-def _in_one_row(chosen: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, Record]]:
+def in_one_row(chosen: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, Record]]:
     """Records with their step counted over all stages."""
     ends: dict[int, int] = {}
     for record in records:
@@ -124,7 +124,7 @@ def _series(name: str, records: Sequence[tuple[int, Record]], key: str, color: i
 def _results(summary: Mapping[str, Any]) -> str:
     base = summary["base_metrics"] or {}
     rows = [
-        (_words(name), _figure(name, base[name]) if name in base else "–", _figure(name, value))
+        (words(name), figure(name, base[name]) if name in base else "–", figure(name, value))
         for name, value in summary["metrics"].items()
     ]
     rows.append(("training loss (last)", "–", f"{summary['train_loss']:.4f}"))
@@ -137,7 +137,7 @@ def _forgetting(summary: Mapping[str, Any]) -> Iterable[str]:
     if results:
         drawn = picture(task_changes(summary["metrics"], summary["base_metrics"]), general_changes(results))
         rows = [
-            (f"{r['task']} {_words(r['metric'])}", f"{r['before']:.4f}", f"{r['after']:.4f}", f"{r['change']:+.4f}",
+            (f"{r['task']} {words(r['metric'])}", f"{r['before']:.4f}", f"{r['after']:.4f}", f"{r['change']:+.4f}",
              f"{r['low']:+.4f} … {r['high']:+.4f}", f"{r['items']:,}")
             for r in results
         ]
@@ -151,19 +151,7 @@ def _effect(summary: Mapping[str, Any]) -> str:
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
-    return [(key, str(value)) for key, value in _flat(recipe) if value is not None and value != {}]
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for field in dataclasses.fields(tree):
-        value, name = getattr(tree, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from _flat(value, f"{name}.")
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            for index, item in enumerate(value):
-                yield from _flat(item, f"{name}.{index}.")
-        else:
-            yield name, value
+    return [(key, str(value)) for key, value in flat(recipe) if value is not None and value != {}]
 
 
 def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -185,10 +173,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """A metric's name for people."""
     return {"macro_f1": "macro-F1"}.get(name, name.replace("_", " "))
 
 
-def _figure(name: str, value: float) -> str:
+def figure(name: str, value: float) -> str:
+    """A metric's value for people; shares in per cent."""
     shares = {"accuracy", "macro_f1", "token_accuracy"}
     return f"{100 * value:.2f} %" if name in shares else f"{value:.4g}"

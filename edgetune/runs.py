@@ -9,14 +9,11 @@ from typing import Any
 from edgetune.adapters import METADATA, load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, OutputError
-from edgetune.full_model import MODEL, full_folder, own_base, read_full
+from edgetune.full_model import full_folder, own_base, read_full
 from edgetune.heads import SequenceClassifier
+from edgetune.layout import ADAPTER, LAYOUT, RECIPE
 from edgetune.masked_lm import load_masked_lm
 from edgetune.recipe import Recipe, load_recipe
-
-RECIPE, ADAPTER, JOURNAL = "recipe.toml", "adapter", "metrics.jsonl"
-SUMMARY, REPORT, CHECKPOINTS = "summary.json", "report.html", "checkpoints"
-LAYOUT = frozenset({RECIPE, ADAPTER, MODEL, JOURNAL, SUMMARY, REPORT, CHECKPOINTS})
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,19 @@ def _lines(tree: Any, *, path: str) -> Iterator[str]:
             yield from _lines(item, path=_join(path, name))
 
 
+def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting in a dataclass tree."""
+    for field in dataclasses.fields(tree):
+        value, name = getattr(tree, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from flat(value, f"{name}.")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for index, item in enumerate(value):
+                yield from flat(item, f"{name}.{index}.")
+        else:
+            yield name, value
+
+
 def toml_value(value: Any) -> str:
     """One value as TOML. JSON's escapes are TOML's, except that DEL must be escaped too."""
     if isinstance(value, bool):

@@ -17,6 +17,8 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 CACHE_STEP = 64
 """Cache capacity is a multiple of this many tokens."""
+PREFILL_CHUNK = 64
+"""Tokens of a prompt that go through the graph at once: activations do not grow with the prompt."""
 
 
 class DecodeState:
@@ -42,6 +44,18 @@ class DecodeState:
         self.lengths[:] = [len(row) for row in rows]
         self._bind_shape(ids, np.ascontiguousarray(index))
         return self._run()
+
+    def extend(self, row: Sequence[int]) -> Float32:
+        """Append a piece of the only row's prompt after another; logits (1, vocab) after the last token.
+
+        One row, because grouped-query attention continues a prompt only in a batch of one.
+        """
+        for start in range(0, len(row), PREFILL_CHUNK):
+            piece = np.array([row[start : start + PREFILL_CHUNK]], np.int64)
+            self.lengths += piece.shape[1]
+            self._bind_shape(piece, np.full((1, 1), piece.shape[1] - 1, np.int64))
+            logits = self._run()
+        return logits[:, 0]
 
     def step(self, tokens: Sequence[int] | Int64) -> Float32:
         """Append one token to every row; logits (rows, vocab), valid until the next step."""
@@ -112,6 +126,8 @@ class DecoderEngine(GraphSession):
         state = DecodeState(
             self, adapter_per_row(rows, adapters), capacity=round_up(max(wanted, longest), CACHE_STEP)
         )
+        if len(rows) == 1:
+            return state, state.extend(rows[0])
         last = np.array([[len(row) - 1] for row in rows], np.int64)
         return state, state.prefill(rows, index=last)[:, 0]
 

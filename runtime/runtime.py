@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.devices.host import release_free_memory
 from edgetune.errors import BundleError, InputError, listed
 from edgetune.runtime.adapters import PackedAdapter
 from edgetune.runtime.binding import AdapterRow
@@ -75,9 +76,11 @@ class Runtime:
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         self.folder, self.manifest = folder, manifest
         self.tokenizer = BundleTokenizer(folder, manifest)
+        release_free_memory()  # what parsing the vocabulary took
         self._registry = AdapterRegistry(folder, manifest)
         self.decoder = DecoderEngine(folder, manifest, threads=threads) if manifest.is_decoder else None
         self.encoder = None if manifest.is_decoder else EncoderEngine(folder, manifest, threads=threads)
+        release_free_memory()  # what parsing the vocabulary and rearranging the weights took
 
     @classmethod
     def open(cls, folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Runtime:

@@ -101,6 +101,18 @@ def greedy(decoder: DecoderEngine, rows: list[list[int]], bound: list[Any], step
     return [list(row) for row in zip(*tokens, strict=True)]
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 33])
+def test_a_long_prompt_goes_through_in_pieces(
+    decoder: DecoderEngine, adapters: dict[str | None, Any], monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr("edgetune.runtime.engine.PREFILL_CHUNK", 8)
+    row = [3 + (7 * i) % 300 for i in range(length)]
+    whole = decoder.logits([[*row, 9]], [adapters["a"]])[0]
+    state, logits = decoder.start([row], [adapters["a"]])
+    np.testing.assert_allclose(logits[0], whole[-2], atol=TOLERANCE)
+    np.testing.assert_allclose(state.step([9])[0], whole[-1], atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_row_in_a_batch_is_the_row_alone_token_for_token(
     seed: int, decoder: DecoderEngine, adapters: dict[str | None, Any]

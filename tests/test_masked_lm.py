@@ -148,7 +148,7 @@ def test_masked_lm_learns_with_the_checkpoints_head(encoder_with_head: Path, tmp
 
 def test_a_new_head_learns_and_is_not_compared_with(tiny_encoder: Path, tmp_path: Path) -> None:
     summary = run_recipe(text_recipe(tiny_encoder, tmp_path, epochs=20), out=tmp_path / "run", progress=silent())
-    assert summary.base_metrics is None and summary.metrics["loss"] < 4.5
+    assert summary.base_metrics is None and summary.metrics["loss"] < 5.0  # a guess: ln 320 = 5.8
     tensors = json.loads((tmp_path / "run" / "summary.json").read_text())["trainable_parameters"]
     assert tensors > 64 * 64  # the head's transform learns too
 

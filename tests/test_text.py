@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from edgetune.examples.text import pack
 from edgetune.objectives import sft
 from edgetune.recipe import Recipe
 from edgetune.training import run_recipe
+from edgetune.training.fused_ops import fused_ops
 
 TEXTS = ["Turn on the lights.", "My card has not arrived yet: what should I do?", "The lazy dog.", "You are helpful."] * 3
 
@@ -46,15 +48,17 @@ def test_a_piece_starts_at_position_0_without_label() -> None:
     assert (second.input_ids, second.labels) == ([24, 25, 26], [IGNORED, 25, 26])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "as in training"])
 def test_packed_loss_and_gradient_are_those_of_the_documents_one_by_one(tiny_decoder: Path, attention: str) -> None:
     model = load_body(open_folder(tiny_decoder, name="tiny"))
-    model.set_attn_implementation(attention)
+    if attention != "as in training":
+        model.set_attn_implementation(attention)
     torch.manual_seed(0)
     documents = [(line, torch.randint(3, 300, (length,)).tolist()) for line, length in enumerate((9, 20, 6, 27, 2))]
     batch = collate(pack(documents, 32), pad_id=0)
     weight = model.model.layers[0].self_attn.q_proj.weight
-    loss, count = sft(model, batch)
+    with fused_ops(model) if attention == "as in training" else contextlib.nullcontext():
+        loss, count = sft(model, batch)
     loss.backward()
     packed, weight.grad = weight.grad.clone(), None
     total, pieces = torch.zeros(()), []

@@ -17,14 +17,18 @@ import click
     help="Change one setting of the recipe, e.g. stage.0.epochs=2 or parameters.rank=4; repeat for several.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder, instead of the recipe's out.")
-def command(recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
+@click.option("--resume", is_flag=True, help="Continue an unfinished run of this recipe from its newest checkpoint.")
+def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool) -> None:
     """Train an adapter as RECIPE (a .toml file) says and write the run folder."""
     from edgetune.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)  # before torch is imported: a typing error shows at once
 
     from edgetune.training import run_recipe
+    from edgetune.training.distributed import launched
 
-    summary = run_recipe(settings, out=out)
+    summary = run_recipe(settings, out=out, resume=resume)
+    if not launched().leads:
+        return  # of several processes one speaks
     numbers = summary.metrics or {"train_loss": summary.train_loss}
     click.echo(f"{summary.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))

@@ -16,6 +16,7 @@ from torch import Tensor
 from edgetune.batching import in_order_of_length
 from edgetune.forgetting.items import Item, Score
 from edgetune.objectives import projection_only_at
+from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision, autocast
 
 TOKENS_AT_ONCE, ROWS_AT_ONCE = 1024, 32
@@ -40,17 +41,17 @@ def _score_batch(model: Any, items: Sequence[Item], *, precision: Precision) -> 
     wanted = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, place in enumerate(places):
         wanted[row, place] = True
-    with autocast(precision), projection_only_at(model, wanted):
-        logits = model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=_as_taken(mask, model), use_cache=False
-        ).logits
+    device = device_of(model)
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": _as_taken(mask, model)}
+    with autocast(precision, device), projection_only_at(model, wanted.to(device)):
+        logits = model(**to_device(inputs, device), use_cache=False).logits
     logits = logits.reshape(-1, logits.shape[-1]).float()  # (wanted positions, vocab)
     # Where a position stands among the wanted ones; a context's last position predicts the first token of all choices.
     index = wanted.flatten().cumsum(0).view_as(wanted) - 1
     scores = []
     for row, item in enumerate(items):
-        at = logits[index[row, places[row]]]
-        target = torch.tensor(targets[row])
+        at = logits[index[row, places[row]].to(device)]
+        target = torch.tensor(targets[row], device=device)
         logprobs = at.gather(1, target[:, None]).squeeze(1) - at.logsumexp(-1)
         hits = at.argmax(-1) == target
         sizes = [len(choice) for choice in item.choices]

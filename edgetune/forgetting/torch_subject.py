@@ -14,6 +14,7 @@ from edgetune.forgetting.items import Item, Score, beginning
 from edgetune.forgetting.scoring import ROWS_AT_ONCE, TOKENS_AT_ONCE, score
 from edgetune.forgetting.tasks import Texts
 from edgetune.heads import SequenceClassifier, pool, unwrapped
+from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision, autocast
 
 Lend = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -43,10 +44,11 @@ class TorchSubject:
         """Pooled states (texts, hidden) as a float32 array; longer texts are cut to the model's positions."""
         ids = self._tokenizer(list(texts), truncation=True, max_length=self._limit, verbose=False)["input_ids"]
         lengths, rows = [len(row) for row in ids], list[tuple[int, torch.Tensor]]()
-        with self._lend[adapted]() as model, autocast(self._precision):
+        with self._lend[adapted]() as model, autocast(self._precision, device_of(model)):
             for part in in_order_of_length(lengths, 4 * TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
                 batch = self._tokenizer.pad({"input_ids": [ids[index] for index in part]}, return_tensors="pt")
-                rows += zip(part, self._pooled(model, batch["input_ids"], batch["attention_mask"]).float(), strict=True)
+                inputs = to_device((batch["input_ids"], batch["attention_mask"]), device_of(model))
+                rows += zip(part, self._pooled(model, *inputs).float().cpu(), strict=True)
         return torch.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])]).numpy()
 
     def _pooled(self, model: Any, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ class Task:
     recipe: Recipe
     test: Path  # held-out rows in the columns of the recipe
     calls: tuple[str, ...]  # requests that are in neither data file
-    shots: int = 8  # training rows that the base without adapter is shown (text generation)
+    shots: int = 4  # training rows that the base without adapter is shown (text generation)
 
 
 @dataclass(frozen=True)

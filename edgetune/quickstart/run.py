@@ -21,12 +21,12 @@ from edgetune.evaluate import BundleAnswers, measure
 from edgetune.export.bundle import export_bundle
 from edgetune.export.lower import Precision
 from edgetune.files import output_errors, write_json, write_text
+from edgetune.layout import JOURNAL
 from edgetune.progress import Progress
 from edgetune.quickstart.fewshot import FewShotBase, spread
 from edgetune.quickstart.outcome import AdapterOutcome, Call, Outcome, ShipmentOutcome, Step, counted, percent
 from edgetune.quickstart.page import render_page
 from edgetune.quickstart.plan import Plan, Shipment, Task
-from edgetune.runs import JOURNAL
 from edgetune.runtime import Runtime
 from edgetune.runtime.latency import Workload, host_speed
 from edgetune.runtime.latency import measure as measure_latency

@@ -9,26 +9,33 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from edgetune.batching import Batch, Example, collate, split, steps, steps_per_epoch
+from edgetune.batching import Example, collate, split, steps, steps_per_epoch
 from edgetune.errors import TrainingError
 from edgetune.examples.common import Prepare
-from edgetune.objectives import Objective, sft
+from edgetune.objectives import Objective
 from edgetune.progress import Progress
 from edgetune.recipe import Stage
+from edgetune.training.checkpoint import Position
+from edgetune.training.device import device_of, to_device
+from edgetune.training.distributed import Group
 from edgetune.training.fused_lora import fused_lora
+from edgetune.training.fused_ops import fused_ops
 from edgetune.training.journal import Journal
 from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
 from edgetune.training.precision import Precision, autocast
 from edgetune.training.replay import ReplayText
 
 MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
+ALONE = Group()
 LOGGED_STEPS = 200  # about this many lines of a stage go to the journal
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
+Save = Callable[[Position, torch.optim.Optimizer], None]
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,16 @@ def train_stage(
     progress: Progress,
     prepare: Prepare | None = None,
     replay: ReplayText | None = None,
+    group: Group = ALONE,
+    position: Position | None = None,
+    optimizer_state: dict[str, Any] | None = None,
+    save: Save | None = None,
+    save_every: int | None = None,
 ) -> StageResult:
     """Minimise `objective` over `examples` and leave `model` with the last step's weights.
 
+    `position` and `optimizer_state` continue a stage where `save`, called every `save_every` steps, saw it.
+    Of several processes (`group`) each works on its share of every step's rows.
     Raises TrainingError when the loss or a gradient is not finite; the weights are then those before that step.
     """
     lengths = [len(example.input_ids) for example in examples]
@@ -83,73 +97,77 @@ def train_stage(
         weight_decay=stage.weight_decay,
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tokens = padded = 0
-    seconds, recent = 0.0, list[float]()
+    at, device = position if position is not None else Position(), device_of(model)
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
     model.train()
-    for step, indices in enumerate(steps(lengths, stage.batch_size, seed=seed, total=total), start=1):
+    order = steps(lengths, stage.batch_size, seed=seed, total=total, start=at.step)
+    for step, indices in enumerate(order, start=at.step + 1):
         started = time.perf_counter()
         factor = warmup_cosine(step - 1, total, warmup_ratio=stage.warmup_ratio)
         learning_rate = set_learning_rate(optimizer, factor)
 
-        parts = [collate([examples[i] for i in part], pad_id) for part in split(indices, lengths, MAX_TOKENS_AT_ONCE)]
+        mine = split(group.share(indices), lengths, MAX_TOKENS_AT_ONCE)
+        parts = [collate([examples[i] for i in part], pad_id) for part in mine]
         if prepare is not None:
             parts = [prepare(part, step) for part in parts]
-        targets = sum(part.targets for part in parts) or 1
+        parts = [to_device(part, device) for part in parts]
+        counts = [(part.targets, part.tokens, part.input_ids.numel()) for part in parts]
+        targets, tokens, padded = group.total([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0])
         loss, weight = 0.0, 1.0 - (replay.share if replay else 0.0)
         for part in parts:
-            with autocast(precision), fused_lora(model, precision):
+            with autocast(precision, device), fused_lora(model, precision), fused_ops(model):
                 part_loss, _ = objective(model, part)
-            share = part.targets / targets
+            share = part.targets / max(1, targets)
             loss += share * part_loss.item()
-            if not math.isfinite(loss):
-                raise _not_finite("loss", loss, step=step, parts=parts)
             (part_loss * share * weight).backward()
-        if replay is not None:
-            part = replay.batch(step)
-            with autocast(precision), fused_lora(model, precision):
-                replay_loss, _ = sft(model, part)
-            if not math.isfinite(replay_loss.item()):
-                raise _not_finite("loss of the replayed text", replay_loss.item(), step=step, parts=[part])
-            (replay_loss * replay.share).backward()
-            parts.append(part)
+        replayed = replay.add_gradient(model, step, precision=precision, group=group) if replay else None
+        (loss,) = group.total([loss])
+        if not math.isfinite(loss):
+            raise _not_finite("loss", loss, step=step, rows=[examples[i].row for i in indices])
+        if replayed is not None:
+            tokens, padded = tokens + replayed.tokens, padded + replayed.tokens
+        group.add_gradients(trainable)
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, stage.max_grad_norm))
         if not math.isfinite(norm):
-            raise _not_finite("gradient norm", norm, step=step, parts=parts)
+            raise _not_finite("gradient norm", norm, step=step, rows=[examples[i].row for i in indices])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        seconds += time.perf_counter() - started
-        tokens += sum(part.tokens for part in parts)
-        padded += sum(part.input_ids.numel() for part in parts)
-        recent.append(loss)
-        progress.step(step, total, loss=loss, tokens_per_second=tokens / seconds, seconds=seconds)
+        at.step, at.seconds = step, at.seconds + time.perf_counter() - started
+        at.tokens, at.padded_tokens = at.tokens + tokens, at.padded_tokens + padded
+        at.recent.append(loss)
+        speed = at.tokens / at.seconds
+        progress.step(step, total, loss=loss, tokens_per_second=speed, seconds=at.seconds)
         if step % log_every == 0 or step == total:
+            at.final_loss, at.recent = sum(at.recent) / len(at.recent), []
             journal.write(
                 kind="train",
                 stage=stage_index,
                 step=step,
                 epoch=step * stage.batch_size / len(examples),
-                loss=sum(recent) / len(recent),
+                loss=at.final_loss,
                 learning_rate=learning_rate,
                 grad_norm=norm,
-                tokens=tokens,
-                tokens_per_second=tokens / seconds,
-                seconds=seconds,
-                **({} if replay is None else {"replay_loss": replay_loss.item()}),
+                tokens=at.tokens,
+                tokens_per_second=speed,
+                seconds=at.seconds,
+                **({} if replayed is None else {"replay_loss": replayed.loss}),
             )
-            final_loss, recent = sum(recent) / len(recent), []
         if validate is not None and (step % validate_every == 0 or step == total):
             measured = validate(model)
             journal.write(kind="validation", stage=stage_index, step=step, **measured)
             progress.say(f"step {step}/{total}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
             model.train()
+        if save is not None and save_every is not None and step % save_every == 0:
+            save(at, optimizer)
     progress.close()
     model.eval()
-    return StageResult(total, tokens, padded, seconds, final_loss)
+    return StageResult(total, at.tokens, at.padded_tokens, at.seconds, at.final_loss)
 
 
-def _not_finite(what: str, value: float, *, step: int, parts: Sequence[Batch]) -> TrainingError:
-    rows = sorted(row for part in parts for row in part.rows)
+def _not_finite(what: str, value: float, *, step: int, rows: Sequence[int]) -> TrainingError:
+    rows = sorted(rows)
     shown = ", ".join(map(str, rows[:16])) + (f", … ({len(rows)} rows)" if len(rows) > 16 else "")
     return TrainingError(
         f"the {what} became {value} at step {step}, on rows {shown} of the training file",

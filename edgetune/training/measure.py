@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edgetune.batching import Batch, Example, collate, in_order_of_length
 from edgetune.metrics import accuracy, macro_f1
 from edgetune.objectives import class_logits, completion_logits, masked_logits
+from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision, autocast
 
 TOKENS_AT_ONCE = 1024  # the logits of a vocabulary take 200 kB a token
@@ -115,7 +116,8 @@ def _outputs(
     model: nn.Module, batches: Iterable[Batch], outputs: Logits, *, precision: Precision
 ) -> Iterator[tuple[Tensor, Tensor]]:
     model.eval()
+    device = device_of(model)
     for batch in batches:
-        with torch.no_grad(), autocast(precision):
-            result = outputs(model, batch)
+        with torch.no_grad(), autocast(precision, device):
+            result = outputs(model, to_device(batch, device))
         yield result

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgetune.batching import Example, collate, in_order_of_length
 from edgetune.heads import SequenceClassifier
+from edgetune.training.device import device_of, to_device
 
 TOKENS_AT_ONCE, ROWS_AT_ONCE = 4096, 64
 C = 30.0  # inverse L2 strength; by development rows of Banking77, flat between 10 and 100 for 5, 10 and 100 rows a label
@@ -40,7 +41,7 @@ def fit_probe(model: SequenceClassifier, examples: Sequence[Example], *, pad_id:
     with torch.no_grad():
         head = model.classifier
         head.weight.zero_()
-        head.weight[torch.from_numpy(present)] = torch.from_numpy(weights).to(head.weight.dtype)
+        head.weight[torch.from_numpy(present).to(head.weight.device)] = torch.from_numpy(weights).to(head.weight)
         head.bias.zero_()
 
 
@@ -53,8 +54,8 @@ def pooled_features(model: SequenceClassifier, examples: Sequence[Example], *, p
         return stacked
     model.eval()
     features = np.empty((len(examples), model.classifier.in_features), dtype=np.float32)
-    lengths = [len(example.input_ids) for example in examples]
+    lengths, device = [len(example.input_ids) for example in examples], device_of(model)
     for part in in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
-        batch = collate([examples[index] for index in part], pad_id)
-        features[part] = model.pooled(batch.input_ids, batch.attention_mask).float().numpy()
+        batch = to_device(collate([examples[index] for index in part], pad_id), device)
+        features[part] = model.pooled(batch.input_ids, batch.attention_mask).float().cpu().numpy()
     return features

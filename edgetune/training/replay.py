@@ -6,18 +6,34 @@ Which text a step sees follows from the seed and the step alone.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from edgetune.batching import Batch, Example, collate, steps_per_epoch
 from edgetune.data import read_rows
-from edgetune.errors import DataError
+from edgetune.errors import DataError, TrainingError
 from edgetune.examples.text import encode_documents, pack, text_rows
+from edgetune.objectives import sft
 from edgetune.prompts import PromptFormat, row_template
 from edgetune.recipe import Stage
+from edgetune.training.device import device_of, to_device
+from edgetune.training.distributed import Group
+from edgetune.training.fused_lora import fused_lora
+from edgetune.training.fused_ops import fused_ops
+from edgetune.training.precision import Precision, autocast
 
 SHORTEST = 32  # tokens of a sequence; below, a step would see too little context to learn from
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a step saw of the general text, over all processes."""
+
+    loss: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -32,11 +48,38 @@ class ReplayText:
 
     def batch(self, step: int) -> Batch:
         """The text of optimizer step `step` (from 1); after the last sequence the first ones come again."""
+        return collate([self.examples[at] for at in self._places(step)], self.pad_id)
+
+    def add_gradient(self, model: Any, step: int, *, precision: Precision, group: Group) -> Replayed:
+        """Add `share` times the gradient of the text's mean loss; of several processes each takes its part of the rows.
+
+        Raises TrainingError when the loss is not finite.
+        """
+        device, mine = device_of(model), group.share(self._places(step))
+        parts = [to_device(collate([self.examples[at]], self.pad_id), device) for at in mine]
+        targets, tokens = group.total([sum(part.targets for part in parts), sum(part.tokens for part in parts)])
+        loss = 0.0
+        for part in parts:
+            with autocast(precision, device), fused_lora(model, precision), fused_ops(model):
+                part_loss, _ = sft(model, part)
+            weight = part.targets / targets
+            loss += weight * part_loss.item()
+            (part_loss * weight * self.share).backward()
+        (loss,) = group.total([loss])
+        if not math.isfinite(loss):
+            lines = sorted(self.examples[at].row for at in self._places(step))
+            raise TrainingError(
+                f"the loss of the replayed text became {loss} at step {step}, on rows {', '.join(map(str, lines))} of its file",
+                fix='Look at these rows; a lower learning_rate or precision = "fp32" usually helps.',
+            )
+        return Replayed(loss, tokens)
+
+    def _places(self, step: int) -> list[int]:
         start = (step - 1) * self.rows
-        return collate([self.examples[at % len(self.examples)] for at in range(start, start + self.rows)], self.pad_id)
+        return [at % len(self.examples) for at in range(start, start + self.rows)]
 
 
-def load_replay(stage: Stage, examples: Sequence[Example], tokenizer: object, *, limit: int, pad_id: int, seed: int) -> ReplayText | None:
+def load_replay(stage: Stage, examples: Sequence[Example], tokenizer: Any, *, limit: int, pad_id: int, seed: int) -> ReplayText | None:
     """The text of a stage's `replay`, cut to what a step needs; None when it has none.
 
     `limit`: tokens a sequence may have. DataError for rows that cannot be used.

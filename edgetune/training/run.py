@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import platform
 import resource
 import sys
@@ -10,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,12 +25,16 @@ from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
 from edgetune.forgetting import compare
 from edgetune.full_model import save_full
+from edgetune.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
 from edgetune.progress import Progress, duration
-from edgetune.recipe import Recipe, Stage, to_toml
+from edgetune.recipe import Device, Recipe, Stage, to_toml
 from edgetune.report import what_learns, write_report
-from edgetune.runs import ADAPTER, JOURNAL, RECIPE, REPORT, SUMMARY, check_replaceable
+from edgetune.runs import check_replaceable
+from edgetune.training.checkpoint import Position, State, origin_of, steps_between, unfinished
+from edgetune.training.device import choose_device, peak_device_mb
+from edgetune.training.distributed import Group, process_group
 from edgetune.training.journal import Journal
-from edgetune.training.loop import StageResult, train_stage
+from edgetune.training.loop import StageResult, total_steps, train_stage
 from edgetune.training.measure import (
     EFFECT_TOKENS,
     VALIDATION_TOKENS,
@@ -38,6 +44,7 @@ from edgetune.training.measure import (
 from edgetune.training.methods import METHODS
 from edgetune.training.precision import Precision, choose_precision, hold_frozen_linears_in_bf16
 from edgetune.training.replay import ReplayText, load_replay
+from edgetune.training.resume import Course, find_state
 from edgetune.training.succession import Succession
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
@@ -60,46 +67,76 @@ class RunSummary:
     training_seconds: float
     seconds: float  # everything, loading included
     peak_rss_mb: float  # of this process since it started
+    peak_device_mb: float | None  # of tensors on the GPU; None on the CPU
     data: list[dict[str, Any]]  # a stage each: digests, rows, skipped, truncated, validation_rows_measured
     seed: int
     threads: int
+    device: str
+    processes: int
     versions: dict[str, str]
     out: str
     forgetting: list[dict[str, Any]] | None = None  # general ability before and after, where the recipe asks for it
 
 
-def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | None = None) -> RunSummary:
+def run_recipe(
+    recipe: Recipe, *, out: Path | None = None, progress: Progress | None = None, resume: bool = False
+) -> RunSummary:
     """Train what the recipe says and write the run folder, whole or not at all.
 
-    Raises the errors of recipe, data and base before anything is written; TrainingError when training cannot go on.
+    `resume` continues an unfinished run of the same recipe and data where its newest checkpoint left it, to the same
+    adapter, bit for bit. Raises the errors of recipe, data and base before anything is written; TrainingError when
+    training cannot go on.
     """
     started = time.perf_counter()
     folder = Path(recipe.out if out is None else out)
     progress = progress if progress is not None else Progress()
     check_replaceable(folder)
-    with contextlib.closing(progress), _settings(recipe), whole_folder(folder) as partial:
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(process_group())
+        progress = stack.enter_context(contextlib.closing(progress if group.leads else Progress(io.StringIO())))
+        stack.enter_context(_settings(recipe))
+        work = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say) if group.leads else None
+        checkpoints = stack.enter_context(work) if work is not None else None
+        device = choose_device(recipe.device, local_rank=group.local_rank)
         base = resolve_base(recipe.base)
         tokenizer = load_tokenizer(base)
         sets = _load_data(recipe, tokenizer, base)
         progress.say(_opening(recipe, base, sets))
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        succession = Succession(recipe, base, sets, pad_id=pad_id)
-        model, sets = succession.model, succession.sets
-        trainable = trainable_parameters(model)
-        recipe = _resolve_precision(recipe, hidden=model.config.hidden_size)
-        if all(stage.precision == "bf16" for stage in recipe.stage):
-            hold_frozen_linears_in_bf16(model)
-        journal = Journal(partial / JOURNAL)
         replays = [
             load_replay(stage, examples.train, tokenizer, limit=examples.max_length, pad_id=pad_id, seed=recipe.seed + index)
             for index, (stage, examples) in enumerate(zip(recipe.stage, sets, strict=True))
         ]
-        results = [
-            _run_stage(
-                succession, recipe, index, sets[index], replay=replays[index], pad_id=pad_id, journal=journal, progress=progress
+        digests = [_digests(examples, replay) for examples, replay in zip(sets, replays, strict=True)]
+        origin = origin_of(recipe, base=base.digest, data=digests, processes=group.size)
+        state, finished = group.from_leader(
+            (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)
+        )
+        if finished is not None:
+            return RunSummary(**finished)
+        succession = Succession(recipe, base, sets, pad_id=pad_id, device=device)
+        model, sets = succession.model, succession.sets
+        group.copy_weights([parameter for parameter in succession.learning.parameters() if parameter.requires_grad])
+        if group.rank:
+            torch.manual_seed(recipe.seed + (group.rank << 32))  # another dropout in every process
+        trainable = trainable_parameters(model)
+        recipe = group.from_leader(_resolve(recipe, state, hidden=model.config.hidden_size, device=device))
+        if all(stage.precision == "bf16" for stage in recipe.stage):
+            hold_frozen_linears_in_bf16(model)
+        journal = Journal(
+            None if checkpoints is None else checkpoints.folder / JOURNAL,
+            records=[] if state is None else state.journal,
+            curves=None if checkpoints is None else checkpoints.folder / CURVES,
+        )
+        course = Course(succession.learning, recipe, origin, journal, group, checkpoints, state, started)
+        results = course.run(
+            functools.partial(
+                _run_stage, succession, recipe, replays=replays, pad_id=pad_id, journal=journal, progress=progress, group=group
             )
-            for index in range(len(recipe.stage))
-        ]
+        )
+        journal.close()
+        if not group.leads:
+            return cast(RunSummary, group.from_leader(None))
         succession.finish()
         measured = _measure(succession, recipe, sets[-1], journal, pad_id=pad_id)
         summary = RunSummary(
@@ -111,23 +148,29 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, progress: Progress | 
             trainable_parameters=trainable,
             tokens_per_second=sum(r.tokens for r in results) / max(1e-9, sum(r.seconds for r in results)),
             training_seconds=sum(result.seconds for result in results),
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - course.started,
             peak_rss_mb=peak_rss_mb(),
+            peak_device_mb=peak_device_mb(device),
             data=[_data_facts(examples, replay) for examples, replay in zip(sets, replays, strict=True)],
             seed=recipe.seed,
             threads=torch.get_num_threads(),
+            device=device.type,
+            processes=group.size,
             versions=_versions(),
             out=str(folder),
             forgetting=_forgetting(succession, recipe, base, tokenizer, progress),
         )
         metadata = _metadata(recipe, base, sets[-1], summary)
-        if recipe.parameters.train == "full":
-            save_full(model, partial, final=folder, base=base, metadata=metadata)
-        else:
-            save_adapter(model, partial / ADAPTER, metadata)
-        write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
-        write_json(partial / SUMMARY, asdict(summary))
-        write_report(partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records)
+        with whole_folder(folder) as partial:
+            if recipe.parameters.train == "full":
+                save_full(model, partial, final=folder, base=base, metadata=metadata)
+            else:
+                save_adapter(model, partial / ADAPTER, metadata)
+            write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
+            write_json(partial / SUMMARY, asdict(summary))
+            write_report(partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records)
+            journal.copy_to(partial)
+        group.from_leader(summary)
     progress.say(_closing(summary))
     return summary
 
@@ -154,32 +197,35 @@ def _load_data(recipe: Recipe, tokenizer: Any, base: Base) -> list[ExampleSet]:
     return sets
 
 
-def _resolve_precision(recipe: Recipe, *, hidden: int) -> Recipe:
-    """The recipe with "auto" replaced by what was chosen, so that the run's recipe.toml repeats the run exactly."""
-    chosen: dict[str, Precision] = {
-        setting: choose_precision(setting, hidden=hidden) for setting in {stage.precision for stage in recipe.stage}
-    }
-    return replace(
-        recipe, stage=tuple(replace(stage, precision=chosen[stage.precision]) for stage in recipe.stage)
-    )
+def _resolve(recipe: Recipe, state: State | None, *, hidden: int, device: torch.device) -> Recipe:
+    """The recipe with every "auto" replaced by what was chosen, so that the run's recipe.toml repeats the run exactly.
+
+    A resumed run keeps the precision it began with: to measure again might choose another.
+    """
+    settings = [stage.precision for stage in recipe.stage] if state is None else state.precisions
+    chosen = {setting: choose_precision(setting, hidden=hidden, device=device) for setting in set(settings)}
+    stages = [replace(stage, precision=chosen[s]) for stage, s in zip(recipe.stage, settings, strict=True)]
+    return replace(recipe, stage=tuple(stages), device=cast(Device, device.type))
 
 
 def _run_stage(
     succession: Succession,
     recipe: Recipe,
     index: int,
-    examples: ExampleSet,
     *,
-    replay: ReplayText | None,
+    replays: Sequence[ReplayText | None],
     pad_id: int,
     journal: Journal,
     progress: Progress,
+    group: Group,
+    **resumed: Any,
 ) -> StageResult:
-    stage = recipe.stage[index]
+    stage, examples = recipe.stage[index], succession.sets[index]
     method, precision = METHODS[stage.method], _precision(stage)
-    held_out = _validation_batches(examples, pad_id=pad_id)
+    held_out = _validation_batches(examples, pad_id=pad_id) if group.leads else []
+    position: Position | None = resumed.get("position")
     return train_stage(
-        succession.for_stage(index),
+        succession.for_stage(index, begins=position is None or position.step == 0),
         stage,
         examples.train,
         objective=method.objective(stage),
@@ -190,8 +236,11 @@ def _run_stage(
         stage_index=index,
         journal=journal,
         progress=progress,
+        group=group,
         prepare=examples.prepare,
-        replay=replay,
+        replay=replays[index],
+        save_every=steps_between(recipe, total_steps(stage, len(examples.train))),
+        **resumed,
     )
 
 
@@ -262,11 +311,16 @@ def _stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
     return {"method": stage.method, "precision": stage.precision, **facts}
 
 
+def _digests(examples: ExampleSet, replay: ReplayText | None) -> dict[str, str]:
+    return examples.digests | ({} if replay is None else {"replay": replay.digest})
+
+
 def _data_facts(examples: ExampleSet, replay: ReplayText | None) -> dict[str, Any]:
+    """`rows` of packed text are sequences."""
+    replayed = {} if replay is None else {"replay": len(replay.examples)}
     return {
-        "replay": replay and {"digest": replay.digest, "share": replay.share, "sequences_per_step": replay.rows},
-        "digests": examples.digests,
-        "rows": {"train": len(examples.train), "validation": len(examples.validation)},
+        "digests": _digests(examples, replay),
+        "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,
     }

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from edgetune.adapters import adapt, adapt_head
 from edgetune.bases import Base, load_body
@@ -19,6 +20,7 @@ from edgetune.heads import SequenceClassifier, unwrapped
 from edgetune.masked_lm import exchange_body, head_parameters, load_masked_lm
 from edgetune.mutated_init import Start, changes_the_base, restore_base, start_of
 from edgetune.recipe import Recipe
+from edgetune.training.device import CPU
 from edgetune.training.features import with_features
 from edgetune.training.measure import adapter_off
 from edgetune.training.probe import fit_probe
@@ -27,34 +29,39 @@ from edgetune.training.probe import fit_probe
 class Succession:
     """`model` is what the recipe trains and saves; `for_stage` lends it to a stage."""
 
-    def __init__(self, recipe: Recipe, base: Base, sets: Sequence[ExampleSet], *, pad_id: int) -> None:
-        self._recipe, self._base, self._pad_id = recipe, base, pad_id
+    def __init__(
+        self, recipe: Recipe, base: Base, sets: Sequence[ExampleSet], *, pad_id: int, device: torch.device = CPU
+    ) -> None:
+        self._recipe, self._base, self._pad_id, self._device = recipe, base, pad_id, device
         self.sets = list(sets)  # with the body's features where only the head learns
         self._masked: Any = None
         self._start: Start | None = None
         self._original: Any = None
         self._first_head: dict[str, Any] = {}
         self.fresh_head = False  # a new masked-lm head: the base alone has no answer worth comparing with
-        self.model = self._build()
+        self.model = self._build().to(device)
+        if any(stage.task != recipe.task for stage in recipe.stage):
+            self._masked = self._borrowing()
+        # Every weight that learns in any stage, under names that stay; what two of them share is there once.
+        self.learning: Any = nn.ModuleDict({"model": self.model} | ({"masked_lm": self._masked} if self._masked is not None else {}))
 
     @property
     def first(self) -> int:
         """The first stage of the recipe's own task."""
         return next(i for i, stage in enumerate(self._recipe.stage) if stage.task == self._recipe.task)
 
-    def for_stage(self, index: int) -> Any:
-        """The model that stage `index` trains."""
+    def for_stage(self, index: int, *, begins: bool = True) -> Any:
+        """The model that stage `index` trains; `begins` is False where a checkpoint continues in the middle of it."""
         stage = self._recipe.stage[index]
         if stage.task != self._recipe.task:
-            return self._borrowed()
-        if index == self.first > 0 and stage.head_init == "probe":
-            self._masked = None
+            return self._masked
+        if begins and index == self.first > 0 and stage.head_init == "probe":
             fit_probe(unwrapped(self.model), self.sets[index].train, pad_id=self._pad_id)
         return self.model
 
     def finish(self) -> None:
         """After the last stage: the base as it ships, with an adapter that fits it."""
-        self._masked = None
+        self._masked = self.learning = None
         if self._start is not None:
             restore_base(self.model, self._start)
             self._start = None
@@ -70,7 +77,7 @@ class Succession:
             self._original = self._bare()
             if self._first_head:
                 self._original.classifier.load_state_dict(self._first_head)
-        yield self._original.eval()
+        yield self._original.to(self._device).eval()
 
     def _bare(self) -> Any:
         """The base with the head of the recipe's task, untrained."""
@@ -86,6 +93,7 @@ class Succession:
     def _build(self) -> Any:
         recipe, body, examples = self._recipe, self._bare(), self.sets[self.first]
         if isinstance(body, SequenceClassifier):
+            body.to(self._device)
             if recipe.parameters.train == "head":
                 self.sets = [with_features(body, each, pad_id=self._pad_id) for each in self.sets]
                 examples = self.sets[self.first]
@@ -106,16 +114,15 @@ class Succession:
             _learn(head_parameters(model))
         return model
 
-    def _borrowed(self) -> Any:
-        """A masked-lm model around this body, the same one for every such stage."""
-        if self._masked is None:
-            state = torch.get_rng_state()  # drawing a head must not move the adapter's dropout
-            self._masked, fresh = load_masked_lm(self._base, seed=self._recipe.seed)
-            torch.set_rng_state(state)
-            exchange_body(self._masked, unwrapped(self.model).body)
-            for parameter in head_parameters(self._masked):
-                parameter.requires_grad_(fresh or self._recipe.parameters.train == "full")
-        return self._masked
+    def _borrowing(self) -> Any:
+        """A masked-lm model around this body."""
+        state = torch.get_rng_state()  # drawing a head must not move the adapter's dropout
+        masked, fresh = load_masked_lm(self._base, seed=self._recipe.seed)
+        torch.set_rng_state(state)
+        exchange_body(masked, unwrapped(self.model).body)
+        for parameter in head_parameters(masked):
+            parameter.requires_grad_(fresh or self._recipe.parameters.train == "full")
+        return masked.to(self._device)
 
 
 def _learn(parameters: Sequence[torch.nn.Parameter]) -> None:

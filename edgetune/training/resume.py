@@ -1,0 +1,132 @@
+"""Leaving checkpoints behind, and continuing from one: in one process or in several, in the middle of any stage."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from edgetune.errors import RecipeError
+from edgetune.layout import RECIPE, SUMMARY
+from edgetune.progress import Progress
+from edgetune.recipe import Recipe, load_recipe
+from edgetune.training.checkpoint import (
+    Checkpoints,
+    Position,
+    State,
+    check_origin,
+    learned,
+    origin_of,
+    restore_weights,
+)
+from edgetune.training.device import device_of, rng_state, set_rng_state
+from edgetune.training.distributed import Group
+from edgetune.training.journal import Journal
+from edgetune.training.loop import StageResult
+
+CHOSEN = re.compile(r"threads|device|stage\.\d+\.precision")  # a finished run's recipe says what was chosen for these
+
+
+def find_state(
+    checkpoints: Checkpoints, origin: dict[str, str], *, resume: bool, progress: Progress
+) -> tuple[State | None, dict[str, Any] | None]:
+    """The state to continue from, and the summary of a run that is finished already; without either, begin afresh.
+
+    Says which of these it is, and what lies there unused. Raises where it is of another recipe or other data.
+    """
+    if not resume:
+        if checkpoints.older:
+            progress.say(
+                f"{checkpoints.folder} holds checkpoints of an unfinished run. This is a new run, which replaces them "
+                "at its first checkpoint; --resume would continue the old one"
+            )
+        return None, None
+    state = checkpoints.load(origin, say=progress.say)
+    if state is not None:
+        progress.say(f"resumed at stage {state.stage}, step {state.position.step}, from {checkpoints.latest}")
+        return state, None
+    finished = finished_summary(checkpoints.folder.parent, origin)
+    if finished is not None:
+        progress.say(f"nothing to resume: {checkpoints.folder.parent} is finished")
+    else:
+        progress.say(f"nothing to resume: no checkpoint in {checkpoints.folder}. Training begins at the beginning")
+    return None, finished
+
+
+def finished_summary(folder: Path, origin: dict[str, str]) -> dict[str, Any] | None:
+    """summary.json of the finished run in `folder`, None when there is none. Raises when it is of another recipe."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        recipe, data = load_recipe(folder / RECIPE), [facts["digests"] for facts in summary["data"]]
+        found = origin_of(recipe, base=summary["base"]["digest"], data=data, processes=summary["processes"])
+    except (OSError, ValueError, KeyError, TypeError, RecipeError):
+        return None
+    left_open = {k: found[k] for k, v in origin.items() if CHOSEN.fullmatch(k) and v in ('"auto"', "not set")}
+    check_origin(found, origin | left_open, where=folder)
+    return summary
+
+
+@dataclass
+class Course:
+    """A run's way through its stages: knows where it stands, and writes it down for the leader."""
+
+    model: nn.Module
+    recipe: Recipe  # precision and device resolved
+    origin: dict[str, str]
+    journal: Journal
+    group: Group
+    checkpoints: Checkpoints | None  # of the leader
+    state: State | None  # to continue from
+    started: float  # time.perf_counter()
+    results: list[StageResult] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.state is None:
+            return
+        self.results = [StageResult(**result) for result in self.state.finished]
+        restore_weights(self.model, self.state.weights)
+        set_rng_state(self.state.rng[self.group.rank], device_of(self.model))
+        self.started -= self.state.seconds
+
+    def run(self, run_stage: Callable[..., StageResult]) -> list[StageResult]:
+        """Train every stage that is not finished: `run_stage(index, position=, optimizer_state=, save=)` trains one."""
+        first, stages = self.state.stage if self.state is not None else 0, len(self.recipe.stage)
+        for index in range(first, stages):
+            within = self.state if self.state is not None and index == first else None
+            result = run_stage(
+                index,
+                position=replace(within.position) if within is not None else None,
+                optimizer_state=within.optimizer if within is not None and within.position.step else None,
+                save=lambda position, optimizer, index=index: self.save(index, position, optimizer.state_dict()),
+            )
+            self.results.append(result)
+            if index + 1 < stages:
+                self.save(index + 1, Position(), {})
+        self.state = None  # its tensors are in the model now
+        return self.results
+
+    def save(self, stage: int, position: Position, optimizer: dict[str, Any]) -> None:
+        """Write a checkpoint; every process must call this."""
+        rng = self.group.gathered(rng_state(device_of(self.model)))
+        if self.checkpoints is None:
+            return
+        self.checkpoints.write(
+            State(
+                origin=self.origin,
+                stage=stage,
+                position=position,
+                finished=[asdict(result) for result in self.results],
+                precisions=[stage.precision for stage in self.recipe.stage],
+                weights=learned(self.model),
+                optimizer=optimizer,
+                rng=rng,
+                journal=self.journal.records,
+                seconds=time.perf_counter() - self.started,
+            )
+        )
