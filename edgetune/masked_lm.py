@@ -20,7 +20,6 @@ def load_masked_lm(base: Base, *, seed: int) -> tuple[Any, bool]:
     """transformers' …ForMaskedLM in float32 and evaluation mode, and whether its head is new (drawn with the seed)."""
     from transformers import AutoModelForMaskedLM
 
-    torch.manual_seed(seed)
     with quiet():
         try:
             model, report = AutoModelForMaskedLM.from_pretrained(
@@ -36,7 +35,23 @@ def load_masked_lm(base: Base, *, seed: int) -> tuple[Any, bool]:
         raise BaseModelError(
             f"{len(absent)} tensors of the model are not in its files", where=str(base.folder), got="without " + ", ".join(absent[:3])
         )
+    _draw(model, missing, seed=seed)
     return model.eval(), bool(missing)
+
+
+@torch.no_grad()
+def _draw(model: Any, missing: set[str], *, seed: int) -> None:
+    """BERT's own start for the head's missing weights, in the order of the model: transformers takes them in the order
+    of a set of names, which is another one in every process."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = {id(parameter) for parameter in head_parameters(model)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in heads or name not in missing:
+            continue
+        if parameter.ndim >= 2:
+            parameter.normal_(std=getattr(model.config, "initializer_range", 0.02), generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
 def exchange_body(model: Any, body: nn.Module) -> None:

@@ -122,6 +122,8 @@ def test_a_new_head_is_drawn_with_the_seed_and_tied_to_the_body_it_gets(tiny_enc
     (one, fresh), (two, _), (other, _) = (load_masked_lm(base, seed=seed) for seed in (0, 0, 1))
     weights = [model.cls.predictions.transform.dense.weight for model in (one, two, other)]
     assert fresh and torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    expected = torch.empty(64, 64).normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(weights[0], expected)  # whatever else was drawn before, in this process or another
     exchange_body(one, two.bert)
     assert one.cls.predictions.decoder.weight is two.bert.embeddings.word_embeddings.weight
 
@@ -148,7 +150,7 @@ def test_masked_lm_learns_with_the_checkpoints_head(encoder_with_head: Path, tmp
 
 def test_a_new_head_learns_and_is_not_compared_with(tiny_encoder: Path, tmp_path: Path) -> None:
     summary = run_recipe(text_recipe(tiny_encoder, tmp_path, epochs=20), out=tmp_path / "run", progress=silent())
-    assert summary.base_metrics is None and summary.metrics["loss"] < 5.0  # a guess: ln 320 = 5.8
+    assert summary.base_metrics is None and summary.metrics["loss"] < 5.6  # a guess: ln 320 = 5.77
     tensors = json.loads((tmp_path / "run" / "summary.json").read_text())["trainable_parameters"]
     assert tensors > 64 * 64  # the head's transform learns too
 

@@ -116,7 +116,7 @@ class Succession:
 
     def _borrowing(self) -> Any:
         """A masked-lm model around this body."""
-        state = torch.get_rng_state()  # drawing a head must not move the adapter's dropout
+        state = torch.get_rng_state()  # loading a head must not move the adapter's dropout
         masked, fresh = load_masked_lm(self._base, seed=self._recipe.seed)
         torch.set_rng_state(state)
         exchange_body(masked, unwrapped(self.model).body)
