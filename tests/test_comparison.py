@@ -83,6 +83,24 @@ def test_the_loss_curves_lie_over_each_other(page: str) -> None:
             assert ends[1][-1][0] > ends[0][-1][0]  # two stages end further to the right than one
 
 
+def test_an_interval_stands_behind_its_figure(runs: list[Path]) -> None:
+    first, other = read_runs(runs)
+    metrics = {"preference_accuracy": 0.7, "preference_accuracy_low": 0.6, "preference_accuracy_high": 0.8, "reward": 1.0}
+    record = {"kind": "validation", "stage": 0, "step": 6, **metrics}
+    better = {**metrics, "preference_accuracy": 0.75, "reward": 0.5}
+    shown = render_comparison(
+        [
+            replace(first, summary={**first.summary, "metrics": metrics}, records=[*first.records, record]),
+            replace(other, summary={**other.summary, "metrics": better}),
+        ]
+    )
+    heads, row, _ = table(shown, "Results")
+    assert heads[:4] == ["run", "preference accuracy", "reward", "training loss"]
+    assert row[1] == "70.00 % (60.00 % to 80.00 %)"
+    assert '<td class="number best">75.00 % (60.00 % to 80.00 %)</td><td class="number">0.5</td>' in shown
+    assert "Validation preference accuracy<" in shown and "accuracy low" not in shown
+
+
 def test_the_page_stands_alone_and_escapes_names(page: str) -> None:
     assert not re.search(r"https?://|<script|<link|<img|url\(", page)
     assert "<b>" not in page and "prefers-color-scheme: dark" in page

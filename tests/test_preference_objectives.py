@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from edgetune.policy import (
     without_flat,
 )
 from edgetune.preference import answer_log_probs, bradley_terry, dpo
+from edgetune.training.fused_lora import fused_lora
+from edgetune.training.fused_ops import fused_ops
 from edgetune.training.preference import store_references
 
 PLAIN = {"report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
@@ -108,7 +110,8 @@ def test_the_stored_reference_is_the_policy_at_the_start(tiny_decoder: Path, tmp
     pairs: list[Any] = list(load_examples(pair_recipe(tiny_decoder, tmp_path, "dpo").stage[0], tokenizer, base).train)
     model = adapted(tiny_decoder)
     store_references(model, pairs, pad_id=tokenizer.pad_token_id, precision="fp32")
-    loss, _ = dpo(model, collate_pairs(pairs, tokenizer.pad_token_id), beta=1.0)
+    with fused_lora(model, "fp32"), fused_ops(model):  # as the loop computes
+        loss, _ = dpo(model, collate_pairs(pairs, tokenizer.pad_token_id), beta=1.0)
     assert loss.item() == pytest.approx(0.6931472, abs=1e-5)
 
 
@@ -210,6 +213,29 @@ def test_flat_groups_can_be_left_out_without_a_change(tiny_decoder: Path, loss_t
     )
     assert_same(few, whole, model)
     assert without_flat(examples, [True] * 4, loss_type=loss_type)[0].advantage == 0.0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_processes_leave_flat_groups_out_together(tiny_decoder: Path, loss_type: str) -> None:
+    """Two processes with two answers each; of the first one's none is left."""
+    model, examples, flat = adapted(tiny_decoder), answers(), [True, True, False, True]
+    for example, skip in zip(examples, flat, strict=True):
+        example.advantage *= not skip
+    counted: list[Sequence[int]] = []
+
+    def total(counts: Sequence[int]) -> Sequence[int]:
+        """Of both: the second process is asked when the first one has said its own."""
+        counted.append(counts)
+        return [sum(each) for each in zip(*counted, strict=True)]
+
+    def loss_of(some: Sequence[AnswerExample]) -> Tensor:
+        batch = collate_answers(some, 0, loss_type=loss_type, longest=12)
+        return grpo(model, batch, clip=0.2, kl=0.0, loss_type=loss_type)[0]
+
+    without_flat(examples[:2], flat[:2], loss_type=loss_type, total=total)
+    kept = without_flat(examples[2:], flat[2:], loss_type=loss_type, total=total)
+    assert without_flat(examples[:2], flat[:2], loss_type=loss_type, total=lambda counts: [1, 2]) == []
+    assert_same(loss_of(kept), loss_of(examples), model)
 
 
 def test_advantages_are_trls_formula() -> None:
