@@ -15,19 +15,26 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from edgetune import __version__
 from edgetune.errors import AdapterError, RecipeError
 from edgetune.files import sha256_file, whole_folder, write_json
-from edgetune.heads import HEADS, head_of
+from edgetune.heads import HEAD, HEADS, SequenceClassifier, head_of
 from edgetune.recipe import Parameters
+from edgetune.recipe_checks import changes_the_base
 
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
 SCHEMA = 1
 ALL_LINEAR = "all-linear"
-TASKS = {"text-generation": "CAUSAL_LM", "sequence-classification": "SEQ_CLS", "reward": "SEQ_CLS"}
+TASKS = {
+    "text-generation": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "masked-lm": "FEATURE_EXTRACTION",
+    "reward": "SEQ_CLS",
+}
 UNUSED = ("pooler",)  # an encoder's own pooler: this head does not read it, an adapter there would learn nothing
 
 
@@ -48,7 +55,7 @@ class AdapterMetadata:
 
 def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
     """Put a fresh adapter on `model`: base frozen, adapter (and head) trainable, ΔW = 0 at the start."""
-    names = target_names(model, parameters.target_modules)
+    names = within(target_names(model, parameters.target_modules), parameters.layers)
     for table, pattern in (("rank_pattern", parameters.rank_pattern), ("alpha_pattern", parameters.alpha_pattern)):
         _check_pattern(pattern, names, table=table)
     head = head_of(model)
@@ -63,8 +70,50 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         rank_pattern=dict(parameters.rank_pattern),
         alpha_pattern={name: _whole(alpha) for name, alpha in parameters.alpha_pattern.items()},
         modules_to_save=None if head is None else [head],
+        init_lora_weights=True if parameters.init == "default" else parameters.init,
     )
+    if parameters.init == "orthogonal" and (odd := _odd_ranks(parameters)):
+        raise RecipeError('init = "orthogonal" needs an even rank', where="parameters.init", got=f"rank {odd}")
+    if changes_the_base(parameters.init):
+        _check_ranks(model, names, parameters)
     return PeftModel(model, config)
+
+
+def adapt_head(model: SequenceClassifier) -> PeftModel:
+    """`model` with its head trainable and everything else frozen, in the form of an adapter without low-rank weights.
+
+    "dummy-target-modules" is PEFT's own word for a LoRA configuration that targets nothing
+    (`peft.utils.constants.DUMMY_TARGET_MODULES`), so the saved folder loads in PEFT unchanged.
+    """
+    config = LoraConfig(task_type="SEQ_CLS", r=1, lora_alpha=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=[HEAD])
+    return PeftModel(model, config)
+
+
+def within(names: list[str], layers: tuple[int, ...] | None) -> list[str]:
+    """The modules of layers first … last; a module's layer is the first number in its name."""
+    if layers is None:
+        return names
+    numbers = {name: next((int(part) for part in name.split(".") if part.isdecimal()), None) for name in names}
+    last = max((number for number in numbers.values() if number is not None), default=-1)
+    if layers[1] > last:
+        raise RecipeError("parameters.layers goes beyond the last layer", where="parameters.layers", expected=f"at most {last}", got=str(layers[1]))
+    return [name for name, number in numbers.items() if number is not None and layers[0] <= number <= layers[1]]
+
+
+def _odd_ranks(parameters: Parameters) -> int | None:
+    return next((rank for rank in (parameters.rank, *parameters.rank_pattern.values()) if rank % 2), None)
+
+
+def _check_ranks(model: nn.Module, names: list[str], parameters: Parameters) -> None:
+    """PiSSA and OLoRA have no more directions than the weight has rows or columns."""
+    largest = max(parameters.rank, *parameters.rank_pattern.values(), 1)
+    for name in names:
+        weight: Any = model.get_submodule(name).weight
+        if largest > min(weight.shape):
+            raise RecipeError(
+                f'init = "{parameters.init}" needs a rank of at most the smaller side of each weight', where="parameters.rank",
+                expected=f"at most {min(weight.shape)} for {name}", got=str(largest),
+            )  # fmt: skip
 
 
 def target_names(model: nn.Module, target_modules: str | tuple[str, ...]) -> list[str]:
@@ -110,11 +159,13 @@ def _pattern(text: str, *, where: str) -> re.Pattern[str]:
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers of the body: not the output projection, not the head, not an unused pooler."""
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    in_body = body if hasattr(model, body[:-1]) and body != "." else ""
     find_output: Any = getattr(model, "get_output_embeddings", None)
     output = find_output() if find_output is not None else None
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and module is not output and not set(name.split(".")) & {*HEADS, *UNUSED}:
+        if linear and module is not output and name.startswith(in_body) and not set(name.split(".")) & {*HEADS, *UNUSED}:
             yield name, module
 
 

@@ -38,6 +38,8 @@ class Batch:
     rows: tuple[int, ...]  # line numbers in the data file
     tokens: int  # real tokens, padding not counted
     targets: int  # positions (or rows) that carry loss
+    position_ids: Tensor | None = None  # (batch, seq), starting again at 0 with each packed document
+    features: Tensor | None = None  # (batch, hidden) pooled states that stand for the tokens
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -114,7 +116,26 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         tokens=int(attention_mask.sum()),
         # The label of a row's first token is never predicted: nothing stands before it.
         targets=int((labels[:, 1:] != IGNORE).sum()) if labels.ndim == 2 else len(examples),
+        position_ids=_collate_positions(examples, longest),
+        features=_collate_features(examples),
     )
+
+
+def _collate_features(examples: Sequence[Example]) -> Tensor | None:
+    features = [feature for example in examples if (feature := getattr(example, "features", None)) is not None]
+    return torch.stack(features) if features else None
+
+
+def _collate_positions(examples: Sequence[Example], longest: int) -> Tensor | None:
+    """None unless an example holds several documents; padding is at position 0."""
+    positions: list[list[int] | None] = [getattr(example, "position_ids", None) for example in examples]
+    if not any(positions):
+        return None
+    padded = torch.zeros((len(examples), longest), dtype=torch.int64)
+    for row, (example, position) in enumerate(zip(examples, positions, strict=True)):
+        length = len(example.input_ids)
+        padded[row, :length] = torch.arange(length) if position is None else torch.tensor(position)
+    return padded
 
 
 def _collate_labels(examples: Sequence[Example], longest: int) -> Tensor:

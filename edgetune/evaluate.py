@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgetune.answer_metrics import rouge_l, slot_f1
 from edgetune.data import Row, read_rows
 from edgetune.errors import DataError, InputError
+from edgetune.evaluate_base import BaseAnswers, Prompting
+from edgetune.evaluate_subjects import BUNDLE_MANIFEST, BundleSubject, base_subject, is_base, torch_texts
 from edgetune.examples import labelled_rows, preference_rows
+from edgetune.examples.text import text_rows
 from edgetune.examples.turns import row_answer, row_prompt
+from edgetune.forgetting import Subject
+from edgetune.forgetting.tasks import text_measures
 from edgetune.intervals import preference_metrics
 from edgetune.metrics import accuracy, bleu, exact_match, is_json_task, json_exact_match, json_valid, macro_f1
 from edgetune.prompts import PromptFormat, split_messages
 
-BUNDLE_MANIFEST = "edgetune.json"
 ROWS_AT_ONCE = 16
 
 Prompt = str | list[dict[str, str]]  # the user's turn, or a conversation
@@ -55,12 +60,23 @@ class Evaluation:
 
 
 def evaluate(
-    folder: Path, data: Path, *, adapter: str | None = None, skip_invalid: bool = False, advance: Advance | None = None
+    folder: Path,
+    data: Path,
+    *,
+    adapter: str | None = None,
+    skip_invalid: bool = False,
+    advance: Advance | None = None,
+    how: Prompting | None = None,
 ) -> Evaluation:
-    """Measure a run or adapter folder in torch, or a bundle in the runtime, on the rows of `data`.
+    """Measure a run or adapter folder in torch, a bundle in the runtime, or a bare base, on the rows of `data`.
 
-    The rows are read by the prompt format that was recorded with the adapter.
+    The rows are read by the prompt format that was recorded with the adapter; a base is asked as `how` says. What
+    learned from text is measured on text: perplexity and bits per byte.
     """
+    if is_base(folder):
+        return _evaluate_base(folder, data, how or Prompting(), skip_invalid=skip_invalid, advance=advance)
+    if how is not None:
+        raise InputError("--prompt, --completion, --shots, --train, --choose and --plain ask a bare base", where=str(folder), got="a run or a bundle")
     if (folder / BUNDLE_MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
@@ -73,10 +89,51 @@ def evaluate(
     return measure(TorchAnswers.open(folder), folder, data, skip_invalid=skip_invalid, advance=advance)
 
 
+def _evaluate_base(folder: Path, data: Path, how: Prompting, *, skip_invalid: bool, advance: Advance | None) -> Evaluation:
+    """By its prompts, or, where rows are nothing but text and no prompt is given, by their perplexity."""
+    from edgetune.bases import resolve_base
+
+    columns = read_rows(data, skip_invalid).rows[0].values
+    if how == Prompting() and "text" in columns and "prompt" not in columns:
+        base = resolve_base(str(folder))
+        if base.kind == "decoder":
+            return measure_text(base_subject(base), folder, data, PromptFormat(), skip_invalid=skip_invalid)
+    return measure(BaseAnswers(str(folder), data, how), folder, data, skip_invalid=skip_invalid, advance=advance)
+
+
+def measure_text(
+    subject: Subject, folder: Path, data: Path, form: PromptFormat, *, adapter: str | None = None, skip_invalid: bool = False
+) -> Evaluation:
+    """Perplexity and bits per byte of the texts in `data`, with the adapter on."""
+    source = read_rows(data, skip_invalid)
+    rows, skipped = text_rows(source, form, skip_invalid=skip_invalid)
+    if subject.texts is None:
+        raise InputError("an encoder predicts no text", where=str(folder), fix="--forgetting measures its embeddings.")
+    started = time.perf_counter()
+    found = text_measures([row.text for row in rows], subject.texts, lambda items: subject.score(items, adapted=True))
+    return Evaluation(
+        source=str(folder), adapter=adapter, task="text-generation", data=str(data), data_digest=source.digest, rows=len(rows),
+        skipped=source.skipped + skipped, metrics={one.metric: one.statistic(one.values) for one in found},
+        seconds=time.perf_counter() - started, predictions=[],
+    )  # fmt: skip
+
+
+def _text_subject(answers: Answers) -> Subject:
+    if isinstance(answers, BundleAnswers):
+        return BundleSubject(answers.runtime, answers.adapter)
+    known: Any = answers
+    return torch_texts(known.model, known.tokenizer)
+
+
 def measure(
     answers: Answers, folder: Path, data: Path, *, skip_invalid: bool = False, advance: Advance | None = None
 ) -> Evaluation:
     """Let `answers` answer every row, and compare."""
+    if answers.task == "masked-lm":
+        raise InputError("what masked-lm trained answers nothing by itself", where=str(folder), fix="--forgetting measures its embeddings.")
+    if answers.labels is None and answers.prompt_format.text is not None:
+        adapter = getattr(answers, "adapter", None)
+        return measure_text(_text_subject(answers), folder, data, answers.prompt_format, adapter=adapter, skip_invalid=skip_invalid)
     source = read_rows(data, skip_invalid)
     started = time.perf_counter()
     how = _measure_preference if answers.task == "reward" else _measure_generation if answers.labels is None else _measure_classification
@@ -150,8 +207,10 @@ def _measure_generation(answers: Answers, source: Any, skip_invalid: bool, advan
     if is_json_task(references):
         metrics["json_exact_match"] = json_exact_match(completions, references)
         metrics["json_valid"] = json_valid(completions)
+        metrics["slot_f1"] = slot_f1(completions, references)
     else:
         metrics["bleu"] = bleu(completions, references)
+        metrics["rouge_l"] = rouge_l(completions, references)
     predictions = [
         {"line": question.line, "prediction": completion, "references": question.references}
         for question, completion in zip(questions, completions, strict=True)

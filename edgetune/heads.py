@@ -101,6 +101,11 @@ def head_of(model: nn.Module) -> str | None:
     return HEAD if isinstance(model, SequenceClassifier) else SCORE if isinstance(model, RewardModel) else None
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside a PEFT model, its adapted layers included; another model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
     """(batch, seq, hidden) → (batch, hidden): the first token, or the mean over real tokens."""
     if pooling == "cls":

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetune.batching import IGNORE, Batch
+from edgetune.heads import unwrapped
 
 
 class Objective(Protocol):
@@ -25,14 +26,23 @@ def sft(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return F.cross_entropy(logits, targets), targets.numel()
 
 
+def masked_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Cross entropy of the hidden tokens; 0 for a batch in which none is hidden."""
+    logits, targets = masked_logits(model, batch)
+    loss = F.cross_entropy(logits, targets) if len(targets) else logits.sum()
+    return loss, targets.numel()
+
+
 def sequence_classification(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
     """Cross entropy of the class logits."""
     logits = class_logits(model, batch)
     return F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing), batch.labels.numel()
 
 
-def class_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Class logits (batch, labels) in fp32."""
+def class_logits(model: Any, batch: Batch) -> Tensor:
+    """Class logits (batch, labels) in fp32; from the features where the batch brings them."""
+    if batch.features is not None:
+        return unwrapped(model).classifier(batch.features).float()
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     return logits.float()
 
@@ -41,23 +51,33 @@ def completion_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits (targets, vocab) in fp32 that predict the labelled tokens, and those tokens (targets,).
 
     No attention mask goes in: with causal attention a token sees no later one, so the padding on the right
-    changes nothing before it.
+    changes nothing before it. Where `position_ids` start again, transformers lets no token see what stands before
+    (`masking_utils.find_packed_sequence_indices`).
     """
     next_labels = batch.labels[:, 1:]
     labelled = next_labels != IGNORE
-    with projection_only_at(model, labelled):
-        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+    packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    with projection_only_at(model, F.pad(labelled, (0, 1))):
+        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **packed).logits
     return logits.reshape(-1, logits.shape[-1]).float(), next_labels[labelled]
+
+
+def masked_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (targets, vocab) in fp32 at the hidden tokens, and those tokens (targets,)."""
+    labelled = batch.labels != IGNORE
+    with projection_only_at(model, labelled):
+        logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return logits.reshape(-1, logits.shape[-1]).float(), batch.labels[labelled]
 
 
 @contextlib.contextmanager
 def projection_only_at(model: Any, labelled: Tensor) -> Iterator[None]:
-    """Let the output projection see only the hidden states where `labelled` (batch, seq - 1) is true.
+    """Let the output projection see only the hidden states where `labelled` (batch, seq) is true.
 
     On a small model the projection to the vocabulary costs as much as many layers. What a model does after it
     (soft-capping, scaling) is element-wise and stays as it is; the logits come out as (1, targets, vocab).
     """
-    positions = F.pad(labelled, (0, 1)).flatten().nonzero().squeeze(1)
+    positions = labelled.flatten().nonzero().squeeze(1)
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         (hidden,) = inputs  # (batch, seq, hidden)

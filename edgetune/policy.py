@@ -31,7 +31,7 @@ class AnswerExample:
     reference: list[float] | None = None  # the same under the reference of the KL penalty
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerBatch(Batch):
     """Right-padded answers; per-token tensors run over all answer tokens, in the order of the rows."""
 

@@ -52,8 +52,10 @@ def prompt_format(data: Data, *, method: Method, chat_template: str | None, colu
 
     Raises RecipeError for a template that is not valid Jinja or uses no column, or `chat` without a template.
     """
+    if method in ("causal-lm", "masked-lm"):
+        return PromptFormat(text=row_template(data.text, "text", key="data.text"))
     if method == "sequence-classification":
-        text, label = _template(data.text, "text", key="data.text"), _template(data.label, "label", key="data.label")
+        text, label = row_template(data.text, "text", key="data.text"), row_template(data.label, "label", key="data.label")
         return PromptFormat(text=text, label=label)
     if data.template == "chat" and not chat_template:
         fix = 'Set data.template = "plain", or choose an instruct model.'
@@ -67,14 +69,14 @@ def prompt_format(data: Data, *, method: Method, chat_template: str | None, colu
         if template == "plain":
             raise RecipeError("rows with messages need a base with a chat template", fix="Choose an instruct model.")
         return PromptFormat(template=template, system=data.system)
-    prompt = _template(data.prompt, "prompt", key="data.prompt")
+    prompt = row_template(data.prompt, "prompt", key="data.prompt")
     if method in ("reward", "dpo"):
-        chosen = _template(data.chosen, "chosen", key="data.chosen")
-        rejected = _template(data.rejected, "rejected", key="data.rejected")
+        chosen = row_template(data.chosen, "chosen", key="data.chosen")
+        rejected = row_template(data.rejected, "rejected", key="data.rejected")
         # A policy is evaluated on what it should have answered; a reward answers nothing.
         completion = chosen if method == "dpo" else None
         return PromptFormat(template, data.system, prompt, completion, chosen=chosen, rejected=rejected)
-    completion = _template(data.completion, "completion", key="data.completion")
+    completion = row_template(data.completion, "completion", key="data.completion")
     return PromptFormat(template=template, system=data.system, prompt=prompt, completion=completion)
 
 
@@ -136,8 +138,8 @@ def split_messages(values: Mapping[str, Any], *, system: str | None, where: str)
     return turns, last["content"]
 
 
-def _template(given: str | None, column: str, *, key: str) -> str:
-    """Explicit Jinja: a bare column name becomes `{{ name }}`."""
+def row_template(given: str | None, column: str, *, key: str) -> str:
+    """Explicit Jinja: a bare column name becomes `{{ name }}`; None the column of the field's own name."""
     source = given if given is not None else column
     if NAME.fullmatch(source.strip()):
         return "{{ " + source.strip() + " }}"

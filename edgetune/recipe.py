@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from edgetune import settings
 from edgetune.errors import RecipeError
+from edgetune.recipe_checks import check_forgetting, check_parameters, check_trained
 from edgetune.reward_names import locate_reward
 from edgetune.settings import option
 
@@ -25,29 +26,35 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Method = Literal["sft", "sequence-classification", "reward", "dpo", "grpo"]
+Method = Literal["causal-lm", "sft", "dpo", "grpo", "reward", "masked-lm", "sequence-classification"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Task = Literal["text-generation", "sequence-classification", "reward"]
+Task = Literal["text-generation", "reward", "masked-lm", "sequence-classification"]
 TASKS: dict[str, Task] = {
+    "causal-lm": "text-generation",
     "sft": "text-generation",
-    "sequence-classification": "sequence-classification",
-    "reward": "reward",
     "dpo": "text-generation",
     "grpo": "text-generation",
+    "reward": "reward",
+    "masked-lm": "masked-lm",
+    "sequence-classification": "sequence-classification",
 }
 KINDS: dict[str, Literal["decoder", "encoder"]] = {
+    "causal-lm": "decoder",
     "sft": "decoder",
-    "sequence-classification": "encoder",
-    "reward": "decoder",
     "dpo": "decoder",
     "grpo": "decoder",
+    "reward": "decoder",
+    "masked-lm": "encoder",
+    "sequence-classification": "encoder",
 }
 COLUMNS = {
+    "causal-lm": ("text",),
     "sft": ("prompt", "completion", "system", "template"),
-    "sequence-classification": ("text", "label"),
-    "reward": ("prompt", "chosen", "rejected", "system", "template"),
     "dpo": ("prompt", "chosen", "rejected", "system", "template"),
     "grpo": ("prompt", "completion", "system", "template"),
+    "reward": ("prompt", "chosen", "rejected", "system", "template"),
+    "masked-lm": ("text",),
+    "sequence-classification": ("text", "label"),
 }
 # Settings of a stage that mean something to one method only.
 OWN_SETTINGS = {
@@ -81,7 +88,7 @@ class Data:
     )
     chosen: str | None = option(None, help="reward, dpo: the better answer; default: column chosen")
     rejected: str | None = option(None, help="reward, dpo: the worse answer; default: column rejected")
-    text: str | None = option(None, help="classification: the text; default: column text")
+    text: str | None = option(None, help="causal-lm, masked-lm and classification: the text; default: column text")
     label: str | None = option(None, help="classification: its label; default: column label")
     system: str | None = option(
         None,
@@ -100,13 +107,32 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replay:
+    """A share of general text in every step of a stage, against forgetting: causal-lm on its own rows."""
+
+    data: str = option(help="file of general text or hub data set id")
+    share: float = option(0.1, help="weight of its loss, and its share of a step's tokens", above=0, below=1)
+    text: str | None = option(None, help="the text: a column or a Jinja template; default: column text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetting:
+    """General ability before and after training, on the sets of a folder; results in summary.json and the report."""
+
+    general: str = option(help="folder of the sets (WikiText-2, LAMBADA, PIQA, HellaSwag, ARC-E; STS-B for encoders)")
+    tasks: tuple[str, ...] = option((), help="only these: wikitext2, lambada, piqa, hellaswag, arc_easy, stsb; []: all there are")
+    limit: int | None = option(200, help="items of each at most, at equal distances", at_least=2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One pass of training with one objective; stages run in succession on the same weights."""
 
     method: Method = option(
-        help="the objective", planned=("causal-lm", "masked-lm", "token-classification")
+        help="the objective", planned=("token-classification",)
     )
     data: Data = option(help="the rows")
+    replay: Replay | None = option(None, help="general text mixed into the stage; decoders only, not for reward")
     epochs: float = option(1.0, help="passes over the training rows", above=0)
     max_steps: int | None = option(None, help="stop after this many optimizer steps", at_least=1)
     learning_rate: float = option(2e-4, help="peak learning rate", above=0)
@@ -119,7 +145,9 @@ class Stage:
         "gradients are added up",
         at_least=1,
     )
-    max_length: int = option(512, help="tokens per example, also limited by the base", at_least=8)
+    max_length: int = option(
+        512, help="tokens per example (causal-lm: per packed sequence), also limited by the base", at_least=8
+    )
     warmup_ratio: float = option(0.05, help="share of the steps with rising learning rate", at_least=0, below=1)
     weight_decay: float = option(0.0, help="AdamW's decoupled weight decay", at_least=0)
     max_grad_norm: float = option(1.0, help="gradients are clipped to this 2-norm", above=0)
@@ -129,7 +157,6 @@ class Stage:
     head_init: Literal["probe", "random"] = option(
         "probe", help="probe = logistic regression on the frozen features first (LP-FT, Kumar et al. 2022); random"
     )
-
     beta: float = option(0.1, help="dpo: how strongly the policy is held near its start (β of the paper)", above=0)
     reward: str | tuple[str, ...] | None = option(
         None,
@@ -151,7 +178,6 @@ class Stage:
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
         "grpo", help="grpo: mean over answers of token means; dapo: mean over tokens; dr_grpo: sum / max_new_tokens"
     )
-
     rollout: Literal["torch", "engine"] = option(
         "torch", help="grpo: what samples; engine = the exported int8 graph, faster, needs edgetune[export]"
     )
@@ -164,9 +190,13 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Which weights learn."""
+    """Which weights learn; everything but `train` is for lora."""
 
-    train: Literal["lora"] = option("lora", help="kind of trained parameters", planned=("full", "head"))
+    train: Literal["lora", "head", "full"] = option(
+        "lora",
+        help="lora = an adapter; head = a new head alone, on features computed once; full = all weights, which become a "
+        "base of their own",
+    )
     rank: int = option(8, help="rank r of the adapter", at_least=1)
     alpha: float = option(16.0, help="the delta weight is alpha / r · B A", above=0)
     dropout: float = option(0.0, help="dropout before lora_A", at_least=0, below=1)
@@ -177,6 +207,12 @@ class Parameters:
     dora: bool = option(False, help="learn a magnitude per output too (DoRA)")
     rank_pattern: dict[str, int] = option(help="other ranks by module name or regex", factory=dict, at_least=1)
     alpha_pattern: dict[str, float] = option(help="other alphas by module name or regex", factory=dict, above=0)
+    layers: tuple[int, ...] | None = option(None, help="[first, last]: only these layers, counted from 0; not set: all")
+    init: str = option(
+        "default",
+        help="PEFT's init_lora_weights: default, gaussian, orthogonal, olora, pissa or pissa_niter_N (faster); olora and "
+        "pissa are saved for the base as it ships, with twice the rank",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,12 +234,13 @@ class Recipe:
     )
     keep_checkpoints: int = option(2, help="at most this many checkpoints are kept, the newest", at_least=1)
     parameters: Parameters = option(help="which weights learn", factory=Parameters)
+    forgetting: Forgetting | None = option(None, help="measure general ability before and after")
     stage: tuple[Stage, ...] = option(help="at least one [[stage]]")
 
     @property
     def task(self) -> Task:
         """What the finished adapter does."""
-        return self.stage[0].task
+        return self.stage[-1].task
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -231,17 +268,27 @@ def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, w
     recipe = settings.from_dict(Recipe, values, where=where)
     if not recipe.stage:
         raise RecipeError("there is no stage", where=where, expected="at least one [[stage]]")
+    check_parameters(recipe.parameters, where=where)
+    check_forgetting(recipe, where=where)
     for index, stage in enumerate(recipe.stage):
-        _check_stage(stage, recipe, path=f"stage.{index}", where=where)
+        check_trained(recipe.parameters, stage, path=f"stage.{index}", where=where)
+        previous = recipe.stage[index - 1] if index else None
+        _check_stage(stage, previous, path=f"stage.{index}", where=where)
     stages = tuple(
         replace(
             _resolve_reward(stage, folder=folder, path=f"stage.{index}.reward", where=where),
             data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where),
+            replay=_resolve_replay(stage, folder=folder, path=f"stage.{index}.replay", where=where),
         )
         for index, stage in enumerate(recipe.stage)
     )
     out = _expand(recipe.out, path="out", where=where)
-    return replace(recipe, base=_resolve_base(recipe.base, folder, where=where), out=out, stage=stages)
+    forgetting = recipe.forgetting
+    if forgetting is not None:
+        general = _absolute(folder, _expand(forgetting.general, path="forgetting.general", where=where))
+        forgetting = replace(forgetting, general=general)
+    base = _resolve_base(recipe.base, folder, where=where)
+    return replace(recipe, base=base, out=out, forgetting=forgetting, stage=stages)
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -249,12 +296,12 @@ def to_toml(recipe: Recipe) -> str:
     return settings.to_toml(recipe)
 
 
-def _check_stage(stage: Stage, recipe: Recipe, *, path: str, where: str) -> None:
-    if stage.task != recipe.task:
+def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str) -> None:
+    if previous is not None and not _may_follow(stage, previous):
         raise RecipeError(
-            f'{path}.method = "{stage.method}" cannot follow "{recipe.stage[0].method}"',
+            f'{path}.method = "{stage.method}" cannot follow "{previous.method}"',
             where=where,
-            expected="stages of one task",
+            expected="stages of one task, on encoders after masked-lm",
             fix="Split this into two recipes.",
         )
     if stage.data.validation is not None and stage.data.hold_out is not None:
@@ -310,6 +357,11 @@ def _resolve_reward(stage: Stage, *, folder: Path, path: str, where: str) -> Sta
     return replace(stage, reward=found[0] if isinstance(stage.reward, str) else found)
 
 
+def _may_follow(stage: Stage, previous: Stage) -> bool:
+    """One adapter has one task; on an encoder, text may come first, for its head is not the adapter's."""
+    return stage.task == previous.task or (previous.method == "masked-lm" and KINDS[stage.method] == "encoder")
+
+
 def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:
     """Absolute data paths; what looks like a hub id and is no file stays as it is."""
 
@@ -318,6 +370,15 @@ def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:
 
     validation = None if data.validation is None else resolve("validation", data.validation)
     return replace(data, train=resolve("train", data.train), validation=validation)
+
+
+def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Replay | None:
+    if stage.replay is None:
+        return None
+    if stage.task != "text-generation":
+        fix = "Remove replay" + ("; masked-lm may come before this stage instead." if KINDS[stage.method] == "encoder" else ".")
+        raise RecipeError(f"{path} has no meaning for {stage.method}", where=where, expected="a decoder that predicts text", fix=fix)
+    return replace(stage.replay, data=_resolve_data_path(stage.replay.data, folder=folder, path=f"{path}.data", where=where))
 
 
 def _resolve_data_path(value: str, *, folder: Path, path: str, where: str) -> str:

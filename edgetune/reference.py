@@ -7,10 +7,17 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from edgetune.recipe import Data, Parameters, Recipe, Stage
+from edgetune.recipe import Data, Forgetting, Parameters, Recipe, Replay, Stage
 from edgetune.settings import describe, toml_value
 
-SECTIONS = ((Recipe, "top of the file"), (Parameters, "[parameters]"), (Stage, "[[stage]]"), (Data, "data of a stage"))
+SECTIONS = (
+    (Recipe, "top of the file"),
+    (Parameters, "[parameters]"),
+    (Forgetting, "[forgetting]"),
+    (Stage, "[[stage]]"),
+    (Data, "data of a stage"),
+    (Replay, "replay of a stage"),
+)
 OPENING = """# The recipe, key by key
 
 Made from the code by `python -m edgetune.reference`; a test keeps it true. Unknown keys and wrong types are refused by

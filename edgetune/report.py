@@ -9,9 +9,10 @@ from typing import Any
 
 from edgetune.charts import Series, line_chart
 from edgetune.files import write_text
+from edgetune.forgetting.picture import general_changes, picture, task_changes
 from edgetune.intervals import headline
 from edgetune.progress import duration
-from edgetune.recipe import Recipe
+from edgetune.recipe import Parameters, Recipe
 from edgetune.settings import flat
 
 Record = Mapping[str, Any]
@@ -65,17 +66,24 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
     title = f"{Path(summary['out']).name}: {methods}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(summary['base']['name'])}, LoRA r = {recipe.parameters.rank}, "
+        f"<p>{escape(summary['base']['name'])}, {what_learns(recipe.parameters)}, "
         f"{summary['trainable_parameters']:,} trained parameters, edgetune {escape(summary['versions']['edgetune'])}</p>",
         _tiles(summary),
         '<h2>Training</h2><div class="plots">' + "".join(_plots(records)) + "</div>",
         "<h2>Results</h2>" + _results(summary),
+        *_forgetting(summary),
         "<h2>What the adapter changes</h2>" + _effect(summary),
         "<h2>Settings</h2>" + _table(("setting", "value"), _settings(recipe)),
         "<h2>Origin</h2>" + _table(("what", "value"), _origin(summary)),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return f"<!doctype html>\n<html lang=\"en\"><head>{head}<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+
+
+def what_learns(parameters: Parameters) -> str:
+    """In a few words."""
+    lora = f"LoRA r = {parameters.rank}, alpha = {parameters.alpha:g}"
+    return {"lora": lora, "head": "the head alone", "full": "all weights"}[parameters.train]
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:
@@ -134,6 +142,19 @@ def with_interval(name: str, metrics: Mapping[str, float]) -> str:
     """A figure, and its 95 % interval where there is one."""
     ends = [figure(name, metrics[f"{name}_{end}"]) for end in ("low", "high") if f"{name}_{end}" in metrics]
     return figure(name, metrics[name]) + (f" ({ends[0]} to {ends[1]})" if len(ends) == 2 else "")
+
+
+def _forgetting(summary: Mapping[str, Any]) -> Iterable[str]:
+    results = summary.get("forgetting")
+    if results:
+        drawn = picture(task_changes(summary["metrics"], summary["base_metrics"]), general_changes(results))
+        rows = [
+            (f"{r['task']} {words(r['metric'])}", f"{r['before']:.4f}", f"{r['after']:.4f}", f"{r['change']:+.4f}",
+             f"{r['low']:+.4f} … {r['high']:+.4f}", f"{r['items']:,}")
+            for r in results
+        ]
+        head = ("general ability", "before", "after", "change", "95 % interval", "items")
+        yield f'<h2>Forgetting</h2><div class="plots">{drawn}</div>' + _table(head, rows)
 
 
 def _effect(summary: Mapping[str, Any]) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 from edgetune.adapters import METADATA, load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, OutputError
+from edgetune.full_model import full_folder, own_base, read_full
 from edgetune.heads import RewardModel, SequenceClassifier
 from edgetune.layout import ADAPTER, LAYOUT, RECIPE
+from edgetune.masked_lm import load_masked_lm
 from edgetune.recipe import Recipe, load_recipe
 
 
@@ -33,11 +35,19 @@ def load_run(run_dir: Path) -> Run:
 
 
 def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """(torch model with the adapter on, tokenizer, metadata) of a run folder or an adapter folder."""
+    """(torch model with the adapter on, tokenizer, metadata) of a run folder or an adapter folder.
+
+    A run that trained all weights has a model instead, which is loaded as it is.
+    """
+    if (own := full_folder(folder)) is not None:
+        base, metadata = read_full(own)
+        model = load_masked_lm(base, seed=0)[0] if metadata["task"] == "masked-lm" else load_body(base)
+        return model, load_tokenizer(base), metadata
     adapter_dir = find_adapter(folder)
     metadata = read_metadata(adapter_dir)
     base = _base_of(metadata, adapter_dir)
-    model = load_body(base)
+    # The masked-lm head is not the adapter's: the checkpoint's own is used, or an untrained one.
+    model = load_masked_lm(base, seed=0)[0] if metadata["task"] == "masked-lm" else load_body(base)
     if metadata["labels"] is not None:
         model = SequenceClassifier(model, labels=len(metadata["labels"]), pooling=metadata["pooling"])
     elif metadata["task"] == "reward":
@@ -74,7 +84,8 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _base_of(metadata: dict[str, Any], adapter_dir: Path) -> Base:
-    base = resolve_base(metadata["base"]["name"])
+    digest = metadata["base"]["digest"]
+    base = own_base(adapter_dir, digest) or resolve_base(metadata["base"]["name"])
     if base.digest != metadata["base"]["digest"]:
         raise AdapterError(
             f"the adapter was trained for another version of {base.name}",

@@ -82,6 +82,8 @@ def describe(hint: Any) -> str:
 
 def _convert(hint: Any, value: Any, *, field: dataclasses.Field[Any], where: str, path: str) -> Any:
     """The value as `hint` wants it (int → float, list → tuple, dict → dataclass)."""
+    if isinstance(value, Mapping):
+        hint = next((part for part in _alternatives(hint) if dataclasses.is_dataclass(part)), hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_dict(typing.cast(type, hint), value, where=where, path=path)
     element = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None

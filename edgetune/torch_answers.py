@@ -52,7 +52,11 @@ class TorchAnswers:
     @torch.no_grad()
     def generate(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[str]:
         """The completion of each prompt, greedily, up to the end token or the adapter's own limit."""
-        rows = encode_prompts([self._text(prompt) for prompt in prompts], self.prompt_format.template, self.tokenizer)
+        return self.generate_ids(encode_prompts([self._text(prompt) for prompt in prompts], self.prompt_format.template, self.tokenizer))
+
+    @torch.no_grad()
+    def generate_ids(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The same for prompts that are token ids already."""
         longest = max(map(len, rows))
         limit = (self.metadata["generation"] or {}).get("max_new_tokens", MAX_NEW_TOKENS)
         positions = getattr(self.model.config, "max_position_embeddings", longest + limit)
@@ -61,7 +65,7 @@ class TorchAnswers:
                 "a prompt is longer than the context", expected=f"at most {positions - 1} tokens", got=str(longest)
             )
         pad = self.tokenizer.eos_token_id
-        input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        input_ids = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         output = self.model.generate(
             input_ids=input_ids,

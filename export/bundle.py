@@ -27,9 +27,10 @@ from edgetune.export.graphfile import (
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
 from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, torch_outputs
-from edgetune.export.proof import BOUNDS, Outputs, Proof, coarsest, demand, prove
+from edgetune.export.proof import BOUNDS, Outputs, Proof, coarsest, demand, prove, prove_head, prove_parity
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
+from edgetune.full_model import full_folder, own_base, read_full
 from edgetune.heads import SequenceClassifier
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
@@ -52,6 +53,7 @@ MODES = ("separate", "merged")
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a folder of the bundle
 # The output projection (and the embedding tied to it) suffers most from 4 bits, and 8 cost no measurable speed there.
 INT4_DECODER = {"lm_head": "int8"}
+ALONE = "(base)"  # the name of the proof of a bundle without adapters
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
 
@@ -64,6 +66,7 @@ class Source:
     metadata: Mapping[str, Any]  # edgetune_adapter.json; empty for an adapter of another tool
     config: Mapping[str, Any]  # PEFT's adapter_config.json
     modules: frozenset[str]  # where it has low-rank weights
+    is_model: bool = False  # all weights were trained: `folder` is a base of its own
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -83,7 +86,10 @@ def export_bundle(
     precision = precision or Precision()
     _check_place(out)
     sources = [_source(name, Path(folder)) for name, folder in adapters]
-    _check(sources, mode, precision)
+    if len(sources) == 1 and sources[0].is_model and mode == "separate":
+        say(f"{sources[0].name}: all its weights were trained, so it is the bundle's base and nothing swaps it")
+        mode = "merged"
+    _check(sources, mode, precision, base_name)
     base = _base(sources, base_name)
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
@@ -113,6 +119,8 @@ def _source(name: str, folder: Path) -> Source:
         raise ExportError(
             f"{name!r} cannot be an adapter's name", expected="letters, digits, - _ .", fix="It becomes a folder of the bundle."
         )
+    if (own := full_folder(folder)) is not None:
+        return Source(name, own, read_full(own)[1], {}, frozenset(), is_model=True)
     inner = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
     if not (inner / "adapter_config.json").is_file():
         raise AdapterError(
@@ -134,13 +142,18 @@ def _what_is(folder: Path) -> str:
     return "a bundle; its adapters are in its folder adapters" if (folder / MANIFEST).is_file() else "a folder without adapter_config.json"
 
 
-def _check(sources: Sequence[Source], mode: str, precision: Precision) -> None:
+def _check(sources: Sequence[Source], mode: str, precision: Precision, base_name: str | None) -> None:
     if mode not in MODES:
         raise ExportError("unknown mode", expected=" or ".join(MODES), got=mode)
     if precision.weights not in BOUNDS:
         raise ExportError("unknown precision", expected=", ".join(BOUNDS), got=precision.weights)
-    if not sources:
-        raise ExportError("there is no adapter to export", expected="--adapter NAME=RUN, once or several times")
+    if not sources and (base_name is None or mode == "merged"):
+        raise ExportError(
+            "there is no adapter to export", expected="--adapter NAME=RUN, once or several times, or --base NAME for a base alone"
+        )
+    if len(sources) > 1 and any(source.is_model for source in sources):
+        name = next(source.name for source in sources if source.is_model)
+        raise ExportError(f"all weights of {name!r} were trained: it is a base of its own", fix="Export it into a bundle of its own.")
     names = [source.name for source in sources]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise ExportError(f"two adapters are named {double[0]!r}", fix="Give each --adapter NAME=RUN its own name.")
@@ -156,11 +169,21 @@ def _check(sources: Sequence[Source], mode: str, precision: Precision) -> None:
 
 def _base(sources: Sequence[Source], base_name: str | None) -> Base:
     """The one base all adapters were trained on, checked by digest."""
+    if any(source.is_model for source in sources):
+        if sources[0].metadata["task"] != "text-generation":
+            raise ExportError(
+                "an encoder's base alone answers nothing", where=str(sources[0].folder),
+                fix="Train a classification stage on it, and export that.",
+            )  # fmt: skip
+        return read_full(sources[0].folder)[0]
     trained_on = {source.metadata["base"]["name"] for source in sources if source.metadata}
     name = base_name or next(iter(sorted(trained_on)), None)
     if name is None:
         raise ExportError("which base model? These adapters do not say", fix="Give --base NAME.")
-    base = resolve_base(name)
+    beside = [own_base(source.folder, source.metadata["base"]["digest"]) for source in sources if source.metadata and base_name is None]
+    base = next((base for base in beside if base is not None), None) or resolve_base(name)
+    if not sources and base.kind == "encoder":
+        raise ExportError("an encoder's base alone answers nothing", got=base.name, fix="Give --adapter NAME=RUN.")
     for source in sources:
         digest = source.metadata.get("base", {}).get("digest", base.digest)
         if digest != base.digest:
@@ -195,6 +218,8 @@ def _build(
     entries = [_add_adapter(source, folder, manifest, say=say) for source in sources]
     manifest = replace(manifest, adapters=tuple(entries))
     rows = {source.name: probe_rows(source.folder, tokenizer, base) for source in sources}
+    if not sources:
+        rows = {ALONE: probe_rows(base.folder, tokenizer, base)}
     return manifest, rows
 
 
@@ -208,7 +233,7 @@ def build_base(base: Base, folder: Path, *, precision: Precision, say: Say = lam
 def _torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
     """The base in torch fp32, with a source's adapter on it (or merged into it)."""
     body = load_body(base).float().eval()
-    if source is None:
+    if source is None or source.is_model:
         return body
     model = body
     if base.kind == "encoder":
@@ -264,11 +289,12 @@ def _write_graphs(graph: ir.Model, folder: Path, *, base: Base, precision: Preci
 def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) -> AdapterEntry:
     """Copy the PEFT folder, write the same weights for other engines, describe both."""
     place = Path("adapters") / source.name
-    copy_adapter(source.folder, folder / place)
+    if not source.is_model:
+        copy_adapter(source.folder, folder / place)
     entry = AdapterEntry(
         name=source.name, path=str(place), task=manifest.task, labels=source.labels, prompt_format=source.metadata.get("prompt_format"),
         generation=source.metadata.get("generation"), rank=int(source.config.get("r", 0)),
-        digest=sha256_file(source.folder / "adapter_model.safetensors"), onnx_adapter=None, metrics=dict(source.metadata.get("metrics") or {}),
+        digest=None if source.is_model else sha256_file(source.folder / "adapter_model.safetensors"), onnx_adapter=None, metrics=dict(source.metadata.get("metrics") or {}),
     )  # fmt: skip
     if manifest.mode == "merged":
         return replace(entry, path=None)
@@ -285,6 +311,10 @@ def prove_bundle(
 ) -> dict[str, Proof]:
     """Run torch and the bundle's real engine on the probe, adapter by adapter."""
     engine = (DecoderEngine if manifest.is_decoder else EncoderEngine)(folder, manifest, threads=threads)
+    if not sources and isinstance(engine, DecoderEngine):
+        trained, shipped = torch_outputs(_torch_model(base), rows[ALONE], adapter=True), decoder_outputs(engine, rows[ALONE], None)
+        judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
+        return {ALONE: prove_parity(trained=trained, shipped=shipped, precision=judged)}
     return {source.name: _prove_one(engine, manifest, base, source, rows[source.name]) for source in sources}
 
 
@@ -292,17 +322,38 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     model = _torch_model(base, source)
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
     del model
+    if source.is_model:
+        trained_off = torch_outputs(_torch_model(_original_base(source)), rows, adapter=True)
 
     def ship(tensors: Any) -> Outputs:
         return decoder_outputs(engine, rows, tensors) if isinstance(engine, DecoderEngine) else encoder_outputs(engine, rows, tensors)
 
     judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
+    if not source.modules and not source.is_model:
+        tensors = None if manifest.mode == "merged" else pack_adapter(source.folder, manifest, name=source.name).tensors
+        return prove_head(trained=trained, shipped=ship(tensors), precision=judged)
     if manifest.mode == "merged":
         return prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=trained_off, precision=judged)
     tensors = pack_adapter(source.folder, manifest, name=source.name).tensors
     only_head = {name: tensor for name, tensor in tensors.items() if manifest.head and name in (manifest.head.weight, manifest.head.bias)}
     shipped, shipped_off = ship(tensors), ship(only_head or None)
     return prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=shipped_off, precision=judged)
+
+
+def _original_base(source: Source) -> Base:
+    """What a fully trained model was before."""
+    origin = source.metadata["base"]
+    base = resolve_base(origin["name"])
+    if base.digest != origin["digest"]:
+        raise AdapterError(
+            "the base that this model was trained from has changed", where=str(source.folder), expected=f"{origin['name']} {origin['digest'][:23]}…",
+            got=base.digest[:23] + "…",
+        )  # fmt: skip
+    return base
+
+
+def _is_the_base(entry: AdapterEntry, folder: Path) -> bool:
+    return entry.path is None and not (folder / "adapters" / entry.name).is_dir()
 
 
 def _proof_document(proofs: Mapping[str, Proof], rows: Mapping[str, list[list[int]]], precision: Precision) -> dict[str, Any]:
@@ -323,7 +374,9 @@ def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> 
     base = resolve_base(manifest.base.name)
     if base.digest != manifest.base.digest:
         raise ExportError("the base model here is another one", expected=manifest.base.digest, got=base.digest)
-    sources = [_source(entry.name, folder / "adapters" / entry.name) for entry in manifest.adapters]
+    sources = [
+        _source(entry.name, base.folder if _is_the_base(entry, folder) else folder / "adapters" / entry.name) for entry in manifest.adapters
+    ]
     if missing := sorted({source.name for source in sources} - set(manifest.proof.get("probe", {}))):
         raise ExportError(f"the manifest holds no probe for {missing[0]}", where=str(folder), fix="Export the bundle again.")
     return prove_bundle(folder, manifest, base, sources, manifest.proof["probe"], threads=threads)

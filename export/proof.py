@@ -13,7 +13,7 @@ An adapter that silently does nothing has q = q₀: recovered 0, strength 0.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,26 @@ def prove(*, trained: Outputs, trained_off: Outputs, shipped: Outputs, shipped_o
     }
     relative = size / (float(np.linalg.norm(_centred(trained.states))) or 1.0)
     return Proof(**figures, failures=tuple(_failures(figures, bounds, relative)))  # type: ignore[arg-type]
+
+
+def prove_head(*, trained: Outputs, shipped: Outputs, precision: str) -> Proof:
+    """The proof of an adapter that is a head alone: its change is the one from a guess that favours no label."""
+
+    def against_a_guess(outputs: Outputs) -> tuple[Outputs, Outputs]:
+        guess = np.zeros_like(outputs.logits)
+        return Outputs(outputs.logits, outputs.logits), Outputs(guess, guess)
+
+    (on, off), (shipped_on, shipped_off) = against_a_guess(trained), against_a_guess(shipped)
+    return prove(trained=on, trained_off=off, shipped=shipped_on, shipped_off=shipped_off, precision=precision)
+
+
+def prove_parity(*, trained: Outputs, shipped: Outputs, precision: str) -> Proof:
+    """The proof of a base without adapter: only that it answers as in torch, for there is no effect to look for."""
+    guess = np.zeros_like(trained.logits)
+    proof = prove(
+        trained=trained, trained_off=Outputs(guess, guess), shipped=shipped, shipped_off=Outputs(guess, guess), precision=precision
+    )
+    return replace(proof, adapter_kl=0.0, unadapted_kl=0.0)
 
 
 def _failures(figures: Mapping[str, float], bounds: Bounds, relative_effect: float) -> list[str]:

@@ -283,7 +283,7 @@ def test_ctrl_c_during_training_leaves_the_older_run(run: Run, work: Path, monke
 
 def test_export_needs_an_adapter(run: Run, tmp_path: Path) -> None:
     code, line = run("export", "--out", tmp_path / "out")
-    assert (code, line) == (2, "there is no adapter to export (expected --adapter NAME=RUN, once or several times)")
+    assert (code, line) == (2, "there is no adapter to export (expected --adapter NAME=RUN, once or several times, or --base NAME for a base alone)")
 
 
 def test_a_bundle_is_no_adapter_and_an_adapter_no_bundle(run: Run, bundle: Path, topics: Path, tmp_path: Path) -> None:

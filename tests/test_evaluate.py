@@ -88,13 +88,14 @@ def test_rows_with_one_prompt_are_one_question_with_several_references(tmp_path:
 def test_json_answers_match_whatever_the_order_of_keys(tmp_path: Path) -> None:
     rows = [{"q": '{"b":1,"a":2}', "a": '{"a": 2, "b": 1}'}]
     result = measure(Parrot(), Path("parrot"), write_rows(tmp_path / "rows.jsonl", rows))
-    assert result.metrics == {"exact_match": 0.0, "json_exact_match": 1.0, "json_valid": 1.0}
+    assert result.metrics == {"exact_match": 0.0, "json_exact_match": 1.0, "json_valid": 1.0, "slot_f1": 1.0}
 
 
 def test_text_answers_get_bleu(tmp_path: Path) -> None:
     rows = [{"q": "the cat sat on the mat", "a": "the cat sat on the mat"}]
     result = measure(Parrot(), Path("parrot"), write_rows(tmp_path / "rows.jsonl", rows))
     assert result.metrics["bleu"] == pytest.approx(100.0)
+    assert result.metrics["rouge_l"] == 1.0
 
 
 def test_an_unknown_label_is_refused_with_its_line(intent_run: Path, tmp_path: Path) -> None:

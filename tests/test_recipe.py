@@ -118,7 +118,7 @@ def test_set_changes_one_value(recipe_file: Path) -> None:
         ("stage.0.learning_rate=nan", r"expected a number"),
         ("stage.0.method=dpo", r"stage.0.data.completion has no meaning for dpo \(expected of these, prompt, chosen, rej"),
         ("stage.0.method=stf", r'Did you mean "sft"\?'),
-        ("parameters.train=full", r'parameters.train = "full" is planned but not in this version'),
+        ("parameters.train=full", r'parameters.rank has no meaning with train = "full"'),
         ("parameters.target_modules=[1]", r"expected a string or a list of strings"),
         ("stage.0.data.label=intent", r"stage.0.data.label has no meaning for sft"),
         ("stage.1.method=sequence-classification", r'cannot follow "sft"'),

@@ -156,7 +156,7 @@ def test_a_dpo_adapter_is_evaluated_as_text_generation(tiny_decoder: Path, tmp_p
     run(pair_recipe(tiny_decoder, tmp_path, "dpo", epochs=1), tmp_path / "run")
     rows = [{"prompt": "Hello", "chosen": "Yes", "rejected": "No"}]
     result = evaluate(tmp_path / "run", write_rows(tmp_path / "more.jsonl", rows))
-    assert result.metrics.keys() == {"exact_match", "bleu"}
+    assert result.metrics.keys() == {"exact_match", "bleu", "rouge_l"}
 
 
 def test_the_report_shows_rewards_and_preferences(tiny_decoder: Path, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ def resolve_base(name: str) -> Base:
     path = Path(place).expanduser()
     if path.exists():
         path = path.absolute()  # not resolve(): the hub's cache links to files without endings
+    if path.is_dir() and not (path / "config.json").exists() and (path / "model" / "config.json").exists():
+        path = path / "model"  # a run that trained all weights
     if path.is_dir() and not file:
         return open_folder(path, name=name)
     if path.is_dir() or path.is_file():

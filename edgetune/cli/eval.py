@@ -1,25 +1,75 @@
-"""`edgetune eval`: task metrics of a run or a bundle on a data file."""
+"""`edgetune eval`: task metrics of a run, a bundle or a base on a data file, and what training forgot."""
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgetune.errors import InputError
+
+if TYPE_CHECKING:
+    from edgetune.evaluate_base import Prompting
+
 
 @click.command()
-@click.argument("folder", metavar="RUN|BUNDLE", type=click.Path(path_type=Path))
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="The rows to measure on, in the columns the adapter was trained with.")
+@click.argument("folder", metavar="RUN|BUNDLE|BASE", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="The rows to measure on, in the columns the adapter was trained with.")
 @click.option("--adapter", metavar="NAME", help="Which of a bundle's adapters; needed when it has several.")
 @click.option("--skip-invalid", is_flag=True, help="Leave out rows that cannot be used, and count them.")
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write metrics and every prediction there.")
-def command(folder: Path, data: Path, adapter: str | None, skip_invalid: bool, json_file: Path | None) -> None:
-    """Measure a run (in torch) or a bundle (in the runtime) on a data file."""
-    from dataclasses import asdict
-
-    from edgetune.evaluate import evaluate
+@click.option("--forgetting", is_flag=True, help="General ability before and after training; of a base as it is.")
+@click.option("--general", metavar="FOLDER", type=click.Path(path_type=Path), help="The general sets; not set: $EDGETUNE_DATASETS/general_ability.")
+@click.option("--limit", type=click.IntRange(min=2), help="Items of each general set at most; not set: all.")
+@click.option("--prompt", metavar="TEMPLATE", help="A base: what it is given, a column or Jinja; not set: the column prompt.")
+@click.option("--completion", metavar="TEMPLATE", help="A base: what it shall answer; not set: the column completion.")
+@click.option("--shots", type=click.IntRange(min=0), default=0, help="A base: examples shown before every question, drawn from --train.")
+@click.option("--train", type=click.Path(path_type=Path), help="A base: the rows that examples and labels come from.")
+@click.option("--choose", is_flag=True, help="A base: take the likeliest of the known answers instead of generating one.")
+@click.option("--plain", is_flag=True, help="A base: plain text even where it has a chat template.")
+def command(
+    folder: Path, data: Path | None, adapter: str | None, skip_invalid: bool, json_file: Path | None,
+    forgetting: bool, general: Path | None, limit: int | None, **asked: Any,
+) -> None:  # fmt: skip
+    """Measure a run or a base (in torch) or a bundle (in the runtime) on a data file, or what training forgot."""
     from edgetune.files import write_json
+
+    if data is None and not forgetting:
+        raise InputError("nothing to measure", expected="--data FILE, or --forgetting, or both")
+    found: dict[str, Any] = {}
+    if data is not None:
+        found = _measure(folder, data, adapter, skip_invalid, _prompting(asked))
+    if forgetting:
+        from edgetune.evaluate_subjects import forgetting as measure_forgetting
+
+        place = general or _general()
+        results = measure_forgetting(folder, place, adapter=adapter, limit=limit, say=click.echo)
+        found["forgetting"] = [asdict(result) for result in results]
+    if json_file is not None:
+        write_json(json_file, found)
+
+
+def _prompting(asked: dict[str, Any]) -> Prompting | None:
+    """How a base is asked; None when no such option is given."""
+    from edgetune.evaluate_base import Prompting
+
+    how = Prompting(**asked)
+    return None if how == Prompting() else how
+
+
+def _general() -> Path:
+    root = os.environ.get("EDGETUNE_DATASETS")
+    if not root:
+        raise InputError("where are the general sets?", expected="--general FOLDER, or the variable EDGETUNE_DATASETS")
+    return Path(root) / "general_ability"
+
+
+def _measure(folder: Path, data: Path, adapter: str | None, skip_invalid: bool, how: Prompting | None) -> dict[str, Any]:
+    from edgetune.evaluate import evaluate
     from edgetune.intervals import headline
 
     live = sys.stderr.isatty()
@@ -28,9 +78,7 @@ def command(folder: Path, data: Path, adapter: str | None, skip_invalid: bool, j
         if live:
             click.echo(f"\r{done}/{total} rows", nl=done == total, err=True)
 
-    result = evaluate(folder, data, adapter=adapter, skip_invalid=skip_invalid, advance=advance)
-    if json_file is not None:
-        write_json(json_file, asdict(result))
+    result = evaluate(folder, data, adapter=adapter, skip_invalid=skip_invalid, advance=advance, how=how)
     name = f"{result.source} [{result.adapter}]" if result.adapter else result.source
     click.echo(f"{name} on {result.rows} rows of {result.data}")
     for metric, value in headline(result.metrics).items():
@@ -39,3 +87,4 @@ def command(folder: Path, data: Path, adapter: str | None, skip_invalid: bool, j
         click.echo(f"  {metric:<18} {value:.4f}{interval}" if metric != "bleu" else f"  {metric:<18} {value:.2f}")
     if result.skipped:
         click.echo(f"  {result.skipped} rows skipped")
+    return asdict(result)

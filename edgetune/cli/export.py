@@ -16,7 +16,7 @@ from edgetune.errors import ExportError
 @click.option("--precision", default="int8", show_default=True, type=click.Choice(["fp32", "int8", "int4"]), help="How weights are stored.")
 @click.option("--block-size", default=32, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
 @click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
-@click.option("--base", "base_name", help="The base model, for adapters that do not say.")
+@click.option("--base", "base_name", metavar="NAME", help="The base model, for adapters that do not say; without --adapter: the base alone.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
     adapters: tuple[str, ...], out: Path, mode: str, precision: str, block_size: int, keep: tuple[str, ...], base_name: str | None, threads: int | None

@@ -11,8 +11,10 @@ from edgetune.errors import RecipeError
 from edgetune.examples.classification import LabelledRow, labelled_rows, load_labelled
 from edgetune.examples.common import IGNORED, Example, ExampleSet, Loading, hold_out, token_limit
 from edgetune.examples.generation import PromptedRow, encode_prompts, load_completions, prompted_rows
+from edgetune.examples.masked import load_masked
 from edgetune.examples.preference import PreferenceRow, load_preferences, preference_rows
 from edgetune.examples.prompting import load_prompts
+from edgetune.examples.text import load_packed
 from edgetune.prompts import prompt_format
 from edgetune.recipe import KINDS, Method, Stage
 
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 LOADERS: dict[Method, Callable[[Loading], ExampleSet]] = {
+    "causal-lm": load_packed,
+    "masked-lm": load_masked,
     "sft": load_completions,
     "sequence-classification": load_labelled,
     "reward": load_preferences,

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from edgetune.bases import Base
+from edgetune.batching import Batch
 from edgetune.data import Row, Rows
 from edgetune.errors import DataError
 from edgetune.prompts import PromptFormat
@@ -15,15 +18,21 @@ from edgetune.recipe import Stage
 
 IGNORED = -100  # a position without loss, as in torch's cross_entropy
 T = TypeVar("T")
+Mask = Callable[[Batch, int], Batch]  # hides tokens of the batch of an optimizer step; of step 0, for measuring
 
 
 @dataclass(slots=True)
 class Example:
-    """`labels`: per token, IGNORED where there is no loss (sft), or one class index. `row`: line in the file."""
+    """`labels`: per token, IGNORED where there is no loss, or one class index. `row`: line in the file.
+
+    `position_ids` only where several documents share the example: it starts again at 0 with each.
+    """
 
     input_ids: list[int]
     labels: list[int] | int
     row: int
+    position_ids: list[int] | None = None
+    features: Tensor | None = None  # (hidden,) pooled states of a frozen body, where only the head learns
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class ExampleSet:
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     max_new_tokens: int | None = None  # what an answer may take; None: as the longest completion says
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Loading:
         skipped: dict[str, int],
         truncated: dict[str, int] | None = None,
         max_new_tokens: int | None = None,
+        mask: Mask | None = None,
     ) -> ExampleSet:
         """The finished set; the dictionaries have the keys of `sources`."""
         return ExampleSet(
@@ -73,6 +84,7 @@ class Loading:
             skipped=skipped,
             truncated=truncated or {},
             max_new_tokens=max_new_tokens,
+            mask=mask,
         )
 
 

@@ -7,6 +7,8 @@
 | stages, stage | one stage after the other; what a stage works with |
 | loop | the training loop, the same for every method |
 | methods | what differs between methods |
+| succession, features | the model of every stage; a frozen body's features, where only the head learns |
+| replay | general text in every step |
 | preference | `reward` and `dpo`: metrics, the reference policy |
 | grpo | prompts → sampled answers → rewards → advantages |
 | rollout, engine_rollout | the policy answers, by torch or by the exported graph |

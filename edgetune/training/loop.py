@@ -16,6 +16,7 @@ from torch import nn
 
 from edgetune.batching import Batch, Example, collate, split, steps, steps_per_epoch
 from edgetune.errors import TrainingError
+from edgetune.examples.common import Mask
 from edgetune.intervals import headline
 from edgetune.objectives import Objective
 from edgetune.progress import Progress
@@ -28,6 +29,7 @@ from edgetune.training.fused_ops import fused_ops
 from edgetune.training.journal import Journal
 from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
 from edgetune.training.precision import Precision, autocast
+from edgetune.training.replay import ReplayText
 from edgetune.training.stage import Collate, Experience, Length, tokens_of
 
 MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
@@ -75,6 +77,8 @@ def train_stage(
     collate: Collate = collate,
     length: Length = tokens_of,
     experience: Experience | None = None,
+    mask: Mask | None = None,
+    replay: ReplayText | None = None,
     group: Group = ALONE,
     position: Position | None = None,
     optimizer_state: dict[str, Any] | None = None,
@@ -84,6 +88,7 @@ def train_stage(
     """Minimise `objective` over `examples` and leave `model` with the last step's weights.
 
     With `experience` a step learns from what it makes of the step's rows, and they are `collate`d by it.
+    `mask` hides tokens of every batch before it is learned from; `replay` adds general text to every step.
     `position` and `optimizer_state` continue a stage where `save`, called every `save_every` steps, saw it.
     Of several processes (`group`) each works on its share of every step's rows.
     Raises TrainingError when the loss or a gradient is not finite; the weights are then those before that step.
@@ -117,19 +122,24 @@ def train_stage(
             rows, facts = experience(model, rows, step=step)
             batches = parts_of(rows, pad_id, experience.collate, experience.length)
             at.recent_facts.append(dict(facts))
+        if mask is not None:
+            batches = [mask(batch, step) for batch in batches]
         parts = [to_device(batch, device) for batch in batches]
         counts = [(part.targets, part.tokens, part.input_ids.numel()) for part in parts]
         targets, tokens, padded = group.total([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0])
-        loss = 0.0
+        loss, weight = 0.0, 1.0 - (replay.share if replay else 0.0)
         for part in parts:
             with autocast(precision, device), fused_lora(model, precision), fused_ops(model):
                 part_loss, _ = objective(model, part)
-            share = part.targets / targets
+            share = part.targets / max(1, targets)
             loss += share * part_loss.item()
-            (part_loss * share).backward()
+            (part_loss * share * weight).backward()
+        replayed = replay.add_gradient(model, step, precision=precision, group=group) if replay else None
         (loss,) = group.total([loss])
         if not math.isfinite(loss):
             raise _not_finite("loss", loss, step=step, rows=[examples[i].row for i in indices])
+        if replayed is not None:
+            tokens, padded = tokens + replayed.tokens, padded + replayed.tokens
         group.add_gradients(trainable)
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, stage.max_grad_norm))
         if not math.isfinite(norm):
@@ -156,6 +166,7 @@ def train_stage(
                 tokens_per_second=speed,
                 seconds=at.seconds,
                 **_means(at.recent_facts),
+                **({} if replayed is None else {"replay_loss": replayed.loss}),
             )
             at.recent_facts = []
         if validate is not None and (step % validate_every == 0 or step == total):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgetune.batching import Batch, Example, collate, in_order_of_length
 from edgetune.metrics import accuracy, macro_f1
-from edgetune.objectives import class_logits, completion_logits
+from edgetune.objectives import class_logits, completion_logits, masked_logits
 from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision, autocast
 from edgetune.training.stage import Collate, Length, tokens_of
@@ -53,15 +53,22 @@ def classes(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return class_logits(model, batch), batch.labels
 
 
-def measure_completions(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
-    """Cross entropy, perplexity and top-1 accuracy over the completion tokens."""
+def masked_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of the hidden tokens, and these tokens."""
+    return masked_logits(model, batch)
+
+
+def measure_completions(
+    model: nn.Module, batches: Sequence[Batch], *, precision: Precision, outputs: Logits = next_tokens
+) -> dict[str, float]:
+    """Cross entropy, perplexity and top-1 accuracy over the labelled tokens."""
     loss, hits, count = 0.0, 0, 0
-    for logits, targets in _outputs(model, batches, next_tokens, precision=precision):
+    for logits, targets in _outputs(model, batches, outputs, precision=precision):
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         hits += int((logits.argmax(-1) == targets).sum())
         count += targets.numel()
-    mean = loss / count
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": hits / count}
+    mean = loss / max(1, count)
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": hits / max(1, count)}
 
 
 def measure_classes(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
@@ -78,8 +85,15 @@ def measure_classes(model: nn.Module, batches: Sequence[Batch], *, precision: Pr
     }
 
 
-def adapter_effect(model: Any, batches: Sequence[Batch], outputs: Logits, *, precision: Precision) -> dict[str, float]:
-    """How far the answers with the adapter are from those without it.
+def adapter_effect(
+    model: Any,
+    batches: Sequence[Batch],
+    outputs: Logits,
+    *,
+    precision: Precision,
+    before: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+) -> dict[str, float]:
+    """How far the answers with the adapter are from those without it (or from those of the model `before` lends).
 
     `mean_kl`: KL(adapter on ‖ off) in nats; `mean_logit_change`: mean |Δ logit|; `top1_changed`: share of
     positions with another best answer. All are 0 for an adapter that does nothing. Off also means the head as
@@ -89,8 +103,8 @@ def adapter_effect(model: Any, batches: Sequence[Batch], outputs: Logits, *, pre
     kl = change = changed = 0.0
     count = 0
     for batch, (on, _) in zip(batches, with_adapter, strict=True):
-        with adapter_off(model):
-            ((off, _),) = _outputs(model, [batch], outputs, precision=precision)
+        with adapter_off(model) if before is None else before() as without:
+            ((off, _),) = _outputs(without, [batch], outputs, precision=precision)
         log_on, log_off = on.log_softmax(-1), off.log_softmax(-1)
         kl += (log_on.exp() * (log_on - log_off)).sum().item()
         change += (on - off).abs().mean(-1).sum().item()
@@ -100,11 +114,11 @@ def adapter_effect(model: Any, batches: Sequence[Batch], outputs: Logits, *, pre
 
 
 @contextlib.contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
+def adapter_off(model: Any) -> Iterator[Any]:
     """The base model's own answers (a PEFT model's `disable_adapter`), in evaluation mode."""
     with model.disable_adapter():
         model.eval()
-        yield
+        yield model
 
 
 def _outputs(

@@ -8,12 +8,19 @@ from dataclasses import dataclass
 
 from edgetune.bases import Base
 from edgetune.batching import collate
-from edgetune.objectives import Objective, sequence_classification, sft
+from edgetune.objectives import Objective, masked_lm, sequence_classification, sft
 from edgetune.policy import grpo
 from edgetune.preference import bradley_terry, collate_pairs, dpo
 from edgetune.recipe import Stage
 from edgetune.training.grpo import check_grpo, collate_prompts, first_tokens, prepare_grpo
-from edgetune.training.measure import Logits, classes, measure_classes, measure_completions, next_tokens
+from edgetune.training.measure import (
+    Logits,
+    classes,
+    masked_tokens,
+    measure_classes,
+    measure_completions,
+    next_tokens,
+)
 from edgetune.training.preference import measure_policy, measure_rewards, preferences, prepare_dpo
 from edgetune.training.stage import (
     Collate,
@@ -40,6 +47,12 @@ class Method:
 
 
 METHODS = {
+    "causal-lm": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
+    "masked-lm": Method(
+        objective=lambda stage: masked_lm,
+        measure=functools.partial(measure_completions, outputs=masked_tokens),
+        outputs=masked_tokens,
+    ),
     "sft": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
     "sequence-classification": Method(
         objective=lambda stage: functools.partial(sequence_classification, label_smoothing=stage.label_smoothing),

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from edgetune.errors import TrainingError
-from edgetune.heads import HEADS
+from edgetune.heads import HEADS, unwrapped
+from edgetune.masked_lm import head_parameters
 
 
 def build_optimizer(
@@ -18,11 +19,12 @@ def build_optimizer(
 
     Each group remembers its peak rate as `peak`, which the schedule scales.
     """
+    heads = _head_ids(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        in_head = not set(HEADS).isdisjoint(name.split("."))
+        in_head = not set(HEADS).isdisjoint(name.split(".")) or id(parameter) in heads
         peak = head_learning_rate if in_head and head_learning_rate is not None else learning_rate
         decay = weight_decay if parameter.ndim >= 2 and not in_head else 0.0
         groups.setdefault((peak, decay), []).append(parameter)
@@ -35,6 +37,12 @@ def build_optimizer(
         ],
         fused=True,
     )
+
+
+def _head_ids(model: nn.Module) -> set[int]:
+    """The weights of a masked-lm head, which every architecture names differently."""
+    inner = unwrapped(model)
+    return {id(p) for p in head_parameters(inner)} if type(inner).__name__.endswith("ForMaskedLM") else set()
 
 
 def warmup_cosine(step: int, total: int, *, warmup_ratio: float) -> float:

@@ -91,7 +91,11 @@ def pair_differences(model: RewardModel, pairs: Sequence[Any], *, pad_id: int) -
 
 @torch.no_grad()
 def pooled_features(model: SequenceClassifier, examples: Sequence[Example], *, pad_id: int) -> NDArray[np.float32]:
-    """(rows, hidden) features of the frozen body, in the order of the examples."""
+    """(rows, hidden) features of the frozen body, in the order of the examples; those that they carry already."""
+    known = [feature for example in examples if (feature := getattr(example, "features", None)) is not None]
+    if known:
+        stacked: NDArray[np.float32] = torch.stack(known).numpy()
+        return stacked
     model.eval()
     features = np.empty((len(examples), model.classifier.in_features), dtype=np.float32)
     lengths, device = [len(example.input_ids) for example in examples], device_of(model)

@@ -12,11 +12,12 @@ from typing import Any, cast
 
 import torch
 
-from edgetune.adapters import adapt, save_adapter, trainable_parameters
-from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
+from edgetune.adapters import save_adapter, trainable_parameters
+from edgetune.bases import Base, load_tokenizer, resolve_base
 from edgetune.examples import ExampleSet, load_examples
 from edgetune.files import whole_folder, write_json, write_text
-from edgetune.heads import RewardModel, SequenceClassifier
+from edgetune.forgetting import compare
+from edgetune.full_model import save_full
 from edgetune.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
 from edgetune.progress import Progress
 from edgetune.recipe import Device, Recipe, to_toml
@@ -28,13 +29,15 @@ from edgetune.training.distributed import process_group
 from edgetune.training.journal import Journal
 from edgetune.training.methods import METHODS
 from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
-from edgetune.training.probe import fit_probe, fit_reward_probe
+from edgetune.training.replay import ReplayText, load_replay
 from edgetune.training.resume import Course, find_state
-from edgetune.training.stages import Stages
+from edgetune.training.stages import Stages, precision_of
+from edgetune.training.succession import Succession
 from edgetune.training.summary import (
     RunSummary,
     closing,
     data_facts,
+    digests_of,
     metadata,
     opening,
     peak_rss_mb,
@@ -69,14 +72,18 @@ def run_recipe(
         for stage in recipe.stage:
             METHODS[stage.method].check(stage, base)
         progress.say(opening(recipe, base, sets))
-        origin = origin_of(recipe, base=base.digest, data=[s.digests for s in sets], processes=group.size)
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id)
+        digests = [digests_of(examples, replay) for examples, replay in zip(sets, replays, strict=True)]
+        origin = origin_of(recipe, base=base.digest, data=digests, processes=group.size)
         state, finished = group.from_leader(
             (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)
         )
         if finished is not None:
             return RunSummary(**finished)
-        model, pad_id = _build_model(recipe, base, tokenizer, sets[0], device=device)
-        group.copy_weights([parameter for parameter in model.parameters() if parameter.requires_grad])
+        succession = Succession(recipe, base, sets, pad_id=pad_id, device=device)
+        model, sets = succession.model, succession.sets
+        group.copy_weights([parameter for parameter in succession.learning.parameters() if parameter.requires_grad])
         if group.rank:
             torch.manual_seed(recipe.seed + (group.rank << 32))  # another dropout in every process
         trainable = trainable_parameters(model)
@@ -88,12 +95,13 @@ def run_recipe(
             records=[] if state is None else state.journal,
             curves=None if checkpoints is None else checkpoints.folder / CURVES,
         )
-        course = Course(model, recipe, origin, journal, group, checkpoints, state, started)
-        with Stages(model, recipe, base, tokenizer, sets, pad_id, journal, progress, group) as stages:
+        course = Course(succession.learning, recipe, origin, journal, group, checkpoints, state, started)
+        with Stages(succession, recipe, base, tokenizer, replays, pad_id, journal, progress, group) as stages:
             results = course.run(stages.run)
             journal.close()
             if not group.leads:
                 return cast(RunSummary, group.from_leader(None))
+            succession.finish()
             measured = stages.measure()
         summary = RunSummary(
             task=recipe.task,
@@ -107,16 +115,21 @@ def run_recipe(
             seconds=time.perf_counter() - course.started,
             peak_rss_mb=peak_rss_mb(),
             peak_device_mb=peak_device_mb(device),
-            data=[data_facts(examples) for examples in sets],
+            data=[data_facts(examples, replay) for examples, replay in zip(sets, replays, strict=True)],
             seed=recipe.seed,
             threads=torch.get_num_threads(),
             device=device.type,
             processes=group.size,
             versions=versions(),
             out=str(folder),
+            forgetting=_forgetting(succession, recipe, base, tokenizer, progress),
         )
         with whole_folder(folder) as partial:
-            save_adapter(model, partial / ADAPTER, metadata(recipe, base, sets[-1], summary))
+            about = metadata(recipe, base, sets[-1], summary)
+            if recipe.parameters.train == "full":
+                save_full(model, partial, final=folder, base=base, metadata=about)
+            else:
+                save_adapter(model, partial / ADAPTER, about)
             write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
             write_json(partial / SUMMARY, asdict(summary))
             write_report(partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records)
@@ -143,28 +156,44 @@ def _load_data(recipe: Recipe, tokenizer: Any, base: Base) -> list[ExampleSet]:
     """Every stage's examples, so that a bad row of the last stage is found before the first one trains."""
     sets: list[ExampleSet] = []
     for stage in recipe.stage:
-        labels = sets[0].labels if sets else None
+        labels = next((examples.labels for examples in sets if examples.labels is not None), None)
         sets.append(load_examples(stage, tokenizer, base, labels, seed=recipe.seed))
     return sets
 
 
-def _build_model(
-    recipe: Recipe, base: Base, tokenizer: Any, examples: ExampleSet, *, device: torch.device
-) -> tuple[Any, int]:
-    """The base with a fresh adapter (and a head), and the id to pad with."""
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    model = load_body(base)
-    if examples.labels is not None:
-        model = SequenceClassifier(model, labels=len(examples.labels), pooling=base.pooling or "mean")
-        if recipe.stage[0].head_init == "probe":
-            fit_probe(model.to(device), examples.train, pad_id=pad_id)
-    elif recipe.task == "reward":
-        model = RewardModel(model)
-        if recipe.stage[0].head_init == "probe":
-            fit_reward_probe(model.to(device), examples.train, pad_id=pad_id)
-    # Seeded again: what was drawn before (a random head) must not move the adapter's first weights.
-    torch.manual_seed(recipe.seed)
-    return adapt(model, recipe.parameters, task=recipe.task).to(device), pad_id
+def _load_replays(
+    recipe: Recipe, tokenizer: Any, sets: list[ExampleSet], *, pad_id: int
+) -> list[ReplayText | None]:
+    """Every stage's general text; None for a stage without."""
+    return [
+        load_replay(
+            stage,
+            examples.train,
+            tokenizer,
+            limit=examples.max_length,
+            pad_id=pad_id,
+            seed=recipe.seed + index,
+            length=METHODS[stage.method].length,
+        )
+        for index, (stage, examples) in enumerate(zip(recipe.stage, sets, strict=True))
+    ]
+
+
+def _forgetting(
+    succession: Succession, recipe: Recipe, base: Base, tokenizer: Any, progress: Progress
+) -> list[dict[str, Any]] | None:
+    """The `[forgetting]` table's tasks, on the model without and with what it learned."""
+    wanted = recipe.forgetting
+    if wanted is None:
+        return None
+    from edgetune.forgetting.torch_subject import TorchSubject  # which needs this package whole
+
+    subject = TorchSubject(
+        tokenizer, kind=base.kind, limit=base.max_length, pooling=base.pooling, before=succession.before,
+        after=lambda: contextlib.nullcontext(succession.model), precision=precision_of(recipe.stage[-1]),
+    )  # fmt: skip
+    found = compare(subject, Path(wanted.general), limit=wanted.limit, tasks=wanted.tasks, say=progress.say)
+    return [asdict(general) for general in found]
 
 
 def _resolve(recipe: Recipe, state: State | None, *, hidden: int, device: torch.device) -> Recipe:

@@ -12,7 +12,6 @@ import torch
 from edgetune.bases import Base
 from edgetune.batching import Batch
 from edgetune.errors import TrainingError
-from edgetune.examples import ExampleSet
 from edgetune.progress import Progress
 from edgetune.recipe import Recipe, Stage
 from edgetune.training.checkpoint import Position, steps_between
@@ -20,16 +19,12 @@ from edgetune.training.device import device_of, generators_untouched
 from edgetune.training.distributed import Group
 from edgetune.training.journal import Journal
 from edgetune.training.loop import StageResult, total_steps, train_stage
-from edgetune.training.measure import (
-    EFFECT_TOKENS,
-    VALIDATION_TOKENS,
-    adapter_effect,
-    adapter_off,
-    batches_for_measuring,
-)
+from edgetune.training.measure import EFFECT_TOKENS, VALIDATION_TOKENS, adapter_effect, batches_for_measuring
 from edgetune.training.methods import METHODS
 from edgetune.training.precision import Precision
+from edgetune.training.replay import ReplayText
 from edgetune.training.stage import Kept, Prepared, Situation
+from edgetune.training.succession import Succession
 
 SaveStage = Callable[[Position, torch.optim.Optimizer, Kept], None]
 
@@ -38,11 +33,11 @@ SaveStage = Callable[[Position, torch.optim.Optimizer, Kept], None]
 class Stages:
     """Trains the recipe's stages. What the last one opened stays open for `measure`, until the block is left."""
 
-    model: Any
+    succession: Succession
     recipe: Recipe  # precision and device resolved
     base: Base
     tokenizer: Any
-    sets: Sequence[ExampleSet]
+    replays: Sequence[ReplayText | None]  # a stage each
     pad_id: int
     journal: Journal
     progress: Progress
@@ -66,12 +61,13 @@ class Stages:
         save: SaveStage,
     ) -> StageResult:
         """Train stage `index`, from its beginning or from where a checkpoint left it."""
-        stage, examples, group = self.recipe.stage[index], self.sets[index], self.group
-        method, precision = METHODS[stage.method], _precision(stage)
-        prepared = self._prepare(index, kept)
+        stage, examples, group = self.recipe.stage[index], self.succession.sets[index], self.group
+        method, precision = METHODS[stage.method], precision_of(stage)
+        model = self.succession.for_stage(index, begins=position is None or position.step == 0)
+        prepared = self._prepare(model, index, kept)
         held_out = self._held_out(index) if group.leads else []
         return train_stage(
-            self.model,
+            model,
             stage,
             examples.train,
             objective=method.objective(stage),
@@ -85,6 +81,8 @@ class Stages:
             collate=method.collate,
             length=method.length,
             experience=prepared.experience,
+            mask=examples.mask,
+            replay=self.replays[index],
             group=group,
             position=position,
             optimizer_state=optimizer_state,
@@ -92,42 +90,41 @@ class Stages:
             save_every=steps_between(self.recipe, total_steps(stage, len(examples.train))),
         )
 
-    def _prepare(self, index: int, kept: Kept | None) -> Prepared:
+    def _prepare(self, model: Any, index: int, kept: Kept | None) -> Prepared:
         """Close what the stage before had open, and open this one's. Draws nothing: a resumed run does it once more."""
         self._opened.close()
         stage = self.recipe.stage[index]
         situation = Situation(
-            self.model,
+            model,
             stage,
-            self.sets[index],
+            self.succession.sets[index],
             self.tokenizer,
             self.base,
             self.pad_id,
-            _precision(stage),
+            precision_of(stage),
             self.recipe.seed + index,
             self.progress,
             self.group,
             kept,
         )
         method = METHODS[stage.method]
-        with generators_untouched(device_of(self.model)):
+        with generators_untouched(device_of(model)):
             self._prepared = self._opened.enter_context(method.prepare(situation, method.measure))
         return self._prepared
 
     def measure(self) -> dict[str, Any]:
         """Final metrics, the base's, and the adapter's effect; on training rows when there are no others."""
-        stage, examples = self.recipe.stage[-1], self.sets[-1]
-        method, precision = METHODS[stage.method], _precision(stage)
+        stage, examples, before = self.recipe.stage[-1], self.succession.sets[-1], self.succession.before
+        method, precision = METHODS[stage.method], precision_of(stage)
         held_out = self._held_out(-1)
-        last = self.journal.last("validation")
+        last = self.journal.last("validation") if held_out else None
         metrics = {k: v for k, v in (last or {}).items() if k not in {"kind", "stage", "step"}}
         base_metrics = None
-        has_base = self.recipe.task == "text-generation" or self.recipe.stage[0].head_init == "probe"
-        if held_out and has_base and self._prepared is not None:
-            with adapter_off(self.model):
-                base_metrics = self._prepared.measure(self.model, held_out, precision=precision)
+        if held_out and self.succession.base_answers and self._prepared is not None:
+            with before() as base_model:
+                base_metrics = self._prepared.measure(base_model, held_out, precision=precision)
         sample = self._batches(-1, examples.validation or examples.train, tokens=EFFECT_TOKENS)
-        effect = adapter_effect(self.model, sample, method.outputs, precision=precision)
+        effect = adapter_effect(self.succession.model, sample, method.outputs, precision=precision, before=before)
         if effect["mean_logit_change"] == 0.0:
             raise TrainingError(
                 "the trained adapter changes nothing", got="mean logit change 0", fix="Raise learning_rate or epochs."
@@ -140,15 +137,18 @@ class Stages:
         }
 
     def _held_out(self, index: int) -> Sequence[Batch]:
-        rows = self.sets[index].validation
+        rows = self.succession.sets[index].validation
         return self._batches(index, rows, tokens=VALIDATION_TOKENS) if rows else []
 
     def _batches(self, index: int, rows: Sequence[Any], *, tokens: int) -> Sequence[Batch]:
-        method = METHODS[self.recipe.stage[index].method]
-        return batches_for_measuring(
+        """Batches for measuring, the same every time."""
+        method, mask = METHODS[self.recipe.stage[index].method], self.succession.sets[index].mask
+        batches = batches_for_measuring(
             rows, pad_id=self.pad_id, tokens=tokens, batch_size=64, collate=method.collate, length=method.length
         )
+        return batches if mask is None else [mask(batch, 0) for batch in batches]
 
 
-def _precision(stage: Stage) -> Precision:
+def precision_of(stage: Stage) -> Precision:
+    """The stage's number format, once "auto" is resolved."""
     return "bf16" if stage.precision == "bf16" else "fp32"

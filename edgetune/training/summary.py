@@ -16,7 +16,9 @@ from edgetune.examples import ExampleSet
 from edgetune.intervals import headline
 from edgetune.progress import duration
 from edgetune.recipe import Recipe, Stage
+from edgetune.report import what_learns
 from edgetune.training.loop import StageResult
+from edgetune.training.replay import ReplayText
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
 
@@ -46,6 +48,7 @@ class RunSummary:
     processes: int
     versions: dict[str, str]
     out: str
+    forgetting: list[dict[str, Any]] | None = None  # general ability before and after, where the recipe asks for it
 
 
 def stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
@@ -54,11 +57,17 @@ def stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
     return {"method": stage.method, "precision": stage.precision, **facts}
 
 
-def data_facts(examples: ExampleSet) -> dict[str, Any]:
-    """A stage's rows, for summary.json."""
+def digests_of(examples: ExampleSet, replay: ReplayText | None) -> dict[str, str]:
+    """Of a stage's files, by what they are for."""
+    return examples.digests | ({} if replay is None else {"replay": replay.digest})
+
+
+def data_facts(examples: ExampleSet, replay: ReplayText | None) -> dict[str, Any]:
+    """A stage's rows, for summary.json; `rows` of packed text are sequences."""
+    replayed = {} if replay is None else {"replay": len(replay.examples)}
     return {
-        "digests": examples.digests,
-        "rows": {"train": len(examples.train), "validation": len(examples.validation)},
+        "digests": digests_of(examples, replay),
+        "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,
     }
@@ -66,17 +75,22 @@ def data_facts(examples: ExampleSet) -> dict[str, Any]:
 
 def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSummary) -> AdapterMetadata:
     """What a device needs to know to use the adapter."""
-    longest = max((_completion_length(e.labels) for e in examples.train + examples.validation), default=0)
     return AdapterMetadata(
         base=summary.base,
         task=recipe.task,
         labels=examples.labels,
         pooling=base.pooling,
         prompt_format=examples.prompt_format.to_dict(),
-        generation={"max_new_tokens": examples.max_new_tokens or longest + 16} if recipe.task == "text-generation" else None,
+        generation={"max_new_tokens": _max_new_tokens(recipe, examples)} if recipe.task == "text-generation" else None,
         max_length=examples.max_length,
         metrics=summary.metrics,
     )
+
+
+def _max_new_tokens(recipe: Recipe, examples: ExampleSet) -> int:
+    """A little more than the longest answer that was learned; packed text is as long as it can be, answers need not be."""
+    longest = max((_completion_length(e.labels) for e in examples.train + examples.validation), default=0) + 16
+    return examples.max_new_tokens or (min(longest, 256) if recipe.stage[-1].method == "causal-lm" else longest)
 
 
 def _completion_length(labels: list[int] | int) -> int:
@@ -99,8 +113,7 @@ def opening(recipe: Recipe, base: Base, sets: Sequence[ExampleSet]) -> str:
     """What is about to be trained, in a line or two."""
     rows = " + ".join(str(len(examples.train)) for examples in sets)
     held_out = len(sets[-1].validation)
-    p = recipe.parameters
-    lines = [f"{recipe.stage[-1].method} of {base.name}: {rows} rows, {held_out} held out, LoRA r={p.rank} alpha={p.alpha:g}"]
+    lines = [f"{recipe.stage[-1].method} of {base.name}: {rows} rows, {held_out} held out, {what_learns(recipe.parameters)}"]
     for what in ("skipped", "truncated"):
         counts = {name: count for examples in sets for name, count in getattr(examples, what).items() if count}
         lines += [f"{count} {name} rows {what}" for name, count in counts.items()]

@@ -1,0 +1,99 @@
+"""Task gain against general loss: one row a metric, its change for the better to the right, with its interval.
+
+Accuracies, F1 and correlations change in points (0.01 each); losses, perplexities and bits per byte in per cent of what
+they were, with the sign turned, so that right is better everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from edgetune.charts import number, ticks
+from edgetune.intervals import headline
+
+WIDTH, ROW, LEFT, RIGHT, TOP, BOTTOM = 460, 24, 150, 20, 10, 44  # user units
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+OTHER_UNITS = ("reward", "margin", "completion_length")  # no share and no perplexity: nothing for these axes
+NO_GAIN = ("length_baseline", "above_length", "ended")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A bar of the picture, in the picture's unit; `low` and `high` are None where there is no interval."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def task_changes(metrics: Mapping[str, float], base_metrics: Mapping[str, float] | None) -> list[Change]:
+    """What the task gained on its validation rows; the loss only where nothing else was measured."""
+    base = base_metrics or {}
+    left_out = (*OTHER_UNITS, *NO_GAIN)
+    both = [(n, base[n], v) for n, v in headline(metrics).items() if n in base and n.partition("/")[0] not in left_out]
+    better = [entry for entry in both if entry[0] != "loss" or len(both) == 1]
+    return [Change(f"task {name}", _better(name, old, new)) for name, old, new in better]
+
+
+def general_changes(results: Sequence[Mapping[str, Any]]) -> list[Change]:
+    """What general ability gained (or lost), from the dictionaries of `General`; those without an after are left out."""
+    changes = []
+    for result in results:
+        if result["after"] is None:
+            continue
+        metric, before = result["metric"], result["before"]
+        value, *ends = (_better(metric, before, before + result[key]) for key in ("change", "low", "high"))
+        changes.append(Change(f"{result['task']} {metric}", value, min(ends), max(ends)))
+    return changes
+
+
+def picture(task: Sequence[Change], general: Sequence[Change], *, title: str = "Task gain against general loss") -> str:
+    """A figure as HTML; nothing when there is nothing to compare."""
+    rows = [c for c in (*task, *general) if math.isfinite(c.value)]
+    if not rows or not general:
+        return ""
+    ends = [end for c in rows for end in (c.value, c.low, c.high, 0.0) if end is not None and math.isfinite(end)]
+    marks = ticks(min(ends), max(ends), 5)
+    height = TOP + ROW * len(rows) + BOTTOM
+
+    def x(value: float) -> float:
+        inside = min(max(value, marks[0]), marks[-1])
+        return LEFT + (inside - marks[0]) / (marks[-1] - marks[0]) * (WIDTH - LEFT - RIGHT)
+
+    parts = [_mark(x(mark), mark, height) for mark in marks]
+    parts += [_row(index, change, x, color=1 if index < len(task) else 2) for index, change in enumerate(rows)]
+    label = "change for the better: points, or % of a perplexity"
+    parts.append(f'<text class="tick" x="{WIDTH / 2}" y="{height - 6}" text-anchor="middle">{label}</text>')
+    svg = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    keys = '<span class="key"><i class="c1"></i>task</span><span class="key"><i class="c2"></i>general, 95 % interval</span>'
+    return f"<figure><figcaption>{escape(title)}{keys}</figcaption>{svg}</figure>"
+
+
+def _better(metric: str, before: float, after: float) -> float:
+    if metric.endswith(LOWER_IS_BETTER):
+        return 100 * (before - after) / before if before else 0.0
+    return (after - before) * (1 if metric == "bleu" else 100)
+
+
+def _mark(x: float, value: float, height: int) -> str:
+    line = f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
+    return line + f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 17}" text-anchor="middle">{number(round(value, 9))}</text>'
+
+
+def _row(index: int, change: Change, x: Any, *, color: int) -> str:
+    y = TOP + ROW * (index + 0.5)
+    start, end = sorted((x(0.0), x(change.value)))
+    parts = [
+        f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(change.name)}</text>',
+        f'<rect class="dot c{color}" x="{start:.1f}" y="{y - 5:.1f}" width="{max(end - start, 1):.1f}" height="10">'
+        f"<title>{escape(change.name)}: {change.value:+.2f}</title></rect>",
+    ]
+    if change.low is not None and change.high is not None:
+        points = f"{x(change.low):.1f},{y:.1f} {x(change.high):.1f},{y:.1f}"
+        parts.append(f'<polyline class="line" points="{points}"/>')
+    return "".join(parts)

@@ -1,0 +1,106 @@
+"""Which weights learn: what of `[parameters]` goes together, and with which method. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from edgetune.errors import RecipeError
+from edgetune.reward_names import split_function
+
+if TYPE_CHECKING:
+    from edgetune.recipe import Parameters, Recipe, Stage
+
+INIT = re.compile(r"default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?")
+UNUSABLE_INITS = {
+    "loftq": "it starts from a quantised base whose rounding error has full rank, so no adapter for the base that ships "
+    "equals what was trained",
+    "corda": "it needs calibration data that a recipe has no place for",
+    "eva": "it needs calibration data that a recipe has no place for",
+    "lora_ga": "it needs gradients of calibration data that a recipe has no place for",
+}
+HEADED = ("sequence-classification",)  # methods whose task head can be trained alone
+
+
+def check_parameters(parameters: Parameters, *, where: str) -> None:
+    """RecipeError for settings of an adapter where there is none, an unknown `init`, layers that are no range."""
+    if parameters.train != "lora":
+        _check_no_adapter_settings(parameters, where=where)
+    layers = parameters.layers
+    if layers is not None and not (len(layers) == 2 and 0 <= layers[0] <= layers[1]):
+        raise RecipeError(
+            "parameters.layers is no range", where=where, expected="[first, last], counted from 0", got=str(list(layers))
+        )
+    if INIT.fullmatch(parameters.init):
+        return
+    reason = UNUSABLE_INITS.get(parameters.init)
+    raise RecipeError(
+        f'parameters.init = "{parameters.init}" ' + ("cannot be used: " + reason if reason else "is not known"),
+        where=where,
+        expected="default, gaussian, orthogonal, olora, pissa or pissa_niter_N",
+    )
+
+
+def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str) -> None:
+    """RecipeError when a head alone shall learn and the method has none that could, or when the method needs the base
+    unchanged beside what learns and the parameters leave none."""
+    expected = ""
+    if parameters.train == "head" and stage.method not in HEADED:
+        expected = "a method with a task head: " + ", ".join(HEADED)
+    if parameters.train == "full" and stage.method == "reward":
+        expected = "an adapter, which scores answers on the base that it shares with a policy"
+    if expected:
+        raise RecipeError(
+            f'parameters.train = "{parameters.train}" does not fit {path}.method = "{stage.method}"',
+            where=where,
+            expected=expected,
+            fix='Use parameters.train = "lora".',
+        )
+    key = "train" if parameters.train == "full" else "init" if changes_the_base(parameters.init) else None
+    needed = next(_needs_the_base(stage), None) if stage.method == "grpo" else None
+    if key is not None and needed is not None:
+        setting, fix = needed
+        raise RecipeError(
+            f"{path}.{setting} needs the base as it ships beside the policy",
+            where=where,
+            expected="an adapter that leaves it as it is",
+            got=f'parameters.{key} = "{getattr(parameters, key)}"',
+            fix=f"{fix}, or remove {key}.",
+        )
+
+
+def changes_the_base(init: str) -> bool:
+    """Whether PEFT subtracts the start of the adapter from the base weights while it trains."""
+    return init.startswith(("pissa", "olora"))
+
+
+def check_forgetting(recipe: Recipe, *, where: str) -> None:
+    """RecipeError where general ability shall be measured of something that predicts no text."""
+    if recipe.forgetting is not None and recipe.task == "reward":
+        expected = "a decoder that predicts text, or an encoder"
+        raise RecipeError("[forgetting] has no meaning for reward", where=where, expected=expected, fix="Remove [forgetting].")
+
+
+def _needs_the_base(stage: Stage) -> Iterator[tuple[str, str]]:
+    """The settings of a grpo stage that use the base beside the policy, and what to do without."""
+    if stage.kl and stage.kl_to == "base":
+        yield 'kl_to = "base"', 'Set kl_to = "start" or kl = 0'
+    for name in (stage.reward,) if isinstance(stage.reward, str) else stage.reward or ():
+        if split_function(name) is None:
+            yield f'reward = "{name}"', "Name reward functions, module:function"
+    if stage.rollout == "engine":
+        yield 'rollout = "engine"', 'Set rollout = "torch"'
+
+
+def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
+    default = type(parameters)()
+    for field in dataclasses.fields(parameters):
+        if field.name != "train" and getattr(parameters, field.name) != getattr(default, field.name):
+            raise RecipeError(
+                f'parameters.{field.name} has no meaning with train = "{parameters.train}"',
+                where=where,
+                expected="an adapter's setting only with train = \"lora\"",
+                fix=f"Remove {field.name}.",
+            )

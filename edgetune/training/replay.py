@@ -1,0 +1,105 @@
+"""Replay: general text in every step of a stage, so that learning the task forgets less.
+
+With share s a step's loss is (1 − s) · task + s · causal-lm of the general text, and the text is s of the step's tokens.
+Which text a step sees follows from the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgetune.batching import Batch, Example, collate, steps_per_epoch
+from edgetune.data import read_rows
+from edgetune.errors import DataError, TrainingError
+from edgetune.examples.text import encode_documents, pack, text_rows
+from edgetune.objectives import sft
+from edgetune.prompts import PromptFormat, row_template
+from edgetune.recipe import Stage
+from edgetune.training.device import device_of, to_device
+from edgetune.training.distributed import Group
+from edgetune.training.fused_lora import fused_lora
+from edgetune.training.fused_ops import fused_ops
+from edgetune.training.precision import Precision, autocast
+from edgetune.training.stage import Length, tokens_of
+
+SHORTEST = 32  # tokens of a sequence; below, a step would see too little context to learn from
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a step saw of the general text, over all processes."""
+
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ReplayText:
+    """Packed general text; `rows` sequences go into every step."""
+
+    examples: list[Example]
+    rows: int
+    share: float
+    pad_id: int
+    digest: str
+
+    def batch(self, step: int) -> Batch:
+        """The text of optimizer step `step` (from 1); after the last sequence the first ones come again."""
+        return collate([self.examples[at] for at in self._places(step)], self.pad_id)
+
+    def add_gradient(self, model: Any, step: int, *, precision: Precision, group: Group) -> Replayed:
+        """Add `share` times the gradient of the text's mean loss; of several processes each takes its part of the rows.
+
+        Raises TrainingError when the loss is not finite.
+        """
+        device, mine = device_of(model), group.share(self._places(step))
+        parts = [to_device(collate([self.examples[at]], self.pad_id), device) for at in mine]
+        targets, tokens = group.total([sum(part.targets for part in parts), sum(part.tokens for part in parts)])
+        loss = 0.0
+        for part in parts:
+            with autocast(precision, device), fused_lora(model, precision), fused_ops(model):
+                part_loss, _ = sft(model, part)
+            weight = part.targets / targets
+            loss += weight * part_loss.item()
+            (part_loss * weight * self.share).backward()
+        (loss,) = group.total([loss])
+        if not math.isfinite(loss):
+            lines = sorted(self.examples[at].row for at in self._places(step))
+            raise TrainingError(
+                f"the loss of the replayed text became {loss} at step {step}, on rows {', '.join(map(str, lines))} of its file",
+                fix='Look at these rows; a lower learning_rate or precision = "fp32" usually helps.',
+            )
+        return Replayed(loss, tokens)
+
+    def _places(self, step: int) -> list[int]:
+        start = (step - 1) * self.rows
+        return [at % len(self.examples) for at in range(start, start + self.rows)]
+
+
+def load_replay(
+    stage: Stage, examples: Sequence[Any], tokenizer: Any, *, limit: int, pad_id: int, seed: int, length: Length = tokens_of
+) -> ReplayText | None:
+    """The text of a stage's `replay`, cut to what a step needs; None when it has none.
+
+    `limit`: tokens a sequence may have; `length`: those of an example of the stage, for grpo as long as it may get.
+    DataError for rows that cannot be used.
+    """
+    replay = stage.replay
+    if replay is None:
+        return None
+    source = read_rows(replay.data, stage.data.skip_invalid)
+    form = PromptFormat(text=row_template(replay.text, "text", key="replay.text"))
+    rows, _ = text_rows(source, form, skip_invalid=stage.data.skip_invalid)
+    answers = stage.group_size if stage.method == "grpo" else 1
+    step = answers * sum(length(example) for example in examples) / steps_per_epoch(len(examples), stage.batch_size)
+    wanted = replay.share / (1 - replay.share) * step
+    count = max(1, round(wanted / limit))
+    packed: list[Example] = [*pack(encode_documents(rows, tokenizer), min(limit, max(SHORTEST, round(wanted / count))))]
+    if not packed:
+        raise DataError("there is no text to learn from", where=source.source, expected="at least two tokens")
+    random.Random(f"replay/{seed}").shuffle(packed)
+    return ReplayText(packed, count, replay.share, pad_id, source.digest)

@@ -1,0 +1,141 @@
+"""The model of every stage: one adapted body, with the head that a stage's method needs.
+
+masked-lm before another encoder method borrows the body for its own head, which is dropped afterwards; the
+classification head is fitted when its first stage begins, to the features as they are then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgetune.adapters import adapt, adapt_head
+from edgetune.bases import Base, load_body
+from edgetune.examples import ExampleSet
+from edgetune.heads import RewardModel, SequenceClassifier, unwrapped
+from edgetune.masked_lm import exchange_body, head_parameters, load_masked_lm
+from edgetune.mutated_init import Start, restore_base, start_of
+from edgetune.recipe import Recipe
+from edgetune.recipe_checks import changes_the_base
+from edgetune.training.device import CPU
+from edgetune.training.features import with_features
+from edgetune.training.measure import adapter_off
+from edgetune.training.probe import fit_probe, fit_reward_probe
+
+
+class Succession:
+    """`model` is what the recipe trains and saves; `for_stage` lends it to a stage."""
+
+    def __init__(
+        self, recipe: Recipe, base: Base, sets: Sequence[ExampleSet], *, pad_id: int, device: torch.device = CPU
+    ) -> None:
+        self._recipe, self._base, self._pad_id, self._device = recipe, base, pad_id, device
+        self.sets = list(sets)  # with the body's features where only the head learns
+        self._masked: Any = None
+        self._start: Start | None = None
+        self._original: Any = None
+        self._first_head: dict[str, Any] = {}
+        self.fresh_head = False  # a new masked-lm head: the base alone has no answer worth comparing with
+        self.model = self._build().to(device)
+        if any(stage.task != recipe.task for stage in recipe.stage):
+            self._masked = self._borrowing()
+        # Every weight that learns in any stage, under names that stay; what two of them share is there once.
+        self.learning: Any = nn.ModuleDict({"model": self.model} | ({"masked_lm": self._masked} if self._masked is not None else {}))
+
+    @property
+    def first(self) -> int:
+        """The first stage of the recipe's own task."""
+        return next(i for i, stage in enumerate(self._recipe.stage) if stage.task == self._recipe.task)
+
+    @property
+    def base_answers(self) -> bool:
+        """Whether the base alone has answers worth comparing with: it writes text, or has a head that fits it."""
+        fitted = not self.fresh_head and self._recipe.stage[self.first].head_init == "probe"
+        return self._recipe.task == "text-generation" or fitted
+
+    def for_stage(self, index: int, *, begins: bool = True) -> Any:
+        """The model that stage `index` trains; `begins` is False where a checkpoint continues in the middle of it."""
+        stage = self._recipe.stage[index]
+        if stage.task != self._recipe.task:
+            return self._masked
+        if begins and index == self.first > 0 and stage.head_init == "probe":
+            fit_probe(unwrapped(self.model), self.sets[index].train, pad_id=self._pad_id)
+        return self.model
+
+    def finish(self) -> None:
+        """After the last stage: the base as it ships, with an adapter that fits it."""
+        self._masked = self.learning = None
+        if self._start is not None:
+            restore_base(self.model, self._start)
+            self._start = None
+
+    @contextlib.contextmanager
+    def before(self) -> Iterator[Any]:
+        """The model as it was before training: the adapter off, or, where all weights learned, the base once more."""
+        if self._recipe.parameters.train != "full":
+            with adapter_off(self.model) as model:
+                yield model
+            return
+        if self._original is None:
+            self._original = self._bare()
+            if self._first_head:
+                self._original.classifier.load_state_dict(self._first_head)
+        yield self._original.to(self._device).eval()
+
+    def _bare(self) -> Any:
+        """The base with the head of the recipe's task, untrained."""
+        recipe, examples = self._recipe, self.sets[self.first]
+        if recipe.task == "masked-lm":
+            model, self.fresh_head = load_masked_lm(self._base, seed=recipe.seed)
+            return model
+        body = load_body(self._base)
+        if recipe.task == "reward":
+            return RewardModel(body)
+        if examples.labels is None:
+            return body
+        return SequenceClassifier(body, labels=len(examples.labels), pooling=self._base.pooling or "mean")
+
+    def _build(self) -> Any:
+        recipe, body, examples = self._recipe, self._bare(), self.sets[self.first]
+        if isinstance(body, SequenceClassifier):
+            body.to(self._device)
+            if recipe.parameters.train == "head":
+                self.sets = [with_features(body, each, pad_id=self._pad_id) for each in self.sets]
+                examples = self.sets[self.first]
+            if recipe.stage[self.first].head_init == "probe":
+                fit_probe(body, examples.train, pad_id=self._pad_id)
+        elif isinstance(body, RewardModel) and recipe.stage[self.first].head_init == "probe":
+            fit_reward_probe(body.to(self._device), examples.train, pad_id=self._pad_id)
+        # Seeded again: what was drawn before (a random head) must not move the adapter's first weights.
+        torch.manual_seed(recipe.seed)
+        if recipe.parameters.train == "full":
+            if isinstance(body, SequenceClassifier):
+                self._first_head = {name: tensor.clone() for name, tensor in body.classifier.state_dict().items()}
+            return body.requires_grad_(True)
+        if recipe.parameters.train == "head":
+            return adapt_head(body)
+        model = adapt(body, recipe.parameters, task=recipe.task)
+        if changes_the_base(recipe.parameters.init):
+            self._start = start_of(model)
+        if self.fresh_head:
+            _learn(head_parameters(model))
+        return model
+
+    def _borrowing(self) -> Any:
+        """A masked-lm model around this body."""
+        state = torch.get_rng_state()  # loading a head must not move the adapter's dropout
+        masked, fresh = load_masked_lm(self._base, seed=self._recipe.seed)
+        torch.set_rng_state(state)
+        exchange_body(masked, unwrapped(self.model).body)
+        for parameter in head_parameters(masked):
+            parameter.requires_grad_(fresh or self._recipe.parameters.train == "full")
+        return masked.to(self._device)
+
+
+def _learn(parameters: Sequence[torch.nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
