@@ -7,8 +7,6 @@ relative to the recipe file when such a folder or file exists there. `out` is re
 # ruff: noqa: RUF009 - `option` is dataclasses.field
 from __future__ import annotations
 
-import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,8 @@ from typing import Any, Literal
 from edgetune import settings
 from edgetune.errors import RecipeError
 from edgetune.recipe_checks import check_forgetting, check_parameters, check_trained
+from edgetune.recipe_overrides import override
+from edgetune.recipe_paths import absolute, base_path, data_path, expand
 from edgetune.reward_names import locate_reward
 from edgetune.settings import option
 
@@ -257,8 +257,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError("not UTF-8 text", where=str(path), got=f"byte {error.start} is invalid") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"not valid TOML: {error}", where=str(path)) from error
-    for override in overrides:
-        _apply(values, override)
+    for setting in overrides:
+        override(values, setting)
     return recipe_from_dict(values, folder=path.parent, where=str(path))
 
 
@@ -282,12 +282,12 @@ def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, w
         )
         for index, stage in enumerate(recipe.stage)
     )
-    out = _expand(recipe.out, path="out", where=where)
+    out = expand(recipe.out, path="out", where=where)
     forgetting = recipe.forgetting
     if forgetting is not None:
-        general = _absolute(folder, _expand(forgetting.general, path="forgetting.general", where=where))
+        general = absolute(folder, expand(forgetting.general, path="forgetting.general", where=where))
         forgetting = replace(forgetting, general=general)
-    base = _resolve_base(recipe.base, folder, where=where)
+    base = base_path(recipe.base, folder, where=where)
     return replace(recipe, base=base, out=out, forgetting=forgetting, stage=stages)
 
 
@@ -353,7 +353,7 @@ def _resolve_reward(stage: Stage, *, folder: Path, path: str, where: str) -> Sta
     if stage.reward is None:
         return stage
     given = (stage.reward,) if isinstance(stage.reward, str) else stage.reward
-    found = tuple(locate_reward(_expand(value, path=path, where=where), folder) for value in given)
+    found = tuple(locate_reward(expand(value, path=path, where=where), folder) for value in given)
     return replace(stage, reward=found[0] if isinstance(stage.reward, str) else found)
 
 
@@ -366,7 +366,7 @@ def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:
     """Absolute data paths; what looks like a hub id and is no file stays as it is."""
 
     def resolve(key: str, value: str) -> str:
-        return _resolve_data_path(value, folder=folder, path=f"{path}.{key}", where=where)
+        return data_path(value, folder=folder, path=f"{path}.{key}", where=where)
 
     validation = None if data.validation is None else resolve("validation", data.validation)
     return replace(data, train=resolve("train", data.train), validation=validation)
@@ -378,79 +378,4 @@ def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Rep
     if stage.task != "text-generation":
         fix = "Remove replay" + ("; masked-lm may come before this stage instead." if KINDS[stage.method] == "encoder" else ".")
         raise RecipeError(f"{path} has no meaning for {stage.method}", where=where, expected="a decoder that predicts text", fix=fix)
-    return replace(stage.replay, data=_resolve_data_path(stage.replay.data, folder=folder, path=f"{path}.data", where=where))
-
-
-def _resolve_data_path(value: str, *, folder: Path, path: str, where: str) -> str:
-    from edgetune.data import is_hub_id
-
-    if not value.strip():
-        raise RecipeError(f"{path} is empty", where=where, expected="a data file or a hub data set id")
-    resolved = _absolute(folder, _expand(value, path=path, where=where))
-    return value if is_hub_id(value) and not Path(resolved).exists() else resolved
-
-
-def _resolve_base(value: str, folder: Path, *, where: str) -> str:
-    if not value.strip():
-        raise RecipeError("base is empty", where=where, expected="builtin:NAME, a folder, a .gguf file or a hub id")
-    if value.startswith("builtin:"):
-        return value
-    value = _expand(value, path="base", where=where)
-    location = folder / value.partition("#")[0]
-    return _absolute(folder, value) if location.exists() else value
-
-
-def _absolute(folder: Path, value: str) -> str:
-    return os.path.normpath(folder.absolute() / value)
-
-
-def _expand(value: str, *, path: str, where: str) -> str:
-    """`$NAME`, `${NAME}` and `~` replaced; an unset variable is an error, not an empty string."""
-
-    def variable(match: re.Match[str]) -> str:
-        name = match.group(1) or match.group(2)
-        if name not in os.environ:
-            raise RecipeError(
-                f"{path} uses ${name}, which is not set",
-                where=where,
-                got=f'"{value}"',
-                fix=f"Set it to a folder: export {name}=/path/to/data",
-            )
-        return os.environ[name]
-
-    value = re.sub(r"\$(?:\{(\w+)\}|(\w+))", variable, value)
-    try:
-        return str(Path(value).expanduser()) if value.startswith("~") else value
-    except RuntimeError as error:
-        raise RecipeError(f"{path}: {error}", where=where, got=f'"{value}"') from error
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Put one `key.path=value` into the plain values; the value is TOML, or else a string."""
-    key, equals, text = override.partition("=")
-    where = f"--set {override}"
-    if not equals or not key.strip():
-        raise RecipeError("not a setting", where=where, expected="KEY=VALUE such as stage.0.epochs=2")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *parents, last = key.strip().split(".")
-    place: Any = values
-    for part in parents:
-        place = _step(place, part, where=where)
-    if isinstance(place, list):
-        raise RecipeError(f'"{last}" is not a setting', where=where, expected="a key inside it, e.g. stage.0.epochs")
-    if not isinstance(place, dict):
-        raise RecipeError(f'"{parents[-1]}" has no settings inside', where=where)
-    place[last] = value
-
-
-def _step(place: Any, part: str, *, where: str) -> Any:
-    if isinstance(place, list):
-        if not part.isdecimal() or int(part) >= len(place):
-            raise RecipeError(f'no stage "{part}"', where=where, expected=f"a number from 0 to {len(place) - 1}")
-        return place[int(part)]
-    if not isinstance(place, dict):
-        raise RecipeError(f'"{part}" has no settings inside', where=where)
-    return place.setdefault(part, {})
+    return replace(stage.replay, data=data_path(stage.replay.data, folder=folder, path=f"{path}.data", where=where))
