@@ -93,7 +93,7 @@ def test_it_shares_a_bundle_with_no_adapter(full_run: Path, tmp_path: Path) -> N
 
 
 def test_a_classifier_is_a_base_and_a_head_that_swaps_on_it(tiny_encoder: Path, tmp_path: Path) -> None:
-    recipe = intent_recipe(tiny_encoder, tmp_path, epochs=4, learning_rate=1e-3, parameters=FULL)
+    recipe = intent_recipe(tiny_encoder, tmp_path, epochs=10, learning_rate=3e-4, parameters=FULL)
     summary = run_recipe(recipe, out=tmp_path / "run", progress=silent())
     assert summary.base_metrics is not None and summary.effect["mean_logit_change"] > 0
     assert AutoModel.from_pretrained(tmp_path / "run" / "model").config.model_type == "bert"
