@@ -157,7 +157,7 @@ def test_a_new_head_learns_and_is_not_compared_with(tiny_encoder: Path, tmp_path
 
 
 def test_text_first_and_then_labels_make_one_adapter_with_one_head(tiny_encoder: Path, tmp_path: Path) -> None:
-    labelled = intent_recipe(tiny_encoder, tmp_path, epochs=4)
+    labelled = intent_recipe(tiny_encoder, tmp_path, epochs=8, learning_rate=1e-3)
     both = replace(labelled, stage=(*text_recipe(tiny_encoder, tmp_path).stage, *labelled.stage))
     summary = run_recipe(both, out=tmp_path / "run", progress=silent())
     assert summary.metrics["accuracy"] == 1.0
