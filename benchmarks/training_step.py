@@ -1,0 +1,77 @@
+"""One training step of SmolLM2 with and without the fused parts of a layer, in turns; a line each, then the ratio.
+
+    python benchmarks/training_step.py [--threads 2] [--tokens 60] [--rounds 5]
+
+LoRA r = 8 on all linear layers, bf16, 8 rows; the second half of each row is answered. Also the difference of loss and
+gradients in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from edgetune.adapters import adapt
+from edgetune.bases import load_body, resolve_base
+from edgetune.batching import IGNORE, Batch
+from edgetune.objectives import sft
+from edgetune.recipe import Parameters
+from edgetune.training.fused_lora import fused_lora
+from edgetune.training.fused_ops import fused_ops
+from edgetune.training.precision import Precision, autocast, hold_frozen_linears_in_bf16
+
+ROWS = 8
+
+
+def random_batch(tokens: int) -> Batch:
+    """Rows of random tokens with loss on the second half."""
+    ids = torch.randint(0, 40000, (ROWS, tokens), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : tokens // 2] = IGNORE
+    return Batch(ids, torch.ones_like(ids), labels, tuple(range(ROWS)), ids.numel(), int((labels[:, 1:] != IGNORE).sum()))
+
+
+def step(model: Any, batch: Batch, precision: Precision, *, fused: bool) -> tuple[float, torch.Tensor]:
+    """Loss and all gradients in one vector."""
+    model.zero_grad()
+    with autocast(precision), fused_lora(model, precision), fused_ops(model) if fused else contextlib.nullcontext():
+        loss, _ = sft(model, batch)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = adapt(load_body(resolve_base("builtin:smollm2-135m-instruct")), Parameters(), task="text-generation")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    batch = random_batch(options.tokens)
+    (loss, expected), (fused_loss, gradients) = (step(model, batch, "fp32", fused=fused) for fused in (False, True))
+    difference = float((gradients - expected).norm() / expected.norm())
+    print(f"fp32: loss {loss:.6f} and {fused_loss:.6f}, gradients differ by {difference:.1e} of their length")
+    hold_frozen_linears_in_bf16(model)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(options.rounds):
+        for fused in seconds:
+            started = time.perf_counter()
+            step(model, batch, "bf16", fused=fused)
+            seconds[fused].append(time.perf_counter() - started)
+    plain, fast = (statistics.median(seconds[fused]) for fused in (False, True))
+    print(f"plain {batch.tokens / plain:.0f} tok/s, fused {batch.tokens / fast:.0f} tok/s, {plain / fast:.2f} times")
+
+
+if __name__ == "__main__":
+    main()
