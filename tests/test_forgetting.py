@@ -20,11 +20,12 @@ from edgetune.cli.eval import command
 from edgetune.errors import DataError, InputError
 from edgetune.evaluate_subjects import BundleSubject, base_subject, forgetting, run_subject
 from edgetune.forgetting import compare
-from edgetune.forgetting.intervals import Z95, mean, paired_interval, perplexity, spearman
+from edgetune.forgetting.intervals import mean, paired_interval, perplexity, spearman
 from edgetune.forgetting.items import Item, Score, beginning, make_item
 from edgetune.forgetting.picture import Change, general_changes, picture, task_changes
 from edgetune.forgetting.scoring import score
 from edgetune.forgetting.tasks import TASKS, Choices, LastWord, Texts, text_measures
+from edgetune.intervals import Z as Z95
 from edgetune.recipe import Forgetting
 from edgetune.runtime import Runtime
 from edgetune.training import run_recipe

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.intervals import Z
+
 Values = npt.NDArray[np.float64]  # (items, columns): what a statistic is computed from
 Statistic = Callable[[Values], float]
-Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 RESAMPLES = 2000
 
 
@@ -53,7 +54,7 @@ def paired_interval(before: Values, after: Values, statistic: Statistic) -> tupl
         difference = after[:, 0] - before[:, 0]
         error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
         centre = float(difference.mean())
-        return centre - Z95 * error, centre + Z95 * error
+        return centre - Z * error, centre + Z * error
     generator = np.random.default_rng(0)
     drawn = generator.integers(0, len(before), (RESAMPLES, len(before)))
     changes = [statistic(after[rows]) - statistic(before[rows]) for rows in drawn]
