@@ -18,7 +18,7 @@ from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision, autocast
 from edgetune.training.stage import Collate, Length, tokens_of
 
-TOKENS_AT_ONCE = 1024  # the logits of a vocabulary take 200 kB a token
+TOKENS_AT_ONCE = 256  # the logits of a vocabulary take 200 kB a token, and the effect keeps six tensors of that size
 VALIDATION_TOKENS = 50_000  # of more, a validation takes rows at equal distances; `edgetune eval` takes them all
 EFFECT_TOKENS = 5_000
 
