@@ -15,7 +15,8 @@ from edgetune.bases import Base
 from edgetune.export.proof import coarsest
 from edgetune.quantiser import ROUNDING
 from edgetune.runtime import manifest as bundle
-from edgetune.weight_precision import Precision, trained_precision
+from edgetune.runtime.trained_for import is_held
+from edgetune.weight_precision import trained_precision
 
 
 def trained_base(base: Base, metadata: Mapping[str, Any]) -> Base:
@@ -26,16 +27,9 @@ def trained_base(base: Base, metadata: Mapping[str, Any]) -> Base:
 
 def reference_base(base: Base, metadata: Mapping[str, Any], manifest: bundle.Manifest) -> Base:
     """The base for torch's side of the proof of one adapter."""
-    known = trained_base(base, metadata)
-    return known if manifest.mode == "merged" or holds(manifest, known.precision) else base
-
-
-def holds(manifest: bundle.Manifest, precision: Precision | None) -> bool:
-    """Whether a bundle's base has exactly the weights that an adapter of this precision was trained on."""
-    if precision is None:
-        return manifest.precision.weights == "fp32"
-    stored = manifest.precision
-    return (stored.weights, stored.block_size, dict(stored.overrides)) == (precision.weights, precision.block_size, dict(precision.overrides))
+    recorded = metadata.get("base_precision")
+    as_trained = recorded is not None and (manifest.mode == "merged" or is_held(recorded, manifest.precision))
+    return trained_base(base, metadata) if as_trained else base
 
 
 def judged_by(manifest: bundle.Manifest, reference: Base) -> str:
@@ -48,35 +42,19 @@ def judged_by(manifest: bundle.Manifest, reference: Base) -> str:
 
 
 def warning(name: str, metadata: Mapping[str, Any], manifest: bundle.Manifest) -> str:
-    """One line where an adapter meets other weights than it was trained on; empty where it does not."""
-    known = metadata.get("base_precision")
-    if known is None:
+    """One line where a merged adapter, or another version, leaves other weights than it was trained on; else empty.
+
+    That a separate bundle is of another precision is in the notes of `pack_adapter`, which the device sees too.
+    """
+    recorded = metadata.get("base_precision")
+    if recorded is None:
         return ""
-    weights, precision = known["weights"], trained_precision(known, where=name)
-    if manifest.mode == "merged":
-        if manifest.precision.weights == "fp32":
-            return ""
+    weights, stored = recorded["weights"], manifest.precision.weights
+    if manifest.mode == "merged" and stored != "fp32":
         return (
-            f"warning: adapter {name} was trained for the {weights} base; merged with it, the sum is rounded once more, "
-            f"to {manifest.precision.weights}. --mode separate --precision {weights} ships what was trained"
+            f"adapter {name}: it was trained for the {weights} base; merged with it, the sum is rounded once more, to {stored}; "
+            f"--mode separate --precision {weights} ships what was trained"
         )
-    if not holds(manifest, precision):
-        return (
-            f"warning: adapter {name} was trained for the {weights} base ({_words(precision)}), this bundle's is "
-            f"{_stored(manifest)}; --precision {weights} ships what was trained"
-        )
-    if known.get("rounding") != ROUNDING:
-        return f"warning: adapter {name} was trained on the {weights} base of another version of edgetune, which rounded weights otherwise"
+    if manifest.mode == "separate" and recorded.get("rounding") != ROUNDING:
+        return f"adapter {name}: it was trained on the {weights} base of another version of edgetune, which rounded weights otherwise"
     return ""
-
-
-def _words(precision: Precision) -> str:
-    return ", ".join([f"blocks of {precision.block_size}", *(f"{module} {kept}" for module, kept in precision.overrides.items())])
-
-
-def _stored(manifest: bundle.Manifest) -> str:
-    stored = manifest.precision
-    if stored.weights == "fp32":
-        return "fp32"
-    words = _words(Precision(stored.weights, block_size=stored.block_size or 0, overrides=stored.overrides))
-    return f"{stored.weights} ({words})"

@@ -14,10 +14,13 @@ import torch
 from onnx import numpy_helper
 from training_helpers import intent_recipe, sft_recipe, silent
 
+from edgetune.adapters import read_metadata
 from edgetune.bases import Base, load_body, resolve_base
 from edgetune.export.bundle import export_bundle, prove_bundle, reprove
 from edgetune.export.lower import Precision
+from edgetune.export.reference import reference_base, warning
 from edgetune.runs import load_adapted_model
+from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.manifest import Manifest, Part, read_manifest
 from edgetune.shipped_weights import stored_bits
 from edgetune.training import run_recipe
@@ -127,7 +130,7 @@ def test_the_run_says_what_it_was_trained_for(decoder: Shipped) -> None:
     assert json.loads((decoder.run / "summary.json").read_text())["base_precision"] == expected
     assert json.loads((decoder.run / "adapter/edgetune_adapter.json").read_text())["base_precision"] == expected
     assert 'base_precision = "int4"' in (decoder.run / "recipe.toml").read_text()
-    assert not [line for line in decoder.said if line.startswith("warning")]
+    assert not [line for line in decoder.said if line.startswith("adapter a:")]
 
 
 def test_what_a_run_is_measured_on_has_these_weights_too(shipped: Shipped) -> None:
@@ -144,12 +147,27 @@ def test_other_weights_than_those_it_learned_on_are_told_in_a_line(
 ) -> None:
     shipped, said = request.getfixturevalue(kind), list[str]()
     manifest = export_bundle([("a", shipped.run)], tmp_path / "b", mode=mode, precision=Precision(precision), threads=1, say=said.append)
-    (line,) = [line for line in said if line.startswith("warning")]
-    assert "adapter a was trained for the int4 base" in line and "--precision int4 ships what was trained" in line
+    (line,) = [line for line in said if line.startswith("adapter a:")]
+    assert "it was trained for the int4" in line and "--precision int4" in line and "ship" in line
     assert manifest.proof["adapters"]["a"]["passed"]
 
 
-def test_merged_into_fp32_it_is_what_was_trained(decoder: Shipped, tmp_path: Path) -> None:
-    said: list[str] = []
-    manifest = export_bundle([("a", decoder.run)], tmp_path / "b", mode="merged", precision=Precision("fp32"), threads=1, say=said.append)
-    assert manifest.proof["adapters"]["a"]["max_abs"] < 1e-3 and not [line for line in said if line.startswith("warning")]
+def test_merged_into_fp32_nothing_is_rounded_again(decoder: Shipped) -> None:
+    metadata = read_metadata(decoder.run / "adapter")
+    merged = replace(decoder.manifest, mode="merged")
+    assert "rounded once more, to int4" in warning("a", metadata, merged)
+    assert warning("a", metadata, replace(merged, precision=replace(merged.precision, weights="fp32"))) == ""
+    assert reference_base(rounded(decoder.base), metadata, merged) == rounded(decoder.base)
+
+
+def test_another_rounding_than_todays_is_told(decoder: Shipped) -> None:
+    metadata = read_metadata(decoder.run / "adapter")
+    older = {**metadata, "base_precision": {**metadata["base_precision"], "rounding": 0}}
+    assert "another version of edgetune" in warning("a", older, decoder.manifest) and warning("a", metadata, decoder.manifest) == ""
+
+
+def test_a_device_that_loads_it_into_another_bundle_is_told(decoder: Shipped) -> None:
+    assert pack_adapter(decoder.run / "adapter", decoder.manifest).notes == ()
+    other = replace(decoder.manifest, precision=replace(decoder.manifest.precision, weights="int8", overrides={}))
+    (note,) = pack_adapter(decoder.run / "adapter", other).notes
+    assert note.startswith("it was trained for the int4 (blocks of 32, lm_head int8) base, but this one is int8 (blocks of 32);")
