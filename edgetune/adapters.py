@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from edgetune import __version__
 from edgetune.errors import AdapterError, RecipeError
 from edgetune.files import sha256_file, whole_folder, write_json
-from edgetune.heads import HEAD, HEADS, SequenceClassifier, head_of
+from edgetune.heads import HEAD, HEADS, UNUSED, SequenceClassifier, head_of
 from edgetune.recipe import Parameters
 from edgetune.recipe_checks import changes_the_base
 
@@ -35,7 +35,6 @@ TASKS = {
     "masked-lm": "FEATURE_EXTRACTION",
     "reward": "SEQ_CLS",
 }
-UNUSED = ("pooler",)  # an encoder's own pooler: this head does not read it, an adapter there would learn nothing
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class AdapterMetadata:
     generation: Mapping[str, Any] | None = None
     max_length: int = 512  # tokens
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    base_precision: Mapping[str, Any] | None = None  # how the base's weights were rounded while it learned; None: not at all
     edgetune_version: str = __version__
 
 

@@ -208,6 +208,11 @@ class Parameters:
     rank_pattern: dict[str, int] = option(help="other ranks by module name or regex", factory=dict, at_least=1)
     alpha_pattern: dict[str, float] = option(help="other alphas by module name or regex", factory=dict, above=0)
     layers: tuple[int, ...] | None = option(None, help="[first, last]: only these layers, counted from 0; not set: all")
+    base_precision: Literal["int4", "int8"] | None = option(
+        None,
+        help="lora, head: learn on exactly the weights that a bundle of this precision holds (`edgetune export --precision`); "
+        "not set: on the base as it is",
+    )
     init: str = option(
         "default",
         help="PEFT's init_lora_weights: default, gaussian, orthogonal, olora, pissa or pissa_niter_N (faster); olora and "

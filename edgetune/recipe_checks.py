@@ -26,6 +26,13 @@ HEADED = ("sequence-classification",)  # methods whose task head can be trained 
 
 def check_parameters(parameters: Parameters, *, where: str) -> None:
     """RecipeError for settings of an adapter where there is none, an unknown `init`, layers that are no range."""
+    if parameters.train == "full" and parameters.base_precision is not None:
+        raise RecipeError(
+            f'parameters.base_precision = "{parameters.base_precision}" has no meaning with train = "full"',
+            where=where,
+            expected="a base that stays as it ships, beside what learns",
+            fix='Remove base_precision, or use parameters.train = "lora".',
+        )
     if parameters.train != "lora":
         _check_no_adapter_settings(parameters, where=where)
     layers = parameters.layers
@@ -97,7 +104,7 @@ def _needs_the_base(stage: Stage) -> Iterator[tuple[str, str]]:
 def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
     default = type(parameters)()
     for field in dataclasses.fields(parameters):
-        if field.name != "train" and getattr(parameters, field.name) != getattr(default, field.name):
+        if field.name not in ("train", "base_precision") and getattr(parameters, field.name) != getattr(default, field.name):
             raise RecipeError(
                 f'parameters.{field.name} has no meaning with train = "{parameters.train}"',
                 where=where,

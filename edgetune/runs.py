@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from edgetune.heads import RewardModel, SequenceClassifier
 from edgetune.layout import ADAPTER, LAYOUT, RECIPE
 from edgetune.masked_lm import load_masked_lm
 from edgetune.recipe import Recipe, load_recipe
+from edgetune.weight_precision import trained_precision
 
 
 @dataclass(frozen=True)
@@ -93,4 +94,5 @@ def _base_of(metadata: dict[str, Any], adapter_dir: Path) -> Base:
             expected=metadata["base"]["digest"],
             got=base.digest,
         )
-    return base
+    recorded = metadata.get("base_precision")
+    return base if recorded is None else replace(base, precision=trained_precision(recorded, where=str(adapter_dir)))

@@ -28,6 +28,7 @@ from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
 from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, torch_outputs
 from edgetune.export.proof import BOUNDS, Outputs, Proof, coarsest, demand, prove, prove_head, prove_parity
+from edgetune.export.reference import judged_by, reference_base, trained_base, warning
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.full_model import full_folder, own_base, read_full
@@ -47,12 +48,11 @@ from edgetune.runtime.manifest import (
     Site,
 )
 from edgetune.runtime.manifest import Precision as PrecisionInfo
+from edgetune.weight_precision import INT4_DECODER
 
 Say = Callable[[str], None]
 MODES = ("separate", "merged")
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a folder of the bundle
-# The output projection (and the embedding tied to it) suffers most from 4 bits, and 8 cost no measurable speed there.
-INT4_DECODER = {"lm_head": "int8"}
 ALONE = "(base)"  # the name of the proof of a bundle without adapters
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
@@ -200,7 +200,7 @@ def _build(
     """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each adapter."""
     tokenizer = load_tokenizer(base)
     say(f"tracing {base.name} ({base.model_type})")
-    model = _torch_model(base, sources[0], merge=True) if mode == "merged" else _torch_model(base)
+    model = _torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else _torch_model(base)
     graph, info, sites, head = _graph(base, model, sources, mode=mode, precision=precision, say=say)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
@@ -215,6 +215,8 @@ def _build(
         precision=PrecisionInfo(precision.weights, precision.block_size if precision.weights != "fp32" else None, dict(precision.overrides)),
         graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
     )  # fmt: skip
+    for line in filter(None, (warning(source.name, source.metadata, manifest) for source in sources)):
+        say(line)
     entries = [_add_adapter(source, folder, manifest, say=say) for source in sources]
     manifest = replace(manifest, adapters=tuple(entries))
     rows = {source.name: probe_rows(source.folder, tokenizer, base) for source in sources}
@@ -319,7 +321,8 @@ def prove_bundle(
 
 
 def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: Base, source: Source, rows: list[list[int]]) -> Proof:
-    model = _torch_model(base, source)
+    reference = reference_base(base, source.metadata, manifest)
+    model = _torch_model(reference, source)
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
     del model
     if source.is_model:
@@ -328,7 +331,7 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     def ship(tensors: Any) -> Outputs:
         return decoder_outputs(engine, rows, tensors) if isinstance(engine, DecoderEngine) else encoder_outputs(engine, rows, tensors)
 
-    judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
+    judged = judged_by(manifest, reference)
     if not source.modules and not source.is_model:
         tensors = None if manifest.mode == "merged" else pack_adapter(source.folder, manifest, name=source.name).tensors
         return prove_head(trained=trained, shipped=ship(tensors), precision=judged)

@@ -21,6 +21,7 @@ from edgetune.runtime.lora import (
     refuse_if,
 )
 from edgetune.runtime.manifest import HeadInfo, Manifest, Part
+from edgetune.runtime.trained_for import other_weights
 
 __all__ = ["PackedAdapter", "lora_deltas", "pack_adapter"]
 
@@ -31,7 +32,7 @@ Float32 = npt.NDArray[np.float32]
 class PackedAdapter:
     """An adapter as graph inputs: A (1, in, rank), B (1, rank, out) a site; head (1, hidden, labels), (1, labels).
 
-    Sites without adapter are absent (rank 0). `notes` are for people: what could not be checked.
+    Sites without adapter are absent (rank 0). `notes` are for people: what could not be checked, or that it was trained for another precision of the base.
     """
 
     name: str
@@ -232,7 +233,8 @@ def _labels(read: LoraFolder) -> tuple[str, ...] | None:
 
 def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
     if read.metadata is not None:
-        return ()
+        line = other_weights(read.metadata.get("base_precision"), manifest.precision)
+        return (line,) if line else ()
     notes = [
         f"no {METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its base could not be checked"
     ]

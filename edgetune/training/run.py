@@ -35,6 +35,7 @@ from edgetune.training.stages import Stages, precision_of
 from edgetune.training.succession import Succession
 from edgetune.training.summary import (
     RunSummary,
+    base_precision,
     closing,
     data_facts,
     digests_of,
@@ -44,6 +45,7 @@ from edgetune.training.summary import (
     stage_facts,
     versions,
 )
+from edgetune.weight_precision import shipped_precision
 
 
 def run_recipe(
@@ -66,7 +68,7 @@ def run_recipe(
         work = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say) if group.leads else None
         checkpoints = stack.enter_context(work) if work is not None else None
         device = choose_device(recipe.device, local_rank=group.local_rank)
-        base = resolve_base(recipe.base)
+        base = _as_it_ships(resolve_base(recipe.base), recipe)
         tokenizer = load_tokenizer(base)
         sets = _load_data(recipe, tokenizer, base)
         for stage in recipe.stage:
@@ -122,6 +124,7 @@ def run_recipe(
             processes=group.size,
             versions=versions(),
             out=str(folder),
+            base_precision=base_precision(base),
             forgetting=_forgetting(succession, recipe, base, tokenizer, progress),
         )
         with whole_folder(folder) as partial:
@@ -150,6 +153,12 @@ def _settings(recipe: Recipe) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _as_it_ships(base: Base, recipe: Recipe) -> Base:
+    """The base that training sees: with the bundle's weights where the recipe says so."""
+    weights = recipe.parameters.base_precision
+    return base if weights is None else replace(base, precision=shipped_precision(weights, base.kind))
 
 
 def _load_data(recipe: Recipe, tokenizer: Any, base: Base) -> list[ExampleSet]:

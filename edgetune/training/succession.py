@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Succession:
     def _borrowing(self) -> Any:
         """A masked-lm model around this body."""
         state = torch.get_rng_state()  # loading a head must not move the adapter's dropout
-        masked, fresh = load_masked_lm(self._base, seed=self._recipe.seed)
+        masked, fresh = load_masked_lm(replace(self._base, precision=None), seed=self._recipe.seed)  # its body goes
         torch.set_rng_state(state)
         exchange_body(masked, unwrapped(self.model).body)
         for parameter in head_parameters(masked):

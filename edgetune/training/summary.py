@@ -15,6 +15,7 @@ from edgetune.bases import Base
 from edgetune.examples import ExampleSet
 from edgetune.intervals import headline
 from edgetune.progress import duration
+from edgetune.quantiser import ROUNDING
 from edgetune.recipe import Recipe, Stage
 from edgetune.report import what_learns
 from edgetune.training.loop import StageResult
@@ -48,7 +49,13 @@ class RunSummary:
     processes: int
     versions: dict[str, str]
     out: str
+    base_precision: dict[str, Any] | None = None  # how the base's weights were rounded; None: not at all
     forgetting: list[dict[str, Any]] | None = None  # general ability before and after, where the recipe asks for it
+
+
+def base_precision(base: Base) -> dict[str, Any] | None:
+    """How the weights that training saw were rounded, for metadata; None where they were not."""
+    return None if base.precision is None else base.precision.to_dict() | {"rounding": ROUNDING}
 
 
 def stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
@@ -84,6 +91,7 @@ def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSumma
         generation={"max_new_tokens": _max_new_tokens(recipe, examples)} if recipe.task == "text-generation" else None,
         max_length=examples.max_length,
         metrics=summary.metrics,
+        base_precision=summary.base_precision,
     )
 
 
