@@ -32,7 +32,7 @@ def measure_label_sets(model: nn.Module, batches: Sequence[Batch], *, precision:
     for logits, targets in outputs_of(model, batches, _targets, precision=precision):
         loss += F.binary_cross_entropy_with_logits(logits, targets, reduction="sum").item()
         count += targets.numel()
-        predicted += [_on(row) for row in logits > 0]
+        predicted += [_on(row) for row in logits >= 0]
         expected += [_on(row) for row in targets > 0]
     return {"loss": loss / max(1, count), **multi_label_metrics(predicted, expected)}
 
