@@ -64,8 +64,8 @@ class TorchAnswers:
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         labels = self.labels or ()
         return [
-            [OUTSIDE if token is None else labels[best[token]] for token in first_subwords(offsets, words)]
-            for best, offsets, words in zip(logits.argmax(-1).tolist(), batch["offset_mapping"].tolist(), spans, strict=True)
+            [OUTSIDE if token is None else labels[best[token]] for token in first_subwords(text, offsets, words)]
+            for best, text, offsets, words in zip(logits.argmax(-1).tolist(), texts, batch["offset_mapping"].tolist(), spans, strict=True)
         ]
 
     @property

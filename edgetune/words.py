@@ -60,15 +60,17 @@ def join_words(words: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     return " ".join(words), spans
 
 
-def first_subwords(offsets: Spans, words: Spans) -> list[int | None]:
-    """The token that begins each word; None for a word without one (cut off, or of nothing the tokenizer keeps).
+def first_subwords(text: str, offsets: Spans, words: Spans) -> list[int | None]:
+    """The first token with a character of each word; None where there is none (cut off, or nothing the tokenizer keeps).
 
-    `offsets` are the characters of each token, (0, 0) for special ones; a token's space in front does not count as
-    part of a word. A token over several words is the first one's.
+    `offsets` are the characters of each token, (0, 0) for special ones; white space at a token's ends is no part of a
+    word. A token over several words is the first one's.
     """
     first: list[int | None] = [None] * len(words)
     at = 0
     for token, (start, end) in enumerate(offsets):
+        while start < end and text[start].isspace():
+            start += 1
         if start == end:
             continue
         while at < len(words) and words[at][1] <= start:

@@ -107,7 +107,7 @@ def read_words(runtime: Any, row: Words, adapter: str | None, *, truncate: bool)
             "the text is longer than the model's positions", expected=f"at most {limit} tokens", got=f"{len(ids)} tokens",
             fix="Shorten it, or pass truncate=True (`--truncate`).",
         )  # fmt: skip
-    return Reading(text, list(shown), ids, first_subwords(offsets, places))
+    return Reading(text, list(shown), ids, first_subwords(joined, offsets, places))
 
 
 def check_words(value: Any, *, where: str = "") -> list[str]:

@@ -87,7 +87,7 @@ def encode_tagged(
     encoded = _encode(tokenizer, texts, truncation=True, max_length=limit)
     examples, cut_rows, unseen = [], 0, {"cut": 0, "no_sub_word": 0}
     for row, text, words, ids, offsets in zip(rows, texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        first = first_subwords(offsets, words)
+        first = first_subwords(text, offsets, words)
         labels = [IGNORED] * len(ids)
         for token, tag in zip(first, row.tags, strict=True):
             if token is not None:
@@ -97,7 +97,7 @@ def encode_tagged(
         if len(ids) == limit:
             (whole_offsets,) = _encode(tokenizer, [text], truncation=False)["offset_mapping"]
             cut_rows += len(whole_offsets) > limit
-            whole = first_subwords(whole_offsets, words)
+            whole = first_subwords(text, whole_offsets, words)
         unseen["cut"] += first.count(None) - whole.count(None)
         unseen["no_sub_word"] += whole.count(None)
     return examples, cut_rows, unseen
