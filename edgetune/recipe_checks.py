@@ -21,7 +21,7 @@ UNUSABLE_INITS = {
     "eva": "it needs calibration data that a recipe has no place for",
     "lora_ga": "it needs gradients of calibration data that a recipe has no place for",
 }
-HEADED = ("sequence-classification",)  # methods whose task head can be trained alone
+HEADED = ("sequence-classification", "token-classification")  # methods whose task head can be trained alone
 
 
 def check_parameters(parameters: Parameters, *, where: str) -> None:
@@ -76,6 +76,25 @@ def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str
             got=f'parameters.{key} = "{getattr(parameters, key)}"',
             fix=f"{fix}, or remove {key}.",
         )
+
+
+def check_problem(stage: Stage, *, path: str, where: str) -> None:
+    """RecipeError where classes share no probability mass and it shall be spread over them all the same, or where a column
+    of lists is given as a template."""
+    if stage.problem != "single-label" and stage.label_smoothing:
+        raise RecipeError(
+            f'{path}.label_smoothing has no meaning with problem = "{stage.problem}"', where=where, fix="Remove label_smoothing."
+        )
+    lists = {"tokens": stage.data.tokens, "tags": stage.data.tags} | ({"label": stage.data.label} if stage.problem == "multi-label" else {})
+    for key, value in lists.items():
+        if value is not None and column_name(value) is None:
+            raise RecipeError(f"{path}.data.{key} is no column's name", where=where, expected="the name of a column that holds a list", got=repr(value))
+
+
+def column_name(given: str) -> str | None:
+    """The column that `name` or `{{ name }}` names; None for any other template."""
+    found = re.fullmatch(r"\s*(?:\{\{\s*(\w+)\s*\}\}|([^{}%]+?))\s*", given)
+    return found and (found[1] or found[2])
 
 
 def changes_the_base(init: str) -> bool:

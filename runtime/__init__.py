@@ -27,11 +27,17 @@ if TYPE_CHECKING:
     from edgetune.runtime.runtime import Classification as Classification
     from edgetune.runtime.runtime import Completion as Completion
     from edgetune.runtime.runtime import Runtime as Runtime
+    from edgetune.runtime.tagging import TaggedSpan as TaggedSpan
+    from edgetune.runtime.tagging import TaggedWord as TaggedWord
+    from edgetune.runtime.tagging import Tagging as Tagging
 
 HOMES = {
     "Runtime": "runtime",
     "Completion": "runtime",
     "Classification": "runtime",
+    "Tagging": "tagging",
+    "TaggedWord": "tagging",
+    "TaggedSpan": "tagging",
     "GenerationSettings": "generation",
     "DecoderEngine": "engine",
     "EncoderEngine": "engine",

@@ -20,7 +20,7 @@ from edgetune.runtime.lora import (
     read_lora,
     refuse_if,
 )
-from edgetune.runtime.manifest import HeadInfo, Manifest, Part
+from edgetune.runtime.manifest import ENCODER_TASKS, TAGGING, HeadInfo, Manifest, Part
 from edgetune.runtime.trained_for import other_weights
 
 __all__ = ["PackedAdapter", "lora_deltas", "pack_adapter"]
@@ -55,6 +55,16 @@ class PackedAdapter:
         return value
 
     @property
+    def task(self) -> str | None:
+        """What it was trained for; None for a foreign adapter without a head."""
+        return self.metadata.get("task") or ("sequence-classification" if self.labels is not None else None)
+
+    @property
+    def problem(self) -> str:
+        """Of a classification: single-label, multi-label or regression."""
+        return self.metadata.get("problem") or "single-label"
+
+    @property
     def generation(self) -> dict[str, Any]:
         """The adapter's own generation defaults."""
         return self.metadata.get("generation") or {}
@@ -85,7 +95,7 @@ def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapt
         labels=labels,
         rank=read.rank,
         digest=read.digest or "",
-        metadata=read.metadata or {},
+        metadata=read.metadata or _guessed(read),
         notes=_notes(read, manifest),
     )
 
@@ -186,8 +196,9 @@ def _fill_site(site_a: Float32, site_b: Float32, parts: list[tuple[Part, Float32
 def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
     metadata, problems = read.metadata or {}, []
     task = metadata.get("task")
-    if task is not None and task != manifest.task:
-        problems.append(f"{METADATA}: task: expected {manifest.task}, got {task}")
+    fitting = (manifest.task,) if manifest.is_decoder else ENCODER_TASKS  # one encoder serves both kinds of head
+    if task is not None and task not in fitting:
+        problems.append(f"{METADATA}: task: expected {' or '.join(fitting)}, got {task}")
     pooling = metadata.get("pooling")
     if pooling is not None and pooling != manifest.graph.pooling:
         problems.append(f"{METADATA}: pooling: expected {manifest.graph.pooling}, got {pooling}")
@@ -210,6 +221,11 @@ def _head_problems(read: LoraFolder, head: HeadInfo, labels: tuple[str, ...] | N
     if bias is not None and bias.shape != weight.shape[:1]:
         problems.append(f"{PREFIX}classifier.bias: expected {weight.shape[:1]}, got {bias.shape}")
     return problems
+
+
+def _guessed(read: LoraFolder) -> dict[str, Any]:
+    """What PEFT's own configuration says of an adapter without `edgetune_adapter.json`."""
+    return {"task": TAGGING} if read.head and read.config.get("task_type") == "TOKEN_CLS" else {}
 
 
 def _pack_head(read: LoraFolder, head: HeadInfo) -> dict[str, Float32]:
@@ -239,7 +255,6 @@ def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
         f"no {METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its base could not be checked"
     ]
     if read.head:
-        notes.append(
-            f"its head is applied to {manifest.graph.pooling}-pooled states; its labels are numbered"
-        )
+        states = "every token's state" if _guessed(read) else f"{manifest.graph.pooling}-pooled states"
+        notes.append(f"its head is applied to {states}; its labels are numbered")
     return tuple(notes)

@@ -76,10 +76,14 @@ def _encode_classification(
     rows: Sequence[LabelledRow], names: tuple[str, ...], tokenizer: Any, *, limit: int
 ) -> tuple[list[Example], int]:
     """Examples and how many were cut to `limit` tokens (special tokens stay)."""
-    texts = [row.text for row in rows]
-    encoded = tokenizer(texts, truncation=True, max_length=limit, verbose=False)["input_ids"]
+    encoded, cut = encode_texts([row.text for row in rows], tokenizer, limit=limit)
+    index = {name: number for number, name in enumerate(names)}
+    return [Example(ids, index[row.label], row.line) for row, ids in zip(rows, encoded, strict=True)], cut
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any, *, limit: int) -> tuple[list[list[int]], int]:
+    """Token ids of each text and how many texts were cut to `limit` tokens (special tokens stay)."""
+    encoded: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)["input_ids"]
     at_limit = [text for text, ids in zip(texts, encoded, strict=True) if len(ids) == limit]
     whole = tokenizer(at_limit, truncation=False, verbose=False)["input_ids"] if at_limit else []
-    index = {name: number for number, name in enumerate(names)}
-    examples = [Example(ids, index[row.label], row.line) for row, ids in zip(rows, encoded, strict=True)]
-    return examples, sum(len(ids) > limit for ids in whole)
+    return encoded, sum(len(ids) > limit for ids in whole)

@@ -27,7 +27,7 @@ from edgetune.training.checkpoint import State, origin_of, unfinished
 from edgetune.training.device import choose_device, peak_device_mb
 from edgetune.training.distributed import process_group
 from edgetune.training.journal import Journal
-from edgetune.training.methods import METHODS
+from edgetune.training.methods import method_of
 from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
 from edgetune.training.replay import ReplayText, load_replay
 from edgetune.training.resume import Course, find_state
@@ -72,7 +72,7 @@ def run_recipe(
         tokenizer = load_tokenizer(base)
         sets = _load_data(recipe, tokenizer, base)
         for stage in recipe.stage:
-            METHODS[stage.method].check(stage, base)
+            method_of(stage).check(stage, base)
         progress.say(opening(recipe, base, sets))
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id)
@@ -182,7 +182,7 @@ def _load_replays(
             limit=examples.max_length,
             pad_id=pad_id,
             seed=recipe.seed + index,
-            length=METHODS[stage.method].length,
+            length=method_of(stage).length,
         )
         for index, (stage, examples) in enumerate(zip(recipe.stage, sets, strict=True))
     ]

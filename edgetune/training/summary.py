@@ -77,6 +77,7 @@ def data_facts(examples: ExampleSet, replay: ReplayText | None) -> dict[str, Any
         "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,
+        **({"unseen_words": examples.unseen_words} if examples.unseen_words else {}),
     }
 
 
@@ -87,6 +88,7 @@ def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSumma
         task=recipe.task,
         labels=examples.labels,
         pooling=base.pooling,
+        problem=recipe.stage[-1].problem if recipe.task == "sequence-classification" else None,
         prompt_format=examples.prompt_format.to_dict(),
         generation={"max_new_tokens": _max_new_tokens(recipe, examples)} if recipe.task == "text-generation" else None,
         max_length=examples.max_length,
@@ -125,6 +127,10 @@ def opening(recipe: Recipe, base: Base, sets: Sequence[ExampleSet]) -> str:
     for what in ("skipped", "truncated"):
         counts = {name: count for examples in sets for name, count in getattr(examples, what).items() if count}
         lines += [f"{count} {name} rows {what}" for name, count in counts.items()]
+    for examples in sets:
+        for name, counts in examples.unseen_words.items():
+            if any(counts.values()):
+                lines.append(f"{counts['cut']} {name} words cut off, {counts['no_sub_word']} without a sub-word: they count as O")
     return "\n".join(lines)
 
 
