@@ -57,7 +57,7 @@ COLUMNS = {
     "grpo": ("prompt", "completion", "system", "template"),
     "reward": ("prompt", "chosen", "rejected", "system", "template"),
     "masked-lm": ("text",),
-    "sequence-classification": ("text", "label"),
+    "sequence-classification": ("text", "label", "label_names"),
     "token-classification": ("tokens", "tags"),
 }
 # Settings of a stage that mean something to one method only.
@@ -98,6 +98,11 @@ class Data:
         None,
         help="classification: its label; with problem = \"multi-label\" the name of a column that holds a list of labels, with "
         "\"regression\" a number; default: column label",
+    )
+    label_names: bool = option(
+        False,
+        help='classification: every label\'s name is one more training row ("card_arrival" reads "card arrival"), which helps '
+        "where there are few rows of each",
     )
     tokens: str | None = option(None, help="token-classification: the column with the list of words; default: tokens")
     tags: str | None = option(None, help="token-classification: the column with the list of their tags; default: tags")

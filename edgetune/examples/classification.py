@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from edgetune.data import Row, Rows
 from edgetune.errors import DataError
 from edgetune.examples.common import Example, ExampleSet, Loading, convert_rows, sample
 from edgetune.prompts import PromptFormat, render
+
+NO_LINE = 0  # of a row that is a label's name and stands in no file
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,16 @@ def load_labelled(loading: Loading) -> ExampleSet:
             unknown = next(row for row in rows if row.label not in names)
             raise _unknown_label(unknown, source=source.source, names=names)
         chosen = sample(known, stage.data.limit if name == "train" else None, seed=loading.seed)
+        if name == "train" and stage.data.label_names:
+            chosen = [*chosen, *(LabelledRow(NO_LINE, readable(label), label) for label in names)]
         examples[name], truncated[name] = _encode_classification(chosen, names, loading.tokenizer, limit=limit)
         skipped[name] = source.skipped + unusable + len(rows) - len(known)
     return loading.example_set(examples, labels=names, skipped=skipped, truncated=truncated)
+
+
+def readable(label: str) -> str:
+    """A label's name as words: card_arrival and CardArrival become "card arrival" and "Card Arrival"."""
+    return re.sub(r"[\s_-]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)).strip() or label
 
 
 def _label_names(rows: Iterable[LabelledRow], *, source: str) -> tuple[str, ...]:
