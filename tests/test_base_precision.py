@@ -18,7 +18,7 @@ from edgetune.adapters import read_metadata
 from edgetune.bases import Base, load_body, resolve_base
 from edgetune.export.bundle import export_bundle, prove_bundle, reprove
 from edgetune.export.lower import Precision
-from edgetune.export.reference import reference_base, warning
+from edgetune.export.reference import precision_trained_for, reference_base, warning
 from edgetune.runs import load_adapted_model
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.manifest import Manifest, Part, read_manifest
@@ -171,3 +171,17 @@ def test_a_device_that_loads_it_into_another_bundle_is_told(decoder: Shipped) ->
     other = replace(decoder.manifest, precision=replace(decoder.manifest.precision, weights="int8", overrides={}))
     (note,) = pack_adapter(decoder.run / "adapter", other).notes
     assert note.startswith("it was trained for the int4 (blocks of 32, lm_head int8) base, but this one is int8 (blocks of 32);")
+
+
+@pytest.mark.parametrize(("recorded", "expected"), [(["int4", "int4"], "int4"), (["int4", None], None), (["int4", "int8"], None), ([], None)])
+def test_an_export_follows_what_all_adapters_were_trained_for(tmp_path: Path, recorded: list[str | None], expected: str | None) -> None:
+    for at, weights in enumerate(recorded):
+        (tmp_path / str(at) / "adapter").mkdir(parents=True)
+        text = json.dumps({"base_precision": weights and {"weights": weights}})
+        (tmp_path / str(at) / "adapter" / "edgetune_adapter.json").write_text(text)
+    assert precision_trained_for([tmp_path / str(at) for at in range(len(recorded))]) == expected
+
+
+def test_a_folder_that_says_nothing_leaves_the_default(tmp_path: Path) -> None:
+    (tmp_path / "edgetune_adapter.json").write_text("not json")
+    assert precision_trained_for([tmp_path]) is None and precision_trained_for([tmp_path / "none"]) is None
