@@ -15,6 +15,7 @@ from edgetune.adapters import load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, ExportError, OutputError
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
+from edgetune.export.families import cache_sizes, fixed_length, known_family
 from edgetune.export.graphfile import (
     DATA,
     ENGINE,
@@ -91,6 +92,7 @@ def export_bundle(
         mode = "merged"
     _check(sources, mode, precision, base_name)
     base = _base(sources, base_name)
+    known_family(base.model_type, kind=base.kind)  # before anything is loaded
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
@@ -252,12 +254,12 @@ def _graph(
 ) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None]:
     """Trace, simplify, quantise; what the runtime must know of the result."""
     config, body = model.config, model.body if isinstance(model, SequenceClassifier) else model
-    max_length = min(base.max_length, LARGEST_CONTEXT)
+    max_length = fixed_length(config, min(base.max_length, LARGEST_CONTEXT))
+    shape: dict[str, Any]
     if base.kind == "decoder":
-        graph = trace_decoder(body, max_length=max_length)
-        shape = {"layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        graph, shape = trace_decoder(body, max_length=max_length), asdict(cache_sizes(config))
     else:
-        graph = trace_encoder(body, pooling=base.pooling or "mean")
+        graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
         shape = {"cache_dtype": None, "pooling": base.pooling}
     simplify(graph)
     say(f"writing weights as {precision.weights}")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.export.trace import DOMAIN
+from edgetune.export.leaves import DOMAIN
 
 MICROSOFT = "com.microsoft"
 ATTENTION = {"GroupQueryAttention", "MultiHeadAttention"}
