@@ -50,7 +50,7 @@ def make_family(model_type: str, like: Path, folder: Path) -> Path:
     torch.manual_seed(0)
     model = (AutoModelForCausalLM if decoder else AutoModel).from_config(config)
     with torch.no_grad():  # norms and biases start at 1 and 0, where a mistake in them would not show
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim == 1:
                 weight.add_(torch.randn(weight.shape) * 0.1)
     model.save_pretrained(folder)
