@@ -71,6 +71,7 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         alpha_pattern={name: _whole(alpha) for name, alpha in parameters.alpha_pattern.items()},
         modules_to_save=None if head is None else [head],
         init_lora_weights=True if parameters.init == "default" else parameters.init,
+        fan_in_fan_out=all(type(model.get_submodule(name)).__name__ == "Conv1D" for name in names),  # GPT-2's weights lie (in, out)
     )
     if parameters.init == "orthogonal" and (odd := _odd_ranks(parameters)):
         raise RecipeError('init = "orthogonal" needs an even rank', where="parameters.init", got=f"rank {odd}")

@@ -6,11 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetune.batching import IGNORE, Batch
 from edgetune.heads import unwrapped
+
+# Families whose model reads positions but not where they start again (transformers 5.23).
+BLIND_TO_PACKING = frozenset({"opt"})
 
 
 class Objective(Protocol):
@@ -57,6 +61,8 @@ def completion_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     next_labels = batch.labels[:, 1:]
     labelled = next_labels != IGNORE
     packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    if packed and unwrapped(model).config.model_type in BLIND_TO_PACKING:
+        packed["attention_mask"] = documents_apart(packed["position_ids"])
     with projection_only_at(model, F.pad(labelled, (0, 1))):
         logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **packed).logits
     return logits.reshape(-1, logits.shape[-1]).float(), next_labels[labelled]
@@ -68,6 +74,13 @@ def masked_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     with projection_only_at(model, labelled):
         logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     return logits.reshape(-1, logits.shape[-1]).float(), batch.labels[labelled]
+
+
+def documents_apart(position_ids: Tensor) -> Tensor:
+    """(batch, 1, seq, seq), added to attention's scores: 0 where a token sees another of its own document, not later."""
+    document = (position_ids == 0).cumsum(1)  # (batch, seq)
+    seen = (document[:, :, None] == document[:, None, :]).tril()
+    return torch.zeros(seen.shape).masked_fill_(~seen.cpu(), torch.finfo(torch.float32).min)[:, None].to(position_ids.device)
 
 
 @contextlib.contextmanager
