@@ -13,7 +13,7 @@ import onnx_ir as ir
 from edgetune import __version__
 from edgetune.adapters import load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
-from edgetune.errors import AdapterError, ExportError, OutputError
+from edgetune.errors import AdapterError, ExportError, OutputError, listed
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.families import cache_sizes, fixed_length, known_family
 from edgetune.export.graphfile import (
@@ -67,6 +67,7 @@ class Source:
     metadata: Mapping[str, Any]  # edgetune_adapter.json; empty for an adapter of another tool
     config: Mapping[str, Any]  # PEFT's adapter_config.json
     modules: frozenset[str]  # where it has low-rank weights
+    problems: tuple[str, ...] = ()  # what adapter inputs cannot express
     is_model: bool = False  # all weights were trained: `folder` is a base of its own
 
     @property
@@ -135,7 +136,7 @@ def _source(name: str, folder: Path) -> Source:
     if metadata.get("task") == "reward":
         fix = "Use it where it is: in `reward` of a grpo stage, or with `edgetune eval`."
         raise ExportError("reward adapters cannot be exported yet", where=str(folder), fix=fix)
-    return Source(name, inner, metadata, read.config, frozenset(read.modules or ()))
+    return Source(name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems))
 
 
 def _what_is(folder: Path) -> str:
@@ -166,6 +167,11 @@ def _check(sources: Sequence[Source], mode: str, precision: Precision, base_name
             raise ExportError(
                 "DoRA rescales the rows of W₀ + BA by a learned magnitude, which adapter inputs cannot express", where=str(source.folder),
                 fix="Export it with --mode merged, or train with dora = false.",
+            )  # fmt: skip
+        if mode == "separate" and source.problems:
+            raise AdapterError(
+                f"adapter inputs cannot take this adapter, nothing was written: {listed(source.problems, 'mismatches')}", where=str(source.folder),
+                fix="--mode merged takes what PEFT can merge, and its proof says whether it did.",
             )  # fmt: skip
 
 
@@ -246,7 +252,14 @@ def _torch_model(base: Base, source: Source | None = None, *, merge: bool = Fals
             )  # fmt: skip
         model = SequenceClassifier(body, labels=len(source.labels), pooling=source.metadata.get("pooling") or base.pooling or "mean")
     adapted = load_adapter(model, source.folder).eval()
-    return adapted.merge_and_unload() if merge else adapted
+    return _merged(adapted, source) if merge else adapted
+
+
+def _merged(adapted: Any, source: Source) -> Any:
+    try:
+        return adapted.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ExportError(f"PEFT cannot merge this adapter: {error}", where=str(source.folder), fix="Export it with --mode separate.") from error
 
 
 def _graph(
