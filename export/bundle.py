@@ -28,7 +28,18 @@ from edgetune.export.graphfile import (
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
 from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, torch_outputs
-from edgetune.export.proof import BOUNDS, Outputs, Proof, coarsest, demand, prove, prove_head, prove_parity
+from edgetune.export.proof import (
+    BOUNDS,
+    Outputs,
+    Proof,
+    coarsest,
+    demand,
+    prove,
+    prove_head,
+    prove_parity,
+    with_survival,
+)
+from edgetune.export.survival import LEAST_STRENGTH, round_weights, summary, survival
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.full_model import full_folder, own_base, read_full
@@ -101,7 +112,7 @@ def export_bundle(
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
-        demand(proofs, where=str(out))
+        demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights != "fp32")
         manifest = replace(manifest, proof=_proof_document(proofs, rows, precision), files=_digests(folder))
         write_json(folder / MANIFEST, manifest.to_dict())
     return manifest
@@ -336,9 +347,9 @@ def prove_bundle(
 def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: Base, source: Source, rows: list[list[int]]) -> Proof:
     model = _torch_model(base, source)
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
-    del model
     if source.is_model:
-        trained_off = torch_outputs(_torch_model(_original_base(source)), rows, adapter=True)
+        original = _torch_model(_original_base(source))
+        trained_off = torch_outputs(original, rows, adapter=True)
 
     def ship(tensors: Any) -> Outputs:
         return decoder_outputs(engine, rows, tensors) if isinstance(engine, DecoderEngine) else encoder_outputs(engine, rows, tensors)
@@ -348,6 +359,14 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
         tensors = None if manifest.mode == "merged" else pack_adapter(source.folder, manifest, name=source.name).tensors
         return prove_head(trained=trained, shipped=ship(tensors), precision=judged)
     if manifest.mode == "merged":
+        chosen = Precision(manifest.precision.weights, manifest.precision.block_size or 32, overrides=manifest.precision.overrides)
+        layers = survival(original, chosen, trained=model) if source.is_model else survival(model, chosen)
+        if layers:  # the base is rounded as well: only then is the difference to it the adapter's
+            plain = original if source.is_model else model
+            round_weights(plain, chosen)
+            rounded_off = torch_outputs(plain, rows, adapter=source.is_model)
+            proof = prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=rounded_off, precision=judged)
+            return with_survival(proof, summary(layers), least=LEAST_STRENGTH)
         return prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=trained_off, precision=judged)
     tensors = pack_adapter(source.folder, manifest, name=source.name).tensors
     only_head = {name: tensor for name, tensor in tensors.items() if manifest.head and name in (manifest.head.weight, manifest.head.bias)}
