@@ -32,6 +32,24 @@ class GenerationSettings:
     """Same seed and same prompts, same texts; None draws a new one each time."""
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these texts."""
+    min_p: float = 0.0
+    """Sample among the tokens at least this share as likely as the most likely one (Nguyen 2024, arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in prompt or answer: divided by it when positive, else multiplied (CTRL, arXiv 1909.05858)."""
+    frequency_penalty: float = 0.0
+    """Taken off a logit for each time its token is in the answer so far (OpenAI)."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of the tokens that are in the answer so far (OpenAI)."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); -100 bans, 100 forces."""
+    logprobs: int | None = None
+    """Log-probabilities with the tokens: None without, 0 of the chosen ones, n of the n likeliest as well."""
+    schema: str | None = None
+    """The answer is JSON that this JSON schema (its JSON text) accepts."""
+    regex: str | None = None
+    """The answer matches this regular expression."""
+    grammar: str | None = None
+    """The answer is of this Lark grammar."""
 
     def __post_init__(self) -> None:
         bounds = {
@@ -45,6 +63,17 @@ class GenerationSettings:
         for name, (fits, expected) in bounds.items():
             if not fits:
                 raise InputError(f"{name} is out of range", expected=expected, got=repr(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One generated token and how likely it was (natural logarithm, before temperature and filters)."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+    """the likeliest tokens, best first: id, text, log-probability"""
 
 
 def settings_from(

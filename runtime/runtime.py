@@ -17,7 +17,13 @@ from edgetune.errors import BundleError, InputError, listed
 from edgetune.runtime.adapters import PackedAdapter
 from edgetune.runtime.binding import AdapterRow
 from edgetune.runtime.engine import DecoderEngine, DecodeState, EncoderEngine
-from edgetune.runtime.generation import GenerationSettings, TokenSequence, settings_from, softmax
+from edgetune.runtime.generation import (
+    GenerationSettings,
+    TokenLogprob,
+    TokenSequence,
+    settings_from,
+    softmax,
+)
 from edgetune.runtime.manifest import Manifest, read_manifest, verify_files
 from edgetune.runtime.prompts import Message, check_messages, with_system
 from edgetune.runtime.registry import AdapterRegistry
@@ -32,7 +38,8 @@ GENERATE_ROWS, ENCODE_ROWS = 16, 32
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated text. `finish_reason`: "stop" (end token or stop text) or "length"; times in milliseconds."""
+    """One generated text. `finish_reason`: "stop" (end token or stop text), "length"; from the scheduler also
+    "cancelled" and "deadline". Times in milliseconds."""
 
     text: str
     finish_reason: str
@@ -41,6 +48,12 @@ class Completion:
     ttft_ms: float
     tpot_ms: float | None
     """Mean time of the tokens after the first; None when there is only one."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    queue_ms: float = 0.0
+    """Time in the scheduler's queue, part of `ttft_ms`."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were there already."""
 
 
 @dataclass(frozen=True)
@@ -247,13 +260,17 @@ class Runtime:
             )
         return ids
 
+    def settings(self, adapter: str | None = None, **given: Any) -> GenerationSettings:
+        """Generation settings: what is given (None: not given), else the adapter's own defaults, else edgetune's."""
+        adapter = self._names(1, adapter, None)[0]
+        defaults = {} if adapter is None else self.adapter(adapter).generation
+        return settings_from(defaults, given, base=GenerationSettings())
+
     def _sequence(
         self, ids: Sequence[int], name: str | None, settings: Mapping[str, Any], *, index: int
     ) -> TokenSequence:
-        defaults = {} if name is None else self.adapter(name).generation
-        chosen = settings_from(defaults, settings, base=GenerationSettings())
         return TokenSequence(
-            self.tokenizer, chosen, row=index, limit=self.manifest.graph.max_length - len(ids)
+            self.tokenizer, self.settings(name, **settings), row=index, limit=self.manifest.graph.max_length - len(ids)
         )
 
     def _decode(
