@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from edgetune import __version__
 from edgetune.errors import AdapterError, RecipeError
 from edgetune.files import sha256_file, whole_folder, write_json
-from edgetune.heads import HEAD, HEADS, SequenceClassifier, head_of
+from edgetune.heads import HEAD, HEADS, UNUSED, SequenceClassifier, head_of
 from edgetune.recipe import Parameters
 from edgetune.recipe_checks import changes_the_base
+from edgetune.token_classifier import TokenClassifier
 
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
 SCHEMA = 1
@@ -32,10 +33,10 @@ ALL_LINEAR = "all-linear"
 TASKS = {
     "text-generation": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
     "masked-lm": "FEATURE_EXTRACTION",
     "reward": "SEQ_CLS",
 }
-UNUSED = ("pooler",)  # an encoder's own pooler: this head does not read it, an adapter there would learn nothing
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class AdapterMetadata:
     task: str
     labels: tuple[str, ...] | None = None
     pooling: str | None = None
+    problem: str | None = None  # of sequence-classification: single-label | multi-label | regression
     prompt_format: Mapping[str, Any] | None = None
     generation: Mapping[str, Any] | None = None
     max_length: int = 512  # tokens
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    base_precision: Mapping[str, Any] | None = None  # how the base's weights were rounded while it learned; None: not at all
     edgetune_version: str = __version__
 
 
@@ -85,7 +88,8 @@ def adapt_head(model: SequenceClassifier) -> PeftModel:
     "dummy-target-modules" is PEFT's own word for a LoRA configuration that targets nothing
     (`peft.utils.constants.DUMMY_TARGET_MODULES`), so the saved folder loads in PEFT unchanged.
     """
-    config = LoraConfig(task_type="SEQ_CLS", r=1, lora_alpha=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=[HEAD])
+    task = "TOKEN_CLS" if isinstance(model, TokenClassifier) else "SEQ_CLS"
+    config = LoraConfig(task_type=task, r=1, lora_alpha=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=[HEAD])
     return PeftModel(model, config)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgetune.batching import IGNORE, Batch
 from edgetune.heads import unwrapped
+from edgetune.projection import can_fuse, projected_loss, projection_captured
 
 
 class Objective(Protocol):
@@ -22,8 +23,13 @@ class Objective(Protocol):
 
 def sft(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Next-token cross entropy at the positions that have labels."""
-    logits, targets = completion_logits(model, batch)
-    return F.cross_entropy(logits, targets), targets.numel()
+    if not can_fuse(model):
+        logits, targets = completion_logits(model, batch)
+        return F.cross_entropy(logits, targets), targets.numel()
+    labelled, targets = next_token_targets(batch)
+    with projection_captured(model, labelled) as hidden:
+        model(input_ids=batch.input_ids, use_cache=False, **_positions(batch))
+    return projected_loss(model, hidden[0], targets), targets.numel()
 
 
 def masked_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -54,12 +60,20 @@ def completion_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     changes nothing before it. Where `position_ids` start again, transformers lets no token see what stands before
     (`masking_utils.find_packed_sequence_indices`).
     """
-    next_labels = batch.labels[:, 1:]
-    labelled = next_labels != IGNORE
-    packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    with projection_only_at(model, F.pad(labelled, (0, 1))):
-        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **packed).logits
-    return logits.reshape(-1, logits.shape[-1]).float(), next_labels[labelled]
+    labelled, targets = next_token_targets(batch)
+    with projection_only_at(model, labelled):
+        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **_positions(batch)).logits
+    return logits.reshape(-1, logits.shape[-1]).float(), targets
+
+
+def next_token_targets(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where a labelled token is predicted, (batch, seq) bool, and these tokens (targets,)."""
+    labelled = batch.labels[:, 1:] != IGNORE
+    return F.pad(labelled, (0, 1)), batch.labels[:, 1:][labelled]
+
+
+def _positions(batch: Batch) -> dict[str, Tensor]:
+    return {} if batch.position_ids is None else {"position_ids": batch.position_ids}
 
 
 def masked_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from edgetune.errors import BaseModelError
 from edgetune.files import CHUNK
+from edgetune.weight_precision import Precision
 
 Kind = Literal["decoder", "encoder"]
 Pooling = Literal["mean", "cls"]
@@ -53,7 +54,10 @@ UNLIMITED = 1 << 20
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this machine. `max_length`: positions in tokens; `pooling` is None for decoders."""
+    """A base model on this machine. `max_length`: positions in tokens; `pooling` is None for decoders.
+
+    With a `precision` torch loads the weights that a bundle of that precision holds, else those of the files.
+    """
 
     name: str
     folder: Path
@@ -62,6 +66,7 @@ class Base:
     pooling: Pooling | None
     model_type: str
     max_length: int
+    precision: Precision | None = None
 
 
 def open_folder(folder: Path, *, name: str, digest: str | None = None) -> Base:

@@ -106,6 +106,16 @@ def check_rewards(stage: Stage, base: Base) -> None:
             check_reward_adapter(Path(name), base)
 
 
+def reward_notes(stage: Stage, base: Base) -> Iterator[str]:
+    """A line for each reward adapter that learned on the base rounded otherwise than it is for this policy."""
+    for name in names_of(stage):
+        if split_function(name) is None:
+            recorded = check_reward_adapter(Path(name), base)[1].get("base_precision")
+            theirs, ours = recorded and recorded["weights"], base.precision and base.precision.weights
+            if theirs != ours:
+                yield f"the reward {name} was trained on the {theirs or 'unrounded'} base and scores on the {ours or 'unrounded'} one, as the policy does"
+
+
 @contextlib.contextmanager
 def open_rewards(
     stage: Stage, model: Any, tokenizer: Any, base: Base, *, precision: Precision = "fp32"
