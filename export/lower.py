@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edgetune.export.layout import MICROSOFT, constant, drop_dead, new_node, replace
-from edgetune.export.trace import DOMAIN
+from edgetune.export.leaves import DOMAIN
 from edgetune.quantiser import Quantised, quantise
 from edgetune.runtime.manifest import HeadInfo, Part, Site
 from edgetune.weight_precision import BITS, Precision

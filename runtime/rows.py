@@ -28,7 +28,7 @@ class Request:
     where: str
     row: dict[str, Any]
     adapter: str | None
-    content: Prompt | list[str]  # a list of strings: words to be tagged
+    content: Prompt | Words  # a list of strings: words to be tagged
     tokens: int
     """length of the prompt, by which rows are batched"""
 
@@ -113,7 +113,7 @@ def _request(
         form = None if chosen is None else runtime.adapter(chosen).prompt_format
         if runtime.manifest.is_decoder:
             prompt = prompt_of(row, form, where=where)
-            content: Prompt | list[str] = prompt
+            content: Prompt | Words = prompt
             tokens = len(runtime.prompt_ids(prompt, chosen))
         elif runtime.task(chosen) == TAGGING:
             words = words_of(row, form, where=where)

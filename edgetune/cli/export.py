@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ from edgetune.errors import ExportError
 
 
 @click.command()
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter's name and its run or PEFT folder; repeat for several.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter's name and its run or PEFT folder, or a sum such as A+0.5*B of others' names or folders; repeat for several.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
 @click.option("--mode", default="separate", show_default=True, type=click.Choice(["separate", "merged"]), help="Adapters as inputs, or one merged into the weights.")
 @click.option("--precision", type=click.Choice(["fp32", "int8", "int4"]), help="How weights are stored; not given: what all adapters were trained for (base_precision), else int8.")
@@ -23,6 +24,7 @@ def command(
 ) -> None:
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
     from edgetune.export.bundle import export_bundle
+    from edgetune.export.combine import FORM, resolve_sums
     from edgetune.export.lower import BITS, Precision
     from edgetune.export.reference import precision_trained_for
 
@@ -30,12 +32,15 @@ def command(
     for value in overrides.values():
         if value not in BITS:
             raise ExportError("unknown precision in --keep", expected=", ".join(BITS), got=value)
-    pairs = [(name, Path(folder)) for name, folder in (_pair(text, "--adapter", "NAME=RUN") for text in adapters)]
-    precision = precision or precision_trained_for([folder for _, folder in pairs]) or "int8"
-    chosen = Precision(precision, block_size=block_size, overrides=overrides)
-    manifest = export_bundle(
-        pairs, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, say=lambda line: click.echo(line, err=True)
-    )
+    pairs = [_pair(text, "--adapter", FORM) for text in adapters]
+    with tempfile.TemporaryDirectory(prefix="edgetune-sum-") as folder:
+        sources = resolve_sums(pairs, Path(folder))
+        precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
+        chosen = Precision(precision, block_size=block_size, overrides=overrides)
+        manifest = export_bundle(
+            sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads,
+            say=lambda line: click.echo(line, err=True),
+        )  # fmt: skip
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)} adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB")
 
