@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from edgetune.runtime.runtime import Classification as Classification
     from edgetune.runtime.runtime import Completion as Completion
     from edgetune.runtime.runtime import Runtime as Runtime
+    from edgetune.runtime.scheduler import GenerationRequest as GenerationRequest
+    from edgetune.runtime.scheduler import Scheduler as Scheduler
     from edgetune.runtime.tagging import TaggedSpan as TaggedSpan
     from edgetune.runtime.tagging import TaggedWord as TaggedWord
     from edgetune.runtime.tagging import Tagging as Tagging
@@ -39,6 +41,8 @@ HOMES = {
     "TaggedWord": "tagging",
     "TaggedSpan": "tagging",
     "GenerationSettings": "generation",
+    "GenerationRequest": "scheduler",
+    "Scheduler": "scheduler",
     "DecoderEngine": "engine",
     "EncoderEngine": "engine",
     "Manifest": "manifest",
