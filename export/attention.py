@@ -63,7 +63,7 @@ def _grouped_query_attention(
     if tables is not None and tables[0].shape[-1] % TABLE_STEP:
         q, k = (_rotated(x, now.positions, *tables, heads=n, width=width) for x, n in ((q, heads), (k, kv_heads)))
         tables = None
-    attributes: dict[str, int | float] = {
+    attributes: dict[str, Any] = {
         "num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(tables is not None), "rotary_interleaved": 0,
         "scale": float(scaling if scaling is not None else width**-0.5),
     }  # fmt: skip

@@ -14,6 +14,7 @@ from edgetune import __version__
 from edgetune.adapters import load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, ExportError, OutputError, listed
+from edgetune.export import merging
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.decisions import decide_by
 from edgetune.export.families import cache_sizes, fixed_length, known_family
@@ -38,10 +39,8 @@ from edgetune.export.proof import (
     prove,
     prove_head,
     prove_parity,
-    with_survival,
 )
 from edgetune.export.reference import judged_by, reference_base, trained_base, warning
-from edgetune.export.survival import LEAST_STRENGTH, round_weights, summary, survival
 from edgetune.export.token_head import add_token_head
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
@@ -289,14 +288,7 @@ def _torch_model(base: Base, source: Source | None = None, *, merge: bool = Fals
         pooling = source.metadata.get("pooling") or base.pooling
         model = build_classifier(body, task=source.task or "", labels=len(source.labels), pooling=pooling)
     adapted = load_adapter(model, source.folder).eval()
-    return _merged(adapted, source) if merge else adapted
-
-
-def _merged(adapted: Any, source: Source) -> Any:
-    try:
-        return adapted.merge_and_unload()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ExportError(f"PEFT cannot merge this adapter: {error}", where=str(source.folder), fix="Export it with --mode separate.") from error
+    return merging.merge(adapted, where=str(source.folder)) if merge else adapted
 
 
 def _graph(
@@ -380,8 +372,8 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
     decide = decide_by(source.problem, trained)
     trained, trained_off = decide(trained), decide(trained_off)
-    if source.is_model:
-        original = _torch_model(_original_base(source))
+    original = _torch_model(_original_base(source)) if source.is_model else None
+    if original is not None:
         trained_off = torch_outputs(original, rows, adapter=True)
 
     def ship(tensors: Any) -> Outputs:
@@ -394,15 +386,11 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
         tensors = None if manifest.mode == "merged" else pack_adapter(source.folder, manifest, name=source.name).tensors
         return prove_head(trained=trained, shipped=ship(tensors), precision=judged)
     if manifest.mode == "merged":
-        chosen = Precision(manifest.precision.weights, manifest.precision.block_size or 32, overrides=manifest.precision.overrides)
-        layers = survival(original, chosen, trained=model) if source.is_model else survival(model, chosen)
-        if layers:  # the base is rounded as well: only then is the difference to it the adapter's
-            plain = original if source.is_model else model
-            round_weights(plain, chosen)
-            rounded_off = decide(torch_outputs(plain, rows, adapter=source.is_model))
-            proof = prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=rounded_off, precision=judged)
-            return with_survival(proof, summary(layers), least=LEAST_STRENGTH)
-        return prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=trained_off, precision=judged)
+        return merging.prove_merged(
+            model, original, rows, trained=trained, trained_off=trained_off, shipped=ship(None), stored=manifest.precision, judged=judged,
+            decide=decide,
+        )  # fmt: skip
+    del model  # the engine needs the memory
     tensors = pack_adapter(source.folder, manifest, name=source.name).tensors
     only_head = {name: tensor for name, tensor in tensors.items() if manifest.head and name in (manifest.head.weight, manifest.head.bias)}
     shipped, shipped_off = ship(tensors), ship(only_head or None)

@@ -20,10 +20,10 @@ from edgetune.export.reshapes import (
     drop_reshapes,
     fold_query_scale,
     keep_rows_apart,
-    replace,
     same_shape,
     split_instead_of_unbind,
 )
+from edgetune.export.reshapes import replace as replace
 
 MICROSOFT = "com.microsoft"
 

@@ -102,8 +102,7 @@ def rms_weight(module: Any) -> Tensor | None:
 
 def epsilon_of(module: Any) -> float:
     """What a norm adds to the mean square."""
-    value: float = getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0)
-    return float(value)
+    return float(getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0))
 
 
 def is_tanh_gelu(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", 
 PREFIX = "base_model.model."
 LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 HEAD = re.compile(r"(?P<name>classifier|score)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>weight|bias)")
+COPY = ".base_layer.weight"
 HEAD_NAMES = ("classifier", "score")
 
 # Configurations whose answer is not W + scaling·BA. Each says what to do instead.
@@ -59,6 +60,8 @@ class LoraFolder:
     """module → A (r, in) float32 and scaling·B (out, r) float32"""
     head: dict[str, Array] = field(default_factory=dict)
     """weight (labels, hidden) and bias (labels,)"""
+    copies: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """module → shape of the frozen base weight that PEFT saves beside an adapter on an output projection"""
     problems: list[str] = field(default_factory=list)
     modules: set[str] | None = None
     """every module the file names, usable or not; None when the file could not be read"""
@@ -261,6 +264,8 @@ def _sort_tensors(tensors: Mapping[str, Array], read: LoraFolder) -> None:
             read.modules.add(match["module"])
         elif match := HEAD.fullmatch(name):
             read.head[match["part"]] = tensor
+        elif name.endswith(COPY):
+            read.copies[name.removesuffix(COPY)] = tensor.shape
         else:
             read.problems.append(f"{key} {tensor.shape}: unknown, {_why_unknown(name)}")
         if not math.isfinite(float(tensor.sum())) and not np.isfinite(tensor).all():  # a sum is quicker, and may overflow
@@ -292,8 +297,6 @@ def _pair_problem(config: Mapping[str, Any], module: str, pair: Mapping[str, Arr
 def _why_unknown(name: str) -> str:
     if "lora_magnitude_vector" in name:
         return "a DoRA magnitude; train with dora = false"
-    if name.endswith(".base_layer.weight"):
-        return "a copy of the base's own weight; save the adapter with save_embedding_layers=False"
     if "lora_embedding_" in name or "embed_tokens" in name or "word_embeddings" in name:
         return "embeddings have no adapter input; target linear layers only"
     if ".lora_B.bias" in name or name.endswith(".bias"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export_helpers import export, make_adapter, op_counts
+from export_helpers import decoder_feed, export, make_adapter, op_counts, plain_session
 from family_helpers import DECODERS, ENCODERS, make_family
 
 from edgetune.adapters import load_adapter
@@ -107,6 +107,17 @@ def test_a_prompt_goes_on_in_pieces(decoder: Exported) -> None:
     for start, end in ((0, 9), (9, 10), (10, 29)):
         logits = state.extend(row[start:end])
         assert np.abs(logits[0] - expected[end - 1]).max() < 1e-3
+
+
+def test_plain_onnx_runtime_answers_as_torch_from_an_attention_mask(decoder: Exported) -> None:
+    texts = rows(decoder.manifest.graph.vocab_size)
+    ids = np.zeros((len(texts), max(LENGTHS)), np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(texts):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    logits = plain_session(decoder.folder).run(["logits"], decoder_feed(decoder.manifest, ids, mask))[0][:, 0]
+    for i, row in enumerate(texts):
+        assert np.abs(logits[i] - decoder.torch_logits(row, adapter=False)[-1]).max() < 1e-3
 
 
 def test_the_proof_passes_and_attention_is_one_node_a_layer(decoder: Exported) -> None:
