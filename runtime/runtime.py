@@ -26,7 +26,7 @@ from edgetune.runtime.generation import (
 )
 from edgetune.runtime.manifest import Manifest, read_manifest, verify_files
 from edgetune.runtime.prompts import Message, check_messages, with_system
-from edgetune.runtime.registry import AdapterRegistry
+from edgetune.runtime.registry import AdapterRegistry, InUse
 from edgetune.runtime.tokenizer import BundleTokenizer
 
 Prompt = str | Sequence[Message]
@@ -86,30 +86,52 @@ class Runtime:
     Every call prepares its own rows and cache, so several streams may be read in turn or from several threads.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        adapter_folder: Path | None = None,
+        adapter_memory_mb: float | None = None,
+    ) -> None:
         self.folder, self.manifest = folder, manifest
         self.tokenizer = BundleTokenizer(folder, manifest)
         release_free_memory()  # what parsing the vocabulary took
-        self._registry = AdapterRegistry(folder, manifest)
+        self.registry = AdapterRegistry(
+            folder, manifest, adapter_folder=adapter_folder, memory_mb=adapter_memory_mb
+        )
         self.decoder = DecoderEngine(folder, manifest, threads=threads) if manifest.is_decoder else None
         self.encoder = None if manifest.is_decoder else EncoderEngine(folder, manifest, threads=threads)
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
 
     @classmethod
-    def open(cls, folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Runtime:
-        """Open a bundle. `verify` compares every file's sha256 with the manifest first; BundleError lists what differs."""
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        adapter_folder: str | Path | None = None,
+        adapter_memory_mb: float | None = None,
+    ) -> Runtime:
+        """Open a bundle. `verify` compares every file's sha256 with the manifest first; BundleError lists what differs.
+
+        `adapter_folder` and `adapter_memory_mb`: see AdapterRegistry.
+        """
         path = Path(folder)
         manifest = read_manifest(path)
         if verify and (differing := verify_files(path, manifest)):
             problems = listed(differing, "files differ")
             fix = "Copy the bundle again, or export it again."
             raise BundleError(f"the bundle is not as exported: {problems}", where=str(path), fix=fix)
-        return cls(path, manifest, threads=threads)
+        many = None if adapter_folder is None else Path(adapter_folder)
+        return cls(path, manifest, threads=threads, adapter_folder=many, adapter_memory_mb=adapter_memory_mb)
 
     def close(self) -> None:
         """Let go of the session's and the adapters' memory."""
         self.decoder = self.encoder = None
-        self._registry = AdapterRegistry(self.folder, self.manifest)
+        self.registry = AdapterRegistry(self.folder, self.manifest)
 
     def __enter__(self) -> Runtime:
         return self
@@ -122,19 +144,19 @@ class Runtime:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names that can be used: shipped in the bundle, or loaded."""
-        return self._registry.names()
+        return self.registry.names()
 
-    def load_adapter(self, name: str, folder: str | Path) -> PackedAdapter:
+    def load_adapter(self, name: str, folder: str | Path, *, pin: bool = False) -> PackedAdapter:
         """Load a PEFT folder under a new name; its `.notes` say what could not be checked. See `pack_adapter`."""
-        return self._registry.load(name, folder)
+        return self.registry.load(name, folder, pin=pin)
 
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; a text that is being generated with it goes on."""
-        self._registry.unload(name)
+    def unload_adapter(self, name: str, *, in_use: InUse = "forget", timeout_s: float | None = None) -> None:
+        """Forget an adapter; a text that is being generated with it goes on, or see AdapterRegistry.unload."""
+        self.registry.unload(name, in_use=in_use, timeout_s=timeout_s)
 
     def adapter(self, name: str) -> PackedAdapter:
         """An adapter's labels, prompt format and tensors (read from the bundle at first use)."""
-        return self._registry.get(name).packed
+        return self.registry.get(name).packed
 
     def labels(self, name: str | None) -> tuple[str, ...] | None:
         """What an adapter classifies into; None for the base model and for adapters that generate or embed."""
@@ -328,7 +350,7 @@ class Runtime:
 
     def bound(self, name: str | None) -> AdapterRow:
         """What the engine takes for an adapter's name; None is the base model."""
-        return None if name is None else self._registry.get(name).bound
+        return None if name is None else self.registry.get(name).bound
 
     def _names(
         self, count: int, adapter: str | None, adapters: Sequence[str | None] | None
