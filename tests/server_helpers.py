@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from openai import OpenAI
 
 from edgetune.runtime import Runtime
-from edgetune.runtime.scheduler import Scheduler
+from edgetune.runtime.generation import GenerationSettings
+from edgetune.runtime.scheduler import Event, GenerationRequest, Scheduler
 from edgetune.runtime.server.run import DrainingServer, listen
 from edgetune.runtime.server.service import ServerOptions, Service
+
+
+T = TypeVar("T")
+NEVER_EOS = 2
+"""The tiny decoder's end token."""
 
 
 class Running:
@@ -60,6 +67,58 @@ def serve(bundle: Path, *, scheduler: dict[str, Any] | None = None, **options: A
             finally:
                 server.should_exit = True
                 thread.join(20)
+
+
+class Pace:
+    """A row of the scheduler that lets it make one step for each `step()`: what else runs is at the same pace."""
+
+    def __init__(self, running: Running) -> None:
+        self._permits, self._reached = threading.Semaphore(0), threading.Semaphore(0)
+        self._over = False
+        settings = GenerationSettings(max_new_tokens=10_000, logit_bias=((NEVER_EOS, -100.0),))
+        scheduler = running.service.scheduler
+        self._ticket = scheduler.submit(GenerationRequest([5, 6, 7], None, settings), self._wait)
+        assert self._reached.acquire(timeout=20)
+
+    def _wait(self, event: Event) -> None:
+        self._reached.release()
+        if not self._over:
+            self._permits.acquire(timeout=20)
+
+    def step(self) -> None:
+        """One step of every row; returns when the next one waits."""
+        self._permits.release()
+        assert self._reached.acquire(timeout=20)
+
+    def end(self) -> None:
+        """From here on everything runs freely."""
+        self._over = True
+        self._ticket.cancel()
+        self._permits.release()
+
+
+@contextmanager
+def paced(running: Running) -> Iterator[Pace]:
+    """Hold the scheduler for the length of a with statement."""
+    pace = Pace(running)
+    try:
+        yield pace
+    finally:
+        pace.end()
+
+
+def in_background(call: Callable[[], T]) -> Future[T]:
+    """Run a blocking client call beside the test."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def until(condition: Any, *, seconds: float = 20.0) -> None:

@@ -28,6 +28,17 @@ KEYS = "EDGETUNE_API_KEYS"
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Adapters inside this folder may be loaded over HTTP.",
 )
+@click.option(
+    "--adapter-library",
+    "library",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Every adapter in this folder is served under its folder's name, read at its first use.",
+)
+@click.option(
+    "--adapter-memory-mb",
+    type=click.FloatRange(min=0),
+    help="Memory for adapters; the least recently used ones are read again.",
+)
 @click.option("--model-name", metavar="NAME", help="What clients call the base model.")
 @click.option(
     "--api-key-file",
@@ -85,6 +96,8 @@ def command(
     port: int,
     adapters: tuple[str, ...],
     folders: tuple[Path, ...],
+    library: Path | None,
+    adapter_memory_mb: float | None,
     model_name: str | None,
     api_key_file: Path | None,
     max_rows: int,
@@ -125,7 +138,11 @@ def command(
         drain_s=drain,
     )
     set_up_logging(log_level)
-    with listen(host, port) as place, Runtime.open(bundle, threads=threads, verify=not no_verify) as runtime:
+    opened = {"threads": threads, "verify": not no_verify, "adapter_folder": library}
+    with (
+        listen(host, port) as place,
+        Runtime.open(bundle, adapter_memory_mb=adapter_memory_mb, **opened) as runtime,  # type: ignore[arg-type]
+    ):
         for name, folder in named:
             for line in runtime.load_adapter(name, folder).notes:
                 click.echo(f"note: {line}", err=True)

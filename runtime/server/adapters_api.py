@@ -8,7 +8,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.server.errors import ApiError, bad_request, not_found
 from edgetune.runtime.server.folders import allowed_folder
 from edgetune.runtime.server.logs import note
@@ -32,7 +31,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     """POST /v1/unload_lora_adapter: 200 and a line of text; texts that are being generated with it go on."""
     service, body = await _allowed(request, UNLOAD_ADAPTER)
     async with _one_at_a_time(request):
-        if body["lora_name"] not in service.runtime.adapters:
+        if not service.runtime.registry.knows(body["lora_name"]):
             message = f"The lora adapter '{body['lora_name']}' cannot be found."
             raise not_found(message, code="adapter_not_found", param="lora_name")
         await service.in_thread(service.runtime.unload_adapter, body["lora_name"])
@@ -58,12 +57,12 @@ def _one_at_a_time(request: Request) -> asyncio.Lock:
 
 
 def _load(service: Service, name: str, path: str, in_place: bool) -> None:
-    """Every check first; the old adapter of that name goes only when the new one is known to fit."""
+    """Every check first; with `in_place` the old adapter of that name goes only when the new one is known to fit."""
     runtime = service.runtime
     folder = allowed_folder(path, service.options.adapter_folders)
     if name == service.base:
         raise bad_request(f"'{name}' is the base model's name.", param="lora_name", code="invalid_value")
-    if name not in runtime.adapters:
+    if not runtime.registry.knows(name):
         runtime.load_adapter(name, folder)
         return
     if not in_place:
@@ -71,6 +70,4 @@ def _load(service: Service, name: str, path: str, in_place: bool) -> None:
             f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
         )
         raise bad_request(message, param="lora_name", code="adapter_exists")
-    pack_adapter(folder, runtime.manifest, name=name)  # an AdapterError comes before the old one is gone
-    runtime.unload_adapter(name)
-    runtime.load_adapter(name, folder)
+    runtime.registry.replace(name, folder)

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edgetune.errors import EdgetuneError
-from edgetune.runtime.server import adapters_api, encoder_api, openai_api, pages
+from edgetune.runtime.server import adapters_api, encoder_api, models_api, openai_api, pages
 from edgetune.runtime.server.errors import ApiError
 from edgetune.runtime.server.logs import note
 from edgetune.runtime.server.middleware import HostCheck, KeyCheck, RequestScope, answer_to, error_response
@@ -27,8 +27,8 @@ ROUTES = {
     "/ready": ("GET", pages.ready),
     "/metrics": ("GET", pages.metrics),
     "/openapi.json": ("GET", pages.openapi),
-    "/v1/models": ("GET", openai_api.list_models),
-    "/v1/models/{model:path}": ("GET", openai_api.show_model),
+    "/v1/models": ("GET", models_api.list_models),
+    "/v1/models/{model:path}": ("GET", models_api.show_model),
     "/v1/chat/completions": ("POST", openai_api.chat_completions),
     "/v1/completions": ("POST", openai_api.completions),
     "/v1/embeddings": ("POST", encoder_api.embeddings),

@@ -1,4 +1,4 @@
-"""`/v1/models`, `/v1/chat/completions`, `/v1/completions`: OpenAI's endpoints, streamed or whole."""
+"""`/v1/chat/completions` and `/v1/completions`: OpenAI's endpoints, streamed or whole."""
 
 from __future__ import annotations
 
@@ -134,44 +134,6 @@ def completion_of(event: Event) -> Completion:
     if event.completion.finish_reason == "cancelled":
         raise unavailable("The server is stopping.")
     return event.completion
-
-
-async def list_models(request: Request) -> Response:
-    """GET /v1/models."""
-    service: Service = request.app.state.service
-    return JSONResponse({"object": "list", "data": [model_card(service, name) for name in service.models()]})
-
-
-async def show_model(request: Request) -> Response:
-    """GET /v1/models/{model}."""
-    service: Service = request.app.state.service
-    name = request.path_params["model"]
-    service.adapter_of(name)
-    return JSONResponse(model_card(service, name))
-
-
-def model_card(service: Service, name: str) -> dict[str, Any]:
-    """A model as OpenAI lists it, with vLLM's `parent`, `root` and `max_model_len`."""
-    runtime, adapter = service.runtime, service.adapter_of(name)
-    card = {
-        "id": name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "edgetune",
-        "root": service.base,
-        "parent": None if adapter is None else service.base,
-        "max_model_len": runtime.manifest.graph.max_length,
-        "task": runtime.manifest.task,
-    }
-    shipped = None if adapter is None else runtime.manifest.adapter(adapter)
-    if adapter is None:
-        return card
-    if shipped is not None:  # the manifest knows it without reading the adapter
-        form, labels, rank = shipped.prompt_format, shipped.labels, shipped.rank
-    else:
-        packed = runtime.adapter(adapter)
-        form, labels, rank = packed.prompt_format, packed.labels, packed.rank
-    return card | {"rank": rank, "labels": labels, "prompt_template": runtime.tokenizer.template_of(form)}
 
 
 def _event(value: Mapping[str, Any]) -> bytes:

@@ -39,7 +39,7 @@ MODEL_CARD = {
         "parent": {"type": ["string", "null"], "description": "An adapter's base model."},
         "max_model_len": INTEGER,
         "task": STRING,
-        "rank": INTEGER,
+        "rank": {"type": ["integer", "null"]},
         "labels": {"type": ["array", "null"], "items": STRING},
         "prompt_template": {"enum": ["chat", "plain"]},
     },

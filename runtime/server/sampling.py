@@ -10,7 +10,7 @@ from typing import Any
 from edgetune.errors import AdapterError, InputError
 from edgetune.runtime.generation import GenerationSettings
 from edgetune.runtime.scheduler import GenerationRequest
-from edgetune.runtime.server.errors import ApiError, bad_request
+from edgetune.runtime.server.errors import ApiError, bad_request, not_found
 from edgetune.runtime.server.service import Service
 
 SAME_NAME = (
@@ -42,6 +42,7 @@ class Plan:
 
 def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Plan:
     """The rows of a chat request. InputError and ApiError say what does not fit."""
+    _check_task(service)
     top = body.get("top_logprobs")
     if top is not None and not body.get("logprobs"):
         raise bad_request(
@@ -60,6 +61,7 @@ def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Pla
 
 def plan_completion(service: Service, body: Mapping[str, Any], request_id: str) -> Plan:
     """The rows of a completions request: prompts are taken as they are, without template."""
+    _check_task(service)
     adapter, given = service.adapter_of(body["model"]), body["prompt"]
     prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     special = body.get("add_special_tokens", True)
@@ -100,6 +102,8 @@ def error_of(error: Exception, *, param: str | None = None) -> ApiError | None:
     if isinstance(error, InputError):
         long = "longer than" in error.what
         return bad_request(str(error), param=param, code="context_length_exceeded" if long else None)
+    if isinstance(error, AdapterError) and error.what.startswith("unknown adapter"):
+        return not_found(f"The model '{error.got}' does not exist.", code="model_not_found", param="model")
     if isinstance(error, AdapterError):
         return bad_request(str(error), param=param, code="adapter_error")
     return None
@@ -132,6 +136,12 @@ def _plan(
     ]
     usage = bool((options or {}).get("include_usage"))
     return Plan(body["model"], adapter, rows, sum(map(len, prompts)), stream, usage, logprobs)
+
+
+def _check_task(service: Service) -> None:
+    if not service.runtime.manifest.is_decoder:
+        what = "This bundle classifies and embeds; it generates no text."
+        raise bad_request(what, param="model", code="wrong_task")
 
 
 def _check_length(service: Service, tokens: int) -> None:

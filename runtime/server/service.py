@@ -53,7 +53,7 @@ class Service:
         self.draining = False
         self._mailroom: Mailroom | None = None
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="edgetune-http")
-        if self.base in runtime.adapters:
+        if runtime.registry.knows(self.base):
             raise AdapterError(
                 f"an adapter has the base model's name {self.base!r}",
                 expected="different names",
@@ -73,7 +73,7 @@ class Service:
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter behind a model's name, None for the base. ApiError 404 when there is no such model."""
-        if model in self.runtime.adapters:
+        if self.runtime.registry.knows(model):
             return model
         if model == self.base and self.runtime.manifest.mode != "merged":
             return None
