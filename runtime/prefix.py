@@ -39,6 +39,11 @@ class PrefixCache:
         """Memory of the blocks that are kept."""
         return len(self._known) * BLOCK * self.arena.token_bytes
 
+    @property
+    def limit_bytes(self) -> int:
+        """Memory the pool may come to."""
+        return len(self._pool) * BLOCK * self.arena.token_bytes
+
     def restore(self, slot: int, adapter: Hashable, tokens: Sequence[int]) -> int:
         """Copy the longest known beginning of a prompt into a slot; how many tokens that is.
 

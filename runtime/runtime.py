@@ -160,8 +160,19 @@ class Runtime:
 
     def labels(self, name: str | None) -> tuple[str, ...] | None:
         """What an adapter classifies into; None for the base model and for adapters that generate or embed."""
-        chosen = self._names(1, name, None)[0]
+        chosen = self.chosen(name)
         return None if chosen is None else self.adapter(chosen).labels
+
+    def need_labels(self, name: str | None) -> None:
+        """InputError when there is nothing to classify into."""
+        if self.labels(name) is None:
+            what = "no adapter is chosen" if name is None else f"the adapter {name!r} has no labels"
+            choices = ", ".join(self.adapters) or "an adapter with labels; this bundle has none"
+            raise InputError(f"{what}, so there is nothing to classify into", expected=choices)
+
+    def chosen(self, adapter: str | None) -> str | None:
+        """The adapter that answers: the one in the weights of a merged bundle, whether it is named or not."""
+        return self._names(1, adapter, None)[0]
 
     def classify(
         self,
@@ -178,13 +189,10 @@ class Runtime:
         """
         names = self._names(len(texts), adapter, adapters)
         for name in {*names}:
-            if self.labels(name) is None:
-                what = "no adapter is chosen" if name is None else f"the adapter {name!r} has no labels"
-                choices = ", ".join(self.adapters) or "an adapter with labels; this bundle has none"
-                raise InputError(f"{what}, so there is nothing to classify into", expected=choices)
+            self.need_labels(name)
         logits, _ = self._encode(texts, names, truncate=truncate)
         return [
-            _classification(row, self.adapter(name or "")) for row, name in zip(logits, names, strict=True)
+            classification_of(row, self.adapter(name or "")) for row, name in zip(logits, names, strict=True)
         ]
 
     def embed(
@@ -198,11 +206,7 @@ class Runtime:
     ) -> npt.NDArray[np.float32]:
         """Pooled states (texts, hidden) float32, of length 1 unless `normalize` is False."""
         _, pooled = self._encode(texts, self._names(len(texts), adapter, adapters), truncate=truncate)
-        if not normalize:
-            return pooled
-        lengths = np.linalg.norm(pooled, axis=1, keepdims=True)
-        result: npt.NDArray[np.float32] = pooled / np.maximum(lengths, 1e-12)
-        return result
+        return unit_length(pooled) if normalize else pooled
 
     def generate(
         self,
@@ -210,14 +214,19 @@ class Runtime:
         adapter: str | None = None,
         *,
         adapters: Sequence[str | None] | None = None,
+        n: int = 1,
         **settings: Any,
     ) -> list[Completion]:
         """A completion of each prompt, with one adapter for all or one (or None) a prompt, mixed in a batch.
 
+        `n` completions of each prompt stand one after the other; sampling makes them differ.
         `settings`: fields of GenerationSettings; what is not given comes from the row's adapter, then the defaults.
         """
-        names = self._names(len(prompts), adapter, adapters)
-        ids = [self.prompt_ids(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+        if n < 1:
+            raise InputError("n is out of range", expected="1 or more", got=str(n))
+        names = [name for name in self._names(len(prompts), adapter, adapters) for _ in range(n)]
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        ids = [self.prompt_ids(prompt, name) for prompt, name in zip(repeated, names, strict=True)]
         rows = [
             self._sequence(row, name, settings, index=i)
             for i, (row, name) in enumerate(zip(ids, names, strict=True))
@@ -233,7 +242,7 @@ class Runtime:
 
     def stream(self, prompt: Prompt, adapter: str | None = None, **settings: Any) -> TextStream:
         """The text of one prompt in pieces, as they become certain."""
-        adapter = self._names(1, adapter, None)[0]
+        adapter = self.chosen(adapter)
         ids = self.prompt_ids(prompt, adapter)
         sequence, tensors = self._sequence(ids, adapter, settings, index=0), self.bound(adapter)
 
@@ -284,15 +293,27 @@ class Runtime:
 
     def settings(self, adapter: str | None = None, **given: Any) -> GenerationSettings:
         """Generation settings: what is given (None: not given), else the adapter's own defaults, else edgetune's."""
-        adapter = self._names(1, adapter, None)[0]
+        adapter = self.chosen(adapter)
         defaults = {} if adapter is None else self.adapter(adapter).generation
         return settings_from(defaults, given, base=GenerationSettings())
 
     def _sequence(
         self, ids: Sequence[int], name: str | None, settings: Mapping[str, Any], *, index: int
     ) -> TokenSequence:
+        return self.sequence(ids, self.settings(name, **settings), choice=index)
+
+    def sequence(
+        self, ids: Sequence[int], settings: GenerationSettings, *, choice: int = 0, context: int | None = None
+    ) -> TokenSequence:
+        """One answer to be generated; `context`: tokens of prompt and answer, at most (None: the graph's)."""
+        graph = self.manifest.graph
         return TokenSequence(
-            self.tokenizer, self.settings(name, **settings), row=index, limit=self.manifest.graph.max_length - len(ids)
+            self.tokenizer,
+            settings,
+            row=choice,
+            limit=(context or graph.max_length) - len(ids),
+            prompt_ids=ids,
+            vocab_size=graph.vocab_size,
         )
 
     def _decode(
@@ -383,13 +404,31 @@ def _batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
     return [order[start : start + rows] for start in range(0, len(order), rows)]
 
 
-def _classification(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -> Classification:
+def classification_of(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -> Classification:
+    """A head's logits (labels,) as probabilities of its labels."""
     scores = dict(zip(adapter.labels or (), softmax(logits).tolist(), strict=True))
     label = max(scores, key=lambda name: scores[name])
     return Classification(label=label, score=scores[label], scores=scores)
 
 
+def unit_length(pooled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """States (texts, hidden) scaled to length 1."""
+    lengths = np.linalg.norm(pooled, axis=1, keepdims=True)
+    result: npt.NDArray[np.float32] = pooled / np.maximum(lengths, 1e-12)
+    return result
+
+
 def _completion(row: TokenSequence, prompt_tokens: int, first_s: float, total_s: float) -> Completion:
     count = len(row.tokens)
     tpot_ms = (total_s - first_s) * 1e3 / (count - 1) if count > 1 else None
-    return Completion(row.text, row.finish_reason or "stop", prompt_tokens, count, first_s * 1e3, tpot_ms)
+    logprobs = None if row.settings.logprobs is None else tuple(row.logprobs)
+    return Completion(
+        text=row.text,
+        finish_reason=row.finish_reason or "stop",
+        prompt_tokens=prompt_tokens,
+        completion_tokens=count,
+        ttft_ms=first_s * 1e3,
+        tpot_ms=tpot_ms,
+        token_ids=tuple(row.tokens),
+        logprobs=logprobs,
+    )

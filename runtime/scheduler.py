@@ -1,14 +1,14 @@
 """Continuous batching: requests join and leave between steps, on a worker thread of the scheduler's own.
 
 Callers submit from any thread and hear of their tokens by events, which the worker thread delivers: a callback must
-return quickly and must not call `close`.
+return quickly and must not call `close`. Reading an adapter and compiling a grammar happen in the thread that submits.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.errors import InputError
-from edgetune.runtime.engine import DecodeState
+from edgetune.runtime.counters import Counters
+from edgetune.runtime.decode_loop import DecodeLoop
+from edgetune.runtime.encode_queue import EncodeJob, EncodeQueue, Finish
 from edgetune.runtime.events import (
     AdapterCounters,
     Event,
@@ -31,10 +33,13 @@ from edgetune.runtime.events import (
     Ticket,
     TokenEvent,
 )
-from edgetune.runtime.generation import TokenSequence
-from edgetune.runtime.runtime import Classification, Completion, Runtime
+from edgetune.runtime.fair_queue import FairQueue
+from edgetune.runtime.memory_plan import plan_cache
+from edgetune.runtime.running import Running
+from edgetune.runtime.runtime import Classification, Runtime, classification_of, unit_length
 
 __all__ = [
+    "AdapterCounters",
     "Event",
     "FailedEvent",
     "FinishedEvent",
@@ -47,24 +52,7 @@ __all__ = [
     "TokenEvent",
 ]
 
-
-class _Row:
-    """A submitted request and what has become of it."""
-
-    def __init__(self, ticket: Ticket, on_event: Callable[[Event], None]) -> None:
-        self.ticket, self.request, self.on_event = ticket, ticket.request, on_event
-        self.submitted = time.monotonic()
-        self.started = self.first = 0.0
-        self.state: DecodeState | None = None
-        self.sequence: TokenSequence | None = None
-        self.logits: npt.NDArray[np.float32] | None = None
-
-    def overdue(self) -> str | None:
-        """Why this row ends now although nothing more was computed: "cancelled", "deadline" or None."""
-        if self.ticket.cancelled:
-            return "cancelled"
-        deadline = self.request.deadline
-        return "deadline" if deadline is not None and time.monotonic() >= deadline else None
+log = logging.getLogger("edgetune.runtime")
 
 
 class Scheduler:
@@ -80,23 +68,36 @@ class Scheduler:
         prefill_chunk: int = 128,
     ) -> None:
         """`max_rows`: rows of one decode step; `max_queue`: requests that may wait; `prefill_chunk`: tokens of a
-        prompt between two decode steps; `cache_mb`: memory for keys and values (10⁶ bytes)."""
-        self.runtime = runtime
-        self.max_rows, self.max_queue, self.cache_mb, self.prefill_chunk = (
-            max_rows,
-            max_queue,
-            cache_mb,
-            prefill_chunk,
-        )
-        self._waiting: deque[_Row] = deque()
-        self._running: list[_Row] = []
-        self._encodes: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        prompt between two decode steps; `cache_mb` (10⁶ bytes): memory for keys and values, a quarter of it for
+        shared prefixes (None: see `plan_cache`). InputError for a value that is out of range."""
+        for name, value in (("max_rows", max_rows), ("max_queue", max_queue), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise InputError(f"{name} is out of range", expected="1 or more", got=str(value))
+        self.runtime, self.max_rows, self.max_queue = runtime, max_rows, max_queue
+        self.counters = Counters()
+        self._waiting: FairQueue[Running] = FairQueue()
+        self._encodes = EncodeQueue(runtime)
+        self._loop: DecodeLoop | None = None
+        if runtime.decoder is not None:
+            plan = plan_cache(runtime.manifest.graph, rows=max_rows, cache_mb=cache_mb)
+            self._loop = DecodeLoop(
+                runtime.decoder,
+                self.counters,
+                rows=max_rows,
+                tokens=plan.tokens,
+                prefix_blocks=plan.prefix_blocks,
+                chunk=prefill_chunk,
+            )
         self._wake = threading.Condition()
         self._closing = self._abort = False
         self._thread: threading.Thread | None = None
-        self._finished: Counter[str] = Counter()
-        self._totals: Counter[str] = Counter()
-        self._adapters: dict[str, Counter[str]] = {}
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer of one request may have together: the graph's, or what the memory holds."""
+        if self._loop is None:
+            return self.runtime.manifest.graph.max_length
+        return min(self.runtime.manifest.graph.max_length, self._loop.batch.arena.budget)
 
     def start(self) -> Scheduler:
         """Start the worker thread."""
@@ -116,30 +117,42 @@ class Scheduler:
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> Ticket:
         """Queue a request; its events come from the worker thread, the last one is Finished or Failed.
 
-        QueueFull when `max_queue` requests wait, SchedulerClosed after `close`, InputError for an encoder's bundle.
+        May read an adapter from disk and compile a grammar: milliseconds, so not on an event loop. QueueFull when
+        `max_queue` requests wait, SchedulerClosed after `close`, AdapterError for an adapter that is unknown or does
+        not fit, InputError for a prompt or settings that cannot be used.
         """
-        if self.runtime.decoder is None:
+        if self._loop is None:
             raise InputError("this bundle generates no text", expected="classify or embed")
-        ticket = Ticket(request)
         with self._wake:
-            self._check_open()
-            if len(self._waiting) >= self.max_queue:
-                self._finished["refused"] += 1
-                raise QueueFull(
-                    "the queue is full",
-                    retry_after_s=1.0,
-                    expected=f"at most {self.max_queue} waiting",
-                    got="one more",
-                )
-            self._waiting.append(_Row(ticket, on_event))
-            self._wake.notify()
-        return ticket
+            self._check_open(len(self._waiting))
+        self._check_prompt(request.prompt_ids)
+        name = self.runtime.chosen(request.adapter)
+        lease = None if name is None else self.runtime.registry.acquire(name)
+        try:
+            sequence = self.runtime.sequence(
+                request.prompt_ids, request.settings, choice=request.choice, context=self.context
+            )
+            running = Running(Ticket(request), on_event, sequence, lease)
+            with self._wake:
+                self._check_open(len(self._waiting))
+                self._waiting.put(running, key=request.adapter, cost=running.tokens_needed)
+                self._wake.notify()
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        return running.ticket
 
     def classify(
         self, texts: Sequence[str], adapter: str | None = None, *, truncate: bool = False
     ) -> Future[list[Classification]]:
-        """`Runtime.classify` in turn with everyone else's."""
-        return self._encode(lambda: self.runtime.classify(texts, adapter, truncate=truncate))
+        """As `Runtime.classify`, in batches with everyone else's texts. Errors of the input are raised here."""
+        name = self.runtime.chosen(adapter)
+        self.runtime.need_labels(name)
+        packed = self.runtime.adapter(name or "")
+        return self._encode(
+            texts, name, lambda logits, _: [classification_of(row, packed) for row in logits], truncate=truncate
+        )
 
     def embed(
         self,
@@ -149,36 +162,47 @@ class Scheduler:
         normalize: bool = True,
         truncate: bool = False,
     ) -> Future[npt.NDArray[np.float32]]:
-        """`Runtime.embed` in turn with everyone else's."""
+        """As `Runtime.embed`, in batches with everyone else's texts. Errors of the input are raised here."""
+        name = self.runtime.chosen(adapter)
         return self._encode(
-            lambda: self.runtime.embed(texts, adapter, normalize=normalize, truncate=truncate)
+            texts, name, lambda _, pooled: unit_length(pooled) if normalize else pooled, truncate=truncate
         )
 
     def stats(self) -> SchedulerStats:
         """A picture of this moment."""
-        with self._wake:
+        loop, counters, registry = self._loop, self.counters, self.runtime.registry
+        with self._wake, counters.lock:
+            running = [] if loop is None else loop.running
             return SchedulerStats(
-                running=len(self._running),
-                waiting=len(self._waiting),
-                batch_rows=self._totals["batch_rows"],
-                cache_slots_used=len(self._running),
-                cache_slots_total=self.max_rows,
-                requests_total=dict(self._finished),
-                prompt_tokens_total=self._totals["prompt_tokens"],
-                tokens_generated_total=self._totals["tokens"],
-                steps_total=self._totals["steps"],
-                step_seconds_total=self._totals["step_us"] / 1e6,
-                prefill_seconds_total=self._totals["prefill_us"] / 1e6,
-                queue_wait_seconds_total=self._totals["wait_us"] / 1e6,
-                adapters={name: AdapterCounters(**counts) for name, counts in self._adapters.items()},
+                running=len(running),
+                waiting=len(self._waiting) + self._encodes.jobs,
+                batch_rows=counters.batch_rows,
+                cache_slots_used=len(running),
+                cache_slots_total=0 if loop is None else self.max_rows,
+                requests_total=dict(counters.requests),
+                prompt_tokens_total=counters.prompt_tokens,
+                tokens_generated_total=counters.tokens,
+                steps_total=counters.steps,
+                step_seconds_total=counters.step_seconds,
+                prefill_seconds_total=counters.prefill_seconds,
+                queue_wait_seconds_total=counters.queue_wait_seconds,
+                adapters=counters.by_adapter(),
+                cache_bytes=0 if loop is None else loop.cache_bytes,
+                cache_bytes_total=0 if loop is None else loop.cache_bytes_total,
+                prefix_hit_tokens_total=0 if loop is None else loop.prefixes.hit_tokens,
+                prefix_evictions_total=0 if loop is None else loop.prefixes.evictions,
+                adapter_evictions_total=registry.evictions,
+                adapter_bytes=registry.nbytes,
+                encoded_rows_total=counters.encoded_rows,
             )
 
     def close(self, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests; answer those under way (`drain`) for at most `timeout_s`, then cancel the rest."""
         with self._wake:
-            self._closing, self._abort = True, self._abort or not drain
+            self._closing, self._abort = True, self._abort or not drain or self._thread is None
             self._wake.notify_all()
         if self._thread is None:
+            self._turn()  # nobody else will tell those who wait
             return
         self._thread.join(timeout_s)
         with self._wake:
@@ -186,113 +210,78 @@ class Scheduler:
             self._wake.notify_all()
         self._thread.join()
 
-    def _check_open(self) -> None:
+    def _check_open(self, waiting: int) -> None:
+        """SchedulerClosed or QueueFull; the lock is held."""
         if self._closing:
             raise SchedulerClosed("the scheduler is closed", expected="requests before close()")
+        if waiting >= self.max_queue:
+            self.counters.ended("refused")
+            expected = f"at most {self.max_queue} waiting"
+            retry = self.counters.retry_after()
+            raise QueueFull("the queue is full", retry_after_s=retry, expected=expected, got="one more")
 
-    def _encode(self, call: Callable[[], Any]) -> Future[Any]:
+    def _check_prompt(self, ids: list[int]) -> None:
+        assert self.runtime.decoder is not None
+        self.runtime.decoder.check([ids])
+        if len(ids) >= self.context:
+            expected = f"at most {self.context - 1} tokens, so that one can follow"
+            raise InputError("the prompt is longer than the context", expected=expected, got=f"{len(ids)} tokens")
+
+    def _encode(self, texts: Sequence[str], name: str | None, finish: Finish, *, truncate: bool) -> Future[Any]:
         if self.runtime.encoder is None:
             raise InputError("this bundle generates text", expected="submit")
-        future: Future[Any] = Future()
-        with self._wake:
-            self._check_open()
-            if len(self._encodes) >= self.max_queue:
-                raise QueueFull("the queue is full", retry_after_s=1.0)
-            self._encodes.append((future, call))
-            self._wake.notify()
-        return future
+        ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
+        lease = None if name is None else self.runtime.registry.acquire(name)
+        job = EncodeJob(ids, lease, self.runtime.manifest.graph.hidden_size, finish)
+        try:
+            with self._wake:
+                self._check_open(self._encodes.jobs)
+                self._encodes.put(job)
+                self._wake.notify()
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        self.counters.encoded(name, len(texts))
+        if not texts:
+            job.end()
+        return job.future
+
+    def _busy(self) -> bool:
+        return bool(len(self._waiting) or len(self._encodes) or (self._loop is not None and self._loop.running))
 
     def _work(self) -> None:
         while True:
             with self._wake:
-                while not (self._waiting or self._running or self._encodes or self._closing):
-                    self._wake.wait()
-                if self._closing and not (self._waiting or self._running or self._encodes):
+                self._wake.wait_for(lambda: self._busy() or self._closing)
+                if self._closing and not self._busy():
                     return
-                while self._waiting and len(self._running) < self.max_rows:
-                    self._running.append(self._waiting.popleft())
-                encode = self._encodes.popleft() if self._encodes else None
-            if encode is not None and encode[0].set_running_or_notify_cancel():
-                try:
-                    encode[0].set_result(encode[1]())
-                except Exception as error:  # whatever it is, the caller gets it, and the worker goes on
-                    encode[0].set_exception(error)
-            for row in list(self._running):
-                self._advance(row)
+            try:
+                self._turn()
+            except Exception:
+                log.exception("the scheduler's worker met an error that belongs to no request")
 
-    def _advance(self, row: _Row) -> None:
-        try:
-            reason = "cancelled" if self._abort else row.overdue()
-            if reason is not None:
-                self._finish(row, reason)
-            elif row.state is None:
-                self._prefill(row)
-            else:
-                self._step(row)
-        except Exception as error:  # one row's trouble is not the others'
-            self._end(row, "failed", FailedEvent(error))
-
-    def _prefill(self, row: _Row) -> None:
-        request = row.request
-        row.started = time.monotonic()
-        engine = self.runtime._need(self.runtime.decoder)
-        limit = self.runtime.manifest.graph.max_length - len(request.prompt_ids)
-        row.sequence = TokenSequence(
-            self.runtime.tokenizer, request.settings, row=request.choice, limit=limit
-        )
-        capacity = len(request.prompt_ids) + row.sequence.limit
-        row.state, row.logits = engine.start(
-            [request.prompt_ids], [self.runtime.bound(request.adapter)], capacity=capacity
-        )
-        self._totals["wait_us"] += int((row.started - row.submitted) * 1e6)
-        self._totals["prefill_us"] += int((time.monotonic() - row.started) * 1e6)
-        self._totals["prompt_tokens"] += len(request.prompt_ids)
-        counts = self._adapters.setdefault(request.adapter or "", Counter())
-        counts["requests"] += 1
-        counts["prompt_tokens"] += len(request.prompt_ids)
-
-    def _step(self, row: _Row) -> None:
-        assert row.sequence is not None and row.state is not None and row.logits is not None
-        token = row.sequence.choose(row.logits[0])
-        piece = row.sequence.add(token)
-        row.first = row.first or time.monotonic()
-        self._totals["tokens"] += 1
-        self._adapters[row.request.adapter or ""]["tokens"] += 1
-        row.on_event(TokenEvent(piece, (token,)))
-        if row.sequence.finish_reason is not None:
-            self._finish(row, row.sequence.finish_reason)
-            return
-        start = time.monotonic()
-        row.logits = row.state.step([token])
-        self._totals["steps"] += 1
-        self._totals["step_us"] += int((time.monotonic() - start) * 1e6)
-
-    def _finish(self, row: _Row, reason: str) -> None:
-        now, tokens = time.monotonic(), row.sequence.tokens if row.sequence else []
-        first = row.first or now
-        self._end(
-            row,
-            reason,
-            FinishedEvent(
-                Completion(
-                    text=row.sequence.text if row.sequence else "",
-                    finish_reason=reason,
-                    prompt_tokens=len(row.request.prompt_ids),
-                    completion_tokens=len(tokens),
-                    ttft_ms=(first - row.submitted) * 1e3,
-                    tpot_ms=(now - first) * 1e3 / (len(tokens) - 1) if len(tokens) > 1 else None,
-                    token_ids=tuple(tokens),
-                    queue_ms=((row.started or now) - row.submitted) * 1e3,
-                )
-            ),
-        )
-
-    def _end(self, row: _Row, reason: str, event: Event) -> None:
+    def _turn(self) -> None:
+        """End what is overdue, then one batch of texts, one piece of a prompt, one step of all rows."""
+        now = time.monotonic()
         with self._wake:
-            self._running.remove(row)
-            self._finished[reason] += 1
-        row.state = row.logits = None
-        try:
-            row.on_event(event)
-        finally:
-            row.ticket._done.set()
+            abort = self._abort
+            late = self._waiting.remove(lambda running: abort or running.overdue(now) is not None)
+            if abort:
+                self._encodes.abandon(SchedulerClosed("the scheduler was closed before this was answered"))
+            texts = self._encodes.take()
+        for running in late:
+            reason = "cancelled" if abort else running.overdue(now) or "cancelled"
+            self.counters.ended(reason)
+            running.finish(reason)
+        if texts:
+            self._encodes.run(texts)
+        if self._loop is not None:
+            self._loop.sweep(cancel_all=abort)
+            self._loop.turn(self._next)
+
+    def _next(self, fits: Callable[[Running], bool]) -> Running | None:
+        """The request whose turn it is, when there is room for it."""
+        with self._wake:
+            waiting = self._waiting.peek()
+            return self._waiting.pop() if waiting is not None and fits(waiting) else None

@@ -58,6 +58,11 @@ class BundleTokenizer:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def token_text(self, token: int) -> str:
+        """Text of one token, special ones too; bytes that are no whole character show as U+FFFD."""
+        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation through the bundle's chat template (it writes its own special tokens)."""
         if self.chat_template is None:
