@@ -31,19 +31,21 @@ class Running:
 
     def __init__(self, service: Service, server: DrainingServer, port: int) -> None:
         self.service, self.server, self.url = service, server, f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=30, verify=False)
 
     @property
     def runtime(self) -> Runtime:
         return self.service.runtime
 
     def client(self, **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 30, **options})
+        http = httpx.Client(timeout=30, verify=False)
+        return OpenAI(base_url=f"{self.url}/v1", http_client=http, **{"api_key": "none", "max_retries": 0, **options})
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=30, **options)
+        return self.http.post(path, json=body, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30, **options)
+        return self.http.get(path, **options)
 
     def running(self) -> int:
         stats = self.service.scheduler.stats()

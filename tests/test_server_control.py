@@ -30,7 +30,7 @@ def ended(server: Running, reason: str) -> int:
 def test_a_client_that_leaves_mid_stream_frees_its_row(server: Running) -> None:
     before = ended(server, "cancelled")
     with paced(server) as pace:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=30) as answer:
+        with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
             started = in_background(lambda: next(answer.iter_lines()))
             while not started.done():
                 pace.step()
@@ -43,7 +43,7 @@ def test_a_client_that_leaves_before_the_first_token_frees_its_place(server: Run
     before = ended(server, "cancelled")
     with paced(server):
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=httpx.Timeout(5, read=0.2))
+            server.http.post("/v1/completions", json=LONG, timeout=httpx.Timeout(5, read=0.2))
         until(lambda: server.service.metrics.open._value.get() == 0)
     until(lambda: ended(server, "cancelled") >= before + 2)  # the pace's own row, and this one
 
@@ -88,7 +88,7 @@ def test_a_deadline_that_passes_mid_stream_is_an_error_event(server: Running) ->
         late = in_background(lambda: server.post("/v1/completions", body))
         while not late.done():
             pace.step()
-            httpx.get(f"{server.url}/health")  # a moment
+            server.get("/health")  # a moment
     events = late.result().text.strip().split("\n\n")
     assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
     assert events[-1] == "data: [DONE]"
@@ -132,7 +132,7 @@ def test_only_the_allowed_origin_may_read_answers(server: Running) -> None:
 
 
 def test_a_form_from_another_site_is_no_json(server: Running) -> None:
-    answer = httpx.post(f"{server.url}/v1/completions", content="{}", headers={"Content-Type": "text/plain"})
+    answer = server.http.post("/v1/completions", content="{}", headers={"Content-Type": "text/plain"})
     assert answer.status_code == 415
 
 

@@ -122,7 +122,7 @@ def _plan(
         message = "'stream_options' is only allowed when 'stream' is true."
         raise bad_request(message, param="stream_options", code="invalid_value")
     for ids in prompts:
-        _check_length(service, len(ids))
+        _check_length(service, len(ids), param="messages" if "messages" in body else "prompt")
     count = body.get("n", 1)
     _check_rows(service, len(prompts) * count)
     settings, deadline = (
@@ -144,14 +144,14 @@ def _check_task(service: Service) -> None:
         raise bad_request(what, param="model", code="wrong_task")
 
 
-def _check_length(service: Service, tokens: int) -> None:
+def _check_length(service: Service, tokens: int, *, param: str) -> None:
     room = service.runtime.manifest.graph.max_length - 1
     limit = min(room, service.options.max_prompt_tokens or room)
     if tokens == 0:
-        raise bad_request("The prompt is empty: expected one token at least.", code="empty_prompt")
+        raise bad_request("The prompt is empty: expected one token at least.", param=param, code="empty_prompt")
     if tokens > limit:
         message = f"The prompt has {tokens} tokens, but at most {limit} are allowed, so that one can follow."
-        raise bad_request(message, code="context_length_exceeded")
+        raise bad_request(message, param=param, code="context_length_exceeded")
 
 
 def _check_rows(service: Service, rows: int) -> None:

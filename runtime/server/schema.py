@@ -66,7 +66,7 @@ def check(value: Any, schema: Schema, param: str = "") -> None:
         raise bad_request(message, param=param, code="invalid_value")
     if isinstance(value, str):
         _check_size(len(value), schema, param, "string", "characters", "minLength", "maxLength")
-        if "pattern" in schema and not re.search(schema["pattern"], value):
+        if "pattern" in schema and not re.fullmatch(schema["pattern"].strip("^$"), value):
             message = f"Invalid '{param}': {_shown(value)}. Expected {schema['description']}."
             raise bad_request(message, param=param, code="invalid_value")
     elif isinstance(value, list):
