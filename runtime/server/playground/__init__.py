@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("dom.js", "api.js", "charts.js", "page.js")
+SCRIPTS = ("dom.js", "api.js", "charts.js", "lanes.js", "page.js")
 """In the order they run; each is a part of one script."""
 
 
