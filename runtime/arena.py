@@ -14,6 +14,7 @@ first write, and takes those of ended rows back when the budget asks for it (`tr
 
 from __future__ import annotations
 
+import math
 import mmap
 from typing import Any
 
@@ -106,8 +107,13 @@ def token_bytes(sides: int, heads: int, width: int) -> int:
 
 def _lazy_zeros(shape: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], mmap.mmap]:
     """Zeros whose pages exist from their first write on, in small pages: huge ones would be whole slots at once."""
-    memory = mmap.mmap(-1, max(int(np.prod(shape)) * 4, PAGE))
+    size = max(math.prod(shape) * 4, PAGE)
+    if hasattr(mmap, "MAP_PRIVATE"):  # shared memory, Python's default, would not give pages back
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        memory = mmap.mmap(-1, size, flags=flags)
+    else:
+        memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    array = np.frombuffer(memory, np.float32, count=int(np.prod(shape))).reshape(shape)
+    array = np.frombuffer(memory, np.float32, count=math.prod(shape)).reshape(shape)
     return array, memory

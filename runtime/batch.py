@@ -32,7 +32,8 @@ class Batch:
     def __init__(self, engine: DecoderEngine, *, rows: int, budget: int) -> None:
         """`rows` at once at most; `budget`: tokens of cache over all of them."""
         self.engine = engine
-        self.arena = CacheArena(engine.graph, slots=rows, capacity=engine.graph.max_length, budget=budget)
+        context = min(engine.graph.max_length, budget)
+        self.arena = CacheArena(engine.graph, slots=rows, capacity=context, budget=budget)
         self.decoding: list[BatchRow] = []
         self.filling: BatchRow | None = None
         self._adapters = AdapterRows(engine, rows)

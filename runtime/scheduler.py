@@ -97,7 +97,7 @@ class Scheduler:
         """Tokens that prompt and answer of one request may have together: the graph's, or what the memory holds."""
         if self._loop is None:
             return self.runtime.manifest.graph.max_length
-        return min(self.runtime.manifest.graph.max_length, self._loop.batch.arena.budget)
+        return self._loop.batch.arena.capacity
 
     def start(self) -> Scheduler:
         """Start the worker thread."""
@@ -172,12 +172,12 @@ class Scheduler:
         """A picture of this moment."""
         loop, counters, registry = self._loop, self.counters, self.runtime.registry
         with self._wake, counters.lock:
-            running = [] if loop is None else loop.running
+            rows = 0 if loop is None else loop.batch.rows
             return SchedulerStats(
-                running=len(running),
+                running=rows,
                 waiting=len(self._waiting) + self._encodes.jobs,
                 batch_rows=counters.batch_rows,
-                cache_slots_used=len(running),
+                cache_slots_used=rows,
                 cache_slots_total=0 if loop is None else self.max_rows,
                 requests_total=dict(counters.requests),
                 prompt_tokens_total=counters.prompt_tokens,

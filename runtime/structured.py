@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Mask = npt.NDArray[np.bool_]
 KINDS = ("schema", "regex", "grammar")
-JSON_DEFAULTS = {"whitespace_pattern": r"[ \n\r\t]{0,16}"}
+JSON_DEFAULTS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,16}"}
 """Room for an indentation, and an end to it: a small model can write blanks until its tokens run out."""
 COMPILED = 64
 """Grammars that are kept compiled for a tokenizer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 from runtime_helpers import decoder_bundle, peft_adapter
 
 from edgetune.runtime.adapters import pack_adapter
+from edgetune.runtime.arena import CacheArena
 from edgetune.runtime.batch import Batch, BatchRow
 from edgetune.runtime.binding import BoundTensors
 from edgetune.runtime.engine import DecoderEngine
-from edgetune.runtime.manifest import read_manifest
+from edgetune.runtime.manifest import GraphInfo, read_manifest
 
 STEPS = 6
 
@@ -121,6 +123,7 @@ def test_rows_of_one_adapter_bind_its_own_tensors(decoder: DecoderEngine, adapte
 
 def test_memory_of_ended_rows_goes_back_when_the_budget_needs_it(decoder: DecoderEngine) -> None:
     batch = Batch(decoder, rows=3, budget=300)
+    assert batch.arena.capacity == 256
     long = batch.begin(None, tokens=200)
     batch.prefill(list(range(3, 203)))
     assert not batch.has_room(101)
@@ -138,3 +141,23 @@ def test_memory_of_ended_rows_goes_back_when_the_budget_needs_it(decoder: Decode
     batch.arena.trim()
     assert batch.arena.touched == [50, 0, 0]
     np.testing.assert_allclose(batch.step([10])[0], decoder.logits([[7, 8, 9, 10]])[0][-1], atol=1e-5)
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 1e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_an_arena_takes_memory_where_it_is_written_and_gives_it_back() -> None:
+    graph = GraphInfo("engine.onnx", None, None, 4096, 352, 64, layers=4, kv_heads=2, head_dim=64)
+    before = resident_mb()
+    arena = CacheArena(graph, slots=16, capacity=4096, budget=8192)  # 268 MB of addresses
+    assert resident_mb() - before < 5
+    arena.reserve(3, 4000)
+    arena.memory[:, 3, :, :4000] = 1
+    assert 14 < resident_mb() - before < 24  # 4,000 tokens of 4,096 bytes
+    arena.free(3)
+    arena.reserve(0, 4000)
+    arena.reserve(1, 4000)
+    assert resident_mb() - before < 5
+    assert arena.touched == [4000, 4000] + [0] * 14
