@@ -9,7 +9,7 @@ function drawGaps(place, gaps) {
     const tall = Math.max(1.5, Math.min(1, gap / most) * (height - 2));
     drawing.append(svg("rect", { x: (i * step).toFixed(2), y: (height - tall).toFixed(2), width: (step * 0.72).toFixed(2), height: tall.toFixed(2), rx: 0.8 }));
   });
-  place.replaceChildren(drawing);
+  place.replaceChildren(drawing, element("span", {}, "time of each token"));
 }
 
 function niceTop(value) {
@@ -18,16 +18,16 @@ function niceTop(value) {
 }
 
 function chart(title, runs, read, show) {
-  const width = 340, height = 150, left = 44, bottom = 18, top = 8;
+  const width = 340, height = 150, left = 40, bottom = 18, top = 8;
   const points = runs.slice(-SHOWN_RUNS).map((run, i) => ({ ...run, i, value: read(run) })).filter((p) => p.value !== null && p.value !== undefined);
   const most = niceTop(Math.max(...points.map((p) => p.value), 1e-3));
-  const x = (i) => left + 8 + (i * (width - left - 16)) / Math.max(SHOWN_RUNS - 1, 1);
+  const x = (i) => left + 8 + (i * (width - left - 16)) / Math.max(Math.min(runs.length, SHOWN_RUNS) - 1, 9);
   const y = (value) => top + (1 - value / most) * (height - top - bottom);
   const label = points.length ? `${title}: last ${show(points[points.length - 1].value)}, ${points.length} runs` : `${title}: no runs yet`;
   const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": label });
   for (const share of [0, 0.5, 1]) {
     drawing.append(svg("line", { x1: left, x2: width, y1: y(share * most), y2: y(share * most) }));
-    if (points.length) drawing.append(svg("text", { x: left - 6, y: y(share * most) + 4, "text-anchor": "end" }, show(share * most)));
+    if (points.length) drawing.append(svg("text", { x: left - 6, y: y(share * most) + 4, "text-anchor": "end" }, String(+(share * most).toPrecision(3))));
   }
   for (const lane of ["a", "b"]) {
     const own = points.filter((p) => p.lane === lane);

@@ -83,7 +83,7 @@ async function run(event) {
 }
 
 function showLatency() {
-  const generates = state.task === "text-generation", first = generates ? "Time to first token" : "Time to answer";
+  const generates = state.task === "text-generation", first = generates ? "Time to first token (ms)" : "Time to answer (ms)";
   const charts = [chart(first, state.runs, (r) => r.ttft, milliseconds)];
   if (generates) charts.push(chart("Tokens per second", state.runs, (r) => r.speed, (value) => value.toFixed(0)));
   $("#charts").replaceChildren(...charts);
