@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,12 +31,23 @@ def ended(server: Running, reason: str) -> int:
 
 def test_a_client_that_leaves_mid_stream_frees_its_row(server: Running) -> None:
     before = ended(server, "cancelled")
-    with paced(server) as pace:
+    leave = threading.Event()
+
+    def read_one_line_and_leave() -> str:
         with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
-            started = in_background(lambda: next(answer.iter_lines()))
-            while not started.done():
-                pace.step()
+            line = next(answer.iter_lines())
+            leave.wait(20)
+            return line
+
+    with paced(server) as pace:
+        client = in_background(read_one_line_and_leave)
+        until(lambda: server.running() == 2)
+        for _ in range(5):
+            pace.step()
+        leave.set()
+        assert client.result(20).startswith("data: {")
         until(lambda: server.service.metrics.open._value.get() == 0)
+        pace.step()
         pace.step()
         assert ended(server, "cancelled") == before + 1
 
@@ -88,7 +101,7 @@ def test_a_deadline_that_passes_mid_stream_is_an_error_event(server: Running) ->
         late = in_background(lambda: server.post("/v1/completions", body))
         while not late.done():
             pace.step()
-            server.get("/health")  # a moment
+            time.sleep(0.02)
     events = late.result().text.strip().split("\n\n")
     assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
     assert events[-1] == "data: [DONE]"

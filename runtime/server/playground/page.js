@@ -28,10 +28,12 @@ async function refreshModels() {
   $("#base").textContent = shown.root;
   $("#facts").textContent = `${state.task.replace("-", " ")} · context ${shown.max_model_len}`;
   const offered = state.task === "text-generation" ? state.models : adapters;
+  const unchanged = lanes[0].models && offered.map((m) => m.id).join() === lanes[0].models.map((m) => m.id).join();
+  showAdapters(adapters);
+  if (unchanged) return;
   lanes[0].offer(offered, (adapters[0] || offered[0] || {}).id);
   lanes[1].offer(offered, (adapters[1] || base || offered[0] || {}).id);
   showTask();
-  showAdapters(adapters);
 }
 
 function showTask() {
@@ -80,6 +82,7 @@ async function run(event) {
   $("#run").disabled = false;
   $("#stop").disabled = true;
   showLatency();
+  refreshModels();
 }
 
 function showLatency() {
@@ -91,11 +94,14 @@ function showLatency() {
   const rows = names.map((name) => {
     const own = state.runs.filter((r) => r.model === name), speeds = own.map((r) => r.speed).filter(Boolean);
     const ttft = own.map((r) => r.ttft).filter((value) => value !== null), speed = quantile(speeds, 0.5);
-    const cells = [name, String(own.length), milliseconds(quantile(ttft, 0.5)), milliseconds(quantile(ttft, 0.95)), speed ? speed.toFixed(0) : "–"];
+    const cells = [name, String(own.length), milliseconds(quantile(ttft, 0.5)), milliseconds(quantile(ttft, 0.95)), speed ? speed.toFixed(0) : generates ? "–" : ""];
     return element("tr", {}, ...cells.map((cell) => element("td", {}, cell)));
   });
   $("#latency-table tbody").replaceChildren(...rows);
   $("#latency-table").hidden = !rows.length;
+  const [, , ttft, , speed] = $("#latency-table").querySelectorAll("th");
+  ttft.textContent = generates ? "First token, median" : "Answer, median";
+  speed.textContent = generates ? "Tokens/s, median" : "";
 }
 
 function showAdapters(adapters) {
