@@ -16,6 +16,7 @@ from typing import Any, Literal
 from edgetune import settings
 from edgetune.errors import RecipeError
 from edgetune.recipe_checks import check_forgetting, check_parameters, check_trained
+from edgetune.recipe_generation import resolve_generation
 from edgetune.recipe_overrides import override
 from edgetune.recipe_paths import absolute, base_path, data_path, expand
 from edgetune.reward_names import locate_reward
@@ -122,6 +123,20 @@ class Forgetting:
     general: str = option(help="folder of the sets (WikiText-2, LAMBADA, PIQA, HellaSwag, ARC-E; STS-B for encoders)")
     tasks: tuple[str, ...] = option((), help="only these: wikitext2, lambada, piqa, hellaswag, arc_easy, stsb; []: all there are")
     limit: int | None = option(200, help="items of each at most, at equal distances", at_least=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What the adapter brings along for its answers; a request may ask for something else."""
+
+    schema: str | None = option(None, help="a JSON schema file: every answer is JSON that it accepts (needs llguidance)")
+    regex: str | None = option(None, help="a regular expression that every answer matches (needs llguidance)")
+    grammar: str | None = option(None, help="a Lark grammar file that every answer follows (needs llguidance)")
+    max_new_tokens: int | None = option(None, help="tokens of an answer; not set: a little more than the longest learned", at_least=1)
+    temperature: float | None = option(None, help="0 takes the likeliest token, above 0 samples", at_least=0)
+    top_k: int | None = option(None, help="sample among this many likeliest tokens", at_least=0)
+    top_p: float | None = option(None, help="sample among the likeliest tokens of this total probability", above=0, at_most=1)
+    stop: tuple[str, ...] = option((), help="an answer ends before the first of these texts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +250,7 @@ class Recipe:
     keep_checkpoints: int = option(2, help="at most this many checkpoints are kept, the newest", at_least=1)
     parameters: Parameters = option(help="which weights learn", factory=Parameters)
     forgetting: Forgetting | None = option(None, help="measure general ability before and after")
+    generation: Generation | None = option(None, help="how the adapter answers where a request does not say")
     stage: tuple[Stage, ...] = option(help="at least one [[stage]]")
 
     @property
@@ -287,8 +303,9 @@ def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, w
     if forgetting is not None:
         general = absolute(folder, expand(forgetting.general, path="forgetting.general", where=where))
         forgetting = replace(forgetting, general=general)
+    generation = resolve_generation(recipe, folder, where=where)
     base = base_path(recipe.base, folder, where=where)
-    return replace(recipe, base=base, out=out, forgetting=forgetting, stage=stages)
+    return replace(recipe, base=base, out=out, forgetting=forgetting, generation=generation, stage=stages)
 
 
 def to_toml(recipe: Recipe) -> str:

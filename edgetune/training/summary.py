@@ -16,6 +16,7 @@ from edgetune.examples import ExampleSet
 from edgetune.intervals import headline
 from edgetune.progress import duration
 from edgetune.recipe import Recipe, Stage
+from edgetune.recipe_generation import generation_defaults
 from edgetune.report import what_learns
 from edgetune.training.loop import StageResult
 from edgetune.training.replay import ReplayText
@@ -81,7 +82,7 @@ def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSumma
         labels=examples.labels,
         pooling=base.pooling,
         prompt_format=examples.prompt_format.to_dict(),
-        generation={"max_new_tokens": _max_new_tokens(recipe, examples)} if recipe.task == "text-generation" else None,
+        generation=generation_defaults(recipe, _max_new_tokens(recipe, examples)) if recipe.task == "text-generation" else None,
         max_length=examples.max_length,
         metrics=summary.metrics,
     )
