@@ -13,10 +13,16 @@ from server_helpers import Running, paced, serve
 
 from edgetune.runtime.server.playground import page, security_policy
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -89,7 +95,7 @@ def test_two_answers_stand_side_by_side_and_are_the_servers_own(decoder: Running
     assert tab.locator("#latency-table tbody tr").count() == 2
     assert tab.locator("#charts circle").count() == 4
     assert tab.complaints == []
-    assert all(url.startswith(decoder.url) or url.startswith("data:") for url in tab.asked)
+    assert all(url.startswith((decoder.url, "data:")) for url in tab.asked)
 
 
 def test_the_keyboard_alone_reaches_and_runs_everything(decoder: Running, opened: Any) -> None:
