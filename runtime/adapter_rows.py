@@ -9,7 +9,7 @@ need none of this: they bind that adapter's own tensors as group 1 (`GraphSessio
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edgetune.runtime.binding import BoundTensors, GraphSession, ort_value
 
 Float32 = npt.NDArray[np.float32]
-Shape = tuple[int, ...]
+Sizes = npt.NDArray[np.int64]
 
 
 class AdapterRows:
@@ -26,7 +26,9 @@ class AdapterRows:
 
     def __init__(self, session: GraphSession, rows: int) -> None:
         self.session, self.rows = session, rows
-        self._shapes: dict[str, Shape] = {}
+        self._axes = {name: array.ndim - 1 for name, array in session.empty.tensors.items()}
+        self._sizes: Sizes = np.zeros((len(self._axes), 2), np.int64)
+        self._known_sizes: weakref.WeakKeyDictionary[BoundTensors, Sizes] = weakref.WeakKeyDictionary()
         self._arrays: dict[str, Float32] = {}
         self._occupants: list[Any] = []  # weak references: an adapter that was unloaded goes although it was mixed
 
@@ -34,7 +36,7 @@ class AdapterRows:
     def nbytes(self) -> int:
         """Memory of the rows written so far."""
         written = sum(occupant is not _nobody for occupant in self._occupants)
-        return written * 4 * _elements(self._shapes)
+        return written * 4 * int(self._sizes.prod(axis=1).sum())
 
     def bind(self, io: Any, adapters: Sequence[BoundTensors | None]) -> list[Any]:
         """Bind every adapter input for these rows; the caller keeps what is returned alive."""
@@ -52,28 +54,35 @@ class AdapterRows:
         return values
 
     def _write(self, adapters: Sequence[BoundTensors | None]) -> None:
-        tensors = [self.session.empty.tensors if a is None else a.tensors for a in adapters]
-        self._fit(tensors)
-        for row, (adapter, given) in enumerate(zip(adapters, tensors, strict=True)):
-            occupant = self.session.empty if adapter is None else adapter
-            if self._occupants[row]() is occupant:
+        empty = self.session.empty
+        wanted = [empty if adapter is None else adapter for adapter in adapters]
+        self._fit(wanted)
+        for row, adapter in enumerate(wanted):
+            if self._occupants[row]() is adapter:
                 continue
             for name, array in self._arrays.items():
-                write_padded(array[row], given.get(name, self.session.empty.tensors[name])[0])
-            self._occupants[row] = weakref.ref(occupant)
+                write_padded(array[row], adapter.tensors.get(name, empty.tensors[name])[0])
+            self._occupants[row] = weakref.ref(adapter)
 
-    def _fit(self, tensors: Sequence[Mapping[str, Float32]]) -> None:
+    def _fit(self, adapters: Sequence[BoundTensors]) -> None:
         """Make the tensors large enough for these rows, and smaller when less than half of them is needed."""
-        needed = {
-            name: tuple(np.max([t.get(name, empty).shape[1:] for t in tensors], axis=0).tolist())
-            for name, empty in self.session.empty.tensors.items()
-        }
-        small = any(n > have for name in needed for n, have in zip(needed[name], self._shapes.get(name, (0, 0)), strict=False))
-        if self._shapes and not small and 2 * _elements(needed) >= _elements(self._shapes):
+        needed = np.max([self._sizes_of(adapter) for adapter in adapters], axis=0)
+        fits = self._arrays and (needed <= self._sizes).all()
+        if fits and 2 * needed.prod(axis=1).sum() >= self._sizes.prod(axis=1).sum():
             return
-        self._shapes = needed
-        self._arrays = {name: np.zeros((self.rows, *shape), np.float32) for name, shape in needed.items()}
+        self._sizes = needed
+        shapes = zip(self.session.empty.tensors, needed.tolist(), strict=True)
+        self._arrays = {name: np.zeros((self.rows, *shape[: self._axes[name]]), np.float32) for name, shape in shapes}
         self._occupants = [_nobody] * self.rows
+
+    def _sizes_of(self, adapter: BoundTensors) -> Sizes:
+        """(inputs, 2): what an adapter needs of each input, without the group; 1 where an input has one axis."""
+        if (known := self._known_sizes.get(adapter)) is None:
+            empty = self.session.empty.tensors
+            shapes = [adapter.tensors.get(name, array).shape[1:] for name, array in empty.items()]
+            known = np.array([(*shape, 1)[:2] for shape in shapes], np.int64)
+            self._known_sizes[adapter] = known
+        return known
 
 
 def _nobody() -> None:
@@ -86,6 +95,3 @@ def write_padded(target: Float32, source: Float32) -> None:
         target[...] = 0
     target[tuple(slice(length) for length in source.shape)] = source
 
-
-def _elements(shapes: Mapping[str, Shape]) -> int:
-    return sum(int(np.prod(shape)) for shape in shapes.values())

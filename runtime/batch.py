@@ -82,6 +82,17 @@ class Batch:
             row.length += 1
         return self._step.run(np.array(tokens, np.int64)[:, None], self.decoding)
 
+    def check(self, tokens: Sequence[int]) -> Float32:
+        """Append several tokens to the only decoded row; logits (tokens, vocab) after each, valid until the next step.
+
+        Lower the row's `length` afterwards to take back the last ones.
+        """
+        (row,) = self.decoding
+        if self._step.stale:
+            self._step.bind_rows(self.decoding, mixed=self._adapters)
+        row.length += len(tokens)
+        return self._step.run(np.array([tokens], np.int64), self.decoding, every=True)[0]
+
     def leave(self, row: BatchRow) -> None:
         """End a row; the last one takes its slot."""
         self.arena.free(row.slot)
@@ -126,21 +137,25 @@ class _Binding:
         self._ids = np.zeros((0, 0), np.int64)
         self.stale = False
 
-    def run(self, ids: Int64, rows: Sequence[BatchRow]) -> Float32:
-        """Run tokens (rows, k) that end at the rows' lengths; logits (rows, vocab) after each row's last."""
-        if ids.shape != self._ids.shape:
-            self._bind_shape(ids)
+    def run(self, ids: Int64, rows: Sequence[BatchRow], *, every: bool = False) -> Float32:
+        """Run tokens (rows, k) that end at the rows' lengths; logits (rows, vocab) after each row's last, or with
+        `every` (rows, k, vocab) after each."""
+        wanted = ids.shape[1] if every else 1
+        if ids.shape != self._ids.shape or wanted != self._logits.shape[1]:
+            self._bind_shape(ids, wanted)
         self._ids[...] = ids
         lengths = [row.length for row in rows]
         self._seqlens[:] = np.array(lengths) - 1
         self._total[...] = max(lengths)
         self.batch.engine.session.run_with_iobinding(self._io)
-        return self._logits[:, 0]
+        return self._logits if every else self._logits[:, 0]
 
-    def _bind_shape(self, ids: Int64) -> None:
+    def _bind_shape(self, ids: Int64, wanted: int) -> None:
+        """Bind what depends on how many tokens go in and how many logits (the last ones') come out."""
         self._ids = ids.copy()
-        index = np.full((len(ids), 1), ids.shape[1] - 1, np.int64)
-        self._logits = np.empty((len(ids), 1, self.batch.engine.graph.vocab_size), np.float32)
+        places = np.arange(ids.shape[1] - wanted, ids.shape[1], dtype=np.int64)
+        index = np.repeat(places[None], len(ids), axis=0)
+        self._logits = np.empty((len(ids), wanted, self.batch.engine.graph.vocab_size), np.float32)
         arrays: dict[str, npt.NDArray[Any]] = {"input_ids": self._ids, "logits_index": index}
         self._shaped = {name: ort_value(array) for name, array in (arrays | {"logits": self._logits}).items()}
         for name in arrays:

@@ -17,6 +17,7 @@ class Counters:
         self.requests: Counter[str] = Counter()
         self.adapters: dict[str, Counter[str]] = {}
         self.prompt_tokens = self.tokens = self.steps = self.batch_rows = self.encoded_rows = 0
+        self.guesses = self.right_guesses = 0
         self.step_seconds = self.prefill_seconds = self.queue_wait_seconds = 0.0
 
     def started(self, running: Running) -> None:
@@ -40,6 +41,12 @@ class Counters:
             self.steps += 1
             self.batch_rows = rows
             self.step_seconds += seconds
+
+    def guessed(self, tokens: int, right: int) -> None:
+        """So many tokens were guessed, and so many of them were right."""
+        with self.lock:
+            self.guesses += tokens
+            self.right_guesses += right
 
     def generated(self, running: Running) -> None:
         """One more token of a request."""

@@ -34,10 +34,12 @@ class DecodeLoop:
         tokens: int,
         prefix_blocks: int,
         chunk: int,
+        lookup: int = 0,
     ) -> None:
+        """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none."""
         self.batch = Batch(engine, rows=rows, budget=tokens)
         self.prefixes = PrefixCache(self.batch.arena, blocks=prefix_blocks)
-        self.counters, self.chunk = counters, chunk
+        self.counters, self.chunk, self.lookup = counters, chunk, lookup
         self.filling: Running | None = None
         self._rows: dict[BatchRow, Running] = {}
 
@@ -57,11 +59,13 @@ class DecodeLoop:
         return self.batch.arena.budget * self.batch.arena.token_bytes + self.prefixes.limit_bytes
 
     def turn(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None]) -> None:
-        """One round: let in, prefill a piece, decode a step."""
+        """One round: let in, prefill a piece, decode a step; what was called off meanwhile is in none of them."""
+        self.sweep()
         if self.filling is None:
             self._admit(next_waiting)
         if self.filling is not None:
             self._guarded([self.filling], self._prefill)
+            self.sweep()
         if self._rows:
             self._guarded(list(self._rows.values()), self._step)
 
@@ -99,10 +103,28 @@ class DecodeLoop:
 
     def _step(self) -> None:
         start, rows = time.monotonic(), list(self.batch.decoding)
+        if len(rows) == 1 and self.filling is None and (guess := self._rows[rows[0]].guess(self.lookup)):
+            self._check(self._rows[rows[0]], guess)
+            return
         logits = self.batch.step([self._rows[row].token for row in rows])
         self.counters.stepped(len(rows), time.monotonic() - start)
         for row, own in zip(rows, logits, strict=True):
             self._take(self._rows[row], own)
+
+    def _check(self, running: Running, guess: list[int]) -> None:
+        """Run a row's next token and what may follow it in one step; keep what it would have chosen by itself."""
+        row, start = running.row, time.monotonic()
+        assert row is not None
+        before = row.length
+        logits = self.batch.check([running.token, *guess])
+        self.counters.stepped(1, time.monotonic() - start)
+        for right, own in enumerate(logits):
+            row.length = before + right + 1
+            self._take(running, own)
+            if row not in self._rows or right == len(guess) or running.token != guess[right]:
+                break
+        self.counters.guessed(len(guess), right)
+        running.tell(guessed=len(guess), right=right)
 
     def _take(self, running: Running, logits: Float32) -> None:
         """Choose a row's token; a row whose own settings fail it (a form that cannot be followed) ends alone."""

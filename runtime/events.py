@@ -129,3 +129,7 @@ class SchedulerStats:
     adapter_bytes: int = 0
     encoded_rows_total: int = 0
     """texts classified or embedded"""
+    guessed_tokens_total: int = 0
+    """tokens guessed by prompt lookup"""
+    right_guesses_total: int = 0
+    """of them, those that were right: each saved a step"""

@@ -180,6 +180,11 @@ class TokenSequence:
         self.finish_reason: str | None = None
 
     @property
+    def plain_greedy(self) -> bool:
+        """Whether each token is simply the likeliest one, whatever came before."""
+        return self.settings.temperature == 0 and self._constraint is None and not self._penalties.active
+
+    @property
     def text(self) -> str:
         """Everything emitted so far."""
         return "".join(self._pieces)

@@ -39,5 +39,5 @@ def plan_cache(graph: GraphInfo, *, rows: int, cache_mb: float | None = None) ->
     tokens = int(total * (PREFIX_SHARE - 1) / PREFIX_SHARE / token)
     if tokens < 64:
         least = 64 * token * PREFIX_SHARE / (PREFIX_SHARE - 1) / 1e6
-        raise InputError("cache_mb is too small", expected=f"at least {least:.1f}", got=f"{total / 1e6:g}")
+        raise InputError("cache_mb is too small", expected=f"at least {least:.3g}", got=f"{total / 1e6:g}")
     return CachePlan(min(tokens, rows * graph.max_length), int(total / PREFIX_SHARE / (token * BLOCK)))

@@ -13,6 +13,7 @@ from edgetune.runtime.batch import BatchRow
 from edgetune.runtime.binding import BoundTensors
 from edgetune.runtime.events import Event, FailedEvent, FinishedEvent, Ticket, TokenEvent
 from edgetune.runtime.generation import TokenSequence
+from edgetune.runtime.lookup import PromptLookup
 from edgetune.runtime.registry import Lease
 from edgetune.runtime.runtime import Completion
 
@@ -38,6 +39,7 @@ class Running:
         self.cached = 0
         self.token = 0
         """chosen, but not yet in the cache"""
+        self._lookup: PromptLookup | None = None
 
     @property
     def tokens_needed(self) -> int:
@@ -66,9 +68,25 @@ class Running:
         self.token = self.sequence.choose(logits)
         piece = self.sequence.add(self.token)
         self.first = self.first or time.monotonic()
+        if self._lookup is not None:
+            self._lookup.add(self.token)
         asked = self.sequence.settings.logprobs is not None
         logprobs = (self.sequence.logprobs[-1],) if asked else None
         self._tell(TokenEvent(piece, (self.token,), logprobs))
+
+    def guess(self, count: int) -> list[int]:
+        """At most `count` tokens that may follow `token`; none where a choice depends on more than its logits."""
+        room = min(count, self.sequence.limit - len(self.sequence.tokens) - 1)
+        if room <= 0 or not self.sequence.plain_greedy:
+            return []
+        if self._lookup is None:
+            self._lookup = PromptLookup([*self.request.prompt_ids, *self.sequence.tokens])
+        return self._lookup.guess(room)
+
+    def tell(self, *, guessed: int, right: int) -> None:
+        """How a guess turned out."""
+        if self._lookup is not None:
+            self._lookup.tell(guessed=guessed, right=right)
 
     def finish(self, reason: str) -> None:
         """The last event: the completion so far."""

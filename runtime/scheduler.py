@@ -66,10 +66,12 @@ class Scheduler:
         max_queue: int = 64,
         cache_mb: float | None = None,
         prefill_chunk: int = 128,
+        lookup: int = 0,
     ) -> None:
         """`max_rows`: rows of one decode step; `max_queue`: requests that may wait; `prefill_chunk`: tokens of a
         prompt between two decode steps; `cache_mb` (10⁶ bytes): memory for keys and values, a quarter of it for
-        shared prefixes (None: see `plan_cache`). InputError for a value that is out of range."""
+        shared prefixes (None: see `plan_cache`); `lookup`: tokens guessed by prompt lookup while one greedy request
+        runs alone, which pays where answers repeat their prompts (0: none). InputError for a value that is out of range."""
         for name, value in (("max_rows", max_rows), ("max_queue", max_queue), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise InputError(f"{name} is out of range", expected="1 or more", got=str(value))
@@ -87,6 +89,7 @@ class Scheduler:
                 tokens=plan.tokens,
                 prefix_blocks=plan.prefix_blocks,
                 chunk=prefill_chunk,
+                lookup=lookup,
             )
         self._wake = threading.Condition()
         self._closing = self._abort = False
@@ -194,6 +197,8 @@ class Scheduler:
                 adapter_evictions_total=registry.evictions,
                 adapter_bytes=registry.nbytes,
                 encoded_rows_total=counters.encoded_rows,
+                guessed_tokens_total=counters.guesses,
+                right_guesses_total=counters.right_guesses,
             )
 
     def close(self, drain: bool = True, timeout_s: float | None = None) -> None:
@@ -277,7 +282,8 @@ class Scheduler:
         if texts:
             self._encodes.run(texts)
         if self._loop is not None:
-            self._loop.sweep(cancel_all=abort)
+            if abort:
+                self._loop.sweep(cancel_all=True)
             self._loop.turn(self._next)
 
     def _next(self, fits: Callable[[Running], bool]) -> Running | None:
