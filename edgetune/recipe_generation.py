@@ -26,7 +26,7 @@ def resolve_generation(recipe: Recipe, folder: Path, *, where: str) -> Generatio
     given = [name for name in FORMS if getattr(generation, name) is not None]
     if len(given) > 1:
         raise RecipeError("an answer has one form", where=where, expected=f"one of {', '.join(FORMS)}", got=" and ".join(given))
-    paths = {
+    paths: dict[str, Any] = {
         name: absolute(folder, expand(value, path=f"generation.{name}", where=where))
         for name in ("schema", "grammar")
         if (value := getattr(generation, name)) is not None

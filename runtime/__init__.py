@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from edgetune.runtime.runtime import Classification as Classification
     from edgetune.runtime.runtime import Completion as Completion
     from edgetune.runtime.runtime import Runtime as Runtime
+    from edgetune.runtime.scheduler import GenerationRequest as GenerationRequest
+    from edgetune.runtime.scheduler import Scheduler as Scheduler
 
 HOMES = {
     "Runtime": "runtime",
     "Completion": "runtime",
     "Classification": "runtime",
     "GenerationSettings": "generation",
+    "GenerationRequest": "scheduler",
+    "Scheduler": "scheduler",
     "DecoderEngine": "engine",
     "EncoderEngine": "engine",
     "Manifest": "manifest",

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.errors import InputError
 from edgetune.runtime.binding import ort_value
 from edgetune.runtime.manifest import GraphInfo
 
@@ -108,11 +109,14 @@ def token_bytes(sides: int, heads: int, width: int) -> int:
 def _lazy_zeros(shape: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], mmap.mmap]:
     """Zeros whose pages exist from their first write on, in small pages: huge ones would be whole slots at once."""
     size = max(math.prod(shape) * 4, PAGE)
+    options: dict[str, int] = {}
     if hasattr(mmap, "MAP_PRIVATE"):  # shared memory, Python's default, would not give pages back
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        memory = mmap.mmap(-1, size, flags=flags)
-    else:
-        memory = mmap.mmap(-1, size)
+        options["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        memory = mmap.mmap(-1, size, **options)
+    except (OSError, ValueError, OverflowError) as error:
+        what = f"the system gives no {size / 1e6:,.0f} MB of addresses for keys and values: {error}"
+        raise InputError(what, fix="Lower max_context, max_rows or cache_mb.") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     array = np.frombuffer(memory, np.float32, count=math.prod(shape)).reshape(shape)

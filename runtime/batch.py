@@ -29,10 +29,12 @@ class Batch:
     """Rows 0…n-1 are decoded together; one more may be in prefill, alone, because grouped-query attention continues
     a prompt only in a batch of one. Not thread-safe: one thread steps."""
 
-    def __init__(self, engine: DecoderEngine, *, rows: int, budget: int) -> None:
-        """`rows` at once at most; `budget`: tokens of cache over all of them."""
+    def __init__(
+        self, engine: DecoderEngine, *, rows: int, budget: int, max_context: int | None = None
+    ) -> None:
+        """`rows` at once at most; `budget`: tokens of cache over all of them; `max_context`: tokens of one."""
         self.engine = engine
-        context = min(engine.graph.max_length, budget)
+        context = min(engine.graph.max_length, budget, max_context or budget)
         self.arena = CacheArena(engine.graph, slots=rows, capacity=context, budget=budget)
         self.decoding: list[BatchRow] = []
         self.filling: BatchRow | None = None

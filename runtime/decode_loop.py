@@ -35,9 +35,10 @@ class DecodeLoop:
         prefix_blocks: int,
         chunk: int,
         lookup: int = 0,
+        max_context: int | None = None,
     ) -> None:
         """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none."""
-        self.batch = Batch(engine, rows=rows, budget=tokens)
+        self.batch = Batch(engine, rows=rows, budget=tokens, max_context=max_context)
         self.prefixes = PrefixCache(self.batch.arena, blocks=prefix_blocks)
         self.counters, self.chunk, self.lookup = counters, chunk, lookup
         self.filling: Running | None = None

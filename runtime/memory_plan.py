@@ -10,7 +10,7 @@ from edgetune.runtime.arena import token_bytes
 from edgetune.runtime.manifest import GraphInfo
 from edgetune.runtime.prefix import BLOCK
 
-USUAL_TOKENS = 2048
+USUAL_TOKENS = 1024
 """Tokens a row is given room for, on average, where no memory is named."""
 PREFIX_SHARE = 4
 """One part in so many of the memory is for shared prefixes."""
@@ -27,7 +27,7 @@ class CachePlan:
 def plan_cache(graph: GraphInfo, *, rows: int, cache_mb: float | None = None) -> CachePlan:
     """Divide `cache_mb` (10⁶ bytes) between rows and shared prefixes.
 
-    None: 2,048 tokens a row (the context where that is shorter), at most a quarter of the machine's memory. It is an
+    None: 1,024 tokens a row (the context where that is shorter), at most a quarter of the machine's memory. It is an
     upper bound: memory is used where tokens are written. InputError when it does not hold 64 tokens.
     """
     token = token_bytes(2 * (graph.layers or 0), graph.kv_heads or 0, graph.head_dim or 0)

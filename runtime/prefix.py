@@ -73,11 +73,6 @@ class PrefixCache:
             chain.append(name)
             self._touch(chain)
 
-    def forget(self, adapter: Hashable) -> None:
-        """Drop everything of an adapter."""
-        for name in [name for name in self._known if name[0] == adapter]:
-            self._free.append(self._known.pop(name)[1])
-
     def _chain(self, adapter: Hashable, tokens: Sequence[int]) -> list[Name]:
         """Names of the blocks that are known, from the beginning on."""
         chain: list[Name] = []

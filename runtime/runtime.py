@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -232,28 +233,34 @@ class Runtime:
             for i, (row, name) in enumerate(zip(ids, names, strict=True))
         ]
         results: list[Completion | None] = [None] * len(rows)
-        tensors = [self.bound(name) for name in names]
-        for places in _batches([len(row) for row in ids], GENERATE_ROWS):
-            batch = [ids[i] for i in places], [tensors[i] for i in places], [rows[i] for i in places]
-            for place, _piece, completion in self._decode(*batch):
-                if completion is not None:
-                    results[places[place]] = completion
+        with contextlib.ExitStack() as stack:
+            held = {name: stack.enter_context(self.registry.lease(name)) for name in {*names}}
+            tensors = [None if (found := held[name]) is None else found.bound for name in names]
+            for places in _batches([len(row) for row in ids], GENERATE_ROWS):
+                batch = [ids[i] for i in places], [tensors[i] for i in places], [rows[i] for i in places]
+                for place, _piece, completion in self._decode(*batch):
+                    if completion is not None:
+                        results[places[place]] = completion
         return [completion for completion in results if completion is not None]
 
     def stream(self, prompt: Prompt, adapter: str | None = None, **settings: Any) -> TextStream:
         """The text of one prompt in pieces, as they become certain."""
         adapter = self.chosen(adapter)
         ids = self.prompt_ids(prompt, adapter)
-        sequence, tensors = self._sequence(ids, adapter, settings, index=0), self.bound(adapter)
+        sequence = self._sequence(ids, adapter, settings, index=0)
 
         def pieces() -> Iterator[str | Completion]:
-            for _row, piece, completion in self._decode([ids], [tensors], [sequence]):
-                if piece:
-                    yield piece
-                if completion is not None:
-                    yield completion
+            with self.registry.lease(adapter) as held:
+                yield ""  # begun at once: the adapter is held from now on, until the stream ends or is dropped
+                for _row, piece, completion in self._decode([ids], [None if held is None else held.bound], [sequence]):
+                    if piece:
+                        yield piece
+                    if completion is not None:
+                        yield completion
 
-        return TextStream(pieces())
+        begun = pieces()
+        next(begun)
+        return TextStream(begun)
 
     def prompt_ids(self, prompt: Prompt, adapter: str | None = None) -> list[int]:
         """Token ids of a prompt as the adapter was trained to see it. InputError when it does not fit the context."""

@@ -67,13 +67,15 @@ class Scheduler:
         cache_mb: float | None = None,
         prefill_chunk: int = 128,
         lookup: int = 0,
+        max_context: int | None = None,
     ) -> None:
         """`max_rows`: rows of one decode step; `max_queue`: requests that may wait; `prefill_chunk`: tokens of a
         prompt between two decode steps; `cache_mb` (10⁶ bytes): memory for keys and values, a quarter of it for
         shared prefixes (None: see `plan_cache`); `lookup`: tokens guessed by prompt lookup while one greedy request
-        runs alone, which pays where answers repeat their prompts (0: none). InputError for a value that is out of range."""
-        for name, value in (("max_rows", max_rows), ("max_queue", max_queue), ("prefill_chunk", prefill_chunk)):
-            if value < 1:
+        runs alone, which pays where answers repeat their prompts (0: none); `max_context`: tokens of prompt and
+        answer together (None: the graph's, or what the memory holds). InputError for a value that is out of range."""
+        for name, value in (("max_rows", max_rows), ("max_queue", max_queue), ("prefill_chunk", prefill_chunk), ("max_context", max_context)):
+            if value is not None and value < 1:
                 raise InputError(f"{name} is out of range", expected="1 or more", got=str(value))
         self.runtime, self.max_rows, self.max_queue = runtime, max_rows, max_queue
         self.counters = Counters()
@@ -90,6 +92,7 @@ class Scheduler:
                 prefix_blocks=plan.prefix_blocks,
                 chunk=prefill_chunk,
                 lookup=lookup,
+                max_context=max_context,
             )
         self._wake = threading.Condition()
         self._closing = self._abort = False
@@ -97,7 +100,7 @@ class Scheduler:
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer of one request may have together: the graph's, or what the memory holds."""
+        """Tokens that prompt and answer of one request may have together."""
         if self._loop is None:
             return self.runtime.manifest.graph.max_length
         return self._loop.batch.arena.capacity

@@ -13,6 +13,7 @@ import pytest
 from runtime_helpers import decoder_bundle, peft_adapter
 
 from edgetune.errors import AdapterError
+from edgetune.runtime import Runtime
 from edgetune.runtime.manifest import read_manifest
 from edgetune.runtime.registry import AdapterRegistry
 
@@ -146,3 +147,16 @@ def test_many_threads_read_an_adapter_once(registry: Open) -> None:
     for thread in threads:
         thread.join()
     assert len({id(found) for found in got}) == 1
+
+
+def test_a_stream_holds_its_adapter_until_it_ends_or_is_dropped(tiny_decoder: Path) -> None:
+    with Runtime.open(decoder_bundle(tiny_decoder), threads=1) as runtime:
+        stream = runtime.stream("hello", "a", max_new_tokens=4)
+        dropped = runtime.stream("hello", "b", max_new_tokens=4)
+        for name in ("a", "b"):
+            with pytest.raises(AdapterError, match="is in use"):
+                runtime.unload_adapter(name, in_use="refuse")
+        "".join(stream)
+        del dropped
+        for name in ("a", "b"):
+            runtime.unload_adapter(name, in_use="refuse")
