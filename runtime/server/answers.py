@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgetune.runtime.generation import TokenLogprob
 from edgetune.runtime.runtime import Completion
 from edgetune.runtime.server.sampling import Plan
+from edgetune.runtime.server.tools import ToolParser
 
 FLOOR = -9999.0
 """JSON has no minus infinity; a banned token's log-probability is this, as in vLLM."""
@@ -36,8 +38,8 @@ class ChatAnswer:
 
     def piece(
         self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None, top: int | None
-    ) -> dict[str, Any]:
-        """More text."""
+    ) -> dict[str, Any] | None:
+        """More text; None when there is nothing to say yet."""
         return self._delta(index, {"content": text}, self.logprobs(logprobs, top), None)
 
     def closing(self, index: int, reason: str) -> dict[str, Any]:
@@ -62,6 +64,41 @@ class ChatAnswer:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
+class ToolAnswer(ChatAnswer):
+    """A chat in which the model may call tools: what it writes as calls becomes `tool_calls`."""
+
+    def __init__(self) -> None:
+        self._parsers: dict[int, ToolParser] = {}
+
+    def choice(self, index: int, completion: Completion, top: int | None) -> dict[str, Any]:
+        """One finished choice."""
+        content, calls = ToolParser().add(completion.text, last=True)
+        choice = super().choice(index, completion, top)
+        if calls:
+            told = {
+                "role": "assistant",
+                "content": content or None,
+                "refusal": None,
+                "tool_calls": _calls(calls),
+            }
+            choice |= {"message": told, "finish_reason": "tool_calls"}
+        return choice
+
+    def piece(
+        self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None, top: int | None
+    ) -> dict[str, Any] | None:
+        """Content at once, a call when it is whole."""
+        parser = self._parsers.setdefault(index, ToolParser())
+        delta = _tool_delta(parser, text)
+        return self._delta(index, delta, self.logprobs(logprobs, top), None) if delta or logprobs else None
+
+    def closing(self, index: int, reason: str) -> dict[str, Any]:
+        """What was held back, and why it ended."""
+        parser = self._parsers.setdefault(index, ToolParser())
+        delta = _tool_delta(parser, "", last=True)
+        return self._delta(index, delta, None, "tool_calls" if parser.calls else reason)
+
+
 class TextAnswer:
     """`/v1/completions`: bare text."""
 
@@ -81,7 +118,7 @@ class TextAnswer:
 
     def piece(
         self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None, top: int | None
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any] | None:
         """More text."""
         return self._choice(index, text, self.logprobs(index, logprobs, top), None)
 
@@ -164,6 +201,19 @@ def timings(completions: Sequence[Completion]) -> dict[str, float | None]:
     steady = [c.tpot_ms for c in completions if c.tpot_ms is not None]
     mean = round(sum(steady) / len(steady), 3) if steady else None
     return {"queue_ms": round(first.queue_ms, 3), "ttft_ms": round(first.ttft_ms, 3), "tpot_ms": mean}
+
+
+def _tool_delta(parser: ToolParser, text: str, *, last: bool = False) -> dict[str, Any]:
+    first = parser.calls
+    content, calls = parser.add(text, last=last)
+    numbered = [{"index": first + i, **call} for i, call in enumerate(_calls(calls))]
+    return ({"content": content} if content else {}) | ({"tool_calls": numbered} if numbered else {})
+
+
+def _calls(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": dict(call)} for call in calls
+    ]
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

@@ -67,7 +67,11 @@ def _card(service: Service, name: str, *, parent: str | None) -> dict[str, Any]:
 def _facts(service: Service, status: AdapterStatus) -> dict[str, Any]:
     entry = service.runtime.manifest.adapter(status.name)
     if status.folder is None:
-        return {} if entry is None else {"rank": entry.rank, "labels": entry.labels, "prompt_format": entry.prompt_format}
+        return (
+            {}
+            if entry is None
+            else {"rank": entry.rank, "labels": entry.labels, "prompt_format": entry.prompt_format}
+        )
     folder = Path(status.folder)
     try:
         changed = (folder / CONFIG).stat().st_mtime_ns

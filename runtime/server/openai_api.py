@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from edgetune.runtime.events import Event, FailedEvent, FinishedEvent, TokenEvent
 from edgetune.runtime.runtime import Completion
-from edgetune.runtime.server.answers import ChatAnswer, Envelope, TextAnswer
+from edgetune.runtime.server.answers import ChatAnswer, Envelope, TextAnswer, ToolAnswer
 from edgetune.runtime.server.errors import ApiError, deadline_exceeded, internal, unavailable
 from edgetune.runtime.server.exchange import Exchange, unless_gone
 from edgetune.runtime.server.logs import log_error, note, request_id_of
@@ -44,6 +44,8 @@ async def _generate(
     request_id = request_id_of(request.scope)
     note(request.scope, model=body["model"], user=body.get("user") or body.get("safety_identifier"))
     plan = await service.in_thread(planner, service, body, request_id)
+    if plan.tools:
+        answer = ToolAnswer()
     note(request.scope, prompt_tokens=plan.prompt_tokens, rows=len(plan.rows), stream=plan.stream)
     exchange = Exchange(service.scheduler, service.mailroom, plan.rows)
     envelope = Envelope(answer, plan, request_id)
@@ -113,8 +115,10 @@ class EventStream(Response):
                 if (first := answer.opening(row)) is not None:
                     yield envelope.part(first)
             if isinstance(event, TokenEvent):
-                if event.text or event.logprobs:
-                    yield envelope.part(answer.piece(row, event.text, event.logprobs, top))
+                if not (event.text or event.logprobs):
+                    continue
+                if (piece := answer.piece(row, event.text, event.logprobs, top)) is not None:
+                    yield envelope.part(piece)
             else:
                 completion = self._done[row]
                 self._service.metrics.completed(completion, rows=self._service.scheduler.stats().running + 1)

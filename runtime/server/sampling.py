@@ -148,7 +148,9 @@ def _check_length(service: Service, tokens: int, *, param: str) -> None:
     room = service.runtime.manifest.graph.max_length - 1
     limit = min(room, service.options.max_prompt_tokens or room)
     if tokens == 0:
-        raise bad_request("The prompt is empty: expected one token at least.", param=param, code="empty_prompt")
+        raise bad_request(
+            "The prompt is empty: expected one token at least.", param=param, code="empty_prompt"
+        )
     if tokens > limit:
         message = f"The prompt has {tokens} tokens, but at most {limit} are allowed, so that one can follow."
         raise bad_request(message, param=param, code="context_length_exceeded")

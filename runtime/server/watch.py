@@ -96,7 +96,9 @@ class Watch:
         names = {"first token": "edgetune_ttft_seconds", "per token": "edgetune_tpot_seconds"}
         names |= {"queue wait": "edgetune_queue_wait_seconds"}
         lines = [f"generated   {_number(speed)} tokens/s   {sparkline(self._speeds)}"]
-        lines.append(f"read        {_number(rate.per_second('edgetune_prompt_tokens_total'))} prompt tokens/s")
+        lines.append(
+            f"read        {_number(rate.per_second('edgetune_prompt_tokens_total'))} prompt tokens/s"
+        )
         for title, name in names.items():
             middle, high = rate.quantile(name, 0.5), rate.quantile(name, 0.95)
             lines.append(f"{title:<11} {_ms(middle)} median   {_ms(high)} 95 %")
@@ -123,7 +125,9 @@ class Rates:
         wanted, low, under = share * counts[-1][1], 0.0, 0.0
         for high, count in counts:
             if count >= wanted:
-                return low if high == float("inf") else low + (high - low) * (wanted - under) / (count - under)
+                return (
+                    low if high == float("inf") else low + (high - low) * (wanted - under) / (count - under)
+                )
             low, under = high, count
         return low
 
@@ -153,7 +157,9 @@ def _adapters(rate: Rates) -> list[str]:
     asked = now.by("edgetune_adapter_requests_total", "adapter")
     for name in sorted(asked, key=lambda name: -asked[name])[:20]:
         speed = rate.per_second("edgetune_adapter_generated_tokens_total", adapter=name)
-        shown.append(f"{name or '(base)':<28}{asked[name]:>10.0f}{made.get(name, 0):>12.0f}{_number(speed):>12}")
+        shown.append(
+            f"{name or '(base)':<28}{asked[name]:>10.0f}{made.get(name, 0):>12.0f}{_number(speed):>12}"
+        )
     return [f"{'adapter':<28}{'requests':>10}{'tokens':>12}{'tokens/s':>12}", *shown]
 
 
@@ -161,7 +167,10 @@ def _answers(rate: Rates) -> list[str]:
     statuses = rate.now.by("edgetune_http_requests_total", "status")
     ends = rate.now.by("edgetune_completions_total", "reason")
     lines = {"status": statuses, "ended by": ends}
-    return [f"{title:<11} " + "   ".join(f"{k} {v:.0f}" for k, v in sorted(found.items())) for title, found in lines.items()]
+    return [
+        f"{title:<11} " + "   ".join(f"{k} {v:.0f}" for k, v in sorted(found.items()))
+        for title, found in lines.items()
+    ]
 
 
 def _headers(key: str | None) -> dict[str, str]:
