@@ -13,6 +13,7 @@ from edgetune.answer_metrics import rouge_l, slot_f1
 from edgetune.data import Row, read_rows
 from edgetune.errors import DataError, InputError
 from edgetune.evaluate_base import BaseAnswers, Prompting
+from edgetune.evaluate_heads import measurements_of
 from edgetune.evaluate_subjects import BUNDLE_MANIFEST, BundleSubject, base_subject, is_base, torch_texts
 from edgetune.examples import labelled_rows, preference_rows
 from edgetune.examples.text import text_rows
@@ -136,7 +137,7 @@ def measure(
         return measure_text(_text_subject(answers), folder, data, answers.prompt_format, adapter=adapter, skip_invalid=skip_invalid)
     source = read_rows(data, skip_invalid)
     started = time.perf_counter()
-    how = _measure_preference if answers.task == "reward" else _measure_generation if answers.labels is None else _measure_classification
+    how = _how(answers)
     metrics, predictions, skipped = how(answers, source, skip_invalid, advance or (lambda done, total: None))
     return Evaluation(
         source=str(folder),
@@ -150,6 +151,14 @@ def measure(
         seconds=time.perf_counter() - started,
         predictions=predictions,
     )
+
+
+def _how(answers: Answers) -> Callable[..., Measured]:
+    if answers.task == "reward":
+        return _measure_preference
+    if answers.labels is None:
+        return _measure_generation
+    return measurements_of(answers.task, getattr(answers, "problem", None)) or _measure_classification
 
 
 Measured = tuple[dict[str, float], list[dict[str, Any]], int]
@@ -264,12 +273,25 @@ class BundleAnswers:
         self.runtime, self.adapter = runtime, adapter if adapter is not None else names[0]
         packed = runtime.adapter(self.adapter)
         self.labels = tuple(packed.labels) if packed.labels is not None else None
-        self.task = "text-generation" if self.labels is None else "sequence-classification"
+        self.task: str = packed.task or "text-generation"
+        self.problem: str = packed.problem
         self.prompt_format = PromptFormat(**(packed.prompt_format or {}))
 
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The label of each text."""
         return [answer.label for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+
+    def label_sets(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """The labels of each text whose probability is at least 0.5 (multi-label)."""
+        return [answer.labels for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+
+    def values(self, texts: Sequence[str]) -> list[float]:
+        """The number of each text (regression)."""
+        return [answer.value for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+
+    def tag(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The tag of every word of each row."""
+        return [answer.tags for answer in self.runtime.tag(rows, adapter=self.adapter, truncate=True)]
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily, as long as the adapter's own limit allows."""

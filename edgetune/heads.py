@@ -12,6 +12,7 @@ from edgetune.errors import BaseModelError
 Pooling = Literal["mean", "cls"]
 HEAD, SCORE = "classifier", "score"  # as transformers names them in encoders and in decoders
 HEADS = (HEAD, SCORE)
+UNUSED = ("pooler",)  # an encoder's own pooler: no head reads it, an adapter there would learn nothing
 
 
 class SequenceClassifier(nn.Module):

@@ -14,6 +14,7 @@ from edgetune.bases import Base
 from edgetune.bases.load import quiet
 from edgetune.errors import BaseModelError
 from edgetune.heads import unwrapped
+from edgetune.shipped_weights import round_weights
 
 
 def load_masked_lm(base: Base, *, seed: int) -> tuple[Any, bool]:
@@ -36,6 +37,8 @@ def load_masked_lm(base: Base, *, seed: int) -> tuple[Any, bool]:
             f"{len(absent)} tensors of the model are not in its files", where=str(base.folder), got="without " + ", ".join(absent[:3])
         )
     _draw(model, missing, seed=seed)
+    if base.precision is not None:
+        round_weights(model.base_model, base.precision)
     return model.eval(), bool(missing)
 
 

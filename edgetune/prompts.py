@@ -23,6 +23,7 @@ import jinja2.sandbox
 
 from edgetune.errors import DataError, RecipeError
 from edgetune.recipe import Data, Method
+from edgetune.recipe_checks import column_name
 
 NAME = re.compile(r"[A-Za-z_]\w*")
 COLUMN = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
@@ -41,6 +42,8 @@ class PromptFormat:
     label: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    tokens: str | None = None  # columns, not templates: they hold lists
+    tags: str | None = None
 
     def to_dict(self) -> dict[str, str | None]:
         """As it is recorded in `edgetune_adapter.json`."""
@@ -54,6 +57,8 @@ def prompt_format(data: Data, *, method: Method, chat_template: str | None, colu
     """
     if method in ("causal-lm", "masked-lm"):
         return PromptFormat(text=row_template(data.text, "text", key="data.text"))
+    if method == "token-classification":
+        return PromptFormat(tokens=column_name(data.tokens or "tokens"), tags=column_name(data.tags or "tags"))
     if method == "sequence-classification":
         text, label = row_template(data.text, "text", key="data.text"), row_template(data.label, "label", key="data.label")
         return PromptFormat(text=text, label=label)

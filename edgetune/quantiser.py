@@ -14,6 +14,7 @@ from torch import Tensor
 
 # Candidate shrinkages of a block's range; the one with the least squared error is kept, block by block.
 SHRINK = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8)
+ROUNDING = 1  # to be raised when any weight is rounded otherwise: adapters are trained against the values
 ELEMENTS_AT_ONCE = 1 << 18  # a piece that stays in the cache: 6 times faster than the whole weight at once
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from edgetune import settings
 from edgetune.errors import RecipeError
-from edgetune.recipe_checks import check_forgetting, check_parameters, check_trained
+from edgetune.recipe_checks import check_forgetting, check_parameters, check_problem, check_trained
 from edgetune.recipe_generation import resolve_generation
 from edgetune.recipe_overrides import override
 from edgetune.recipe_paths import absolute, base_path, data_path, expand
@@ -27,9 +27,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Method = Literal["causal-lm", "sft", "dpo", "grpo", "reward", "masked-lm", "sequence-classification"]
+Method = Literal["causal-lm", "sft", "dpo", "grpo", "reward", "masked-lm", "sequence-classification", "token-classification"]
+Problem = Literal["single-label", "multi-label", "regression"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Task = Literal["text-generation", "reward", "masked-lm", "sequence-classification"]
+Task = Literal["text-generation", "reward", "masked-lm", "sequence-classification", "token-classification"]
 TASKS: dict[str, Task] = {
     "causal-lm": "text-generation",
     "sft": "text-generation",
@@ -38,6 +39,7 @@ TASKS: dict[str, Task] = {
     "reward": "reward",
     "masked-lm": "masked-lm",
     "sequence-classification": "sequence-classification",
+    "token-classification": "token-classification",
 }
 KINDS: dict[str, Literal["decoder", "encoder"]] = {
     "causal-lm": "decoder",
@@ -47,6 +49,7 @@ KINDS: dict[str, Literal["decoder", "encoder"]] = {
     "reward": "decoder",
     "masked-lm": "encoder",
     "sequence-classification": "encoder",
+    "token-classification": "encoder",
 }
 COLUMNS = {
     "causal-lm": ("text",),
@@ -55,10 +58,12 @@ COLUMNS = {
     "grpo": ("prompt", "completion", "system", "template"),
     "reward": ("prompt", "chosen", "rejected", "system", "template"),
     "masked-lm": ("text",),
-    "sequence-classification": ("text", "label"),
+    "sequence-classification": ("text", "label", "label_names"),
+    "token-classification": ("tokens", "tags"),
 }
 # Settings of a stage that mean something to one method only.
 OWN_SETTINGS = {
+    "sequence-classification": ("problem",),
     "dpo": ("beta",),
     "grpo": (
         "reward", "reward_weights", "group_size", "iterations", "max_new_tokens", "temperature", "top_p", "clip",
@@ -72,7 +77,7 @@ class Data:
     """The rows of a stage and how a row becomes an example.
 
     `prompt`, `completion`, `chosen`, `rejected`, `text` and `label` are each a column's name or a Jinja template over
-    the row.
+    the row; `tokens` and `tags` are names of columns that hold lists.
     """
 
     train: str = option(help="file of training rows (.jsonl .csv .tsv .parquet .txt, also .gz) or hub data set id")
@@ -90,7 +95,18 @@ class Data:
     chosen: str | None = option(None, help="reward, dpo: the better answer; default: column chosen")
     rejected: str | None = option(None, help="reward, dpo: the worse answer; default: column rejected")
     text: str | None = option(None, help="causal-lm, masked-lm and classification: the text; default: column text")
-    label: str | None = option(None, help="classification: its label; default: column label")
+    label: str | None = option(
+        None,
+        help="classification: its label; with problem = \"multi-label\" the name of a column that holds a list of labels, with "
+        "\"regression\" a number; default: column label",
+    )
+    label_names: bool = option(
+        False,
+        help='classification: every label\'s name is one more training row ("card_arrival" reads "card arrival"), which helps '
+        "where there are few rows of each",
+    )
+    tokens: str | None = option(None, help="token-classification: the column with the list of words; default: tokens")
+    tags: str | None = option(None, help="token-classification: the column with the list of their tags; default: tags")
     system: str | None = option(
         None,
         help='decoders with a chat template: the system message; not set: the template\'s default one; "": an explicit '
@@ -143,9 +159,7 @@ class Generation:
 class Stage:
     """One pass of training with one objective; stages run in succession on the same weights."""
 
-    method: Method = option(
-        help="the objective", planned=("token-classification",)
-    )
+    method: Method = option(help="the objective")
     data: Data = option(help="the rows")
     replay: Replay | None = option(None, help="general text mixed into the stage; decoders only, not for reward")
     epochs: float = option(1.0, help="passes over the training rows", above=0)
@@ -169,8 +183,14 @@ class Stage:
     precision: Literal["auto", "fp32", "bf16"] = option("auto", help="number format of the matrix products")
     validate_every: int | None = option(None, help="steps between validations; not set: once per epoch", at_least=1)
     label_smoothing: float = option(0.0, help="probability mass spread over all labels", at_least=0, below=1)
+    problem: Problem = option(
+        "single-label",
+        help="sequence-classification: a row has one label; multi-label = any number of labels, each with a probability of its "
+        "own, chosen from 0.5; regression = a number",
+    )
     head_init: Literal["probe", "random"] = option(
-        "probe", help="probe = logistic regression on the frozen features first (LP-FT, Kumar et al. 2022); random"
+        "probe",
+        help="probe = logistic (for numbers: ridge) regression on the frozen features first (LP-FT, Kumar et al. 2022); random",
     )
     beta: float = option(0.1, help="dpo: how strongly the policy is held near its start (β of the paper)", above=0)
     reward: str | tuple[str, ...] | None = option(
@@ -223,6 +243,11 @@ class Parameters:
     rank_pattern: dict[str, int] = option(help="other ranks by module name or regex", factory=dict, at_least=1)
     alpha_pattern: dict[str, float] = option(help="other alphas by module name or regex", factory=dict, above=0)
     layers: tuple[int, ...] | None = option(None, help="[first, last]: only these layers, counted from 0; not set: all")
+    base_precision: Literal["int4", "int8"] | None = option(
+        None,
+        help="lora, head: learn on exactly the weights that a bundle of this precision holds (`edgetune export --precision`); "
+        "not set: on the base as it is",
+    )
     init: str = option(
         "default",
         help="PEFT's init_lora_weights: default, gaussian, orthogonal, olora, pissa or pissa_niter_N (faster); olora and "
@@ -334,6 +359,7 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
                 fix=f"Remove {key}.",
             )
     _check_own_settings(stage, path=path, where=where)
+    check_problem(stage, path=path, where=where)
 
 
 def _check_own_settings(stage: Stage, *, path: str, where: str) -> None:
@@ -376,7 +402,8 @@ def _resolve_reward(stage: Stage, *, folder: Path, path: str, where: str) -> Sta
 
 def _may_follow(stage: Stage, previous: Stage) -> bool:
     """One adapter has one task; on an encoder, text may come first, for its head is not the adapter's."""
-    return stage.task == previous.task or (previous.method == "masked-lm" and KINDS[stage.method] == "encoder")
+    same = stage.task == previous.task and stage.problem == previous.problem
+    return same or (previous.method == "masked-lm" and KINDS[stage.method] == "encoder")
 
 
 def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:

@@ -21,11 +21,18 @@ UNUSABLE_INITS = {
     "eva": "it needs calibration data that a recipe has no place for",
     "lora_ga": "it needs gradients of calibration data that a recipe has no place for",
 }
-HEADED = ("sequence-classification",)  # methods whose task head can be trained alone
+HEADED = ("sequence-classification", "token-classification")  # methods whose task head can be trained alone
 
 
 def check_parameters(parameters: Parameters, *, where: str) -> None:
     """RecipeError for settings of an adapter where there is none, an unknown `init`, layers that are no range."""
+    if parameters.train == "full" and parameters.base_precision is not None:
+        raise RecipeError(
+            f'parameters.base_precision = "{parameters.base_precision}" has no meaning with train = "full"',
+            where=where,
+            expected="a base that stays as it ships, beside what learns",
+            fix='Remove base_precision, or use parameters.train = "lora".',
+        )
     if parameters.train != "lora":
         _check_no_adapter_settings(parameters, where=where)
     layers = parameters.layers
@@ -71,6 +78,29 @@ def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str
         )
 
 
+def check_problem(stage: Stage, *, path: str, where: str) -> None:
+    """RecipeError where classes share no probability mass and it shall be spread over them all the same, or where a column
+    of lists is given as a template."""
+    if stage.problem != "single-label" and stage.label_smoothing:
+        raise RecipeError(
+            f'{path}.label_smoothing has no meaning with problem = "{stage.problem}"', where=where, fix="Remove label_smoothing."
+        )
+    if stage.problem != "single-label" and stage.data.label_names:
+        raise RecipeError(
+            f'{path}.data.label_names has no meaning with problem = "{stage.problem}"', where=where, fix="Remove label_names."
+        )
+    lists = {"tokens": stage.data.tokens, "tags": stage.data.tags} | ({"label": stage.data.label} if stage.problem == "multi-label" else {})
+    for key, value in lists.items():
+        if value is not None and column_name(value) is None:
+            raise RecipeError(f"{path}.data.{key} is no column's name", where=where, expected="the name of a column that holds a list", got=repr(value))
+
+
+def column_name(given: str) -> str | None:
+    """The column that `name` or `{{ name }}` names; None for any other template."""
+    found = re.fullmatch(r"\s*(?:\{\{\s*(\w+)\s*\}\}|([^{}%]+?))\s*", given)
+    return found and (found[1] or found[2])
+
+
 def changes_the_base(init: str) -> bool:
     """Whether PEFT subtracts the start of the adapter from the base weights while it trains."""
     return init.startswith(("pissa", "olora"))
@@ -97,7 +127,7 @@ def _needs_the_base(stage: Stage) -> Iterator[tuple[str, str]]:
 def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
     default = type(parameters)()
     for field in dataclasses.fields(parameters):
-        if field.name != "train" and getattr(parameters, field.name) != getattr(default, field.name):
+        if field.name not in ("train", "base_precision") and getattr(parameters, field.name) != getattr(default, field.name):
             raise RecipeError(
                 f'parameters.{field.name} has no meaning with train = "{parameters.train}"',
                 where=where,

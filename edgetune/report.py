@@ -83,7 +83,8 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
 def what_learns(parameters: Parameters) -> str:
     """In a few words."""
     lora = f"LoRA r = {parameters.rank}, alpha = {parameters.alpha:g}"
-    return {"lora": lora, "head": "the head alone", "full": "all weights"}[parameters.train]
+    what = {"lora": lora, "head": "the head alone", "full": "all weights"}[parameters.train]
+    return what if parameters.base_precision is None else f"{what}, for the {parameters.base_precision} base"
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:

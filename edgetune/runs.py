@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from edgetune.adapters import METADATA, load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
 from edgetune.errors import AdapterError, OutputError
 from edgetune.full_model import full_folder, own_base, read_full
-from edgetune.heads import RewardModel, SequenceClassifier
+from edgetune.heads import RewardModel
 from edgetune.layout import ADAPTER, LAYOUT, RECIPE
 from edgetune.masked_lm import load_masked_lm
 from edgetune.recipe import Recipe, load_recipe
+from edgetune.token_classifier import build_classifier
+from edgetune.weight_precision import trained_precision
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     # The masked-lm head is not the adapter's: the checkpoint's own is used, or an untrained one.
     model = load_masked_lm(base, seed=0)[0] if metadata["task"] == "masked-lm" else load_body(base)
     if metadata["labels"] is not None:
-        model = SequenceClassifier(model, labels=len(metadata["labels"]), pooling=metadata["pooling"])
+        model = build_classifier(model, task=metadata["task"], labels=len(metadata["labels"]), pooling=metadata["pooling"])
     elif metadata["task"] == "reward":
         model = RewardModel(model)
     return load_adapter(model, adapter_dir), load_tokenizer(base), metadata
@@ -93,4 +95,5 @@ def _base_of(metadata: dict[str, Any], adapter_dir: Path) -> Base:
             expected=metadata["base"]["digest"],
             got=base.digest,
         )
-    return base
+    recorded = metadata.get("base_precision")
+    return base if recorded is None else replace(base, precision=trained_precision(recorded, where=str(adapter_dir)))

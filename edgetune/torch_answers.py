@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edgetune.errors import InputError
 from edgetune.examples import encode_prompts
@@ -15,6 +16,7 @@ from edgetune.examples.turns import Prompt
 from edgetune.prompts import PromptFormat, chat_messages, chat_text
 from edgetune.runs import load_adapted_model
 from edgetune.scoring import encode_answered, score_rows
+from edgetune.words import OUTSIDE, first_subwords, join_words
 
 MAX_NEW_TOKENS = 256  # where the adapter records no limit
 
@@ -25,6 +27,7 @@ class TorchAnswers:
     def __init__(self, model: Any, tokenizer: Any, metadata: dict[str, Any]) -> None:
         self.model, self.tokenizer, self.metadata = model.eval(), tokenizer, metadata
         self.task: str = metadata["task"]
+        self.problem: str = metadata.get("problem") or "single-label"
         self.labels = tuple(metadata["labels"]) if metadata["labels"] is not None else None
         self.prompt_format = PromptFormat(**(metadata["prompt_format"] or {}))
 
@@ -36,11 +39,44 @@ class TorchAnswers:
     @torch.no_grad()
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The label of each text; longer ones are cut to the length the adapter was trained with."""
-        limit = min(self.metadata["max_length"], getattr(self.model.config, "max_position_embeddings", self.metadata["max_length"]))
-        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        labels = self.labels or ()
+        return [labels[index] for index in self._class_logits(texts).argmax(-1).tolist()]
+
+    @torch.no_grad()
+    def label_sets(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """The labels of each text whose probability is at least 0.5 (multi-label)."""
+        labels = self.labels or ()
+        return [tuple(label for label, logit in zip(labels, row, strict=True) if logit >= 0) for row in self._class_logits(texts).tolist()]
+
+    @torch.no_grad()
+    def values(self, texts: Sequence[str]) -> list[float]:
+        """The number of each text (regression)."""
+        numbers: list[float] = self._class_logits(texts).squeeze(-1).tolist()
+        return numbers
+
+    @torch.no_grad()
+    def tag(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The tag of every word of each row; O for words that are cut off or have no sub-word."""
+        texts, spans = zip(*(join_words(words) for words in rows), strict=True)
+        batch = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self._limit, return_offsets_mapping=True, return_tensors="pt", verbose=False
+        )
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         labels = self.labels or ()
-        return [labels[index] for index in logits.argmax(-1).tolist()]
+        return [
+            [OUTSIDE if token is None else labels[best[token]] for token in first_subwords(text, offsets, words)]
+            for best, text, offsets, words in zip(logits.argmax(-1).tolist(), texts, batch["offset_mapping"].tolist(), spans, strict=True)
+        ]
+
+    @property
+    def _limit(self) -> int:
+        limit: int = min(self.metadata["max_length"], getattr(self.model.config, "max_position_embeddings", self.metadata["max_length"]))
+        return limit
+
+    def _class_logits(self, texts: Sequence[str]) -> Tensor:
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self._limit, return_tensors="pt")
+        logits: Tensor = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return logits
 
     @torch.no_grad()
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:

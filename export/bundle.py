@@ -13,8 +13,10 @@ import onnx_ir as ir
 from edgetune import __version__
 from edgetune.adapters import load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
-from edgetune.errors import AdapterError, ExportError, OutputError
+from edgetune.errors import AdapterError, ExportError, OutputError, listed
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
+from edgetune.export.decisions import decide_by
+from edgetune.export.families import cache_sizes, fixed_length, known_family
 from edgetune.export.graphfile import (
     DATA,
     ENGINE,
@@ -26,8 +28,21 @@ from edgetune.export.graphfile import (
 )
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
-from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, torch_outputs
-from edgetune.export.proof import BOUNDS, Outputs, Proof, coarsest, demand, prove, prove_head, prove_parity
+from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, token_outputs, torch_outputs
+from edgetune.export.proof import (
+    BOUNDS,
+    Outputs,
+    Proof,
+    coarsest,
+    demand,
+    prove,
+    prove_head,
+    prove_parity,
+    with_survival,
+)
+from edgetune.export.reference import judged_by, reference_base, trained_base, warning
+from edgetune.export.survival import LEAST_STRENGTH, round_weights, summary, survival
+from edgetune.export.token_head import add_token_head
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.full_model import full_folder, own_base, read_full
@@ -38,6 +53,7 @@ from edgetune.runtime.lora import WEIGHTS, read_lora, refuse_if
 from edgetune.runtime.manifest import (
     MANIFEST,
     SCHEMA,
+    TAGGING,
     AdapterEntry,
     BaseInfo,
     FileInfo,
@@ -47,12 +63,12 @@ from edgetune.runtime.manifest import (
     Site,
 )
 from edgetune.runtime.manifest import Precision as PrecisionInfo
+from edgetune.token_classifier import TokenClassifier, build_classifier
+from edgetune.weight_precision import INT4_DECODER
 
 Say = Callable[[str], None]
 MODES = ("separate", "merged")
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a folder of the bundle
-# The output projection (and the embedding tied to it) suffers most from 4 bits, and 8 cost no measurable speed there.
-INT4_DECODER = {"lm_head": "int8"}
 ALONE = "(base)"  # the name of the proof of a bundle without adapters
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
@@ -66,6 +82,7 @@ class Source:
     metadata: Mapping[str, Any]  # edgetune_adapter.json; empty for an adapter of another tool
     config: Mapping[str, Any]  # PEFT's adapter_config.json
     modules: frozenset[str]  # where it has low-rank weights
+    problems: tuple[str, ...] = ()  # what adapter inputs cannot express
     is_model: bool = False  # all weights were trained: `folder` is a base of its own
 
     @property
@@ -73,6 +90,18 @@ class Source:
         """The head's labels, in the order of its rows."""
         labels = self.metadata.get("labels")
         return tuple(labels) if labels is not None else None
+
+    @property
+    def task(self) -> str | None:
+        """What it was trained for; None for an adapter of another tool."""
+        task: str | None = self.metadata.get("task")
+        return task
+
+    @property
+    def problem(self) -> str | None:
+        """Of a classification: single-label (also None), multi-label or regression."""
+        problem: str | None = self.metadata.get("problem")
+        return problem
 
 
 def export_bundle(
@@ -91,6 +120,7 @@ def export_bundle(
         mode = "merged"
     _check(sources, mode, precision, base_name)
     base = _base(sources, base_name)
+    known_family(base.model_type, kind=base.kind)  # before anything is loaded
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
@@ -98,7 +128,7 @@ def export_bundle(
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
-        demand(proofs, where=str(out))
+        demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights != "fp32")
         manifest = replace(manifest, proof=_proof_document(proofs, rows, precision), files=_digests(folder))
         write_json(folder / MANIFEST, manifest.to_dict())
     return manifest
@@ -133,7 +163,7 @@ def _source(name: str, folder: Path) -> Source:
     if metadata.get("task") == "reward":
         fix = "Use it where it is: in `reward` of a grpo stage, or with `edgetune eval`."
         raise ExportError("reward adapters cannot be exported yet", where=str(folder), fix=fix)
-    return Source(name, inner, metadata, read.config, frozenset(read.modules or ()))
+    return Source(name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems))
 
 
 def _what_is(folder: Path) -> str:
@@ -164,6 +194,11 @@ def _check(sources: Sequence[Source], mode: str, precision: Precision, base_name
             raise ExportError(
                 "DoRA rescales the rows of W₀ + BA by a learned magnitude, which adapter inputs cannot express", where=str(source.folder),
                 fix="Export it with --mode merged, or train with dora = false.",
+            )  # fmt: skip
+        if mode == "separate" and source.problems:
+            raise AdapterError(
+                f"adapter inputs cannot take this adapter, nothing was written: {listed(source.problems, 'mismatches')}", where=str(source.folder),
+                fix="--mode merged takes what PEFT can merge, and its proof says whether it did.",
             )  # fmt: skip
 
 
@@ -200,7 +235,7 @@ def _build(
     """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each adapter."""
     tokenizer = load_tokenizer(base)
     say(f"tracing {base.name} ({base.model_type})")
-    model = _torch_model(base, sources[0], merge=True) if mode == "merged" else _torch_model(base)
+    model = _torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else _torch_model(base)
     graph, info, sites, head = _graph(base, model, sources, mode=mode, precision=precision, say=say)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
@@ -210,17 +245,26 @@ def _build(
     if base.kind == "decoder":
         write_genai_config(config, files, folder, max_length=info.max_length)
     manifest = Manifest(
-        schema=SCHEMA, edgetune_version=__version__, task="text-generation" if base.kind == "decoder" else "sequence-classification",
+        schema=SCHEMA, edgetune_version=__version__, task=_task(base, sources),
         base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
         precision=PrecisionInfo(precision.weights, precision.block_size if precision.weights != "fp32" else None, dict(precision.overrides)),
         graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
     )  # fmt: skip
+    for line in filter(None, (warning(source.name, source.metadata, manifest) for source in sources)):
+        say(line)
     entries = [_add_adapter(source, folder, manifest, say=say) for source in sources]
     manifest = replace(manifest, adapters=tuple(entries))
     rows = {source.name: probe_rows(source.folder, tokenizer, base) for source in sources}
     if not sources:
         rows = {ALONE: probe_rows(base.folder, tokenizer, base)}
     return manifest, rows
+
+
+def _task(base: Base, sources: Sequence[Source]) -> str:
+    """What the bundle is for: of an encoder, tagging only where none of its adapters does anything else."""
+    if base.kind == "decoder":
+        return "text-generation"
+    return TAGGING if sources and all(source.task == TAGGING for source in sources) else "sequence-classification"
 
 
 def build_base(base: Base, folder: Path, *, precision: Precision, say: Say = lambda line: None) -> Manifest:
@@ -242,9 +286,17 @@ def _torch_model(base: Base, source: Source | None = None, *, merge: bool = Fals
                 "an adapter for an encoder needs its labels", where=str(source.folder), expected="edgetune_adapter.json with labels", got="none",
                 fix="Adapters of other tools load into a finished bundle with Runtime.load_adapter.",
             )  # fmt: skip
-        model = SequenceClassifier(body, labels=len(source.labels), pooling=source.metadata.get("pooling") or base.pooling or "mean")
+        pooling = source.metadata.get("pooling") or base.pooling
+        model = build_classifier(body, task=source.task or "", labels=len(source.labels), pooling=pooling)
     adapted = load_adapter(model, source.folder).eval()
-    return adapted.merge_and_unload() if merge else adapted
+    return _merged(adapted, source) if merge else adapted
+
+
+def _merged(adapted: Any, source: Source) -> Any:
+    try:
+        return adapted.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ExportError(f"PEFT cannot merge this adapter: {error}", where=str(source.folder), fix="Export it with --mode separate.") from error
 
 
 def _graph(
@@ -252,12 +304,12 @@ def _graph(
 ) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None]:
     """Trace, simplify, quantise; what the runtime must know of the result."""
     config, body = model.config, model.body if isinstance(model, SequenceClassifier) else model
-    max_length = min(base.max_length, LARGEST_CONTEXT)
+    max_length = fixed_length(config, min(base.max_length, LARGEST_CONTEXT))
+    shape: dict[str, Any]
     if base.kind == "decoder":
-        graph = trace_decoder(body, max_length=max_length)
-        shape = {"layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        graph, shape = trace_decoder(body, max_length=max_length), asdict(cache_sizes(config))
     else:
-        graph = trace_encoder(body, pooling=base.pooling or "mean")
+        graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
         shape = {"cache_dtype": None, "pooling": base.pooling}
     simplify(graph)
     say(f"writing weights as {precision.weights}")
@@ -266,7 +318,10 @@ def _graph(
     if base.kind == "encoder":
         classifier = model.classifier if isinstance(model, SequenceClassifier) else None
         weights = (classifier.weight.detach(), classifier.bias.detach()) if classifier is not None else (None, None)
-        head = add_head(graph, *weights, hidden=config.hidden_size)
+        if isinstance(model, TokenClassifier):
+            add_token_head(graph, model.classifier.weight.detach(), model.classifier.bias.detach())
+        else:
+            head = add_head(graph, *weights, hidden=config.hidden_size)
     info = GraphInfo(
         engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
     )
@@ -292,7 +347,8 @@ def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) 
     if not source.is_model:
         copy_adapter(source.folder, folder / place)
     entry = AdapterEntry(
-        name=source.name, path=str(place), task=manifest.task, labels=source.labels, prompt_format=source.metadata.get("prompt_format"),
+        name=source.name, path=str(place), problem=source.problem,
+        task=manifest.task if manifest.is_decoder else source.task or "sequence-classification", labels=source.labels, prompt_format=source.metadata.get("prompt_format"),
         generation=source.metadata.get("generation"), rank=int(source.config.get("r", 0)),
         digest=None if source.is_model else sha256_file(source.folder / "adapter_model.safetensors"), onnx_adapter=None, metrics=dict(source.metadata.get("metrics") or {}),
     )  # fmt: skip
@@ -319,20 +375,33 @@ def prove_bundle(
 
 
 def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: Base, source: Source, rows: list[list[int]]) -> Proof:
-    model = _torch_model(base, source)
+    reference = reference_base(base, source.metadata, manifest)
+    model = _torch_model(reference, source)
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
-    del model
+    decide = decide_by(source.problem, trained)
+    trained, trained_off = decide(trained), decide(trained_off)
     if source.is_model:
-        trained_off = torch_outputs(_torch_model(_original_base(source)), rows, adapter=True)
+        original = _torch_model(_original_base(source))
+        trained_off = torch_outputs(original, rows, adapter=True)
 
     def ship(tensors: Any) -> Outputs:
-        return decoder_outputs(engine, rows, tensors) if isinstance(engine, DecoderEngine) else encoder_outputs(engine, rows, tensors)
+        if isinstance(engine, DecoderEngine):
+            return decoder_outputs(engine, rows, tensors)
+        return decide(token_outputs(engine, rows, tensors) if source.task == TAGGING else encoder_outputs(engine, rows, tensors))
 
-    judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
+    judged = judged_by(manifest, reference)
     if not source.modules and not source.is_model:
         tensors = None if manifest.mode == "merged" else pack_adapter(source.folder, manifest, name=source.name).tensors
         return prove_head(trained=trained, shipped=ship(tensors), precision=judged)
     if manifest.mode == "merged":
+        chosen = Precision(manifest.precision.weights, manifest.precision.block_size or 32, overrides=manifest.precision.overrides)
+        layers = survival(original, chosen, trained=model) if source.is_model else survival(model, chosen)
+        if layers:  # the base is rounded as well: only then is the difference to it the adapter's
+            plain = original if source.is_model else model
+            round_weights(plain, chosen)
+            rounded_off = decide(torch_outputs(plain, rows, adapter=source.is_model))
+            proof = prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=rounded_off, precision=judged)
+            return with_survival(proof, summary(layers), least=LEAST_STRENGTH)
         return prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=trained_off, precision=judged)
     tensors = pack_adapter(source.folder, manifest, name=source.name).tensors
     only_head = {name: tensor for name, tensor in tensors.items() if manifest.head and name in (manifest.head.weight, manifest.head.bias)}

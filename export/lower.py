@@ -6,52 +6,22 @@ y = W₀x + (xA)B with A (group, in, rank) and B (group, rank, out); group is 1 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from edgetune.errors import ExportError
 from edgetune.export.layout import MICROSOFT, constant, drop_dead, new_node, replace
-from edgetune.export.trace import DOMAIN
+from edgetune.export.leaves import DOMAIN
 from edgetune.quantiser import Quantised, quantise
 from edgetune.runtime.manifest import HeadInfo, Part, Site
+from edgetune.weight_precision import BITS, Precision
 
-BITS = {"fp32": 0, "int8": 8, "int4": 4}
+__all__ = ["BITS", "Precision", "add_head", "input_embedding", "lower", "modules_and_widths"]
+
 ACCURACY_LEVEL = 4  # activations in int8 inside MatMulNBits; level 1 (fp32) costs a third of decode speed
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How weights are stored: the default, and module-name endings that are kept at another precision."""
-
-    weights: str = "fp32"
-    block_size: int = 32
-    symmetric: bool = True
-    overrides: Mapping[str, str] = field(default_factory=dict)
-
-    def bits(self, modules: Sequence[str]) -> int:
-        """0 for float, else 4 or 8, of a linear layer made of these modules."""
-        asked = self.override(modules)
-        return BITS[self.weights] if asked is None else asked
-
-    def override(self, modules: Sequence[str]) -> int | None:
-        """The bits that an override asks for, where one names any of these modules."""
-        return next((BITS[name] for ending, name in self.overrides.items() if _named(ending, modules)), None)
-
-    def check(self, modules: Sequence[str]) -> None:
-        """ExportError for an override that names none of the graph's modules: it would silently do nothing."""
-        for ending in self.overrides:
-            if not _named(ending, modules):
-                endings = sorted({path.rpartition(".")[2] for path in modules})
-                raise ExportError(f"no module is called {ending!r}", where="--keep", expected=", ".join(endings), got=ending)
-
-
-def _named(ending: str, modules: Sequence[str]) -> bool:
-    return any(path == ending or path.endswith(f".{ending}") for path in modules)
 
 
 class _Lowering:
@@ -120,16 +90,12 @@ class _Lowering:
 
 
     def _table(self, module: str, table: ir.Value) -> Quantised | None:
-        """An embedding's quantised rows, or None where they stay float.
-
-        What is asked for by name; else those of the tied output projection; else 8 bits for the token embedding of a
-        quantised model (4 would cost too much there) and float for the small ones. The engine's operator wants whole blocks.
-        """
-        asked = self.precision.override([module])
+        """An embedding's quantised rows, or None where they stay float; see `Precision.embedding_bits`."""
         tied = self.quantised.get(table.name or "")
-        is_input = module == input_embedding(self.graph)
-        bits = asked if asked is not None else tied.bits if tied else 8 if is_input and self.precision.bits([module]) else 0
-        if not bits or int(table.shape[1]) % self.precision.block_size:  # type: ignore[index, arg-type]
+        bits = self.precision.embedding_bits(
+            module, tied=tied.bits if tied else 0, is_input=module == input_embedding(self.graph), columns=int(table.shape[1])  # type: ignore[index, arg-type]
+        )
+        if not bits:
             return None
         if tied is not None and tied.bits == bits:
             return tied

@@ -15,6 +15,7 @@ from edgetune.export.proof import Outputs
 from edgetune.heads import SequenceClassifier
 from edgetune.recipe import load_recipe
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
+from edgetune.token_classifier import TokenClassifier
 
 ROWS, TOKENS = 12, 64  # at most; a row ends where its example ends
 STEPS = 6  # of a row's tokens, the last few go through the cache one by one
@@ -58,7 +59,11 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
         for row in rows:
             ids = torch.tensor([list(row)])
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-            if isinstance(inner, SequenceClassifier):
+            if isinstance(inner, TokenClassifier):
+                hidden = inner.states(ids, torch.ones_like(ids))[0]
+                states.append(hidden.numpy())
+                logits.append(inner.classifier(hidden).numpy())
+            elif isinstance(inner, SequenceClassifier):
                 pooled = inner.pooled(ids, torch.ones_like(ids))
                 states.append(pooled.numpy())
                 logits.append(inner.classifier(pooled).numpy())
@@ -113,3 +118,9 @@ def encoder_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensor
     """The bundle's head logits and pooled states; all rows in one padded batch, as the device would send them."""
     logits, pooled = engine.run(rows, [tensors] * len(rows))
     return Outputs(np.stack(logits), np.array(pooled))
+
+
+def token_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+    """The bundle's logits and states at every token; all rows in one padded batch."""
+    logits, states = engine.tokens(rows, [tensors] * len(rows))
+    return Outputs(np.concatenate(logits), np.concatenate(states))

@@ -29,11 +29,17 @@ if TYPE_CHECKING:
     from edgetune.runtime.runtime import Runtime as Runtime
     from edgetune.runtime.scheduler import GenerationRequest as GenerationRequest
     from edgetune.runtime.scheduler import Scheduler as Scheduler
+    from edgetune.runtime.tagging import TaggedSpan as TaggedSpan
+    from edgetune.runtime.tagging import TaggedWord as TaggedWord
+    from edgetune.runtime.tagging import Tagging as Tagging
 
 HOMES = {
     "Runtime": "runtime",
     "Completion": "runtime",
     "Classification": "runtime",
+    "Tagging": "tagging",
+    "TaggedWord": "tagging",
+    "TaggedSpan": "tagging",
     "GenerationSettings": "generation",
     "GenerationRequest": "scheduler",
     "Scheduler": "scheduler",

@@ -77,6 +77,7 @@ def _metadata(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
     """What a merged adapter's entry says, with its folder's `edgetune_adapter.json` when there is one."""
     known: dict[str, Any] = {
         "task": entry.task,
+        "problem": entry.problem,
         "labels": None if entry.labels is None else list(entry.labels),
         "prompt_format": entry.prompt_format,
         "generation": entry.generation,

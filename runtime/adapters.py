@@ -20,7 +20,8 @@ from edgetune.runtime.lora import (
     read_lora,
     refuse_if,
 )
-from edgetune.runtime.manifest import HeadInfo, Manifest, Part
+from edgetune.runtime.manifest import ENCODER_TASKS, TAGGING, HeadInfo, Manifest, Part
+from edgetune.runtime.trained_for import other_weights
 
 __all__ = ["PackedAdapter", "lora_deltas", "pack_adapter"]
 
@@ -31,7 +32,7 @@ Float32 = npt.NDArray[np.float32]
 class PackedAdapter:
     """An adapter as graph inputs: A (1, in, rank), B (1, rank, out) a site; head (1, hidden, labels), (1, labels).
 
-    Sites without adapter are absent (rank 0). `notes` are for people: what could not be checked.
+    Sites without adapter are absent (rank 0). `notes` are for people: what could not be checked, or that it was trained for another precision of the base.
     """
 
     name: str
@@ -52,6 +53,16 @@ class PackedAdapter:
         """How a row becomes a prompt, as it was trained; None for a foreign adapter."""
         value: dict[str, Any] | None = self.metadata.get("prompt_format")
         return value
+
+    @property
+    def task(self) -> str | None:
+        """What it was trained for; None for a foreign adapter without a head."""
+        return self.metadata.get("task") or ("sequence-classification" if self.labels is not None else None)
+
+    @property
+    def problem(self) -> str:
+        """Of a classification: single-label, multi-label or regression."""
+        return self.metadata.get("problem") or "single-label"
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -84,7 +95,7 @@ def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapt
         labels=labels,
         rank=read.rank,
         digest=read.digest or "",
-        metadata=read.metadata or {},
+        metadata=read.metadata or _guessed(read),
         notes=_notes(read, manifest),
     )
 
@@ -185,8 +196,9 @@ def _fill_site(site_a: Float32, site_b: Float32, parts: list[tuple[Part, Float32
 def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
     metadata, problems = read.metadata or {}, []
     task = metadata.get("task")
-    if task is not None and task != manifest.task:
-        problems.append(f"{METADATA}: task: expected {manifest.task}, got {task}")
+    fitting = (manifest.task,) if manifest.is_decoder else ENCODER_TASKS  # one encoder serves both kinds of head
+    if task is not None and task not in fitting:
+        problems.append(f"{METADATA}: task: expected {' or '.join(fitting)}, got {task}")
     pooling = metadata.get("pooling")
     if pooling is not None and pooling != manifest.graph.pooling:
         problems.append(f"{METADATA}: pooling: expected {manifest.graph.pooling}, got {pooling}")
@@ -211,6 +223,11 @@ def _head_problems(read: LoraFolder, head: HeadInfo, labels: tuple[str, ...] | N
     return problems
 
 
+def _guessed(read: LoraFolder) -> dict[str, Any]:
+    """What PEFT's own configuration says of an adapter without `edgetune_adapter.json`."""
+    return {"task": TAGGING} if read.head and read.config.get("task_type") == "TOKEN_CLS" else {}
+
+
 def _pack_head(read: LoraFolder, head: HeadInfo) -> dict[str, Float32]:
     weight = read.head["weight"]
     bias = read.head.get("bias", np.zeros(weight.shape[0], np.float32))
@@ -232,12 +249,12 @@ def _labels(read: LoraFolder) -> tuple[str, ...] | None:
 
 def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
     if read.metadata is not None:
-        return ()
+        line = other_weights(read.metadata.get("base_precision"), manifest.precision)
+        return (line,) if line else ()
     notes = [
         f"no {METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its base could not be checked"
     ]
     if read.head:
-        notes.append(
-            f"its head is applied to {manifest.graph.pooling}-pooled states; its labels are numbered"
-        )
+        states = "every token's state" if _guessed(read) else f"{manifest.graph.pooling}-pooled states"
+        notes.append(f"its head is applied to {states}; its labels are numbered")
     return tuple(notes)

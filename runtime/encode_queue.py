@@ -14,17 +14,19 @@ from edgetune.runtime.runtime import ENCODE_ROWS, Runtime
 
 Float32 = npt.NDArray[np.float32]
 Finish = Callable[[list[Float32], Float32], Any]
-"""Logits (labels,) a text and pooled states (texts, hidden) → what the caller asked for."""
+"""Logits (labels,) or (tokens, labels) a text and pooled states (texts, hidden) → what the caller asked for."""
 
 
 class EncodeJob:
-    """One caller's texts; `future` has the answer when the last of them is done."""
+    """One caller's texts; `future` has the answer when the last of them is done. `words`: logits of every token."""
 
-    def __init__(self, ids: Sequence[list[int]], lease: Lease | None, hidden: int, finish: Finish) -> None:
-        self.ids, self.lease, self.finish = ids, lease, finish
+    def __init__(
+        self, ids: Sequence[list[int]], lease: Lease | None, hidden: int, finish: Finish, *, words: bool = False
+    ) -> None:
+        self.ids, self.lease, self.finish, self.words = ids, lease, finish, words
         self.future: Future[Any] = Future()
         self.logits: list[Float32] = [np.zeros(0, np.float32)] * len(ids)
-        self.pooled: Float32 = np.zeros((len(ids), hidden), np.float32)
+        self.pooled: Float32 = np.zeros((len(ids), 0 if words else hidden), np.float32)
         self.left = len(ids)
 
     def take(self, place: int, logits: Float32, pooled: Float32) -> None:
@@ -73,8 +75,10 @@ class EncodeQueue:
         self._waiting = [entry for entry in self._waiting if not entry[0].future.cancelled()]
         if not self._waiting:
             return []
+        oldest = self._waiting[0][0]
         length = [len(job.ids[place]) for job, place in self._waiting]
-        order = sorted(range(len(length)), key=lambda i: (i > 0, abs(length[i] - length[0]), i))[:ENCODE_ROWS]
+        alike = [i for i, (job, _) in enumerate(self._waiting) if job.words is oldest.words]
+        order = sorted(alike, key=lambda i: (i > 0, abs(length[i] - length[0]), i))[:ENCODE_ROWS]
         batch = [self._waiting[i] for i in order]
         self._waiting = [entry for i, entry in enumerate(self._waiting) if i not in {*order}]
         for job in {id(job): job for job, _ in batch}.values():
@@ -90,7 +94,12 @@ class EncodeQueue:
         try:
             rows = [job.ids[place] for job, place in batch]
             adapters = [None if job.lease is None else job.lease.resident.bound for job, _ in batch]
-            found, pooled = encoder.run(rows, adapters, pad_token_id=self.runtime.tokenizer.pad_token_id)
+            pad = self.runtime.tokenizer.pad_token_id
+            if batch[0][0].words:
+                found, _ = encoder.tokens(rows, adapters, pad_token_id=pad)
+                pooled = np.zeros((len(rows), 0), np.float32)
+            else:
+                found, pooled = encoder.run(rows, adapters, pad_token_id=pad)
             for (job, place), logits, states in zip(batch, found, pooled, strict=True):
                 job.take(place, logits.copy(), states)
         except Exception as error:  # whatever it is, these callers get it, and the worker goes on

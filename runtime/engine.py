@@ -196,6 +196,33 @@ class EncoderEngine(GraphSession):
         InputError when a row is empty or longer than the graph's positions.
         """
         chosen = adapter_per_row(rows, adapters)
+        logits, pooled = self._run(*self._padded(rows, pad_token_id), chosen, ("logits", "pooled"))
+        return [logits[i, : self._labels(adapter, logits)] for i, adapter in enumerate(chosen)], pooled
+
+    def tokens(
+        self, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow] | None = None, *, pad_token_id: int = 0
+    ) -> tuple[list[Float32], list[Float32]]:
+        """The head's logits of every token (tokens, labels), and the tokens' states (tokens, hidden), a row each.
+
+        The head is applied here: one graph serves heads that read a text and heads that read its tokens. A merged
+        bundle that tags holds it in the graph. InputError as in `run`.
+        """
+        chosen, head = adapter_per_row(rows, adapters), self.manifest.head
+        ids, mask = self._padded(rows, pad_token_id)
+        wanted = ("last_hidden_state",) if head is not None else ("last_hidden_state", "logits")
+        found = self._run(ids, mask, chosen, wanted)
+        states = [found[0][i, : len(row)] for i, row in enumerate(rows)]
+        if head is None:
+            return [found[1][i, : len(row)] for i, row in enumerate(rows)], states
+        logits = []
+        for adapter, row in zip(chosen, states, strict=True):
+            tensors = self._bound(adapter).tensors
+            weight, bias = (tensors.get(name, self.empty.tensors[name])[0] for name in (head.weight, head.bias))
+            logits.append(row @ weight + bias)
+        return logits, states
+
+    def _padded(self, rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Int64, Int64]:
+        """Ids and mask (rows, longest), right-padded."""
         limit = self.graph.max_length
         for i, row in enumerate(rows):
             if not 0 < len(row) <= limit:
@@ -210,10 +237,9 @@ class EncoderEngine(GraphSession):
         mask = np.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        logits, pooled = self._run(ids, mask, chosen)
-        return [logits[i, : self._labels(adapter, logits)] for i, adapter in enumerate(chosen)], pooled
+        return ids, mask
 
-    def _run(self, ids: Int64, mask: Int64, adapters: Sequence[AdapterRow]) -> tuple[Float32, Float32]:
+    def _run(self, ids: Int64, mask: Int64, adapters: Sequence[AdapterRow], outputs: Sequence[str]) -> list[Float32]:
         io, inputs = self.session.io_binding(), {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self.inputs:
             inputs["token_type_ids"] = np.zeros_like(ids)
@@ -222,12 +248,12 @@ class EncoderEngine(GraphSession):
             io.bind_ortvalue_input(name, value)
         bound = self.group(adapters)
         self.bind_adapters(io, bound)
-        for name in ("logits", "pooled"):
+        for name in outputs:
             io.bind_output(name, "cpu")
         self.session.run_with_iobinding(io)
-        logits, pooled = (value.numpy() for value in io.get_outputs())
+        arrays = [value.numpy() for value in io.get_outputs()]
         del bound, values
-        return logits, pooled
+        return arrays
 
     def _labels(self, adapter: AdapterRow, logits: Float32) -> int:
         """How many of the padded logits belong to this row's head."""

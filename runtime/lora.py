@@ -23,7 +23,7 @@ from edgetune.files import sha256_file
 Array = npt.NDArray[Any]
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
 PREFIX = "base_model.model."
-LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 HEAD = re.compile(r"(?P<name>classifier|score)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>weight|bias)")
 HEAD_NAMES = ("classifier", "score")
 
@@ -292,6 +292,8 @@ def _pair_problem(config: Mapping[str, Any], module: str, pair: Mapping[str, Arr
 def _why_unknown(name: str) -> str:
     if "lora_magnitude_vector" in name:
         return "a DoRA magnitude; train with dora = false"
+    if name.endswith(".base_layer.weight"):
+        return "a copy of the base's own weight; save the adapter with save_embedding_layers=False"
     if "lora_embedding_" in name or "embed_tokens" in name or "word_embeddings" in name:
         return "embeddings have no adapter input; target linear layers only"
     if ".lora_B.bias" in name or name.endswith(".bias"):

@@ -16,6 +16,8 @@ from edgetune.files import sha256_file
 
 MANIFEST = "edgetune.json"
 SCHEMA = 1
+TAGGING = "token-classification"
+ENCODER_TASKS = ("sequence-classification", TAGGING)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,10 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter that ships in the bundle. `path` is None when it is merged into the graph."""
+    """An adapter that ships in the bundle. `path` is None when it is merged into the graph.
+
+    `problem` of a classification: single-label (also None), multi-label or regression.
+    """
 
     name: str
     path: str | None
@@ -111,6 +116,7 @@ class AdapterEntry:
     digest: str | None
     onnx_adapter: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ class Manifest:
 
 
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "task": ("text-generation", "sequence-classification"),
+    "task": ("text-generation", *ENCODER_TASKS),
     "mode": ("separate", "merged"),
     "precision.weights": ("fp32", "fp16", "int8", "int4"),
     "graph.pooling": ("mean", "cls"),

@@ -8,12 +8,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from edgetune.errors import AdapterError, InputError
 from edgetune.files import whole_file
+from edgetune.runtime.manifest import TAGGING
 from edgetune.runtime.prompts import check_messages, columns_of, render_columns
-from edgetune.runtime.runtime import Prompt, Runtime
+from edgetune.runtime.runtime import Classification, Prompt, Runtime
+from edgetune.runtime.tagging import Tagging, Words, check_words, read_words
 
 BATCH = 8
 """Rows that are answered in one batch."""
@@ -26,7 +28,7 @@ class Request:
     where: str
     row: dict[str, Any]
     adapter: str | None
-    content: Prompt
+    content: Prompt | Words  # a list of strings: words to be tagged
     tokens: int
     """length of the prompt, by which rows are batched"""
 
@@ -67,9 +69,9 @@ def answer_rows(
     runtime: Runtime, requests: Sequence[Request], *, truncate: bool = False, **settings: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, answered row) in the order of finishing: rows of like length share a batch, whatever their adapter."""
-    labelled = [runtime.labels(request.adapter) is not None for request in requests]
-    for kind in (True, False):  # classified rows and embedded ones (or generated, which have no labels) apart
-        order = sorted((i for i, has in enumerate(labelled) if has is kind), key=lambda i: requests[i].tokens)
+    kinds = [_kind(runtime, request.adapter) for request in requests]
+    for kind in dict.fromkeys(kinds):  # tagged, classified and embedded (or generated) rows apart
+        order = sorted((i for i, one in enumerate(kinds) if one == kind), key=lambda i: requests[i].tokens)
         for start in range(0, len(order), BATCH):
             places = order[start : start + BATCH]
             batch = [requests[i] for i in places]
@@ -110,11 +112,15 @@ def _request(
     try:
         form = None if chosen is None else runtime.adapter(chosen).prompt_format
         if runtime.manifest.is_decoder:
-            content: Prompt = prompt_of(row, form, where=where)
-            tokens = len(runtime.prompt_ids(content, chosen))
+            prompt = prompt_of(row, form, where=where)
+            content: Prompt | Words = prompt
+            tokens = len(runtime.prompt_ids(prompt, chosen))
+        elif runtime.task(chosen) == TAGGING:
+            words = words_of(row, form, where=where)
+            content, tokens = words, len(read_words(runtime, words, chosen, truncate=truncate).ids)
         else:
-            content = text_of(row, form, where=where)
-            tokens = len(runtime.text_ids(content, chosen, truncate=truncate))
+            text = text_of(row, form, where=where)
+            content, tokens = text, len(runtime.text_ids(text, chosen, truncate=truncate))
     except InputError as error:
         raise (
             error
@@ -146,6 +152,20 @@ def text_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: st
     return _text(row, "text", also=(), template=template, where=where)
 
 
+def words_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Words:
+    """A row to be tagged: the column of words that the adapter was trained on, else `tokens`, else the plain `text`."""
+    for column in dict.fromkeys([(form or {}).get("tokens") or "tokens", "tokens"]):
+        if row.get(column) is not None:
+            return check_words(row[column], where=where)
+    return _text(row, "text", also=("tokens",), template=None, where=where)
+
+
+def _kind(runtime: Runtime, adapter: str | None) -> str:
+    if not runtime.manifest.is_decoder and runtime.task(adapter) == TAGGING:
+        return "tag"
+    return "classify" if runtime.labels(adapter) is not None else "other"
+
+
 def _text(row: Mapping[str, Any], key: str, *, also: Sequence[str], template: str | None, where: str) -> str:
     value = row.get(key)
     if isinstance(value, str) and value:
@@ -171,11 +191,34 @@ def _answer(
 ) -> list[dict[str, Any]]:
     names, contents = [request.adapter for request in batch], [request.content for request in batch]
     if runtime.manifest.is_decoder:
-        done = runtime.generate(contents, adapters=names, **settings)
+        done = runtime.generate(cast(list[Prompt], contents), adapters=names, **settings)
         return [{"completion": c.text, "finish_reason": c.finish_reason} for c in done]
+    if _kind(runtime, names[0]) == "tag":
+        rows: list[Any] = contents
+        tagged = runtime.tag(rows, adapters=names, truncate=truncate)
+        return [_tagged(row, one) for row, one in zip(rows, tagged, strict=True)]
     texts = [str(content) for content in contents]
     if all(runtime.labels(name) is not None for name in names):
         found = runtime.classify(texts, adapters=names, truncate=truncate)
-        return [{"label": c.label, "score": round(c.score, 6)} for c in found]
+        return [_classified(c) for c in found]
     embeddings = runtime.embed(texts, adapters=names, truncate=truncate)
     return [{"embedding": row.tolist()} for row in embeddings]
+
+
+def _classified(found: Classification) -> dict[str, Any]:
+    """One label with its score; several labels with every label's score; or a number."""
+    if found.value is not None:
+        return {"value": found.value}
+    if found.labels is not None:
+        return {"labels": list(found.labels), "scores": {name: round(score, 6) for name, score in found.scores.items()}}
+    return {"label": found.label, "score": round(found.score, 6)}
+
+
+def _tagged(row: Any, found: Tagging) -> dict[str, Any]:
+    """`tags` and `spans` (characters) of the words, which `tokens` names where a plain text was split, and the entities.
+
+    Spans count in the row's `text`, or in its words with a space between each two.
+    """
+    split = {"tokens": [word.word for word in found.words]} if isinstance(row, str) else {}
+    entities = [{"type": e.type, "text": e.text, "start": e.start, "end": e.end, "score": round(e.score, 6)} for e in found.entities]
+    return {**split, "tags": found.tags, "spans": [[word.start, word.end] for word in found.words], "entities": entities}

@@ -25,10 +25,13 @@ from edgetune.runtime.generation import (
     settings_from,
     softmax,
 )
-from edgetune.runtime.manifest import Manifest, read_manifest, verify_files
+from edgetune.runtime.manifest import TAGGING, Manifest, read_manifest, verify_files
 from edgetune.runtime.prompts import Message, check_messages, with_system
 from edgetune.runtime.registry import AdapterRegistry, InUse
+from edgetune.runtime.tagging import Tagging, Words, read_words
 from edgetune.runtime.tokenizer import BundleTokenizer
+
+THRESHOLD, VALUE = 0.5, "value"
 
 Prompt = str | Sequence[Message]
 """A finished prompt (the user's turn of a chat model), or a conversation."""
@@ -59,11 +62,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class Classification:
-    """The most likely label, its probability, and every label's."""
+    """The most likely label, its probability, and every label's.
+
+    Of an adapter for several labels (multi-label) `labels` are those of at least 0.5, which need not include `label`,
+    and each has a probability of its own. Of one for numbers (regression) `value` is the number; `label` is "value",
+    and `score` and `scores` hold the number too.
+    """
 
     label: str
     score: float
     scores: dict[str, float]
+    labels: tuple[str, ...] | None = None
+    value: float | None = None
 
 
 class TextStream:
@@ -170,6 +180,15 @@ class Runtime:
             what = "no adapter is chosen" if name is None else f"the adapter {name!r} has no labels"
             choices = ", ".join(self.adapters) or "an adapter with labels; this bundle has none"
             raise InputError(f"{what}, so there is nothing to classify into", expected=choices)
+        if self.task(name) == TAGGING:
+            raise InputError("this adapter tags words, not texts", got=repr(name), fix="Use Runtime.tag.")
+
+    def need_tags(self, name: str | None) -> None:
+        """InputError for an adapter that tags no words."""
+        if self.task(name) != TAGGING:
+            what = "no adapter is chosen" if name is None else f"the adapter {name!r} tags no words"
+            there = ", ".join(n for n in self.adapters if self.task(n) == TAGGING)
+            raise InputError(what, expected=there or "an adapter for token-classification; this bundle has none")
 
     def chosen(self, adapter: str | None) -> str | None:
         """The adapter that answers: the one in the weights of a merged bundle, whether it is named or not."""
@@ -195,6 +214,44 @@ class Runtime:
         return [
             classification_of(row, self.adapter(name or "")) for row, name in zip(logits, names, strict=True)
         ]
+
+    def tag(
+        self,
+        rows: Sequence[Words],
+        adapter: str | None = None,
+        *,
+        adapters: Sequence[str | None] | None = None,
+        truncate: bool = False,
+    ) -> list[Tagging]:
+        """The tag of every word, with one adapter for all rows or one a row.
+
+        A row is a list of words, or a plain text, which is split at white space and at each punctuation mark or symbol
+        (`edgetune.words.split_words`). `truncate` as for `classify`; words that are cut off are tagged O.
+        """
+        names = self._names(len(rows), adapter, adapters)
+        for name in {*names}:
+            self.need_tags(name)
+        engine = self._need(self.encoder)
+        readings = [read_words(self, row, name, truncate=truncate) for row, name in zip(rows, names, strict=True)]
+        results = [Tagging(reading.text, ()) for reading in readings]
+        full = [i for i, reading in enumerate(readings) if reading.ids]
+        for places in _batches([len(readings[i].ids) for i in full], ENCODE_ROWS):
+            chosen = [full[place] for place in places]
+            logits, _ = engine.tokens(
+                [readings[i].ids for i in chosen],
+                [self.bound(names[i]) for i in chosen],
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            for i, row in zip(chosen, logits, strict=True):
+                results[i] = readings[i].tagging(row, self.labels(names[i]) or ())
+        return results
+
+    def task(self, name: str | None) -> str | None:
+        """What an adapter was trained for, as in its recipe's methods; None for a base that embeds."""
+        if self.manifest.is_decoder:
+            return self.manifest.task
+        chosen = self.chosen(name)
+        return None if chosen is None else self.adapter(chosen).task
 
     def embed(
         self,
@@ -418,9 +475,20 @@ def _batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
 
 def classification_of(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -> Classification:
     """A head's logits (labels,) as probabilities of its labels."""
-    scores = dict(zip(adapter.labels or (), softmax(logits).tolist(), strict=True))
+    if adapter.problem == "regression":
+        value = float(logits[0])
+        return Classification(label=VALUE, score=value, scores={VALUE: value}, value=value)
+    several = adapter.problem == "multi-label"
+    probabilities = sigmoid(logits) if several else softmax(logits)
+    scores = dict(zip(adapter.labels or (), probabilities.tolist(), strict=True))
     label = max(scores, key=lambda name: scores[name])
-    return Classification(label=label, score=scores[label], scores=scores)
+    labels = tuple(name for name, score in scores.items() if score >= THRESHOLD) if several else None
+    return Classification(label=label, score=scores[label], scores=scores, labels=labels)
+
+
+def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """1 / (1 + exp(-x)), without overflow."""
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64))))
 
 
 def unit_length(pooled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -37,6 +37,7 @@ from edgetune.runtime.fair_queue import FairQueue
 from edgetune.runtime.memory_plan import plan_cache
 from edgetune.runtime.running import Running
 from edgetune.runtime.runtime import Classification, Runtime, classification_of, unit_length
+from edgetune.runtime.tagging import Tagging, Words, read_words
 
 __all__ = [
     "AdapterCounters",
@@ -156,9 +157,8 @@ class Scheduler:
         name = self.runtime.chosen(adapter)
         self.runtime.need_labels(name)
         packed = self.runtime.adapter(name or "")
-        return self._encode(
-            texts, name, lambda logits, _: [classification_of(row, packed) for row in logits], truncate=truncate
-        )
+        ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
+        return self._encode(ids, name, lambda logits, _: [classification_of(row, packed) for row in logits])
 
     def embed(
         self,
@@ -170,9 +170,23 @@ class Scheduler:
     ) -> Future[npt.NDArray[np.float32]]:
         """As `Runtime.embed`, in batches with everyone else's texts. Errors of the input are raised here."""
         name = self.runtime.chosen(adapter)
-        return self._encode(
-            texts, name, lambda _, pooled: unit_length(pooled) if normalize else pooled, truncate=truncate
-        )
+        ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
+        return self._encode(ids, name, lambda _, pooled: unit_length(pooled) if normalize else pooled)
+
+    def tag(
+        self, rows: Sequence[Words], adapter: str | None = None, *, truncate: bool = False
+    ) -> Future[list[Tagging]]:
+        """As `Runtime.tag`, in batches with everyone else's rows. Errors of the input are raised here."""
+        name = self.runtime.chosen(adapter)
+        self.runtime.need_tags(name)
+        readings = [read_words(self.runtime, row, name, truncate=truncate) for row in rows]
+        labels = self.runtime.labels(name) or ()
+
+        def finish(logits: list[npt.NDArray[np.float32]], _: Any) -> list[Tagging]:
+            found = iter(logits)
+            return [r.tagging(next(found), labels) if r.ids else Tagging(r.text, ()) for r in readings]
+
+        return self._encode([reading.ids for reading in readings if reading.ids], name, finish, words=True)
 
     def stats(self) -> SchedulerStats:
         """A picture of this moment."""
@@ -235,12 +249,13 @@ class Scheduler:
             expected = f"at most {self.context - 1} tokens, so that one can follow"
             raise InputError("the prompt is longer than the context", expected=expected, got=f"{len(ids)} tokens")
 
-    def _encode(self, texts: Sequence[str], name: str | None, finish: Finish, *, truncate: bool) -> Future[Any]:
+    def _encode(
+        self, ids: Sequence[list[int]], name: str | None, finish: Finish, *, words: bool = False
+    ) -> Future[Any]:
         if self.runtime.encoder is None:
             raise InputError("this bundle generates text", expected="submit")
-        ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
         lease = None if name is None else self.runtime.registry.acquire(name)
-        job = EncodeJob(ids, lease, self.runtime.manifest.graph.hidden_size, finish)
+        job = EncodeJob(ids, lease, self.runtime.manifest.graph.hidden_size, finish, words=words)
         try:
             with self._wake:
                 self._check_open(self._encodes.jobs)
@@ -250,8 +265,8 @@ class Scheduler:
             if lease is not None:
                 lease.release()
             raise
-        self.counters.encoded(name, len(texts))
-        if not texts:
+        self.counters.encoded(name, len(ids))
+        if not ids:
             job.end()
         return job.future
 

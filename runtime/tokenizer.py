@@ -42,10 +42,15 @@ class BundleTokenizer:
 
     def encode_within(self, text: str, *, max_tokens: int) -> list[int]:
         """Ids of a text, cut to `max_tokens` with its special tokens kept, as transformers' `truncation=True`."""
+        return self.encode_with_offsets(text, max_tokens=max_tokens)[0]
+
+    def encode_with_offsets(self, text: str, *, max_tokens: int | None) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, cut as by `encode_within` unless None, and the characters of each: (0, 0) of a special token."""
         encoding = self._encoding(text, add_special_tokens=False)
-        encoding.truncate(max(max_tokens - self.tokenizer.num_special_tokens_to_add(False), 0))
-        ids: list[int] = self.tokenizer.post_process(encoding).ids
-        return ids
+        if max_tokens is not None:
+            encoding.truncate(max(max_tokens - self.tokenizer.num_special_tokens_to_add(False), 0))
+        whole = self.tokenizer.post_process(encoding)
+        return whole.ids, whole.offsets
 
     def _encoding(self, text: str, *, add_special_tokens: bool) -> Any:
         try:

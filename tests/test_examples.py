@@ -123,6 +123,15 @@ def test_labels_are_sorted_strings(load_texts: Load) -> None:
     assert len(loaded.validation) == 2 and set(loaded.digests) == {"train", "validation"}
 
 
+def test_label_names_are_rows_of_the_training_set(load_texts: Load, tiny_encoder: Path) -> None:
+    rows = [{"text": "warm the hall", "label": "turn_on"}, {"text": "darken it", "label": "turnOff"}]
+    plain, named = load_texts(rows), load_texts(rows, label_names=True)
+    assert named.labels == plain.labels == ("turnOff", "turn_on")
+    tokenizer = load_tokenizer(resolve_base(str(tiny_encoder)))
+    added = [(tokenizer("turn Off")["input_ids"], 0), (tokenizer("turn on")["input_ids"], 1)]
+    assert [(e.input_ids, e.labels) for e in named.train] == [(e.input_ids, e.labels) for e in plain.train] + added
+
+
 def test_integer_labels_become_strings(load_texts: Load) -> None:
     assert load_texts([{"text": "a", "label": 1}, {"text": "b", "label": 0}]).labels == ("0", "1")
 

@@ -42,7 +42,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(surprise=1), "unknown field surprise"),
         (
             changed(task="poetry"),
-            "unknown task (expected text-generation | sequence-classification, got 'poetry')",
+            "unknown task (expected text-generation | sequence-classification | token-classification, got 'poetry')",
         ),
         (changed(sites=[{"name": "x"}]), "missing field sites[0].A"),
         (changed(base={"name": "x", "digest": 3}), "base.digest has a wrong type (expected str, got 3)"),

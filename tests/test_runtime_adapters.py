@@ -186,9 +186,9 @@ def test_what_the_graph_cannot_take_is_refused_by_name(name: str, tiny_decoder: 
 
 def test_another_pooling_and_another_task_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
     peft_adapter(tiny_encoder, tmp_path, labels=2, target_modules=["query"])
-    write_metadata(tmp_path, task="token-classification", labels=["a", "b", "c"], pooling="cls")
+    write_metadata(tmp_path, task="reward", labels=["a", "b", "c"], pooling="cls")
     lines = refusal(tmp_path, encoder_manifest())
-    assert "edgetune_adapter.json: task: expected sequence-classification, got token-classification" in lines
+    assert "edgetune_adapter.json: task: expected sequence-classification or token-classification, got reward" in lines
     assert "edgetune_adapter.json: pooling: expected mean, got cls" in lines
     assert any("classifier.weight: expected (3, 64), got (2, 64)" in line for line in lines)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from head_helpers import bundle as head_bundle
 from runtime_helpers import decoder_bundle, encoder_bundle
 
 from edgetune.errors import AdapterError, InputError
@@ -303,3 +304,21 @@ def test_encoding_errors_are_the_callers(classifier: Runtime) -> None:
         with pytest.raises(InputError, match="generates no text"):
             scheduler.submit(GenerationRequest([5], None, classifier.settings()), print)
         assert scheduler.embed([]).result(5).shape == (0, 64)
+
+
+def test_words_are_tagged_beside_texts_of_other_heads(tiny_encoder: Path) -> None:
+    rows: list[Any] = [["Turn", "on", "the", "lights"], "my card", []]
+    with Runtime.open(head_bundle(tiny_encoder), threads=1) as runtime:
+        scheduler = Scheduler(runtime)
+        labels = scheduler.classify(TEXTS, "intent")
+        tagged = [scheduler.tag(rows, name) for name in ("rooms", "parts")]
+        with pytest.raises(InputError, match="'intent' tags no words"):
+            scheduler.tag(rows, "intent")
+        with scheduler:
+            for name, future in zip(("rooms", "parts"), tagged, strict=True):
+                for got, expected in zip(future.result(60), runtime.tag(rows, name), strict=True):
+                    assert got.tags == expected.tags
+                    scores = [word.score for word in expected.words]
+                    assert [word.score for word in got.words] == pytest.approx(scores, abs=1e-5)
+            expected_labels = [c.label for c in runtime.classify(TEXTS, "intent")]
+            assert [c.label for c in labels.result(60)] == expected_labels

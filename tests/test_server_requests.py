@@ -34,7 +34,12 @@ CHAT: dict[str, tuple[dict[str, Any], str, str]] = {
     "a temperature in words": ({"temperature": "hot"}, "invalid_type", "temperature"),
     "an empty stop": ({"stop": ""}, "string_below_min_length", "stop"),
     "a negative seed": ({"seed": -1}, "integer_below_min_value", "seed"),
-    "tools": ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
+    "tools without a template for them": (
+        {"tools": [{"type": "function", "function": {"name": "x"}}]},
+        "unsupported_parameter",
+        "tools",
+    ),
+    "nothing said": ({"messages": [{"role": "user"}]}, "invalid_value", "messages"),
     "audio": ({"audio": {"voice": "x"}}, "unsupported_parameter", "audio"),
     "something unheard of": ({"wibble": 1}, "unknown_parameter", "wibble"),
     "stream options alone": ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),

@@ -31,7 +31,8 @@ def quiet() -> Iterator[None]:
 
 def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
     """The transformers model in evaluation mode (float32 by default): a decoder with its output projection, or an
-    encoder without head. Weights that are missing in the file raise, but for an encoder's unused pooler."""
+    encoder without head; with the weights of the bundle where the base has a `precision`. Weights that are missing in
+    the file raise, but for an encoder's unused pooler."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -52,6 +53,10 @@ def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
             got="without " + ", ".join(missing[:3]),
             fix="The configuration does not fit the weights; copy the folder again.",
         )
+    if base.precision is not None:
+        from edgetune.shipped_weights import round_weights
+
+        round_weights(model, base.precision)
     return model.eval()
 
 

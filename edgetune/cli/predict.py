@@ -55,7 +55,8 @@ def command(
     """Answer TEXT, or every row of --input, with BUNDLE.
 
     Rows hold "prompt", "messages" or "text", or the columns the adapter was trained on; "adapter" in a row chooses
-    its adapter. Answered rows keep their fields and gain "completion" and "finish_reason", or "label" and "score".
+    its adapter. Answered rows keep their fields and gain "completion" and "finish_reason", or "label" and
+    "score", "labels" and "scores", "value", or "tags", "spans" and "entities" (rows to tag hold "tokens" or "text").
     """
     if text is not None and not text.strip():
         raise click.UsageError("TEXT is empty")
@@ -101,8 +102,16 @@ def _answer_text(
         if runtime.labels(adapter) is None:
             click.echo(" ".join(f"{x:.6f}" for x in runtime.embed([text], adapter, truncate=truncate)[0]))
             return
+        if runtime.task(adapter) == "token-classification":
+            for word in runtime.tag([text], adapter, truncate=truncate)[0].words:
+                click.echo(f"{word.word}\t{word.tag}\t{word.score:.4f}\t{word.start}-{word.end}")
+            return
         found = runtime.classify([text], adapter, truncate=truncate)[0]
-        click.echo(f"{found.label}\t{found.score:.4f}")
+        if found.value is not None:
+            click.echo(f"{found.value:.6g}")
+        else:
+            labels = (found.label,) if found.labels is None else found.labels
+            click.echo("\n".join(f"{label}\t{found.scores[label]:.4f}" for label in labels) or "(no label)")
         return
     stream = runtime.stream(text, adapter, **settings)
     for piece in stream:

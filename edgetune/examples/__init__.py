@@ -14,6 +14,8 @@ from edgetune.examples.generation import PromptedRow, encode_prompts, load_compl
 from edgetune.examples.masked import load_masked
 from edgetune.examples.preference import PreferenceRow, load_preferences, preference_rows
 from edgetune.examples.prompting import load_prompts
+from edgetune.examples.tagging import TaggedRow, load_tagged, tagged_rows
+from edgetune.examples.targets import load_targets
 from edgetune.examples.text import load_packed
 from edgetune.prompts import prompt_format
 from edgetune.recipe import KINDS, Method, Stage
@@ -25,11 +27,13 @@ __all__ = [
     "LabelledRow",
     "PreferenceRow",
     "PromptedRow",
+    "TaggedRow",
     "encode_prompts",
     "labelled_rows",
     "load_examples",
     "preference_rows",
     "prompted_rows",
+    "tagged_rows",
     "token_limit",
 ]
 
@@ -38,6 +42,7 @@ LOADERS: dict[Method, Callable[[Loading], ExampleSet]] = {
     "masked-lm": load_masked,
     "sft": load_completions,
     "sequence-classification": load_labelled,
+    "token-classification": load_tagged,
     "reward": load_preferences,
     "dpo": load_preferences,
     "grpo": load_prompts,
@@ -66,7 +71,8 @@ def load_examples(
         chat_template=tokenizer.chat_template,
         columns=sources["train"].rows[0].values,
     )
-    return LOADERS[stage.method](Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed))
+    load = LOADERS[stage.method] if stage.problem == "single-label" else load_targets
+    return load(Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed))
 
 
 def _check_kind(stage: Stage, base: Base) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from edgetune.data import Row, Rows
 from edgetune.errors import DataError
 from edgetune.examples.common import Example, ExampleSet, Loading, convert_rows, sample
 from edgetune.prompts import PromptFormat, render
+
+NO_LINE = 0  # of a row that is a label's name and stands in no file
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,16 @@ def load_labelled(loading: Loading) -> ExampleSet:
             unknown = next(row for row in rows if row.label not in names)
             raise _unknown_label(unknown, source=source.source, names=names)
         chosen = sample(known, stage.data.limit if name == "train" else None, seed=loading.seed)
+        if name == "train" and stage.data.label_names:
+            chosen = [*chosen, *(LabelledRow(NO_LINE, readable(label), label) for label in names)]
         examples[name], truncated[name] = _encode_classification(chosen, names, loading.tokenizer, limit=limit)
         skipped[name] = source.skipped + unusable + len(rows) - len(known)
     return loading.example_set(examples, labels=names, skipped=skipped, truncated=truncated)
+
+
+def readable(label: str) -> str:
+    """A label's name as words: card_arrival and CardArrival become "card arrival" and "Card Arrival"."""
+    return re.sub(r"[\s_-]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)).strip() or label
 
 
 def _label_names(rows: Iterable[LabelledRow], *, source: str) -> tuple[str, ...]:
@@ -76,10 +86,14 @@ def _encode_classification(
     rows: Sequence[LabelledRow], names: tuple[str, ...], tokenizer: Any, *, limit: int
 ) -> tuple[list[Example], int]:
     """Examples and how many were cut to `limit` tokens (special tokens stay)."""
-    texts = [row.text for row in rows]
-    encoded = tokenizer(texts, truncation=True, max_length=limit, verbose=False)["input_ids"]
+    encoded, cut = encode_texts([row.text for row in rows], tokenizer, limit=limit)
+    index = {name: number for number, name in enumerate(names)}
+    return [Example(ids, index[row.label], row.line) for row, ids in zip(rows, encoded, strict=True)], cut
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any, *, limit: int) -> tuple[list[list[int]], int]:
+    """Token ids of each text and how many texts were cut to `limit` tokens (special tokens stay)."""
+    encoded: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)["input_ids"]
     at_limit = [text for text, ids in zip(texts, encoded, strict=True) if len(ids) == limit]
     whole = tokenizer(at_limit, truncation=False, verbose=False)["input_ids"] if at_limit else []
-    index = {name: number for number, name in enumerate(names)}
-    examples = [Example(ids, index[row.label], row.line) for row, ids in zip(rows, encoded, strict=True)]
-    return examples, sum(len(ids) > limit for ids in whole)
+    return encoded, sum(len(ids) > limit for ids in whole)

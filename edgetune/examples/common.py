@@ -49,6 +49,7 @@ class ExampleSet:
     truncated: dict[str, int] = field(default_factory=dict)
     max_new_tokens: int | None = None  # what an answer may take; None: as the longest completion says
     mask: Mask | None = None
+    unseen_words: dict[str, dict[str, int]] = field(default_factory=dict)  # of tagged rows: {"cut", "no_sub_word"}
 
 
 @dataclass(frozen=True)

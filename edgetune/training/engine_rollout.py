@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from edgetune.bases import Base
 from edgetune.errors import RecipeError
 from edgetune.training.rollout import ROWS_AT_ONCE, Answer, Sampling, draw
 
-PRECISION = "int8"  # of the engine's weights: as most bundles ship
+PRECISION = "int8"  # of the engine's weights, unless the adapter is trained for another: as most bundles ship
 
 
 class EngineRollout:
-    """Sampling by the int8 graph of the base with the policy's adapter on its inputs.
+    """Sampling by the int8 graph (or that of `base_precision`) of the base with the policy's adapter on its inputs.
 
     Its distribution is that of the bundle which will ship, not quite the one of the torch model: `exact` is false.
     """
@@ -117,7 +118,8 @@ def open_engine(
     if model.peft_config["default"].use_dora:
         raise RecipeError("DoRA cannot go into the engine's adapter inputs", got='rollout = "engine"', fix='Set rollout = "torch".')
     with tempfile.TemporaryDirectory(prefix="edgetune-rollout-") as folder:
-        manifest = build_base(base, Path(folder), precision=Precision(precision), say=say)
+        stored = base.precision or Precision(precision)
+        manifest = build_base(replace(base, precision=None), Path(folder), precision=stored, say=say)
         engine = DecoderEngine(Path(folder), manifest, threads=torch.get_num_threads())
         yield EngineRollout(engine, end=end)
 

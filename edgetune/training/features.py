@@ -9,11 +9,15 @@ import torch
 
 from edgetune.examples import Example, ExampleSet
 from edgetune.heads import SequenceClassifier
+from edgetune.token_classifier import TokenClassifier
 from edgetune.training.probe import pooled_features
+from edgetune.training.tagging import with_word_features
 
 
 def with_features(model: SequenceClassifier, examples: ExampleSet, *, pad_id: int) -> ExampleSet:
-    """The set with the pooled features of every example in fp32."""
+    """The set with the pooled features of every example in fp32; those of single words where words are tagged."""
+    if isinstance(model, TokenClassifier):
+        return with_word_features(model, examples, pad_id=pad_id)
     return replace(
         examples,
         train=_featured(model, examples.train, pad_id=pad_id),

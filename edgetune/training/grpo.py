@@ -25,7 +25,7 @@ from edgetune.training.device import device_of, to_device
 from edgetune.training.fused_lora import fused_lora
 from edgetune.training.fused_ops import fused_ops
 from edgetune.training.precision import Precision, autocast
-from edgetune.training.rewards import Answered, Rewards, check_rewards, open_rewards
+from edgetune.training.rewards import Answered, Rewards, check_rewards, open_rewards, reward_notes
 from edgetune.training.rollout import Answer, Rollout, Sampling, TorchRollout
 from edgetune.training.stage import Collate, Length, Measure, Prepared, Situation, tokens_of
 
@@ -73,6 +73,8 @@ def check_grpo(stage: Stage, base: Base) -> None:
 def prepare_grpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
     """Rewards opened, the policy at the start kept where the KL penalty refers to it."""
     s = situation
+    for line in reward_notes(s.stage, s.base):
+        s.progress.say(line)
     with (
         _rollout(s) as rollout,
         open_rewards(s.stage, s.model, s.tokenizer, s.base, precision=s.precision) as rewards,

@@ -18,7 +18,7 @@ from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision, autocast
 from edgetune.training.stage import Collate, Length, tokens_of
 
-TOKENS_AT_ONCE = 1024  # the logits of a vocabulary take 200 kB a token
+TOKENS_AT_ONCE = 256  # the logits of a vocabulary take 200 kB a token, and the effect keeps six tensors of that size
 VALIDATION_TOKENS = 50_000  # of more, a validation takes rows at equal distances; `edgetune eval` takes them all
 EFFECT_TOKENS = 5_000
 
@@ -63,7 +63,7 @@ def measure_completions(
 ) -> dict[str, float]:
     """Cross entropy, perplexity and top-1 accuracy over the labelled tokens."""
     loss, hits, count = 0.0, 0, 0
-    for logits, targets in _outputs(model, batches, outputs, precision=precision):
+    for logits, targets in outputs_of(model, batches, outputs, precision=precision):
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         hits += int((logits.argmax(-1) == targets).sum())
         count += targets.numel()
@@ -74,7 +74,7 @@ def measure_completions(
 def measure_classes(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
     """Cross entropy, accuracy and macro-F1."""
     loss, predicted, expected = 0.0, list[str](), list[str]()
-    for logits, targets in _outputs(model, batches, classes, precision=precision):
+    for logits, targets in outputs_of(model, batches, classes, precision=precision):
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         predicted += map(str, logits.argmax(-1).tolist())
         expected += map(str, targets.tolist())
@@ -99,12 +99,12 @@ def adapter_effect(
     positions with another best answer. All are 0 for an adapter that does nothing. Off also means the head as
     it was before training.
     """
-    with_adapter = _outputs(model, batches, outputs, precision=precision)
+    with_adapter = outputs_of(model, batches, outputs, precision=precision)
     kl = change = changed = 0.0
     count = 0
     for batch, (on, _) in zip(batches, with_adapter, strict=True):
         with adapter_off(model) if before is None else before() as without:
-            ((off, _),) = _outputs(without, [batch], outputs, precision=precision)
+            ((off, _),) = outputs_of(without, [batch], outputs, precision=precision)
         log_on, log_off = on.log_softmax(-1), off.log_softmax(-1)
         kl += (log_on.exp() * (log_on - log_off)).sum().item()
         change += (on - off).abs().mean(-1).sum().item()
@@ -121,9 +121,10 @@ def adapter_off(model: Any) -> Iterator[Any]:
         yield model
 
 
-def _outputs(
+def outputs_of(
     model: nn.Module, batches: Iterable[Batch], outputs: Logits, *, precision: Precision
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `outputs` gives for each batch, without gradients, in evaluation mode."""
     model.eval()
     device = device_of(model)
     for batch in batches:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 from edgetune.bases import Base
 from edgetune.batching import collate
+from edgetune.examples.tagging import collate_tagged
+from edgetune.examples.targets import collate_targets
 from edgetune.objectives import Objective, masked_lm, sequence_classification, sft
 from edgetune.policy import grpo
 from edgetune.preference import bradley_terry, collate_pairs, dpo
+from edgetune.problems import decisions, multi_label, regression, values
 from edgetune.recipe import Stage
+from edgetune.token_classifier import token_classification, word_logits
 from edgetune.training.grpo import check_grpo, collate_prompts, first_tokens, prepare_grpo
 from edgetune.training.measure import (
     Logits,
@@ -22,6 +26,7 @@ from edgetune.training.measure import (
     next_tokens,
 )
 from edgetune.training.preference import measure_policy, measure_rewards, preferences, prepare_dpo
+from edgetune.training.problems import measure_label_sets, measure_values
 from edgetune.training.stage import (
     Collate,
     Length,
@@ -31,6 +36,7 @@ from edgetune.training.stage import (
     padded_length,
     tokens_of,
 )
+from edgetune.training.tagging import prepare_tagging
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,17 @@ METHODS = {
         measure=measure_classes,
         outputs=classes,
     ),
+    "multi-label": Method(
+        objective=lambda stage: multi_label, measure=measure_label_sets, outputs=decisions, collate=collate_targets
+    ),
+    "regression": Method(objective=lambda stage: regression, measure=measure_values, outputs=values, collate=collate_targets),
+    "token-classification": Method(
+        objective=lambda stage: functools.partial(token_classification, label_smoothing=stage.label_smoothing),
+        measure=lambda model, batches, *, precision: {},  # the stage's own, which knows the sentences, takes its place
+        outputs=word_logits,
+        collate=collate_tagged,
+        prepare=prepare_tagging,
+    ),
     "reward": Method(
         objective=lambda stage: bradley_terry,
         measure=measure_rewards,
@@ -86,3 +103,8 @@ METHODS = {
         check=check_grpo,
     ),
 }
+
+
+def method_of(stage: Stage) -> Method:
+    """What the stage's method means, and for sequence-classification its problem."""
+    return METHODS[stage.method if stage.problem == "single-label" else stage.problem]

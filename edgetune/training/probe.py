@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from edgetune.batching import Example, collate, in_order_of_length
 from edgetune.heads import RewardModel, SequenceClassifier
@@ -30,20 +31,24 @@ def fit_probe(model: SequenceClassifier, examples: Sequence[Example], *, pad_id:
     The regression sees features of length 1 and has no intercept: the best label for a feature is then the same
     at any length, so its weights hold for the raw pooled features too (divided by their mean length).
     """
+    targets = np.array([example.labels for example in examples])
+    if len(np.unique(targets)) > 1:
+        fit_logistic(model.classifier, pooled_features(model, examples, pad_id=pad_id), targets)
+
+
+def fit_logistic(head: nn.Linear, features: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
+    """Set a head (labels, hidden) to the regression of `fit_probe` on features (rows, hidden) and classes (rows,)."""
     from sklearn.linear_model import LogisticRegression
 
-    targets = np.array([example.labels for example in examples])
     present = np.unique(targets)
     if len(present) < 2:
         return
-    features = pooled_features(model, examples, pad_id=pad_id)
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     regression = LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(features / lengths, targets)
     weights = regression.coef_ / float(lengths.mean())
     if len(present) == 2:  # scikit-learn gives one row, for the second of two classes
         weights = np.concatenate([-weights / 2, weights / 2])
     with torch.no_grad():
-        head = model.classifier
         head.weight.zero_()
         head.weight[torch.from_numpy(present).to(head.weight.device)] = torch.from_numpy(weights).to(head.weight)
         head.bias.zero_()

@@ -27,14 +27,16 @@ from edgetune.training.checkpoint import State, origin_of, unfinished
 from edgetune.training.device import choose_device, peak_device_mb
 from edgetune.training.distributed import process_group
 from edgetune.training.journal import Journal
-from edgetune.training.methods import METHODS
+from edgetune.training.methods import method_of
 from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
 from edgetune.training.replay import ReplayText, load_replay
 from edgetune.training.resume import Course, find_state
+from edgetune.training.rewards import reward_digests
 from edgetune.training.stages import Stages, precision_of
 from edgetune.training.succession import Succession
 from edgetune.training.summary import (
     RunSummary,
+    base_precision,
     closing,
     data_facts,
     digests_of,
@@ -44,6 +46,7 @@ from edgetune.training.summary import (
     stage_facts,
     versions,
 )
+from edgetune.weight_precision import shipped_precision
 
 
 def run_recipe(
@@ -66,15 +69,18 @@ def run_recipe(
         work = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say) if group.leads else None
         checkpoints = stack.enter_context(work) if work is not None else None
         device = choose_device(recipe.device, local_rank=group.local_rank)
-        base = resolve_base(recipe.base)
+        base = _as_it_ships(resolve_base(recipe.base), recipe)
         tokenizer = load_tokenizer(base)
         sets = _load_data(recipe, tokenizer, base)
         for stage in recipe.stage:
-            METHODS[stage.method].check(stage, base)
+            method_of(stage).check(stage, base)
         progress.say(opening(recipe, base, sets))
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id)
-        digests = [digests_of(examples, replay) for examples, replay in zip(sets, replays, strict=True)]
+        digests = [
+            digests_of(examples, replay) | reward_digests(stage)
+            for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
+        ]
         origin = origin_of(recipe, base=base.digest, data=digests, processes=group.size)
         state, finished = group.from_leader(
             (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)
@@ -122,6 +128,7 @@ def run_recipe(
             processes=group.size,
             versions=versions(),
             out=str(folder),
+            base_precision=base_precision(base),
             forgetting=_forgetting(succession, recipe, base, tokenizer, progress),
         )
         with whole_folder(folder) as partial:
@@ -152,6 +159,12 @@ def _settings(recipe: Recipe) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _as_it_ships(base: Base, recipe: Recipe) -> Base:
+    """The base that training sees: with the bundle's weights where the recipe says so."""
+    weights = recipe.parameters.base_precision
+    return base if weights is None else replace(base, precision=shipped_precision(weights, base.kind))
+
+
 def _load_data(recipe: Recipe, tokenizer: Any, base: Base) -> list[ExampleSet]:
     """Every stage's examples, so that a bad row of the last stage is found before the first one trains."""
     sets: list[ExampleSet] = []
@@ -173,7 +186,7 @@ def _load_replays(
             limit=examples.max_length,
             pad_id=pad_id,
             seed=recipe.seed + index,
-            length=METHODS[stage.method].length,
+            length=method_of(stage).length,
         )
         for index, (stage, examples) in enumerate(zip(recipe.stage, sets, strict=True))
     ]

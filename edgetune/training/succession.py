@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from edgetune.masked_lm import exchange_body, head_parameters, load_masked_lm
 from edgetune.mutated_init import Start, restore_base, start_of
 from edgetune.recipe import Recipe
 from edgetune.recipe_checks import changes_the_base
+from edgetune.token_classifier import build_classifier
 from edgetune.training.device import CPU
 from edgetune.training.features import with_features
 from edgetune.training.measure import adapter_off
-from edgetune.training.probe import fit_probe, fit_reward_probe
+from edgetune.training.probe import fit_reward_probe
+from edgetune.training.problems import fit_head
 
 
 class Succession:
@@ -63,7 +66,7 @@ class Succession:
         if stage.task != self._recipe.task:
             return self._masked
         if begins and index == self.first > 0 and stage.head_init == "probe":
-            fit_probe(unwrapped(self.model), self.sets[index].train, pad_id=self._pad_id)
+            fit_head(unwrapped(self.model), stage, self.sets[index].train, pad_id=self._pad_id)
         return self.model
 
     def finish(self) -> None:
@@ -97,7 +100,7 @@ class Succession:
             return RewardModel(body)
         if examples.labels is None:
             return body
-        return SequenceClassifier(body, labels=len(examples.labels), pooling=self._base.pooling or "mean")
+        return build_classifier(body, task=recipe.task, labels=len(examples.labels), pooling=self._base.pooling)
 
     def _build(self) -> Any:
         recipe, body, examples = self._recipe, self._bare(), self.sets[self.first]
@@ -107,7 +110,7 @@ class Succession:
                 self.sets = [with_features(body, each, pad_id=self._pad_id) for each in self.sets]
                 examples = self.sets[self.first]
             if recipe.stage[self.first].head_init == "probe":
-                fit_probe(body, examples.train, pad_id=self._pad_id)
+                fit_head(body, recipe.stage[self.first], examples.train, pad_id=self._pad_id)
         elif isinstance(body, RewardModel) and recipe.stage[self.first].head_init == "probe":
             fit_reward_probe(body.to(self._device), examples.train, pad_id=self._pad_id)
         # Seeded again: what was drawn before (a random head) must not move the adapter's first weights.
@@ -128,7 +131,7 @@ class Succession:
     def _borrowing(self) -> Any:
         """A masked-lm model around this body."""
         state = torch.get_rng_state()  # loading a head must not move the adapter's dropout
-        masked, fresh = load_masked_lm(self._base, seed=self._recipe.seed)
+        masked, fresh = load_masked_lm(replace(self._base, precision=None), seed=self._recipe.seed)  # its body goes
         torch.set_rng_state(state)
         exchange_body(masked, unwrapped(self.model).body)
         for parameter in head_parameters(masked):

@@ -15,6 +15,7 @@ from edgetune.bases import Base
 from edgetune.examples import ExampleSet
 from edgetune.intervals import headline
 from edgetune.progress import duration
+from edgetune.quantiser import ROUNDING
 from edgetune.recipe import Recipe, Stage
 from edgetune.recipe_generation import generation_defaults
 from edgetune.report import what_learns
@@ -49,7 +50,13 @@ class RunSummary:
     processes: int
     versions: dict[str, str]
     out: str
+    base_precision: dict[str, Any] | None = None  # how the base's weights were rounded; None: not at all
     forgetting: list[dict[str, Any]] | None = None  # general ability before and after, where the recipe asks for it
+
+
+def base_precision(base: Base) -> dict[str, Any] | None:
+    """How the weights that training saw were rounded, for metadata; None where they were not."""
+    return None if base.precision is None else base.precision.to_dict() | {"rounding": ROUNDING}
 
 
 def stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
@@ -71,6 +78,7 @@ def data_facts(examples: ExampleSet, replay: ReplayText | None) -> dict[str, Any
         "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,
+        **({"unseen_words": examples.unseen_words} if examples.unseen_words else {}),
     }
 
 
@@ -81,10 +89,12 @@ def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSumma
         task=recipe.task,
         labels=examples.labels,
         pooling=base.pooling,
+        problem=recipe.stage[-1].problem if recipe.task == "sequence-classification" else None,
         prompt_format=examples.prompt_format.to_dict(),
         generation=generation_defaults(recipe, _max_new_tokens(recipe, examples)) if recipe.task == "text-generation" else None,
         max_length=examples.max_length,
         metrics=summary.metrics,
+        base_precision=summary.base_precision,
     )
 
 
@@ -118,6 +128,10 @@ def opening(recipe: Recipe, base: Base, sets: Sequence[ExampleSet]) -> str:
     for what in ("skipped", "truncated"):
         counts = {name: count for examples in sets for name, count in getattr(examples, what).items() if count}
         lines += [f"{count} {name} rows {what}" for name, count in counts.items()]
+    for examples in sets:
+        for name, counts in examples.unseen_words.items():
+            if any(counts.values()):
+                lines.append(f"{counts['cut']} {name} words cut off, {counts['no_sub_word']} without a sub-word: they count as O")
     return "\n".join(lines)
 
 

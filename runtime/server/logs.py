@@ -33,9 +33,22 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def set_up_logging(level: str = "info", stream: TextIO | None = None) -> None:
-    """Send this server's and uvicorn's log lines to one place, in one form."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+class Stderr(logging.StreamHandler[TextIO]):
+    """Whatever standard error is when a line is written."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Standard error as it is now."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """The base class sets it once; it is looked up instead."""
+
+
+def set_up_logging(level: str = "info") -> None:
+    """Send this server's and uvicorn's log lines to standard error, in one form."""
+    handler = Stderr()
     handler.setFormatter(JsonLines())
     for name, least in (("edgetune.server", level.upper()), ("uvicorn.error", "WARNING")):
         logger = logging.getLogger(name)

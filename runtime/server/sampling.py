@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetune.errors import AdapterError, InputError
@@ -12,6 +12,7 @@ from edgetune.runtime.generation import GenerationSettings
 from edgetune.runtime.scheduler import GenerationRequest
 from edgetune.runtime.server.errors import ApiError, bad_request, not_found
 from edgetune.runtime.server.service import Service
+from edgetune.runtime.server.tools import call_grammar, chosen_tools, plain_tool_messages
 
 SAME_NAME = (
     "temperature",
@@ -38,6 +39,8 @@ class Plan:
     include_usage: bool
     top_logprobs: int | None
     """None without log-probabilities"""
+    tools: bool = False
+    """whether the model may call tools"""
 
 
 def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Plan:
@@ -53,10 +56,19 @@ def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Pla
         message = "'max_tokens' and 'max_completion_tokens' say the same: give one of them."
         raise bad_request(message, param="max_tokens", code="invalid_value")
     adapter = service.adapter_of(body["model"])
-    prompt = _prompt_ids(
-        service, [_message(message) for message in body["messages"]], adapter, param="messages"
-    )
-    return _plan(service, body, [prompt], adapter, logprobs, request_id)
+    tools = chosen_tools(body, service.runtime.tokenizer.chat_template)
+    messages = [_message(message) for message in body["messages"]]
+    grammar = call_grammar(tools, body.get("tool_choice"))
+    if grammar is not None:
+        constrained = [
+            name for name in ("response_format", "guided_regex", "guided_grammar") if body.get(name)
+        ]
+        if constrained:
+            message = f"A 'tool_choice' that demands a call and '{constrained[0]}' exclude each other."
+            raise bad_request(message, param="tool_choice", code="invalid_value")
+        body = {**body, "guided_grammar": grammar}
+    prompt = _prompt_ids(service, messages, adapter, tools or None)
+    return replace(_plan(service, body, [prompt], adapter, logprobs, request_id), tools=bool(tools))
 
 
 def plan_completion(service: Service, body: Mapping[str, Any], request_id: str) -> Plan:
@@ -163,20 +175,28 @@ def _check_rows(service: Service, rows: int) -> None:
 
 
 def _prompt_ids(
-    service: Service, messages: list[dict[str, Any]], adapter: str | None, *, param: str
+    service: Service,
+    messages: list[dict[str, Any]],
+    adapter: str | None,
+    tools: list[Mapping[str, Any]] | None,
 ) -> list[int]:
     try:
-        return service.runtime.prompt_ids(messages, adapter)
+        return service.runtime.prompt_ids(messages, adapter, tools=tools)
     except InputError as error:
-        raise error_of(error, param=param) or error from error
+        raise error_of(error, param="messages") or error from error
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Text parts joined; `developer` is OpenAI's newer word for `system`. What is null does not reach the template."""
-    content = message["content"]
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    content = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        raise bad_request(
+            "A message without 'content' must have 'tool_calls'.", param="messages", code="invalid_value"
+        )
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
     role = "system" if message["role"] == "developer" else message["role"]
-    return {"role": role, "content": text} | ({"name": message["name"]} if message.get("name") else {})
+    name = {"name": message["name"]} if message.get("name") else {}
+    return {"role": role, "content": text, **name, **plain_tool_messages(message)}
 
 
 def _bias(service: Service, bias: Mapping[str, float] | None) -> tuple[tuple[int, float], ...] | None:

@@ -81,16 +81,43 @@ SAMPLING: dict[str, Schema] = {
 }
 
 CONTENT_PART = obj(("type", "text"), type={"type": "string", "enum": ["text"]}, text=TEXT)
+FUNCTION_NAME = {"type": "string", "minLength": 1, "maxLength": 64}
+TOOL_CALL = obj(
+    ("id", "type", "function"),
+    id={"type": "string", "maxLength": 128},
+    type={"type": "string", "enum": ["function"]},
+    function=obj(("name", "arguments"), name=FUNCTION_NAME, arguments=TEXT),
+)
+TOOL = obj(
+    ("type", "function"),
+    type={"type": "string", "enum": ["function"]},
+    function=obj(
+        ("name",),
+        name=FUNCTION_NAME,
+        description=optional("string"),
+        parameters=optional("object"),
+        strict=optional("boolean"),
+    ),
+)
+CHOSEN_TOOL = obj(
+    ("type", "function"),
+    type={"type": "string", "enum": ["function"]},
+    function=obj(("name",), name=FUNCTION_NAME),
+)
 MESSAGE = obj(
-    ("role", "content"),
-    role={"type": "string", "enum": ["system", "developer", "user", "assistant"]},
-    content=either(TEXT, {"type": "array", "items": CONTENT_PART, "minItems": 1, "maxItems": 256}),
+    ("role",),
+    role={"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
+    content=either(
+        {**TEXT, "type": ["string", "null"]},
+        {"type": "array", "items": CONTENT_PART, "minItems": 1, "maxItems": 256},
+    ),
     name=optional("string", maxLength=64),
     refusal=unsupported("models here do not refuse in a field of its own."),
     audio=unsupported("text only."),
     annotations=optional("array", maxItems=0),
-    function_call=unsupported("tools are not offered."),
-    tool_calls=unsupported("tools are not offered."),
+    function_call=unsupported("use tool_calls."),
+    tool_calls=optional("array", items=TOOL_CALL, maxItems=128),
+    tool_call_id=optional("string", maxLength=128),
 )
 NO_STORE = "nothing is kept on this server."
 CHAT = obj(
@@ -111,10 +138,15 @@ CHAT = obj(
     reasoning_effort=unsupported("there is no reasoning to set."),
     verbosity=unsupported("ask for it in the prompt."),
     web_search_options=unsupported("there is no web search."),
-    tools=unsupported("tools are not offered; use response_format for structured answers."),
-    tool_choice=optional("string", enum=["none"]),
-    functions=unsupported("tools are not offered; use response_format for structured answers."),
-    function_call=unsupported("tools are not offered."),
+    tools=optional(
+        "array", items=TOOL, maxItems=128, description="Where the bundle's chat template has tools."
+    ),
+    tool_choice=either(optional("string", enum=["none", "auto", "required"]), CHOSEN_TOOL),
+    parallel_tool_calls=optional(
+        "boolean", enum=[True], description="Only true: a model may call several at once."
+    ),
+    functions=unsupported("use tools."),
+    function_call=unsupported("use tool_choice."),
 )
 
 COMPLETIONS = obj(

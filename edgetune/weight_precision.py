@@ -1,0 +1,72 @@
+"""How a bundle stores its weights: which of them in how many bits. The exporter and training both ask here. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from edgetune.errors import AdapterError, ExportError
+
+BITS = {"fp32": 0, "int8": 8, "int4": 4}
+BLOCK_SIZE = 32  # weights that share a scale, unless `edgetune export` is told otherwise
+# The output projection (and the embedding tied to it) suffers most from 4 bits, and 8 cost no measurable speed there.
+INT4_DECODER = {"lm_head": "int8"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are stored: the default, and module-name endings that are kept at another precision."""
+
+    weights: str = "fp32"
+    block_size: int = BLOCK_SIZE
+    symmetric: bool = True
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+    def bits(self, modules: Sequence[str]) -> int:
+        """0 for float, else 4 or 8, of a linear layer made of these modules."""
+        asked = self.override(modules)
+        return BITS[self.weights] if asked is None else asked
+
+    def embedding_bits(self, module: str, *, tied: int, is_input: bool, columns: int) -> int:
+        """0 for float, else 4 or 8, of an embedding (rows, columns).
+
+        What is asked for by name; else the bits of the output projection it is tied to (`tied`, 0: none); else 8 for the
+        token embedding of a quantised model (4 would cost too much there) and float for the small ones. The engine's
+        operator wants whole blocks.
+        """
+        asked = self.override([module])
+        bits = asked if asked is not None else tied or (8 if is_input and self.bits([module]) else 0)
+        return 0 if columns % self.block_size else bits
+
+    def override(self, modules: Sequence[str]) -> int | None:
+        """The bits that an override asks for, where one names any of these modules."""
+        return next((BITS[name] for ending, name in self.overrides.items() if _named(ending, modules)), None)
+
+    def check(self, modules: Sequence[str]) -> None:
+        """ExportError for an override that names none of the graph's modules: it would silently do nothing."""
+        for ending in self.overrides:
+            if not _named(ending, modules):
+                endings = sorted({path.rpartition(".")[2] for path in modules})
+                raise ExportError(f"no module is called {ending!r}", where="--keep", expected=", ".join(endings), got=ending)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For an adapter's metadata."""
+        return {**asdict(self), "overrides": dict(self.overrides)}
+
+
+def shipped_precision(weights: str, kind: str) -> Precision:
+    """What `edgetune export --precision WEIGHTS` writes for a base of this kind, without further options."""
+    return Precision(weights, overrides=dict(INT4_DECODER) if weights == "int4" and kind == "decoder" else {})
+
+
+def _named(ending: str, modules: Sequence[str]) -> bool:
+    return any(path == ending or path.endswith(f".{ending}") for path in modules)
+
+
+def trained_precision(recorded: Mapping[str, Any], *, where: str) -> Precision:
+    """What an adapter's metadata says of the base it was trained on, as `Precision.to_dict` wrote it."""
+    try:
+        return Precision(**{name: recorded[name] for name in ("weights", "block_size", "symmetric", "overrides")})
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"cannot read how its base was rounded: no {error}", where=where, expected="weights, block_size, symmetric, overrides", got=str(recorded)) from error
