@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from head_helpers import bundle as head_bundle
 from runtime_helpers import encoder_bundle
 from server_helpers import Running, serve
 
@@ -72,3 +73,36 @@ def test_what_does_not_fit_is_refused(path: str, body: dict[str, object], code: 
 
 def test_an_unknown_model_is_not_found(server: Running) -> None:
     assert server.post("/classify", {"model": "zz", "input": "x"}).status_code == 404
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_encoder: Path) -> Iterator[Running]:
+    with serve(head_bundle(tiny_encoder)) as running:
+        yield running
+
+
+def test_words_are_tagged_with_their_places_and_entities(heads: Running) -> None:
+    rows = ["Turn on the lights in the kitchen!", ["the", "kitchen", "!"]]
+    for row in rows:
+        answer = heads.post("/tag", {"model": "rooms", "input": row if isinstance(row, str) else [row]}).json()
+        (expected,) = heads.runtime.tag([row], "rooms")
+        (found,) = answer["data"]
+        assert found["text"] == expected.text
+        assert [(w["word"], w["tag"], w["start"], w["end"]) for w in found["words"]] == [
+            (w.word, w.tag, w.start, w.end) for w in expected.words
+        ]
+        assert [(e["type"], e["text"]) for e in found["entities"]] == [(e.type, e.text) for e in expected.entities]
+        assert answer["usage"]["prompt_tokens"] > 2
+
+
+def test_several_labels_and_numbers_have_fields_of_their_own(heads: Running) -> None:
+    (several,) = heads.post("/classify", {"model": "topics", "input": "lights"}).json()["data"]
+    (number,) = heads.post("/classify", {"model": "warmth", "input": "lights"}).json()["data"]
+    assert several["labels"] == list(heads.runtime.classify(["lights"], "topics")[0].labels or ())
+    assert number["value"] == pytest.approx(heads.runtime.classify(["lights"], "warmth")[0].value, abs=1e-5)
+
+
+@pytest.mark.parametrize(("path", "model", "code"), [("/tag", "intent", "no_tags"), ("/classify", "rooms", "no_labels")])
+def test_a_tagger_and_a_classifier_are_not_confused(path: str, model: str, code: str, heads: Running) -> None:
+    answer = heads.post(path, {"model": model, "input": "x"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)

@@ -72,7 +72,7 @@ def test_tools_and_their_results_reach_the_template(server: Running) -> None:
     ]
     body = {"model": "tiny", "messages": told, "tools": [LIGHTS], "max_tokens": 1}
     read = server.post("/v1/chat/completions", body).json()["usage"]["prompt_tokens"]
-    text = 'lights answer in <tool_call></tool_call>\nuser: on\nassistant: <tool_call>{"name": "lights", "arguments": {"on": true}}</tool_call>\ntool: done\n'
+    text = 'lights answer in <tool_call></tool_call>\nuser: onassistant: <tool_call>{"name": "lights", "arguments": {"on": true}}</tool_call>tool: done'
     assert read == len(server.runtime.tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -80,7 +80,7 @@ def test_tools_and_their_results_reach_the_template(server: Running) -> None:
     ("change", "param"),
     [
         ({"tool_choice": {"type": "function", "function": {"name": "doors"}}}, "tool_choice"),
-        ({"tools": [], "tool_choice": "required"}, "tools"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tools": None, "tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tool_choice": "required", "guided_regex": "x"}, "tool_choice"),
@@ -108,7 +108,7 @@ def test_calls_are_found_however_the_text_is_cut() -> None:
             text, found = parser.add(TEXT[start : start + size])
             content, calls = content + text, calls + found
         text, found = parser.add("", last=True)
-        assert content + text == "Well. and <tool_call>no</tool_call> <tool"
+        assert content + text == "Well. \nand <tool_call>no</tool_call> <tool"
         assert [*calls, *found] == [{"name": "f", "arguments": '{"x": 1}'}]
 
 

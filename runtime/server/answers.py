@@ -77,7 +77,7 @@ class ToolAnswer(ChatAnswer):
         if calls:
             told = {
                 "role": "assistant",
-                "content": content or None,
+                "content": content if content.strip() else None,
                 "refusal": None,
                 "tool_calls": _calls(calls),
             }

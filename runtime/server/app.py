@@ -32,6 +32,7 @@ ROUTES = {
     "/v1/chat/completions": ("POST", openai_api.chat_completions),
     "/v1/completions": ("POST", openai_api.completions),
     "/v1/embeddings": ("POST", encoder_api.embeddings),
+    "/tag": ("POST", encoder_api.tag),
     "/classify": ("POST", encoder_api.classify),
     "/v1/load_lora_adapter": ("POST", adapters_api.load_lora_adapter),
     "/v1/unload_lora_adapter": ("POST", adapters_api.unload_lora_adapter),

@@ -70,7 +70,12 @@ def _facts(service: Service, status: AdapterStatus) -> dict[str, Any]:
         return (
             {}
             if entry is None
-            else {"rank": entry.rank, "labels": entry.labels, "prompt_format": entry.prompt_format}
+            else {
+                "rank": entry.rank,
+                "task": entry.task,
+                "labels": entry.labels,
+                "prompt_format": entry.prompt_format,
+            }
         )
     folder = Path(status.folder)
     try:
@@ -86,7 +91,8 @@ def _described(folder: Path, changed: int) -> dict[str, Any]:
     config, own = _read(folder / CONFIG), _read(folder / METADATA)
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     rank = max((rank for rank in ranks if isinstance(rank, int)), default=None)
-    return {"rank": rank, "labels": own.get("labels"), "prompt_format": own.get("prompt_format")}
+    facts = {"rank": rank, "labels": own.get("labels"), "prompt_format": own.get("prompt_format")}
+    return facts | ({"task": own["task"]} if isinstance(own.get("task"), str) else {})
 
 
 def _read(path: Path) -> dict[str, Any]:

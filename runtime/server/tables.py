@@ -192,6 +192,20 @@ CLASSIFY = obj(
     user=USER,
     deadline_s=DEADLINE,
 )
+WORDS = {
+    "type": "array",
+    "items": {"type": "string", "minLength": 1, "maxLength": 4096},
+    "minItems": 1,
+    "maxItems": 8192,
+}
+TAG = obj(
+    ("model", "input"),
+    model=MODEL,
+    input=either(TEXT, INPUTS, {"type": "array", "items": WORDS, "minItems": 1, "maxItems": 2048}),
+    truncate_prompt_tokens=TRUNCATE,
+    user=USER,
+    deadline_s=DEADLINE,
+)
 EMBEDDINGS = obj(
     ("model", "input"),
     model=MODEL,
@@ -227,6 +241,7 @@ BODIES: dict[str, Schema] = {
     "ChatRequest": CHAT,
     "CompletionRequest": COMPLETIONS,
     "ClassifyRequest": CLASSIFY,
+    "TagRequest": TAG,
     "EmbeddingRequest": EMBEDDINGS,
     "LoadAdapterRequest": LOAD_ADAPTER,
     "UnloadAdapterRequest": UNLOAD_ADAPTER,

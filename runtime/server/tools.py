@@ -63,7 +63,7 @@ class ToolParser:
         content, calls = [], []
         while (start := self._held.find(OPENING)) >= 0 and (end := self._held.find(CLOSING, start)) >= 0:
             before, inside = self._held[:start], self._held[start + len(OPENING) : end]
-            self._held = self._held[end + len(CLOSING) :].lstrip("\n")
+            self._held = self._held[end + len(CLOSING) :]
             call = _parse(inside)
             content.append(before if call else f"{before}{OPENING}{inside}{CLOSING}")
             calls += [call] if call else []

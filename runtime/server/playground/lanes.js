@@ -127,8 +127,10 @@ class Lane {
     try {
       const answer = await post("classify", { model: model.id, input: text }, signal);
       const took = performance.now() - start, found = answer.data[0];
+      this.output.className = "answer";
       const labels = model.labels || found.probs.map((_, i) => `LABEL_${i}`);
-      this.bars(labels.map((label, i) => ({ label, score: found.probs[i] })));
+      if (found.value !== undefined) this.output.replaceChildren(found.value.toFixed(4));
+      else this.bars(labels.map((label, i) => ({ label, score: found.probs[i] })));
       this.number("ttft", milliseconds(took));
       this.number("tokens", String(answer.usage.prompt_tokens));
       return { lane: this.letter, model: model.id, ttft: took, speed: null };
@@ -136,6 +138,36 @@ class Lane {
       this.fail(error);
       return null;
     }
+  }
+
+  async tag(text, signal) {
+    this.begin();
+    const model = this.model, start = performance.now();
+    try {
+      const answer = await post("tag", { model: model.id, input: text }, signal);
+      const took = performance.now() - start, found = answer.data[0];
+      const spans = found.entities.length ? found.entities : found.words.filter((word) => word.tag !== "O").map((word) => ({ ...word, type: word.tag }));
+      this.spans(found.text, spans);
+      this.number("ttft", milliseconds(took));
+      this.number("tokens", String(answer.usage.prompt_tokens));
+      return { lane: this.letter, model: model.id, ttft: took, speed: null };
+    } catch (error) {
+      this.fail(error);
+      return null;
+    }
+  }
+
+  spans(text, spans) {
+    const kinds = [...new Set(spans.map((span) => span.type))], letters = [...text], parts = [];
+    let at = 0;
+    for (const span of spans) {
+      const name = element("small", {}, ` ${span.type}`);
+      parts.push(letters.slice(at, span.start).join(""));
+      parts.push(element("mark", { class: `kind${kinds.indexOf(span.type) % 4}`, title: `${(span.score * 100).toFixed(1)} %` }, letters.slice(span.start, span.end).join(""), name));
+      at = span.end;
+    }
+    this.output.className = "answer";
+    this.output.replaceChildren(...parts, letters.slice(at).join(""));
   }
 
   bars(scores) {

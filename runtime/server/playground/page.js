@@ -40,9 +40,9 @@ function showTask() {
   const generates = state.task === "text-generation";
   document.querySelectorAll("[data-task]").forEach((node) => { node.hidden = node.dataset.task !== state.task; });
   $("#compose-title").textContent = generates ? "Prompt" : "Text";
-  $("label[for=prompt]").textContent = generates ? "Prompt" : "Text to classify";
-  $("#mode-hint").textContent = generates ? "adapters trained on chats get a user turn, others the bare prompt" : "every adapter is a classifier";
-  if (!generates) $("#prompt").placeholder = "A text to classify";
+  $("label[for=prompt]").textContent = generates ? "Prompt" : "Text to classify or tag";
+  $("#mode-hint").textContent = generates ? "adapters trained on chats get a user turn, others the bare prompt" : "classifiers show every label, taggers the words they mark";
+  if (!generates) $("#prompt").placeholder = "A text to classify or tag";
   for (const name of ["speed", "tpot", "reason"]) {
     for (const lane of lanes) $(`[data-number="${name}"]`, lane.node).parentElement.hidden = !generates;
   }
@@ -76,7 +76,8 @@ async function run(event) {
   $("#stop").disabled = false;
   const used = lanes.slice(0, $("#compare").checked ? 2 : 1), { signal } = state.abort;
   const answers = used.map((lane) => (state.task === "text-generation"
-    ? lane.generate(prompt, settings(), $("#system").value, signal) : lane.classify(prompt, signal)));
+    ? lane.generate(prompt, settings(), $("#system").value, signal)
+    : lane.model.task === "token-classification" ? lane.tag(prompt, signal) : lane.classify(prompt, signal)));
   state.runs.push(...(await Promise.all(answers)).filter(Boolean));
   state.abort = null;
   $("#run").disabled = false;
