@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from head_helpers import bundle as head_bundle
 from runtime_helpers import decoder_bundle, encoder_bundle
 from server_helpers import Running, paced, serve
 
@@ -193,3 +194,15 @@ def test_the_page_is_whole_and_its_policy_allows_nothing_else() -> None:
     assert "/*STYLE*/" not in page() and "/*SCRIPT*/" not in page()
     assert page().count("</script>") == 1
     assert "unsafe" not in security_policy() and "default-src 'none'" in security_policy()
+
+
+def test_a_tagger_marks_the_words(tiny_encoder: Path, opened: Any) -> None:
+    with serve(head_bundle(tiny_encoder)) as encoder:
+        tab = opened(encoder)
+        tab.select_option("#model-a", "rooms")
+        tab.fill("#prompt", "turn on the lights in the old kitchen please")
+        tab.click("#run")
+        answered(tab)
+        (expected,) = encoder.runtime.tag(["turn on the lights in the old kitchen please"], "rooms")
+        marked = [text.split(" room")[0] for text in tab.locator("mark").all_text_contents()]
+        assert marked == [span.text for span in expected.entities] != []

@@ -12,6 +12,8 @@ from edgetune.runtime.server.errors import ApiError, bad_request
 from edgetune.runtime.server.exchange import ClientGone
 from edgetune.runtime.server.schema import Schema, check
 
+LARGE = 65536
+"""A body above this many bytes is read beside the event loop: running streams go on."""
 BODY_SECONDS = 30.0
 """A client that takes longer to send its body is holding a place for nothing."""
 
@@ -29,9 +31,14 @@ async def read_json(request: Request, schema: Schema, *, limit_mb: float) -> dic
         raise ApiError(408, "The request's body did not arrive in time.", code="body_timeout") from None
     except ClientDisconnect:
         raise ClientGone from None
+    value = await asyncio.to_thread(_checked, raw, schema) if len(raw) > LARGE else _checked(raw, schema)
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def _checked(raw: bytes, schema: Schema) -> Any:
     value = _parse(raw)
     check(value, schema)
-    return {name: item for name, item in value.items() if item is not None}
+    return value
 
 
 async def _body(request: Request, limit: int) -> bytes:

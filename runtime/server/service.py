@@ -73,10 +73,10 @@ class Service:
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter behind a model's name, None for the base. ApiError 404 when there is no such model."""
-        if self.runtime.registry.knows(model):
-            return model
         if model == self.base and self.runtime.manifest.mode != "merged":
             return None
+        if self.runtime.registry.knows(model):
+            return model
         raise not_found(f"The model '{model}' does not exist.", code="model_not_found", param="model")
 
     def models(self) -> list[str]:

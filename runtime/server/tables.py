@@ -160,10 +160,10 @@ COMPLETIONS = obj(
             "minItems": 1,
             "maxItems": 128,
         },
-        {"type": "array", "items": TOKEN, "minItems": 1, "maxItems": 1_000_000},
+        {"type": "array", "items": TOKEN, "minItems": 1, "maxItems": 262_144},
         {
             "type": "array",
-            "items": {"type": "array", "items": TOKEN, "minItems": 1, "maxItems": 1_000_000},
+            "items": {"type": "array", "items": TOKEN, "minItems": 1, "maxItems": 262_144},
             "minItems": 1,
             "maxItems": 128,
         },
