@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from head_helpers import bundle as head_bundle
-from runtime_helpers import decoder_bundle, encoder_bundle
+from runtime_helpers import decoder_bundle, encoder_bundle, merged_bundle
 
 from edgetune.errors import AdapterError, InputError
 from edgetune.runtime import Completion, Runtime
@@ -269,6 +269,31 @@ def test_the_same_seed_gives_the_same_answer_beside_other_rows_and_choices_diffe
         texts = [listener.done().text for listener in listeners]
     assert texts[0] == texts[2] == expected
     assert texts[1] != expected
+
+
+def test_a_merged_bundle_answers_with_the_adapter_it_holds(runtime: Runtime, tiny_decoder: Path) -> None:
+    ids = runtime.prompt_ids("hello there", "a")
+    with Runtime.open(merged_bundle(tiny_decoder), threads=1) as merged, Scheduler(merged) as scheduler:
+        listeners = [Listener(), Listener()]
+        for name, listener in zip((None, "a"), listeners, strict=True):
+            scheduler.submit(request(merged, ids, name, max_new_tokens=6), listener)
+        for listener in listeners:
+            assert list(listener.done().token_ids) == alone(runtime, ids, "a", 6)
+
+
+def test_a_shorter_context_is_kept(runtime: Runtime) -> None:
+    with Scheduler(runtime, max_context=20) as scheduler:
+        scheduler.submit(request(runtime, [5] * 15, max_new_tokens=50, logit_bias={2: -100}), listener := Listener())
+        completion = listener.done()
+        with pytest.raises(InputError, match="expected at most 19 tokens"):
+            scheduler.submit(request(runtime, [5] * 20), print)
+    assert (completion.completion_tokens, completion.finish_reason) == (5, "length")
+
+
+@pytest.mark.parametrize("name", ["max_rows", "max_queue", "prefill_chunk", "max_context"])
+def test_settings_out_of_range_are_named(runtime: Runtime, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is out of range"):
+        Scheduler(runtime, **{name: 0})  # type: ignore[arg-type]
 
 
 TEXTS = ["where is my card", "lights", "the quick brown fox", "hello there, turn it on please"]
