@@ -101,6 +101,11 @@ class AdapterRegistry:
         found = [name for name in self._sources.names() if name not in self._gone]
         return tuple(dict.fromkeys([*self._known, *found]))
 
+    def knows(self, name: str) -> bool:
+        """Whether a name can be used, without listing a folder of hundreds."""
+        with self._change:
+            return name in self._known or (name not in self._gone and self._sources.find(name) is not None)
+
     @property
     def nbytes(self) -> int:
         """Memory of the resident adapters."""
@@ -123,6 +128,20 @@ class AdapterRegistry:
         with self._change:
             if name in self._known:
                 self._refuse_taken(name)
+            self._known[name] = known
+            self._gone.discard(name)
+            self._make_room(keep=known)
+        assert known.resident is not None
+        return known.resident.packed
+
+    def replace(self, name: str, folder: str | Path) -> PackedAdapter:
+        """Another content under a name that is there: read and checked first, then put in its place at once.
+
+        Texts under way go on with the tensors they hold. AdapterError when it does not fit: the old one stays.
+        """
+        known = _Known(Path(folder), next(self._serials), pinned=self._entry(name).pinned)
+        self._read(name, known)
+        with self._change:
             self._known[name] = known
             self._gone.discard(name)
             self._make_room(keep=known)

@@ -319,15 +319,20 @@ class Runtime:
         next(begun)
         return TextStream(begun)
 
-    def prompt_ids(self, prompt: Prompt, adapter: str | None = None) -> list[int]:
-        """Token ids of a prompt as the adapter was trained to see it. InputError when it does not fit the context."""
+    def prompt_ids(
+        self, prompt: Prompt, adapter: str | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt as the adapter was trained to see it. InputError when it does not fit the context.
+
+        `tools` (OpenAI's objects) reach the chat template of a conversation.
+        """
         self._need(self.decoder)
         form = None if adapter is None else self.adapter(adapter).prompt_format
         if isinstance(prompt, str):
             ids = self.tokenizer.encode_prompt(prompt, form)
         else:
             messages = with_system(check_messages(prompt), system=(form or {}).get("system"))
-            ids = self.tokenizer.encode_chat(messages)
+            ids = self.tokenizer.encode_chat(messages, tools=tools)
         limit = self.manifest.graph.max_length
         if not ids:
             raise InputError("an empty prompt", expected="one token at least")
