@@ -34,6 +34,7 @@ async function refreshModels() {
   lanes[0].offer(offered, (adapters[0] || offered[0] || {}).id);
   lanes[1].offer(offered, (adapters[1] || base || offered[0] || {}).id);
   showTask();
+  showLatency();
 }
 
 function showTask() {
