@@ -102,7 +102,8 @@ def rms_weight(module: Any) -> Tensor | None:
 
 def epsilon_of(module: Any) -> float:
     """What a norm adds to the mean square."""
-    return float(getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0))
+    epsilon: Any = getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0)
+    return float(epsilon)
 
 
 def is_tanh_gelu(module: nn.Module) -> bool:
