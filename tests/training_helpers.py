@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from edgetune.adapters import adapt
 from edgetune.bases import Base, load_body, load_tokenizer, open_folder
 from edgetune.batching import Batch, collate
 from edgetune.examples import load_examples
@@ -67,6 +68,17 @@ def decoder_batch(base_folder: Path, folder: Path) -> tuple[Any, Batch]:
     """The tiny decoder and one right-padded batch of rows of different lengths."""
     base = open_folder(base_folder, name="tiny")
     return load_body(base), _batch(base, sft_recipe(base_folder, folder).stage[0])
+
+
+def adapted_decoder(base_folder: Path, folder: Path, **settings: Any) -> tuple[Any, Batch]:
+    """The tiny decoder with an adapter of rank 4 that changes its answers, and a batch."""
+    model, batch = decoder_batch(base_folder, folder)
+    torch.manual_seed(0)
+    model = adapt(model, parameters(rank=4, **settings), task="text-generation")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model, batch
 
 
 def classifier_batch(base_folder: Path, folder: Path) -> tuple[SequenceClassifier, Batch]:
