@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgetune.errors import EdgetuneError
+from edgetune.runtime.answers import Completion
 from edgetune.runtime.generation import GenerationSettings, TokenLogprob
-from edgetune.runtime.runtime import Completion
 
 
 class QueueFull(EdgetuneError):  # noqa: N818  (as `queue.Full`: the request is fine, the moment is not)

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 from edgetune.errors import AdapterError, InputError
 from edgetune.files import whole_file
+from edgetune.runtime.answers import Classification
 from edgetune.runtime.manifest import TAGGING
 from edgetune.runtime.prompts import check_messages, columns_of, render_columns
-from edgetune.runtime.runtime import Classification, Prompt, Runtime
+from edgetune.runtime.runtime import Prompt, Runtime
 from edgetune.runtime.tagging import Tagging, Words, check_words, read_words
 
 BATCH = 8

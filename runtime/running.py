@@ -9,13 +9,13 @@ from collections.abc import Callable, Hashable
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.runtime.answers import Completion
 from edgetune.runtime.batch import BatchRow
 from edgetune.runtime.binding import BoundTensors
 from edgetune.runtime.events import Event, FailedEvent, FinishedEvent, Ticket, TokenEvent
 from edgetune.runtime.generation import TokenSequence
 from edgetune.runtime.lookup import PromptLookup
 from edgetune.runtime.registry import Lease
-from edgetune.runtime.runtime import Completion
 
 log = logging.getLogger("edgetune.runtime")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,79 +15,28 @@ import numpy.typing as npt
 from edgetune.devices.host import release_free_memory
 from edgetune.errors import BundleError, InputError, listed
 from edgetune.runtime.adapters import PackedAdapter
+from edgetune.runtime.answers import (
+    Classification,
+    Completion,
+    TextStream,
+    classification_of,
+    completion_of,
+    unit_length,
+)
 from edgetune.runtime.binding import AdapterRow
 from edgetune.runtime.engine import DecoderEngine, DecodeState, EncoderEngine
-from edgetune.runtime.generation import (
-    GenerationSettings,
-    TokenLogprob,
-    TokenSequence,
-    settings_from,
-    softmax,
-)
+from edgetune.runtime.generation import GenerationSettings, TokenSequence, settings_from
 from edgetune.runtime.manifest import TAGGING, Manifest, read_manifest, verify_files
 from edgetune.runtime.prompts import Message, check_messages, with_system
 from edgetune.runtime.registry import AdapterRegistry, InUse
 from edgetune.runtime.tagging import Tagging, Words, read_words
 from edgetune.runtime.tokenizer import BundleTokenizer
 
-THRESHOLD, VALUE = 0.5, "value"
-
 Prompt = str | Sequence[Message]
 """A finished prompt (the user's turn of a chat model), or a conversation."""
 
 GENERATE_ROWS, ENCODE_ROWS = 16, 32
 """Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's list."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One generated text. `finish_reason`: "stop" (end token or stop text), "length"; from the scheduler also
-    "cancelled" and "deadline". Times in milliseconds."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    ttft_ms: float
-    tpot_ms: float | None
-    """Mean time of the tokens after the first; None when there is only one."""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    queue_ms: float = 0.0
-    """Time in the scheduler's queue, part of `ttft_ms`."""
-    cached_tokens: int = 0
-    """Tokens of the prompt whose keys and values were there already."""
-
-
-@dataclass(frozen=True)
-class Classification:
-    """The most likely label, its probability, and every label's.
-
-    Of an adapter for several labels (multi-label) `labels` are those of at least 0.5, which need not include `label`,
-    and each has a probability of its own. Of one for numbers (regression) `value` is the number; `label` is "value",
-    and `score` and `scores` hold the number too.
-    """
-
-    label: str
-    score: float
-    scores: dict[str, float]
-    labels: tuple[str, ...] | None = None
-    value: float | None = None
-
-
-class TextStream:
-    """Pieces of one text as they become certain; `completion` is there after the last."""
-
-    def __init__(self, pieces: Iterator[str | Completion]) -> None:
-        self._pieces = pieces
-        self.completion: Completion | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            if isinstance(piece, Completion):
-                self.completion = piece
-            else:
-                yield piece
 
 
 class Runtime:
@@ -403,7 +351,7 @@ class Runtime:
                 first[i] = first[i] or now - start
                 piece = rows[i].add(tokens[i])
                 done = (
-                    _completion(rows[i], len(ids[i]), first[i], now - start)
+                    completion_of(rows[i], len(ids[i]), first[i], now - start)
                     if rows[i].finish_reason
                     else None
                 )
@@ -471,44 +419,3 @@ def _batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Row numbers in batches of at most `rows`, like lengths together, so that little is padded."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[start : start + rows] for start in range(0, len(order), rows)]
-
-
-def classification_of(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -> Classification:
-    """A head's logits (labels,) as probabilities of its labels."""
-    if adapter.problem == "regression":
-        value = float(logits[0])
-        return Classification(label=VALUE, score=value, scores={VALUE: value}, value=value)
-    several = adapter.problem == "multi-label"
-    probabilities = sigmoid(logits) if several else softmax(logits)
-    scores = dict(zip(adapter.labels or (), probabilities.tolist(), strict=True))
-    label = max(scores, key=lambda name: scores[name])
-    labels = tuple(name for name, score in scores.items() if score >= THRESHOLD) if several else None
-    return Classification(label=label, score=scores[label], scores=scores, labels=labels)
-
-
-def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """1 / (1 + exp(-x)), without overflow."""
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64))))
-
-
-def unit_length(pooled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """States (texts, hidden) scaled to length 1."""
-    lengths = np.linalg.norm(pooled, axis=1, keepdims=True)
-    result: npt.NDArray[np.float32] = pooled / np.maximum(lengths, 1e-12)
-    return result
-
-
-def _completion(row: TokenSequence, prompt_tokens: int, first_s: float, total_s: float) -> Completion:
-    count = len(row.tokens)
-    tpot_ms = (total_s - first_s) * 1e3 / (count - 1) if count > 1 else None
-    logprobs = None if row.settings.logprobs is None else tuple(row.logprobs)
-    return Completion(
-        text=row.text,
-        finish_reason=row.finish_reason or "stop",
-        prompt_tokens=prompt_tokens,
-        completion_tokens=count,
-        ttft_ms=first_s * 1e3,
-        tpot_ms=tpot_ms,
-        token_ids=tuple(row.tokens),
-        logprobs=logprobs,
-    )

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.errors import InputError
+from edgetune.runtime.answers import Classification, classification_of, unit_length
 from edgetune.runtime.counters import Counters
 from edgetune.runtime.decode_loop import DecodeLoop
 from edgetune.runtime.encode_queue import EncodeJob, EncodeQueue, Finish
@@ -36,7 +37,7 @@ from edgetune.runtime.events import (
 from edgetune.runtime.fair_queue import FairQueue
 from edgetune.runtime.memory_plan import plan_cache
 from edgetune.runtime.running import Running
-from edgetune.runtime.runtime import Classification, Runtime, classification_of, unit_length
+from edgetune.runtime.runtime import Runtime
 from edgetune.runtime.tagging import Tagging, Words, read_words
 
 __all__ = [

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgetune.runtime.answers import Completion
 from edgetune.runtime.generation import TokenLogprob
-from edgetune.runtime.runtime import Completion
 from edgetune.runtime.server.sampling import Plan
 from edgetune.runtime.server.tools import ToolParser
 

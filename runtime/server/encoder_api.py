@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from edgetune.errors import InputError
-from edgetune.runtime.runtime import Classification
+from edgetune.runtime.answers import Classification
 from edgetune.runtime.server.errors import bad_request, deadline_exceeded
 from edgetune.runtime.server.exchange import unless_gone
 from edgetune.runtime.server.logs import note, request_id_of

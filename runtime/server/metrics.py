@@ -17,8 +17,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from edgetune.runtime.answers import Completion
 from edgetune.runtime.latency import peak_rss
-from edgetune.runtime.runtime import Completion
 from edgetune.runtime.scheduler import Scheduler
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics"]

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from edgetune.runtime.answers import Completion
 from edgetune.runtime.events import Event, FailedEvent, FinishedEvent, TokenEvent
-from edgetune.runtime.runtime import Completion
 from edgetune.runtime.server.answers import ChatAnswer, Envelope, TextAnswer, ToolAnswer
 from edgetune.runtime.server.errors import ApiError, deadline_exceeded, internal, unavailable
 from edgetune.runtime.server.exchange import Exchange, unless_gone
