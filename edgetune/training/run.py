@@ -20,7 +20,8 @@ from edgetune.forgetting import compare
 from edgetune.full_model import save_full
 from edgetune.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
 from edgetune.progress import Progress
-from edgetune.recipe import Device, Recipe, to_toml
+from edgetune.recipe import Device, Recipe
+from edgetune.recipe_file import to_toml
 from edgetune.report import write_report
 from edgetune.runs import check_replaceable
 from edgetune.training.checkpoint import State, origin_of, unfinished
