@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from edgetune import __version__
-from edgetune.adapters import load_adapter, read_metadata
+from edgetune.adapters import load_adapter
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
-from edgetune.errors import AdapterError, ExportError, OutputError, listed
+from edgetune.errors import ExportError, OutputError
 from edgetune.export import merging
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.decisions import decide_by
@@ -41,14 +40,13 @@ from edgetune.export.proof import (
     prove_parity,
 )
 from edgetune.export.reference import judged_by, reference_base, trained_base, warning
+from edgetune.export.sources import Source, base_of, check_sources, original_base, read_source
 from edgetune.export.token_head import add_token_head
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
-from edgetune.full_model import full_folder, own_base, read_full
 from edgetune.heads import SequenceClassifier
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
-from edgetune.runtime.lora import WEIGHTS, read_lora, refuse_if
 from edgetune.runtime.manifest import (
     MANIFEST,
     SCHEMA,
@@ -66,41 +64,8 @@ from edgetune.token_classifier import TokenClassifier, build_classifier
 from edgetune.weight_precision import INT4_DECODER
 
 Say = Callable[[str], None]
-MODES = ("separate", "merged")
-NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a folder of the bundle
 ALONE = "(base)"  # the name of the proof of a bundle without adapters
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
-
-
-@dataclass(frozen=True)
-class Source:
-    """A trained adapter on its way into a bundle."""
-
-    name: str
-    folder: Path
-    metadata: Mapping[str, Any]  # edgetune_adapter.json; empty for an adapter of another tool
-    config: Mapping[str, Any]  # PEFT's adapter_config.json
-    modules: frozenset[str]  # where it has low-rank weights
-    problems: tuple[str, ...] = ()  # what adapter inputs cannot express
-    is_model: bool = False  # all weights were trained: `folder` is a base of its own
-
-    @property
-    def labels(self) -> tuple[str, ...] | None:
-        """The head's labels, in the order of its rows."""
-        labels = self.metadata.get("labels")
-        return tuple(labels) if labels is not None else None
-
-    @property
-    def task(self) -> str | None:
-        """What it was trained for; None for an adapter of another tool."""
-        task: str | None = self.metadata.get("task")
-        return task
-
-    @property
-    def problem(self) -> str | None:
-        """Of a classification: single-label (also None), multi-label or regression."""
-        problem: str | None = self.metadata.get("problem")
-        return problem
 
 
 def export_bundle(
@@ -113,12 +78,12 @@ def export_bundle(
     """
     precision = precision or Precision()
     _check_place(out)
-    sources = [_source(name, Path(folder)) for name, folder in adapters]
+    sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
         say(f"{sources[0].name}: all its weights were trained, so it is the bundle's base and nothing swaps it")
         mode = "merged"
-    _check(sources, mode, precision, base_name)
-    base = _base(sources, base_name)
+    check_sources(sources, mode, precision, base_name)
+    base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
@@ -140,92 +105,6 @@ def _check_place(out: Path) -> None:
             "there is something else at this place", where=str(out), expected=f"a new or empty folder, or a bundle (with {MANIFEST})",
             got="another folder" if out.is_dir() else "a file", fix="Choose another --out.",
         )  # fmt: skip
-
-
-def _source(name: str, folder: Path) -> Source:
-    """A run or PEFT folder, its files read and checked before anything is traced."""
-    if not NAME.fullmatch(name):
-        raise ExportError(
-            f"{name!r} cannot be an adapter's name", expected="letters, digits, - _ .", fix="It becomes a folder of the bundle."
-        )
-    if (own := full_folder(folder)) is not None:
-        return Source(name, own, read_full(own)[1], {}, frozenset(), is_model=True)
-    inner = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
-    if not (inner / "adapter_config.json").is_file():
-        raise AdapterError(
-            "no adapter here", where=str(folder), expected="a run folder of `edgetune train`, or a PEFT adapter folder",
-            got=_what_is(folder),
-        )  # fmt: skip
-    read = read_lora(inner)
-    refuse_if([problem for problem in read.problems if problem.startswith(WEIGHTS)], inner)
-    metadata = read_metadata(inner) if read.metadata is not None else {}
-    if metadata.get("task") == "reward":
-        fix = "Use it where it is: in `reward` of a grpo stage, or with `edgetune eval`."
-        raise ExportError("reward adapters cannot be exported yet", where=str(folder), fix=fix)
-    return Source(name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems))
-
-
-def _what_is(folder: Path) -> str:
-    if not folder.exists():
-        return "no such folder"
-    return "a bundle; its adapters are in its folder adapters" if (folder / MANIFEST).is_file() else "a folder without adapter_config.json"
-
-
-def _check(sources: Sequence[Source], mode: str, precision: Precision, base_name: str | None) -> None:
-    if mode not in MODES:
-        raise ExportError("unknown mode", expected=" or ".join(MODES), got=mode)
-    if precision.weights not in BOUNDS:
-        raise ExportError("unknown precision", expected=", ".join(BOUNDS), got=precision.weights)
-    if not sources and (base_name is None or mode == "merged"):
-        raise ExportError(
-            "there is no adapter to export", expected="--adapter NAME=RUN, once or several times, or --base NAME for a base alone"
-        )
-    if len(sources) > 1 and any(source.is_model for source in sources):
-        name = next(source.name for source in sources if source.is_model)
-        raise ExportError(f"all weights of {name!r} were trained: it is a base of its own", fix="Export it into a bundle of its own.")
-    names = [source.name for source in sources]
-    if double := sorted({name for name in names if names.count(name) > 1}):
-        raise ExportError(f"two adapters are named {double[0]!r}", fix="Give each --adapter NAME=RUN its own name.")
-    if mode == "merged" and len(sources) != 1:
-        raise ExportError("a merged bundle holds exactly one adapter", got=str(len(sources)), fix="Use --mode separate for several.")
-    for source in sources:
-        if mode == "separate" and source.config.get("use_dora"):
-            raise ExportError(
-                "DoRA rescales the rows of W₀ + BA by a learned magnitude, which adapter inputs cannot express", where=str(source.folder),
-                fix="Export it with --mode merged, or train with dora = false.",
-            )  # fmt: skip
-        if mode == "separate" and source.problems:
-            raise AdapterError(
-                f"adapter inputs cannot take this adapter, nothing was written: {listed(source.problems, 'mismatches')}", where=str(source.folder),
-                fix="--mode merged takes what PEFT can merge, and its proof says whether it did.",
-            )  # fmt: skip
-
-
-def _base(sources: Sequence[Source], base_name: str | None) -> Base:
-    """The one base all adapters were trained on, checked by digest."""
-    if any(source.is_model for source in sources):
-        if sources[0].metadata["task"] != "text-generation":
-            raise ExportError(
-                "an encoder's base alone answers nothing", where=str(sources[0].folder),
-                fix="Train a classification stage on it, and export that.",
-            )  # fmt: skip
-        return read_full(sources[0].folder)[0]
-    trained_on = {source.metadata["base"]["name"] for source in sources if source.metadata}
-    name = base_name or next(iter(sorted(trained_on)), None)
-    if name is None:
-        raise ExportError("which base model? These adapters do not say", fix="Give --base NAME.")
-    beside = [own_base(source.folder, source.metadata["base"]["digest"]) for source in sources if source.metadata and base_name is None]
-    base = next((base for base in beside if base is not None), None) or resolve_base(name)
-    if not sources and base.kind == "encoder":
-        raise ExportError("an encoder's base alone answers nothing", got=base.name, fix="Give --adapter NAME=RUN.")
-    for source in sources:
-        digest = source.metadata.get("base", {}).get("digest", base.digest)
-        if digest != base.digest:
-            raise AdapterError(
-                "this adapter was trained on another base model", where=str(source.folder), expected=f"{base.name} {base.digest[:23]}…",
-                got=f"{source.metadata['base']['name']} {digest[:23]}…", fix="Export the adapters of each base into a bundle of their own.",
-            )  # fmt: skip
-    return base
 
 
 def _build(
@@ -372,7 +251,7 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
     decide = decide_by(source.problem, trained)
     trained, trained_off = decide(trained), decide(trained_off)
-    original = _torch_model(_original_base(source)) if source.is_model else None
+    original = _torch_model(original_base(source)) if source.is_model else None
     if original is not None:
         trained_off = torch_outputs(original, rows, adapter=True)
 
@@ -395,18 +274,6 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     only_head = {name: tensor for name, tensor in tensors.items() if manifest.head and name in (manifest.head.weight, manifest.head.bias)}
     shipped, shipped_off = ship(tensors), ship(only_head or None)
     return prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=shipped_off, precision=judged)
-
-
-def _original_base(source: Source) -> Base:
-    """What a fully trained model was before."""
-    origin = source.metadata["base"]
-    base = resolve_base(origin["name"])
-    if base.digest != origin["digest"]:
-        raise AdapterError(
-            "the base that this model was trained from has changed", where=str(source.folder), expected=f"{origin['name']} {origin['digest'][:23]}…",
-            got=base.digest[:23] + "…",
-        )  # fmt: skip
-    return base
 
 
 def _is_the_base(entry: AdapterEntry, folder: Path) -> bool:
@@ -432,11 +299,11 @@ def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> 
     if base.digest != manifest.base.digest:
         raise ExportError("the base model here is another one", expected=manifest.base.digest, got=base.digest)
     sources = [
-        _source(entry.name, base.folder if _is_the_base(entry, folder) else folder / "adapters" / entry.name) for entry in manifest.adapters
+        read_source(entry.name, base.folder if _is_the_base(entry, folder) else folder / "adapters" / entry.name) for entry in manifest.adapters
     ]
     if missing := sorted({source.name for source in sources} - set(manifest.proof.get("probe", {}))):
         raise ExportError(f"the manifest holds no probe for {missing[0]}", where=str(folder), fix="Export the bundle again.")
     return prove_bundle(folder, manifest, base, sources, manifest.proof["probe"], threads=threads)
 
 
-__all__ = ["Source", "build_base", "export_bundle", "prove_bundle", "reprove"]
+__all__ = ["build_base", "export_bundle", "prove_bundle", "reprove"]
