@@ -20,6 +20,7 @@ from edgetune.errors import ProofError
 from edgetune.export.bundle import export_bundle, prove_bundle, reprove
 from edgetune.export.lower import Precision
 from edgetune.export.reference import precision_trained_for, reference_base, warning
+from edgetune.export.sources import read_source
 from edgetune.runs import load_adapted_model
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.manifest import Manifest, Part, read_manifest
@@ -113,9 +114,7 @@ def test_the_proof_is_far_tighter_than_against_the_base_as_it_is(shipped: Shippe
 
 def against_the_plain_base(shipped: Shipped) -> float:
     """KL of the bundle from torch with the adapter on the base as it is."""
-    from edgetune.export import bundle
-
-    source = bundle._source("a", shipped.run)
+    source = read_source("a", shipped.run)
     source = replace(source, metadata={**source.metadata, "base_precision": None})
     rows = shipped.manifest.proof["probe"]
     return prove_bundle(shipped.bundle, shipped.manifest, resolve_base(str(shipped.base)), [source], rows, threads=1)["a"].mean_kl
