@@ -1,6 +1,7 @@
 """The last passes: edgetune's linear layers and embeddings → the engine's operators, with adapter and head inputs.
 
-A packed linear layer is one `MatMul` or `MatMulNBits`. Where adapters are inputs, three nodes follow it:
+A packed linear layer is one `MatMul` or `MatMulNBits`; three small nodes add the offsets of a kept grid, where there are
+any: y = Q x + C s, with s the sums of x over each block. Where adapters are inputs, three nodes follow it:
 y = W₀x + (xA)B with A (group, in, rank) and B (group, rank, out); group is 1 (one adapter for the batch) or the batch.
 """
 
@@ -30,6 +31,8 @@ class _Lowering:
     def __init__(self, model: ir.Model, precision: Precision) -> None:
         self.graph, self.precision = model.graph, precision
         self.quantised: dict[str, Quantised] = {}
+        nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Embedding"]
+        self.tables = {table.name for node in nodes if (table := node.inputs[1]) is not None}
 
     def linear(self, node: ir.Node) -> ir.Value:
         """Replace a Linear or Packed node by one matrix product; returns its result."""
@@ -52,7 +55,7 @@ class _Lowering:
     def _quantised(
         self, node: ir.Node, source: ir.Value | None, weight: Tensor, bias: Tensor | None, *, bits: int, name: str, tied: str | None
     ) -> ir.Value:
-        q = quantise(weight, bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric)
+        q = self._rounded(weight, bits, offsets=tied not in self.tables)
         if tied is not None:
             self.quantised[tied] = q
         zeros = q.packed_zeros()
@@ -67,7 +70,25 @@ class _Lowering:
         while inputs[-1] is None:
             inputs.pop()
         sizes = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": q.block_size, "accuracy_level": ACCURACY_LEVEL}
-        return new_node(self.graph, node, "MatMulNBits", inputs, domain=MICROSOFT, attributes=sizes, name=name)[0]
+        product = new_node(self.graph, node, "MatMulNBits", inputs, domain=MICROSOFT, attributes=sizes, name=name)[0]
+        return product if q.offsets is None else self._with_offsets(node, source, product, q, name=name)
+
+    def _with_offsets(self, node: ir.Node, source: ir.Value | None, product: ir.Value, q: Quantised, *, name: str) -> ir.Value:
+        """product + C s; s (…, blocks) by a pooling node, which takes (batch, sequence, in) as its channels and width."""
+        assert q.offsets is not None and source is not None
+        size = q.block_size
+        if source.shape is not None and len(source.shape) == 3:
+            window = {"kernel_shape": [size], "strides": [size]}
+            means = new_node(self.graph, node, "AveragePool", [source], attributes=window, name=f"{name}.means")[0]
+        else:
+            blocks = torch.eye(q.offsets.shape[1]).repeat_interleave(size, 0) / size
+            means = new_node(self.graph, node, "MatMul", [source, constant(self.graph, f"{name}.blocks", blocks.numpy())])[0]
+        offsets = constant(self.graph, f"{name}.offsets", (q.offsets.t() * size).contiguous().numpy())
+        added = new_node(self.graph, node, "MatMul", [means, offsets], name=f"{name}.offset")[0]
+        return new_node(self.graph, node, "Add", [product, added], name=f"{name}.exact")[0]
+
+    def _rounded(self, weight: Tensor, bits: int, *, offsets: bool) -> Quantised:
+        return quantise(weight, bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric, offsets=offsets)
 
     def embedding(self, node: ir.Node) -> ir.Value:
         """A Gather; from the output projection's quantised bytes when the two are tied, so that they are kept once."""
@@ -99,7 +120,7 @@ class _Lowering:
             return None
         if tied is not None and tied.bits == bits:
             return tied
-        return quantise(_torch(table), bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric)
+        return self._rounded(_torch(table), bits, offsets=False)
 
 
 def lower(model: ir.Model, precision: Precision, *, adapter_inputs: bool, skip: Collection[str] = ()) -> list[Site]:
