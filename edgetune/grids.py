@@ -50,11 +50,12 @@ def _eight_bit(blocks: Tensor) -> Grid:
     scale = torch.where(largest == 0, 1.0, largest / LARGEST_8BIT)
     zero = torch.full_like(scale, 128.0)
     wide = _verified(blocks, torch.round(blocks / scale[:, None]) + 128, scale, zero, torch.zeros_like(scale))
-    if wide.ok.all():
+    exact = (_again(wide) == blocks).all(-1)
+    if exact.all():
         return wide
     four = _four_bit(blocks, offsets=False)
     centred = Grid((four.values.float() - four.zero[:, None] + 128).to(torch.uint8), four.scale, zero, four.offset, four.ok)
-    return _where(wide.ok, wide, centred)
+    return _where(exact | ~centred.ok, wide, centred)
 
 
 def _four_bit(blocks: Tensor, *, offsets: bool) -> Grid:

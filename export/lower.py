@@ -167,7 +167,9 @@ def _with_adapter(graph: ir.Graph, node: ir.Node, base: ir.Value) -> tuple[ir.Va
     high = _input(graph, f"{name}.lora_B", ("group", f"{name}.rank", sum(widths)))
     down = new_node(graph, node, "MatMul", [node.inputs[0], low], name=f"{name}.down")[0]
     up = new_node(graph, node, "MatMul", [down, high], name=f"{name}.up")[0]
-    result = new_node(graph, node, "Add", [base, up], name=f"{name}.adapted")[0]
+    exact = base.producer()
+    addends = list(exact.inputs) if exact is not None and exact.name == f"{name}.exact" else [base]  # one node adds all
+    result = new_node(graph, node, "Sum" if len(addends) > 1 else "Add", [*addends, up], name=f"{name}.adapted")[0]
     ends = np.cumsum(widths).tolist()
     parts = tuple(Part(path, end - width, end) for path, width, end in zip(modules, widths, ends, strict=True))
     return result, Site(name=name, A=str(low.name), B=str(high.name), in_features=columns, out_features=sum(widths), parts=parts)
