@@ -99,7 +99,8 @@ def _with_steps(blocks: Tensor, steps: int) -> Grid:
     offset = (low.double() + scale.double() * (zero - shift).double()).float()
     offset = torch.where(offset.abs() <= 2 * CLOSE * torch.maximum(low.abs(), high.abs()), 0.0, offset)
     values = torch.round((blocks - low[:, None]) / scale[:, None]) + shift[:, None]
-    return _verified(blocks, values, scale, zero, offset)
+    grid = _verified(blocks, values, scale, zero, offset)
+    return grid._replace(ok=grid.ok & (offset.abs() <= scale))  # a coarser grid may reach 0
 
 
 def _verified(blocks: Tensor, values: Tensor, scale: Tensor, zero: Tensor, offset: Tensor) -> Grid:

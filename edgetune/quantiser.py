@@ -4,8 +4,10 @@ A weight (out, in) is cut along `in` into blocks of `block_size`. Each block has
 `q` of 4 or 8 bits: w ≈ scale · (q − zero). Symmetric blocks have zero = 8 (or 128); the layout of the packed
 bytes is that of ONNX Runtime's `MatMulNBits` (two 4-bit values a byte, the lower one first).
 
-Rows that lie on a grid of these bits already keep it (`grids`); a block of theirs may have an offset that no integer
-zero expresses: w = scale · (q − zero) + offset.
+Rows that lie on a grid of these bits already keep it (`grids`). A block of theirs may have an offset that no integer zero
+expresses (GGUF's Q4_1): w = scale · (q − zero) + offset. Offsets become columns of the product of their own, one a block, which
+the graph feeds with the block's mean input; they are rounded to 4 bits, so that a weight moves by about a
+fiftieth of a step. Kept in float32 they would be exact, and cost more speed than int8 does (`benchmarks/RESULTS.md`).
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ ELEMENTS_AT_ONCE = 1 << 18  # a piece that stays in the cache: 6 times faster th
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised weight: values (out, blocks, block_size) uint8; scales, zeros or None, offsets or None (out, blocks)."""
+    """A quantised weight: values (out, blocks, block_size) uint8, scales (out, blocks), zeros (out, blocks) or None.
+
+    `inputs`: columns that the product reads: `columns`, and where blocks have offsets one more a block, for its mean input.
+    """
 
     values: Tensor
     scales: Tensor
     zeros: Tensor | None
     bits: int
     columns: int
-    offsets: Tensor | None = None
+    inputs: int
 
     @property
     def block_size(self) -> int:
@@ -41,10 +46,11 @@ class Quantised:
     def dequantise(self) -> Tensor:
         """The weight (out, in) in float32 that the engine computes with."""
         zero = float(1 << (self.bits - 1)) if self.zeros is None else self.zeros.float()[..., None]
-        weight = (self.values.float() - zero) * self.scales[..., None]
-        if self.offsets is not None:
-            weight += self.offsets[..., None]
-        return weight.flatten(1)[:, : self.columns].contiguous()
+        weight = ((self.values.float() - zero) * self.scales[..., None]).flatten(1)[:, : self.inputs]
+        weight, added = weight[:, : self.columns], weight[:, self.columns :]
+        if added.shape[1]:
+            weight = weight + (added / self.block_size).repeat_interleave(self.block_size, 1)
+        return weight.contiguous()
 
     def packed(self) -> Tensor:
         """values as bytes: (out, blocks, block_size · bits / 8)."""
@@ -74,10 +80,14 @@ def quantise(weight: Tensor, *, bits: int, block_size: int = 32, symmetric: bool
     offsets = offsets and columns % block_size == 0
     parts = [_stored(rows, bits, symmetric, offsets) for rows in blocks.split(max(1, ELEMENTS_AT_ONCE // padded.shape[1]))]
     values, scales, zeros, added = (torch.cat([part[i] for part in parts]) for i in range(4))
-    return Quantised(
-        values, scales, zeros if not symmetric or bool((zeros != 1 << (bits - 1)).any()) else None, bits, columns,
-        added if bool(added.any()) else None,
-    )  # fmt: skip
+    inputs = columns
+    if added.any():
+        inputs += added.shape[1]
+        more = torch.nn.functional.pad(added * block_size, (0, -added.shape[1] % block_size)).view(len(added), -1, block_size)
+        pairs = zip((values, scales, zeros), _asymmetric(more, bits), strict=True)
+        values, scales, zeros = (torch.cat(pair, 1) for pair in pairs)
+    needed = not symmetric or bool((zeros != 1 << (bits - 1)).any())
+    return Quantised(values, scales, zeros if needed else None, bits, columns, inputs)
 
 
 def _stored(blocks: Tensor, bits: int, symmetric: bool, offsets: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The last passes: edgetune's linear layers and embeddings → the engine's operators, with adapter and head inputs.
 
-A packed linear layer is one `MatMul` or `MatMulNBits`; three small nodes add the offsets of a kept grid, where there are
-any: y = Q x + C s, with s the sums of x over each block. Where adapters are inputs, three nodes follow it:
+A packed linear layer is one `MatMul` or `MatMulNBits`; where a kept grid has offsets, two small nodes before it
+append the means of x over each block, which the offsets' columns multiply. Where adapters are inputs, three nodes follow it:
 y = W₀x + (xA)B with A (group, in, rank) and B (group, rank, out); group is 1 (one adapter for the batch) or the batch.
 """
 
@@ -69,23 +69,21 @@ class _Lowering:
         ]
         while inputs[-1] is None:
             inputs.pop()
-        sizes = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": q.block_size, "accuracy_level": ACCURACY_LEVEL}
-        product = new_node(self.graph, node, "MatMulNBits", inputs, domain=MICROSOFT, attributes=sizes, name=name)[0]
-        return product if q.offsets is None else self._with_offsets(node, source, product, q, name=name)
+        if q.inputs > q.columns:
+            inputs[0] = self._with_means(node, source, q.block_size, name=name)
+        sizes = {"K": q.inputs, "N": weight.shape[0], "bits": bits, "block_size": q.block_size, "accuracy_level": ACCURACY_LEVEL}
+        return new_node(self.graph, node, "MatMulNBits", inputs, domain=MICROSOFT, attributes=sizes, name=name)[0]
 
-    def _with_offsets(self, node: ir.Node, source: ir.Value | None, product: ir.Value, q: Quantised, *, name: str) -> ir.Value:
-        """product + C s; s (…, blocks) by a pooling node, which takes (batch, sequence, in) as its channels and width."""
-        assert q.offsets is not None and source is not None
-        size = q.block_size
-        if source.shape is not None and len(source.shape) == 3:
+    def _with_means(self, node: ir.Node, source: ir.Value | None, size: int, *, name: str) -> ir.Value:
+        """[x, the mean of x over each block]; pooling takes (batch, sequence, in) as its channels and width."""
+        assert source is not None and source.shape is not None
+        if len(source.shape) == 3:
             window = {"kernel_shape": [size], "strides": [size]}
             means = new_node(self.graph, node, "AveragePool", [source], attributes=window, name=f"{name}.means")[0]
         else:
-            blocks = torch.eye(q.offsets.shape[1]).repeat_interleave(size, 0) / size
+            blocks = torch.eye(int(source.shape[-1]) // size).repeat_interleave(size, 0) / size  # type: ignore[arg-type]
             means = new_node(self.graph, node, "MatMul", [source, constant(self.graph, f"{name}.blocks", blocks.numpy())])[0]
-        offsets = constant(self.graph, f"{name}.offsets", (q.offsets.t() * size).contiguous().numpy())
-        added = new_node(self.graph, node, "MatMul", [means, offsets], name=f"{name}.offset")[0]
-        return new_node(self.graph, node, "Add", [product, added], name=f"{name}.exact")[0]
+        return new_node(self.graph, node, "Concat", [source, means], attributes={"axis": -1}, name=f"{name}.inputs")[0]
 
     def _rounded(self, weight: Tensor, bits: int, *, offsets: bool) -> Quantised:
         return quantise(weight, bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric, offsets=offsets)
@@ -167,9 +165,7 @@ def _with_adapter(graph: ir.Graph, node: ir.Node, base: ir.Value) -> tuple[ir.Va
     high = _input(graph, f"{name}.lora_B", ("group", f"{name}.rank", sum(widths)))
     down = new_node(graph, node, "MatMul", [node.inputs[0], low], name=f"{name}.down")[0]
     up = new_node(graph, node, "MatMul", [down, high], name=f"{name}.up")[0]
-    exact = base.producer()
-    addends = list(exact.inputs) if exact is not None and exact.name == f"{name}.exact" else [base]  # one node adds all
-    result = new_node(graph, node, "Sum" if len(addends) > 1 else "Add", [*addends, up], name=f"{name}.adapted")[0]
+    result = new_node(graph, node, "Add", [base, up], name=f"{name}.adapted")[0]
     ends = np.cumsum(widths).tolist()
     parts = tuple(Part(path, end - width, end) for path, width, end in zip(modules, widths, ends, strict=True))
     return result, Site(name=name, A=str(low.name), B=str(high.name), in_features=columns, out_features=sum(widths), parts=parts)
