@@ -4,7 +4,7 @@ The exporter decides on the traced graph, this on the modules; both ask `Precisi
 values are the same, bit for bit (rows of a weight are rounded on their own: packing layers changes nothing).
 
 In bf16 a frozen weight is rounded once more, held so or by autocast alike. On SmolLM2-135M (1,536 tokens of WikiText-2)
-that alone costs 1.3e-4 nats of KL, autocast as a whole 8.8e-4, the 4 bits themselves 0.46: training does not see the
+that alone costs 1.3e-4 nats of KL, autocast as a whole 8.8e-4, rounding to 4 bits itself 0.46: training does not see the
 difference, and `edgetune eval` and the proof compute in fp32.
 """
 
