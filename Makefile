@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# one process a core, a file's tests in one of them: they share the exports they make
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart test test-all check coverage clean
 
@@ -10,10 +12,10 @@ quickstart: $(STAMP)
 	$(BIN)/edgetune quickstart --out quickstart-out
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -q $(PARALLEL)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -67,7 +67,7 @@ def say(facts: dict[str, Any]) -> None:
 
 def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe that all trainers follow."""
-    from edgetune.recipe import load_recipe
+    from edgetune.recipe_file import load_recipe
 
     form = (
         'prompt = "{{ mr }}"\ncompletion = "{{ ref }}"\nsystem = ""'

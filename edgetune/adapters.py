@@ -28,6 +28,7 @@ from edgetune.recipe_checks import changes_the_base
 from edgetune.token_classifier import TokenClassifier
 
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
+PREFIX = "base_model.model."
 SCHEMA = 1
 ALL_LINEAR = "all-linear"
 TASKS = {
@@ -74,6 +75,7 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         alpha_pattern={name: _whole(alpha) for name, alpha in parameters.alpha_pattern.items()},
         modules_to_save=None if head is None else [head],
         init_lora_weights=True if parameters.init == "default" else parameters.init,
+        fan_in_fan_out=all(type(model.get_submodule(name)).__name__ == "Conv1D" for name in names),  # GPT-2's weights lie (in, out)
     )
     if parameters.init == "orthogonal" and (odd := _odd_ranks(parameters)):
         raise RecipeError('init = "orthogonal" needs an even rank', where="parameters.init", got=f"rank {odd}")
@@ -231,13 +233,34 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """Put the adapter in `folder` on a base model, for inference; every tensor that does not fit is listed."""
     config = LoraConfig.from_pretrained(str(folder))
     adapted = PeftModel(model, config)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = _without_copies({peft_name(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}, model, folder)
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     problems = mismatches(expected, tensors)
     if problems:
         raise AdapterError(f"{folder} does not fit the base model", got="; ".join(problems))
     set_peft_model_state_dict(adapted, tensors)
     return adapted.eval()
+
+
+def peft_name(name: str) -> str:
+    """A tensor's name as PEFT saves it: other tools leave the adapter's name (`.default`) in, or the prefix out."""
+    name = re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.default(?=\.|$)", r".\1", name.replace(".modules_to_save.default", ""))
+    return name if name.startswith(PREFIX) else f"{PREFIX}{name}"
+
+
+def _without_copies(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Without the copies of frozen weights that PEFT saves beside an adapter on an embedding or output projection.
+
+    AdapterError where such a copy is not what the base has: it was trained, or the vocabulary was extended.
+    """
+    own = model.state_dict()
+    kept = dict(tensors)
+    for name in [name for name in kept if name.endswith(".base_layer.weight")]:
+        theirs, ours = kept.pop(name), own.get(name.removeprefix(PREFIX))
+        if ours is None or ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), atol=1e-2, rtol=1e-2):
+            got = "none here" if ours is None else f"shape {tuple(theirs.shape)}" if ours.shape != theirs.shape else "other values"
+            raise AdapterError(f"{name} is not the base's own weight", where=str(folder), got=got, fix="Export it on the base it was trained on.")
+    return kept
 
 
 def mismatches(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:

@@ -6,12 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetune.batching import IGNORE, Batch
 from edgetune.heads import unwrapped
 from edgetune.projection import can_fuse, projected_loss, projection_captured
+
+# Families whose model reads positions but not where they start again (transformers 5.23).
+BLIND_TO_PACKING = frozenset({"opt"})
 
 
 class Objective(Protocol):
@@ -28,7 +32,7 @@ def sft(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         return F.cross_entropy(logits, targets), targets.numel()
     labelled, targets = next_token_targets(batch)
     with projection_captured(model, labelled) as hidden:
-        model(input_ids=batch.input_ids, use_cache=False, **_positions(batch))
+        model(input_ids=batch.input_ids, use_cache=False, **_packing(model, batch))
     return projected_loss(model, hidden[0], targets), targets.numel()
 
 
@@ -62,7 +66,7 @@ def completion_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     labelled, targets = next_token_targets(batch)
     with projection_only_at(model, labelled):
-        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **_positions(batch)).logits
+        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **_packing(model, batch)).logits
     return logits.reshape(-1, logits.shape[-1]).float(), targets
 
 
@@ -72,8 +76,14 @@ def next_token_targets(batch: Batch) -> tuple[Tensor, Tensor]:
     return F.pad(labelled, (0, 1)), batch.labels[:, 1:][labelled]
 
 
-def _positions(batch: Batch) -> dict[str, Tensor]:
-    return {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+def _packing(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """What tells the model where packed documents begin."""
+    if batch.position_ids is None:
+        return {}
+    packed = {"position_ids": batch.position_ids}
+    if unwrapped(model).config.model_type in BLIND_TO_PACKING:
+        packed["attention_mask"] = documents_apart(batch.position_ids)
+    return packed
 
 
 def masked_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -82,6 +92,13 @@ def masked_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     with projection_only_at(model, labelled):
         logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     return logits.reshape(-1, logits.shape[-1]).float(), batch.labels[labelled]
+
+
+def documents_apart(position_ids: Tensor) -> Tensor:
+    """(batch, 1, seq, seq), added to attention's scores: 0 where a token sees another of its own document, not later."""
+    document = (position_ids == 0).cumsum(1)  # (batch, seq)
+    seen = (document[:, :, None] == document[:, None, :]).tril()
+    return torch.zeros(seen.shape).masked_fill_(~seen.cpu(), torch.finfo(torch.float32).min)[:, None].to(position_ids.device)
 
 
 @contextlib.contextmanager

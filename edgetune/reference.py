@@ -7,13 +7,14 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from edgetune.recipe import Data, Forgetting, Parameters, Recipe, Replay, Stage
+from edgetune.recipe import Data, Forgetting, Generation, Parameters, Recipe, Replay, Stage
 from edgetune.settings import describe, toml_value
 
 SECTIONS = (
     (Recipe, "top of the file"),
     (Parameters, "[parameters]"),
     (Forgetting, "[forgetting]"),
+    (Generation, "[generation]"),
     (Stage, "[[stage]]"),
     (Data, "data of a stage"),
     (Replay, "replay of a stage"),

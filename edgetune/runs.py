@@ -13,7 +13,8 @@ from edgetune.full_model import full_folder, own_base, read_full
 from edgetune.heads import RewardModel
 from edgetune.layout import ADAPTER, LAYOUT, RECIPE
 from edgetune.masked_lm import load_masked_lm
-from edgetune.recipe import Recipe, load_recipe
+from edgetune.recipe import Recipe
+from edgetune.recipe_file import load_recipe
 from edgetune.token_classifier import build_classifier
 from edgetune.weight_precision import trained_precision
 

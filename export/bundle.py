@@ -13,9 +13,11 @@ import onnx_ir as ir
 from edgetune import __version__
 from edgetune.adapters import load_adapter, read_metadata
 from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
-from edgetune.errors import AdapterError, ExportError, OutputError
+from edgetune.errors import AdapterError, ExportError, OutputError, listed
+from edgetune.export import merging
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.decisions import decide_by
+from edgetune.export.families import cache_sizes, fixed_length, known_family
 from edgetune.export.graphfile import (
     DATA,
     ENGINE,
@@ -28,7 +30,16 @@ from edgetune.export.graphfile import (
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
 from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, token_outputs, torch_outputs
-from edgetune.export.proof import BOUNDS, Outputs, Proof, coarsest, demand, prove, prove_head, prove_parity
+from edgetune.export.proof import (
+    BOUNDS,
+    Outputs,
+    Proof,
+    coarsest,
+    demand,
+    prove,
+    prove_head,
+    prove_parity,
+)
 from edgetune.export.reference import judged_by, reference_base, trained_base, warning
 from edgetune.export.token_head import add_token_head
 from edgetune.export.trace import trace_decoder, trace_encoder
@@ -70,6 +81,7 @@ class Source:
     metadata: Mapping[str, Any]  # edgetune_adapter.json; empty for an adapter of another tool
     config: Mapping[str, Any]  # PEFT's adapter_config.json
     modules: frozenset[str]  # where it has low-rank weights
+    problems: tuple[str, ...] = ()  # what adapter inputs cannot express
     is_model: bool = False  # all weights were trained: `folder` is a base of its own
 
     @property
@@ -107,6 +119,7 @@ def export_bundle(
         mode = "merged"
     _check(sources, mode, precision, base_name)
     base = _base(sources, base_name)
+    known_family(base.model_type, kind=base.kind)  # before anything is loaded
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
@@ -114,7 +127,7 @@ def export_bundle(
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
-        demand(proofs, where=str(out))
+        demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights != "fp32")
         manifest = replace(manifest, proof=_proof_document(proofs, rows, precision), files=_digests(folder))
         write_json(folder / MANIFEST, manifest.to_dict())
     return manifest
@@ -149,7 +162,7 @@ def _source(name: str, folder: Path) -> Source:
     if metadata.get("task") == "reward":
         fix = "Use it where it is: in `reward` of a grpo stage, or with `edgetune eval`."
         raise ExportError("reward adapters cannot be exported yet", where=str(folder), fix=fix)
-    return Source(name, inner, metadata, read.config, frozenset(read.modules or ()))
+    return Source(name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems))
 
 
 def _what_is(folder: Path) -> str:
@@ -180,6 +193,11 @@ def _check(sources: Sequence[Source], mode: str, precision: Precision, base_name
             raise ExportError(
                 "DoRA rescales the rows of W₀ + BA by a learned magnitude, which adapter inputs cannot express", where=str(source.folder),
                 fix="Export it with --mode merged, or train with dora = false.",
+            )  # fmt: skip
+        if mode == "separate" and source.problems:
+            raise AdapterError(
+                f"adapter inputs cannot take this adapter, nothing was written: {listed(source.problems, 'mismatches')}", where=str(source.folder),
+                fix="--mode merged takes what PEFT can merge, and its proof says whether it did.",
             )  # fmt: skip
 
 
@@ -270,7 +288,7 @@ def _torch_model(base: Base, source: Source | None = None, *, merge: bool = Fals
         pooling = source.metadata.get("pooling") or base.pooling
         model = build_classifier(body, task=source.task or "", labels=len(source.labels), pooling=pooling)
     adapted = load_adapter(model, source.folder).eval()
-    return adapted.merge_and_unload() if merge else adapted
+    return merging.merge(adapted, where=str(source.folder)) if merge else adapted
 
 
 def _graph(
@@ -278,12 +296,12 @@ def _graph(
 ) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None]:
     """Trace, simplify, quantise; what the runtime must know of the result."""
     config, body = model.config, model.body if isinstance(model, SequenceClassifier) else model
-    max_length = min(base.max_length, LARGEST_CONTEXT)
+    max_length = fixed_length(config, min(base.max_length, LARGEST_CONTEXT))
+    shape: dict[str, Any]
     if base.kind == "decoder":
-        graph = trace_decoder(body, max_length=max_length)
-        shape = {"layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        graph, shape = trace_decoder(body, max_length=max_length), asdict(cache_sizes(config))
     else:
-        graph = trace_encoder(body, pooling=base.pooling or "mean")
+        graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
         shape = {"cache_dtype": None, "pooling": base.pooling}
     simplify(graph)
     say(f"writing weights as {precision.weights}")
@@ -352,11 +370,11 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     reference = reference_base(base, source.metadata, manifest)
     model = _torch_model(reference, source)
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
-    del model
     decide = decide_by(source.problem, trained)
     trained, trained_off = decide(trained), decide(trained_off)
-    if source.is_model:
-        trained_off = torch_outputs(_torch_model(_original_base(source)), rows, adapter=True)
+    original = _torch_model(_original_base(source)) if source.is_model else None
+    if original is not None:
+        trained_off = torch_outputs(original, rows, adapter=True)
 
     def ship(tensors: Any) -> Outputs:
         if isinstance(engine, DecoderEngine):
@@ -368,7 +386,11 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
         tensors = None if manifest.mode == "merged" else pack_adapter(source.folder, manifest, name=source.name).tensors
         return prove_head(trained=trained, shipped=ship(tensors), precision=judged)
     if manifest.mode == "merged":
-        return prove(trained=trained, trained_off=trained_off, shipped=ship(None), shipped_off=trained_off, precision=judged)
+        return merging.prove_merged(
+            model, original, rows, trained=trained, trained_off=trained_off, shipped=ship(None), stored=manifest.precision, judged=judged,
+            decide=decide,
+        )  # fmt: skip
+    del model  # the engine needs the memory
     tensors = pack_adapter(source.folder, manifest, name=source.name).tensors
     only_head = {name: tensor for name, tensor in tensors.items() if manifest.head and name in (manifest.head.weight, manifest.head.bias)}
     shipped, shipped_off = ship(tensors), ship(only_head or None)

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from edgetune.bases import Base
 from edgetune.errors import OutputError
+from edgetune.export.families import DECODERS, cache_sizes
 from edgetune.export.graphfile import STANDARD
 from edgetune.files import write_json
 from edgetune.runtime.adapters import PackedAdapter
@@ -54,15 +55,15 @@ def _listed(value: Any) -> list[Any]:
 
 def write_genai_config(config: Any, tokenizer: TokenizerInfo, folder: Path, *, max_length: int) -> None:
     """`genai_config.json`, so that onnxruntime-genai opens this folder as it is."""
-    ends = list(tokenizer.eos_token_ids)
+    ends, sizes = list(tokenizer.eos_token_ids), cache_sizes(config)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": STANDARD,
-        "head_size": config.head_dim,
+        "head_size": sizes.head_dim,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
+        "num_hidden_layers": sizes.layers,
+        "num_key_value_heads": sizes.kv_heads,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
@@ -76,7 +77,7 @@ def write_genai_config(config: Any, tokenizer: TokenizerInfo, folder: Path, *, m
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
         "context_length": max_length,
-        "type": config.model_type,
+        "type": DECODERS[config.model_type].genai,
         "vocab_size": config.vocab_size,
         "decoder": decoder,
     }

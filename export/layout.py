@@ -12,16 +12,27 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.export.trace import DOMAIN
+from edgetune.export.leaves import DOMAIN
+from edgetune.export.reshapes import (
+    attend_to_packed,
+    commute_transposes,
+    constant_reshapes,
+    drop_reshapes,
+    fold_query_scale,
+    keep_rows_apart,
+    same_shape,
+    split_instead_of_unbind,
+)
+from edgetune.export.reshapes import replace as replace
 
 MICROSOFT = "com.microsoft"
-ATTENTION = {"GroupQueryAttention", "MultiHeadAttention"}
 
 
 def simplify(model: ir.Model) -> None:
     """Run every pass, in order, and drop what nothing reads any more."""
     graph = model.graph
-    drop_reshapes(graph)
+    for tidy in (split_instead_of_unbind, commute_transposes, keep_rows_apart, drop_reshapes, fold_query_scale, constant_reshapes, attend_to_packed):
+        tidy(graph)
     drop_dead(model)
     pack_linears(graph)
     fuse_silu(graph)
@@ -59,35 +70,6 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
     graph.register_initializer(value)
     return value
-
-
-def replace(old: ir.Value, new: ir.Value) -> None:
-    """Let every reader of `old` read `new`; graph outputs keep their name."""
-    new.shape = new.shape or old.shape
-    new.type = new.type or old.type
-    name = old.name if old.is_graph_output() else None
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    if name is not None:
-        old.name, new.name = f"{name}.traced", name
-
-
-def drop_reshapes(graph: ir.Graph) -> None:
-    """Reshape chains around attention, (B, S, H·D) → (B, S, H, D) → (B, S, H·D), are the identity."""
-    for node in list(graph):
-        if node.op_type != "Reshape":
-            continue
-        root = node.inputs[0]
-        while root is not None and (maker := root.producer()) is not None and maker.op_type == "Reshape":
-            root = maker.inputs[0]
-        if root is not None and root is not node.inputs[0] and _same_shape(root, node.outputs[0]):
-            replace(node.outputs[0], root)
-
-
-def _same_shape(a: ir.Value, b: ir.Value) -> bool:
-    """Of equal rank and equal last dimension, with at most one dimension unknown: a reshape cannot have moved anything."""
-    if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
-        return False
-    return all(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def pack_linears(graph: ir.Graph) -> None:
@@ -181,4 +163,4 @@ def fuse_skip_norm(graph: ir.Graph) -> None:
 def _hidden_states(add: ir.Node) -> bool:
     """Both operands are full hidden states (no broadcast bias, no constant)."""
     a, b = add.inputs
-    return a is not None and b is not None and a.shape is not None and b.shape is not None and _same_shape(a, b)
+    return a is not None and b is not None and a.shape is not None and b.shape is not None and same_shape(a, b)

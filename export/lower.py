@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgetune.export.layout import MICROSOFT, constant, drop_dead, new_node, replace
-from edgetune.export.trace import DOMAIN
+from edgetune.export.leaves import DOMAIN
 from edgetune.quantiser import Quantised, quantise
 from edgetune.runtime.manifest import HeadInfo, Part, Site
 from edgetune.weight_precision import BITS, Precision
@@ -70,18 +70,18 @@ class _Lowering:
         while inputs[-1] is None:
             inputs.pop()
         if q.inputs > q.columns:
-            inputs[0] = self._with_means(node, source, q.block_size, name=name)
+            inputs[0] = self._with_means(node, source, q, name=name)
         sizes = {"K": q.inputs, "N": weight.shape[0], "bits": bits, "block_size": q.block_size, "accuracy_level": ACCURACY_LEVEL}
         return new_node(self.graph, node, "MatMulNBits", inputs, domain=MICROSOFT, attributes=sizes, name=name)[0]
 
-    def _with_means(self, node: ir.Node, source: ir.Value | None, size: int, *, name: str) -> ir.Value:
+    def _with_means(self, node: ir.Node, source: ir.Value | None, q: Quantised, *, name: str) -> ir.Value:
         """[x, the mean of x over each block]; pooling takes (batch, sequence, in) as its channels and width."""
-        assert source is not None and source.shape is not None
-        if len(source.shape) == 3:
-            window = {"kernel_shape": [size], "strides": [size]}
+        assert source is not None
+        if source.shape is not None and len(source.shape) == 3:
+            window = {"kernel_shape": [q.block_size], "strides": [q.block_size]}
             means = new_node(self.graph, node, "AveragePool", [source], attributes=window, name=f"{name}.means")[0]
         else:
-            blocks = torch.eye(int(source.shape[-1]) // size).repeat_interleave(size, 0) / size  # type: ignore[arg-type]
+            blocks = torch.eye(q.inputs - q.columns).repeat_interleave(q.block_size, 0) / q.block_size
             means = new_node(self.graph, node, "MatMul", [source, constant(self.graph, f"{name}.blocks", blocks.numpy())])[0]
         return new_node(self.graph, node, "Concat", [source, means], attributes={"axis": -1}, name=f"{name}.inputs")[0]
 

@@ -13,7 +13,7 @@ import torch
 from edgetune.errors import EdgetuneError
 from edgetune.export.proof import Outputs
 from edgetune.heads import SequenceClassifier
-from edgetune.recipe import load_recipe
+from edgetune.recipe_file import load_recipe
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
 from edgetune.token_classifier import TokenClassifier
 

@@ -73,6 +73,8 @@ class Proof:
     direction: float
     strength: float
     failures: tuple[str, ...]
+    survived: Mapping[str, Any] | None = None
+    """after a quantised merge: what rounding left of ΔW (`survival.summary`)"""
 
     @property
     def passed(self) -> bool:
@@ -85,6 +87,9 @@ class Proof:
 
     def line(self) -> str:
         """For a person."""
+        return self._figures() + ("" if self.survived is None else f"; {_survival_line(self.survived)}")
+
+    def _figures(self) -> str:
         return (
             f"max |Δ| {self.max_abs:.1e}, KL {self.mean_kl:.2e} nats, top-1 {self.top1:.1%}; adapter effect "
             f"{self.adapter_kl:.3g} nats, recovered {self.recovered:.1%}, direction {self.direction:.3f}, strength {self.strength:.2f}"
@@ -186,12 +191,36 @@ def _centred(x: Array) -> Array:
     return x - x.mean(-1, keepdims=True)
 
 
-def demand(proofs: Mapping[str, Proof], *, where: str) -> None:
+def with_survival(proof: Proof, survived: Mapping[str, Any], *, least: float) -> Proof:
+    """The proof of a quantised merge with what rounding left of the weights; under `least` of ΔW it fails."""
+    failures = proof.failures
+    if not survived["strength"] >= least:
+        lost = f"rounding leaves {survived['strength']:.0%} of ΔW, bound {least:.0%}, least in {survived['weakest']}"
+        failures = (*failures, lost)
+    return replace(proof, survived=survived, failures=failures)
+
+
+def _survival_line(survived: Mapping[str, Any]) -> str:
+    weakest = survived["layers"][survived["weakest"]]
+    return (
+        f"ΔW after rounding: strength {survived['strength']:.2f}, direction {survived['direction']:.3f} "
+        f"(weakest {survived['weakest']}: {weakest['strength']:.2f}, {weakest['direction']:.3f})"
+    )
+
+
+TRY = "Try a higher --precision (int8, fp32), or --mode separate; if torch itself shows no effect, train longer."
+TRY_AFTER_MERGING = (
+    "Try --precision int8, a smaller --block-size, or --mode separate (the adapter then stays as it was trained, beside the quantised base); "
+    "or train longer: a larger change survives."
+)
+
+
+def demand(proofs: Mapping[str, Proof], *, where: str, merged: bool = False) -> None:
     """ProofError that lists every adapter that failed and why, when any did."""
     failed = {name: proof for name, proof in proofs.items() if not proof.passed}
     if failed:
         reasons = "; ".join(f"{name}: {', '.join(proof.failures)}" for name, proof in failed.items())
         raise ProofError(
             f"the proof failed: {reasons}", where=where,
-            fix="Nothing was written. Try a higher --precision (int8, fp32), or --mode separate; if torch itself shows no effect, train longer.",
+            fix=f"Nothing was written. {TRY_AFTER_MERGING if merged else TRY}",
         )  # fmt: skip

@@ -7,12 +7,16 @@ then torch has the base as it is, as for every other adapter, and the export say
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from edgetune.adapters import METADATA
 from edgetune.bases import Base
 from edgetune.export.proof import coarsest
+from edgetune.layout import ADAPTER
 from edgetune.quantiser import ROUNDING
 from edgetune.runtime import manifest as bundle
 from edgetune.runtime.trained_for import is_held
@@ -23,6 +27,20 @@ def trained_base(base: Base, metadata: Mapping[str, Any]) -> Base:
     """The base with the weights that an adapter was trained on, by its metadata."""
     recorded = metadata.get("base_precision")
     return base if recorded is None else replace(base, precision=trained_precision(recorded, where=base.name))
+
+
+def precision_trained_for(folders: Sequence[Path]) -> str | None:
+    """The one precision that all of these runs or adapters were trained for (`base_precision`); None where they differ or
+    say nothing. A folder that cannot be read says nothing here: exporting it raises."""
+    found: set[str | None] = set()
+    for folder in folders:
+        inner = folder / ADAPTER if (folder / ADAPTER / METADATA).is_file() else folder
+        try:
+            recorded = json.loads((inner / METADATA).read_text(encoding="utf-8")).get("base_precision")
+            found.add(recorded and str(recorded["weights"]))
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            found.add(None)
+    return found.pop() if len(found) == 1 else None
 
 
 def reference_base(base: Base, metadata: Mapping[str, Any], manifest: bundle.Manifest) -> Base:

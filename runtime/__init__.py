@@ -18,27 +18,31 @@ if __name__ == "runtime":  # a second copy of every module would be made under t
 if TYPE_CHECKING:
     from edgetune.runtime.adapters import PackedAdapter as PackedAdapter
     from edgetune.runtime.adapters import pack_adapter as pack_adapter
+    from edgetune.runtime.answers import Classification as Classification
+    from edgetune.runtime.answers import Completion as Completion
     from edgetune.runtime.engine import DecoderEngine as DecoderEngine
     from edgetune.runtime.engine import EncoderEngine as EncoderEngine
     from edgetune.runtime.generation import GenerationSettings as GenerationSettings
     from edgetune.runtime.manifest import Manifest as Manifest
     from edgetune.runtime.manifest import read_manifest as read_manifest
     from edgetune.runtime.manifest import verify_files as verify_files
-    from edgetune.runtime.runtime import Classification as Classification
-    from edgetune.runtime.runtime import Completion as Completion
     from edgetune.runtime.runtime import Runtime as Runtime
+    from edgetune.runtime.scheduler import GenerationRequest as GenerationRequest
+    from edgetune.runtime.scheduler import Scheduler as Scheduler
     from edgetune.runtime.tagging import TaggedSpan as TaggedSpan
     from edgetune.runtime.tagging import TaggedWord as TaggedWord
     from edgetune.runtime.tagging import Tagging as Tagging
 
 HOMES = {
     "Runtime": "runtime",
-    "Completion": "runtime",
-    "Classification": "runtime",
+    "Completion": "answers",
+    "Classification": "answers",
     "Tagging": "tagging",
     "TaggedWord": "tagging",
     "TaggedSpan": "tagging",
     "GenerationSettings": "generation",
+    "GenerationRequest": "scheduler",
+    "Scheduler": "scheduler",
     "DecoderEngine": "engine",
     "EncoderEngine": "engine",
     "Manifest": "manifest",

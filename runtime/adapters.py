@@ -133,6 +133,10 @@ def _place(read: LoraFolder, manifest: Manifest) -> Placed:
         if found in placed:
             read.problems.append(f"{key}: two modules of the file name the same part of the graph")
         placed[found] = (a, b)
+        if (copy := read.copies.get(module)) is not None and copy != (width, site.in_features):
+            expected = (width, site.in_features)
+            read.problems.append(f"{key}.base_layer.weight: expected {expected}, got {copy}; it was trained on another vocabulary")
+    read.problems += [f"{PREFIX}{name}.base_layer.weight: unknown" for name in read.copies.keys() - read.deltas.keys()]
     return placed
 
 

@@ -128,7 +128,7 @@ class DecoderEngine(GraphSession):
         `capacity`: tokens a row may reach, prompt included; None: up to the next multiple of 64 with room for 64.
         InputError when a prompt is empty, holds an unknown id, or is longer than the graph's context.
         """
-        self._check(rows)
+        self.check(rows)
         longest = max(map(len, rows))
         wanted = min(capacity or longest + CACHE_STEP, self.graph.max_length)
         state = DecodeState(
@@ -147,7 +147,7 @@ class DecoderEngine(GraphSession):
         positions: Sequence[Sequence[int]] | None = None,
     ) -> list[Float32]:
         """Logits of every position (len, vocab), or of `positions` a row (k, vocab), by one prefill."""
-        self._check(rows)
+        self.check(rows)
         wanted = (
             [list(range(len(row))) for row in rows] if positions is None else [list(p) for p in positions]
         )
@@ -159,7 +159,8 @@ class DecoderEngine(GraphSession):
         logits = state.prefill(rows, index=index)
         return [logits[i, : len(row)].copy() for i, row in enumerate(wanted)]
 
-    def _check(self, rows: Sequence[Sequence[int]]) -> None:
+    def check(self, rows: Sequence[Sequence[int]]) -> None:
+        """InputError when a prompt is empty, holds an unknown id, or is longer than the graph's context."""
         if not rows:
             raise InputError("no rows", expected="one prompt at least")
         for i, row in enumerate(rows):

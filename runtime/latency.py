@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.errors import BundleError, EdgetuneError
+from edgetune.runtime.manifest import TAGGING
 from edgetune.runtime.verdict import Speed, summary
 
 WARM_UP = 2
@@ -140,7 +141,8 @@ def _run(runtime: Any, name: str | None, workload: Workload, *, seed: int) -> di
     tensors = runtime.bound(name)
     start = time.perf_counter()
     if not runtime.manifest.is_decoder:
-        runtime.encoder.run([ids], [tensors], pad_token_id=tokenizer.pad_token_id)
+        ask = runtime.encoder.tokens if runtime.task(name) == TAGGING else runtime.encoder.run
+        ask([ids], [tensors], pad_token_id=tokenizer.pad_token_id)
         return {"request_ms": [(time.perf_counter() - start) * 1e3]}
     state, logits = runtime.decoder.start([ids], [tensors], capacity=count + workload.new_tokens)
     token = int(logits[0].argmax())

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from edgetune.files import sha256_file
 Array = npt.NDArray[Any]
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
 PREFIX = "base_model.model."
-LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 HEAD = re.compile(r"(?P<name>classifier|score)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>weight|bias)")
+COPY = ".base_layer.weight"
 HEAD_NAMES = ("classifier", "score")
 
 # Configurations whose answer is not W + scaling·BA. Each says what to do instead.
@@ -58,6 +60,8 @@ class LoraFolder:
     """module → A (r, in) float32 and scaling·B (out, r) float32"""
     head: dict[str, Array] = field(default_factory=dict)
     """weight (labels, hidden) and bias (labels,)"""
+    copies: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """module → shape of the frozen base weight that PEFT saves beside an adapter on an output projection"""
     problems: list[str] = field(default_factory=list)
     modules: set[str] | None = None
     """every module the file names, usable or not; None when the file could not be read"""
@@ -85,19 +89,18 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
     metadata = _read_json(path, METADATA, required=False)
     read = LoraFolder(path=path, config=config or {}, metadata=metadata)
     read.problems += _config_problems(read.config)
-    weights = path / WEIGHTS
-    tensors: dict[str, Array] | None = None
-    try:
-        tensors = read_safetensors(weights)
-        read.digest = sha256_file(weights)
-    except FileNotFoundError:
-        read.problems.append(f"{WEIGHTS}: missing")
-    except ValueError as error:
-        read.problems.append(f"{WEIGHTS}: {error}")
-    if metadata is not None:
-        read.problems += _metadata_problems(read, metadata, base_digest)
-    if tensors is not None:
-        _sort_tensors(tensors, read)
+    weights, place = path / WEIGHTS, len(read.problems)
+    with ThreadPoolExecutor(1) as beside:  # hashing takes a third of the time, and another core can do it
+        digest = beside.submit(sha256_file, weights)
+        try:
+            _sort_tensors(read_safetensors(weights), read)
+            read.digest = digest.result()
+        except FileNotFoundError:
+            read.problems.append(f"{WEIGHTS}: missing")
+        except ValueError as error:
+            read.problems.append(f"{WEIGHTS}: {error}")
+    if metadata is not None:  # said first: another base explains every other misfit
+        read.problems[place:place] = _metadata_problems(read, metadata, base_digest)
     return read
 
 
@@ -261,9 +264,11 @@ def _sort_tensors(tensors: Mapping[str, Array], read: LoraFolder) -> None:
             read.modules.add(match["module"])
         elif match := HEAD.fullmatch(name):
             read.head[match["part"]] = tensor
+        elif name.endswith(COPY):
+            read.copies[name.removesuffix(COPY)] = tensor.shape
         else:
             read.problems.append(f"{key} {tensor.shape}: unknown, {_why_unknown(name)}")
-        if not np.isfinite(tensor).all():
+        if not math.isfinite(float(tensor.sum())) and not np.isfinite(tensor).all():  # a sum is quicker, and may overflow
             read.problems.append(f"{key}: holds NaN or infinite values")
     for module, pair in sides.items():
         problem = _pair_problem(read.config, module, pair)

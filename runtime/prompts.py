@@ -23,6 +23,7 @@ def chat_text(
     *,
     special_tokens: Mapping[str, Any],
     add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Render a conversation as `PreTrainedTokenizer.apply_chat_template(tokenize=False)` does."""
     from jinja2 import TemplateError
@@ -33,7 +34,7 @@ def chat_text(
     try:
         return _compiled(template).render(
             messages=plain,
-            tools=None,
+            tools=None if tools is None else json.loads(json.dumps(list(tools))),
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **special_tokens,

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 from edgetune.errors import AdapterError, InputError
 from edgetune.files import whole_file
+from edgetune.runtime.answers import Classification
 from edgetune.runtime.manifest import TAGGING
 from edgetune.runtime.prompts import check_messages, columns_of, render_columns
-from edgetune.runtime.runtime import Classification, Prompt, Runtime
+from edgetune.runtime.runtime import Prompt, Runtime
 from edgetune.runtime.tagging import Tagging, Words, check_words, read_words
 
 BATCH = 8
@@ -28,7 +29,7 @@ class Request:
     where: str
     row: dict[str, Any]
     adapter: str | None
-    content: Prompt | list[str]  # a list of strings: words to be tagged
+    content: Prompt | Words  # a list of strings: words to be tagged
     tokens: int
     """length of the prompt, by which rows are batched"""
 
@@ -113,7 +114,7 @@ def _request(
         form = None if chosen is None else runtime.adapter(chosen).prompt_format
         if runtime.manifest.is_decoder:
             prompt = prompt_of(row, form, where=where)
-            content: Prompt | list[str] = prompt
+            content: Prompt | Words = prompt
             tokens = len(runtime.prompt_ids(prompt, chosen))
         elif runtime.task(chosen) == TAGGING:
             words = words_of(row, form, where=where)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,16 +15,22 @@ import numpy.typing as npt
 from edgetune.devices.host import release_free_memory
 from edgetune.errors import BundleError, InputError, listed
 from edgetune.runtime.adapters import PackedAdapter
+from edgetune.runtime.answers import (
+    Classification,
+    Completion,
+    TextStream,
+    classification_of,
+    completion_of,
+    unit_length,
+)
 from edgetune.runtime.binding import AdapterRow
 from edgetune.runtime.engine import DecoderEngine, DecodeState, EncoderEngine
-from edgetune.runtime.generation import GenerationSettings, TokenSequence, settings_from, softmax
+from edgetune.runtime.generation import GenerationSettings, TokenSequence, settings_from
 from edgetune.runtime.manifest import TAGGING, Manifest, read_manifest, verify_files
 from edgetune.runtime.prompts import Message, check_messages, with_system
-from edgetune.runtime.registry import AdapterRegistry
+from edgetune.runtime.registry import AdapterRegistry, InUse
 from edgetune.runtime.tagging import Tagging, Words, read_words
 from edgetune.runtime.tokenizer import BundleTokenizer
-
-THRESHOLD, VALUE = 0.5, "value"
 
 Prompt = str | Sequence[Message]
 """A finished prompt (the user's turn of a chat model), or a conversation."""
@@ -33,80 +39,58 @@ GENERATE_ROWS, ENCODE_ROWS = 16, 32
 """Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's list."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One generated text. `finish_reason`: "stop" (end token or stop text) or "length"; times in milliseconds."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    ttft_ms: float
-    tpot_ms: float | None
-    """Mean time of the tokens after the first; None when there is only one."""
-
-
-@dataclass(frozen=True)
-class Classification:
-    """The most likely label, its probability, and every label's.
-
-    Of an adapter for several labels (multi-label) `labels` are those of at least 0.5, which need not include `label`,
-    and each has a probability of its own. Of one for numbers (regression) `value` is the number; `label` is "value",
-    and `score` and `scores` hold the number too.
-    """
-
-    label: str
-    score: float
-    scores: dict[str, float]
-    labels: tuple[str, ...] | None = None
-    value: float | None = None
-
-
-class TextStream:
-    """Pieces of one text as they become certain; `completion` is there after the last."""
-
-    def __init__(self, pieces: Iterator[str | Completion]) -> None:
-        self._pieces = pieces
-        self.completion: Completion | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            if isinstance(piece, Completion):
-                self.completion = piece
-            else:
-                yield piece
-
-
 class Runtime:
     """One base model and its adapters. Open it with `Runtime.open(folder)`; use it as a context manager.
 
     Every call prepares its own rows and cache, so several streams may be read in turn or from several threads.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        adapter_folder: Path | None = None,
+        adapter_memory_mb: float | None = None,
+    ) -> None:
         self.folder, self.manifest = folder, manifest
         self.tokenizer = BundleTokenizer(folder, manifest)
         release_free_memory()  # what parsing the vocabulary took
-        self._registry = AdapterRegistry(folder, manifest)
+        self.registry = AdapterRegistry(
+            folder, manifest, adapter_folder=adapter_folder, memory_mb=adapter_memory_mb
+        )
         self.decoder = DecoderEngine(folder, manifest, threads=threads) if manifest.is_decoder else None
         self.encoder = None if manifest.is_decoder else EncoderEngine(folder, manifest, threads=threads)
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
 
     @classmethod
-    def open(cls, folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Runtime:
-        """Open a bundle. `verify` compares every file's sha256 with the manifest first; BundleError lists what differs."""
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        adapter_folder: str | Path | None = None,
+        adapter_memory_mb: float | None = None,
+    ) -> Runtime:
+        """Open a bundle. `verify` compares every file's sha256 with the manifest first; BundleError lists what differs.
+
+        `adapter_folder` and `adapter_memory_mb`: see AdapterRegistry.
+        """
         path = Path(folder)
         manifest = read_manifest(path)
         if verify and (differing := verify_files(path, manifest)):
             problems = listed(differing, "files differ")
             fix = "Copy the bundle again, or export it again."
             raise BundleError(f"the bundle is not as exported: {problems}", where=str(path), fix=fix)
-        return cls(path, manifest, threads=threads)
+        many = None if adapter_folder is None else Path(adapter_folder)
+        return cls(path, manifest, threads=threads, adapter_folder=many, adapter_memory_mb=adapter_memory_mb)
 
     def close(self) -> None:
         """Let go of the session's and the adapters' memory."""
         self.decoder = self.encoder = None
-        self._registry = AdapterRegistry(self.folder, self.manifest)
+        self.registry = AdapterRegistry(self.folder, self.manifest)
 
     def __enter__(self) -> Runtime:
         return self
@@ -119,24 +103,44 @@ class Runtime:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names that can be used: shipped in the bundle, or loaded."""
-        return self._registry.names()
+        return self.registry.names()
 
-    def load_adapter(self, name: str, folder: str | Path) -> PackedAdapter:
+    def load_adapter(self, name: str, folder: str | Path, *, pin: bool = False) -> PackedAdapter:
         """Load a PEFT folder under a new name; its `.notes` say what could not be checked. See `pack_adapter`."""
-        return self._registry.load(name, folder)
+        return self.registry.load(name, folder, pin=pin)
 
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; a text that is being generated with it goes on."""
-        self._registry.unload(name)
+    def unload_adapter(self, name: str, *, in_use: InUse = "forget", timeout_s: float | None = None) -> None:
+        """Forget an adapter; a text that is being generated with it goes on, or see AdapterRegistry.unload."""
+        self.registry.unload(name, in_use=in_use, timeout_s=timeout_s)
 
     def adapter(self, name: str) -> PackedAdapter:
         """An adapter's labels, prompt format and tensors (read from the bundle at first use)."""
-        return self._registry.get(name).packed
+        return self.registry.get(name).packed
 
     def labels(self, name: str | None) -> tuple[str, ...] | None:
         """What an adapter classifies into; None for the base model and for adapters that generate or embed."""
-        chosen = self._names(1, name, None)[0]
+        chosen = self.chosen(name)
         return None if chosen is None else self.adapter(chosen).labels
+
+    def need_labels(self, name: str | None) -> None:
+        """InputError when there is nothing to classify into."""
+        if self.labels(name) is None:
+            what = "no adapter is chosen" if name is None else f"the adapter {name!r} has no labels"
+            choices = ", ".join(self.adapters) or "an adapter with labels; this bundle has none"
+            raise InputError(f"{what}, so there is nothing to classify into", expected=choices)
+        if self.task(name) == TAGGING:
+            raise InputError("this adapter tags words, not texts", got=repr(name), fix="Use Runtime.tag.")
+
+    def need_tags(self, name: str | None) -> None:
+        """InputError for an adapter that tags no words."""
+        if self.task(name) != TAGGING:
+            what = "no adapter is chosen" if name is None else f"the adapter {name!r} tags no words"
+            there = ", ".join(n for n in self.adapters if self.task(n) == TAGGING)
+            raise InputError(what, expected=there or "an adapter for token-classification; this bundle has none")
+
+    def chosen(self, adapter: str | None) -> str | None:
+        """The adapter that answers: the one in the weights of a merged bundle, whether it is named or not."""
+        return self._names(1, adapter, None)[0]
 
     def classify(
         self,
@@ -153,15 +157,10 @@ class Runtime:
         """
         names = self._names(len(texts), adapter, adapters)
         for name in {*names}:
-            if self.labels(name) is None:
-                what = "no adapter is chosen" if name is None else f"the adapter {name!r} has no labels"
-                choices = ", ".join(self.adapters) or "an adapter with labels; this bundle has none"
-                raise InputError(f"{what}, so there is nothing to classify into", expected=choices)
-            if self.task(name) == TAGGING:
-                raise InputError("this adapter tags words, not texts", got=repr(name), fix="Use Runtime.tag.")
+            self.need_labels(name)
         logits, _ = self._encode(texts, names, truncate=truncate)
         return [
-            _classification(row, self.adapter(name or "")) for row, name in zip(logits, names, strict=True)
+            classification_of(row, self.adapter(name or "")) for row, name in zip(logits, names, strict=True)
         ]
 
     def tag(
@@ -179,10 +178,7 @@ class Runtime:
         """
         names = self._names(len(rows), adapter, adapters)
         for name in {*names}:
-            if self.task(name) != TAGGING:
-                what = "no adapter is chosen" if name is None else f"the adapter {name!r} tags no words"
-                there = ", ".join(n for n in self.adapters if self.task(n) == TAGGING)
-                raise InputError(what, expected=there or "an adapter for token-classification; this bundle has none")
+            self.need_tags(name)
         engine = self._need(self.encoder)
         readings = [read_words(self, row, name, truncate=truncate) for row, name in zip(rows, names, strict=True)]
         results = [Tagging(reading.text, ()) for reading in readings]
@@ -202,7 +198,7 @@ class Runtime:
         """What an adapter was trained for, as in its recipe's methods; None for a base that embeds."""
         if self.manifest.is_decoder:
             return self.manifest.task
-        chosen = self._names(1, name, None)[0]
+        chosen = self.chosen(name)
         return None if chosen is None else self.adapter(chosen).task
 
     def embed(
@@ -216,11 +212,7 @@ class Runtime:
     ) -> npt.NDArray[np.float32]:
         """Pooled states (texts, hidden) float32, of length 1 unless `normalize` is False."""
         _, pooled = self._encode(texts, self._names(len(texts), adapter, adapters), truncate=truncate)
-        if not normalize:
-            return pooled
-        lengths = np.linalg.norm(pooled, axis=1, keepdims=True)
-        result: npt.NDArray[np.float32] = pooled / np.maximum(lengths, 1e-12)
-        return result
+        return unit_length(pooled) if normalize else pooled
 
     def generate(
         self,
@@ -228,51 +220,67 @@ class Runtime:
         adapter: str | None = None,
         *,
         adapters: Sequence[str | None] | None = None,
+        n: int = 1,
         **settings: Any,
     ) -> list[Completion]:
         """A completion of each prompt, with one adapter for all or one (or None) a prompt, mixed in a batch.
 
+        `n` completions of each prompt stand one after the other; sampling makes them differ.
         `settings`: fields of GenerationSettings; what is not given comes from the row's adapter, then the defaults.
         """
-        names = self._names(len(prompts), adapter, adapters)
-        ids = [self.prompt_ids(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+        if n < 1:
+            raise InputError("n is out of range", expected="1 or more", got=str(n))
+        names = [name for name in self._names(len(prompts), adapter, adapters) for _ in range(n)]
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        ids = [self.prompt_ids(prompt, name) for prompt, name in zip(repeated, names, strict=True)]
         rows = [
             self._sequence(row, name, settings, index=i)
             for i, (row, name) in enumerate(zip(ids, names, strict=True))
         ]
         results: list[Completion | None] = [None] * len(rows)
-        tensors = [self.bound(name) for name in names]
-        for places in _batches([len(row) for row in ids], GENERATE_ROWS):
-            batch = [ids[i] for i in places], [tensors[i] for i in places], [rows[i] for i in places]
-            for place, _piece, completion in self._decode(*batch):
-                if completion is not None:
-                    results[places[place]] = completion
+        with contextlib.ExitStack() as stack:
+            held = {name: stack.enter_context(self.registry.lease(name)) for name in {*names}}
+            tensors = [None if (found := held[name]) is None else found.bound for name in names]
+            for places in _batches([len(row) for row in ids], GENERATE_ROWS):
+                batch = [ids[i] for i in places], [tensors[i] for i in places], [rows[i] for i in places]
+                for place, _piece, completion in self._decode(*batch):
+                    if completion is not None:
+                        results[places[place]] = completion
         return [completion for completion in results if completion is not None]
 
     def stream(self, prompt: Prompt, adapter: str | None = None, **settings: Any) -> TextStream:
         """The text of one prompt in pieces, as they become certain."""
-        adapter = self._names(1, adapter, None)[0]
+        adapter = self.chosen(adapter)
         ids = self.prompt_ids(prompt, adapter)
-        sequence, tensors = self._sequence(ids, adapter, settings, index=0), self.bound(adapter)
+        sequence = self._sequence(ids, adapter, settings, index=0)
 
         def pieces() -> Iterator[str | Completion]:
-            for _row, piece, completion in self._decode([ids], [tensors], [sequence]):
-                if piece:
-                    yield piece
-                if completion is not None:
-                    yield completion
+            with self.registry.lease(adapter) as held:
+                yield ""  # begun at once: the adapter is held from now on, until the stream ends or is dropped
+                for _row, piece, completion in self._decode([ids], [None if held is None else held.bound], [sequence]):
+                    if piece:
+                        yield piece
+                    if completion is not None:
+                        yield completion
 
-        return TextStream(pieces())
+        begun = pieces()
+        next(begun)
+        return TextStream(begun)
 
-    def prompt_ids(self, prompt: Prompt, adapter: str | None = None) -> list[int]:
-        """Token ids of a prompt as the adapter was trained to see it. InputError when it does not fit the context."""
+    def prompt_ids(
+        self, prompt: Prompt, adapter: str | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt as the adapter was trained to see it. InputError when it does not fit the context.
+
+        `tools` (OpenAI's objects) reach the chat template of a conversation.
+        """
         self._need(self.decoder)
         form = None if adapter is None else self.adapter(adapter).prompt_format
         if isinstance(prompt, str):
             ids = self.tokenizer.encode_prompt(prompt, form)
         else:
             messages = with_system(check_messages(prompt), system=(form or {}).get("system"))
-            ids = self.tokenizer.encode_chat(messages)
+            ids = self.tokenizer.encode_chat(messages, tools=tools)
         limit = self.manifest.graph.max_length
         if not ids:
             raise InputError("an empty prompt", expected="one token at least")
@@ -300,13 +308,29 @@ class Runtime:
             )
         return ids
 
+    def settings(self, adapter: str | None = None, **given: Any) -> GenerationSettings:
+        """Generation settings: what is given (None: not given), else the adapter's own defaults, else edgetune's."""
+        adapter = self.chosen(adapter)
+        defaults = {} if adapter is None else self.adapter(adapter).generation
+        return settings_from(defaults, given, base=GenerationSettings())
+
     def _sequence(
         self, ids: Sequence[int], name: str | None, settings: Mapping[str, Any], *, index: int
     ) -> TokenSequence:
-        defaults = {} if name is None else self.adapter(name).generation
-        chosen = settings_from(defaults, settings, base=GenerationSettings())
+        return self.sequence(ids, self.settings(name, **settings), choice=index)
+
+    def sequence(
+        self, ids: Sequence[int], settings: GenerationSettings, *, choice: int = 0, context: int | None = None
+    ) -> TokenSequence:
+        """One answer to be generated; `context`: tokens of prompt and answer, at most (None: the graph's)."""
+        graph = self.manifest.graph
         return TokenSequence(
-            self.tokenizer, chosen, row=index, limit=self.manifest.graph.max_length - len(ids)
+            self.tokenizer,
+            settings,
+            row=choice,
+            limit=(context or graph.max_length) - len(ids),
+            prompt_ids=ids,
+            vocab_size=graph.vocab_size,
         )
 
     def _decode(
@@ -327,7 +351,7 @@ class Runtime:
                 first[i] = first[i] or now - start
                 piece = rows[i].add(tokens[i])
                 done = (
-                    _completion(rows[i], len(ids[i]), first[i], now - start)
+                    completion_of(rows[i], len(ids[i]), first[i], now - start)
                     if rows[i].finish_reason
                     else None
                 )
@@ -364,7 +388,7 @@ class Runtime:
 
     def bound(self, name: str | None) -> AdapterRow:
         """What the engine takes for an adapter's name; None is the base model."""
-        return None if name is None else self._registry.get(name).bound
+        return None if name is None else self.registry.get(name).bound
 
     def _names(
         self, count: int, adapter: str | None, adapters: Sequence[str | None] | None
@@ -395,26 +419,3 @@ def _batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Row numbers in batches of at most `rows`, like lengths together, so that little is padded."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[start : start + rows] for start in range(0, len(order), rows)]
-
-
-def _classification(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -> Classification:
-    if adapter.problem == "regression":
-        value = float(logits[0])
-        return Classification(label=VALUE, score=value, scores={VALUE: value}, value=value)
-    several = adapter.problem == "multi-label"
-    probabilities = sigmoid(logits) if several else softmax(logits)
-    scores = dict(zip(adapter.labels or (), probabilities.tolist(), strict=True))
-    label = max(scores, key=lambda name: scores[name])
-    labels = tuple(name for name, score in scores.items() if score >= THRESHOLD) if several else None
-    return Classification(label=label, score=scores[label], scores=scores, labels=labels)
-
-
-def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """1 / (1 + exp(-x)), without overflow."""
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64))))
-
-
-def _completion(row: TokenSequence, prompt_tokens: int, first_s: float, total_s: float) -> Completion:
-    count = len(row.tokens)
-    tpot_ms = (total_s - first_s) * 1e3 / (count - 1) if count > 1 else None
-    return Completion(row.text, row.finish_reason or "stop", prompt_tokens, count, first_s * 1e3, tpot_ms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,18 @@ class BundleTokenizer:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def token_text(self, token: int) -> str:
+        """Text of one token, special ones too; bytes that are no whole character show as U+FFFD."""
+        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Ids of a conversation through the bundle's chat template (it writes its own special tokens)."""
         if self.chat_template is None:
             raise InputError(
@@ -74,6 +85,7 @@ class BundleTokenizer:
             messages,
             special_tokens=self.special_tokens,
             add_generation_prompt=add_generation_prompt,
+            tools=tools,
         )
         return self.encode(text, add_special_tokens=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ def make_adapter(base_folder: Path, folder: Path, *, seed: int = 0, strength: fl
 def export(out: Path, *adapters: Path, precision: str = "fp32", mode: str = "separate", **options: Any) -> Manifest:
     """Export adapters under their folders' names."""
     return export_bundle([(a.name, a) for a in adapters], out, mode=mode, precision=Precision(precision, **options), threads=1)
+
+
+def op_counts(bundle: Path) -> Counter[str]:
+    """How many nodes of each kind the engine's graph has."""
+    import onnx
+
+    return Counter(node.op_type for node in onnx.load(str(bundle / "engine.onnx"), load_external_data=False).graph.node)
 
 
 def plain_session(bundle: Path) -> Any:

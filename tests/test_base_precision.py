@@ -16,9 +16,10 @@ from training_helpers import intent_recipe, sft_recipe, silent
 
 from edgetune.adapters import read_metadata
 from edgetune.bases import Base, load_body, resolve_base
+from edgetune.errors import ProofError
 from edgetune.export.bundle import export_bundle, prove_bundle, reprove
 from edgetune.export.lower import Precision
-from edgetune.export.reference import reference_base, warning
+from edgetune.export.reference import precision_trained_for, reference_base, warning
 from edgetune.quantiser import ROUNDING
 from edgetune.runs import load_adapted_model
 from edgetune.runtime.adapters import pack_adapter
@@ -142,15 +143,24 @@ def test_what_a_run_is_measured_on_has_these_weights_too(shipped: Shipped) -> No
     assert expected.keys() <= held.keys() and all(torch.equal(held[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize(("kind", "precision", "mode"), [("encoder", "int8", "separate"), ("decoder", "int4", "merged")])
-def test_other_weights_than_those_it_learned_on_are_told_in_a_line(
-    kind: str, precision: str, mode: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    shipped, said = request.getfixturevalue(kind), list[str]()
-    manifest = export_bundle([("a", shipped.run)], tmp_path / "b", mode=mode, precision=Precision(precision), threads=1, say=said.append)
+def test_other_weights_than_those_it_learned_on_are_told_in_a_line(encoder: Shipped, tmp_path: Path) -> None:
+    said: list[str] = []
+    manifest = export_bundle([("a", encoder.run)], tmp_path / "b", precision=Precision("int8"), threads=1, say=said.append)
+    assert_told(said)
+    assert manifest.proof["adapters"]["a"]["passed"]
+
+
+def test_merged_into_weights_on_the_grid_it_is_told_and_may_not_survive(decoder: Shipped, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(ProofError, match=r"rounding leaves \d+% of ΔW.*--mode separate"):
+        export_bundle([("a", decoder.run)], tmp_path / "b", mode="merged", precision=Precision("int4"), threads=1, say=said.append)
+    assert_told(said)
+    assert not (tmp_path / "b").exists()
+
+
+def assert_told(said: list[str]) -> None:
     (line,) = [line for line in said if line.startswith("adapter a:")]
     assert "it was trained for the int4" in line and "--precision int4" in line and "ship" in line
-    assert manifest.proof["adapters"]["a"]["passed"]
 
 
 def test_merged_into_fp32_nothing_is_rounded_again(decoder: Shipped) -> None:
@@ -172,3 +182,17 @@ def test_a_device_that_loads_it_into_another_bundle_is_told(decoder: Shipped) ->
     other = replace(decoder.manifest, precision=replace(decoder.manifest.precision, weights="int8", overrides={}))
     (note,) = pack_adapter(decoder.run / "adapter", other).notes
     assert note.startswith("it was trained for the int4 (blocks of 32, lm_head int8) base, but this one is int8 (blocks of 32);")
+
+
+@pytest.mark.parametrize(("recorded", "expected"), [(["int4", "int4"], "int4"), (["int4", None], None), (["int4", "int8"], None), ([], None)])
+def test_an_export_follows_what_all_adapters_were_trained_for(tmp_path: Path, recorded: list[str | None], expected: str | None) -> None:
+    for at, weights in enumerate(recorded):
+        (tmp_path / str(at) / "adapter").mkdir(parents=True)
+        text = json.dumps({"base_precision": weights and {"weights": weights}})
+        (tmp_path / str(at) / "adapter" / "edgetune_adapter.json").write_text(text)
+    assert precision_trained_for([tmp_path / str(at) for at in range(len(recorded))]) == expected
+
+
+def test_a_folder_that_says_nothing_leaves_the_default(tmp_path: Path) -> None:
+    (tmp_path / "edgetune_adapter.json").write_text("not json")
+    assert precision_trained_for([tmp_path]) is None and precision_trained_for([tmp_path / "none"]) is None

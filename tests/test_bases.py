@@ -81,8 +81,10 @@ def test_the_digest_follows_weights_and_architecture_only(tiny_decoder: Path, tm
     original = resolve_base(str(tiny_decoder)).digest
     edit(folder / "config.json", transformers_version="0", use_cache=False)
     assert resolve_base(str(folder)).digest == original
-    edit(folder / "config.json", rms_norm_eps=1e-3)
-    assert resolve_base(str(folder)).digest != original
+    for change in ({"rms_norm_eps": 1e-3}, {"final_logit_softcapping": 30.0}, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}):
+        edit(folder / "config.json", **change)
+        original, before = resolve_base(str(folder)).digest, original
+        assert original != before
 
 
 def test_the_digest_is_the_same_for_shards(tiny_decoder: Path, tmp_path: Path) -> None:

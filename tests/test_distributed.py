@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from training_helpers import intent_recipe, sft_recipe, silent
 
 from edgetune.files import sha256_file
-from edgetune.recipe import Recipe, to_toml
+from edgetune.recipe import Recipe
+from edgetune.recipe_file import to_toml
 from edgetune.training import run_recipe
 from edgetune.training.distributed import Group, launched
 

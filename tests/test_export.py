@@ -93,6 +93,8 @@ def test_quantised_decoders_keep_the_adapter(tiny_decoder: Path, tmp_path: Path,
     adapter = make_adapter(tiny_decoder, tmp_path / "a", strength=0.5 if mode == "separate" else 0.1)
     manifest = export(tmp_path / "bundle", adapter, precision=precision, mode=mode, overrides={"lm_head": "int8", "down_proj": "int8"})
     assert manifest.proof["adapters"]["a"]["recovered"] > 0.5
+    if mode == "merged":
+        assert manifest.proof["adapters"]["a"]["survived"]["strength"] == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

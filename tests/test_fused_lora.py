@@ -7,22 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import decoder_batch, parameters
+from training_helpers import adapted_decoder
 
-from edgetune.adapters import adapt
 from edgetune.objectives import completion_logits, sft
 from edgetune.training.fused_lora import LoraProduct, fused_lora
 from edgetune.training.precision import autocast, hold_frozen_linears_in_bf16
-
-
-def adapted(base: Path, folder: Path, **settings: Any) -> tuple[Any, Any]:
-    model, batch = decoder_batch(base, folder)
-    torch.manual_seed(0)
-    model = adapt(model, parameters(rank=4, **settings), task="text-generation")
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model, batch
 
 
 def loss_and_gradients(model: Any, batch: Any) -> tuple[float, dict[str, torch.Tensor]]:
@@ -34,7 +23,7 @@ def loss_and_gradients(model: Any, batch: Any) -> tuple[float, dict[str, torch.T
 
 @pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 3.0}}])
 def test_loss_and_gradients_are_pefts(tiny_decoder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    model, batch = adapted(tiny_decoder, tmp_path, **settings)
+    model, batch = adapted_decoder(tiny_decoder, tmp_path, **settings)
     expected_loss, expected = loss_and_gradients(model, batch)
     with fused_lora(model, "fp32") as layers:
         loss, gradients = loss_and_gradients(model, batch)
@@ -46,7 +35,7 @@ def test_loss_and_gradients_are_pefts(tiny_decoder: Path, tmp_path: Path, settin
 
 
 def test_in_bf16_it_is_as_near_to_fp32_as_autocast(tiny_decoder: Path, tmp_path: Path) -> None:
-    model, batch = adapted(tiny_decoder, tmp_path)
+    model, batch = adapted_decoder(tiny_decoder, tmp_path)
     exact, _ = completion_logits(model, batch)
     hold_frozen_linears_in_bf16(model)
     with autocast("bf16"):
@@ -73,13 +62,13 @@ def test_the_function_passes_torchs_gradient_check() -> None:
 def test_layers_with_dropout_or_dora_keep_pefts_forward(
     tiny_decoder: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    model, _ = adapted(tiny_decoder, tmp_path, **settings)
+    model, _ = adapted_decoder(tiny_decoder, tmp_path, **settings)
     with fused_lora(model, "fp32") as layers:
         assert layers == 0
 
 
 def test_a_disabled_adapter_stays_disabled(tiny_decoder: Path, tmp_path: Path) -> None:
-    model, batch = adapted(tiny_decoder, tmp_path)
+    model, batch = adapted_decoder(tiny_decoder, tmp_path)
     with model.disable_adapter():
         expected, _ = completion_logits(model, batch)
         with fused_lora(model, "fp32"):
@@ -87,7 +76,7 @@ def test_a_disabled_adapter_stays_disabled(tiny_decoder: Path, tmp_path: Path) -
 
 
 def test_afterwards_the_layers_are_pefts_again(tiny_decoder: Path, tmp_path: Path) -> None:
-    model, _ = adapted(tiny_decoder, tmp_path)
+    model, _ = adapted_decoder(tiny_decoder, tmp_path)
     with fused_lora(model, "fp32"):
         pass
     assert all("forward" not in vars(module) for module in model.modules())

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 from runtime_helpers import decoder_manifest
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from edgetune.errors import InputError
 from edgetune.runtime.generation import (
@@ -21,6 +26,7 @@ from edgetune.runtime.generation import (
     stop_overlap,
 )
 from edgetune.runtime.manifest import TokenizerInfo
+from edgetune.runtime.penalties import Penalties
 from edgetune.runtime.tokenizer import BundleTokenizer
 
 
@@ -41,6 +47,55 @@ def test_the_kept_tokens_are_those_of_transformers(seed: int, top_k: int, top_p:
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(torch.zeros(1, 1), expected)
     np.testing.assert_array_equal(keep_likely(logits, top_k=top_k, top_p=top_p), expected[0].numpy())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("min_p", [0.01, 0.3, 1.0])
+def test_min_p_keeps_the_tokens_of_transformers(seed: int, min_p: float) -> None:
+    logits = np.random.default_rng(seed).normal(size=100).astype(np.float32) * 3
+    expected = MinPLogitsWarper(min_p)(torch.zeros(1, 1), torch.tensor(logits)[None])
+    kept = keep_likely(logits, top_k=0, top_p=1.0, min_p=min_p)
+    np.testing.assert_array_equal(kept, expected[0].numpy())
+
+
+def shifted(logits: np.ndarray, prompt: list[int], answer: list[int], **settings: Any) -> np.ndarray:
+    penalties = Penalties(settings_from({}, settings), prompt, vocab_size=len(logits))
+    for token in answer:
+        penalties.add(token)
+    return penalties.apply(logits)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    logits = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[3, 4, 5, 5, 9]]), torch.tensor(logits)[None])
+    got = shifted(logits, [3, 4], [5, 5, 9], repetition_penalty=penalty)
+    np.testing.assert_allclose(got, expected[0].numpy(), rtol=1e-6)
+
+
+def test_frequency_presence_and_bias_are_taken_as_openai_says() -> None:
+    logits = np.zeros(10, np.float32)
+    got = shifted(logits, [1, 1], [2, 3, 3], frequency_penalty=0.5, presence_penalty=0.25, logit_bias={"3": 2, 7: -100})
+    np.testing.assert_allclose(got, [0, 0, -0.75, 2 - 1.25, 0, 0, 0, -100, 0, 0])
+    assert not logits.any()
+
+
+def test_a_bias_outside_the_vocabulary_is_named() -> None:
+    with pytest.raises(InputError, match=r"unknown token \(expected token ids below 10, got 10\)"):
+        shifted(np.zeros(10, np.float32), [], [], logit_bias={10: 1})
+
+
+def test_log_probabilities_are_those_of_the_raw_logits(tokenizer: BundleTokenizer) -> None:
+    logits = np.random.default_rng(0).normal(size=352).astype(np.float32) * 4
+    expected = torch.log_softmax(torch.tensor(logits), 0).numpy()
+    sequence = TokenSequence(tokenizer, GenerationSettings(logprobs=3, logit_bias=((7, 100.0),)), vocab_size=352)
+    token = sequence.choose(logits)
+    found = sequence.logprobs[0]
+    assert (token, found.token_id, found.token) == (7, 7, tokenizer.token_text(7))
+    assert found.logprob == pytest.approx(float(expected[7]), abs=1e-5)
+    best = np.argsort(-expected)[:3]
+    assert [i for i, _, _ in found.top] == best.tolist()
+    np.testing.assert_allclose([value for _, _, value in found.top], expected[best], atol=1e-5)
 
 
 def test_temperature_zero_takes_the_most_likely() -> None:
@@ -120,6 +175,12 @@ def test_a_callers_settings_win_over_the_adapters() -> None:
         ("top_k", -1),
         ("seed", -1),
         ("stop", [""]),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0),
+        ("frequency_penalty", 3),
+        ("presence_penalty", -3),
+        ("logit_bias", {5: 101}),
+        ("logprobs", 21),
         ("beams", 2),
     ],
 )

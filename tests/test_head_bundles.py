@@ -60,7 +60,9 @@ def test_every_kind_of_head_passes_its_proof_on_one_encoder(tiny_encoder: Path) 
     assert manifest.task == "sequence-classification"
     proofs = manifest.proof["adapters"]
     assert all(proofs[name]["passed"] and proofs[name]["max_abs"] < 1e-4 for name in HEADS)
-    assert proofs["rooms"]["positions"] > 8 * proofs["intent"]["positions"]  # every token, against one a text
+    probe = manifest.proof["probe"]
+    assert proofs["rooms"]["positions"] == sum(map(len, probe["rooms"])) and proofs["intent"]["positions"] == len(probe["intent"])
+    assert proofs["topics"]["positions"] == 3 * len(probe["topics"])  # every token; a text; every label
 
 
 @pytest.mark.parametrize("name", ["rooms", "parts"])
@@ -247,7 +249,7 @@ def test_the_proof_can_be_repeated(tiny_encoder: Path) -> None:
 
 def test_the_proof_finds_a_tagger_whose_low_rank_change_is_missing(tiny_encoder: Path, runtime: Runtime) -> None:
     manifest = read_manifest(bundle(tiny_encoder))
-    rows, folder = manifest.proof["probe"]["rooms"], adapters(tiny_encoder)["rooms"]
+    rows, folder = manifest.proof["probe"]["rooms"], adapters(tiny_encoder)["rooms"] / "adapter"
     model, _, _ = load_adapted_model(folder)
     on, off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
     tensors = pack_adapter(folder, manifest).tensors
@@ -277,7 +279,7 @@ def test_the_proof_of_other_answers_finds_what_a_softmax_would_not(problem: str)
 def test_a_bundle_of_before_takes_a_tagger(tiny_encoder: Path) -> None:
     """The graph of a bundle with classifiers alone has had the tokens' states among its outputs all along."""
     with Runtime.open(encoder_bundle(tiny_encoder), threads=1) as opened:
-        opened.load_adapter("rooms", adapters(tiny_encoder)["rooms"])
+        opened.load_adapter("rooms", adapters(tiny_encoder)["rooms"] / "adapter")
         assert [row.tags for row in opened.tag(WORDS, "rooms")] == TorchAnswers.open(adapters(tiny_encoder)["rooms"]).tag(WORDS)
         assert opened.classify([TEXT], "intent")[0].label in ("lights", "card", "other")
 
@@ -317,4 +319,4 @@ def test_plain_onnx_runtime_tags_with_the_shipped_adapter(tiny_encoder: Path, ru
 def test_a_decoders_bundle_tags_nothing(tiny_encoder: Path, tiny_decoder: Path) -> None:
     manifest = replace(read_manifest(bundle(tiny_encoder)), task="text-generation", head=None)
     with pytest.raises(AdapterError, match="task: expected text-generation, got token-classification"):
-        pack_adapter(adapters(tiny_encoder)["rooms"], manifest)
+        pack_adapter(adapters(tiny_encoder)["rooms"] / "adapter", manifest)

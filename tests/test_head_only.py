@@ -19,7 +19,8 @@ from edgetune.bases import load_body, load_tokenizer, open_folder
 from edgetune.errors import RecipeError
 from edgetune.export.proof import Outputs, prove_head
 from edgetune.heads import SequenceClassifier
-from edgetune.recipe import Parameters, recipe_from_dict
+from edgetune.recipe import Parameters
+from edgetune.recipe_file import recipe_from_dict
 from edgetune.runs import load_adapted_model
 from edgetune.runtime import Runtime
 from edgetune.training import run_recipe
@@ -143,7 +144,7 @@ def test_a_method_without_a_task_head_is_refused(tiny_decoder: Path, tmp_path: P
 
 
 def test_the_recorded_recipe_of_a_head_can_be_read_again(tiny_encoder: Path, tmp_path: Path) -> None:
-    from edgetune.recipe import load_recipe
+    from edgetune.recipe_file import load_recipe
 
     assert load_recipe(head_run(tiny_encoder, tmp_path) / "recipe.toml").parameters == Parameters(train="head")
     assert recipe_from_dict({"base": "b", "stage": [{"method": "sft", "data": {"train": "x.jsonl"}}]}).parameters.train == "lora"

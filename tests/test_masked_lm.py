@@ -19,7 +19,8 @@ from edgetune.examples import load_examples
 from edgetune.masked_lm import exchange_body, load_masked_lm
 from edgetune.masking import Masking
 from edgetune.objectives import masked_lm
-from edgetune.recipe import Recipe, recipe_from_dict
+from edgetune.recipe import Recipe
+from edgetune.recipe_file import recipe_from_dict
 from edgetune.runs import load_adapted_model
 from edgetune.training import run_recipe
 

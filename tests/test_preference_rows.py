@@ -140,7 +140,7 @@ def test_settings_of_another_method_are_refused(
 
 
 def test_a_reward_stage_cannot_share_a_recipe_with_a_policy(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.recipe import recipe_from_dict
+    from edgetune.recipe_file import recipe_from_dict
 
     stages = [{"method": method, "data": {"train": "rows.jsonl"}} for method in ("sft", "reward")]
     with pytest.raises(RecipeError, match=r'method = "reward" cannot follow "sft".*Split this into two recipes'):

@@ -28,7 +28,7 @@ from edgetune.problems import (
     regression_metrics,
     values,
 )
-from edgetune.recipe import recipe_from_dict
+from edgetune.recipe_file import recipe_from_dict
 from edgetune.runs import load_run
 from edgetune.training import run_recipe
 from edgetune.training.methods import METHODS, method_of

@@ -8,23 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from training_helpers import decoder_batch, parameters
+from training_helpers import adapted_decoder, decoder_batch
 
 from edgetune import projection
-from edgetune.adapters import adapt
 from edgetune.objectives import completion_logits, sft
 from edgetune.projection import ProjectedCrossEntropy, can_fuse
 from edgetune.training.precision import autocast
-
-
-def adapted(base: Path, folder: Path, **settings: Any) -> tuple[Any, Any]:
-    model, batch = decoder_batch(base, folder)
-    torch.manual_seed(0)
-    model = adapt(model, parameters(rank=4, **settings), task="text-generation")
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model, batch
 
 
 def gradients_of(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -53,7 +42,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
     tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(projection, "ROWS_AT_ONCE", 5)
-    model, batch = adapted(tiny_decoder, tmp_path)
+    model, batch = adapted_decoder(tiny_decoder, tmp_path)
     logits, targets = completion_logits(model, batch)
     plain = F.cross_entropy(logits, targets)
     expected = gradients_of(model, plain)
@@ -67,14 +56,14 @@ def test_loss_and_gradients_are_those_of_all_logits(
 
 
 def test_in_bf16_the_loss_is_autocasts(tiny_decoder: Path, tmp_path: Path) -> None:
-    model, batch = adapted(tiny_decoder, tmp_path)
+    model, batch = adapted_decoder(tiny_decoder, tmp_path)
     with autocast("bf16"):
         logits, targets = completion_logits(model, batch)
         assert sft(model, batch)[0].item() == pytest.approx(F.cross_entropy(logits, targets).item(), abs=1e-4)
 
 
 def test_the_projection_works_as_before_afterwards(tiny_decoder: Path, tmp_path: Path) -> None:
-    model, batch = adapted(tiny_decoder, tmp_path)
+    model, batch = adapted_decoder(tiny_decoder, tmp_path)
     before, _ = completion_logits(model, batch)
     sft(model, batch)
     assert torch.equal(completion_logits(model, batch)[0], before)
@@ -86,7 +75,7 @@ def test_a_projection_that_learns_is_left_alone(tiny_decoder: Path, tmp_path: Pa
 
 
 def test_logits_that_are_more_than_the_projection_are_left_alone(tiny_decoder: Path, tmp_path: Path) -> None:
-    model, batch = adapted(tiny_decoder, tmp_path)
+    model, batch = adapted_decoder(tiny_decoder, tmp_path)
     body = model.get_base_model()
     forward = body.forward
 

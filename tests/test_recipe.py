@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from edgetune.errors import RecipeError
-from edgetune.recipe import Recipe, load_recipe, recipe_from_dict, to_toml
+from edgetune.recipe import Recipe
+from edgetune.recipe_file import load_recipe, recipe_from_dict, to_toml
 
 RECIPE = """
 base = "builtin:smollm2-135m-instruct"

@@ -18,7 +18,8 @@ from edgetune.errors import DataError, RecipeError
 from edgetune.examples import load_examples
 from edgetune.files import sha256_file
 from edgetune.objectives import sft
-from edgetune.recipe import Parameters, Recipe, Replay, recipe_from_dict
+from edgetune.recipe import Parameters, Recipe, Replay
+from edgetune.recipe_file import recipe_from_dict
 from edgetune.training import run_recipe
 from edgetune.training.journal import Journal
 from edgetune.training.loop import train_stage
@@ -129,7 +130,7 @@ def test_a_bad_row_of_general_text_is_named(tiny_decoder: Path, tmp_path: Path) 
 
 
 def test_the_table_can_be_written_and_read_again(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.recipe import load_recipe, to_toml
+    from edgetune.recipe_file import load_recipe, to_toml
 
     recipe = replayed(tiny_decoder, tmp_path, share=0.25)
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))

@@ -24,7 +24,8 @@ from edgetune.cli import main
 from edgetune.errors import DataError, RecipeError, TrainingError
 from edgetune.files import clear_interrupted, sha256_file
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe, to_toml
+from edgetune.recipe import Recipe
+from edgetune.recipe_file import to_toml
 from edgetune.training import run_recipe
 from edgetune.training.checkpoint import steps_between
 from edgetune.training.device import CPU, rng_state, set_rng_state

@@ -12,6 +12,7 @@ from preference_helpers import pair_recipe, prompt_recipe
 from resume_helpers import WEIGHTS, journal, stopped_at
 from training_helpers import sft_recipe, silent
 
+from edgetune.errors import DataError
 from edgetune.files import sha256_file
 from edgetune.recipe import Recipe
 from edgetune.training import run_recipe
@@ -58,6 +59,15 @@ def test_grpo_keeps_its_start_and_its_samples(tiny_decoder: Path, tmp_path: Path
     epochs = 4 // settings.get("iterations", 1)
     grpo = prompt_recipe(tiny_decoder, tmp_path, VOWELS, batch_size=2, epochs=epochs, **settings)
     assert_it_goes_on(after_sft(tiny_decoder, tmp_path, grpo), tmp_path, stop=8, stage=1, step=3)
+
+
+def test_a_reward_function_that_was_edited_is_another_run(tiny_decoder: Path, tmp_path: Path) -> None:
+    recipe = replace(prompt_recipe(tiny_decoder, tmp_path, VOWELS, batch_size=2, epochs=2), checkpoint_every=1)
+    stopped_at(2, recipe, tmp_path / "run")
+    file = tmp_path / "scoring.py"
+    file.write_text(VOWELS.replace("/ 8", "/ 9"), encoding="utf-8")
+    with pytest.raises(DataError, match=r"--resume needs the data .*reward .*scoring.py:score"):
+        run_recipe(recipe, out=tmp_path / "run", progress=silent(), resume=True)
 
 
 def test_a_reward_adapter_moves_no_generator(tiny_decoder: Path, tmp_path: Path) -> None:

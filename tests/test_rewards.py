@@ -13,7 +13,7 @@ from training_helpers import sft_recipe, silent
 from transformers import AutoModelForSequenceClassification
 
 from edgetune.errors import AdapterError, RecipeError, TrainingError
-from edgetune.recipe import load_recipe
+from edgetune.recipe_file import load_recipe
 from edgetune.scoring import encode_answered
 from edgetune.torch_answers import TorchAnswers
 from edgetune.training import run_recipe

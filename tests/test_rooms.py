@@ -20,9 +20,10 @@ ROOMS = {
     "devices": ROOT / "devices",
 }
 THIRD_PARTY = {
-    "runtime": {"numpy", "onnxruntime", "safetensors", "tokenizers", "jinja2"},
+    "runtime": {"numpy", "onnxruntime", "safetensors", "tokenizers", "jinja2", "llguidance"},  # the last only where it is asked for
     "devices": {"tomli"},  # tomllib before Python 3.11
 }
+SERVER, SERVE_EXTRA = ROOT / "runtime" / "server", {"starlette", "uvicorn", "prometheus_client"}
 MAY_CROSS = ("cli", "evaluate", "quickstart", "training/engine_rollout")  # parts of edgetune/ that may import export and runtime
 HEAVY = (
     "torch",
@@ -105,11 +106,21 @@ def test_leaves_import_nothing_of_the_house_but_errors() -> None:
     assert {name for name in names if name.startswith("edgetune")} <= {"edgetune.errors"}
 
 
+def outside(files: list[Path]) -> set[str]:
+    """The third-party packages that some files import."""
+    tops = {name.split(".")[0] for path in files for name in imports(path)}
+    return tops - set(sys.stdlib_module_names) - {"edgetune"}
+
+
 @pytest.mark.parametrize("room", THIRD_PARTY)
 def test_a_devices_rooms_use_only_what_the_plain_install_brings(room: str) -> None:
-    tops = {name.split(".")[0] for path in modules(room) for name in imports(path)}
-    outside = tops - set(sys.stdlib_module_names) - {"edgetune"}
-    assert outside <= THIRD_PARTY[room]
+    assert outside([path for path in modules(room) if SERVER not in path.parents]) <= THIRD_PARTY[room]
+
+
+def test_the_server_adds_only_what_its_extra_brings() -> None:
+    assert outside([path for path in modules("runtime") if SERVER in path.parents]) <= {"numpy", *SERVE_EXTRA}
+    names = {name for path in modules("runtime") if SERVER not in path.parents for name in imports(path)}
+    assert not any(name.startswith("edgetune.runtime.server") for name in names)
 
 
 @pytest.mark.parametrize("room", ["export", "runtime", "devices"])
@@ -131,11 +142,11 @@ def loaded_by(code: str) -> set[str]:
 
 @pytest.mark.parametrize("code", ["import edgetune.runtime", "import edgetune.devices", "import edgetune"])
 def test_importing_a_room_loads_nothing_heavy(code: str) -> None:
-    assert not loaded_by(code) & {*HEAVY, "onnxruntime", "numpy", "tokenizers", "jinja2"}
+    assert not loaded_by(code) & {*HEAVY, "onnxruntime", "numpy", "tokenizers", "jinja2", "llguidance"}
 
 
 @pytest.mark.parametrize(
-    "arguments", ["'--help'", "'predict', '--help'", "'check', '--help'", "'devices', '--help'"]
+    "arguments", ["'--help'", "'predict', '--help'", "'serve', '--help'", "'top', '--help'", "'check', '--help'", "'devices', '--help'"]
 )
 def test_help_loads_nothing_heavy(arguments: str) -> None:
     code = f"from edgetune.cli import cli\ncli.main([{arguments}], standalone_mode=False)"

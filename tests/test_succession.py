@@ -19,7 +19,8 @@ from edgetune.evaluate_subjects import forgetting
 from edgetune.examples import load_examples
 from edgetune.files import sha256_file
 from edgetune.preference import collate_pairs
-from edgetune.recipe import Parameters, Recipe, Replay, recipe_from_dict
+from edgetune.recipe import Parameters, Recipe, Replay
+from edgetune.recipe_file import recipe_from_dict
 from edgetune.runs import load_adapted_model
 from edgetune.training import run_recipe
 from edgetune.training.preference import measure_rewards

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from head_helpers import room_recipe, room_rows
 from peft import PeftModel
+from resume_helpers import WEIGHTS, stopped_at
 from safetensors.numpy import load_file
-from training_helpers import ROOMS, recipe, silent, write_rows
+from training_helpers import recipe, silent, write_rows
 from transformers import BertForTokenClassification
 
 from edgetune.bases import load_body, load_tokenizer, open_folder
@@ -19,27 +21,14 @@ from edgetune.errors import DataError, RecipeError
 from edgetune.evaluate import evaluate
 from edgetune.examples import load_examples
 from edgetune.examples.tagging import collate_tagged
-from edgetune.recipe import recipe_from_dict, to_toml, tomllib
+from edgetune.recipe import tomllib
+from edgetune.recipe_file import recipe_from_dict, to_toml
 from edgetune.token_classifier import TokenClassifier, token_classification, word_logits
 from edgetune.torch_answers import TorchAnswers
 from edgetune.training import run_recipe
 from edgetune.training.tagging import word_states
 
 TAGS = ("B-room", "I-room", "O")
-SETTINGS: dict[str, Any] = {"learning_rate": 3e-3, "epochs": 1}
-
-
-def room_rows() -> list[dict[str, Any]]:
-    rows = []
-    for room in ROOMS:
-        rows.append({"tokens": f"turn on the lights in the old {room} please".split(), "tags": ["O", "O", "O", "O", "O", "O", "B-room", "I-room", "O"]})
-        rows.append({"tokens": ["the", room, "!"], "tags": ["O", "B-room", "O"]})
-    return rows
-
-
-def room_recipe(base: Path, folder: Path, **stage: Any) -> Any:
-    train = write_rows(folder / "rooms.jsonl", room_rows())
-    return recipe(base, "token-classification", train, write_rows(folder / "rooms-dev.jsonl", room_rows()[:4]), **{**SETTINGS, **stage})
 
 
 def tagged(base: Path, folder: Path, rows: list[dict[str, Any]], held_out: list[dict[str, Any]] | None = None, **stage: Any) -> Any:
@@ -226,6 +215,14 @@ def test_raw_text_may_come_first(tiny_encoder: Path, tmp_path: Path) -> None:
     made = recipe_from_dict({**values, "stage": [first, *values["stage"]]})
     summary = run_recipe(made, out=tmp_path / "run", progress=silent())
     assert summary.task == "token-classification" and "entity_f1" in summary.metrics
+
+
+def test_a_stopped_run_resumes_to_the_same_adapter(tiny_encoder: Path, tmp_path: Path) -> None:
+    made = replace(room_recipe(tiny_encoder, tmp_path, epochs=3, parameters={"dropout": 0.2}), checkpoint_every=2)
+    run_recipe(made, out=tmp_path / "whole", progress=silent())
+    stopped_at(4, made, tmp_path / "run")
+    run_recipe(made, out=tmp_path / "run", progress=silent(), resume=True)
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
 def test_eval_refuses_a_tag_that_the_adapter_does_not_know(tiny_encoder: Path, tmp_path: Path) -> None:

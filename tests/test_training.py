@@ -19,7 +19,8 @@ from edgetune.batching import Example
 from edgetune.errors import OutputError, TrainingError
 from edgetune.files import sha256_file
 from edgetune.objectives import completion_logits
-from edgetune.recipe import Parameters, load_recipe
+from edgetune.recipe import Parameters
+from edgetune.recipe_file import load_recipe
 from edgetune.runs import load_adapted_model, load_run
 from edgetune.training import run_recipe
 from edgetune.training.journal import Journal

@@ -18,17 +18,32 @@ Pooling = Literal["mean", "cls"]
 
 # Keys that change what the weights compute; other keys vary with the version of transformers that wrote the file.
 ARCHITECTURE_KEYS = (
+    "activation",
+    "activation_function",
+    "attn_logit_softcapping",
+    "do_layer_norm_before",
+    "final_logit_softcapping",
     "hidden_act",
+    "hidden_activation",
     "hidden_size",
     "intermediate_size",
     "layer_norm_eps",
+    "layer_norm_epsilon",
+    "local_attention",
     "model_type",
+    "n_head",
+    "n_heads",
+    "norm_eps",
     "num_attention_heads",
     "num_hidden_layers",
     "partial_rotary_factor",
+    "query_pre_attn_scalar",
     "rms_norm_eps",
+    "rotary_pct",
+    "scale_attn_by_inverse_layer_idx",
     "sliding_window",
     "type_vocab_size",
+    "use_parallel_residual",
     "vocab_size",
 )
 ENCODERS = frozenset(
@@ -228,6 +243,10 @@ def _architecture(config: dict[str, Any]) -> dict[str, Any]:
         kept["num_key_value_heads"] = config.get("num_key_value_heads") or heads
         kept["head_dim"] = config.get("head_dim") or config.get("hidden_size", 0) // heads
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if any(isinstance(table, dict) for table in rope.values()):  # one for each type of layer
+        return {**kept, "rope": rope}
+    if rope.get("partial_rotary_factor") is not None:
+        kept["partial_rotary_factor"] = rope["partial_rotary_factor"]
     theta = rope.pop("rope_theta", None) or config.get("rope_theta")
     if theta:
         kept["rope_theta"] = float(theta)

@@ -27,6 +27,8 @@ COMMANDS = {
     "export": "Turn adapters into a bundle, with proof.",
     "verify": "Check a bundle's hashes; with --parity prove it again.",
     "predict": "Answer one text or a file of rows.",
+    "serve": "Answer over HTTP: OpenAI's endpoints, adapters as models, a playground.",
+    "top": "Watch a server live in the terminal.",
     "check": "Measure latency and memory against a device's budget.",
     "devices": "Show device profiles and this machine's own.",
 }
@@ -90,6 +92,8 @@ def _extra_of(module: str) -> str | None:
     top = module.split(".")[0]
     if top in {"onnx", "onnxscript", "optimum", "onnx_ir"}:
         return "export"
+    if top in {"starlette", "uvicorn", "prometheus_client"}:
+        return "serve"
     if top in {"torch", "transformers", "peft", "accelerate", "datasets", "pyarrow", "gguf", "matplotlib", "sklearn", "sacrebleu"}:
         return "train"
     return None

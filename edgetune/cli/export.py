@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import click
@@ -10,30 +11,36 @@ from edgetune.errors import ExportError
 
 
 @click.command()
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter's name and its run or PEFT folder; repeat for several.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter's name and its run or PEFT folder, or a sum such as A+0.5*B of others' names or folders; repeat for several.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
 @click.option("--mode", default="separate", show_default=True, type=click.Choice(["separate", "merged"]), help="Adapters as inputs, or one merged into the weights.")
-@click.option("--precision", default="int8", show_default=True, type=click.Choice(["fp32", "int8", "int4"]), help="How weights are stored.")
+@click.option("--precision", type=click.Choice(["fp32", "int8", "int4"]), help="How weights are stored; not given: what all adapters were trained for (base_precision), else int8.")
 @click.option("--block-size", default=32, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
 @click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
 @click.option("--base", "base_name", metavar="NAME", help="The base model, for adapters that do not say; without --adapter: the base alone.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
-    adapters: tuple[str, ...], out: Path, mode: str, precision: str, block_size: int, keep: tuple[str, ...], base_name: str | None, threads: int | None
+    adapters: tuple[str, ...], out: Path, mode: str, precision: str | None, block_size: int, keep: tuple[str, ...], base_name: str | None, threads: int | None
 ) -> None:
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
     from edgetune.export.bundle import export_bundle
+    from edgetune.export.combine import FORM, resolve_sums
     from edgetune.export.lower import BITS, Precision
+    from edgetune.export.reference import precision_trained_for
 
     overrides = dict(_pair(text, "--keep", "MODULE=PRECISION") for text in keep)
     for value in overrides.values():
         if value not in BITS:
             raise ExportError("unknown precision in --keep", expected=", ".join(BITS), got=value)
-    pairs = [(name, Path(folder)) for name, folder in (_pair(text, "--adapter", "NAME=RUN") for text in adapters)]
-    chosen = Precision(precision, block_size=block_size, overrides=overrides)
-    manifest = export_bundle(
-        pairs, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, say=lambda line: click.echo(line, err=True)
-    )
+    pairs = [_pair(text, "--adapter", FORM) for text in adapters]
+    with tempfile.TemporaryDirectory(prefix="edgetune-sum-") as folder:
+        sources = resolve_sums(pairs, Path(folder))
+        precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
+        chosen = Precision(precision, block_size=block_size, overrides=overrides)
+        manifest = export_bundle(
+            sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads,
+            say=lambda line: click.echo(line, err=True),
+        )  # fmt: skip
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)} adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB")
 

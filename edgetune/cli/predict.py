@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, help="Same seed, same samples.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--schema", type=click.Path(path_type=Path), help="A JSON schema file: the answer is JSON that it accepts.")
+@click.option("--regex", help="A regular expression that the answer matches.")
+@click.option("--grammar", type=click.Path(path_type=Path), help="A Lark grammar file that the answer follows.")
 @click.option("--truncate", is_flag=True, help="Cut texts that are too long for an encoder.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
@@ -45,6 +48,8 @@ def command(
     threads: int | None,
     no_verify: bool,
     stop: tuple[str, ...],
+    schema: Path | None,
+    grammar: Path | None,
     **settings: Any,
 ) -> None:
     """Answer TEXT, or every row of --input, with BUNDLE.
@@ -61,13 +66,23 @@ def command(
         raise click.UsageError("--input and --output belong together")
     from edgetune.runtime.runtime import Runtime
 
-    settings["stop"] = stop or None
+    settings |= {"stop": stop or None, "schema": _text_of(schema), "grammar": _text_of(grammar)}
     with Runtime.open(bundle, threads=threads, verify=not no_verify) as runtime:
         name = _adapter(runtime, adapter)
         if source is not None and output is not None:
             _answer_file(runtime, source, output, adapter=name, truncate=truncate, settings=settings)
         else:
             _answer_text(runtime, text or "", adapter=name, truncate=truncate, settings=settings)
+
+
+def _text_of(path: Path | None) -> str | None:
+    """A schema's or grammar's file, as text."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"{path} cannot be read: {error}") from error
 
 
 def _adapter(runtime: Runtime, adapter: str | None) -> str | None:

@@ -22,7 +22,7 @@ from edgetune.cli.waiting import wait_briefly
 @click.option("--resume", is_flag=True, help="Continue an unfinished run of this recipe from its newest checkpoint.")
 def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool) -> None:
     """Train an adapter as RECIPE (a .toml file) says and write the run folder."""
-    from edgetune.recipe import load_recipe
+    from edgetune.recipe_file import load_recipe
 
     settings = load_recipe(recipe, overrides)  # before torch is imported: a typing error shows at once
 

@@ -106,7 +106,8 @@ def encode_tagged(
 def collate_tagged(examples: Sequence[Any], pad_id: int) -> Batch:
     """A batch whose targets are the labelled tokens; features (words, hidden) stand row after row."""
     features = [example.features for example in examples if example.features is not None]
-    batch = collate([replace(example, features=None) for example in examples], pad_id)
+    bare = [replace(example, features=None) for example in examples] if features else examples
+    batch = collate(bare, pad_id)
     return replace(batch, targets=int((batch.labels != IGNORED).sum()), features=torch.cat(features) if features else None)
 
 

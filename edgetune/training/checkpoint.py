@@ -77,7 +77,7 @@ def check_origin(found: Mapping[str, str], wanted: Mapping[str, str], *, where: 
     keys = [key for key in dict.fromkeys([*wanted, *found]) if found.get(key) != wanted.get(key)]
     if not keys:
         return
-    by_digest = [key for key in keys if key == "base" or re.fullmatch(r"stage\.\d+\.data\.(train|validation|replay)", key)]
+    by_digest = [key for key in keys if key == "base" or re.fullmatch(r"stage\.\d+\.data\.(train|validation|replay|reward .*)", key)]
     kind = DataError if len(by_digest) == len(keys) and "base" not in keys else RecipeError
     more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
 

@@ -211,9 +211,13 @@ def fused_ops(model: Any) -> Iterator[dict[str, int]]:
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """transformers' `apply_rotary_pos_emb`: q and k (B, heads, T, D), cos and sin (B, T, D)."""
+    """transformers' `apply_rotary_pos_emb`: q and k (B, heads, T, D), cos and sin (B, T, turned), turned at most D."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return Rotation.apply(q, cos, sin), Rotation.apply(k, cos, sin)
+    turned = cos.shape[-1]
+    if turned == q.shape[-1]:
+        return Rotation.apply(q, cos, sin), Rotation.apply(k, cos, sin)
+    q, k = (torch.cat((Rotation.apply(x[..., :turned], cos, sin), x[..., turned:]), dim=-1) for x in (q, k))
+    return q, k
 
 
 def _norm_of(module: Any) -> Callable[[Tensor], Tensor]:

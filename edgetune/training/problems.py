@@ -22,7 +22,7 @@ from edgetune.training.precision import Precision
 from edgetune.training.probe import C, fit_probe, pooled_features
 from edgetune.training.tagging import fit_word_probe
 
-RIDGE = 0.03  # L2 strength a row, on features of length 1 and values of variance 1
+RIDGE = np.logspace(-3, 2, 11)  # L2 strengths, on features of length 1; leave-one-out cross validation chooses
 
 
 def measure_label_sets(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
@@ -76,12 +76,15 @@ def fit_label_probes(model: SequenceClassifier, examples: Sequence[Any], *, pad_
 
 
 def fit_value_probe(model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int) -> None:
-    """Ridge regression on features of length 1."""
-    from sklearn.linear_model import Ridge
+    """Ridge regression on features of length 1; the mean of the numbers where they are all the same."""
+    from sklearn.linear_model import RidgeCV
 
-    features, scale = _unit_features(model, examples, pad_id=pad_id)
     targets = np.array([example.target for example in examples])
-    fitted = Ridge(alpha=RIDGE).fit(features, targets)
+    if np.ptp(targets) == 0:
+        _set(model.classifier, np.zeros((1, model.classifier.in_features)), targets[:1])
+        return
+    features, scale = _unit_features(model, examples, pad_id=pad_id)
+    fitted = RidgeCV(alphas=RIDGE).fit(features, targets)
     _set(model.classifier, fitted.coef_[None] / scale, np.array([fitted.intercept_]))
 
 

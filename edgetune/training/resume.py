@@ -17,7 +17,8 @@ from torch import nn
 from edgetune.errors import RecipeError
 from edgetune.layout import RECIPE, SUMMARY
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe, load_recipe
+from edgetune.recipe import Recipe
+from edgetune.recipe_file import load_recipe
 from edgetune.training.checkpoint import (
     Checkpoints,
     Position,

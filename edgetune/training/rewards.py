@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgetune.adapters import METADATA
 from edgetune.bases import Base
 from edgetune.errors import AdapterError, EdgetuneError, RecipeError, TrainingError
 from edgetune.examples.turns import Prompt, last_turn
+from edgetune.files import sha256_file
 from edgetune.recipe import Stage
 from edgetune.reward_names import split_function
+from edgetune.runs import find_adapter
 from edgetune.training.precision import Precision
 from edgetune.training.reward_adapter import AdapterScorer, check_reward_adapter, reward_adapter
 
@@ -104,6 +107,17 @@ def check_rewards(stage: Stage, base: Base) -> None:
             load_function(name)
         else:
             check_reward_adapter(Path(name), base)
+
+
+def reward_digests(stage: Stage) -> dict[str, str]:
+    """sha256 of every function's file and of every adapter's description, which holds the digests of its files."""
+    digests: dict[str, str] = {}
+    for name in names_of(stage):
+        function_of = split_function(name)
+        file = find_adapter(Path(name)) / METADATA if function_of is None else getattr(_load_module(function_of[0], name), "__file__", None)
+        if file is not None:  # a module that is built in has none
+            digests[f"reward {name}"] = sha256_file(Path(file))
+    return digests
 
 
 def reward_notes(stage: Stage, base: Base) -> Iterator[str]:

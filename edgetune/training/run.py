@@ -20,7 +20,8 @@ from edgetune.forgetting import compare
 from edgetune.full_model import save_full
 from edgetune.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
 from edgetune.progress import Progress
-from edgetune.recipe import Device, Recipe, to_toml
+from edgetune.recipe import Device, Recipe
+from edgetune.recipe_file import to_toml
 from edgetune.report import write_report
 from edgetune.runs import check_replaceable
 from edgetune.training.checkpoint import State, origin_of, unfinished
@@ -31,6 +32,7 @@ from edgetune.training.methods import method_of
 from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
 from edgetune.training.replay import ReplayText, load_replay
 from edgetune.training.resume import Course, find_state
+from edgetune.training.rewards import reward_digests
 from edgetune.training.stages import Stages, precision_of
 from edgetune.training.succession import Succession
 from edgetune.training.summary import (
@@ -76,7 +78,10 @@ def run_recipe(
         progress.say(opening(recipe, base, sets))
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id)
-        digests = [digests_of(examples, replay) for examples, replay in zip(sets, replays, strict=True)]
+        digests = [
+            digests_of(examples, replay) | reward_digests(stage)
+            for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
+        ]
         origin = origin_of(recipe, base=base.digest, data=digests, processes=group.size)
         state, finished = group.from_leader(
             (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)

@@ -17,6 +17,7 @@ from edgetune.intervals import headline
 from edgetune.progress import duration
 from edgetune.quantiser import ROUNDING
 from edgetune.recipe import Recipe, Stage
+from edgetune.recipe_generation import generation_defaults
 from edgetune.report import what_learns
 from edgetune.training.loop import StageResult
 from edgetune.training.replay import ReplayText
@@ -90,7 +91,7 @@ def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSumma
         pooling=base.pooling,
         problem=recipe.stage[-1].problem if recipe.task == "sequence-classification" else None,
         prompt_format=examples.prompt_format.to_dict(),
-        generation={"max_new_tokens": _max_new_tokens(recipe, examples)} if recipe.task == "text-generation" else None,
+        generation=generation_defaults(recipe, _max_new_tokens(recipe, examples)) if recipe.task == "text-generation" else None,
         max_length=examples.max_length,
         metrics=summary.metrics,
         base_precision=summary.base_precision,

@@ -55,10 +55,10 @@ def measure_tags(
 def with_word_features(model: TokenClassifier, examples: ExampleSet, *, pad_id: int) -> ExampleSet:
     """The set with the states of every labelled token in fp32: where only the head learns, the body runs once."""
 
-    def featured(rows: Sequence[TaggedExample]) -> list[Any]:
+    def featured(rows: Sequence[Any]) -> list[Any]:
         return [replace(row, features=states) for row, states in zip(rows, word_states(model, rows, pad_id=pad_id), strict=True)]
 
-    return replace(examples, train=featured(_tagged(examples.train)), validation=featured(_tagged(examples.validation)))
+    return replace(examples, train=featured(examples.train), validation=featured(examples.validation))
 
 
 @torch.no_grad()
@@ -86,7 +86,3 @@ def fit_word_probe(model: TokenClassifier, examples: Sequence[TaggedExample], *,
     states = torch.cat(word_states(model, chosen, pad_id=pad_id)).numpy()
     labels = [label for example in chosen if isinstance(example.labels, list) for label in example.labels if label != IGNORE]
     fit_logistic(model.classifier, states, torch.tensor(labels).numpy())
-
-
-def _tagged(examples: Sequence[Any]) -> list[TaggedExample]:
-    return list(examples)

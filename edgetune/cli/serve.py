@@ -1,0 +1,178 @@
+"""`edgetune serve`: a bundle over HTTP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+KEYS = "EDGETUNE_API_KEYS"
+
+
+@click.command("serve")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one."
+)
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port."
+)
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="NAME=FOLDER", help="A PEFT folder to load at the start."
+)
+@click.option(
+    "--adapter-folder",
+    "folders",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Adapters inside this folder may be loaded over HTTP.",
+)
+@click.option(
+    "--adapter-library",
+    "library",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Every adapter in this folder is served under its folder's name, read at its first use.",
+)
+@click.option(
+    "--adapter-memory-mb",
+    type=click.FloatRange(min=0),
+    help="Memory for adapters; the least recently used ones are read again.",
+)
+@click.option("--model-name", metavar="NAME", help="What clients call the base model.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help=f"Keys that open the server, one a line; also in the environment variable {KEYS}.",
+)
+@click.option(
+    "--max-rows", default=16, show_default=True, type=click.IntRange(min=1), help="Rows of one decode step."
+)
+@click.option(
+    "--max-queue", default=64, show_default=True, type=click.IntRange(min=1), help="Rows that wait; then 429."
+)
+@click.option("--cache-mb", type=click.FloatRange(min=1), help="Memory for keys and values (10⁶ bytes).")
+@click.option(
+    "--prefill-chunk",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Prompt tokens a step.",
+)
+@click.option(
+    "--deadline",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Seconds for an answer; 0: no limit.",
+)
+@click.option(
+    "--max-prompt-tokens", type=click.IntRange(min=1), help="Longest prompt (default: the model's context)."
+)
+@click.option(
+    "--max-body-mb", default=8.0, show_default=True, type=click.FloatRange(min=0.001), help="Largest request."
+)
+@click.option(
+    "--drain",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Seconds to finish on SIGTERM.",
+)
+@click.option(
+    "--cors-origin", "origins", multiple=True, metavar="URL", help="A web page's origin that may call."
+)
+@click.option(
+    "--allowed-host", "hosts", multiple=True, metavar="NAME", help="A host name this server answers for."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
+@click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
+@click.option(
+    "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
+)
+def command(
+    bundle: Path,
+    host: str,
+    port: int,
+    adapters: tuple[str, ...],
+    folders: tuple[Path, ...],
+    library: Path | None,
+    adapter_memory_mb: float | None,
+    model_name: str | None,
+    api_key_file: Path | None,
+    max_rows: int,
+    max_queue: int,
+    cache_mb: float | None,
+    prefill_chunk: int,
+    deadline: float,
+    max_prompt_tokens: int | None,
+    max_body_mb: float,
+    drain: float,
+    origins: tuple[str, ...],
+    hosts: tuple[str, ...],
+    threads: int | None,
+    no_verify: bool,
+    log_level: str,
+) -> None:
+    """Serve BUNDLE with OpenAI's HTTP endpoints, its adapters as models, and a playground at /.
+
+    Listens on this machine only, unless --host says otherwise. Logs are JSON lines on stderr. SIGTERM lets answers
+    under way finish.
+    """
+    from edgetune.runtime.runtime import Runtime
+    from edgetune.runtime.scheduler import Scheduler
+    from edgetune.runtime.server.logs import set_up_logging
+    from edgetune.runtime.server.run import DrainingServer, hosts_of, listen
+    from edgetune.runtime.server.service import ServerOptions, Service
+
+    named = [_named(text) for text in adapters]
+    options = ServerOptions(
+        model_name=model_name,
+        adapter_folders=tuple(folder.resolve() for folder in folders),
+        api_keys=read_keys(api_key_file, os.environ.get(KEYS, "")),
+        deadline_s=deadline or None,
+        max_body_mb=max_body_mb,
+        max_prompt_tokens=max_prompt_tokens,
+        cors_origins=origins,
+        allowed_hosts=hosts_of(host, hosts),
+        drain_s=drain,
+    )
+    set_up_logging(log_level)
+    opened = {"threads": threads, "verify": not no_verify, "adapter_folder": library}
+    with (
+        listen(host, port) as place,
+        Runtime.open(bundle, adapter_memory_mb=adapter_memory_mb, **opened) as runtime,  # type: ignore[arg-type]
+    ):
+        for name, folder in named:
+            for line in runtime.load_adapter(name, folder).notes:
+                click.echo(f"note: {line}", err=True)
+        scheduler = Scheduler(
+            runtime, max_rows=max_rows, max_queue=max_queue, cache_mb=cache_mb, prefill_chunk=prefill_chunk
+        )
+        service = Service(runtime, scheduler, options)
+        with scheduler:
+            address = f"[{host}]" if ":" in host else host
+            click.echo(f"serving {', '.join(service.models())} at http://{address}:{place.getsockname()[1]}")
+            if host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
+                click.echo(
+                    "note: whoever reaches this address can use it; keys close it (--api-key-file)", err=True
+                )
+            DrainingServer(service).run(sockets=[place])
+
+
+def read_keys(path: Path | None, environment: str) -> tuple[str, ...]:
+    """Keys out of a file (one a line, # begins a comment) and out of the environment (separated by commas)."""
+    lines = [] if path is None else path.read_text(encoding="utf-8").splitlines()
+    found = [line.strip() for line in lines if not line.lstrip().startswith("#")]
+    found += [key.strip() for key in environment.split(",")]
+    keys = tuple(dict.fromkeys(key for key in found if key))
+    if path is not None and not keys:
+        raise click.UsageError(f"{path} holds no key: expected one a line")
+    return keys
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise click.UsageError(f"--adapter {text!r}: expected NAME=FOLDER")
+    return name, Path(folder)

@@ -1,0 +1,163 @@
+"""A TOML file → a checked recipe with absolute paths, and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgetune import settings
+from edgetune.errors import RecipeError
+from edgetune.recipe import COLUMNS, KINDS, OWN_SETTINGS, Data, Recipe, Replay, Stage
+from edgetune.recipe_checks import check_forgetting, check_parameters, check_problem, check_trained
+from edgetune.recipe_generation import resolve_generation
+from edgetune.recipe_overrides import override
+from edgetune.recipe_paths import absolute, base_path, data_path, expand
+from edgetune.reward_names import locate_reward
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file; each override is `key.path=value`, e.g. `stage.0.epochs=2`."""
+    if not path.exists():
+        raise RecipeError("there is no such recipe file", where=str(path), fix="Give the path of a .toml file.")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        raise RecipeError("this is a folder", where=str(path), expected="a .toml file") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe: {error.strerror}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError("not UTF-8 text", where=str(path), got=f"byte {error.start} is invalid") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"not valid TOML: {error}", where=str(path)) from error
+    for setting in overrides:
+        override(values, setting)
+    return recipe_from_dict(values, folder=path.parent, where=str(path))
+
+
+def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, where: str = "recipe") -> Recipe:
+    """Build a recipe from plain values; relative data paths are taken from `folder` (default: the current one)."""
+    folder = folder if folder is not None else Path()
+    recipe = settings.from_dict(Recipe, values, where=where)
+    if not recipe.stage:
+        raise RecipeError("there is no stage", where=where, expected="at least one [[stage]]")
+    check_parameters(recipe.parameters, where=where)
+    check_forgetting(recipe, where=where)
+    for index, stage in enumerate(recipe.stage):
+        check_trained(recipe.parameters, stage, path=f"stage.{index}", where=where)
+        previous = recipe.stage[index - 1] if index else None
+        _check_stage(stage, previous, path=f"stage.{index}", where=where)
+    stages = tuple(
+        replace(
+            _resolve_reward(stage, folder=folder, path=f"stage.{index}.reward", where=where),
+            data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where),
+            replay=_resolve_replay(stage, folder=folder, path=f"stage.{index}.replay", where=where),
+        )
+        for index, stage in enumerate(recipe.stage)
+    )
+    out = expand(recipe.out, path="out", where=where)
+    forgetting = recipe.forgetting
+    if forgetting is not None:
+        general = absolute(folder, expand(forgetting.general, path="forgetting.general", where=where))
+        forgetting = replace(forgetting, general=general)
+    generation = resolve_generation(recipe, folder, where=where)
+    base = base_path(recipe.base, folder, where=where)
+    return replace(recipe, base=base, out=out, forgetting=forgetting, generation=generation, stage=stages)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every default written out; reading it again gives an equal recipe."""
+    return settings.to_toml(recipe)
+
+
+def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str) -> None:
+    if previous is not None and not _may_follow(stage, previous):
+        raise RecipeError(
+            f'{path}.method = "{stage.method}" cannot follow "{previous.method}"',
+            where=where,
+            expected="stages of one task, on encoders after masked-lm",
+            fix="Split this into two recipes.",
+        )
+    if stage.data.validation is not None and stage.data.hold_out is not None:
+        what = f"{path}.data has both validation and hold_out"
+        raise RecipeError(what, where=where, fix="Remove one of them.")
+    used = COLUMNS[stage.method]
+    for key in sorted({column for columns in COLUMNS.values() for column in columns} - set(used)):
+        if getattr(stage.data, key) != getattr(Data, key):
+            raise RecipeError(
+                f"{path}.data.{key} has no meaning for {stage.method}",
+                where=where,
+                expected="of these, " + ", ".join(used),
+                fix=f"Remove {key}.",
+            )
+    _check_own_settings(stage, path=path, where=where)
+    check_problem(stage, path=path, where=where)
+
+
+def _check_own_settings(stage: Stage, *, path: str, where: str) -> None:
+    for method, keys in OWN_SETTINGS.items():
+        for key in keys:
+            if method != stage.method and getattr(stage, key) != getattr(Stage, key):
+                raise RecipeError(
+                    f"{path}.{key} has no meaning for {stage.method}",
+                    where=where,
+                    expected=f"only with {method}",
+                    fix=f"Remove {key}.",
+                )
+    if stage.method != "grpo":
+        return
+    if not stage.reward:
+        raise RecipeError(
+            f"{path}.reward is missing",
+            where=where,
+            expected='the run folder of a reward stage, or "module:function"',
+            fix='For example reward = "rewards.py:score".',
+        )
+    count = 1 if isinstance(stage.reward, str) else len(stage.reward)
+    if stage.reward_weights is not None and len(stage.reward_weights) != count:
+        raise RecipeError(
+            f"{path}.reward_weights must weigh each reward",
+            where=where,
+            expected=f"{count} numbers",
+            got=str(len(stage.reward_weights)),
+        )
+
+
+def _resolve_reward(stage: Stage, *, folder: Path, path: str, where: str) -> Stage:
+    """Absolute paths of reward runs and of the files that hold reward functions."""
+    if stage.reward is None:
+        return stage
+    given = (stage.reward,) if isinstance(stage.reward, str) else stage.reward
+    found = tuple(locate_reward(expand(value, path=path, where=where), folder) for value in given)
+    return replace(stage, reward=found[0] if isinstance(stage.reward, str) else found)
+
+
+def _may_follow(stage: Stage, previous: Stage) -> bool:
+    """One adapter has one task; on an encoder, text may come first, for its head is not the adapter's."""
+    same = stage.task == previous.task and stage.problem == previous.problem
+    return same or (previous.method == "masked-lm" and KINDS[stage.method] == "encoder")
+
+
+def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:
+    """Absolute data paths; what looks like a hub id and is no file stays as it is."""
+
+    def resolve(key: str, value: str) -> str:
+        return data_path(value, folder=folder, path=f"{path}.{key}", where=where)
+
+    validation = None if data.validation is None else resolve("validation", data.validation)
+    return replace(data, train=resolve("train", data.train), validation=validation)
+
+
+def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Replay | None:
+    if stage.replay is None:
+        return None
+    if stage.task != "text-generation":
+        fix = "Remove replay" + ("; masked-lm may come before this stage instead." if KINDS[stage.method] == "encoder" else ".")
+        raise RecipeError(f"{path} has no meaning for {stage.method}", where=where, expected="a decoder that predicts text", fix=fix)
+    return replace(stage.replay, data=data_path(stage.replay.data, folder=folder, path=f"{path}.data", where=where))

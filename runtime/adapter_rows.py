@@ -1,0 +1,97 @@
+"""One adapter a row: the group tensors of a mixed batch, kept between steps and written only where a row changes.
+
+A step of n rows takes views on the front of preallocated tensors, A (rows, in, rank) and B (rows, rank, out). A row
+that joins copies its adapter once (SmolLM2, r = 8 on all layers: 15 MB); a step copies nothing. Ranks differ, so a
+tensor has the largest of its site and the rest is zeros, which add exactly nothing. Rows that all share one adapter
+need none of this: they bind that adapter's own tensors as group 1 (`GraphSession.group`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.runtime.binding import BoundTensors, GraphSession, ort_value
+
+Float32 = npt.NDArray[np.float32]
+Sizes = npt.NDArray[np.int64]
+
+
+class AdapterRows:
+    """Group tensors for up to `rows` rows; memory is touched by as many rows as were mixed at once."""
+
+    def __init__(self, session: GraphSession, rows: int) -> None:
+        self.session, self.rows = session, rows
+        self._axes = {name: array.ndim - 1 for name, array in session.empty.tensors.items()}
+        self._sizes: Sizes = np.zeros((len(self._axes), 2), np.int64)
+        self._known_sizes: weakref.WeakKeyDictionary[BoundTensors, Sizes] = weakref.WeakKeyDictionary()
+        self._arrays: dict[str, Float32] = {}
+        self._occupants: list[Any] = []  # weak references: an adapter that was unloaded goes although it was mixed
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the rows written so far."""
+        written = sum(occupant is not _nobody for occupant in self._occupants)
+        return written * 4 * int(self._sizes.prod(axis=1).sum())
+
+    def bind(self, io: Any, adapters: Sequence[BoundTensors | None]) -> list[Any]:
+        """Bind every adapter input for these rows; the caller keeps what is returned alive."""
+        first = adapters[0]
+        if all(adapter is first for adapter in adapters):
+            bound = self.session.empty if first is None else first
+            self.session.bind_adapters(io, bound)
+            return [bound]
+        self._write(adapters)
+        values = []
+        for name, array in self._arrays.items():
+            value = ort_value(array[: len(adapters)])
+            io.bind_ortvalue_input(name, value)
+            values.append(value)
+        return values
+
+    def _write(self, adapters: Sequence[BoundTensors | None]) -> None:
+        empty = self.session.empty
+        wanted = [empty if adapter is None else adapter for adapter in adapters]
+        self._fit(wanted)
+        for row, adapter in enumerate(wanted):
+            if self._occupants[row]() is adapter:
+                continue
+            for name, array in self._arrays.items():
+                write_padded(array[row], adapter.tensors.get(name, empty.tensors[name])[0])
+            self._occupants[row] = weakref.ref(adapter)
+
+    def _fit(self, adapters: Sequence[BoundTensors]) -> None:
+        """Make the tensors large enough for these rows, and smaller when less than half of them is needed."""
+        needed = np.max([self._sizes_of(adapter) for adapter in adapters], axis=0)
+        fits = self._arrays and (needed <= self._sizes).all()
+        if fits and 2 * needed.prod(axis=1).sum() >= self._sizes.prod(axis=1).sum():
+            return
+        self._sizes = needed
+        shapes = zip(self.session.empty.tensors, needed.tolist(), strict=True)
+        self._arrays = {name: np.zeros((self.rows, *shape[: self._axes[name]]), np.float32) for name, shape in shapes}
+        self._occupants = [_nobody] * self.rows
+
+    def _sizes_of(self, adapter: BoundTensors) -> Sizes:
+        """(inputs, 2): what an adapter needs of each input, without the group; 1 where an input has one axis."""
+        if (known := self._known_sizes.get(adapter)) is None:
+            empty = self.session.empty.tensors
+            shapes = [adapter.tensors.get(name, array).shape[1:] for name, array in empty.items()]
+            known = np.array([(*shape, 1)[:2] for shape in shapes], np.int64)
+            self._known_sizes[adapter] = known
+        return known
+
+
+def _nobody() -> None:
+    """What a dead weak reference says, for a row that was never written."""
+
+
+def write_padded(target: Float32, source: Float32) -> None:
+    """Write an array into the corner of a larger one, the rest zeros."""
+    if target.shape != source.shape:
+        target[...] = 0
+    target[tuple(slice(length) for length in source.shape)] = source
+

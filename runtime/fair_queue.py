@@ -1,0 +1,57 @@
+"""First come, first served within an adapter; between adapters each gets its share: start-time fair queueing.
+
+A request is stamped with the later of the queue's virtual time and its adapter's last finish, and served in the order of
+stamps (Goyal, Vin, Cheng 1996, "Start-time Fair Queueing", section 2). One adapter that floods the queue delays itself,
+a newcomer is next, and nobody starves. With one adapter it is a plain queue.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class FairQueue(Generic[Item]):
+    """Items with a key (whose share) and a cost (what serving them takes, in any unit). Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, float, Item]] = []
+        self._last: dict[Hashable, float] = {}
+        self._now, self._count = 0.0, 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def __iter__(self) -> Iterator[Item]:
+        """All items, in no particular order."""
+        return (item for _, _, _, item in self._heap)
+
+    def put(self, item: Item, *, key: Hashable, cost: float) -> None:
+        """Queue an item."""
+        start = max(self._now, self._last.get(key, 0.0))
+        self._last[key] = start + cost
+        self._count += 1
+        heapq.heappush(self._heap, (start, self._count, cost, item))
+
+    def peek(self) -> Item | None:
+        """Whose turn it is; None when nobody waits."""
+        return self._heap[0][3] if self._heap else None
+
+    def pop(self) -> Item:
+        """Take the item whose turn it is."""
+        self._now, _, _, item = heapq.heappop(self._heap)
+        if not self._heap:  # an idle queue forgets: virtual time need not run for ever
+            self._last.clear()
+            self._now = 0.0
+        return item
+
+    def remove(self, wanted: Callable[[Item], bool]) -> list[Item]:
+        """Take out every item for which `wanted` is true."""
+        out = [entry for entry in self._heap if wanted(entry[3])]
+        if out:
+            self._heap = [entry for entry in self._heap if not wanted(entry[3])]
+            heapq.heapify(self._heap)
+        return [entry[3] for entry in sorted(out, key=lambda entry: entry[1])]

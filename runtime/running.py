@@ -1,0 +1,127 @@
+"""A generation request from its submission to its last event."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.runtime.answers import Completion
+from edgetune.runtime.batch import BatchRow
+from edgetune.runtime.binding import BoundTensors
+from edgetune.runtime.events import Event, FailedEvent, FinishedEvent, Ticket, TokenEvent
+from edgetune.runtime.generation import TokenSequence
+from edgetune.runtime.lookup import PromptLookup
+from edgetune.runtime.registry import Lease
+
+log = logging.getLogger("edgetune.runtime")
+
+
+class Running:
+    """One request: its answer so far, its adapter (held until the end), its row once it has one."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        on_event: Callable[[Event], None],
+        sequence: TokenSequence,
+        lease: Lease | None,
+    ) -> None:
+        self.ticket, self.request, self.sequence = ticket, ticket.request, sequence
+        self._on_event, self._lease = on_event, lease
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self.first: float | None = None
+        self.row: BatchRow | None = None
+        self.cached = 0
+        self.token = 0
+        """chosen, but not yet in the cache"""
+        self._lookup: PromptLookup | None = None
+
+    @property
+    def tokens_needed(self) -> int:
+        """Tokens of cache this request may come to."""
+        return len(self.request.prompt_ids) + self.sequence.limit
+
+    @property
+    def adapter(self) -> BoundTensors | None:
+        """What the engine takes."""
+        return None if self._lease is None else self._lease.resident.bound
+
+    @property
+    def adapter_key(self) -> Hashable:
+        """Which adapter it is: equal for the same content under the same name."""
+        return 0 if self._lease is None else self._lease.resident.serial
+
+    def overdue(self, now: float) -> str | None:
+        """Why this request ends now whatever its text is: "cancelled", "deadline" or None."""
+        if self.ticket.cancelled:
+            return "cancelled"
+        deadline = self.request.deadline
+        return "deadline" if deadline is not None and now >= deadline else None
+
+    def take(self, logits: npt.NDArray[np.float32]) -> None:
+        """Choose the next token from logits (vocab,) and tell of it."""
+        self.token = self.sequence.choose(logits)
+        piece = self.sequence.add(self.token)
+        self.first = self.first or time.monotonic()
+        if self._lookup is not None:
+            self._lookup.add(self.token)
+        asked = self.sequence.settings.logprobs is not None
+        logprobs = (self.sequence.logprobs[-1],) if asked else None
+        self._tell(TokenEvent(piece, (self.token,), logprobs))
+
+    def guess(self, count: int) -> list[int]:
+        """At most `count` tokens that may follow `token`; none where a choice depends on more than its logits."""
+        room = min(count, self.sequence.limit - len(self.sequence.tokens) - 1)
+        if room <= 0 or not self.sequence.plain_greedy:
+            return []
+        if self._lookup is None:
+            self._lookup = PromptLookup([*self.request.prompt_ids, *self.sequence.tokens])
+        return self._lookup.guess(room)
+
+    def tell(self, *, guessed: int, right: int) -> None:
+        """How a guess turned out."""
+        if self._lookup is not None:
+            self._lookup.tell(guessed=guessed, right=right)
+
+    def finish(self, reason: str) -> None:
+        """The last event: the completion so far."""
+        self._end(FinishedEvent(self._completion(reason)))
+
+    def fail(self, error: Exception) -> None:
+        """The last event: an error."""
+        self._end(FailedEvent(error))
+
+    def _completion(self, reason: str) -> Completion:
+        now, tokens = time.monotonic(), self.sequence.tokens
+        first = self.first or now
+        asked = self.sequence.settings.logprobs is not None
+        return Completion(
+            text=self.sequence.text,
+            finish_reason=reason,
+            prompt_tokens=len(self.request.prompt_ids),
+            completion_tokens=len(tokens),
+            ttft_ms=(first - self.submitted) * 1e3,
+            tpot_ms=(now - first) * 1e3 / (len(tokens) - 1) if len(tokens) > 1 else None,
+            token_ids=tuple(tokens),
+            logprobs=tuple(self.sequence.logprobs) if asked else None,
+            queue_ms=((self.started or now) - self.submitted) * 1e3,
+            cached_tokens=self.cached,
+        )
+
+    def _end(self, event: Event) -> None:
+        if self._lease is not None:
+            self._lease.release()
+        self._tell(event)
+        self.ticket._done.set()
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self._on_event(event)
+        except Exception:  # a listener's trouble ends its own request, not the worker
+            log.exception("a listener of request %r failed; the request is cancelled", self.request.request_id)
+            self.ticket.cancel()

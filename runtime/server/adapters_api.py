@@ -1,0 +1,73 @@
+"""vLLM's `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters come and go while the base runs."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from edgetune.runtime.server.errors import ApiError, bad_request, not_found
+from edgetune.runtime.server.folders import allowed_folder
+from edgetune.runtime.server.logs import note
+from edgetune.runtime.server.reading import read_json
+from edgetune.runtime.server.schema import Schema
+from edgetune.runtime.server.service import Service
+from edgetune.runtime.server.tables import LOAD_ADAPTER, UNLOAD_ADAPTER
+
+
+async def load_lora_adapter(request: Request) -> Response:
+    """POST /v1/load_lora_adapter: 200 and a line of text, as vLLM."""
+    service, body = await _allowed(request, LOAD_ADAPTER)
+    async with _one_at_a_time(request):
+        await service.in_thread(
+            _load, service, body["lora_name"], body["lora_path"], bool(body.get("load_inplace"))
+        )
+    return PlainTextResponse(f"Success: LoRA adapter '{body['lora_name']}' added successfully.")
+
+
+async def unload_lora_adapter(request: Request) -> Response:
+    """POST /v1/unload_lora_adapter: 200 and a line of text; texts that are being generated with it go on."""
+    service, body = await _allowed(request, UNLOAD_ADAPTER)
+    async with _one_at_a_time(request):
+        if not service.runtime.registry.knows(body["lora_name"]):
+            message = f"The lora adapter '{body['lora_name']}' cannot be found."
+            raise not_found(message, code="adapter_not_found", param="lora_name")
+        await service.in_thread(service.runtime.unload_adapter, body["lora_name"])
+    return PlainTextResponse(f"Success: LoRA adapter '{body['lora_name']}' removed successfully.")
+
+
+async def _allowed(request: Request, schema: Schema) -> tuple[Service, dict[str, Any]]:
+    service: Service = request.app.state.service
+    service.check_open()
+    body = await read_json(request, schema, limit_mb=service.options.max_body_mb)
+    note(request.scope, adapter=body["lora_name"])
+    if not service.options.adapter_folders:
+        message = (
+            "Adapters do not load over HTTP here; the operator can allow a folder with --adapter-folder."
+        )
+        raise ApiError(403, message, code="adapter_loading_disabled")
+    return service, body
+
+
+def _one_at_a_time(request: Request) -> asyncio.Lock:
+    lock: asyncio.Lock = request.app.state.adapter_lock
+    return lock
+
+
+def _load(service: Service, name: str, path: str, in_place: bool) -> None:
+    """Every check first; with `in_place` the old adapter of that name goes only when the new one is known to fit."""
+    runtime = service.runtime
+    folder = allowed_folder(path, service.options.adapter_folders)
+    if name == service.base:
+        raise bad_request(f"'{name}' is the base model's name.", param="lora_name", code="invalid_value")
+    if not runtime.registry.knows(name):
+        runtime.load_adapter(name, folder)
+        return
+    if not in_place:
+        message = (
+            f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
+        )
+        raise bad_request(message, param="lora_name", code="adapter_exists")
+    runtime.registry.replace(name, folder)

@@ -1,0 +1,162 @@
+"""`/classify` (vLLM's shape), `/tag` (ours) and `/v1/embeddings` (OpenAI's), for encoder bundles."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
+
+from edgetune.errors import InputError
+from edgetune.runtime.answers import Classification
+from edgetune.runtime.server.errors import bad_request, deadline_exceeded
+from edgetune.runtime.server.exchange import unless_gone
+from edgetune.runtime.server.logs import note, request_id_of
+from edgetune.runtime.server.reading import read_json
+from edgetune.runtime.server.schema import Schema
+from edgetune.runtime.server.service import Service
+from edgetune.runtime.server.tables import CLASSIFY, EMBEDDINGS, TAG
+from edgetune.runtime.tagging import read_words
+
+T = TypeVar("T")
+
+
+async def classify(request: Request) -> Response:
+    """POST /classify: the probability of every label, in the order of the adapter's labels.
+
+    Beside vLLM's fields: `labels` of an adapter for several labels, `value` of one for numbers.
+    """
+    call = await _read(request, CLASSIFY)
+    runtime, scheduler = call.service.runtime, call.service.scheduler
+    if await call.service.in_thread(runtime.task, call.adapter) != "sequence-classification":
+        message = f"The model '{call.model}' does not classify texts; name an adapter with labels for texts."
+        raise bad_request(message, param="model", code="no_labels")
+    await call.count(lambda text: len(runtime.text_ids(text, call.adapter, truncate=call.truncate)))
+    work = await call.service.in_thread(
+        lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate)
+    )
+    found = await _in_time(request, call, work)
+    return call.answer("classify", [{"index": i, **_classified(c)} for i, c in enumerate(found)])
+
+
+async def tag(request: Request) -> Response:
+    """POST /tag: every word with its tag and its place in the text, and the entities that the tags mark (ours)."""
+    call = await _read(request, TAG)
+    runtime, scheduler = call.service.runtime, call.service.scheduler
+    if await call.service.in_thread(runtime.task, call.adapter) != "token-classification":
+        message = f"The model '{call.model}' tags no words; name an adapter that does."
+        raise bad_request(message, param="model", code="no_tags")
+    await call.count(lambda row: len(read_words(runtime, row, call.adapter, truncate=call.truncate).ids))
+    work = await call.service.in_thread(
+        lambda: scheduler.tag(call.inputs, call.adapter, truncate=call.truncate)
+    )
+    found = await _in_time(request, call, work)
+    data = [
+        {
+            "index": i,
+            "text": row.text,
+            "words": [asdict(word) for word in row.words],
+            "entities": [asdict(span) for span in row.entities],
+        }
+        for i, row in enumerate(found)
+    ]
+    return call.answer("tag", data)
+
+
+async def embeddings(request: Request) -> Response:
+    """POST /v1/embeddings: pooled states of length 1, as numbers or as base64 of little-endian float32."""
+    call = await _read(request, EMBEDDINGS)
+    runtime, scheduler = call.service.runtime, call.service.scheduler
+    await call.count(lambda text: len(runtime.text_ids(text, call.adapter, truncate=call.truncate)))
+    work = await call.service.in_thread(
+        lambda: scheduler.embed(call.inputs, call.adapter, truncate=call.truncate)
+    )
+    vectors = await _in_time(request, call, work)
+    packed = call.body.get("encoding_format") == "base64"
+    data = [
+        {"object": "embedding", "index": i, "embedding": _base64(row) if packed else row.tolist()}
+        for i, row in enumerate(vectors)
+    ]
+    return call.answer("embd", data)
+
+
+@dataclass
+class Call:
+    """A checked request to an encoder."""
+
+    service: Service
+    scope: Scope
+    body: dict[str, Any]
+    adapter: str | None
+    inputs: list[Any]
+    tokens: int = 0
+
+    @property
+    def model(self) -> str:
+        """The name that was asked for."""
+        return str(self.body["model"])
+
+    @property
+    def truncate(self) -> bool:
+        """Whether texts that are too long are cut."""
+        return self.body.get("truncate_prompt_tokens") == -1
+
+    async def count(self, length: Callable[[Any], int]) -> None:
+        """Every input's tokens, before the first is computed. ApiError when one is too long or no text."""
+        try:
+            self.tokens = await self.service.in_thread(lambda: sum(length(one) for one in self.inputs))
+        except InputError as error:
+            long = "longer" in error.what
+            plain = InputError(error.what, expected=error.expected, got=error.got)
+            fix = " Set 'truncate_prompt_tokens' to -1 to cut it." if long else ""
+            code = "context_length_exceeded" if long else None
+            raise bad_request(f"{plain}.{fix}", param="input", code=code) from error
+        note(self.scope, rows=len(self.inputs), prompt_tokens=self.tokens)
+
+    def answer(self, kind: str, data: list[dict[str, Any]]) -> Response:
+        """A list of results in the shape that OpenAI and vLLM share."""
+        head = {"id": f"{kind}-{request_id_of(self.scope)}", "object": "list", "created": int(time.time())}
+        usage = {"prompt_tokens": self.tokens, "completion_tokens": 0, "total_tokens": self.tokens}
+        return JSONResponse({**head, "model": self.model, "data": data, "usage": usage})
+
+
+async def _read(request: Request, schema: Schema) -> Call:
+    service: Service = request.app.state.service
+    service.check_open()
+    body = await read_json(request, schema, limit_mb=service.options.max_body_mb)
+    note(request.scope, model=body["model"], user=body.get("user"))
+    if service.runtime.manifest.is_decoder:
+        what = "This bundle generates text; it neither classifies nor embeds."
+        raise bad_request(what, param="model", code="wrong_task")
+    inputs = [body["input"]] if isinstance(body["input"], str) else body["input"]
+    return Call(service, request.scope, body, service.adapter_of(body["model"]), inputs)
+
+
+def _classified(found: Classification) -> dict[str, Any]:
+    own = {"label": found.label, "probs": list(found.scores.values()), "num_classes": len(found.scores)}
+    several = {} if found.labels is None else {"labels": list(found.labels)}
+    return {**own, **several, **({} if found.value is None else {"value": found.value})}
+
+
+async def _in_time(request: Request, call: Call, work: Future[T]) -> T:
+    """The scheduler's answer, unless the deadline or the client's patience ends first."""
+    deadline = call.service.deadline(call.body.get("deadline_s"))
+    seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+    try:
+        return await unless_gone(request.receive, asyncio.wait_for(asyncio.wrap_future(work), seconds))
+    except asyncio.TimeoutError:
+        raise deadline_exceeded("The deadline passed before the answer was there.") from None
+    finally:
+        work.cancel()  # of use only while it still waits in the queue
+
+
+def _base64(row: Any) -> str:
+    return base64.b64encode(np.asarray(row, "<f4").tobytes()).decode()

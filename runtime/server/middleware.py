@@ -1,0 +1,152 @@
+"""Around every request: its id, its log line, its counters, who may call, and a JSON answer whatever happens."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from edgetune.runtime.scheduler import QueueFull, SchedulerClosed
+from edgetune.runtime.server.errors import ApiError, internal, overloaded, unavailable
+from edgetune.runtime.server.exchange import ClientGone
+from edgetune.runtime.server.logs import LOGGER, begin_request, log_error, note, notes
+from edgetune.runtime.server.sampling import error_of
+from edgetune.runtime.server.service import Service
+
+OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")
+"""Reachable without a key: they show nothing of the models."""
+QUIET_PATHS = ("/health", "/ready", "/metrics")
+"""Asked every few seconds by machines: logged at debug level."""
+CLIENT_GONE = 499
+"""nginx's status for a client that closed its connection; only the log and the counters ever see it."""
+
+
+class RequestScope:
+    """The outermost layer: request id, log line, counters, and errors in OpenAI's form."""
+
+    def __init__(self, app: ASGIApp, *, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 0
+        request_id = begin_request(scope, Headers(scope=scope).get("x-request-id"))
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        self.service.metrics.open.inc()
+        try:
+            await self._answer(scope, receive, tell)
+        except ClientGone:
+            status = CLIENT_GONE
+        except Exception as error:  # nothing may reach the client as anything but our own form
+            failure = answer_to(error)
+            if failure is None:
+                log_error(scope, error)
+                failure = internal(request_id)
+            note(scope, error=failure.code or failure.kind)
+            if status:  # the answer had begun; it ends here, unfinished
+                raise
+            await error_response(failure)(scope, receive, tell)
+        finally:
+            self.service.metrics.open.dec()
+            self._record(scope, status or CLIENT_GONE, time.perf_counter() - start)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        self.service.metrics.requests.labels(route, str(status)).inc()
+        self.service.metrics.seconds.labels(route).observe(seconds)
+        quiet = scope["path"] in QUIET_PATHS and status < 400
+        if not LOGGER.isEnabledFor(logging.DEBUG if quiet else logging.INFO):
+            return
+        client = scope.get("client")
+        fields = {
+            "request_id": notes(scope)["request_id"],
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "ms": round(seconds * 1e3, 2),
+            "client": client[0] if client else None,
+            **notes(scope),
+        }
+        LOGGER.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
+
+
+class KeyCheck:
+    """`Authorization: Bearer KEY`, compared in constant time."""
+
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
+        self.app = app
+        self._keys = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request with a key, or one that needs none."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            self._check(Headers(scope=scope).get("authorization", ""))
+        await self.app(scope, receive, send)
+
+    def _check(self, header: str) -> None:
+        scheme, _, key = header.partition(" ")
+        given = _digest(key.strip()) if scheme.lower() == "bearer" else b""
+        # Every key is compared, and digests have one length: the time says nothing about the keys.
+        fits = [hmac.compare_digest(given, known) for known in self._keys]
+        if not any(fits):
+            what = "Incorrect API key provided." if key else "No API key: give 'Authorization: Bearer KEY'."
+            raise ApiError(401, what, code="invalid_api_key")
+
+
+class HostCheck:
+    """Refuse requests for another host: a web page that points its own name at 127.0.0.1 gets nothing."""
+
+    def __init__(self, app: ASGIApp, *, hosts: Sequence[str]) -> None:
+        self.app, self._hosts = app, {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what names one of the hosts."""
+        if scope["type"] == "http" and _host(Headers(scope=scope).get("host", "")) not in self._hosts:
+            raise ApiError(421, "This server does not answer for that host name.", code="unknown_host")
+        await self.app(scope, receive, send)
+
+
+def answer_to(error: Exception) -> ApiError | None:
+    """Any error that has an answer of its own; None for a defect of ours."""
+    if isinstance(error, QueueFull):
+        return overloaded(
+            "The queue is full. Try again later.", retry_after=max(1, round(error.retry_after_s))
+        )
+    if isinstance(error, SchedulerClosed):
+        return unavailable("The server is stopping.")
+    return error_of(error)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """An error's answer."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _host(header: str) -> str:
+    """`[::1]:8000` and `localhost:8000` without port."""
+    name: Any = header.strip().lower()
+    return str(name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0])

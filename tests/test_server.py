@@ -1,0 +1,70 @@
+"""`edgetune serve` seen by OpenAI's official client: the answers are the runtime's own, whole or streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from runtime_helpers import decoder_bundle
+from server_helpers import Running, serve
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_decoder: Path) -> Iterator[Running]:
+    with serve(decoder_bundle(tiny_decoder)) as running:
+        yield running
+
+
+def test_models_lists_the_base_and_its_adapters_with_their_parent(server: Running) -> None:
+    found = {model.id: model.model_extra or {} for model in server.client().models.list()}
+    assert list(found) == ["tiny", "a", "b"]
+    assert {name: extra["parent"] for name, extra in found.items()} == {"tiny": None, "a": "tiny", "b": "tiny"}
+    assert found["a"]["prompt_template"] == "plain"
+
+
+def test_one_model_is_shown(server: Running) -> None:
+    assert server.client().models.retrieve("b").model_extra["rank"] == 7  # type: ignore[index]
+
+
+@pytest.mark.parametrize("model", ["tiny", "a", "b"])
+def test_a_chat_answer_is_the_runtimes(server: Running, model: str) -> None:
+    answer = server.client().chat.completions.create(model=model, messages=HELLO, max_tokens=8)  # type: ignore[arg-type]
+    adapter = None if model == "tiny" else model
+    (expected,) = server.runtime.generate([HELLO], adapter, max_new_tokens=8)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].finish_reason == expected.finish_reason
+    assert answer.usage and answer.usage.completion_tokens == expected.completion_tokens
+    assert answer.usage.prompt_tokens == expected.prompt_tokens
+
+
+def test_a_stream_joins_to_the_whole_answer_and_ends_with_its_usage(server: Running) -> None:
+    client = server.client()
+    whole = client.chat.completions.create(model="a", messages=HELLO, max_tokens=8)  # type: ignore[arg-type]
+    options = {"include_usage": True}
+    chunks = list(
+        client.chat.completions.create(model="a", messages=HELLO, max_tokens=8, stream=True, stream_options=options)  # type: ignore[call-overload]
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_stream_is_events_of_json_and_ends_with_done(server: Running) -> None:
+    answer = server.post("/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 3, "stream": True})
+    events = answer.text.split("\n\n")
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events[:-2])
+
+
+def test_an_unknown_model_is_not_found(server: Running) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        server.client().chat.completions.create(model="zz", messages=HELLO)  # type: ignore[arg-type]
+    assert caught.value.code == "model_not_found"
