@@ -3,6 +3,11 @@
 A weight (out, in) is cut along `in` into blocks of `block_size`. Each block has a scale and holds unsigned integers
 `q` of 4 or 8 bits: w ≈ scale · (q − zero). Symmetric blocks have zero = 8 (or 128); the layout of the packed
 bytes is that of ONNX Runtime's `MatMulNBits` (two 4-bit values a byte, the lower one first).
+
+Rows that lie on a grid of these bits already keep it (`grids`). A block of theirs may have an offset that no integer zero
+expresses (GGUF's Q4_1): w = scale · (q − zero) + offset. Offsets become columns of the product of their own, one a block, which
+the graph feeds with the block's mean input; they are rounded to 4 bits, so that a weight moves by about a
+fiftieth of a step. Kept in float32 they would be exact, and cost more speed than int8 does (`benchmarks/RESULTS.md`).
 """
 
 from __future__ import annotations
@@ -12,21 +17,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgetune.grids import find_grid
+
 # Candidate shrinkages of a block's range; the one with the least squared error is kept, block by block.
 SHRINK = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8)
-ROUNDING = 1  # to be raised when any weight is rounded otherwise: adapters are trained against the values
+ROUNDING = 2  # to be raised when any weight is rounded otherwise: adapters are trained against the values
 ELEMENTS_AT_ONCE = 1 << 18  # a piece that stays in the cache: 6 times faster than the whole weight at once
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised weight: values (out, blocks, block_size) uint8, scales (out, blocks), zeros (out, blocks) or None."""
+    """A quantised weight: values (out, blocks, block_size) uint8, scales (out, blocks), zeros (out, blocks) or None.
+
+    `inputs`: columns that the product reads: `columns`, and where blocks have offsets one more a block, for its mean input.
+    """
 
     values: Tensor
     scales: Tensor
     zeros: Tensor | None
     bits: int
     columns: int
+    inputs: int
 
     @property
     def block_size(self) -> int:
@@ -35,8 +46,11 @@ class Quantised:
     def dequantise(self) -> Tensor:
         """The weight (out, in) in float32 that the engine computes with."""
         zero = float(1 << (self.bits - 1)) if self.zeros is None else self.zeros.float()[..., None]
-        weight = (self.values.float() - zero) * self.scales[..., None]
-        return weight.flatten(1)[:, : self.columns].contiguous()
+        weight = ((self.values.float() - zero) * self.scales[..., None]).flatten(1)[:, : self.inputs]
+        weight, added = weight[:, : self.columns], weight[:, self.columns :]
+        if added.shape[1]:
+            weight = weight + (added / self.block_size).repeat_interleave(self.block_size, 1)
+        return weight.contiguous()
 
     def packed(self) -> Tensor:
         """values as bytes: (out, blocks, block_size · bits / 8)."""
@@ -55,16 +69,36 @@ def pack_nibbles(values: Tensor) -> Tensor:
     return values[..., 0::2] | (values[..., 1::2] << 4)
 
 
-def quantise(weight: Tensor, *, bits: int, block_size: int = 32, symmetric: bool = True) -> Quantised:
-    """Round a weight (out, in) to the nearest point of the best of a few grids for each block."""
+def quantise(weight: Tensor, *, bits: int, block_size: int = 32, symmetric: bool = True, offsets: bool = True) -> Quantised:
+    """Keep the grid of rows of a weight (out, in) that lie on one; round each block of the others to the best of a few.
+
+    `offsets`: whether a grid may be kept that needs offsets, which an embedding's operator cannot add.
+    """
     columns = weight.shape[1]
     padded = torch.nn.functional.pad(weight.detach().float(), (0, -columns % block_size))
     blocks = padded.view(weight.shape[0], -1, block_size)
-    fit = _symmetric if symmetric else _asymmetric
-    parts = [fit(rows, bits) for rows in blocks.split(max(1, ELEMENTS_AT_ONCE // padded.shape[1]))]
-    values, scales = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-    zeros = None if symmetric else torch.cat([part[2] for part in parts])
-    return Quantised(values, scales, zeros, bits, columns)
+    offsets = offsets and columns % block_size == 0
+    parts = [_stored(rows, bits, symmetric, offsets) for rows in blocks.split(max(1, ELEMENTS_AT_ONCE // padded.shape[1]))]
+    values, scales, zeros, added = (torch.cat([part[i] for part in parts]) for i in range(4))
+    inputs = columns
+    if added.any():
+        inputs += added.shape[1]
+        more = torch.nn.functional.pad(added * block_size, (0, -added.shape[1] % block_size)).view(len(added), -1, block_size)
+        pairs = zip((values, scales, zeros), _asymmetric(more, bits), strict=True)
+        values, scales, zeros = (torch.cat(pair, 1) for pair in pairs)
+    needed = not symmetric or bool((zeros != 1 << (bits - 1)).any())
+    return Quantised(values, scales, zeros if needed else None, bits, columns, inputs)
+
+
+def _stored(blocks: Tensor, bits: int, symmetric: bool, offsets: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """values, scales, zeros, offsets of a few rows (rows, blocks, block_size)."""
+    kept, grid = find_grid(blocks, bits=bits, offsets=offsets)
+    if kept.all():
+        return grid.values, grid.scale, grid.zero.to(torch.uint8), grid.offset
+    values, scales, zeros = (_symmetric if symmetric else _asymmetric)(blocks, bits)
+    added = torch.zeros_like(scales)
+    values[kept], scales[kept], zeros[kept], added[kept] = grid.values, grid.scale, grid.zero.to(torch.uint8), grid.offset
+    return values, scales, zeros, added
 
 
 def _symmetric(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

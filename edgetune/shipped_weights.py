@@ -4,7 +4,7 @@ The exporter decides on the traced graph, this on the modules; both ask `Precisi
 values are the same, bit for bit (rows of a weight are rounded on their own: packing layers changes nothing).
 
 In bf16 a frozen weight is rounded once more, held so or by autocast alike. On SmolLM2-135M (1,536 tokens of WikiText-2)
-that alone costs 1.3e-4 nats of KL, autocast as a whole 8.8e-4, the 4 bits themselves 0.46: training does not see the
+that alone costs 1.3e-4 nats of KL, autocast as a whole 8.8e-4, rounding to 4 bits itself 0.46: training does not see the
 difference, and `edgetune eval` and the proof compute in fp32.
 """
 
@@ -28,6 +28,8 @@ def round_weights(model: Any, precision: Precision) -> None:
     An embedding tied to the output projection stays tied where both are stored in the same bits.
     """
     bits = stored_bits(model, precision)
+    table = model.get_input_embeddings().weight
+    rows = {name for name in bits if model.get_submodule(name).weight is table}  # read row by row: no offsets there
     _untie(model, bits)
     done: set[int] = set()
     for name, wanted in bits.items():
@@ -35,7 +37,7 @@ def round_weights(model: Any, precision: Precision) -> None:
         if not wanted or id(module.weight) in done:
             continue
         done.add(id(module.weight))
-        weight = quantised_weight(module, wanted, precision).dequantise()
+        weight = quantised_weight(module, wanted, precision, offsets=name not in rows).dequantise()
         module.weight.copy_(weight.t() if _is_transposed(module) else weight)
 
 
@@ -50,12 +52,13 @@ def stored_bits(model: Any, precision: Precision) -> dict[str, int]:
     return bits
 
 
-def quantised_weight(module: Any, bits: int, precision: Precision) -> Quantised:
-    """The weight (out, in) of a linear layer or embedding as a bundle stores it."""
+def quantised_weight(module: Any, bits: int, precision: Precision, *, offsets: bool) -> Quantised:
+    """The weight (out, in) of a linear layer or embedding as a bundle stores it; `offsets`: not for an embedding."""
     weight: Tensor = module.weight
     return quantise(
-        weight.t() if _is_transposed(module) else weight, bits=bits, block_size=precision.block_size, symmetric=precision.symmetric
-    )
+        weight.t() if _is_transposed(module) else weight, bits=bits, block_size=precision.block_size,
+        symmetric=precision.symmetric, offsets=offsets,
+    )  # fmt: skip
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """The last passes: edgetune's linear layers and embeddings → the engine's operators, with adapter and head inputs.
 
-A packed linear layer is one `MatMul` or `MatMulNBits`. Where adapters are inputs, three nodes follow it:
+A packed linear layer is one `MatMul` or `MatMulNBits`; where a kept grid has offsets, two small nodes before it
+append the means of x over each block, which the offsets' columns multiply. Where adapters are inputs, three nodes follow it:
 y = W₀x + (xA)B with A (group, in, rank) and B (group, rank, out); group is 1 (one adapter for the batch) or the batch.
 """
 
@@ -30,6 +31,8 @@ class _Lowering:
     def __init__(self, model: ir.Model, precision: Precision) -> None:
         self.graph, self.precision = model.graph, precision
         self.quantised: dict[str, Quantised] = {}
+        nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Embedding"]
+        self.tables = {table.name for node in nodes if (table := node.inputs[1]) is not None}
 
     def linear(self, node: ir.Node) -> ir.Value:
         """Replace a Linear or Packed node by one matrix product; returns its result."""
@@ -52,7 +55,7 @@ class _Lowering:
     def _quantised(
         self, node: ir.Node, source: ir.Value | None, weight: Tensor, bias: Tensor | None, *, bits: int, name: str, tied: str | None
     ) -> ir.Value:
-        q = quantise(weight, bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric)
+        q = self._rounded(weight, bits, offsets=tied not in self.tables)
         if tied is not None:
             self.quantised[tied] = q
         zeros = q.packed_zeros()
@@ -66,8 +69,24 @@ class _Lowering:
         ]
         while inputs[-1] is None:
             inputs.pop()
-        sizes = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": q.block_size, "accuracy_level": ACCURACY_LEVEL}
+        if q.inputs > q.columns:
+            inputs[0] = self._with_means(node, source, q, name=name)
+        sizes = {"K": q.inputs, "N": weight.shape[0], "bits": bits, "block_size": q.block_size, "accuracy_level": ACCURACY_LEVEL}
         return new_node(self.graph, node, "MatMulNBits", inputs, domain=MICROSOFT, attributes=sizes, name=name)[0]
+
+    def _with_means(self, node: ir.Node, source: ir.Value | None, q: Quantised, *, name: str) -> ir.Value:
+        """[x, the mean of x over each block]; pooling takes (batch, sequence, in) as its channels and width."""
+        assert source is not None
+        if source.shape is not None and len(source.shape) == 3:
+            window = {"kernel_shape": [q.block_size], "strides": [q.block_size]}
+            means = new_node(self.graph, node, "AveragePool", [source], attributes=window, name=f"{name}.means")[0]
+        else:
+            blocks = torch.eye(q.inputs - q.columns).repeat_interleave(q.block_size, 0) / q.block_size
+            means = new_node(self.graph, node, "MatMul", [source, constant(self.graph, f"{name}.blocks", blocks.numpy())])[0]
+        return new_node(self.graph, node, "Concat", [source, means], attributes={"axis": -1}, name=f"{name}.inputs")[0]
+
+    def _rounded(self, weight: Tensor, bits: int, *, offsets: bool) -> Quantised:
+        return quantise(weight, bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric, offsets=offsets)
 
     def embedding(self, node: ir.Node) -> ir.Value:
         """A Gather; from the output projection's quantised bytes when the two are tied, so that they are kept once."""
@@ -99,7 +118,7 @@ class _Lowering:
             return None
         if tied is not None and tied.bits == bits:
             return tied
-        return quantise(_torch(table), bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric)
+        return self._rounded(_torch(table), bits, offsets=False)
 
 
 def lower(model: ir.Model, precision: Precision, *, adapter_inputs: bool, skip: Collection[str] = ()) -> list[Site]:

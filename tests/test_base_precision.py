@@ -21,6 +21,7 @@ from edgetune.export.bundle import export_bundle, prove_bundle, reprove
 from edgetune.export.lower import Precision
 from edgetune.export.reference import precision_trained_for, reference_base, warning
 from edgetune.export.sources import read_source
+from edgetune.quantiser import ROUNDING
 from edgetune.runs import load_adapted_model
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.manifest import Manifest, Part, read_manifest
@@ -126,7 +127,7 @@ def test_the_proof_is_the_same_when_it_is_repeated(shipped: Shipped) -> None:
 
 
 def test_the_run_says_what_it_was_trained_for(decoder: Shipped) -> None:
-    expected = {"weights": "int4", "block_size": 32, "symmetric": True, "overrides": {"lm_head": "int8"}, "rounding": 1}
+    expected = {"weights": "int4", "block_size": 32, "symmetric": True, "overrides": {"lm_head": "int8"}, "rounding": ROUNDING}
     assert json.loads((decoder.run / "summary.json").read_text())["base_precision"] == expected
     assert json.loads((decoder.run / "adapter/edgetune_adapter.json").read_text())["base_precision"] == expected
     assert 'base_precision = "int4"' in (decoder.run / "recipe.toml").read_text()
