@@ -28,7 +28,7 @@ from serving_load import Prompts, Row, Server, make_adapters, memory_mb, request
 
 from edgetune.runtime import Runtime
 
-ADAPTERS, STRENGTH, MARGIN, LEAST, MOST, LONG = 8, 0.2, 0.1, 3, 8, 48
+ADAPTERS, STRENGTH, MARGIN, LEAST, MOST, LONG = 8, 0.2, 0.05, 2, 6, 48
 """adapters and their strength; lead of the first choice; tokens of a check; tokens of a stream that may be left early"""
 OUTSTANDING, CHURNERS = 64, 2
 SHARES = {"check": 0.65, "vanish": 0.15, "malformed": 0.15, "look": 0.05}
@@ -60,9 +60,9 @@ def greedy(runtime: Runtime, name: str | None, ids: list[int]) -> tuple[list[int
     return tokens, margins
 
 
-def find_checks(runtime: Runtime, names: list[str], *, each: int = 4, tries: int = 60) -> dict[str, list[Check]]:
+def find_checks(runtime: Runtime, names: list[str], *, each: int = 3, tries: int = 40) -> dict[str, list[Check]]:
     """`each` checks an adapter, from random prompts. SystemExit when an adapter has none: they are too much alike."""
-    prompts, lengths = Prompts(runtime.manifest.graph.vocab_size, seed=1), (8, 24, 40, min(200, runtime.manifest.graph.max_length // 2))
+    prompts, lengths = Prompts(runtime.manifest.graph.vocab_size, seed=1), (8, 24, 40, min(160, runtime.manifest.graph.max_length // 2))
     found: dict[str, list[Check]] = {name: [] for name in names}
     for attempt in range(tries):
         if all(len(checks) >= each for checks in found.values()):
