@@ -133,7 +133,10 @@ def _drop_from_page_cache(path: Path) -> None:
 
 
 def _host_rows(runtime: Runtime, names: list[str], samples: int) -> list[Row]:
-    """What a request does with its adapter outside the graph: lease, bind for prefill, bind for decoding, release."""
+    """What a request does with its adapter outside the graph: lease, bind for prefill, bind for decoding, release.
+
+    A difference of two p99 could fall below zero by chance and look like a target met, so p50 of the same is taken off.
+    """
     assert runtime.decoder is not None
     batch = Batch(runtime.decoder, rows=STREAMS, budget=STREAMS * 128, max_context=128)
 
@@ -170,10 +173,10 @@ def _host_rows(runtime: Runtime, names: list[str], samples: int) -> list[Row]:
         Row("… another adapter than before, p50", 1e6 * median(other), "µs"),
         Row("… another adapter than before, p99", 1e6 * percentile(other, 99), "µs"),
         Row("added by switching, p50", 1e6 * (median(other) - median(same)), "µs"),
-        Row("added by switching, p99", 1e6 * (percentile(other, 99) - percentile(same, 99)), "µs", 50),
+        Row("added by switching, p99 of another less p50 of the same", 1e6 * (percentile(other, 99) - median(same)), "µs", 50),
         Row("beside 7 rows of other adapters: row with the adapter its place had, p50", 1e6 * median(resident), "µs"),
         Row("beside 7 rows: row with another adapter, copied into the mixed batch, p50", 1e6 * median(spare), "µs"),
-        Row("beside 7 rows: added by the copy, p99", 1e6 * (percentile(spare, 99) - percentile(resident, 99)), "µs", 50),
+        Row("beside 7 rows: added by the copy, p99 of another less p50 of the same", 1e6 * (percentile(spare, 99) - median(resident)), "µs", 50),
     ]
 
 
