@@ -21,8 +21,7 @@ from edgetune.errors import DataError, RecipeError
 from edgetune.evaluate import evaluate
 from edgetune.examples import load_examples
 from edgetune.examples.tagging import collate_tagged
-from edgetune.recipe import tomllib
-from edgetune.recipe_file import recipe_from_dict, to_toml
+from edgetune.recipe_file import recipe_from_dict, to_toml, tomllib
 from edgetune.token_classifier import TokenClassifier, token_classification, word_logits
 from edgetune.torch_answers import TorchAnswers
 from edgetune.training import run_recipe
