@@ -4,6 +4,7 @@
     python benchmarks/training.py classification --data $EDGETUNE_DATASETS/banking77/train.jsonl.gz
 
 Each trainer is a process of its own that trains on; they take turns, so that a machine that drifts drifts for all.
+`--held-out` (sft only) is a file of rows that none trains on. Heads start at random.
 Real tokens are counted, padding is not. The first turn warms up. `held-out loss` is measured by the same fp32 code on
 the same rows after the same number of steps. bf16 autocast for all; the peers once more with `group_by_length`
 where they have it. `peak` is a matrix product of the model's shapes, measured in the same turns.
@@ -82,7 +83,8 @@ def recipe_of(options: argparse.Namespace) -> Any:
             f'base = "{base}"\nout = "{folder}/run"\nthreads = {options.threads}\n'
             f'[parameters]\nrank = 8\nalpha = 16\ntarget_modules = "all-linear"\n'
             f'[[stage]]\nmethod = "{method}"\nepochs = 1\nbatch_size = {options.batch_size}\nmax_steps = {options.steps * options.rounds}\n'
-            f'learning_rate = 2e-4\nmax_length = 256\nprecision = "bf16"\n[stage.data]\ntrain = "{options.data.resolve()}"\nlimit = {ROWS}\n{form}\n'
+            f'learning_rate = 2e-4\nmax_length = 256\nprecision = "bf16"\nhead_init = "random"\n[stage.data]\ntrain = "{options.data.resolve()}"\nlimit = {ROWS}\n{form}\n',
+            encoding="utf-8",
         )
         return load_recipe(path)
 
@@ -99,31 +101,31 @@ def prepared(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
 
 def held_out(options: argparse.Namespace) -> Any:
-    """The tokenised rows the held-out loss is measured on: the other file's first, or the last of the same one."""
+    """The first rows of the held-out file, tokenised."""
     stage = recipe_of(options).stage[0]
     from edgetune.bases import load_tokenizer, resolve_base
     from edgetune.examples import load_examples
 
     base = resolve_base(recipe_of(options).base)
-    source = options.held_out or options.data
-    data = replace(stage.data, train=str(source.resolve()))
-    return load_examples(replace(stage, data=data), load_tokenizer(base), base, None, seed=0).train[-ROWS_HELD_OUT:]
+    data = replace(stage.data, train=str(options.held_out.resolve()), limit=None)
+    return load_examples(replace(stage, data=data), load_tokenizer(base), base, None, seed=0).train[:ROWS_HELD_OUT]
 
 
-def held_out_loss(model: Any, options: argparse.Namespace, pad_id: int) -> float:
-    """Mean loss over the targets of the held-out rows, plain forward in fp32."""
+def held_out_loss(model: Any, options: argparse.Namespace, pad_id: int) -> float | None:
+    """Mean next-token loss over the held-out rows, plain forward in fp32; None without such rows."""
+    if options.held_out is None:
+        return None
     import torch
 
     from edgetune.batching import collate
-    from edgetune.objectives import sequence_classification, sft
+    from edgetune.objectives import sft
 
-    objective: Any = sft if options.task == "sft" else sequence_classification
     model = model.float().eval()
     total, count = 0.0, 0
     rows = held_out(options)
     with torch.no_grad():
         for start in range(0, len(rows), 8):
-            loss, targets = objective(model, collate(rows[start : start + 8], pad_id))
+            loss, targets = sft(model, collate(rows[start : start + 8], pad_id))
             total, count = total + loss.item() * targets, count + targets
     return total / count
 
@@ -236,10 +238,7 @@ def train_theirs(options: argparse.Namespace) -> None:
             arguments = TrainingArguments(**common)
             trainer = counting(Trainer)(model=model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[Counting()])
         trainer.train()
-    if options.task == "sft":
-        say({"held_out": held_out_loss(model, options, tokenizer.pad_token_id), "mb": peak_mb()})
-    else:
-        say({"held_out": None, "mb": peak_mb()})
+    say({"held_out": held_out_loss(model, options, tokenizer.pad_token_id), "mb": peak_mb()})
 
 
 def adapt_classifier(model: Any, parameters: Any) -> Any:

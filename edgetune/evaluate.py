@@ -295,4 +295,4 @@ class BundleAnswers:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily, as long as the adapter's own limit allows."""
-        return [answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter)]
+        return [answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter, temperature=0.0)]

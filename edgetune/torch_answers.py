@@ -112,7 +112,7 @@ class TorchAnswers:
             pad_token_id=pad,
         )
         completions: list[str] = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-        return completions
+        return [first_part(completion, (self.metadata["generation"] or {}).get("stop") or ()) for completion in completions]
 
     def _text(self, prompt: str | list[dict[str, str]]) -> str:
         if isinstance(prompt, list):
@@ -120,3 +120,8 @@ class TorchAnswers:
         if self.prompt_format.template == "chat":
             return chat_text(self.tokenizer, chat_messages(prompt, system=self.prompt_format.system))
         return prompt
+
+
+def first_part(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of these strings."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

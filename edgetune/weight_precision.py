@@ -40,8 +40,12 @@ class Precision:
         return 0 if columns % self.block_size else bits
 
     def override(self, modules: Sequence[str]) -> int | None:
-        """The bits that an override asks for, where one names any of these modules."""
-        return next((BITS[name] for ending, name in self.overrides.items() if _named(ending, modules)), None)
+        """The bits that an override asks for, where one names any of these modules; ExportError where two disagree."""
+        asked = {name for ending, name in self.overrides.items() if _named(ending, modules)}
+        if len(asked) > 1:
+            names = ", ".join(sorted({path.rpartition(".")[2] for path in modules}))
+            raise ExportError(f"{names} are one product here", where="--keep", expected="one precision for them", got=" and ".join(sorted(asked)))
+        return BITS[asked.pop()] if asked else None
 
     def check(self, modules: Sequence[str]) -> None:
         """ExportError for an override that names none of the graph's modules: it would silently do nothing."""

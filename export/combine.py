@@ -16,6 +16,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from edgetune.errors import AdapterError, ExportError
+from edgetune.export.sources import check_names
 from edgetune.files import sha256_file, write_json
 from edgetune.runtime.lora import CONFIG, METADATA, PREFIX, WEIGHTS, LoraFolder, read_lora, refuse_if
 
@@ -40,6 +41,7 @@ def resolve_sums(adapters: Sequence[tuple[str, str]], folder: Path) -> list[tupl
 
     ExportError for a term that is neither another adapter's name nor a folder.
     """
+    check_names([name for name, _ in adapters])
     single = {name: Path(value) for name, value in adapters if not is_sum(value)}
     resolved = []
     for name, value in adapters:
@@ -100,6 +102,13 @@ def combine(terms: Sequence[Term], out: Path) -> None:
 
 def _one_base(read: Sequence[LoraFolder]) -> None:
     digests = {one.metadata["base"]["digest"]: one for one in read if one.metadata}
+    learned_on = [(one.metadata or {}).get("base_precision") for one in read]
+    if other := next((one for one, recorded in zip(read, learned_on, strict=True) if recorded != learned_on[0]), None):
+        names = [recorded["weights"] if recorded else "as it is" for recorded in (learned_on[0], (other.metadata or {}).get("base_precision"))]
+        raise AdapterError(
+            "adapters that learned on differently rounded weights of a base cannot be added", where=str(other.path),
+            expected=f"base {names[0]}", got=f"base {names[1]}", fix="Train them with the same parameters.base_precision.",
+        )  # fmt: skip
     if len(digests) > 1:
         names = [f"{one.metadata['base']['name']} {digest[:23]}…" for digest, one in digests.items() if one.metadata]
         raise AdapterError("adapters of different bases cannot be added", where=str(read[-1].path), expected=names[0], got=names[1])

@@ -211,7 +211,7 @@ def _survival_line(survived: Mapping[str, Any]) -> str:
 TRY = "Try a higher --precision (int8, fp32), or --mode separate; if torch itself shows no effect, train longer."
 TRY_AFTER_MERGING = (
     "Try --precision int8, a smaller --block-size, or --mode separate (the adapter then stays as it was trained, beside the quantised base); "
-    "or train longer: a larger change survives."
+    "or train longer: a larger change survives. A base that lies on a grid (out of a GGUF file) leaves it when an adapter is merged."
 )
 
 

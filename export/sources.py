@@ -52,12 +52,20 @@ class Source:
         return problem
 
 
+def check_names(names: Sequence[str]) -> None:
+    """ExportError for a name that cannot be a folder of the bundle, or that stands twice."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ExportError(
+                f"{name!r} cannot be an adapter's name", expected="letters, digits, - _ .", fix="It becomes a folder of the bundle."
+            )
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise ExportError(f"two adapters are named {double[0]!r}", fix="Give each --adapter NAME=RUN its own name.")
+
+
 def read_source(name: str, folder: Path) -> Source:
     """A run or PEFT folder, its files read and checked before anything is traced."""
-    if not NAME.fullmatch(name):
-        raise ExportError(
-            f"{name!r} cannot be an adapter's name", expected="letters, digits, - _ .", fix="It becomes a folder of the bundle."
-        )
+    check_names([name])
     if (own := full_folder(folder)) is not None:
         return Source(name, own, read_full(own)[1], {}, frozenset(), is_model=True)
     inner = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
@@ -94,9 +102,7 @@ def check_sources(sources: Sequence[Source], mode: str, precision: Precision, ba
     if len(sources) > 1 and any(source.is_model for source in sources):
         name = next(source.name for source in sources if source.is_model)
         raise ExportError(f"all weights of {name!r} were trained: it is a base of its own", fix="Export it into a bundle of its own.")
-    names = [source.name for source in sources]
-    if double := sorted({name for name in names if names.count(name) > 1}):
-        raise ExportError(f"two adapters are named {double[0]!r}", fix="Give each --adapter NAME=RUN its own name.")
+    check_names([source.name for source in sources])
     if mode == "merged" and len(sources) != 1:
         raise ExportError("a merged bundle holds exactly one adapter", got=str(len(sources)), fix="Use --mode separate for several.")
     for source in sources:

@@ -171,3 +171,11 @@ def test_unsloths_configuration_and_unstripped_names_are_read(tiny_decoder: Path
     from edgetune.runtime.adapters import pack_adapter
 
     assert pack_adapter(tmp_path / "a", manifest).rank == 4
+
+
+def test_a_sum_must_not_leave_its_folder_or_stand_twice(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"'\.\./x' cannot be an adapter's name"):
+        resolve_sums([("../x", "a+b")], tmp_path / "sums")
+    with pytest.raises(ExportError, match="two adapters are named 'ab'"):
+        resolve_sums([("ab", "a+b"), ("ab", "a+b")], tmp_path / "sums")
+    assert not (tmp_path / "x").exists()

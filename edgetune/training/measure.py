@@ -97,11 +97,11 @@ def adapter_effect(
 
     `mean_kl`: KL(adapter on ‖ off) in nats; `mean_logit_change`: mean |Δ logit|; `top1_changed`: share of
     positions with another best answer. All are 0 for an adapter that does nothing. Off also means the head as
-    it was before training.
+    it was before training. Of a single number (regression) only its mean change.
     """
     with_adapter = outputs_of(model, batches, outputs, precision=precision)
     kl = change = changed = 0.0
-    count = 0
+    count, single = 0, False
     for batch, (on, _) in zip(batches, with_adapter, strict=True):
         with adapter_off(model) if before is None else before() as without:
             ((off, _),) = outputs_of(without, [batch], outputs, precision=precision)
@@ -109,7 +109,9 @@ def adapter_effect(
         kl += (log_on.exp() * (log_on - log_off)).sum().item()
         change += (on - off).abs().mean(-1).sum().item()
         changed += (on.argmax(-1) != off.argmax(-1)).sum().item()
-        count += len(on)
+        count, single = count + len(on), on.shape[-1] == 1
+    if single:
+        return {"mean_logit_change": change / count}
     return {"mean_kl": kl / count, "mean_logit_change": change / count, "top1_changed": changed / count}
 
 

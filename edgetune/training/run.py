@@ -82,7 +82,7 @@ def run_recipe(
             digests_of(examples, replay) | reward_digests(stage)
             for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
         ]
-        origin = origin_of(recipe, base=base.digest, data=digests, processes=group.size)
+        origin = origin_of(recipe, base=base.digest, data=digests, processes=group.size, rounding=base_precision(base))
         state, finished = group.from_leader(
             (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)
         )
