@@ -296,8 +296,11 @@ class Runtime:
         limit = self.manifest.graph.max_length
         if truncate:
             trained = None if adapter is None else self.adapter(adapter).metadata.get("max_length")
-            return self.tokenizer.encode_within(text, max_tokens=min(limit, trained or limit))
-        ids = self.tokenizer.encode(text)
+            ids = self.tokenizer.encode_within(text, max_tokens=min(limit, trained or limit))
+        else:
+            ids = self.tokenizer.encode(text)
+        if not ids:
+            raise InputError("the text has no tokens", expected="one token at least", got=repr(text[:40]))
         if len(ids) > limit:
             fix = "Shorten it, or pass truncate=True (`--truncate`)."
             raise InputError(

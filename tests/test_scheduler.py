@@ -320,6 +320,36 @@ def test_texts_of_many_callers_share_batches(classifier: Runtime) -> None:
     assert scheduler.stats().encoded_rows_total == 20
 
 
+def test_a_batch_that_fails_ends_its_callers_only(classifier: Runtime) -> None:
+    scheduler = Scheduler(classifier)
+    failed = scheduler.embed(["lights"] * 40, "intent")  # more than one batch
+    fine = scheduler.embed(TEXTS, "mood")
+    run = classifier.encoder.run  # type: ignore[union-attr]
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        classifier.encoder.run = run  # type: ignore[union-attr, method-assign]
+        raise ValueError("out of memory")
+
+    classifier.encoder.run = fail_once  # type: ignore[union-attr, method-assign]
+    with scheduler:
+        with pytest.raises(ValueError, match="out of memory"):
+            failed.result(60)
+        assert fine.result(60).shape == (len(TEXTS), 64)
+    assert [status.users for status in classifier.registry.statuses()] == [0, 0]
+    assert scheduler.stats().waiting == 0
+
+
+def test_texts_of_a_caller_that_left_between_batches_are_dropped(classifier: Runtime) -> None:
+    scheduler = Scheduler(classifier)
+    left = scheduler.embed(["lights"] * 60, "intent")
+    scheduler._turn()
+    assert len(scheduler._encodes) == 60 - 32
+    assert left.cancel()
+    scheduler._turn()
+    assert (len(scheduler._encodes), scheduler.stats().waiting) == (0, 0)
+    assert [status.users for status in classifier.registry.statuses()] == [0, 0]
+
+
 def test_encoding_errors_are_the_callers(classifier: Runtime) -> None:
     with Scheduler(classifier) as scheduler:
         with pytest.raises(InputError, match="no adapter is chosen"):
