@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from edgetune.runtime.lora import CONFIG, METADATA
 from edgetune.runtime.registry import AdapterStatus
-from edgetune.runtime.server.errors import not_found
+from edgetune.runtime.server.errors import AsciiJson, not_found
 from edgetune.runtime.server.service import Service
 
 
 async def list_models(request: Request) -> Response:
     """GET /v1/models."""
     service: Service = request.app.state.service
-    return JSONResponse({"object": "list", "data": await service.in_thread(model_cards, service)})
+    return AsciiJson({"object": "list", "data": await service.in_thread(model_cards, service)})
 
 
 async def show_model(request: Request) -> Response:
@@ -29,7 +29,7 @@ async def show_model(request: Request) -> Response:
     cards = await service.in_thread(model_cards, service)
     for card in cards:
         if card["id"] == name:
-            return JSONResponse(card)
+            return AsciiJson(card)
     raise not_found(f"The model '{name}' does not exist.", code="model_not_found", param="model")
 
 
