@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 from runtime_helpers import decoder_bundle
-from server_helpers import Running, serve
+from server_helpers import Running, in_background, serve
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -62,6 +64,33 @@ def test_a_stream_is_events_of_json_and_ends_with_done(server: Running) -> None:
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert events[-2:] == ["data: [DONE]", ""]
     assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events[:-2])
+
+
+def test_a_submission_that_takes_long_holds_up_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, begun, go_on = server.service.scheduler, threading.Event(), threading.Event()
+    submit = scheduler.submit
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return submit(*arguments)
+
+    monkeypatch.setattr(scheduler, "submit", slow)
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 2}
+    waiting = in_background(lambda: server.post("/v1/completions", body))
+    try:
+        assert begun.wait(20)
+        assert server.get("/health").status_code == 200
+    finally:
+        go_on.set()
+    assert waiting.result(20).status_code == 200
+
+
+def test_a_name_that_has_no_utf8_is_not_found_either(server: Running) -> None:
+    for path, asked in (("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": HELLO})):
+        body = json.dumps({"model": "\ud800", **asked})
+        answer = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_an_unknown_model_is_not_found(server: Running) -> None:
