@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ import openai
 import pytest
 from runtime_helpers import decoder_bundle
 from server_helpers import Running, in_background, serve
+
+from edgetune.runtime import Runtime
+from edgetune.runtime.scheduler import Scheduler
+from edgetune.runtime.server.models_api import model_cards
+from edgetune.runtime.server.service import ServerOptions, Service
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -27,6 +33,21 @@ def test_models_lists_the_base_and_its_adapters_with_their_parent(server: Runnin
     assert list(found) == ["tiny", "a", "b"]
     assert {name: extra["parent"] for name, extra in found.items()} == {"tiny": None, "a": "tiny", "b": "tiny"}
     assert found["a"]["prompt_template"] == "plain"
+
+
+def test_a_broken_folder_does_not_hide_the_other_models(tiny_decoder: Path, tmp_path: Path) -> None:
+    bundle = decoder_bundle(tiny_decoder)
+    for name, change in (("fine", {}), ("ranks", {"rank_pattern": ["q_proj"]}), ("form", {})):
+        shutil.copytree(bundle / "adapters" / "a", tmp_path / name)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    (tmp_path / "form" / "edgetune_adapter.json").write_text('{"schema": 1, "prompt_format": "chat"}')
+    with Runtime.open(bundle, threads=1, adapter_folder=tmp_path) as runtime:
+        service = Service(runtime, Scheduler(runtime), ServerOptions(model_name="tiny"))
+        cards = {card["id"]: card for card in model_cards(service)}
+        service.stop()
+    assert list(cards) == ["tiny", "a", "b", "fine", "form", "ranks"]
+    assert (cards["fine"]["rank"], "rank" in cards["ranks"], "rank" in cards["form"]) == (cards["a"]["rank"], False, False)
 
 
 def test_one_model_is_shown(server: Running) -> None:
