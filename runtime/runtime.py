@@ -138,8 +138,8 @@ class Runtime:
         """InputError for an adapter that tags no words."""
         if self.task(name) != TAGGING:
             what = "no adapter is chosen" if name is None else f"the adapter {name!r} tags no words"
-            there = ", ".join(n for n in self.adapters if self.task(n) == TAGGING)
-            raise InputError(what, expected=there or "an adapter for token-classification; this bundle has none")
+            there = ", ".join(entry.name for entry in self.manifest.adapters if entry.task == TAGGING)
+            raise InputError(what, expected=there or "an adapter for token-classification")
 
     def chosen(self, adapter: str | None) -> str | None:
         """The adapter that answers: the one in the weights of a merged bundle, whether it is named or not."""
