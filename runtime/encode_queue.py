@@ -18,7 +18,10 @@ Finish = Callable[[list[Float32], Float32], Any]
 
 
 class EncodeJob:
-    """One caller's texts; `future` has the answer when the last of them is done. `words`: logits of every token."""
+    """One caller's texts; `future` has the answer when the last of them is done. `words`: logits of every token.
+
+    Until then the future can be cancelled: what of its texts still waits is dropped.
+    """
 
     def __init__(
         self, ids: Sequence[list[int]], lease: Lease | None, hidden: int, finish: Finish, *, words: bool = False
@@ -35,10 +38,10 @@ class EncodeJob:
         self.left -= 1
 
     def end(self, error: BaseException | None = None) -> None:
-        """Let go of the adapter and answer the caller, if it still waits."""
+        """Let go of the adapter and answer the caller, if it still waits; a second call does nothing."""
         if self.lease is not None:
             self.lease.release()
-        if self.future.done():
+        if self.future.done() or not self.future.set_running_or_notify_cancel():
             return
         try:
             if error is None:
@@ -70,9 +73,10 @@ class EncodeQueue:
 
     def take(self) -> list[tuple[EncodeJob, int]]:
         """The next batch: the text that waited longest, then those nearest in length, older ones first."""
-        for job in {id(job): job for job, _ in self._waiting if job.future.cancelled()}.values():
+        over = {id(job): job for job, _ in self._waiting if job.future.done()}  # cancelled, or failed with a batch
+        for job in over.values():
             job.end()
-        self._waiting = [entry for entry in self._waiting if not entry[0].future.cancelled()]
+        self._waiting = [entry for entry in self._waiting if id(entry[0]) not in over]
         if not self._waiting:
             return []
         oldest = self._waiting[0][0]
@@ -81,9 +85,6 @@ class EncodeQueue:
         order = sorted(alike, key=lambda i: (i > 0, abs(length[i] - length[0]), i))[:ENCODE_ROWS]
         batch = [self._waiting[i] for i in order]
         self._waiting = [entry for i, entry in enumerate(self._waiting) if i not in {*order}]
-        for job in {id(job): job for job, _ in batch}.values():
-            if not job.future.running():
-                job.future.set_running_or_notify_cancel()
         return batch
 
     def run(self, batch: Sequence[tuple[EncodeJob, int]]) -> None:

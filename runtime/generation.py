@@ -18,6 +18,9 @@ from edgetune.runtime.tokenizer import BundleTokenizer, Detokenizer
 
 Float32 = npt.NDArray[np.float32]
 
+LOWEST = -1e30
+"""A scaled logit this far below the likeliest one has probability 0, and float32 holds it."""
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -63,7 +66,7 @@ class GenerationSettings:
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
             "stop": (all(self.stop), "no empty text"),
             "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty < math.inf, "0.01 or more"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
             "logit_bias": (all(-100 <= bias <= 100 for _, bias in self.logit_bias), "-100 to 100"),
@@ -118,10 +121,12 @@ def choose(logits: Float32, settings: GenerationSettings, rng: np.random.Generat
     """The next token of one row; `logits` (vocab,). Order as in transformers: temperature, top-k, top-p, min-p."""
     if settings.temperature == 0:
         return int(logits.argmax())
-    scaled = logits / np.float32(settings.temperature)
-    kept = keep_likely(scaled, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p)
-    probabilities = softmax(kept).astype(np.float64)
-    total = np.cumsum(probabilities)
+    with np.errstate(over="ignore", invalid="ignore"):  # a tiny temperature sends all but the likeliest far down
+        scaled = np.maximum((logits - logits.max()).astype(np.float64) / settings.temperature, LOWEST)
+        kept = keep_likely(scaled.astype(np.float32), top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p)
+        total = np.cumsum(softmax(kept).astype(np.float64))
+    if not np.isfinite(total[-1]):
+        return int(logits.argmax())
     return int(np.searchsorted(total, rng.random() * total[-1], side="right"))
 
 
@@ -195,6 +200,8 @@ class TokenSequence:
         if self._constraint is not None:
             shifted = np.where(self._constraint.mask(), shifted, -np.inf)
         token = choose(shifted, self.settings, self._rng)
+        if not 0 <= token < logits.size:  # the row ends alone, before the id spoils the others' step
+            raise InputError("no token can be chosen", expected=f"an id below {logits.size}", got=str(token))
         if self.settings.logprobs is not None:
             self.logprobs.append(token_logprob(logits, token, self._tokenizer, top=self.settings.logprobs))
         return token

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from edgetune.errors import AdapterError, listed
 from edgetune.files import sha256_file
+from edgetune.runtime.adapter_types import wrong_config, wrong_metadata
 
 Array = npt.NDArray[Any]
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
@@ -83,10 +84,11 @@ def lora_deltas(folder: str | Path, *, base_digest: str | None = None) -> dict[s
 
 
 def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFolder:
-    """Read a PEFT folder; AdapterError only when it is no LoRA folder at all, else see `.problems`."""
+    """Read a PEFT folder; AdapterError when its JSON files are none of a LoRA's at all, else see `.problems`."""
     path = Path(folder)
     config = _read_json(path, CONFIG, required=True)
     metadata = _read_json(path, METADATA, required=False)
+    refuse_if(wrong_types(config or {}, metadata or {}), path)
     read = LoraFolder(path=path, config=config or {}, metadata=metadata)
     read.problems += _config_problems(read.config)
     weights, place = path / WEIGHTS, len(read.problems)
@@ -102,6 +104,14 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
     if metadata is not None:  # said first: another base explains every other misfit
         read.problems[place:place] = _metadata_problems(read, metadata, base_digest)
     return read
+
+
+def wrong_types(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:
+    """A line for each value of a folder's JSON files that nothing could be made of."""
+    own = [f"{METADATA}: {line}" for line in wrong_metadata(metadata)]
+    if config.get("peft_type") != "LORA":
+        return own
+    return [f"{CONFIG}: {line}" for line in wrong_config(config)] + own
 
 
 def refuse_if(problems: Sequence[str], path: Path) -> None:
@@ -190,7 +200,7 @@ def _read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any] | N
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"not valid JSON: {error}", where=str(path)) from error
     if not isinstance(value, dict):
         raise AdapterError("not a JSON object", where=str(path), got=type(value).__name__)

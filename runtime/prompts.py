@@ -28,10 +28,8 @@ def chat_text(
     """Render a conversation as `PreTrainedTokenizer.apply_chat_template(tokenize=False)` does."""
     from jinja2 import TemplateError
 
-    plain = json.loads(
-        json.dumps(list(messages), default=str)
-    )  # a template sees JSON types, never live objects
     try:
+        plain = json.loads(json.dumps(list(messages), default=str))  # a template sees JSON types, never live objects
         return _compiled(template).render(
             messages=plain,
             tools=None if tools is None else json.loads(json.dumps(list(tools))),
@@ -41,6 +39,8 @@ def chat_text(
         )
     except (TemplateError, TypeError) as error:
         raise InputError(f"the chat template refuses these messages: {error}") from error
+    except RecursionError as error:
+        raise InputError("the messages are nested too deeply for the chat template") from error
 
 
 def chat_messages(prompt: str, *, system: str | None) -> list[dict[str, str]]:

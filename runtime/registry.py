@@ -155,8 +155,8 @@ class AdapterRegistry:
         hold; "refuse" is an AdapterError; "wait" lets nobody new have it and waits for them: when they have not ended
         after `timeout_s`, it is an AdapterError and the adapter stays.
         """
-        known = self._entry(name)
         with self._change:
+            known = self._entry(name)
             if known.users and in_use == "refuse":
                 raise _still_used(name, known.users)
             self._known.pop(name, None)  # from here on nobody new gets it
@@ -181,8 +181,8 @@ class AdapterRegistry:
 
     def acquire(self, name: str) -> Lease:
         """The adapter of that name, counted as in use until the lease is released."""
-        known = self._entry(name)
-        with self._change:
+        with self._change:  # looked up and counted at once: between the two it could be unloaded as if nobody used it
+            known = self._entry(name)
             known.users += 1
         try:
             return Lease(self, known, self._resident(name, known))

@@ -28,12 +28,15 @@ from edgetune.runtime.engine import DecoderEngine, DecodeState, EncoderEngine
 from edgetune.runtime.generation import GenerationSettings, TokenSequence, settings_from
 from edgetune.runtime.manifest import TAGGING, Manifest, read_manifest, verify_files
 from edgetune.runtime.prompts import Message, check_messages, with_system
-from edgetune.runtime.registry import AdapterRegistry, InUse
+from edgetune.runtime.registry import AdapterRegistry, InUse, Resident
 from edgetune.runtime.tagging import Tagging, Words, read_words
 from edgetune.runtime.tokenizer import BundleTokenizer
 
 Prompt = str | Sequence[Message]
 """A finished prompt (the user's turn of a chat model), or a conversation."""
+
+Held = Mapping[str | None, Resident | None]
+"""Adapters in use by name; None is the base model."""
 
 GENERATE_ROWS, ENCODE_ROWS = 16, 32
 """Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's list."""
@@ -135,8 +138,8 @@ class Runtime:
         """InputError for an adapter that tags no words."""
         if self.task(name) != TAGGING:
             what = "no adapter is chosen" if name is None else f"the adapter {name!r} tags no words"
-            there = ", ".join(n for n in self.adapters if self.task(n) == TAGGING)
-            raise InputError(what, expected=there or "an adapter for token-classification; this bundle has none")
+            there = ", ".join(entry.name for entry in self.manifest.adapters if entry.task == TAGGING)
+            raise InputError(what, expected=there or "an adapter for token-classification")
 
     def chosen(self, adapter: str | None) -> str | None:
         """The adapter that answers: the one in the weights of a merged bundle, whether it is named or not."""
@@ -158,10 +161,9 @@ class Runtime:
         names = self._names(len(texts), adapter, adapters)
         for name in {*names}:
             self.need_labels(name)
-        logits, _ = self._encode(texts, names, truncate=truncate)
-        return [
-            classification_of(row, self.adapter(name or "")) for row, name in zip(logits, names, strict=True)
-        ]
+        with self._held(names) as held:  # labels and tensors of one adapter, even where it is replaced meanwhile
+            logits, _ = self._encode(texts, names, held, truncate=truncate)
+            return [classification_of(row, found.packed) for row, found in zip(logits, _each(held, names), strict=True) if found]
 
     def tag(
         self,
@@ -180,6 +182,13 @@ class Runtime:
         for name in {*names}:
             self.need_tags(name)
         engine = self._need(self.encoder)
+        with self._held(names) as held:
+            return self._tag(engine, rows, names, held, truncate=truncate)
+
+    def _tag(
+        self, engine: EncoderEngine, rows: Sequence[Words], names: Sequence[str | None], held: Held, *, truncate: bool
+    ) -> list[Tagging]:
+        found = _each(held, names)
         readings = [read_words(self, row, name, truncate=truncate) for row, name in zip(rows, names, strict=True)]
         results = [Tagging(reading.text, ()) for reading in readings]
         full = [i for i, reading in enumerate(readings) if reading.ids]
@@ -187,11 +196,12 @@ class Runtime:
             chosen = [full[place] for place in places]
             logits, _ = engine.tokens(
                 [readings[i].ids for i in chosen],
-                [self.bound(names[i]) for i in chosen],
+                [_bound(found[i]) for i in chosen],
                 pad_token_id=self.tokenizer.pad_token_id,
             )
             for i, row in zip(chosen, logits, strict=True):
-                results[i] = readings[i].tagging(row, self.labels(names[i]) or ())
+                one = found[i]
+                results[i] = readings[i].tagging(row, (one.packed.labels if one else None) or ())
         return results
 
     def task(self, name: str | None) -> str | None:
@@ -211,7 +221,9 @@ class Runtime:
         truncate: bool = False,
     ) -> npt.NDArray[np.float32]:
         """Pooled states (texts, hidden) float32, of length 1 unless `normalize` is False."""
-        _, pooled = self._encode(texts, self._names(len(texts), adapter, adapters), truncate=truncate)
+        names = self._names(len(texts), adapter, adapters)
+        with self._held(names) as held:
+            _, pooled = self._encode(texts, names, held, truncate=truncate)
         return unit_length(pooled) if normalize else pooled
 
     def generate(
@@ -238,9 +250,8 @@ class Runtime:
             for i, (row, name) in enumerate(zip(ids, names, strict=True))
         ]
         results: list[Completion | None] = [None] * len(rows)
-        with contextlib.ExitStack() as stack:
-            held = {name: stack.enter_context(self.registry.lease(name)) for name in {*names}}
-            tensors = [None if (found := held[name]) is None else found.bound for name in names]
+        with self._held(names) as held:
+            tensors = [_bound(found) for found in _each(held, names)]
             for places in _batches([len(row) for row in ids], GENERATE_ROWS):
                 batch = [ids[i] for i in places], [tensors[i] for i in places], [rows[i] for i in places]
                 for place, _piece, completion in self._decode(*batch):
@@ -296,8 +307,11 @@ class Runtime:
         limit = self.manifest.graph.max_length
         if truncate:
             trained = None if adapter is None else self.adapter(adapter).metadata.get("max_length")
-            return self.tokenizer.encode_within(text, max_tokens=min(limit, trained or limit))
-        ids = self.tokenizer.encode(text)
+            ids = self.tokenizer.encode_within(text, max_tokens=min(limit, trained or limit))
+        else:
+            ids = self.tokenizer.encode(text)
+        if not ids:
+            raise InputError("the text has no tokens", expected="one token at least", got=repr(text[:40]))
         if len(ids) > limit:
             fix = "Shorten it, or pass truncate=True (`--truncate`)."
             raise InputError(
@@ -369,7 +383,7 @@ class Runtime:
         return [live[place] for place in places]
 
     def _encode(
-        self, texts: Sequence[str], names: Sequence[str | None], *, truncate: bool
+        self, texts: Sequence[str], names: Sequence[str | None], held: Held, *, truncate: bool
     ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
         engine = self._need(self.encoder)
         if not texts:
@@ -378,13 +392,19 @@ class Runtime:
         logits: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(ids)
         pooled = np.zeros((len(ids), self.manifest.graph.hidden_size), np.float32)
         for places in _batches([len(row) for row in ids], ENCODE_ROWS):
-            adapters = [self.bound(names[i]) for i in places]
+            adapters = [_bound(held[names[i]]) for i in places]
             found, states = engine.run(
                 [ids[i] for i in places], adapters, pad_token_id=self.tokenizer.pad_token_id
             )
             for i, row, state in zip(places, found, states, strict=True):
                 logits[i], pooled[i] = row, state
         return logits, pooled
+
+    @contextlib.contextmanager
+    def _held(self, names: Sequence[str | None]) -> Iterator[Held]:
+        """The adapters of these names, in use for the length of a with statement."""
+        with contextlib.ExitStack() as stack:
+            yield {name: stack.enter_context(self.registry.lease(name)) for name in {*names}}
 
     def bound(self, name: str | None) -> AdapterRow:
         """What the engine takes for an adapter's name; None is the base model."""
@@ -413,6 +433,14 @@ class Runtime:
             )
             raise InputError(what, where=str(self.folder))
         return engine
+
+
+def _each(held: Held, names: Sequence[str | None]) -> list[Resident | None]:
+    return [held[name] for name in names]
+
+
+def _bound(found: Resident | None) -> AdapterRow:
+    return None if found is None else found.bound
 
 
 def _batches(lengths: Sequence[int], rows: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.errors import InputError
+from edgetune.runtime.adapters import PackedAdapter
 from edgetune.runtime.answers import Classification, classification_of, unit_length
 from edgetune.runtime.counters import Counters
 from edgetune.runtime.decode_loop import DecodeLoop
@@ -157,9 +158,13 @@ class Scheduler:
         """As `Runtime.classify`, in batches with everyone else's texts. Errors of the input are raised here."""
         name = self.runtime.chosen(adapter)
         self.runtime.need_labels(name)
-        packed = self.runtime.adapter(name or "")
         ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
-        return self._encode(ids, name, lambda logits, _: [classification_of(row, packed) for row in logits])
+
+        def finish_with(packed: PackedAdapter | None) -> Finish:
+            assert packed is not None
+            return lambda logits, _: [classification_of(row, packed) for row in logits]
+
+        return self._encode(ids, name, finish_with)
 
     def embed(
         self,
@@ -172,7 +177,7 @@ class Scheduler:
         """As `Runtime.embed`, in batches with everyone else's texts. Errors of the input are raised here."""
         name = self.runtime.chosen(adapter)
         ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
-        return self._encode(ids, name, lambda _, pooled: unit_length(pooled) if normalize else pooled)
+        return self._encode(ids, name, lambda _: lambda _, pooled: unit_length(pooled) if normalize else pooled)
 
     def tag(
         self, rows: Sequence[Words], adapter: str | None = None, *, truncate: bool = False
@@ -181,13 +186,18 @@ class Scheduler:
         name = self.runtime.chosen(adapter)
         self.runtime.need_tags(name)
         readings = [read_words(self.runtime, row, name, truncate=truncate) for row in rows]
-        labels = self.runtime.labels(name) or ()
 
-        def finish(logits: list[npt.NDArray[np.float32]], _: Any) -> list[Tagging]:
-            found = iter(logits)
-            return [r.tagging(next(found), labels) if r.ids else Tagging(r.text, ()) for r in readings]
+        def finish_with(packed: PackedAdapter | None) -> Finish:
+            assert packed is not None
+            labels = packed.labels or ()
 
-        return self._encode([reading.ids for reading in readings if reading.ids], name, finish, words=True)
+            def finish(logits: list[npt.NDArray[np.float32]], _: Any) -> list[Tagging]:
+                found = iter(logits)
+                return [r.tagging(next(found), labels) if r.ids else Tagging(r.text, ()) for r in readings]
+
+            return finish
+
+        return self._encode([reading.ids for reading in readings if reading.ids], name, finish_with, words=True)
 
     def stats(self) -> SchedulerStats:
         """A picture of this moment."""
@@ -251,11 +261,18 @@ class Scheduler:
             raise InputError("the prompt is longer than the context", expected=expected, got=f"{len(ids)} tokens")
 
     def _encode(
-        self, ids: Sequence[list[int]], name: str | None, finish: Finish, *, words: bool = False
+        self,
+        ids: Sequence[list[int]],
+        name: str | None,
+        finish_with: Callable[[PackedAdapter | None], Finish],
+        *,
+        words: bool = False,
     ) -> Future[Any]:
+        """`finish_with` gets the very adapter whose tensors the texts meet: its labels, not a successor's."""
         if self.runtime.encoder is None:
             raise InputError("this bundle generates text", expected="submit")
         lease = None if name is None else self.runtime.registry.acquire(name)
+        finish = finish_with(None if lease is None else lease.resident.packed)
         job = EncodeJob(ids, lease, self.runtime.manifest.graph.hidden_size, finish, words=words)
         try:
             with self._wake:

@@ -64,3 +64,22 @@ def test_what_is_removed_is_given_back_in_the_order_of_arrival() -> None:
     assert queue.peek() == "b"
     assert drained(queue) == "bcb"
     assert queue.peek() is None
+
+
+def test_what_is_removed_costs_its_key_nothing() -> None:
+    queue = queue_of("aaabb")
+    assert len(queue.remove(lambda item: item == "a")) == 3
+    queue.put("a", key="a", cost=1)
+    assert drained(queue) == "bab"
+    queue = queue_of("axabbb")
+    queue.put("c", key="a", cost=1)
+    queue.remove(lambda item: item == "a")  # "c" was behind both
+    assert drained(queue) == "xbcbb"
+
+
+def test_a_queue_that_is_emptied_by_removals_forgets() -> None:
+    queue = queue_of("aaa")
+    queue.remove(lambda _: True)
+    for item in "aabb":
+        queue.put(item, key=item, cost=1)
+    assert drained(queue) == "abab"

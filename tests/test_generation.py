@@ -103,6 +103,20 @@ def test_temperature_zero_takes_the_most_likely() -> None:
     assert choose(logits, GenerationSettings(), np.random.default_rng(0)) == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-300, 5e-324])
+def test_a_tiny_temperature_takes_the_most_likely(temperature: float) -> None:
+    logits = np.array([-900, 3, 2.5, -np.inf], np.float32)
+    for options in ({}, {"top_p": 0.9}, {"min_p": 0.1}):
+        settings = GenerationSettings(temperature=temperature, **options)  # type: ignore[arg-type]
+        assert choose(logits, settings, np.random.default_rng(0)) == 1
+
+
+def test_logits_that_are_no_numbers_still_give_an_id_of_the_vocabulary() -> None:
+    settings = GenerationSettings(temperature=1.0)
+    for bad in (np.inf, np.nan, -np.inf):
+        assert 0 <= choose(np.full(5, bad, np.float32), settings, np.random.default_rng(0)) < 5
+
+
 def test_samples_follow_the_probabilities() -> None:
     logits, rng = np.log(np.array([0.5, 0.3, 0.2], np.float32)), np.random.default_rng(0)
     settings = GenerationSettings(temperature=1.0)
@@ -177,6 +191,7 @@ def test_a_callers_settings_win_over_the_adapters() -> None:
         ("stop", [""]),
         ("min_p", 1.5),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-30),
         ("frequency_penalty", 3),
         ("presence_penalty", -3),
         ("logit_bias", {5: 101}),

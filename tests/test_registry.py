@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,25 @@ def test_the_least_recently_used_is_evicted_when_memory_ends(registry: Open) -> 
     assert (resident(known), known.evictions) == (["m0", "m2"], 1)
     assert known.get("m1").packed.name == "m1"  # read again
     assert known.nbytes <= 2.5 * size
+
+
+def test_nobody_changes_an_adapter_between_its_look_up_and_its_count(
+    registry: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = registry()
+    find, free = known._entry, []
+
+    def entry(name: str) -> object:
+        found = find(name)
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(known._change.acquire, False).result())
+        return found
+
+    monkeypatch.setattr(known, "_entry", entry)
+    known.acquire("m0")
+    with pytest.raises(AdapterError, match="in use"):
+        known.unload("m0", in_use="refuse")
+    assert free == [False, False]
 
 
 def test_what_is_pinned_or_in_use_is_not_evicted(registry: Open) -> None:

@@ -184,6 +184,39 @@ def test_what_the_graph_cannot_take_is_refused_by_name(name: str, tiny_decoder: 
     assert any(expected in line for line in refusal(tmp_path, decoder_manifest()))
 
 
+WRONG_TYPES: list[tuple[str, str, Any]] = [
+    ("adapter_config.json", "r", 0),
+    ("adapter_config.json", "r", "four"),
+    ("adapter_config.json", "lora_alpha", [8]),
+    ("adapter_config.json", "rank_pattern", ["q_proj"]),
+    ("adapter_config.json", "rank_pattern", {"(": 4}),
+    ("adapter_config.json", "alpha_pattern", {"q_proj": "x"}),
+    ("adapter_config.json", "target_modules", "(q_proj"),
+    ("adapter_config.json", "modules_to_save", 5),
+    ("edgetune_adapter.json", "prompt_format", "chat"),
+    ("edgetune_adapter.json", "prompt_format", {"template": 1}),
+    ("edgetune_adapter.json", "generation", {"temperature": "hot"}),
+    ("edgetune_adapter.json", "generation", {"temperature": -1}),
+    ("edgetune_adapter.json", "generation", {"stop": 5}),
+    ("edgetune_adapter.json", "labels", 3),
+    ("edgetune_adapter.json", "max_length", "long"),
+    ("edgetune_adapter.json", "files", ["x"]),
+    ("edgetune_adapter.json", "base", "tiny"),
+]
+
+
+def test_a_value_of_a_wrong_type_is_named(tiny_decoder: Path, tmp_path: Path) -> None:
+    peft_adapter(tiny_decoder, tmp_path)
+    write_metadata(tmp_path)
+    for file, name, value in WRONG_TYPES:
+        right = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(json.dumps(json.loads(right) | {name: value}))
+        (line,) = refusal(tmp_path, decoder_manifest())
+        assert line.startswith(f"{file}: {name}")
+        (tmp_path / file).write_text(right)
+    pack_adapter(tmp_path, decoder_manifest())
+
+
 def test_another_pooling_and_another_task_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
     peft_adapter(tiny_encoder, tmp_path, labels=2, target_modules=["query"])
     write_metadata(tmp_path, task="reward", labels=["a", "b", "c"], pooling="cls")

@@ -320,6 +320,57 @@ def test_texts_of_many_callers_share_batches(classifier: Runtime) -> None:
     assert scheduler.stats().encoded_rows_total == 20
 
 
+def test_a_batch_that_fails_ends_its_callers_only(classifier: Runtime) -> None:
+    scheduler = Scheduler(classifier)
+    failed = scheduler.embed(["lights"] * 40, "intent")  # more than one batch
+    fine = scheduler.embed(TEXTS, "mood")
+    run = classifier.encoder.run  # type: ignore[union-attr]
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        classifier.encoder.run = run  # type: ignore[union-attr, method-assign]
+        raise ValueError("out of memory")
+
+    classifier.encoder.run = fail_once  # type: ignore[union-attr, method-assign]
+    with scheduler:
+        with pytest.raises(ValueError, match="out of memory"):
+            failed.result(60)
+        assert fine.result(60).shape == (len(TEXTS), 64)
+    assert [status.users for status in classifier.registry.statuses()] == [0, 0]
+    assert scheduler.stats().waiting == 0
+
+
+def test_texts_of_a_caller_that_left_between_batches_are_dropped(classifier: Runtime) -> None:
+    scheduler = Scheduler(classifier)
+    left = scheduler.embed(["lights"] * 60, "intent")
+    scheduler._turn()
+    assert len(scheduler._encodes) == 60 - 32
+    assert left.cancel()
+    scheduler._turn()
+    assert (len(scheduler._encodes), scheduler.stats().waiting) == (0, 0)
+    assert [status.users for status in classifier.registry.statuses()] == [0, 0]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_labels_are_of_the_adapter_whose_logits_they_name(
+    shared: bool, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = encoder_bundle(tiny_encoder)
+    with Runtime.open(bundle, threads=1) as runtime, Scheduler(runtime) as scheduler:
+        expected = {name: runtime.classify(TEXTS[:1], name)[0].scores for name in ("intent", "mood")}
+        encoder = runtime.encoder
+        assert encoder is not None
+        owner, hook = (runtime, "text_ids") if shared else (encoder, "run")
+        call = getattr(owner, hook)
+
+        def replace_meanwhile(*arguments: Any, **options: Any) -> Any:
+            runtime.registry.replace("intent", bundle / "adapters" / "mood")
+            return call(*arguments, **options)
+
+        monkeypatch.setattr(owner, hook, replace_meanwhile)
+        asked = scheduler.classify(TEXTS[:1], "intent").result(60) if shared else runtime.classify(TEXTS[:1], "intent")
+        assert asked[0].scores == pytest.approx(expected["mood" if shared else "intent"], abs=1e-5)
+
+
 def test_encoding_errors_are_the_callers(classifier: Runtime) -> None:
     with Scheduler(classifier) as scheduler:
         with pytest.raises(InputError, match="no adapter is chosen"):

@@ -12,6 +12,8 @@ import pytest
 from runtime_helpers import decoder_bundle
 from server_helpers import NEVER_EOS, Running, serve
 
+from edgetune.runtime.server.sampling import settings_of
+
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -173,6 +175,12 @@ def test_an_answer_keeps_to_its_json_schema(server: Running) -> None:
     )
     value = json.loads(answer.choices[0].message.content or "")
     assert list(value) == ["on"] and isinstance(value["on"], bool)
+
+
+def test_plain_text_is_free_of_the_adapters_own_form(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(server.runtime.adapter("a").metadata, "generation", {"schema": "{}"})
+    for form, schema in (({}, "{}"), ({"response_format": {"type": "text"}}, None)):
+        assert settings_of(server.service, form, "a", None).schema == schema
 
 
 def test_a_schema_that_is_none_is_refused(server: Running) -> None:

@@ -11,7 +11,7 @@ import pytest
 from runtime_helpers import decoder_bundle
 from server_helpers import Running, serve
 
-from edgetune.runtime.server.tools import ToolParser, call_grammar, takes_tools
+from edgetune.runtime.server.tools import CLOSING, OPENING, ToolParser, call_grammar, takes_tools
 
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}answer in <tool_call></tool_call>\n{% endif %}"
@@ -90,6 +90,19 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], param: str, server
     body = {"model": "tiny", "messages": HELLO, "tools": [LIGHTS], **change}
     answer = server.post("/v1/chat/completions", body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_arguments_in_a_pit_are_the_requests_doing(depth: int, server: Running) -> None:
+    pit = '{"a":' * depth + "1" + "}" * depth
+    call = {"id": "c1", "type": "function", "function": {"name": "lights", "arguments": pit}}
+    told = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    body = {"model": "tiny", "messages": told, "tools": [LIGHTS], "max_tokens": 1}
+    answer = server.post("/v1/chat/completions", body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+    text = f'{OPENING}{{"name": "x", "arguments": {pit}}}{CLOSING}'
+    if depth > 1000:
+        assert ToolParser().add(text, last=True) == (text, [])
 
 
 def test_a_template_without_tools_is_said_so(tiny_decoder: Path) -> None:

@@ -60,6 +60,8 @@ def _load(service: Service, name: str, path: str, in_place: bool) -> None:
     """Every check first; with `in_place` the old adapter of that name goes only when the new one is known to fit."""
     runtime = service.runtime
     folder = allowed_folder(path, service.options.adapter_folders)
+    if not _is_unicode(name):
+        raise bad_request("'lora_name' is not valid Unicode.", param="lora_name", code="invalid_value")
     if name == service.base:
         raise bad_request(f"'{name}' is the base model's name.", param="lora_name", code="invalid_value")
     if not runtime.registry.knows(name):
@@ -71,3 +73,8 @@ def _load(service: Service, name: str, path: str, in_place: bool) -> None:
         )
         raise bad_request(message, param="lora_name", code="adapter_exists")
     runtime.registry.replace(name, folder)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has an UTF-8 form: half a surrogate pair, which JSON can spell, has none."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -155,7 +155,7 @@ async def _in_time(request: Request, call: Call, work: Future[T]) -> T:
     except asyncio.TimeoutError:
         raise deadline_exceeded("The deadline passed before the answer was there.") from None
     finally:
-        work.cancel()  # of use only while it still waits in the queue
+        work.cancel()  # texts that still wait in the queue are dropped
 
 
 def _base64(row: Any) -> str:

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgetune.runtime.scheduler import QueueFull, SchedulerClosed
-from edgetune.runtime.server.errors import ApiError, internal, overloaded, unavailable
+from edgetune.runtime.server.errors import ApiError, AsciiJson, internal, overloaded, unavailable
 from edgetune.runtime.server.exchange import ClientGone
 from edgetune.runtime.server.logs import LOGGER, begin_request, log_error, note, notes
 from edgetune.runtime.server.sampling import error_of
@@ -137,9 +136,9 @@ def answer_to(error: Exception) -> ApiError | None:
     return error_of(error)
 
 
-def error_response(error: ApiError) -> JSONResponse:
+def error_response(error: ApiError) -> AsciiJson:
     """An error's answer."""
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+    return AsciiJson(error.body(), status_code=error.status, headers=error.headers())
 
 
 def _digest(key: str) -> bytes:

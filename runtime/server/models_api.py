@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from edgetune.runtime.lora import CONFIG, METADATA
+from edgetune.runtime.lora import CONFIG, METADATA, wrong_types
 from edgetune.runtime.registry import AdapterStatus
-from edgetune.runtime.server.errors import not_found
+from edgetune.runtime.server.errors import AsciiJson, not_found
 from edgetune.runtime.server.service import Service
 
 
 async def list_models(request: Request) -> Response:
     """GET /v1/models."""
     service: Service = request.app.state.service
-    return JSONResponse({"object": "list", "data": await service.in_thread(model_cards, service)})
+    return AsciiJson({"object": "list", "data": await service.in_thread(model_cards, service)})
 
 
 async def show_model(request: Request) -> Response:
@@ -29,7 +29,7 @@ async def show_model(request: Request) -> Response:
     cards = await service.in_thread(model_cards, service)
     for card in cards:
         if card["id"] == name:
-            return JSONResponse(card)
+            return AsciiJson(card)
     raise not_found(f"The model '{name}' does not exist.", code="model_not_found", param="model")
 
 
@@ -89,6 +89,8 @@ def _facts(service: Service, status: AdapterStatus) -> dict[str, Any]:
 def _described(folder: Path, changed: int) -> dict[str, Any]:
     """Rank, labels and prompt format out of a PEFT folder's JSON files; `changed` makes the cache notice a new one."""
     config, own = _read(folder / CONFIG), _read(folder / METADATA)
+    if wrong_types(config, own):  # it cannot be used, and the others' cards must not suffer
+        return {}
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     rank = max((rank for rank in ranks if isinstance(rank, int)), default=None)
     facts = {"rank": rank, "labels": own.get("labels"), "prompt_format": own.get("prompt_format")}
@@ -98,6 +100,6 @@ def _described(folder: Path, changed: int) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from edgetune.runtime.answers import Completion
 from edgetune.runtime.events import Event, FailedEvent, FinishedEvent, TokenEvent
 from edgetune.runtime.server.answers import ChatAnswer, Envelope, TextAnswer, ToolAnswer
-from edgetune.runtime.server.errors import ApiError, deadline_exceeded, internal, unavailable
+from edgetune.runtime.server.errors import ApiError, AsciiJson, deadline_exceeded, internal, unavailable
 from edgetune.runtime.server.exchange import Exchange, unless_gone
 from edgetune.runtime.server.logs import log_error, note, request_id_of
 from edgetune.runtime.server.reading import read_json
@@ -49,10 +49,10 @@ async def _generate(
     note(request.scope, prompt_tokens=plan.prompt_tokens, rows=len(plan.rows), stream=plan.stream)
     exchange = Exchange(service.scheduler, service.mailroom, plan.rows)
     envelope = Envelope(answer, plan, request_id)
-    exchange.submit()
+    await service.submit(exchange)
     if plan.stream:
         return EventStream(service, exchange, envelope)
-    return JSONResponse(
+    return AsciiJson(
         await unless_gone(request.receive, _whole(request.scope, service, exchange, envelope))
     )
 

@@ -99,6 +99,7 @@ def settings_of(
         "regex": body.get("guided_regex"),
         "grammar": body.get("guided_grammar"),
         "schema": _json_schema(body.get("response_format")),
+        "response_format": {"type": "text"} if (body.get("response_format") or {}).get("type") == "text" else None,
     }
     constraints = [name for name in ("schema", "regex", "grammar") if given[name] is not None]
     if len(constraints) > 1:

@@ -14,7 +14,7 @@ from edgetune.errors import AdapterError
 from edgetune.runtime.runtime import Runtime
 from edgetune.runtime.scheduler import Scheduler
 from edgetune.runtime.server.errors import not_found, unavailable
-from edgetune.runtime.server.exchange import Mailroom
+from edgetune.runtime.server.exchange import Exchange, Mailroom
 from edgetune.runtime.server.metrics import Metrics
 
 T = TypeVar("T")
@@ -53,6 +53,7 @@ class Service:
         self.draining = False
         self._mailroom: Mailroom | None = None
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="edgetune-http")
+        self._submits = ThreadPoolExecutor(4, thread_name_prefix="edgetune-submit")
         if runtime.registry.knows(self.base):
             raise AdapterError(
                 f"an adapter has the base model's name {self.base!r}",
@@ -70,6 +71,25 @@ class Service:
     async def in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run what takes milliseconds (tokenizing, reading files) beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+
+    async def submit(self, exchange: Exchange) -> None:
+        """Queue an exchange's rows beside the event loop: reading an adapter or compiling a grammar may take seconds.
+
+        These have threads of their own, so that nobody else's tokenizing waits behind them. A caller that is cancelled
+        meanwhile leaves no row behind.
+        """
+        work = asyncio.get_running_loop().run_in_executor(self._submits, exchange.submit)
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+
+            def leave(done: asyncio.Future[None]) -> None:
+                if not done.cancelled():
+                    done.exception()  # nobody is left to hear of it
+                exchange.cancel()
+
+            work.add_done_callback(leave)
+            raise
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter behind a model's name, None for the base. ApiError 404 when there is no such model."""
@@ -98,7 +118,8 @@ class Service:
         """Answer what is under way, then end the scheduler."""
         self.draining = True
         self.scheduler.close(drain=True, timeout_s=self.options.drain_s)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._submits):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def short_name(name: str) -> str:

@@ -47,7 +47,7 @@ SAMPLING: dict[str, Schema] = {
     "top_p": optional("number", exclusiveMinimum=0, maximum=1),
     "top_k": optional("integer", minimum=-1, maximum=2**31 - 1, description="0 or -1 is all (vLLM)."),
     "min_p": optional("number", minimum=0, maximum=1, description="As vLLM's."),
-    "repetition_penalty": optional("number", exclusiveMinimum=0, maximum=10, description="As vLLM's."),
+    "repetition_penalty": optional("number", minimum=0.01, maximum=10, description="As vLLM's."),
     "frequency_penalty": optional("number", minimum=-2, maximum=2),
     "presence_penalty": optional("number", minimum=-2, maximum=2),
     "logit_bias": optional(

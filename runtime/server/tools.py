@@ -95,7 +95,7 @@ def _function(call: Mapping[str, Any]) -> dict[str, Any]:
     given = call["function"]["arguments"]
     try:
         arguments = json.loads(given)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise bad_request(
             f"The arguments of tool call {call['id']!r} are not JSON.", param="messages"
         ) from None
@@ -116,11 +116,11 @@ def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
 def _parse(inside: str) -> dict[str, Any] | None:
     try:
         value = json.loads(inside)
-    except ValueError:
+        fits = (
+            isinstance(value, dict)
+            and isinstance(value.get("name"), str)
+            and isinstance(value.get("arguments"), dict)
+        )
+        return {"name": value["name"], "arguments": json.dumps(value["arguments"])} if fits else None
+    except (ValueError, RecursionError):  # what is nested too deeply is no call either
         return None
-    fits = (
-        isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and isinstance(value.get("arguments"), dict)
-    )
-    return {"name": value["name"], "arguments": json.dumps(value["arguments"])} if fits else None
