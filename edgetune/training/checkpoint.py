@@ -7,7 +7,6 @@ its place. A file appears under its name only when it is complete, so a process 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import re
@@ -65,13 +64,13 @@ class State:
 
 
 def origin_of(
-    recipe: Recipe, *, base: str, data: Sequence[Mapping[str, str]], processes: int, rounding: Mapping[str, Any] | None = None
+    recipe: Recipe, *, base: str, data: Sequence[Mapping[str, str]], processes: int, rounding: int | None = None
 ) -> dict[str, str]:
     """Everything that a resumed run must have in common with the one it continues, as texts to compare and to show."""
     origin = {key: _shown(value) for key, value in flat(recipe) if not NOT_COMPARED.fullmatch(key)}
     origin["base"] = base
     if rounding is not None:
-        origin["rounding of the base"] = json.dumps(dict(rounding), sort_keys=True)
+        origin["rounding of the base"] = str(rounding)
     for index, digests in enumerate(data):
         origin |= {f"stage.{index}.data.{name}": digest for name, digest in digests.items()}
     return origin | {"processes": str(processes)}

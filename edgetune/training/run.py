@@ -20,6 +20,7 @@ from edgetune.forgetting import compare
 from edgetune.full_model import save_full
 from edgetune.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
 from edgetune.progress import Progress
+from edgetune.quantiser import ROUNDING
 from edgetune.recipe import Device, Recipe
 from edgetune.recipe_file import to_toml
 from edgetune.report import write_report
@@ -82,7 +83,7 @@ def run_recipe(
             digests_of(examples, replay) | reward_digests(stage)
             for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
         ]
-        origin = origin_of(recipe, base=base.digest, data=digests, processes=group.size, rounding=base_precision(base))
+        origin = origin_of(recipe, base=base.digest, data=digests, processes=group.size, rounding=ROUNDING if base.precision else None)
         state, finished = group.from_leader(
             (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)
         )
