@@ -233,6 +233,11 @@ class Parameters:
         help="lora, head: learn on exactly the weights that a bundle of this precision holds (`edgetune export --precision`); "
         "not set: on the base as it is",
     )
+    start: str | None = option(
+        None,
+        help="lora, head: a run or adapter folder of the same base, task and settings, whose adapter goes on learning; not "
+        "set: a fresh one",
+    )
     init: str = option(
         "default",
         help="PEFT's init_lora_weights: default, gaussian, orthogonal, olora, pissa or pissa_niter_N (faster); olora and "

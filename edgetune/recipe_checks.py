@@ -40,6 +40,13 @@ def check_parameters(parameters: Parameters, *, where: str) -> None:
         raise RecipeError(
             "parameters.layers is no range", where=where, expected="[first, last], counted from 0", got=str(list(layers))
         )
+    if parameters.start is not None and parameters.init != "default":
+        raise RecipeError(
+            f'parameters.init = "{parameters.init}" has no meaning with parameters.start',
+            where=where,
+            expected="one beginning: the adapter that start names, or a fresh one",
+            fix="Remove one of them.",
+        )
     if INIT.fullmatch(parameters.init):
         return
     reason = UNUSABLE_INITS.get(parameters.init)
@@ -127,7 +134,8 @@ def _needs_the_base(stage: Stage) -> Iterator[tuple[str, str]]:
 def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
     default = type(parameters)()
     for field in dataclasses.fields(parameters):
-        if field.name not in ("train", "base_precision") and getattr(parameters, field.name) != getattr(default, field.name):
+        fits_a_head = field.name in ("base_precision", "start") and parameters.train == "head"
+        if field.name not in ("train", "base_precision") and not fits_a_head and getattr(parameters, field.name) != getattr(default, field.name):
             raise RecipeError(
                 f'parameters.{field.name} has no meaning with train = "{parameters.train}"',
                 where=where,

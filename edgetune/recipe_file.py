@@ -68,7 +68,10 @@ def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, w
         forgetting = replace(forgetting, general=general)
     generation = resolve_generation(recipe, folder, where=where)
     base = base_path(recipe.base, folder, where=where)
-    return replace(recipe, base=base, out=out, forgetting=forgetting, generation=generation, stage=stages)
+    parameters = recipe.parameters
+    if parameters.start is not None:
+        parameters = replace(parameters, start=absolute(folder, expand(parameters.start, path="parameters.start", where=where)))
+    return replace(recipe, base=base, parameters=parameters, out=out, forgetting=forgetting, generation=generation, stage=stages)
 
 
 def to_toml(recipe: Recipe) -> str:

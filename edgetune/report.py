@@ -171,7 +171,8 @@ def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("base", f"{summary['base']['name']} {summary['base']['digest']}")]
     for index, data in enumerate(summary["data"]):
         for name, digest in data["digests"].items():
-            rows.append((f"stage {index}, {name}", f"{data['rows'][name]:,} rows of {digest}"))
+            count = data["rows"].get(name)  # a reward or an adapter has none
+            rows.append((f"stage {index}, {name}", digest if count is None else f"{count:,} rows of {digest}"))
     for index, stage in enumerate(summary["stages"]):
         facts = f"{stage['steps']:,} steps, {stage['tokens']:,} tokens, {stage['precision']}, {duration(stage['seconds'])}"
         rows.append((f"stage {index}", facts))

@@ -29,7 +29,7 @@ SCHEMA = 2
 NAME = re.compile(r"stage-(\d+)-step-(\d+)\.pt")
 STEPS_BETWEEN, PARTS_OF_A_STAGE = 50, 10  # of checkpoints, where the recipe does not say
 # What a run may differ in and still be the same: where it is written, and files, which are compared by their digests.
-NOT_COMPARED = re.compile(r"out|base|checkpoint_every|keep_checkpoints|stage\.\d+\.(data\.(train|validation)|replay\.data)")
+NOT_COMPARED = re.compile(r"out|base|parameters\.start|checkpoint_every|keep_checkpoints|stage\.\d+\.(data\.(train|validation)|replay\.data)")
 
 
 @dataclass
@@ -81,7 +81,7 @@ def check_origin(found: Mapping[str, str], wanted: Mapping[str, str], *, where: 
     keys = [key for key in dict.fromkeys([*wanted, *found]) if found.get(key) != wanted.get(key)]
     if not keys:
         return
-    by_digest = [key for key in keys if key == "base" or re.fullmatch(r"stage\.\d+\.data\.(train|validation|replay|reward .*)", key)]
+    by_digest = [key for key in keys if key == "base" or re.fullmatch(r"stage\.\d+\.data\.(train|validation|replay|start|reward .*)", key)]
     kind = DataError if len(by_digest) == len(keys) and "base" not in keys else RecipeError
     more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
 

@@ -68,7 +68,8 @@ def finished_summary(folder: Path, origin: dict[str, str]) -> dict[str, Any] | N
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         recipe, data = load_recipe(folder / RECIPE), [facts["digests"] for facts in summary["data"]]
-        found = origin_of(recipe, base=summary["base"]["digest"], data=data, processes=summary["processes"])
+        rounding = (summary.get("base_precision") or {}).get("rounding")
+        found = origin_of(recipe, base=summary["base"]["digest"], data=data, processes=summary["processes"], rounding=rounding)
     except (OSError, ValueError, KeyError, TypeError, RecipeError):
         return None
     left_open = {k: found[k] for k, v in origin.items() if CHOSEN.fullmatch(k) and v in ('"auto"', "not set")}

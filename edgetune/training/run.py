@@ -13,27 +13,24 @@ from typing import Any, cast
 import torch
 
 from edgetune.adapters import save_adapter, trainable_parameters
-from edgetune.bases import Base, load_tokenizer, resolve_base
-from edgetune.examples import ExampleSet, load_examples
+from edgetune.bases import Base
+from edgetune.examples import ExampleSet
 from edgetune.files import whole_folder, write_json, write_text
 from edgetune.forgetting import compare
 from edgetune.full_model import save_full
 from edgetune.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
 from edgetune.progress import Progress
-from edgetune.quantiser import ROUNDING
 from edgetune.recipe import Device, Recipe
 from edgetune.recipe_file import to_toml
 from edgetune.report import write_report
 from edgetune.runs import check_replaceable
-from edgetune.training.checkpoint import State, origin_of, unfinished
+from edgetune.training.checkpoint import State, unfinished
 from edgetune.training.device import choose_device, peak_device_mb
 from edgetune.training.distributed import process_group
+from edgetune.training.inputs import read_inputs
 from edgetune.training.journal import Journal
-from edgetune.training.methods import method_of
 from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
-from edgetune.training.replay import ReplayText, load_replay
 from edgetune.training.resume import Course, find_state
-from edgetune.training.rewards import reward_digests
 from edgetune.training.stages import Stages, precision_of
 from edgetune.training.succession import Succession
 from edgetune.training.summary import (
@@ -41,14 +38,12 @@ from edgetune.training.summary import (
     base_precision,
     closing,
     data_facts,
-    digests_of,
     metadata,
     opening,
     peak_rss_mb,
     stage_facts,
     versions,
 )
-from edgetune.weight_precision import shipped_precision
 
 
 def run_recipe(
@@ -71,25 +66,16 @@ def run_recipe(
         work = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say) if group.leads else None
         checkpoints = stack.enter_context(work) if work is not None else None
         device = choose_device(recipe.device, local_rank=group.local_rank)
-        base = _as_it_ships(resolve_base(recipe.base), recipe)
-        tokenizer = load_tokenizer(base)
-        sets = _load_data(recipe, tokenizer, base)
-        for stage in recipe.stage:
-            method_of(stage).check(stage, base)
+        inputs = read_inputs(recipe)
+        base, sets = inputs.base, inputs.sets
         progress.say(opening(recipe, base, sets))
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id)
-        digests = [
-            digests_of(examples, replay) | reward_digests(stage)
-            for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
-        ]
-        origin = origin_of(recipe, base=base.digest, data=digests, processes=group.size, rounding=ROUNDING if base.precision else None)
+        origin = inputs.origin(processes=group.size)
         state, finished = group.from_leader(
             (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)
         )
         if finished is not None:
             return RunSummary(**finished)
-        succession = Succession(recipe, base, sets, pad_id=pad_id, device=device)
+        succession = Succession(recipe, base, sets, pad_id=inputs.pad_id, device=device, start=inputs.start)
         model, sets = succession.model, succession.sets
         group.copy_weights([parameter for parameter in succession.learning.parameters() if parameter.requires_grad])
         if group.rank:
@@ -104,7 +90,7 @@ def run_recipe(
             curves=None if checkpoints is None else checkpoints.folder / CURVES,
         )
         course = Course(succession.learning, recipe, origin, journal, group, checkpoints, state, started)
-        with Stages(succession, recipe, base, tokenizer, replays, pad_id, journal, progress, group) as stages:
+        with Stages(succession, recipe, base, inputs.tokenizer, inputs.replays, inputs.pad_id, journal, progress, group) as stages:
             results = course.run(stages.run)
             journal.close()
             if not group.leads:
@@ -123,7 +109,7 @@ def run_recipe(
             seconds=time.perf_counter() - course.started,
             peak_rss_mb=peak_rss_mb(),
             peak_device_mb=peak_device_mb(device),
-            data=[data_facts(examples, replay) for examples, replay in zip(sets, replays, strict=True)],
+            data=[data_facts(*each) for each in zip(sets, inputs.replays, inputs.digests, strict=True)],
             seed=recipe.seed,
             threads=torch.get_num_threads(),
             device=device.type,
@@ -131,21 +117,28 @@ def run_recipe(
             versions=versions(),
             out=str(folder),
             base_precision=base_precision(base),
-            forgetting=_forgetting(succession, recipe, base, tokenizer, progress),
+            forgetting=_forgetting(succession, recipe, base, inputs.tokenizer, progress),
         )
-        with whole_folder(folder) as partial:
-            about = metadata(recipe, base, sets[-1], summary)
-            if recipe.parameters.train == "full":
-                save_full(model, partial, final=folder, base=base, metadata=about)
-            else:
-                save_adapter(model, partial / ADAPTER, about)
-            write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
-            write_json(partial / SUMMARY, asdict(summary))
-            write_report(partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records)
-            journal.copy_to(partial)
+        _write(folder, succession.model, recipe, base, sets[-1], summary, journal)
         group.from_leader(summary)
     progress.say(closing(summary))
     return summary
+
+
+def _write(
+    folder: Path, model: Any, recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSummary, journal: Journal
+) -> None:
+    """The run folder, whole or not at all."""
+    with whole_folder(folder) as partial:
+        about = metadata(recipe, base, examples, summary)
+        if recipe.parameters.train == "full":
+            save_full(model, partial, final=folder, base=base, metadata=about)
+        else:
+            save_adapter(model, partial / ADAPTER, about)
+        write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
+        write_json(partial / SUMMARY, asdict(summary))
+        write_report(partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records)
+        journal.copy_to(partial)
 
 
 @contextlib.contextmanager
@@ -159,39 +152,6 @@ def _settings(recipe: Recipe) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _as_it_ships(base: Base, recipe: Recipe) -> Base:
-    """The base that training sees: with the bundle's weights where the recipe says so."""
-    weights = recipe.parameters.base_precision
-    return base if weights is None else replace(base, precision=shipped_precision(weights, base.kind))
-
-
-def _load_data(recipe: Recipe, tokenizer: Any, base: Base) -> list[ExampleSet]:
-    """Every stage's examples, so that a bad row of the last stage is found before the first one trains."""
-    sets: list[ExampleSet] = []
-    for stage in recipe.stage:
-        labels = next((examples.labels for examples in sets if examples.labels is not None), None)
-        sets.append(load_examples(stage, tokenizer, base, labels, seed=recipe.seed))
-    return sets
-
-
-def _load_replays(
-    recipe: Recipe, tokenizer: Any, sets: list[ExampleSet], *, pad_id: int
-) -> list[ReplayText | None]:
-    """Every stage's general text; None for a stage without."""
-    return [
-        load_replay(
-            stage,
-            examples.train,
-            tokenizer,
-            limit=examples.max_length,
-            pad_id=pad_id,
-            seed=recipe.seed + index,
-            length=method_of(stage).length,
-        )
-        for index, (stage, examples) in enumerate(zip(recipe.stage, sets, strict=True))
-    ]
 
 
 def _forgetting(

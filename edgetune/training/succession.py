@@ -23,6 +23,7 @@ from edgetune.mutated_init import Start, restore_base, start_of
 from edgetune.recipe import Recipe
 from edgetune.recipe_checks import changes_the_base
 from edgetune.token_classifier import build_classifier
+from edgetune.training.continuing import StartAdapter
 from edgetune.training.device import CPU
 from edgetune.training.features import with_features
 from edgetune.training.measure import adapter_off
@@ -34,8 +35,9 @@ class Succession:
     """`model` is what the recipe trains and saves; `for_stage` lends it to a stage."""
 
     def __init__(
-        self, recipe: Recipe, base: Base, sets: Sequence[ExampleSet], *, pad_id: int, device: torch.device = CPU
-    ) -> None:
+        self, recipe: Recipe, base: Base, sets: Sequence[ExampleSet], *, pad_id: int, device: torch.device = CPU,
+        start: StartAdapter | None = None,
+    ) -> None:  # fmt: skip
         self._recipe, self._base, self._pad_id, self._device = recipe, base, pad_id, device
         self.sets = list(sets)  # with the body's features where only the head learns
         self._masked: Any = None
@@ -44,6 +46,8 @@ class Succession:
         self._first_head: dict[str, Any] = {}
         self.fresh_head = False  # a new masked-lm head: the base alone has no answer worth comparing with
         self.model = self._build().to(device)
+        if start is not None:
+            start.put_on(self.model)
         if any(stage.task != recipe.task for stage in recipe.stage):
             self._masked = self._borrowing()
         # Every weight that learns in any stage, under names that stay; what two of them share is there once.

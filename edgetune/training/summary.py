@@ -70,11 +70,11 @@ def digests_of(examples: ExampleSet, replay: ReplayText | None) -> dict[str, str
     return examples.digests | ({} if replay is None else {"replay": replay.digest})
 
 
-def data_facts(examples: ExampleSet, replay: ReplayText | None) -> dict[str, Any]:
+def data_facts(examples: ExampleSet, replay: ReplayText | None, digests: dict[str, str]) -> dict[str, Any]:
     """A stage's rows, for summary.json; `rows` of packed text are sequences."""
     replayed = {} if replay is None else {"replay": len(replay.examples)}
     return {
-        "digests": digests_of(examples, replay),
+        "digests": digests,
         "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,

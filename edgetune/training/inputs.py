@@ -1,0 +1,89 @@
+"""What a recipe names, read and checked before anything is trained: base, examples, general text, an adapter to go on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgetune.bases import Base, load_tokenizer, resolve_base
+from edgetune.examples import ExampleSet, load_examples
+from edgetune.quantiser import ROUNDING
+from edgetune.recipe import Recipe
+from edgetune.training.checkpoint import origin_of
+from edgetune.training.continuing import StartAdapter, read_start
+from edgetune.training.methods import method_of
+from edgetune.training.replay import ReplayText, load_replay
+from edgetune.training.rewards import reward_digests
+from edgetune.training.summary import digests_of
+from edgetune.weight_precision import shipped_precision
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A list has one element per stage."""
+
+    recipe: Recipe
+    base: Base  # as training sees it
+    tokenizer: Any
+    sets: list[ExampleSet]
+    replays: list[ReplayText | None]
+    digests: list[dict[str, str]]  # of everything that a stage reads, by what it is for
+    start: StartAdapter | None
+    pad_id: int
+
+    def origin(self, *, processes: int) -> dict[str, str]:
+        """What a run that resumes must have in common with this one."""
+        rounding = ROUNDING if self.base.precision else None
+        return origin_of(self.recipe, base=self.base.digest, data=self.digests, processes=processes, rounding=rounding)
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """Raises the errors of recipe, data, adapters and base."""
+    base = _as_it_ships(resolve_base(recipe.base), recipe)
+    start = read_start(recipe, base)
+    tokenizer = load_tokenizer(base)
+    sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
+    for stage in recipe.stage:
+        method_of(stage).check(stage, base)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id)
+    digests = [
+        digests_of(examples, replay) | reward_digests(stage)
+        for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
+    ]
+    if start is not None:
+        digests[0]["start"] = start.digest
+    return Inputs(recipe, base, tokenizer, sets, replays, digests, start, pad_id)
+
+
+def _as_it_ships(base: Base, recipe: Recipe) -> Base:
+    """The base that training sees: with the bundle's weights where the recipe says so."""
+    weights = recipe.parameters.base_precision
+    return base if weights is None else replace(base, precision=shipped_precision(weights, base.kind))
+
+
+def _load_data(recipe: Recipe, tokenizer: Any, base: Base, classes: tuple[str, ...] | None) -> list[ExampleSet]:
+    """Every stage's examples, so that a bad row of the last stage is found before the first one trains; `classes` are fixed."""
+    sets: list[ExampleSet] = []
+    for stage in recipe.stage:
+        labels = next((examples.labels for examples in sets if examples.labels is not None), classes)
+        sets.append(load_examples(stage, tokenizer, base, labels, seed=recipe.seed))
+    return sets
+
+
+def _load_replays(
+    recipe: Recipe, tokenizer: Any, sets: list[ExampleSet], *, pad_id: int
+) -> list[ReplayText | None]:
+    """Every stage's general text; None for a stage without."""
+    return [
+        load_replay(
+            stage,
+            examples.train,
+            tokenizer,
+            limit=examples.max_length,
+            pad_id=pad_id,
+            seed=recipe.seed + index,
+            length=method_of(stage).length,
+        )
+        for index, (stage, examples) in enumerate(zip(recipe.stage, sets, strict=True))
+    ]
