@@ -109,7 +109,7 @@ def test_another_task_another_base_and_no_adapter_are_refused(tiny_decoder: Path
     run_recipe(intent_recipe(tiny_encoder, tmp_path, parameters=LORA), out=tmp_path / "intent", progress=silent())
     text = write_rows(tmp_path / "text.jsonl", [{"text": "The quick brown fox jumps over the lazy dog."}] * 8)
     other = recipe(tiny_encoder, "masked-lm", text, None, parameters={**LORA, "start": str(tmp_path / "intent")})
-    with pytest.raises(RecipeError, match="another task.*masked-lm.*sequence-classification"):
+    with pytest.raises(RecipeError, match=r"another task.*masked-lm.*sequence-classification"):
         run_recipe(other, out=tmp_path / "c", progress=silent())
 
 
