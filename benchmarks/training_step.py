@@ -1,6 +1,8 @@
 """One training step of SmolLM2 with and without the fused parts of a layer, in turns; a line each, then the ratio.
 
-    python benchmarks/training_step.py [--threads 2] [--tokens 60] [--rounds 5]
+    python benchmarks/training_step.py [--threads 2] [--tokens 60] [--rounds 5] [--compile]
+
+`--compile`: PEFT's own layers through torch.compile too, and how long the compiling takes for one more length of rows.
 
 LoRA r = 8 on all linear layers, bf16, 8 rows; the second half of each row is answered. Also the difference of loss and
 gradients in fp32.
@@ -12,6 +14,7 @@ import argparse
 import contextlib
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,13 +39,21 @@ def random_batch(tokens: int) -> Batch:
     return Batch(ids, torch.ones_like(ids), labels, tuple(range(ROWS)), ids.numel(), int((labels[:, 1:] != IGNORE).sum()))
 
 
-def step(model: Any, batch: Batch, precision: Precision, *, fused: bool) -> tuple[float, torch.Tensor]:
-    """Loss and all gradients in one vector."""
+def step(model: Any, batch: Batch, precision: Precision, *, fused: bool, forward: Any = None) -> tuple[float, torch.Tensor]:
+    """Loss and all gradients in one vector; `forward` is the compiled model, if any."""
     model.zero_grad()
-    with autocast(precision), fused_lora(model, precision), fused_ops(model) if fused else contextlib.nullcontext():
-        loss, _ = sft(model, batch)
+    lora = fused_lora(model, precision) if forward is None else contextlib.nullcontext()
+    with autocast(precision), lora, fused_ops(model) if fused else contextlib.nullcontext():
+        loss, _ = sft(model if forward is None else forward, batch)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -51,6 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -63,14 +75,24 @@ def main() -> None:
     difference = float((gradients - expected).norm() / expected.norm())
     print(f"fp32: loss {loss:.6f} and {fused_loss:.6f}, gradients differ by {difference:.1e} of their length")
     hold_frozen_linears_in_bf16(model)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    variants: dict[str, Callable[[], Any]] = {
+        "plain": lambda: step(model, batch, "bf16", fused=False),
+        "fused": lambda: step(model, batch, "bf16", fused=True),
+    }
+    if options.compile:
+        compiled: Any = torch.compile(model, dynamic=True)
+        variants["compiled"] = lambda: step(model, batch, "bf16", fused=False, forward=compiled)
+        first = timed(variants["compiled"])
+        longer = random_batch(options.tokens + 7)
+        second = timed(lambda: step(model, longer, "bf16", fused=False, forward=compiled))
+        print(f"compiled: first step {first:.1f} s, first step of another length {second:.1f} s")
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(options.rounds):
-        for fused in seconds:
-            started = time.perf_counter()
-            step(model, batch, "bf16", fused=fused)
-            seconds[fused].append(time.perf_counter() - started)
-    plain, fast = (statistics.median(seconds[fused]) for fused in (False, True))
-    print(f"plain {batch.tokens / plain:.0f} tok/s, fused {batch.tokens / fast:.0f} tok/s, {plain / fast:.2f} times")
+        for name, variant in variants.items():
+            seconds[name].append(timed(variant))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name} {batch.tokens / median:.0f} tok/s, {medians['plain'] / median:.2f} times plain")
 
 
 if __name__ == "__main__":
