@@ -95,11 +95,20 @@ def _adapter(runtime: Runtime, adapter: str | None) -> str | None:
     return packed.name
 
 
+def _note_embedding(runtime: Runtime, what: str) -> None:
+    """Nobody chose an adapter, and there are some: say that the base answers, with an embedding."""
+    if not runtime.manifest.is_decoder and runtime.chosen(None) is None and runtime.adapters:
+        names = ", ".join(runtime.adapters)
+        click.echo(f"note: without --adapter {what} the base model's embedding; adapters here: {names}", err=True)
+
+
 def _answer_text(
     runtime: Runtime, text: str, *, adapter: str | None, truncate: bool, settings: dict[str, Any]
 ) -> None:
     if not runtime.manifest.is_decoder:
         if runtime.labels(adapter) is None:
+            if adapter is None:
+                _note_embedding(runtime, "this is")
             click.echo(" ".join(f"{x:.6f}" for x in runtime.embed([text], adapter, truncate=truncate)[0]))
             return
         if runtime.task(adapter) == "token-classification":
@@ -139,6 +148,8 @@ def _answer_file(
 
     rows = read_rows(source)
     requests = requests_of(runtime, rows, path=str(source), adapter=adapter, truncate=truncate)
+    if adapter is None and (bare := sum("adapter" not in row for _, row in rows)):
+        _note_embedding(runtime, f"{bare} of {len(rows)} rows get")
     answered: list[dict[str, Any]] = [{} for _ in requests]
     finished = answer_rows(runtime, requests, truncate=truncate, **settings)
     for done, (place, row) in enumerate(finished, 1):
