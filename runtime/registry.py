@@ -139,9 +139,11 @@ class AdapterRegistry:
 
         Texts under way go on with the tensors they hold. AdapterError when it does not fit: the old one stays.
         """
-        known = _Known(Path(folder), next(self._serials), pinned=self._entry(name).pinned)
+        before = self._entry(name)
+        known = _Known(Path(folder), next(self._serials))
         self._read(name, known)
         with self._change:
+            known.pinned = self._known.get(name, before).pinned  # as it is now, not as it was before the files were read
             self._known[name] = known
             self._gone.discard(name)
             self._make_room(keep=known)
