@@ -23,6 +23,7 @@ from edgetune.forgetting.tasks import text_measures
 from edgetune.intervals import preference_metrics
 from edgetune.metrics import accuracy, bleu, exact_match, is_json_task, json_exact_match, json_valid, macro_f1
 from edgetune.prompts import PromptFormat, split_messages
+from edgetune.recipe_generation import shaping
 
 ROWS_AT_ONCE = 16
 
@@ -58,6 +59,7 @@ class Evaluation:
     metrics: dict[str, float]
     seconds: float  # of answering, loading not counted
     predictions: list[dict[str, Any]]  # {"line", "prediction", "label" | "references"}, of a reward "chosen", "rejected"
+    notes: tuple[str, ...] = ()  # what else shaped the answers, or should have: the adapter's own form and penalties
 
 
 def evaluate(
@@ -150,6 +152,7 @@ def measure(
         metrics=metrics,
         seconds=time.perf_counter() - started,
         predictions=predictions,
+        notes=getattr(answers, "notes", ()),
     )
 
 
@@ -276,6 +279,8 @@ class BundleAnswers:
         self.task: str = packed.task or "text-generation"
         self.problem: str = packed.problem
         self.prompt_format = PromptFormat(**(packed.prompt_format or {}))
+        own = shaping(packed.generation)
+        self.notes = (f"every answer is shaped by the adapter's own {', '.join(own)}, which a run in torch is not",) if own else ()
 
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The label of each text."""

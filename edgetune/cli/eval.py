@@ -85,6 +85,8 @@ def _measure(folder: Path, data: Path, adapter: str | None, skip_invalid: bool, 
         low, high = (result.metrics.get(f"{metric}_{end}") for end in ("low", "high"))
         interval = f"  (95 %: {low:.4f} to {high:.4f})" if low is not None else ""
         click.echo(f"  {metric:<18} {value:.4f}{interval}" if metric != "bleu" else f"  {metric:<18} {value:.2f}")
+    for note in result.notes:
+        click.echo(f"  note: {note}")
     if result.skipped:
         click.echo(f"  {result.skipped} rows skipped")
     return asdict(result)
