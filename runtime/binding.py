@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgetune.errors import AdapterError, BundleError
 from edgetune.runtime.manifest import GraphInfo, Manifest
+from edgetune.runtime.providers import InUse, choose, in_use
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -41,9 +42,14 @@ def ort_value(array: npt.NDArray[Any]) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def open_session(path: Path, *, threads: int | None) -> Any:
-    """An inference session on the CPU; `threads` None lets ONNX Runtime take every core."""
+def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = ()) -> tuple[Any, InUse]:
+    """An inference session, and the execution providers it runs on (see `edgetune.runtime.providers`).
+
+    `threads` None lets ONNX Runtime take every core; `providers` in order of preference, none for the CPU.
+    """
     import onnxruntime
+
+    chosen, notes = choose(providers)
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -52,18 +58,28 @@ def open_session(path: Path, *, threads: int | None) -> Any:
     # (SmolLM2 int4: peak 289 MB with, 272 MB without).
     options.enable_mem_pattern = False
     options.log_severity_level = 3  # errors only: warnings here are about graphs, not about the user's doing
+    if len(chosen) > 1:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if any(choice.provider.name in ("cuda", "tensorrt") for choice in chosen):
+        onnxruntime.preload_dlls()  # CUDA's libraries out of their own wheels, where they are installed so
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[choice.for_session for choice in chosen])
     except Exception as error:  # ONNX Runtime raises a family of C++ exceptions without a common base
-        raise BundleError(f"ONNX Runtime cannot open the graph: {error}", where=str(path)) from error
+        on = "" if len(chosen) == 1 else f" with {', '.join(choice.provider.name for choice in chosen)}"
+        raise BundleError(f"ONNX Runtime cannot open the graph{on}: {error}", where=str(path)) from error
+    return session, in_use(session, chosen, notes)
 
 
 class GraphSession:
     """An open graph and its adapter inputs: what both engines are made of."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest, *, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = ()
+    ) -> None:
+        """`providers`: execution providers in order of preference; see `providers_in_use` for what came of it."""
         self.manifest, self.graph = manifest, manifest.graph
-        self.session = open_session(Path(folder) / manifest.graph.engine, threads=threads)
+        graph = Path(folder) / manifest.graph.engine
+        self.session, self.providers_in_use = open_session(graph, threads=threads, providers=providers)
         self.inputs = {value.name for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         empty = {}

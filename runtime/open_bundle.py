@@ -30,6 +30,7 @@ class OpenBundle:
         manifest: Manifest,
         *,
         threads: int | None = None,
+        providers: Sequence[str] = (),
         adapter_folder: Path | None = None,
         adapter_memory_mb: float | None = None,
     ) -> None:
@@ -39,8 +40,11 @@ class OpenBundle:
         self.registry = AdapterRegistry(
             folder, manifest, adapter_folder=adapter_folder, memory_mb=adapter_memory_mb
         )
-        self.decoder = DecoderEngine(folder, manifest, threads=threads) if manifest.is_decoder else None
-        self.encoder = None if manifest.is_decoder else EncoderEngine(folder, manifest, threads=threads)
+        self.decoder = DecoderEngine(folder, manifest, threads=threads, providers=providers) if manifest.is_decoder else None
+        self.encoder = None if manifest.is_decoder else EncoderEngine(folder, manifest, threads=threads, providers=providers)
+        engine = self.decoder or self.encoder
+        assert engine is not None
+        self.providers = engine.providers_in_use
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
 
     def close(self) -> None:

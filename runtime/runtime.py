@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgetune.errors import BundleError, listed
@@ -9,6 +10,7 @@ from edgetune.runtime.decoder_answers import GENERATE_ROWS, DecoderAnswers, Prom
 from edgetune.runtime.encoder_answers import ENCODE_ROWS, EncoderAnswers
 from edgetune.runtime.manifest import read_manifest, verify_files
 from edgetune.runtime.open_bundle import Held
+from edgetune.runtime.providers import parse_providers
 
 __all__ = ["ENCODE_ROWS", "GENERATE_ROWS", "Held", "Prompt", "Runtime"]
 
@@ -25,14 +27,18 @@ class Runtime(EncoderAnswers, DecoderAnswers):
         folder: str | Path,
         *,
         threads: int | None = None,
+        providers: Sequence[str] = (),
         verify: bool = True,
         adapter_folder: str | Path | None = None,
         adapter_memory_mb: float | None = None,
     ) -> Runtime:
         """Open a bundle. `verify` compares every file's sha256 with the manifest first; BundleError lists what differs.
 
-        `adapter_folder` and `adapter_memory_mb`: see AdapterRegistry.
+        `providers`: execution providers in order of preference, such as `["cuda"]` or `["openvino:device_type=GPU"]`; one
+        that is missing gives way to the next and at last to the CPU, and a line is logged (`Runtime.providers` has what is
+        in use; InputError for an unknown name). `adapter_folder` and `adapter_memory_mb`: see AdapterRegistry.
         """
+        parse_providers(providers)  # a typo is found before gigabytes are hashed
         path = Path(folder)
         manifest = read_manifest(path)
         if verify and (differing := verify_files(path, manifest)):
@@ -41,7 +47,7 @@ class Runtime(EncoderAnswers, DecoderAnswers):
             raise BundleError(f"the bundle is not as exported: {problems}", where=str(path), fix=fix)
         many = None if adapter_folder is None else Path(adapter_folder)
         return cls(
-            path, manifest, threads=threads, adapter_folder=many, adapter_memory_mb=adapter_memory_mb
+            path, manifest, threads=threads, providers=providers, adapter_folder=many, adapter_memory_mb=adapter_memory_mb
         )
 
     def __enter__(self) -> Runtime:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgetune.cli.providers import chosen_providers, device_option, provider_option
+
 if TYPE_CHECKING:
     from edgetune.runtime.runtime import Runtime
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 @click.option("--grammar", type=click.Path(path_type=Path), help="A Lark grammar file that the answer follows.")
 @click.option("--truncate", is_flag=True, help="Cut texts that are too long for an encoder.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
+@provider_option
+@device_option
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
 def command(
     bundle: Path,
@@ -46,6 +50,8 @@ def command(
     output: Path | None,
     truncate: bool,
     threads: int | None,
+    providers: tuple[str, ...],
+    device_name: str | None,
     no_verify: bool,
     stop: tuple[str, ...],
     schema: Path | None,
@@ -67,7 +73,8 @@ def command(
     from edgetune.runtime.runtime import Runtime
 
     settings |= {"stop": stop or None, "schema": _text_of(schema), "grammar": _text_of(grammar)}
-    with Runtime.open(bundle, threads=threads, verify=not no_verify) as runtime:
+    chosen = chosen_providers(providers, device_name)
+    with Runtime.open(bundle, threads=threads, providers=chosen, verify=not no_verify) as runtime:
         name = _adapter(runtime, adapter)
         if source is not None and output is not None:
             _answer_file(runtime, source, output, adapter=name, truncate=truncate, settings=settings)

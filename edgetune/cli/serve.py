@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from edgetune.cli.providers import chosen_providers, device_option, provider_option
+
 KEYS = "EDGETUNE_API_KEYS"
 
 
@@ -86,6 +88,8 @@ KEYS = "EDGETUNE_API_KEYS"
     "--allowed-host", "hosts", multiple=True, metavar="NAME", help="A host name this server answers for."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
+@provider_option
+@device_option
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
 @click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
@@ -111,6 +115,8 @@ def command(
     origins: tuple[str, ...],
     hosts: tuple[str, ...],
     threads: int | None,
+    providers: tuple[str, ...],
+    device_name: str | None,
     no_verify: bool,
     log_level: str,
 ) -> None:
@@ -138,7 +144,7 @@ def command(
         drain_s=drain,
     )
     set_up_logging(log_level)
-    opened = {"threads": threads, "verify": not no_verify, "adapter_folder": library}
+    opened = {"threads": threads, "providers": chosen_providers(providers, device_name), "verify": not no_verify, "adapter_folder": library}
     with (
         listen(host, port) as place,
         Runtime.open(bundle, adapter_memory_mb=adapter_memory_mb, **opened) as runtime,  # type: ignore[arg-type]
@@ -152,7 +158,8 @@ def command(
         service = Service(runtime, scheduler, options)
         with scheduler:
             address = f"[{host}]" if ":" in host else host
-            click.echo(f"serving {', '.join(service.models())} at http://{address}:{place.getsockname()[1]}")
+            on = "" if runtime.providers.names == ("cpu",) else f" on {runtime.providers}"
+            click.echo(f"serving {', '.join(service.models())} at http://{address}:{place.getsockname()[1]}{on}")
             if host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
                 click.echo(
                     "note: whoever reaches this address can use it; keys close it (--api-key-file)", err=True

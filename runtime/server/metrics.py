@@ -120,6 +120,10 @@ class SchedulerCollector(Collector):
         }
         for name, (count, text) in totals.items():
             yield CounterMetricFamily(name, text, value=count)
+        running = GaugeMetricFamily("edgetune_execution_provider", "Execution providers in use, in order of preference.", labels=("provider",))
+        for place, name in enumerate(self._scheduler.runtime.providers.names, 1):
+            running.add_metric([name], place)
+        yield running
         yield _labelled(
             "edgetune_completions", "Completions by how they ended.", "reason", stats.requests_total.items()
         )
