@@ -14,7 +14,7 @@ from typing import Any
 
 from edgetune.errors import InputError
 
-__all__ = ["PROVIDERS", "Choice", "InUse", "Provider", "available", "choose", "in_use", "parse_providers"]
+__all__ = ["PROVIDERS", "Choice", "InUse", "Provider", "available", "cannot_run", "choose", "in_use", "parse_providers"]
 
 log = logging.getLogger("edgetune.runtime")
 
@@ -142,6 +142,13 @@ def in_use(session: Any, chosen: Sequence[Choice], notes: Sequence[str]) -> InUs
     for line in lines:
         log.warning("%s", line)
     return InUse(names, _nodes(session, ours) if len(chosen) > 1 else {}, tuple(lines))
+
+
+def cannot_run(tried: Sequence[Choice], instead: Choice, error: Exception) -> str:
+    """A line for providers that are there and refuse a graph or their options; the last line of `error` says most."""
+    names = " and ".join(choice.provider.name for choice in tried)
+    reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
+    return f"{names} cannot run this graph, so {instead.provider.name} does: {reason[-200:]}"
 
 
 def _nodes(session: Any, ours: Mapping[str, str]) -> dict[str, int]:

@@ -146,3 +146,20 @@ def test_a_profile_whose_providers_are_no_list_is_refused(tmp_path: Path) -> Non
 def test_metrics_tell_what_runs(tiny_encoder: Path) -> None:
     with serve(encoder_bundle(tiny_encoder)) as running:
         assert 'edgetune_execution_provider{provider="cpu"} 1.0' in running.get("/metrics").text
+
+
+def test_a_provider_that_refuses_the_graph_gives_way_to_the_cpu(
+    tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch, all_there: None
+) -> None:
+    """As OpenVINO 2025.4 refuses a graph whose operator has more outputs than its reader knows."""
+    session = onnxruntime.InferenceSession
+
+    def refusing(path: str, options: object, *, providers: list[tuple[str, dict[str, str]]]) -> object:
+        if len(providers) > 1:
+            raise RuntimeError("Exception during initialization: …\n\nExpected output number of the node is 4\n\n")
+        return session(path, options, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refusing)
+    with Runtime.open(decoder_bundle(tiny_decoder), threads=1, providers=["openvino"]) as runtime:
+        assert runtime.providers.names == ("cpu",)
+        assert runtime.providers.notes == ("openvino cannot run this graph, so cpu does: Expected output number of the node is 4",)
