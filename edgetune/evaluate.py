@@ -70,12 +70,15 @@ def evaluate(
     skip_invalid: bool = False,
     advance: Advance | None = None,
     how: Prompting | None = None,
+    providers: Sequence[str] = (),
 ) -> Evaluation:
     """Measure a run or adapter folder in torch, a bundle in the runtime, or a bare base, on the rows of `data`.
 
     The rows are read by the prompt format that was recorded with the adapter; a base is asked as `how` says. What
-    learned from text is measured on text: perplexity and bits per byte.
+    learned from text is measured on text: perplexity and bits per byte. `providers`: execution providers of a bundle.
     """
+    if providers and not (folder / BUNDLE_MANIFEST).is_file():
+        raise InputError("--provider chooses what runs a bundle", where=str(folder), got="a run or a base, which torch runs")
     if is_base(folder):
         return _evaluate_base(folder, data, how or Prompting(), skip_invalid=skip_invalid, advance=advance)
     if how is not None:
@@ -83,7 +86,7 @@ def evaluate(
     if (folder / BUNDLE_MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
-        with Runtime.open(folder) as runtime:
+        with Runtime.open(folder, providers=providers) as runtime:
             return measure(BundleAnswers(runtime, adapter), folder, data, skip_invalid=skip_invalid, advance=advance)
     if adapter is not None:
         raise InputError("--adapter chooses among a bundle's adapters", where=str(folder), got="a run, which has one")

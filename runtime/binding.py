@@ -61,6 +61,7 @@ def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = 
     options.log_severity_level = 3  # errors only: warnings here are about graphs, not about the user's doing
     if len(chosen) > 1:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.log_severity_level = 4  # a provider that refuses the graph is told in a line of our own
     if any(choice.provider.name in ("cuda", "tensorrt") for choice in chosen):
         onnxruntime.preload_dlls()  # CUDA's libraries out of their own wheels, where they are installed so
     while True:
@@ -90,7 +91,8 @@ class GraphSession:
         self.rebinds = self.place is not None or self.providers_in_use.names != (CPU,)
         """whether small inputs are bound anew for each run: a device copies them when they are bound"""
         self.inputs = {value.name for value in self.session.get_inputs()}
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        self._types = {value.name: value.type for value in self.session.get_outputs()}
+        self.outputs = list(self._types)
         empty = {}
         for site in manifest.sites:
             empty[site.A] = np.zeros((1, site.in_features, 0), np.float32)
@@ -118,8 +120,7 @@ class GraphSession:
 
     def logits_buffer(self, rows: int, wanted: int) -> Logits:
         """Room for logits (rows, wanted, vocab) of one run."""
-        kinds = {value.name: value.type for value in self.session.get_outputs()}
-        return Logits(self.place, (rows, wanted, self.graph.vocab_size), kinds["logits"])
+        return Logits(self.place, (rows, wanted, self.graph.vocab_size), self._types["logits"])
 
     def run_bound(self, io: Any, changing: Mapping[str, Any]) -> None:
         """Run; `changing`: the bound inputs that are written between runs."""

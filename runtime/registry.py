@@ -61,6 +61,10 @@ class _Known:
     reading: threading.Lock = field(default_factory=threading.Lock)
 
 
+class AdapterInUseError(AdapterError):
+    """It cannot be unloaded as asked: requests use it."""
+
+
 class Lease:
     """An adapter in use: until `release` it is neither evicted nor unloaded (unless the unloader said "forget")."""
 
@@ -279,6 +283,6 @@ class AdapterRegistry:
         )
 
 
-def _still_used(name: str, users: int) -> AdapterError:
+def _still_used(name: str, users: int) -> AdapterInUseError:
     fix = "Unload it later, wait for it, or forget it."
-    return AdapterError(f"the adapter {name!r} is in use", expected="no request that uses it", got=str(users), fix=fix)
+    return AdapterInUseError(f"the adapter {name!r} is in use", expected="no request that uses it", got=str(users), fix=fix)

@@ -142,3 +142,8 @@ def test_each_side_says_whether_the_adapters_own_form_shaped_its_answers(action_
         held = BundleAnswers(runtime, "held")
         assert set(held.generate(["hello"])[0]) <= {"a", "b"}
     assert held.notes == ("every answer is shaped by the adapter's own regex, presence_penalty, which a run in torch is not",)
+
+
+def test_a_run_takes_no_execution_providers(action_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--provider chooses what runs a bundle"):
+        evaluate(action_run, tmp_path / "none.jsonl", providers=["cpu"])

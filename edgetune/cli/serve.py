@@ -62,6 +62,13 @@ KEYS = "EDGETUNE_API_KEYS"
     help="Prompt tokens a step.",
 )
 @click.option(
+    "--lookup",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 16),
+    help="Tokens guessed from the prompt while one greedy request runs alone; pays where answers repeat prompts.",
+)
+@click.option(
     "--deadline",
     default=600.0,
     show_default=True,
@@ -108,6 +115,7 @@ def command(
     max_queue: int,
     cache_mb: float | None,
     prefill_chunk: int,
+    lookup: int,
     deadline: float,
     max_prompt_tokens: int | None,
     max_body_mb: float,
@@ -153,7 +161,7 @@ def command(
             for line in runtime.load_adapter(name, folder).notes:
                 click.echo(f"note: {line}", err=True)
         scheduler = Scheduler(
-            runtime, max_rows=max_rows, max_queue=max_queue, cache_mb=cache_mb, prefill_chunk=prefill_chunk
+            runtime, max_rows=max_rows, max_queue=max_queue, cache_mb=cache_mb, prefill_chunk=prefill_chunk, lookup=lookup
         )
         service = Service(runtime, scheduler, options)
         with scheduler:

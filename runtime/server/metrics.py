@@ -116,6 +116,8 @@ class SchedulerCollector(Collector):
             ),
             "edgetune_prefix_evictions": (stats.prefix_evictions_total, "Cached prefixes given up."),
             "edgetune_adapter_evictions": (stats.adapter_evictions_total, "Adapters put out of memory."),
+            "edgetune_guessed_tokens": (stats.guessed_tokens_total, "Tokens guessed from prompts."),
+            "edgetune_right_guesses": (stats.right_guesses_total, "Guessed tokens that were right."),
             "edgetune_encoded_rows": (stats.encoded_rows_total, "Texts classified or embedded."),
         }
         for name, (count, text) in totals.items():
