@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edgetune.errors import AdapterError, BundleError
 from edgetune.runtime.device_memory import Logits, bind_cache, cache_place
 from edgetune.runtime.manifest import GraphInfo, Manifest
-from edgetune.runtime.providers import CPU, InUse, cannot_run, choose, in_use
+from edgetune.runtime.providers import CPU, ProvidersInUse, cannot_run, choose, in_use
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ def ort_value(array: npt.NDArray[Any]) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = ()) -> tuple[Any, InUse]:
+def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = ()) -> tuple[Any, ProvidersInUse]:
     """An inference session, and the execution providers it runs on (see `edgetune.runtime.providers`).
 
     `threads` None lets ONNX Runtime take every core; `providers` in order of preference, none for the CPU.

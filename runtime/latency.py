@@ -48,7 +48,7 @@ def measure(workload: Workload) -> dict[str, Any]:
     command = [sys.executable, "-m", "edgetune.runtime.latency", json.dumps(asdict(workload))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:
-        raise EdgetuneError(done.stderr.strip().removeprefix("edgetune: "))
+        raise EdgetuneError(f"\n{done.stderr}".partition("\nedgetune: ")[2].strip())  # log lines may stand before it
     if done.returncode:
         reason = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

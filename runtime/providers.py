@@ -14,7 +14,7 @@ from typing import Any
 
 from edgetune.errors import InputError
 
-__all__ = ["PROVIDERS", "Choice", "InUse", "Provider", "available", "cannot_run", "choose", "in_use", "parse_providers"]
+__all__ = ["PROVIDERS", "Choice", "Provider", "ProvidersInUse", "available", "cannot_run", "choose", "in_use", "parse_providers"]
 
 log = logging.getLogger("edgetune.runtime")
 
@@ -65,7 +65,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class InUse:
+class ProvidersInUse:
     """What a session really runs on: providers in order of preference, nodes of the graph each has, and what to say."""
 
     names: tuple[str, ...]
@@ -106,13 +106,16 @@ def available() -> list[str]:
 
 
 def choose(texts: Sequence[str]) -> tuple[list[Choice], list[str]]:
-    """Those that are there, the CPU always last, and a line for each that is missing, with what to install."""
+    """Those that are there, the CPU always last (it leaves nothing to what stands after it), and a line for each that is
+    missing, with what to install."""
     asked, there = parse_providers(texts), available()
+    names = [choice.provider.name for choice in asked]
+    asked = asked[: names.index(CPU) + 1] if CPU in names else asked
     wanted: dict[str, Choice] = {}
     for choice in asked:
         wanted[choice.provider.name] = choice
         for name in choice.provider.before:
-            if name not in (one.provider.name for one in asked):
+            if name not in names:
                 wanted.setdefault(name, Choice(PROVIDERS[name], {}))
     last = wanted.pop(CPU, Choice(PROVIDERS[CPU], {}))
     chosen = [choice for name, choice in wanted.items() if name in there]
@@ -126,7 +129,7 @@ def choose(texts: Sequence[str]) -> tuple[list[Choice], list[str]]:
     return [*chosen, last], notes
 
 
-def in_use(session: Any, chosen: Sequence[Choice], notes: Sequence[str]) -> InUse:
+def in_use(session: Any, chosen: Sequence[Choice], notes: Sequence[str]) -> ProvidersInUse:
     """What an open session runs on; `notes` of `choose` are logged with those of providers that did not start."""
     ours = {provider.ort_name: name for name, provider in PROVIDERS.items()}
     names = tuple(ours.get(name, name) for name in session.get_providers())
@@ -141,7 +144,7 @@ def in_use(session: Any, chosen: Sequence[Choice], notes: Sequence[str]) -> InUs
     ]
     for line in lines:
         log.warning("%s", line)
-    return InUse(names, _nodes(session, ours) if len(chosen) > 1 else {}, tuple(lines))
+    return ProvidersInUse(names, _nodes(session, ours) if len(chosen) > 1 else {}, tuple(lines))
 
 
 def cannot_run(tried: Sequence[Choice], instead: Choice, error: Exception) -> str:

@@ -17,8 +17,9 @@ from server_helpers import serve
 from edgetune.cli import main
 from edgetune.cli.check import command as check
 from edgetune.devices import load_device
-from edgetune.errors import DeviceError, InputError
+from edgetune.errors import DeviceError, EdgetuneError, InputError
 from edgetune.runtime import Runtime
+from edgetune.runtime.latency import Workload, measure
 from edgetune.runtime.providers import PROVIDERS, available, choose, parse_providers
 
 MISSING = next(name for name in ("qnn", "directml", "coreml") if name not in available())
@@ -64,6 +65,11 @@ def test_options_and_order_reach_the_session() -> None:
         ("CPUExecutionProvider", {}),
     ]
     assert notes == []
+
+
+@pytest.mark.usefixtures("all_there")
+def test_nothing_is_left_to_what_stands_after_the_cpu() -> None:
+    assert [choice.provider.name for choice in choose(["openvino", "cpu", "cuda"])[0]] == ["openvino", "cpu"]
 
 
 @pytest.mark.usefixtures("all_there")
@@ -125,6 +131,12 @@ def test_check_says_what_ran(tiny_encoder: Path, tmp_path: Path) -> None:
     document = json.loads(report.read_text())
     assert document["measured"]["providers"]["in_use"] == ["cpu"]
     assert document["workload"]["providers"] == [MISSING, "cpu"]
+
+
+def test_an_error_of_the_measuring_process_is_told_without_what_it_logged_before(tiny_encoder: Path) -> None:
+    with pytest.raises(EdgetuneError) as caught:
+        measure(Workload(str(encoder_bundle(tiny_encoder)), ("nobody",), threads=1, runs=3, providers=(MISSING,)))
+    assert str(caught.value).startswith("unknown adapter 'nobody'")
 
 
 @pytest.mark.parametrize("command", ["predict", "serve", "check"])
