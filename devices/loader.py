@@ -50,6 +50,8 @@ class Device:
     """per core, fused multiply-add counted as two"""
     memory_bandwidth_gb_s: float | None = None
     features: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    """execution providers in order of preference, as `--provider` takes them; empty: the CPU"""
     notes: str = ""
     budget: dict[str, Budget] = field(default_factory=dict)
     """"decoder" and "encoder" → limits"""
@@ -127,14 +129,17 @@ def device_from_dict(values: Mapping[str, Any], *, where: str) -> Device:
         )
     limits = {kind: check_budget(table, where=f"{where}, budget.{kind}") for kind, table in budget.items()}
     plain = {k: v for k, v in values.items() if k not in ("source", "budget")}
-    plain["features"] = tuple(plain.get("features", ()))
+    for name in ("features", "providers"):
+        plain[name] = tuple(plain.get(name, ()))
+        if wrong := [value for value in plain[name] if not isinstance(value, str)]:
+            raise DeviceError(f"{name} is wrong", where=where, expected="a list of strings", got=repr(wrong[0]))
     device = Device(**plain, budget=limits, sources=sources)
     _check_figures(device, where=where)
     return device
 
 
 TYPES: dict[str, type | tuple[type, ...]] = {
-    "name": str, "title": str, "arch": str, "cpu": str, "notes": str, "features": (list, tuple), "source": (list, tuple)
+    "name": str, "title": str, "arch": str, "cpu": str, "notes": str, "features": (list, tuple), "providers": (list, tuple), "source": (list, tuple)
 }  # fmt: skip
 FIGURES = ("cores", "clock_ghz", "fp32_flops_per_cycle", "memory_mb", "memory_bandwidth_gb_s")
 

@@ -23,6 +23,7 @@ from edgetune.forgetting.tasks import text_measures
 from edgetune.intervals import preference_metrics
 from edgetune.metrics import accuracy, bleu, exact_match, is_json_task, json_exact_match, json_valid, macro_f1
 from edgetune.prompts import PromptFormat, split_messages
+from edgetune.recipe_generation import shaping
 
 ROWS_AT_ONCE = 16
 
@@ -58,6 +59,7 @@ class Evaluation:
     metrics: dict[str, float]
     seconds: float  # of answering, loading not counted
     predictions: list[dict[str, Any]]  # {"line", "prediction", "label" | "references"}, of a reward "chosen", "rejected"
+    notes: tuple[str, ...] = ()  # what else shaped the answers, or should have: the adapter's own form and penalties
 
 
 def evaluate(
@@ -68,12 +70,15 @@ def evaluate(
     skip_invalid: bool = False,
     advance: Advance | None = None,
     how: Prompting | None = None,
+    providers: Sequence[str] = (),
 ) -> Evaluation:
     """Measure a run or adapter folder in torch, a bundle in the runtime, or a bare base, on the rows of `data`.
 
     The rows are read by the prompt format that was recorded with the adapter; a base is asked as `how` says. What
-    learned from text is measured on text: perplexity and bits per byte.
+    learned from text is measured on text: perplexity and bits per byte. `providers`: execution providers of a bundle.
     """
+    if providers and not (folder / BUNDLE_MANIFEST).is_file():
+        raise InputError("--provider chooses what runs a bundle", where=str(folder), got="a run or a base, which torch runs")
     if is_base(folder):
         return _evaluate_base(folder, data, how or Prompting(), skip_invalid=skip_invalid, advance=advance)
     if how is not None:
@@ -81,7 +86,7 @@ def evaluate(
     if (folder / BUNDLE_MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
-        with Runtime.open(folder) as runtime:
+        with Runtime.open(folder, providers=providers) as runtime:
             return measure(BundleAnswers(runtime, adapter), folder, data, skip_invalid=skip_invalid, advance=advance)
     if adapter is not None:
         raise InputError("--adapter chooses among a bundle's adapters", where=str(folder), got="a run, which has one")
@@ -150,6 +155,7 @@ def measure(
         metrics=metrics,
         seconds=time.perf_counter() - started,
         predictions=predictions,
+        notes=getattr(answers, "notes", ()),
     )
 
 
@@ -276,6 +282,8 @@ class BundleAnswers:
         self.task: str = packed.task or "text-generation"
         self.problem: str = packed.problem
         self.prompt_format = PromptFormat(**(packed.prompt_format or {}))
+        own = shaping(packed.generation)
+        self.notes = (f"every answer is shaped by the adapter's own {', '.join(own)}, which a run in torch is not",) if own else ()
 
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The label of each text."""

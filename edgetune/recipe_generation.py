@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,13 @@ def generation_defaults(recipe: Recipe, max_new_tokens: int) -> dict[str, Any]:
     given["stop"] = list(recipe.generation.stop) or None
     given |= _forms(recipe.generation, where="recipe")
     return defaults | {name: value for name, value in given.items() if value is not None}
+
+
+def shaping(generation: Mapping[str, Any]) -> list[str]:
+    """Which of an adapter's generation defaults change a greedy answer beside its length and its stop texts."""
+    forms = [name for name in ("schema", "regex", "grammar") if generation.get(name) is not None]
+    neutral = {"logit_bias": {}, "repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0}
+    return forms + [name for name, value in neutral.items() if generation.get(name, value) not in (None, value)]
 
 
 def _forms(generation: Generation, *, where: str) -> dict[str, Any]:

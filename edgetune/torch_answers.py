@@ -14,6 +14,7 @@ from edgetune.errors import InputError
 from edgetune.examples import encode_prompts
 from edgetune.examples.turns import Prompt
 from edgetune.prompts import PromptFormat, chat_messages, chat_text
+from edgetune.recipe_generation import shaping
 from edgetune.runs import load_adapted_model
 from edgetune.scoring import encode_answered, score_rows
 from edgetune.words import OUTSIDE, first_subwords, join_words
@@ -30,6 +31,8 @@ class TorchAnswers:
         self.problem: str = metadata.get("problem") or "single-label"
         self.labels = tuple(metadata["labels"]) if metadata["labels"] is not None else None
         self.prompt_format = PromptFormat(**(metadata["prompt_format"] or {}))
+        own = shaping(metadata["generation"] or {})
+        self.notes = (f"torch answers freely: the adapter's own {', '.join(own)} shapes answers in a bundle only",) if own else ()
 
     @classmethod
     def open(cls, folder: Path) -> TorchAnswers:

@@ -49,10 +49,18 @@ def write_graph(model: ir.Model, path: Path, *, metadata: dict[str, str]) -> Non
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
+        _drop_unused_outputs(node)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         value.metadata_props.clear()
     model.metadata_props.update(metadata)
     path.write_bytes(ir.to_proto(model).SerializeToString())
+
+
+def _drop_unused_outputs(node: ir.Node) -> None:
+    """Optional outputs at the end that nobody reads: OpenVINO's reader refuses a skip-norm that names them."""
+    if node.op_type in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"):
+        used = [i for i, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
+        node.resize_outputs(max(used, default=0) + 1)
 
 
 def standard_decoder(engine: ir.Model) -> ir.Model:

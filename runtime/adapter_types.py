@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgetune.errors import InputError
+from edgetune.runtime.manifest import PROBLEMS, WEIGHTS
 
 Check = Callable[[Any], bool]
 Table = Mapping[str, tuple[Check, str]]
@@ -45,6 +46,10 @@ def _is_regex(value: Any) -> bool:
     return True
 
 
+def _one_of(*values: str) -> tuple[Check, str]:
+    return lambda value: value in values, " | ".join(values)
+
+
 def _list_of(fits: Check) -> Check:
     return lambda value: isinstance(value, list) and all(map(fits, value))
 
@@ -76,7 +81,7 @@ OWN: Table = {
     "base": OBJECT,
     "files": (lambda value: _is_object(value) and all(map(_is_text, value.values())), "an object: file → sha256"),
     "task": TEXT,
-    "problem": TEXT,
+    "problem": _one_of(*PROBLEMS),
     "pooling": TEXT,
     "labels": (_list_of(_either(_is_text, _is_number)), "a list of texts"),
     "max_length": POSITIVE,
@@ -85,7 +90,7 @@ OWN: Table = {
     "base_precision": OBJECT,
 }
 PROMPT_FORMAT: Table = {
-    "template": (lambda value: value in ("chat", "plain"), "chat or plain"),
+    "template": _one_of("chat", "plain"),
     "system": TEXT,
     "prompt": TEXT,
     "text": TEXT,
@@ -97,7 +102,12 @@ GENERATION: Table = {
     **dict.fromkeys(("regex", "grammar"), TEXT),
     "stop": (_either(_is_text, _list_of(_is_text)), "a text or a list of texts"),
 }
-BASE_PRECISION: Table = {"overrides": OBJECT}
+BASE_PRECISION: Table = {
+    "weights": _one_of(*WEIGHTS),
+    "block_size": POSITIVE,
+    "symmetric": (lambda value: isinstance(value, bool), "true or false"),
+    "overrides": (lambda value: _is_object(value) and all(map(_is_text, value.values())), "an object: module → precision"),
+}
 
 
 def wrong_config(config: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from edgetune.errors import InputError
 from edgetune.runtime.binding import ort_value
+from edgetune.runtime.device_memory import DeviceBlock, Place, bind_cache
 from edgetune.runtime.manifest import GraphInfo
 
 PAGE = mmap.PAGESIZE
@@ -36,10 +37,18 @@ class CacheArena:
         self.slots, self.capacity, self.budget = slots, capacity, budget
         self.names = [f"{layer}.{side}" for layer in range(layers) for side in ("key", "value")]
         shape = (len(self.names), slots, heads, capacity, width)
-        self.memory, self._map = _lazy_zeros(shape)
+        self._allocate(shape)
         self.touched = [0] * slots
         """tokens of a slot that were written since its pages were given back"""
         self._reserved = [0] * slots
+
+    def _allocate(self, shape: tuple[int, ...]) -> None:
+        self.memory, self._map = _lazy_zeros(shape)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether blocks of tokens can be copied out of slots and into them."""
+        return True
 
     @property
     def token_bytes(self) -> int:
@@ -92,13 +101,47 @@ class CacheArena:
 
     def bind(self, io: Any, first: int, count: int) -> list[Any]:
         """Bind slots first…first+count-1 as past and as present; the caller keeps what is returned alive."""
-        values = []
-        for name, side in zip(self.names, self.memory, strict=True):
-            value = ort_value(side[first : first + count])
-            io.bind_ortvalue_input(f"past_key_values.{name}", value)
-            io.bind_ortvalue_output(f"present.{name}", value)
-            values.append(value)
+        values = [ort_value(side[first : first + count]) for side in self.memory]
+        bind_cache(io, self.names, values)
         return values
+
+
+class DeviceArena(CacheArena):
+    """The same on a device, whose memory is taken at once: slots as long as the budget allows for all of them."""
+
+    def __init__(self, place: Place, graph: GraphInfo, *, slots: int, capacity: int, budget: int) -> None:
+        self._place = place
+        super().__init__(graph, slots=slots, capacity=min(capacity, max(budget // slots, 1)), budget=budget)
+
+    def _allocate(self, shape: tuple[int, ...]) -> None:
+        self.memory: Any = DeviceBlock(self._place, shape)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Not on a device: a block of tokens is in as many pieces as there are layers and heads."""
+        return False
+
+    def move(self, source: int, to: int, *, tokens: int) -> None:
+        """Copy a row's slot to another one, with its reservation; the source is free then."""
+        self._reserved[to], self._reserved[source] = self._reserved[source], 0
+        self.memory.copy(source, to)
+
+    def trim(self) -> None:
+        """A device's memory is not given back."""
+        self.touched = list(self._reserved)
+
+    def bind(self, io: Any, first: int, count: int) -> list[Any]:
+        """Bind slots first…first+count-1 as past and as present; the caller keeps what is returned alive."""
+        values: list[Any] = self.memory.views(first, count)
+        bind_cache(io, self.names, values)
+        return values
+
+
+def new_arena(graph: GraphInfo, *, slots: int, capacity: int, budget: int, place: Place | None) -> CacheArena:
+    """An arena where the session wants its cache (None: in the processor's memory)."""
+    if place is None:
+        return CacheArena(graph, slots=slots, capacity=capacity, budget=budget)
+    return DeviceArena(place, graph, slots=slots, capacity=capacity, budget=budget)
 
 
 def token_bytes(sides: int, heads: int, width: int) -> int:

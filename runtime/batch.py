@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edgetune.errors import InputError
 from edgetune.runtime.adapter_rows import AdapterRows
-from edgetune.runtime.arena import CacheArena
+from edgetune.runtime.arena import new_arena
 from edgetune.runtime.binding import BoundTensors, ort_value
 from edgetune.runtime.engine import DecoderEngine
 
@@ -35,7 +35,7 @@ class Batch:
         """`rows` at once at most; `budget`: tokens of cache over all of them; `max_context`: tokens of one."""
         self.engine = engine
         context = min(engine.graph.max_length, budget, max_context or budget)
-        self.arena = CacheArena(engine.graph, slots=rows, capacity=context, budget=budget)
+        self.arena = new_arena(engine.graph, slots=rows, capacity=context, budget=budget, place=engine.place)
         self.decoding: list[BatchRow] = []
         self.filling: BatchRow | None = None
         self._adapters = AdapterRows(engine, rows)
@@ -133,9 +133,10 @@ class _Binding:
             engine.bind_adapters(self._io, bound)
             self._kept.append(bound)
         self._seqlens, self._total = np.zeros(len(rows), np.int32), np.zeros((), np.int32)
+        self._changing: dict[str, Any] = {}
         for name, array in (("seqlens_k", self._seqlens), ("total_sequence_length", self._total)):
-            self._kept.append(ort_value(array))
-            self._io.bind_ortvalue_input(name, self._kept[-1])
+            self._changing[name] = ort_value(array)
+            self._io.bind_ortvalue_input(name, self._changing[name])
         self._ids = np.zeros((0, 0), np.int64)
         self.stale = False
 
@@ -143,23 +144,23 @@ class _Binding:
         """Run tokens (rows, k) that end at the rows' lengths; logits (rows, vocab) after each row's last, or with
         `every` (rows, k, vocab) after each."""
         wanted = ids.shape[1] if every else 1
-        if ids.shape != self._ids.shape or wanted != self._logits.shape[1]:
+        if ids.shape != self._ids.shape or wanted != self._logits.array.shape[1]:
             self._bind_shape(ids, wanted)
         self._ids[...] = ids
         lengths = [row.length for row in rows]
         self._seqlens[:] = np.array(lengths) - 1
         self._total[...] = max(lengths)
-        self.batch.engine.session.run_with_iobinding(self._io)
-        return self._logits if every else self._logits[:, 0]
+        self.batch.engine.run_bound(self._io, self._changing)
+        logits = self._logits.read()
+        return logits if every else logits[:, 0]
 
     def _bind_shape(self, ids: Int64, wanted: int) -> None:
         """Bind what depends on how many tokens go in and how many logits (the last ones') come out."""
         self._ids = ids.copy()
         places = np.arange(ids.shape[1] - wanted, ids.shape[1], dtype=np.int64)
         index = np.repeat(places[None], len(ids), axis=0)
-        self._logits = np.empty((len(ids), wanted, self.batch.engine.graph.vocab_size), np.float32)
-        arrays: dict[str, npt.NDArray[Any]] = {"input_ids": self._ids, "logits_index": index}
-        self._shaped = {name: ort_value(array) for name, array in (arrays | {"logits": self._logits}).items()}
-        for name in arrays:
-            self._io.bind_ortvalue_input(name, self._shaped[name])
-        self._io.bind_ortvalue_output("logits", self._shaped["logits"])
+        self._logits = self.batch.engine.logits_buffer(len(ids), wanted)
+        for name, array in (("input_ids", self._ids), ("logits_index", index)):
+            self._changing[name] = ort_value(array)
+            self._io.bind_ortvalue_input(name, self._changing[name])
+        self._io.bind_ortvalue_output("logits", self._logits.value)

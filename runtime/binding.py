@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.errors import AdapterError, BundleError
+from edgetune.runtime.device_memory import Logits, bind_cache, cache_place
 from edgetune.runtime.manifest import GraphInfo, Manifest
+from edgetune.runtime.providers import CPU, ProvidersInUse, cannot_run, choose, in_use
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -41,9 +43,14 @@ def ort_value(array: npt.NDArray[Any]) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def open_session(path: Path, *, threads: int | None) -> Any:
-    """An inference session on the CPU; `threads` None lets ONNX Runtime take every core."""
+def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = ()) -> tuple[Any, ProvidersInUse]:
+    """An inference session, and the execution providers it runs on (see `edgetune.runtime.providers`).
+
+    `threads` None lets ONNX Runtime take every core; `providers` in order of preference, none for the CPU.
+    """
     import onnxruntime
+
+    chosen, notes = choose(providers)
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -52,20 +59,40 @@ def open_session(path: Path, *, threads: int | None) -> Any:
     # (SmolLM2 int4: peak 289 MB with, 272 MB without).
     options.enable_mem_pattern = False
     options.log_severity_level = 3  # errors only: warnings here are about graphs, not about the user's doing
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises a family of C++ exceptions without a common base
-        raise BundleError(f"ONNX Runtime cannot open the graph: {error}", where=str(path)) from error
+    if len(chosen) > 1:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.log_severity_level = 4  # a provider that refuses the graph is told in a line of our own
+    if any(choice.provider.name in ("cuda", "tensorrt") for choice in chosen):
+        onnxruntime.preload_dlls()  # CUDA's libraries out of their own wheels, where they are installed so
+    while True:
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=[choice.for_session for choice in chosen])
+        except Exception as error:  # ONNX Runtime raises a family of C++ exceptions without a common base
+            if len(chosen) == 1:
+                raise BundleError(f"ONNX Runtime cannot open the graph: {error}", where=str(path)) from error
+            notes.append(cannot_run(chosen[:-1], chosen[-1], error))
+            chosen = chosen[-1:]
+        else:
+            return session, in_use(session, chosen, notes)
 
 
 class GraphSession:
     """An open graph and its adapter inputs: what both engines are made of."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest, *, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = ()
+    ) -> None:
+        """`providers`: execution providers in order of preference; see `providers_in_use` for what came of it."""
         self.manifest, self.graph = manifest, manifest.graph
-        self.session = open_session(Path(folder) / manifest.graph.engine, threads=threads)
+        graph = Path(folder) / manifest.graph.engine
+        self.session, self.providers_in_use = open_session(graph, threads=threads, providers=providers)
+        self.place = cache_place(self.session)
+        """where the cache and the logits lie; None: in arrays of ours"""
+        self.rebinds = self.place is not None or self.providers_in_use.names != (CPU,)
+        """whether small inputs are bound anew for each run: a device copies them when they are bound"""
         self.inputs = {value.name for value in self.session.get_inputs()}
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        self._types = {value.name: value.type for value in self.session.get_outputs()}
+        self.outputs = list(self._types)
         empty = {}
         for site in manifest.sites:
             empty[site.A] = np.zeros((1, site.in_features, 0), np.float32)
@@ -90,6 +117,17 @@ class GraphSession:
         """Bind every adapter input; what the adapter lacks gets rank 0. The caller keeps `bound` alive."""
         for name, value in self.empty.values.items():
             io.bind_ortvalue_input(name, bound.values.get(name, value))
+
+    def logits_buffer(self, rows: int, wanted: int) -> Logits:
+        """Room for logits (rows, wanted, vocab) of one run."""
+        return Logits(self.place, (rows, wanted, self.graph.vocab_size), self._types["logits"])
+
+    def run_bound(self, io: Any, changing: Mapping[str, Any]) -> None:
+        """Run; `changing`: the bound inputs that are written between runs."""
+        if self.rebinds:
+            for name, value in changing.items():
+                io.bind_ortvalue_input(name, value)
+        self.session.run_with_iobinding(io)
 
     def _bound(self, adapter: AdapterRow) -> BoundTensors:
         if adapter is None:
@@ -126,14 +164,12 @@ class KVCache:
         shape = (len(names), slots, graph.kv_heads or 0, capacity, graph.head_dim or 0)
         memory = np.zeros(shape, np.float32)  # one block: the system gives pages when they are first written
         self.arrays: dict[str, Float32] = dict(zip(names, memory, strict=True))
-        self._values: dict[str, Any] = {}
+        self._values: list[Any] = []
 
     def bind(self, io: Any, rows: int) -> None:
         """Bind the first `rows` slots as past and as present: attention appends in place."""
-        for name, array in self.arrays.items():
-            value = self._values[name] = ort_value(array[:rows])
-            io.bind_ortvalue_input(f"past_key_values.{name}", value)
-            io.bind_ortvalue_output(f"present.{name}", value)
+        self._values = [ort_value(array[:rows]) for array in self.arrays.values()]
+        bind_cache(io, list(self.arrays), self._values)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Move the given rows to the front (ascending order, so nothing is overwritten before it is read)."""
@@ -141,3 +177,8 @@ class KVCache:
             for to, source in enumerate(rows):
                 if to != source:
                     array[to] = array[source]
+
+    def take(self, other: KVCache, rows: Sequence[int]) -> None:
+        """Copy rows of another cache of the same capacity into slots 0, 1, …"""
+        for name, array in self.arrays.items():
+            array[: len(rows)] = other.arrays[name][list(rows)]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from edgetune.errors import InputError
 from edgetune.runtime.binding import AdapterRow, BoundTensors, GraphSession, KVCache, ort_value
+from edgetune.runtime.device_memory import DeviceKVCache
 
 __all__ = ["BoundTensors", "DecodeState", "DecoderEngine", "EncoderEngine"]
 
@@ -26,7 +27,7 @@ class DecodeState:
 
     def __init__(self, engine: DecoderEngine, adapters: Sequence[AdapterRow], *, capacity: int) -> None:
         self.engine, self.adapters = engine, list(adapters)
-        self.cache = KVCache(engine.graph, slots=len(adapters), capacity=capacity)
+        self.cache: Any = engine.new_cache(slots=len(adapters), capacity=capacity)
         self.limit = min(capacity, engine.graph.max_length)
         self.lengths: Int64 = np.zeros(len(adapters), np.int64)
         self._bind_rows()
@@ -71,8 +72,7 @@ class DecodeState:
     def repeat(self, count: int) -> DecodeState:
         """A new state in which each row stands `count` times, one after the other, its prompt already read."""
         state = DecodeState(self.engine, [a for a in self.adapters for _ in range(count)], capacity=self.cache.capacity)
-        for name, array in self.cache.arrays.items():
-            state.cache.arrays[name][:] = np.repeat(array[: self.rows], count, axis=0)
+        state.cache.take(self.cache, [row for row in range(self.rows) for _ in range(count)])
         state.lengths[:] = np.repeat(self.lengths, count)
         return state
 
@@ -92,29 +92,35 @@ class DecodeState:
         self.engine.bind_adapters(self._io, self._bound)
         self.cache.bind(self._io, self.rows)
         self._seqlens, self._total = np.zeros(self.rows, np.int32), np.zeros((), np.int32)
-        self._row_values = [ort_value(self._seqlens), ort_value(self._total)]
-        for name, value in zip(("seqlens_k", "total_sequence_length"), self._row_values, strict=True):
+        self._changing = {"seqlens_k": ort_value(self._seqlens), "total_sequence_length": ort_value(self._total)}
+        for name, value in self._changing.items():
             self._io.bind_ortvalue_input(name, value)
         self._ids = self._index = np.zeros((0, 0), np.int64)
 
     def _bind_shape(self, ids: Int64, index: Int64) -> None:
         """Bind what depends on how many tokens go in and how many logits come out."""
         self._ids, self._index = ids, index
-        self._logits = np.empty((*index.shape, self.engine.graph.vocab_size), np.float32)
-        self._shape_values = [ort_value(array) for array in (self._ids, self._index, self._logits)]
-        self._io.bind_ortvalue_input("input_ids", self._shape_values[0])
-        self._io.bind_ortvalue_input("logits_index", self._shape_values[1])
-        self._io.bind_ortvalue_output("logits", self._shape_values[2])
+        self._logits = self.engine.logits_buffer(*index.shape)
+        self._changing |= {"input_ids": ort_value(ids), "logits_index": ort_value(index)}
+        for name in ("input_ids", "logits_index"):
+            self._io.bind_ortvalue_input(name, self._changing[name])
+        self._io.bind_ortvalue_output("logits", self._logits.value)
 
     def _run(self) -> Float32:
         self._seqlens[:] = self.lengths - 1
         self._total[...] = self.lengths.max()
-        self.engine.session.run_with_iobinding(self._io)
-        return self._logits
+        self.engine.run_bound(self._io, self._changing)
+        return self._logits.read()
 
 
 class DecoderEngine(GraphSession):
     """A decoder graph: prompts in, logits out, then one token a row and step."""
+
+    def new_cache(self, *, slots: int, capacity: int) -> KVCache | DeviceKVCache:
+        """Keys and values where this session wants them."""
+        if self.place is not None:
+            return DeviceKVCache(self.place, self.graph, slots=slots, capacity=capacity)
+        return KVCache(self.graph, slots=slots, capacity=capacity)
 
     def start(
         self,

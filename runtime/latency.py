@@ -36,6 +36,8 @@ class Workload:
     runs: int = 20
     prompt_tokens: int = 256
     new_tokens: int = 32
+    providers: tuple[str, ...] = ()
+    """execution providers in order of preference; empty: the CPU"""
 
 
 def measure(workload: Workload) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def measure(workload: Workload) -> dict[str, Any]:
     command = [sys.executable, "-m", "edgetune.runtime.latency", json.dumps(asdict(workload))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:
-        raise EdgetuneError(done.stderr.strip().removeprefix("edgetune: "))
+        raise EdgetuneError(f"\n{done.stderr}".partition("\nedgetune: ")[2].strip())  # log lines may stand before it
     if done.returncode:
         reason = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -60,7 +62,7 @@ def measure_here(workload: Workload) -> dict[str, Any]:
     from edgetune.runtime.runtime import Runtime
 
     start = time.perf_counter()
-    with Runtime.open(workload.bundle, threads=workload.threads) as runtime:
+    with Runtime.open(workload.bundle, threads=workload.threads, providers=workload.providers) as runtime:
         load_ms = (time.perf_counter() - start) * 1e3
         adapter_load_ms = {
             name: _timed_ms(lambda name=name: runtime.adapter(name)) for name in workload.adapters
@@ -75,11 +77,13 @@ def measure_here(workload: Workload) -> dict[str, Any]:
                 runs[name].append(_run(runtime, name, workload, seed=i))
         swap_ms = _swaps(runtime, names)
         peak_rss_mb = peak_rss()
+        providers = runtime.providers
     samples = [
         {"adapter": name, **{key: [run[key] for run in rows] for key in rows[0]}}
         for name, rows in runs.items()
     ]
     return {
+        "providers": {"in_use": list(providers.names), "nodes": dict(providers.nodes), "notes": list(providers.notes)},
         "load_ms": load_ms,
         "adapter_load_ms": adapter_load_ms,
         "peak_rss_mb": peak_rss_mb,
@@ -186,7 +190,7 @@ def main() -> None:
     """The child process: workload on the command line, result as JSON on stdout."""
     values = json.loads(sys.argv[1])
     try:
-        result = measure_here(Workload(**{**values, "adapters": tuple(values["adapters"])}))
+        result = measure_here(Workload(**{**values, **{name: tuple(values[name]) for name in ("adapters", "providers")}}))
     except EdgetuneError as error:
         sys.stderr.write(f"edgetune: {error}\n")
         sys.exit(2)

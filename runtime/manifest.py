@@ -18,6 +18,8 @@ MANIFEST = "edgetune.json"
 SCHEMA = 1
 TAGGING = "token-classification"
 ENCODER_TASKS = ("sequence-classification", TAGGING)
+PROBLEMS = ("single-label", "multi-label", "regression")
+WEIGHTS = ("fp32", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Manifest:
 ALLOWED: dict[str, tuple[str, ...]] = {
     "task": ("text-generation", *ENCODER_TASKS),
     "mode": ("separate", "merged"),
-    "precision.weights": ("fp32", "fp16", "int8", "int4"),
+    "precision.weights": WEIGHTS,
     "graph.pooling": ("mean", "cls"),
 }
 JSON_NAMES = {"in_features": "in", "out_features": "out"}  # "in" is a Python keyword
@@ -207,6 +209,9 @@ def manifest_from_dict(document: Any, *, where: str = MANIFEST) -> Manifest:
             value = getattr(value, name)
         if value is not None and value not in allowed:
             raise BundleError(f"unknown {path}", where=where, expected=" | ".join(allowed), got=repr(value))
+    for i, entry in enumerate(manifest.adapters):
+        if entry.problem is not None and entry.problem not in PROBLEMS:
+            raise BundleError(f"unknown adapters[{i}].problem", where=where, expected=" | ".join(PROBLEMS), got=repr(entry.problem))
     _check_paths(manifest, where)
     return manifest
 

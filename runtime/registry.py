@@ -61,6 +61,10 @@ class _Known:
     reading: threading.Lock = field(default_factory=threading.Lock)
 
 
+class AdapterInUseError(AdapterError):
+    """It cannot be unloaded as asked: requests use it."""
+
+
 class Lease:
     """An adapter in use: until `release` it is neither evicted nor unloaded (unless the unloader said "forget")."""
 
@@ -139,9 +143,11 @@ class AdapterRegistry:
 
         Texts under way go on with the tensors they hold. AdapterError when it does not fit: the old one stays.
         """
-        known = _Known(Path(folder), next(self._serials), pinned=self._entry(name).pinned)
+        before = self._entry(name)
+        known = _Known(Path(folder), next(self._serials))
         self._read(name, known)
         with self._change:
+            known.pinned = self._known.get(name, before).pinned  # as it is now, not as it was before the files were read
             self._known[name] = known
             self._gone.discard(name)
             self._make_room(keep=known)
@@ -277,6 +283,6 @@ class AdapterRegistry:
         )
 
 
-def _still_used(name: str, users: int) -> AdapterError:
+def _still_used(name: str, users: int) -> AdapterInUseError:
     fix = "Unload it later, wait for it, or forget it."
-    return AdapterError(f"the adapter {name!r} is in use", expected="no request that uses it", got=str(users), fix=fix)
+    return AdapterInUseError(f"the adapter {name!r} is in use", expected="no request that uses it", got=str(users), fix=fix)

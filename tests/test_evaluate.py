@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from runtime_helpers import decoder_bundle, peft_adapter, write_metadata
 from safetensors.torch import load_file, save_file
 from training_helpers import action_rows, intent_recipe, intent_rows, sft_recipe, silent, write_rows
 
 from edgetune.cli.eval import command
 from edgetune.errors import DataError, InputError
-from edgetune.evaluate import evaluate, measure
+from edgetune.evaluate import BundleAnswers, evaluate, measure
 from edgetune.prompts import PromptFormat
+from edgetune.runtime import Runtime
+from edgetune.runtime.manifest import read_manifest
 from edgetune.torch_answers import TorchAnswers
 from edgetune.training import run_recipe
 
@@ -123,3 +126,24 @@ def test_the_command_prints_metrics_and_writes_json(intent_run: Path, tmp_path: 
     assert "accuracy" in result.output and "1.0000" in result.output
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["metrics"]["accuracy"] == 1.0 and len(written["predictions"]) == 12
+
+
+def test_each_side_says_whether_the_adapters_own_form_shaped_its_answers(action_run: Path, tiny_decoder: Path, tmp_path: Path) -> None:
+    own = {"max_new_tokens": 4, "regex": "[ab]+", "repetition_penalty": 1.0, "presence_penalty": 0.5}
+    run = TorchAnswers.open(action_run)
+    assert run.notes == ()
+    (freely,) = TorchAnswers(run.model, run.tokenizer, {**run.metadata, "generation": own}).notes
+    assert freely == "torch answers freely: the adapter's own regex, presence_penalty shapes answers in a bundle only"
+    peft_adapter(tiny_decoder, tmp_path / "held")
+    bundle = decoder_bundle(tiny_decoder)
+    write_metadata(tmp_path / "held", base={"name": "tiny", "digest": read_manifest(bundle).base.digest}, generation=own)
+    with Runtime.open(bundle, threads=1) as runtime:
+        runtime.load_adapter("held", tmp_path / "held")
+        held = BundleAnswers(runtime, "held")
+        assert set(held.generate(["hello"])[0]) <= {"a", "b"}
+    assert held.notes == ("every answer is shaped by the adapter's own regex, presence_penalty, which a run in torch is not",)
+
+
+def test_a_run_takes_no_execution_providers(action_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--provider chooses what runs a bundle"):
+        evaluate(action_run, tmp_path / "none.jsonl", providers=["cpu"])

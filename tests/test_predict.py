@@ -69,6 +69,17 @@ def test_rows_keep_their_fields_and_order_and_choose_their_adapter(
     assert [row["completion"] for row in answered] == [c.text for c in expected]
 
 
+def test_a_base_that_embeds_because_nobody_chose_an_adapter_says_so(run: Run, tiny_encoder: Path, tmp_path: Path) -> None:
+    bundle = encoder_bundle(tiny_encoder)
+    _, out, err = run("predict", bundle, "lights")
+    assert len(out.split()) == 64
+    assert err.splitlines()[-1] == "note: without --adapter this is the base model's embedding; adapters here: intent, mood"
+    source = write(tmp_path / "in.jsonl", [{"text": "lights"}, {"text": "card", "adapter": None}])
+    _, _, err = run("predict", bundle, "--input", source, "--output", tmp_path / "out.jsonl")
+    assert err.startswith("note: without --adapter 1 of 2 rows get the base model's embedding")
+    assert run("predict", bundle, "lights", "--adapter", "mood")[2] == ""
+
+
 def test_texts_get_label_and_score(run: Run, tiny_encoder: Path, tmp_path: Path) -> None:
     rows = [{"text": "lights"}, {"text": "card", "adapter": "mood"}, {"text": "x", "adapter": None}]
     with gzip.open(tmp_path / "in.jsonl.gz", "wt") as file:

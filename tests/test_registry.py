@@ -85,6 +85,19 @@ def test_nobody_changes_an_adapter_between_its_look_up_and_its_count(
     assert free == [False, False]
 
 
+def test_a_pin_made_while_the_successor_is_read_is_kept(registry: Open, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = registry()
+    read = known._sources.read
+
+    def read_and_pin(name: str, source: object) -> object:
+        known.pin("m0") if source != folders / "m0" else None
+        return read(name, source)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(known._sources, "read", read_and_pin)
+    known.replace("m0", folders / "m1")
+    assert known.statuses()[2].pinned
+
+
 def test_what_is_pinned_or_in_use_is_not_evicted(registry: Open) -> None:
     size = registry().get("m0").packed.nbytes
     known = registry(memory_mb=1.5 * size / 1e6)

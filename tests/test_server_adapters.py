@@ -40,8 +40,8 @@ def load(server: Running, name: str, path: object, **more: object) -> tuple[int,
     return answer.status_code, answer.text if answer.status_code == 200 else answer.json()["error"]["code"]
 
 
-def unload(server: Running, name: str) -> tuple[int, str]:
-    answer = server.post("/v1/unload_lora_adapter", {"lora_name": name})
+def unload(server: Running, name: str, **how: object) -> tuple[int, str]:
+    answer = server.post("/v1/unload_lora_adapter", {"lora_name": name, **how})
     return answer.status_code, answer.text if answer.status_code == 200 else answer.json()["error"]["code"]
 
 
@@ -122,6 +122,24 @@ def test_a_text_under_way_goes_on_when_its_adapter_is_unloaded(server: Running) 
         pace.step()
         assert unload(server, "short-lived")[0] == 200
     assert answer.result(20) == expected
+
+
+def test_an_unload_waits_for_the_texts_under_way_or_is_refused_as_asked(server: Running) -> None:
+    assert load(server, "busy", "team/first")[0] == 200
+    expected = text_of(server, "busy")
+    with paced(server) as pace:
+        answer = in_background(lambda: text_of(server, "busy"))
+        until(lambda: server.running() == 2)
+        pace.step()
+        assert unload(server, "busy", in_use="refuse") == (409, "adapter_in_use")
+        assert unload(server, "busy", in_use="wait", timeout_s=0.05) == (409, "adapter_in_use")
+        waiting = in_background(lambda: unload(server, "busy", in_use="wait"))
+        until(lambda: not server.runtime.registry.knows("busy"))  # nobody new gets it
+        pace.step()
+        assert not waiting.done()
+    assert answer.result(20) == expected
+    assert waiting.result(20)[0] == 200
+    assert unload(server, "busy", in_use="later")[0] == 400
 
 
 def test_without_an_allowed_folder_nothing_loads_or_unloads(tiny_decoder: Path, allowed: Path) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from runtime_helpers import decoder_bundle
 from server_helpers import serve
+from test_providers import MISSING
 
 from edgetune.cli import main
 from edgetune.cli.serve import read_keys
@@ -32,6 +33,7 @@ def test_the_command_serves_logs_json_and_ends_well_on_sigterm(tiny_decoder: Pat
     (tmp_path / "keys").write_text("# ours\nsecret\n")
     command = [sys.executable, "-m", "edgetune", "serve", str(bundle), "--port", "0", "--threads", "1"]
     command += ["--adapter", f"mine={bundle / 'adapters' / 'a'}", "--api-key-file", str(tmp_path / "keys")]
+    command += ["--lookup", "2", "--provider", MISSING]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -47,6 +49,7 @@ def test_the_command_serves_logs_json_and_ends_well_on_sigterm(tiny_decoder: Pat
         process.kill()
     lines = [json.loads(line) for line in err.splitlines()]
     (request,) = [line for line in lines if line["event"] == "request"]
+    assert [line["level"] for line in lines if line["event"].startswith(f"the execution provider {MISSING} is not")] == ["warning"]
     assert (request["request_id"], request["status"], request["model"]) == ("mine-1", 200, "mine")
     assert request["completion_tokens"] == 2
     assert [line["signal"] for line in lines if line["event"] == "draining"] == ["SIGTERM"]

@@ -131,6 +131,23 @@ def test_sigterm_lets_the_answer_under_way_finish(tiny_decoder: Path) -> None:
         assert len(answer.result(20).json()["choices"]) == 1
 
 
+def test_what_the_drain_has_no_time_for_ends_with_an_error_in_openais_form(tiny_decoder: Path) -> None:
+    with serve(decoder_bundle(tiny_decoder), drain_s=1.0) as own, paced(own) as pace:
+        stream = in_background(lambda: own.post("/v1/completions", {**SHORT, "stream": True, "max_tokens": 60, "logit_bias": {str(NEVER_EOS): -100}}))
+        until(lambda: own.running() == 2)
+        for _ in range(4):
+            pace.step()
+        whole = in_background(lambda: own.post("/v1/completions", SHORT))
+        until(lambda: own.running() == 3)
+        own.server.handle_exit(15, None)
+        answer, events = whole.result(20), stream.result(20).text.split("\n\n")
+    expected = {"message": "The server stopped before the answer was done.", "type": "server_error"}
+    assert answer.status_code == 503
+    assert answer.json()["error"].items() >= expected.items()
+    assert json.loads(events[-3].removeprefix("data: "))["error"].items() >= expected.items()
+    assert events[-2:] == ["data: [DONE]", ""]
+
+
 def test_a_web_page_that_points_its_name_here_is_refused(server: Running) -> None:
     answer = server.get("/v1/models", headers={"Host": "evil.example"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (421, "unknown_host")

@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import click
 
+from edgetune.cli.providers import chosen_providers, provider_option
+
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
     from edgetune.runtime.latency import Workload
@@ -44,6 +46,7 @@ WORDS = {"ok": "ok", "over": "OVER", "noisy": "too noisy to tell"}
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads. [default: the device's, if this machine has them]"
 )
+@provider_option
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write everything, raw samples too."
 )
@@ -57,6 +60,7 @@ def command(
     prompt_tokens: int | None,
     new_tokens: int,
     threads: int | None,
+    providers: tuple[str, ...],
     json_file: Path | None,
     junit: Path | None,
 ) -> int:
@@ -83,9 +87,11 @@ def command(
         )
     length = prompt_tokens or (256 if manifest.is_decoder else 32)
     used = threads or min(device.threads, load_device("host").threads)
-    workload = Workload(str(bundle), adapters or shipped, used, runs, length, new_tokens)
+    workload = Workload(str(bundle), adapters or shipped, used, runs, length, new_tokens, chosen_providers(providers or device.providers, None))
     click.echo(f"measuring {bundle} with {used} threads, {runs} requests of {length} tokens …", err=True)
     measured = measure(workload)
+    for note in measured["providers"]["notes"]:
+        click.echo(f"warning: {note}", err=True)
     speed = None if device.is_host else host_speed(used)
     verdicts = judge(measured, budget, device=device, host=speed)
     if unmeasured := sorted(set(asked) - {verdict.key for verdict in verdicts}):
@@ -106,6 +112,7 @@ def command(
 def _print(
     measured: dict[str, Any], verdicts: list[Verdict], device: Device, speed: Speed | None, *, state: str
 ) -> None:
+    click.echo(f"execution providers: {_providers(measured['providers'])}")
     click.echo(f"{'measured on this machine':28} {'p50':>9} {'p90':>9} {'p95':>9} {'p99':>9}")
     for row in measured["adapters"]:
         name = row["adapter"] or "base model"
@@ -133,6 +140,12 @@ def _print(
         spread = "" if v.low == v.high else f" [{v.low:.3g} … {v.high:.3g}]"
         click.echo(f"  {v.key + who:32} {v.value:10.4g}{spread} of {v.limit:g}: {WORDS[v.state]}{basis}")
     click.echo(f"{WORDS[state]}" if verdicts else "no limits: nothing to compare with")
+
+
+def _providers(found: dict[str, Any]) -> str:
+    """Which ran the graph, with the nodes each had where ONNX Runtime tells."""
+    nodes = found["nodes"]
+    return ", ".join(f"{name} ({nodes.get(name, 0)} nodes)" if nodes else name for name in found["in_use"])
 
 
 def _print_percentiles(label: str, row: dict[str, float]) -> None:

@@ -39,6 +39,13 @@ def _list(devices: list[Device], *, as_json: bool) -> None:
     click.echo("\nShow one with its sources and budget: edgetune devices NAME")
 
 
+def _available() -> str:
+    """The execution providers that can be asked for here."""
+    from edgetune.runtime.providers import available
+
+    return f"execution providers {', '.join(available())} (--provider)"
+
+
 def _show(device: Device, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(device), indent=2))
@@ -55,6 +62,8 @@ def _show(device: Device, *, as_json: bool) -> None:
         if device.memory_bandwidth_gb_s
         else None,
         "features": ", ".join(device.features) or None,
+        "providers": ", ".join(device.providers) or None,
+        "available": _available() if device.is_host else None,
         "note": device.notes or None,
     }
     for label, fact in facts.items():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgetune.cli.providers import provider_option
 from edgetune.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
 @click.option("--shots", type=click.IntRange(min=0), default=0, help="A base: examples shown before every question, drawn from --train.")
 @click.option("--train", type=click.Path(path_type=Path), help="A base: the rows that examples and labels come from.")
 @click.option("--choose", is_flag=True, help="A base: take the likeliest of the known answers instead of generating one.")
+@provider_option
 @click.option("--plain", is_flag=True, help="A base: plain text even where it has a chat template.")
 def command(
     folder: Path, data: Path | None, adapter: str | None, skip_invalid: bool, json_file: Path | None,
-    forgetting: bool, general: Path | None, limit: int | None, **asked: Any,
+    forgetting: bool, general: Path | None, limit: int | None, providers: tuple[str, ...], **asked: Any,
 ) -> None:  # fmt: skip
     """Measure a run or a base (in torch) or a bundle (in the runtime) on a data file, or what training forgot."""
     from edgetune.files import write_json
@@ -42,7 +44,7 @@ def command(
         raise InputError("nothing to measure", expected="--data FILE, or --forgetting, or both")
     found: dict[str, Any] = {}
     if data is not None:
-        found = _measure(folder, data, adapter, skip_invalid, _prompting(asked))
+        found = _measure(folder, data, adapter, skip_invalid, _prompting(asked), providers)
     if forgetting:
         from edgetune.evaluate_subjects import forgetting as measure_forgetting
 
@@ -68,7 +70,9 @@ def _general() -> Path:
     return Path(root) / "general_ability"
 
 
-def _measure(folder: Path, data: Path, adapter: str | None, skip_invalid: bool, how: Prompting | None) -> dict[str, Any]:
+def _measure(
+    folder: Path, data: Path, adapter: str | None, skip_invalid: bool, how: Prompting | None, providers: tuple[str, ...]
+) -> dict[str, Any]:
     from edgetune.evaluate import evaluate
     from edgetune.intervals import headline
 
@@ -78,13 +82,15 @@ def _measure(folder: Path, data: Path, adapter: str | None, skip_invalid: bool, 
         if live:
             click.echo(f"\r{done}/{total} rows", nl=done == total, err=True)
 
-    result = evaluate(folder, data, adapter=adapter, skip_invalid=skip_invalid, advance=advance, how=how)
+    result = evaluate(folder, data, adapter=adapter, skip_invalid=skip_invalid, advance=advance, how=how, providers=providers)
     name = f"{result.source} [{result.adapter}]" if result.adapter else result.source
     click.echo(f"{name} on {result.rows} rows of {result.data}")
     for metric, value in headline(result.metrics).items():
         low, high = (result.metrics.get(f"{metric}_{end}") for end in ("low", "high"))
         interval = f"  (95 %: {low:.4f} to {high:.4f})" if low is not None else ""
         click.echo(f"  {metric:<18} {value:.4f}{interval}" if metric != "bleu" else f"  {metric:<18} {value:.2f}")
+    for note in result.notes:
+        click.echo(f"  note: {note}")
     if result.skipped:
         click.echo(f"  {result.skipped} rows skipped")
     return asdict(result)

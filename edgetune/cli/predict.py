@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgetune.cli.providers import chosen_providers, device_option, provider_option
+
 if TYPE_CHECKING:
     from edgetune.runtime.runtime import Runtime
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 @click.option("--grammar", type=click.Path(path_type=Path), help="A Lark grammar file that the answer follows.")
 @click.option("--truncate", is_flag=True, help="Cut texts that are too long for an encoder.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
+@provider_option
+@device_option
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
 def command(
     bundle: Path,
@@ -46,6 +50,8 @@ def command(
     output: Path | None,
     truncate: bool,
     threads: int | None,
+    providers: tuple[str, ...],
+    device_name: str | None,
     no_verify: bool,
     stop: tuple[str, ...],
     schema: Path | None,
@@ -67,7 +73,8 @@ def command(
     from edgetune.runtime.runtime import Runtime
 
     settings |= {"stop": stop or None, "schema": _text_of(schema), "grammar": _text_of(grammar)}
-    with Runtime.open(bundle, threads=threads, verify=not no_verify) as runtime:
+    chosen = chosen_providers(providers, device_name)
+    with Runtime.open(bundle, threads=threads, providers=chosen, verify=not no_verify) as runtime:
         name = _adapter(runtime, adapter)
         if source is not None and output is not None:
             _answer_file(runtime, source, output, adapter=name, truncate=truncate, settings=settings)
@@ -95,11 +102,20 @@ def _adapter(runtime: Runtime, adapter: str | None) -> str | None:
     return packed.name
 
 
+def _note_embedding(runtime: Runtime, what: str) -> None:
+    """Nobody chose an adapter, and there are some: say that the base answers, with an embedding."""
+    if not runtime.manifest.is_decoder and runtime.chosen(None) is None and runtime.adapters:
+        names = ", ".join(runtime.adapters)
+        click.echo(f"note: without --adapter {what} the base model's embedding; adapters here: {names}", err=True)
+
+
 def _answer_text(
     runtime: Runtime, text: str, *, adapter: str | None, truncate: bool, settings: dict[str, Any]
 ) -> None:
     if not runtime.manifest.is_decoder:
         if runtime.labels(adapter) is None:
+            if adapter is None:
+                _note_embedding(runtime, "this is")
             click.echo(" ".join(f"{x:.6f}" for x in runtime.embed([text], adapter, truncate=truncate)[0]))
             return
         if runtime.task(adapter) == "token-classification":
@@ -139,6 +155,8 @@ def _answer_file(
 
     rows = read_rows(source)
     requests = requests_of(runtime, rows, path=str(source), adapter=adapter, truncate=truncate)
+    if adapter is None and (bare := sum("adapter" not in row for _, row in rows)):
+        _note_embedding(runtime, f"{bare} of {len(rows)} rows get")
     answered: list[dict[str, Any]] = [{} for _ in requests]
     finished = answer_rows(runtime, requests, truncate=truncate, **settings)
     for done, (place, row) in enumerate(finished, 1):

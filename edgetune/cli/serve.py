@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from edgetune.cli.providers import chosen_providers, device_option, provider_option
+
 KEYS = "EDGETUNE_API_KEYS"
 
 
@@ -60,6 +62,13 @@ KEYS = "EDGETUNE_API_KEYS"
     help="Prompt tokens a step.",
 )
 @click.option(
+    "--lookup",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 16),
+    help="Tokens guessed from the prompt while one greedy request runs alone; pays where answers repeat prompts.",
+)
+@click.option(
     "--deadline",
     default=600.0,
     show_default=True,
@@ -86,6 +95,8 @@ KEYS = "EDGETUNE_API_KEYS"
     "--allowed-host", "hosts", multiple=True, metavar="NAME", help="A host name this server answers for."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
+@provider_option
+@device_option
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
 @click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
@@ -104,6 +115,7 @@ def command(
     max_queue: int,
     cache_mb: float | None,
     prefill_chunk: int,
+    lookup: int,
     deadline: float,
     max_prompt_tokens: int | None,
     max_body_mb: float,
@@ -111,6 +123,8 @@ def command(
     origins: tuple[str, ...],
     hosts: tuple[str, ...],
     threads: int | None,
+    providers: tuple[str, ...],
+    device_name: str | None,
     no_verify: bool,
     log_level: str,
 ) -> None:
@@ -138,7 +152,7 @@ def command(
         drain_s=drain,
     )
     set_up_logging(log_level)
-    opened = {"threads": threads, "verify": not no_verify, "adapter_folder": library}
+    opened = {"threads": threads, "providers": chosen_providers(providers, device_name), "verify": not no_verify, "adapter_folder": library}
     with (
         listen(host, port) as place,
         Runtime.open(bundle, adapter_memory_mb=adapter_memory_mb, **opened) as runtime,  # type: ignore[arg-type]
@@ -147,12 +161,13 @@ def command(
             for line in runtime.load_adapter(name, folder).notes:
                 click.echo(f"note: {line}", err=True)
         scheduler = Scheduler(
-            runtime, max_rows=max_rows, max_queue=max_queue, cache_mb=cache_mb, prefill_chunk=prefill_chunk
+            runtime, max_rows=max_rows, max_queue=max_queue, cache_mb=cache_mb, prefill_chunk=prefill_chunk, lookup=lookup
         )
         service = Service(runtime, scheduler, options)
         with scheduler:
             address = f"[{host}]" if ":" in host else host
-            click.echo(f"serving {', '.join(service.models())} at http://{address}:{place.getsockname()[1]}")
+            on = "" if runtime.providers.names == ("cpu",) else f" on {runtime.providers}"
+            click.echo(f"serving {', '.join(service.models())} at http://{address}:{place.getsockname()[1]}{on}")
             if host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
                 click.echo(
                     "note: whoever reaches this address can use it; keys close it (--api-key-file)", err=True

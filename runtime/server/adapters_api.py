@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from edgetune.runtime.registry import AdapterInUseError, InUse
 from edgetune.runtime.server.errors import ApiError, bad_request, not_found
 from edgetune.runtime.server.folders import allowed_folder
 from edgetune.runtime.server.logs import note
@@ -15,6 +16,9 @@ from edgetune.runtime.server.reading import read_json
 from edgetune.runtime.server.schema import Schema
 from edgetune.runtime.server.service import Service
 from edgetune.runtime.server.tables import LOAD_ADAPTER, UNLOAD_ADAPTER
+
+WAIT_S = 30.0
+"""How long an unload waits for the texts under way, where the request does not say."""
 
 
 async def load_lora_adapter(request: Request) -> Response:
@@ -28,13 +32,17 @@ async def load_lora_adapter(request: Request) -> Response:
 
 
 async def unload_lora_adapter(request: Request) -> Response:
-    """POST /v1/unload_lora_adapter: 200 and a line of text; texts that are being generated with it go on."""
+    """POST /v1/unload_lora_adapter: 200 and a line of text; texts that are being generated with it go on, or see `in_use`."""
     service, body = await _allowed(request, UNLOAD_ADAPTER)
+    name, in_use = body["lora_name"], body.get("in_use") or "forget"
     async with _one_at_a_time(request):
-        if not service.runtime.registry.knows(body["lora_name"]):
-            message = f"The lora adapter '{body['lora_name']}' cannot be found."
+        if not service.runtime.registry.knows(name):
+            message = f"The lora adapter '{name}' cannot be found."
             raise not_found(message, code="adapter_not_found", param="lora_name")
-        await service.in_thread(service.runtime.unload_adapter, body["lora_name"])
+        if in_use != "wait":
+            await service.in_thread(_unload, service, name, in_use)
+    if in_use == "wait":  # not under the lock, and not in a thread that others need
+        await asyncio.to_thread(_unload, service, name, in_use, timeout_s=body.get("timeout_s") or WAIT_S)
     return PlainTextResponse(f"Success: LoRA adapter '{body['lora_name']}' removed successfully.")
 
 
@@ -49,6 +57,14 @@ async def _allowed(request: Request, schema: Schema) -> tuple[Service, dict[str,
         )
         raise ApiError(403, message, code="adapter_loading_disabled")
     return service, body
+
+
+def _unload(service: Service, name: str, in_use: InUse, *, timeout_s: float | None = None) -> None:
+    try:
+        service.runtime.unload_adapter(name, in_use=in_use, timeout_s=timeout_s)
+    except AdapterInUseError as error:
+        message = f"The lora adapter '{name}' is in use by {error.got} requests; unload it later, or with 'in_use' wait or forget."
+        raise ApiError(409, message, param="in_use", code="adapter_in_use") from error
 
 
 def _one_at_a_time(request: Request) -> asyncio.Lock:

@@ -63,6 +63,9 @@ def deadline_exceeded(message: str) -> ApiError:
     return ApiError(408, message, kind="timeout_error", code="deadline_exceeded")
 
 
+STOPPED = "The server stopped before the answer was done."
+
+
 def unavailable(message: str, *, retry_after: int = 5) -> ApiError:
     """503: the server is stopping."""
     return ApiError(503, message, kind="server_error", code="unavailable", retry_after=retry_after)

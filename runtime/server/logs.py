@@ -47,10 +47,10 @@ class Stderr(logging.StreamHandler[TextIO]):
 
 
 def set_up_logging(level: str = "info") -> None:
-    """Send this server's and uvicorn's log lines to standard error, in one form."""
+    """Send this server's, the runtime's and uvicorn's log lines to standard error, in one form."""
     handler = Stderr()
     handler.setFormatter(JsonLines())
-    for name, least in (("edgetune.server", level.upper()), ("uvicorn.error", "WARNING")):
+    for name, least in (("edgetune.server", level.upper()), ("edgetune.runtime", "WARNING"), ("uvicorn.error", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)

@@ -116,10 +116,16 @@ class SchedulerCollector(Collector):
             ),
             "edgetune_prefix_evictions": (stats.prefix_evictions_total, "Cached prefixes given up."),
             "edgetune_adapter_evictions": (stats.adapter_evictions_total, "Adapters put out of memory."),
+            "edgetune_guessed_tokens": (stats.guessed_tokens_total, "Tokens guessed from prompts."),
+            "edgetune_right_guesses": (stats.right_guesses_total, "Guessed tokens that were right."),
             "edgetune_encoded_rows": (stats.encoded_rows_total, "Texts classified or embedded."),
         }
         for name, (count, text) in totals.items():
             yield CounterMetricFamily(name, text, value=count)
+        running = GaugeMetricFamily("edgetune_execution_provider", "Execution providers in use, in order of preference.", labels=("provider",))
+        for place, name in enumerate(self._scheduler.runtime.providers.names, 1):
+            running.add_metric([name], place)
+        yield running
         yield _labelled(
             "edgetune_completions", "Completions by how they ended.", "reason", stats.requests_total.items()
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -13,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgetune.runtime.scheduler import QueueFull, SchedulerClosed
-from edgetune.runtime.server.errors import ApiError, AsciiJson, internal, overloaded, unavailable
+from edgetune.runtime.server.errors import STOPPED, ApiError, AsciiJson, internal, overloaded, unavailable
 from edgetune.runtime.server.exchange import ClientGone
 from edgetune.runtime.server.logs import LOGGER, begin_request, log_error, note, notes
 from edgetune.runtime.server.sampling import error_of
@@ -53,6 +54,10 @@ class RequestScope:
             await self._answer(scope, receive, tell)
         except ClientGone:
             status = CLIENT_GONE
+        except asyncio.CancelledError:  # the drain's time is over: uvicorn ends what is left
+            note(scope, error="server_stopping")
+            if not status:
+                await error_response(unavailable(STOPPED))(scope, receive, tell)
         except Exception as error:  # nothing may reach the client as anything but our own form
             failure = answer_to(error)
             if failure is None:

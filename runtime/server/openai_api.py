@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -13,7 +14,14 @@ from starlette.types import Receive, Scope, Send
 from edgetune.runtime.answers import Completion
 from edgetune.runtime.events import Event, FailedEvent, FinishedEvent, TokenEvent
 from edgetune.runtime.server.answers import ChatAnswer, Envelope, TextAnswer, ToolAnswer
-from edgetune.runtime.server.errors import ApiError, AsciiJson, deadline_exceeded, internal, unavailable
+from edgetune.runtime.server.errors import (
+    STOPPED,
+    ApiError,
+    AsciiJson,
+    deadline_exceeded,
+    internal,
+    unavailable,
+)
 from edgetune.runtime.server.exchange import Exchange, unless_gone
 from edgetune.runtime.server.logs import log_error, note, request_id_of
 from edgetune.runtime.server.reading import read_json
@@ -93,12 +101,11 @@ class EventStream(Response):
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     started = True
                 await send({"type": "http.response.body", "body": _event(part), "more_body": True})
-        except Exception as error:
-            if not started:
+        except (Exception, asyncio.CancelledError) as error:
+            gone = isinstance(error, asyncio.CancelledError) and not self._service.draining
+            if gone or not started:
                 raise
-            failure = error if isinstance(error, ApiError) else internal(request_id_of(scope))
-            if failure is not error:
-                log_error(scope, error)
+            failure = _failure(scope, error)
             note(scope, error=failure.code)
             await send({"type": "http.response.body", "body": _event(failure.body()), "more_body": True})
         note(scope, **_facts(list(self._done.values())))
@@ -138,6 +145,16 @@ def completion_of(event: Event) -> Completion:
     if event.completion.finish_reason == "cancelled":
         raise unavailable("The server is stopping.")
     return event.completion
+
+
+def _failure(scope: Scope, error: BaseException) -> ApiError:
+    """What a stream that had begun says last; cancelled is what the drain had no time for."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        return unavailable(STOPPED)
+    log_error(scope, error)
+    return internal(request_id_of(scope))
 
 
 def _event(value: Mapping[str, Any]) -> bytes:

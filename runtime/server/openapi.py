@@ -168,7 +168,7 @@ def _post(summary: str, body: str, answer: str, more: Mapping[str, Any]) -> dict
 
 def _adapters(summary: str, body: str) -> dict[str, Any]:
     okay = {"description": "OK", "content": {"text/plain": {"schema": STRING}}}
-    errors = {**GENERATE_ERRORS, "403": "The operator allows no adapters over HTTP, or not from there."}
+    errors = {**GENERATE_ERRORS, "403": "The operator allows no adapters over HTTP, or not from there.", "409": "The adapter is in use."}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(body)}}},

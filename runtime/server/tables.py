@@ -235,7 +235,17 @@ LOAD_ADAPTER = obj(
     },
     load_inplace=optional("boolean", description="Replace an adapter of that name."),
 )
-UNLOAD_ADAPTER = obj(("lora_name",), lora_name=MODEL, lora_int_id=unsupported("adapters have names."))
+UNLOAD_ADAPTER = obj(
+    ("lora_name",),
+    lora_name=MODEL,
+    lora_int_id=unsupported("adapters have names."),
+    in_use=optional(
+        "string",
+        enum=["forget", "refuse", "wait"],
+        description="Of an adapter that answers just now (ours): its texts go on without its name (default), 409, or wait for them.",
+    ),
+    timeout_s=optional("number", exclusiveMinimum=0, maximum=3600, description="How long to wait, then 409; default 30 (ours)."),
+)
 
 BODIES: dict[str, Schema] = {
     "ChatRequest": CHAT,
