@@ -70,7 +70,7 @@ class GraphSession:
         for site in manifest.sites:
             empty[site.A] = np.zeros((1, site.in_features, 0), np.float32)
             empty[site.B] = np.zeros((1, 0, site.out_features), np.float32)
-        if manifest.head is not None:
+        if manifest.head is not None and not manifest.is_decoder:
             empty[manifest.head.weight] = np.zeros((1, manifest.head.in_features, 0), np.float32)
             empty[manifest.head.bias] = np.zeros((1, 0), np.float32)
         if missing := sorted(set(empty) - self.inputs):
@@ -78,6 +78,8 @@ class GraphSession:
                 f"the graph lacks the adapter input {missing[0]}", where=str(folder), fix="Export it again."
             )
         self.empty = BoundTensors(empty)
+        head = manifest.head
+        self._known = {*empty, *(() if head is None else (head.weight, head.bias))}
 
     def group(self, adapters: Sequence[AdapterRow]) -> BoundTensors:
         """One adapter for all rows (group 1), or one a row (group = rows) with ranks padded by zeros."""
@@ -95,7 +97,7 @@ class GraphSession:
         if adapter is None:
             return self.empty
         bound = adapter if isinstance(adapter, BoundTensors) else BoundTensors(adapter)
-        if unknown := sorted(set(bound.tensors) - set(self.empty.tensors)):
+        if unknown := sorted(set(bound.tensors) - self._known):
             raise AdapterError(
                 f"this graph has no adapter input {unknown[0]}", fix="Pack the adapter for this bundle."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,13 @@ PREFILL_CHUNK = 128
 class DecodeState:
     """Rows being decoded: their cache, their lengths, and the bound arrays that a step only writes into."""
 
-    def __init__(self, engine: DecoderEngine, adapters: Sequence[AdapterRow], *, capacity: int) -> None:
+    def __init__(
+        self, engine: DecoderEngine, adapters: Sequence[AdapterRow], *, capacity: int, outputs: Mapping[str, int] | None = None
+    ) -> None:
+        """`outputs`: the graph outputs that runs give, by their width; None: the logits."""
         self.engine, self.adapters = engine, list(adapters)
+        self._widths = outputs or {"logits": engine.graph.vocab_size}
+        self.results: dict[str, Float32] = {}  # of the last run, (rows, k, width)
         self.cache = KVCache(engine.graph, slots=len(adapters), capacity=capacity)
         self.limit = min(capacity, engine.graph.max_length)
         self.lengths: Int64 = np.zeros(len(adapters), np.int64)
@@ -100,17 +105,18 @@ class DecodeState:
     def _bind_shape(self, ids: Int64, index: Int64) -> None:
         """Bind what depends on how many tokens go in and how many logits come out."""
         self._ids, self._index = ids, index
-        self._logits = np.empty((*index.shape, self.engine.graph.vocab_size), np.float32)
-        self._shape_values = [ort_value(array) for array in (self._ids, self._index, self._logits)]
+        self.results = {name: np.empty((*index.shape, width), np.float32) for name, width in self._widths.items()}
+        self._shape_values = [ort_value(array) for array in (self._ids, self._index, *self.results.values())]
         self._io.bind_ortvalue_input("input_ids", self._shape_values[0])
         self._io.bind_ortvalue_input("logits_index", self._shape_values[1])
-        self._io.bind_ortvalue_output("logits", self._shape_values[2])
+        for name, value in zip(self.results, self._shape_values[2:], strict=True):
+            self._io.bind_ortvalue_output(name, value)
 
     def _run(self) -> Float32:
         self._seqlens[:] = self.lengths - 1
         self._total[...] = self.lengths.max()
         self.engine.session.run_with_iobinding(self._io)
-        return self._logits
+        return next(iter(self.results.values()))
 
 
 class DecoderEngine(GraphSession):
@@ -158,6 +164,13 @@ class DecoderEngine(GraphSession):
         state = DecodeState(self, adapter_per_row(rows, adapters), capacity=capacity)
         logits = state.prefill(rows, index=index)
         return [logits[i, : len(row)].copy() for i, row in enumerate(wanted)]
+
+    def score_of(self, state: Float32, adapter: AdapterRow) -> float:
+        """A reward adapter's head on a token's state (hidden,); InputError for an adapter without one."""
+        head, tensors = self.manifest.head, self._bound(adapter).tensors
+        if head is None or head.weight not in tensors:
+            raise InputError("this adapter has no score", expected="a reward adapter")
+        return float((state @ tensors[head.weight][0] + tensors[head.bias][0])[0])
 
     def check(self, rows: Sequence[Sequence[int]]) -> None:
         """InputError when a prompt is empty, holds an unknown id, or is longer than the graph's context."""

@@ -1,4 +1,4 @@
-"""A bundle opened for answers: classify, embed, generate, stream; adapters load and swap without touching the base."""
+"""A bundle opened for answers: classify, embed, generate, stream, score; adapters load and swap without touching the base."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from edgetune.runtime.answers import (
 from edgetune.runtime.binding import AdapterRow
 from edgetune.runtime.engine import DecoderEngine, DecodeState, EncoderEngine
 from edgetune.runtime.generation import GenerationSettings, TokenSequence, settings_from
-from edgetune.runtime.manifest import TAGGING, Manifest, read_manifest, verify_files
+from edgetune.runtime.manifest import REWARD, TAGGING, Manifest, read_manifest, verify_files
 from edgetune.runtime.prompts import Message, check_messages, with_system
 from edgetune.runtime.registry import AdapterRegistry, InUse, Resident
+from edgetune.runtime.scoring import Answered, answered_ids, read_scores, score_batches
 from edgetune.runtime.tagging import Tagging, Words, read_words
 from edgetune.runtime.tokenizer import BundleTokenizer
 
@@ -141,6 +142,19 @@ class Runtime:
             there = ", ".join(entry.name for entry in self.manifest.adapters if entry.task == TAGGING)
             raise InputError(what, expected=there or "an adapter for token-classification")
 
+    def need_text(self, name: str | None) -> None:
+        """InputError for an adapter that gives scores instead of text."""
+        if self.task(name) == REWARD:
+            what = f"the adapter {self.chosen(name)!r} gives scores, not text"
+            raise InputError(what, expected="an adapter that generates, or none", fix="Use Runtime.score.")
+
+    def need_scores(self, name: str | None) -> None:
+        """InputError for an adapter that gives no scores."""
+        if self.task(name) != REWARD:
+            what = "no adapter is chosen" if name is None else f"the adapter {name!r} gives no scores"
+            there = ", ".join(entry.name for entry in self.manifest.adapters if entry.task == REWARD)
+            raise InputError(what, expected=there or "an adapter of method reward")
+
     def chosen(self, adapter: str | None) -> str | None:
         """The adapter that answers: the one in the weights of a merged bundle, whether it is named or not."""
         return self._names(1, adapter, None)[0]
@@ -206,10 +220,37 @@ class Runtime:
 
     def task(self, name: str | None) -> str | None:
         """What an adapter was trained for, as in its recipe's methods; None for a base that embeds."""
-        if self.manifest.is_decoder:
-            return self.manifest.task
         chosen = self.chosen(name)
+        if self.manifest.is_decoder:
+            scores = chosen is not None and self.adapter(chosen).task == REWARD
+            return REWARD if scores else self.manifest.task
         return None if chosen is None else self.adapter(chosen).task
+
+    def score(
+        self,
+        answers: Sequence[Answered],
+        adapter: str | None = None,
+        *,
+        adapters: Sequence[str | None] | None = None,
+        truncate: bool = False,
+    ) -> list[float]:
+        """The reward of each answer, with one reward adapter for all or one an answer.
+
+        An answer is a conversation that ends with it, a pair (prompt, answer), or a text that is read as it stands.
+        `truncate` keeps the end of what is longer than the context; else that is an InputError.
+        """
+        names = self._names(len(answers), adapter, adapters)
+        for name in {*names}:
+            self.need_scores(name)
+        engine = self._need(self.decoder)
+        ids = [answered_ids(self, answered, name, truncate=truncate) for answered, name in zip(answers, names, strict=True)]
+        scores = [0.0] * len(ids)
+        with self._held(names) as held:
+            for places in score_batches([len(row) for row in ids]):
+                found, _ = read_scores(engine, [ids[i] for i in places], [_bound(held[names[i]]) for i in places])
+                for i, value in zip(places, found, strict=True):
+                    scores[i] = float(value)
+        return scores
 
     def embed(
         self,
@@ -286,6 +327,7 @@ class Runtime:
         `tools` (OpenAI's objects) reach the chat template of a conversation.
         """
         self._need(self.decoder)
+        self.need_text(adapter)
         form = None if adapter is None else self.adapter(adapter).prompt_format
         if isinstance(prompt, str):
             ids = self.tokenizer.encode_prompt(prompt, form)
