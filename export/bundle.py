@@ -28,7 +28,14 @@ from edgetune.export.graphfile import (
 )
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
-from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, reward_outputs, token_outputs, torch_outputs
+from edgetune.export.probe import (
+    decoder_outputs,
+    encoder_outputs,
+    probe_rows,
+    reward_outputs,
+    token_outputs,
+    torch_outputs,
+)
 from edgetune.export.proof import (
     BOUNDS,
     Outputs,

@@ -10,7 +10,14 @@ import numpy.typing as npt
 
 from edgetune.errors import InputError
 from edgetune.runtime.binding import AdapterRow
-from edgetune.runtime.engine import CACHE_STEP, PREFILL_CHUNK, DecoderEngine, DecodeState, adapter_per_row, round_up
+from edgetune.runtime.engine import (
+    CACHE_STEP,
+    PREFILL_CHUNK,
+    DecoderEngine,
+    DecodeState,
+    adapter_per_row,
+    round_up,
+)
 from edgetune.runtime.manifest import SCORE, STATES
 from edgetune.runtime.prompts import Message, check_messages, columns_of, render_columns, with_system
 
