@@ -106,7 +106,8 @@ class DecodeState:
         """Bind what depends on how many tokens go in and how many logits come out."""
         self._ids, self._index = ids, index
         self.results = {name: np.empty((*index.shape, width), np.float32) for name, width in self._widths.items()}
-        self._shape_values = [ort_value(array) for array in (self._ids, self._index, *self.results.values())]
+        bound: list[npt.NDArray[Any]] = [self._ids, self._index, *self.results.values()]
+        self._shape_values = [ort_value(array) for array in bound]
         self._io.bind_ortvalue_input("input_ids", self._shape_values[0])
         self._io.bind_ortvalue_input("logits_index", self._shape_values[1])
         for name, value in zip(self.results, self._shape_values[2:], strict=True):

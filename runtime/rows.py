@@ -114,8 +114,9 @@ def _request(
     try:
         form = None if chosen is None else runtime.adapter(chosen).prompt_format
         if runtime.task(chosen) == REWARD:
-            content: Prompt | Words | Answered = answered_of(row, form, where=where)
-            tokens = len(answered_ids(runtime, content, chosen, truncate=truncate))
+            answered = answered_of(row, form, where=where)
+            content: Prompt | Words | Answered = answered
+            tokens = len(answered_ids(runtime, answered, chosen, truncate=truncate))
         elif runtime.manifest.is_decoder:
             prompt = prompt_of(row, form, where=where)
             content = prompt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -73,5 +73,5 @@ def _whole(body: Mapping[str, Any]) -> list[Answered]:
     return [conversation]
 
 
-def _listed(texts: Any) -> Sequence[str]:
+def _listed(texts: Any) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
