@@ -12,6 +12,7 @@ from typing import Any
 
 from edgetune.charts import Series, line_chart
 from edgetune.errors import InputError
+from edgetune.forgetting.compared import UNITS, Subject, measured, plane, table
 from edgetune.intervals import headline
 from edgetune.layout import JOURNAL, RECIPE, SUMMARY
 from edgetune.progress import duration
@@ -33,6 +34,8 @@ td.run { color: var(--ink); font-weight: 600; white-space: nowrap; }
 .swatch { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .45rem; background: currentColor; }
 .line { stroke-width: 1.4; } .best { font-weight: 700; } .note { margin: .5rem 0 0; font-size: .88rem; }
 figcaption .key { display: inline-block; margin: 0 .9rem 0 0; } figcaption .key:first-of-type { margin-left: .9rem; }
+.axis { stroke: var(--soft); } .name { font-size: 12px; font-weight: 600; fill: currentColor; }
+.planes { margin-bottom: 1rem; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); }
 details { margin-top: 1rem; } summary { cursor: pointer; color: var(--soft); }
 """
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
@@ -112,6 +115,7 @@ def render_comparison(runs: Sequence[FinishedRun]) -> str:
         f"<h1>{escape(title)}</h1><p>{escape('; '.join(described))}</p>",
         "<h2>Results</h2>" + _results(runs),
         '<h2>Training</h2><div class="plots">' + "".join(_plots(runs)) + "</div>",
+        *_forgetting(runs),
         "<h2>Settings that differ</h2>" + settings,
         f"<details><summary>{len(common)} settings are the same</summary>"
         + _rows(("setting", "value"), [(_cell(key), _cell(value)) for key, value in common.items()])
@@ -181,6 +185,29 @@ def _curves(runs: Sequence[FinishedRun], kind: str, key: str, *, by_time: bool =
         ]
         series.append(Series(run.name, points, number % COLORS + 1))
     return series
+
+
+def _forgetting(runs: Sequence[FinishedRun]) -> Iterator[str]:
+    """Task gain against general loss, of the runs that measured both."""
+    every = [Subject(run.name, number % COLORS + 1, run.summary) for number, run in enumerate(runs)]
+    shown = measured(every)
+    if not shown:
+        return
+    figures = "".join(plane(shown, unit) for unit in UNITS)
+    heads = "".join(f'<th class="number"><i class="swatch c{subject.color}"></i>{escape(subject.name)}</th>' for subject in shown)
+    rows = "".join(f"<tr>{_cell(name)}{''.join(_cell(text, kind='number') for text in cells)}</tr>" for name, *cells in table(shown))
+    note = (
+        "Changes against the base, for the better to the right and up: points of accuracies, per cent of perplexities (a lower one is +). "
+        "Whiskers and brackets: 95 % intervals, the same items before and after; of a mean, the sets taken as independent."
+    )
+    if missing := [subject.name for subject in every if subject not in shown]:
+        note += f" Not measured (no [forgetting] in the recipe): {', '.join(missing)}."
+    if not figures:
+        note += " These runs have no task metric with a base value in common, so there is no picture."
+    yield (
+        f'<h2>Task gain against general loss</h2><div class="plots planes">{figures}</div><div class="wide"><table>'
+        f'<thead><tr><th>change</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div><p class="note">{escape(note)}</p>'
+    )  # fmt: skip
 
 
 def _split_settings(runs: Sequence[FinishedRun]) -> tuple[list[str], dict[str, str]]:

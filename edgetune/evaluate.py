@@ -301,6 +301,11 @@ class BundleAnswers:
         """The tag of every word of each row."""
         return [answer.tags for answer in self.runtime.tag(rows, adapter=self.adapter, truncate=True)]
 
+    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """A reward adapter's score of each answer."""
+        scores: list[float] = self.runtime.score(list(zip(prompts, completions, strict=True)), adapter=self.adapter, truncate=True)
+        return scores
+
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily, as long as the adapter's own limit allows."""
         return [answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter, temperature=0.0)]

@@ -114,7 +114,8 @@ class BundleSubject:
         if adapter is None and len(names) != 1:
             raise InputError("which adapter?", where=str(runtime.folder), expected=f"--adapter with one of {', '.join(names)}")
         self._runtime, self._adapter = runtime, adapter if adapter is not None else names[0]
-        runtime.adapter(self._adapter)  # an unknown name is an error before anything runs
+        if runtime.task(self._adapter) == "reward":  # an unknown name is an error before anything runs, too
+            raise InputError("a reward predicts no text that could be forgotten", where=self._adapter, expected="an adapter of another method")
         self.texts: Texts | None = None
         if runtime.manifest.is_decoder:
             self.texts = Texts(self._encode, self._beginning(), runtime.manifest.graph.max_length)

@@ -217,6 +217,11 @@ class Parameters:
         help="lora = an adapter; head = a new head alone, on features computed once; full = all weights, which become a "
         "base of their own",
     )
+    shard: bool = option(
+        False,
+        help="full, in several processes (torchrun, accelerate launch): each keeps a share of weights, gradients and optimizer state (FSDP); "
+        "one process trains as ever",
+    )
     rank: int = option(8, help="rank r of the adapter", at_least=1)
     alpha: float = option(16.0, help="the delta weight is alpha / r · B A", above=0)
     dropout: float = option(0.0, help="dropout before lora_A", at_least=0, below=1)

@@ -33,6 +33,13 @@ def check_parameters(parameters: Parameters, *, where: str) -> None:
             expected="a base that stays as it ships, beside what learns",
             fix='Remove base_precision, or use parameters.train = "lora".',
         )
+    if parameters.shard and parameters.train != "full":
+        raise RecipeError(
+            f'parameters.shard has no meaning with train = "{parameters.train}"',
+            where=where,
+            expected='train = "full", whose optimizer state is worth spreading',
+            fix="Remove shard: several processes each keep the frozen base, and an adapter is small.",
+        )
     if parameters.train != "lora":
         _check_no_adapter_settings(parameters, where=where)
     layers = parameters.layers
@@ -65,6 +72,11 @@ def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str
         expected = "a method with a task head: " + ", ".join(HEADED)
     if parameters.train == "full" and stage.method == "reward":
         expected = "an adapter, which scores answers on the base that it shares with a policy"
+    if parameters.shard and stage.method == "grpo":
+        raise RecipeError(
+            f'parameters.shard does not fit {path}.method = "grpo"', where=where, expected="a policy that is whole where answers are sampled",
+            fix="Remove shard.",
+        )  # fmt: skip
     if expected:
         raise RecipeError(
             f'parameters.train = "{parameters.train}" does not fit {path}.method = "{stage.method}"',
@@ -135,7 +147,7 @@ def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
     default = type(parameters)()
     for field in dataclasses.fields(parameters):
         fits_a_head = field.name in ("base_precision", "start") and parameters.train == "head"
-        if field.name not in ("train", "base_precision") and not fits_a_head and getattr(parameters, field.name) != getattr(default, field.name):
+        if field.name not in ("train", "base_precision", "shard") and not fits_a_head and getattr(parameters, field.name) != getattr(default, field.name):
             raise RecipeError(
                 f'parameters.{field.name} has no meaning with train = "{parameters.train}"',
                 where=where,

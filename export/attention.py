@@ -35,6 +35,8 @@ class Situation:
     positions: Tensor
     mask: Tensor
     windows: dict[int, Tensor]
+    rows: Tensor
+    """what the output projection reads, (B, K, hidden)"""
     rotary: tuple[Tensor, Tensor] | None = None
     """cos and sin (positions, rotary dimensions / 2) of the next attention"""
 

@@ -28,7 +28,14 @@ from edgetune.export.graphfile import (
 )
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
-from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, token_outputs, torch_outputs
+from edgetune.export.probe import (
+    decoder_outputs,
+    encoder_outputs,
+    probe_rows,
+    reward_outputs,
+    token_outputs,
+    torch_outputs,
+)
 from edgetune.export.proof import (
     BOUNDS,
     Outputs,
@@ -40,15 +47,17 @@ from edgetune.export.proof import (
     prove_parity,
 )
 from edgetune.export.reference import judged_by, reference_base, trained_base, warning
+from edgetune.export.score_head import add_fixed_score, causal_model, decoder_head, drop_states
 from edgetune.export.sources import Source, base_of, check_sources, original_base, read_source
 from edgetune.export.token_head import add_token_head
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
-from edgetune.heads import SequenceClassifier
+from edgetune.heads import RewardModel, SequenceClassifier
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
 from edgetune.runtime.manifest import (
     MANIFEST,
+    REWARD,
     SCHEMA,
     TAGGING,
     AdapterEntry,
@@ -120,7 +129,7 @@ def _build(
     del model
     _write_graphs(graph, folder, base=base, precision=precision, mode=mode)
     files = copy_tokenizer(base, tokenizer, folder)
-    if base.kind == "decoder":
+    if base.kind == "decoder" and not (mode == "merged" and sources[0].task == REWARD):  # a merged reward only scores
         write_genai_config(config, files, folder, max_length=info.max_length)
     manifest = Manifest(
         schema=SCHEMA, edgetune_version=__version__, task=_task(base, sources),
@@ -157,7 +166,7 @@ def _torch_model(base: Base, source: Source | None = None, *, merge: bool = Fals
     body = load_body(base).float().eval()
     if source is None or source.is_model:
         return body
-    model = body
+    model: Any = RewardModel(body) if source.task == REWARD else body
     if base.kind == "encoder":
         if source.labels is None:
             raise ExportError(
@@ -174,7 +183,7 @@ def _graph(
     base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say
 ) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None]:
     """Trace, simplify, quantise; what the runtime must know of the result."""
-    config, body = model.config, model.body if isinstance(model, SequenceClassifier) else model
+    config, body = model.config, model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
     max_length = fixed_length(config, min(base.max_length, LARGEST_CONTEXT))
     shape: dict[str, Any]
     if base.kind == "decoder":
@@ -185,7 +194,11 @@ def _graph(
     simplify(graph)
     say(f"writing weights as {precision.weights}")
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
-    head = None
+    head = decoder_head(config.hidden_size) if base.kind == "decoder" and mode == "separate" else None
+    if isinstance(model, RewardModel):
+        add_fixed_score(graph, model.score.weight)
+    elif base.kind == "decoder" and head is None:
+        drop_states(graph)
     if base.kind == "encoder":
         classifier = model.classifier if isinstance(model, SequenceClassifier) else None
         weights = (classifier.weight.detach(), classifier.bias.detach()) if classifier is not None else (None, None)
@@ -219,7 +232,7 @@ def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) 
         copy_adapter(source.folder, folder / place)
     entry = AdapterEntry(
         name=source.name, path=str(place), problem=source.problem,
-        task=manifest.task if manifest.is_decoder else source.task or "sequence-classification", labels=source.labels, prompt_format=source.metadata.get("prompt_format"),
+        task=source.task or (manifest.task if manifest.is_decoder else "sequence-classification"), labels=source.labels, prompt_format=source.metadata.get("prompt_format"),
         generation=source.metadata.get("generation"), rank=int(source.config.get("r", 0)),
         digest=None if source.is_model else sha256_file(source.folder / "adapter_model.safetensors"), onnx_adapter=None, metrics=dict(source.metadata.get("metrics") or {}),
     )  # fmt: skip
@@ -249,7 +262,7 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     reference = reference_base(base, source.metadata, manifest)
     model = _torch_model(reference, source)
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
-    decide = decide_by(source.problem, trained)
+    decide = decide_by(REWARD if source.task == REWARD else source.problem, trained)
     trained, trained_off = decide(trained), decide(trained_off)
     original = _torch_model(original_base(source)) if source.is_model else None
     if original is not None:
@@ -257,7 +270,7 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
 
     def ship(tensors: Any) -> Outputs:
         if isinstance(engine, DecoderEngine):
-            return decoder_outputs(engine, rows, tensors)
+            return decide(reward_outputs(engine, rows, tensors)) if source.task == REWARD else decoder_outputs(engine, rows, tensors)
         return decide(token_outputs(engine, rows, tensors) if source.task == TAGGING else encoder_outputs(engine, rows, tensors))
 
     judged = judged_by(manifest, reference)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.export.proof import Array, Outputs
+from edgetune.runtime.manifest import REWARD
 
 Decide = Callable[[Outputs], Outputs]
 
@@ -18,11 +19,11 @@ def decide_by(problem: str | None, trained: Outputs) -> Decide:
 
     Several labels (multi-label): each is a choice of its own between no (logit 0) and yes. Numbers (regression): the
     choice is "above the mean of what was trained", with the distance from it in standard deviations as the logit; a
-    guess that favours nothing is then the mean. Anything else stays as it is.
+    guess that favours nothing is then the mean. A reward is such a number. Anything else stays as it is.
     """
     if problem == "multi-label":
         return lambda outputs: replace(outputs, logits=_pairs(outputs.logits.reshape(-1)))
-    if problem == "regression":
+    if problem in ("regression", REWARD):
         centre = float(trained.logits.mean())
         spread = float(trained.logits.std()) or 1.0
         return lambda outputs: replace(outputs, logits=_pairs((outputs.logits.reshape(-1) - centre) / spread))

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from edgetune.export.layout import constant, drop_dead
+from edgetune.export.score_head import standard_score
 
 ENGINE, STANDARD, DATA = "engine.onnx", "model.onnx", "model.onnx.data"
 ALIGNMENT = 4096  # a page: the engine maps the file instead of reading it
@@ -95,6 +96,7 @@ def standard_decoder(engine: ir.Model) -> ir.Model:
         ir.convenience.replace_all_uses_with(inputs[name], value)
         graph.inputs.remove(inputs[name])
     graph.inputs.insert(1, mask)
+    standard_score(model)
     _default_adapters(graph)
     drop_dead(model)
     return model

@@ -19,7 +19,7 @@ import torch.onnx.ops as onnx_ops
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgetune.export.attention import note_rotation
+from edgetune.export.attention import note_rotation, now
 
 DOMAIN = "edgetune"
 TRACED = "traced_weight"  # the weight as the node takes it, where the module holds it in another form
@@ -49,7 +49,7 @@ def symbolic_leaves(model: nn.Module, rotary: Callable[..., tuple[Tensor, Tensor
 
     def linear(self: nn.Module, x: Tensor) -> Tensor:
         if self is head and logits_index is not None:
-            x = _rows(x, logits_index())
+            x = now.rows = _rows(x, logits_index())
         return _linear(self, x, names[id(self)])
 
     def embedding(self: nn.Module, ids: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 
 from edgetune.errors import EdgetuneError
 from edgetune.export.proof import Outputs
-from edgetune.heads import SequenceClassifier
+from edgetune.heads import RewardModel, SequenceClassifier
 from edgetune.recipe_file import load_recipe
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
+from edgetune.runtime.scoring import read_scores
 from edgetune.token_classifier import TokenClassifier
 
 ROWS, TOKENS = 12, 64  # at most; a row ends where its example ends
@@ -67,6 +68,10 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
                 pooled = inner.pooled(ids, torch.ones_like(ids))
                 states.append(pooled.numpy())
                 logits.append(inner.classifier(pooled).numpy())
+            elif isinstance(inner, RewardModel):
+                hidden = inner.pooled(ids, torch.ones_like(ids))
+                states.append(hidden.numpy())
+                logits.append(inner.score(hidden).numpy())
             else:
                 logits.append(inner(input_ids=ids, use_cache=False).logits[0].numpy())
     together = np.concatenate(logits)
@@ -124,3 +129,9 @@ def token_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors:
     """The bundle's logits and states at every token; all rows in one padded batch."""
     logits, states = engine.tokens(rows, [tensors] * len(rows))
     return Outputs(np.concatenate(logits), np.concatenate(states))
+
+
+def reward_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+    """The bundle's scores (rows, 1) and states of the last tokens; rows right-padded in a batch, as the device sends them."""
+    found = [read_scores(engine, rows[at : at + 4], [tensors] * len(rows[at : at + 4])) for at in range(0, len(rows), 4)]
+    return Outputs(np.concatenate([scores[:, None] for scores, _ in found]), np.concatenate([states for _, states in found]))

@@ -77,9 +77,6 @@ def read_source(name: str, folder: Path) -> Source:
     read = read_lora(inner)
     refuse_if([problem for problem in read.problems if problem.startswith(WEIGHTS)], inner)
     metadata = read_metadata(inner) if read.metadata is not None else {}
-    if metadata.get("task") == "reward":
-        fix = "Use it where it is: in `reward` of a grpo stage, or with `edgetune eval`."
-        raise ExportError("reward adapters cannot be exported yet", where=str(folder), fix=fix)
     return Source(name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems))
 
 

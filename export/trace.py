@@ -21,6 +21,7 @@ from edgetune.export import attention
 from edgetune.export.attention import now
 from edgetune.export.families import DECODERS, ENCODERS, cache_sizes, decoder_family, encoder_family
 from edgetune.export.leaves import DOMAIN, is_rotary, symbolic_leaves
+from edgetune.runtime.manifest import STATES
 
 OPSET = 21
 # Example sizes while tracing: all different and never 1, because torch.export freezes a dimension of 1.
@@ -58,13 +59,13 @@ def _table_kinds(module: Any) -> list[str | None]:
 
 
 class _Decoder(_Traced):
-    """input_ids (B, S), seqlens_k (B,), total (), logits_index (B, K), past → logits (B, K, vocab), present."""
+    """input_ids (B, S), seqlens_k (B,), total (), logits_index (B, K), past → logits (B, K, vocab), states (B, K, H), present."""
 
     index: Tensor
 
     def forward(
         self, input_ids: Tensor, seqlens_k: Tensor, total: Tensor, logits_index: Tensor, past: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         now.past, now.present, now.rotary = past, [], None
         now.seqlens_k, now.total = seqlens_k, total
         _Decoder.index = logits_index
@@ -73,7 +74,7 @@ class _Decoder(_Traced):
         start = (seqlens_k.to(torch.int64) + 1 - seq).clamp(min=0)
         now.positions = start[:, None] + torch.arange(seq)[None]
         logits = self.model(input_ids=input_ids, position_ids=now.positions, use_cache=False).logits
-        return logits, now.present
+        return logits, now.rows, now.present
 
 
 class _Encoder(_Traced):
@@ -109,7 +110,7 @@ def trace_decoder(model: PreTrainedModel, *, max_length: int) -> ir.Model:
     return _trace(
         _Decoder(model, max_length), args, dynamic, attention.DECODER,
         ["input_ids", "seqlens_k", "total_sequence_length", "logits_index", *(f"past_key_values.{p}" for p in pairs)],
-        ["logits", *(f"present.{p}" for p in pairs)], logits_index=lambda: _Decoder.index,
+        ["logits", STATES, *(f"present.{p}" for p in pairs)], logits_index=lambda: _Decoder.index,
     )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def trace_encoder(body: PreTrainedModel, *, pooling: str, max_length: int) -> ir
     dynamic = ({0: batch, 1: seq}, {0: batch, 1: seq})
     return _trace(
         _Encoder(body, max_length, pooling), args, dynamic, attention.ENCODER,
-        ["input_ids", "attention_mask"], ["last_hidden_state", "pooled"],
+        ["input_ids", "attention_mask"], [STATES, "pooled"],
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from edgetune.runtime.lora import (
     read_lora,
     refuse_if,
 )
-from edgetune.runtime.manifest import ENCODER_TASKS, TAGGING, HeadInfo, Manifest, Part
+from edgetune.runtime.manifest import DECODER_TASKS, ENCODER_TASKS, REWARD, TAGGING, HeadInfo, Manifest, Part
 from edgetune.runtime.trained_for import other_weights
 
 __all__ = ["PackedAdapter", "lora_deltas", "pack_adapter"]
@@ -81,10 +81,10 @@ def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapt
     """Low-rank weights that are already in memory, for this bundle; else as `pack_adapter`."""
     path = read.path
     _takes_adapters(manifest, path)
-    placed, labels = _place(read, manifest), _labels(read)
+    placed, labels = _place(read, manifest), _labels(read, manifest)
     problems = [*read.problems, *_missing(read, manifest), *_task_problems(read, manifest)]
     if manifest.head is not None:
-        problems += _head_problems(read, manifest.head, labels)
+        problems += _head_problems(read, manifest.head, _rows_of_head(labels, manifest))
     refuse_if(problems, path)
     tensors = _pack_sites(placed, manifest)
     if manifest.head is not None and read.head:
@@ -95,7 +95,7 @@ def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapt
         labels=labels,
         rank=read.rank,
         digest=read.digest or "",
-        metadata=read.metadata or _guessed(read),
+        metadata=read.metadata or _guessed(read, manifest),
         notes=_notes(read, manifest),
     )
 
@@ -200,7 +200,7 @@ def _fill_site(site_a: Float32, site_b: Float32, parts: list[tuple[Part, Float32
 def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
     metadata, problems = read.metadata or {}, []
     task = metadata.get("task")
-    fitting = (manifest.task,) if manifest.is_decoder else ENCODER_TASKS  # one encoder serves both kinds of head
+    fitting = DECODER_TASKS if manifest.is_decoder else ENCODER_TASKS  # one base serves every kind of head
     if task is not None and task not in fitting:
         problems.append(f"{METADATA}: task: expected {' or '.join(fitting)}, got {task}")
     pooling = metadata.get("pooling")
@@ -208,27 +208,41 @@ def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
         problems.append(f"{METADATA}: pooling: expected {manifest.graph.pooling}, got {pooling}")
     if read.head and manifest.head is None:
         shape = next(iter(read.head.values())).shape
-        problems.append(f"{PREFIX}classifier {shape}: unknown, this graph takes no task head")
+        fix = "; export the bundle again" if manifest.is_decoder else ""
+        problems.append(f"{PREFIX}{_head_name(read)} {shape}: unknown, this graph takes no task head{fix}")
     return problems
 
 
-def _head_problems(read: LoraFolder, head: HeadInfo, labels: tuple[str, ...] | None) -> list[str]:
-    weight, bias = read.head.get("weight"), read.head.get("bias")
-    names = read.config.get("modules_to_save") or ()
+def _head_problems(read: LoraFolder, head: HeadInfo, rows: int | None) -> list[str]:
+    weight, bias, name = read.head.get("weight"), read.head.get("bias"), f"{PREFIX}{_head_name(read)}"
     if weight is None:
-        wanted = read.modules is not None and (bool(names) or bias is not None)
-        return [f"{PREFIX}{next(iter(names), 'classifier')}.weight: missing"] if wanted else []
-    expected = (len(labels) if labels else weight.shape[0], head.in_features)
+        scores = (read.metadata or {}).get("task") == REWARD
+        wanted = read.modules is not None and (bool(read.config.get("modules_to_save")) or bias is not None or scores)
+        return [f"{name}.weight: missing"] if wanted else []
+    expected = (rows or weight.shape[0], head.in_features)
     problems = []
     if weight.shape != expected:
-        problems.append(f"{PREFIX}classifier.weight: expected {expected}, got {weight.shape}")
+        problems.append(f"{name}.weight: expected {expected}, got {weight.shape}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        problems.append(f"{PREFIX}classifier.bias: expected {weight.shape[:1]}, got {bias.shape}")
+        problems.append(f"{name}.bias: expected {weight.shape[:1]}, got {bias.shape}")
     return problems
 
 
-def _guessed(read: LoraFolder) -> dict[str, Any]:
+def _rows_of_head(labels: tuple[str, ...] | None, manifest: Manifest) -> int | None:
+    """How many rows a head must have: a label each, one for a reward; None where a foreign head decides."""
+    return 1 if manifest.is_decoder else len(labels) if labels else None
+
+
+def _head_name(read: LoraFolder) -> str:
+    """What the base that it was trained on calls its head: `classifier`, or `score`."""
+    scores = (read.metadata or {}).get("task") == REWARD
+    return next(iter(read.config.get("modules_to_save") or ()), "score" if scores else "classifier")
+
+
+def _guessed(read: LoraFolder, manifest: Manifest) -> dict[str, Any]:
     """What PEFT's own configuration says of an adapter without `edgetune_adapter.json`."""
+    if read.head and manifest.is_decoder:
+        return {"task": REWARD}
     return {"task": TAGGING} if read.head and read.config.get("task_type") == "TOKEN_CLS" else {}
 
 
@@ -241,8 +255,10 @@ def _pack_head(read: LoraFolder, head: HeadInfo) -> dict[str, Float32]:
     }
 
 
-def _labels(read: LoraFolder) -> tuple[str, ...] | None:
+def _labels(read: LoraFolder, manifest: Manifest) -> tuple[str, ...] | None:
     """The adapter's labels; a foreign head has none, so its classes are numbered as transformers does."""
+    if manifest.is_decoder:
+        return None  # a decoder's head gives a score
     labels = (read.metadata or {}).get("labels")
     if labels is not None:
         return tuple(str(label) for label in labels)
@@ -258,7 +274,9 @@ def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
     notes = [
         f"no {METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its base could not be checked"
     ]
-    if read.head:
-        states = "every token's state" if _guessed(read) else f"{manifest.graph.pooling}-pooled states"
+    if read.head and manifest.is_decoder:
+        notes.append("its head is applied to the last token's state: it gives a score")
+    elif read.head:
+        states = "every token's state" if _guessed(read, manifest) else f"{manifest.graph.pooling}-pooled states"
         notes.append(f"its head is applied to {states}; its labels are numbered")
     return tuple(notes)

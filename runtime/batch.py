@@ -159,7 +159,7 @@ class _Binding:
         self._ids = ids.copy()
         places = np.arange(ids.shape[1] - wanted, ids.shape[1], dtype=np.int64)
         index = np.repeat(places[None], len(ids), axis=0)
-        self._logits = self.batch.engine.logits_buffer(len(ids), wanted)
+        self._logits = self.batch.engine.output_buffer("logits", len(ids), wanted, self.batch.engine.graph.vocab_size)
         for name, array in (("input_ids", self._ids), ("logits_index", index)):
             self._changing[name] = ort_value(array)
             self._io.bind_ortvalue_input(name, self._changing[name])

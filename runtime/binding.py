@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.errors import AdapterError, BundleError
-from edgetune.runtime.device_memory import Logits, bind_cache, cache_place
+from edgetune.runtime.device_memory import OutputBuffer, bind_cache, cache_place
 from edgetune.runtime.manifest import GraphInfo, Manifest
 from edgetune.runtime.providers import CPU, ProvidersInUse, cannot_run, choose, in_use
 
@@ -97,7 +97,7 @@ class GraphSession:
         for site in manifest.sites:
             empty[site.A] = np.zeros((1, site.in_features, 0), np.float32)
             empty[site.B] = np.zeros((1, 0, site.out_features), np.float32)
-        if manifest.head is not None:
+        if manifest.head is not None and not manifest.is_decoder:
             empty[manifest.head.weight] = np.zeros((1, manifest.head.in_features, 0), np.float32)
             empty[manifest.head.bias] = np.zeros((1, 0), np.float32)
         if missing := sorted(set(empty) - self.inputs):
@@ -105,6 +105,8 @@ class GraphSession:
                 f"the graph lacks the adapter input {missing[0]}", where=str(folder), fix="Export it again."
             )
         self.empty = BoundTensors(empty)
+        head = manifest.head
+        self._known = {*empty, *(() if head is None else (head.weight, head.bias))}
 
     def group(self, adapters: Sequence[AdapterRow]) -> BoundTensors:
         """One adapter for all rows (group 1), or one a row (group = rows) with ranks padded by zeros."""
@@ -118,9 +120,9 @@ class GraphSession:
         for name, value in self.empty.values.items():
             io.bind_ortvalue_input(name, bound.values.get(name, value))
 
-    def logits_buffer(self, rows: int, wanted: int) -> Logits:
-        """Room for logits (rows, wanted, vocab) of one run."""
-        return Logits(self.place, (rows, wanted, self.graph.vocab_size), self._types["logits"])
+    def output_buffer(self, name: str, rows: int, wanted: int, width: int) -> OutputBuffer:
+        """Room for one output (rows, wanted, width) of a run."""
+        return OutputBuffer(self.place, (rows, wanted, width), self._types[name])
 
     def run_bound(self, io: Any, changing: Mapping[str, Any]) -> None:
         """Run; `changing`: the bound inputs that are written between runs."""
@@ -133,7 +135,7 @@ class GraphSession:
         if adapter is None:
             return self.empty
         bound = adapter if isinstance(adapter, BoundTensors) else BoundTensors(adapter)
-        if unknown := sorted(set(bound.tensors) - set(self.empty.tensors)):
+        if unknown := sorted(set(bound.tensors) - self._known):
             raise AdapterError(
                 f"this graph has no adapter input {unknown[0]}", fix="Pack the adapter for this bundle."
             )

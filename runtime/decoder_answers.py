@@ -11,8 +11,10 @@ from edgetune.runtime.answers import Completion, TextStream, completion_of
 from edgetune.runtime.binding import AdapterRow
 from edgetune.runtime.engine import DecodeState
 from edgetune.runtime.generation import GenerationSettings, TokenSequence, settings_from
+from edgetune.runtime.manifest import REWARD
 from edgetune.runtime.open_bundle import OpenBundle, batches, bound, each
 from edgetune.runtime.prompts import Message, check_messages, with_system
+from edgetune.runtime.scoring import Answered, answered_ids, read_scores, score_batches
 
 Prompt = str | Sequence[Message]
 """A finished prompt (the user's turn of a chat model), or a conversation."""
@@ -22,7 +24,7 @@ GENERATE_ROWS = 16
 
 
 class DecoderAnswers(OpenBundle):
-    """Generate and stream; one adapter for all rows or one a row."""
+    """Generate, stream and score; one adapter for all rows or one a row."""
 
     def generate(
         self,
@@ -76,6 +78,45 @@ class DecoderAnswers(OpenBundle):
         next(begun)
         return TextStream(begun)
 
+    def score(
+        self,
+        answers: Sequence[Answered],
+        adapter: str | None = None,
+        *,
+        adapters: Sequence[str | None] | None = None,
+        truncate: bool = False,
+    ) -> list[float]:
+        """The reward of each answer, with one reward adapter for all or one an answer.
+
+        An answer is a conversation that ends with it, a pair (prompt, answer), or a text that is read as it stands.
+        `truncate` keeps the end of what is longer than the context; else that is an InputError.
+        """
+        names = self._names(len(answers), adapter, adapters)
+        for name in {*names}:
+            self.need_scores(name)
+        engine = self._need(self.decoder)
+        ids = [answered_ids(self, answered, name, truncate=truncate) for answered, name in zip(answers, names, strict=True)]
+        scores = [0.0] * len(ids)
+        with self._held(names) as held:
+            for places in score_batches([len(row) for row in ids]):
+                found, _ = read_scores(engine, [ids[i] for i in places], [bound(held[names[i]]) for i in places])
+                for i, value in zip(places, found, strict=True):
+                    scores[i] = float(value)
+        return scores
+
+    def need_text(self, name: str | None) -> None:
+        """InputError for an adapter that gives scores instead of text."""
+        if self.task(name) == REWARD:
+            what = f"the adapter {self.chosen(name)!r} gives scores, not text"
+            raise InputError(what, expected="an adapter that generates, or none", fix="Use Runtime.score.")
+
+    def need_scores(self, name: str | None) -> None:
+        """InputError for an adapter that gives no scores."""
+        if self.task(name) != REWARD:
+            what = "no adapter is chosen" if name is None else f"the adapter {name!r} gives no scores"
+            there = ", ".join(entry.name for entry in self.manifest.adapters if entry.task == REWARD)
+            raise InputError(what, expected=there or "an adapter of method reward")
+
     def prompt_ids(
         self, prompt: Prompt, adapter: str | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
@@ -84,6 +125,7 @@ class DecoderAnswers(OpenBundle):
         `tools` (OpenAI's objects) reach the chat template of a conversation.
         """
         self._need(self.decoder)
+        self.need_text(adapter)
         form = None if adapter is None else self.adapter(adapter).prompt_format
         if isinstance(prompt, str):
             ids = self.tokenizer.encode_prompt(prompt, form)

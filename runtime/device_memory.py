@@ -94,8 +94,8 @@ class DeviceKVCache:
             self._block.copy(source, to, of=other._block)
 
 
-class Logits:
-    """Where a run's logits arrive: an array of ours, or a device's memory that is read after the run."""
+class OutputBuffer:
+    """Where an output of a run arrives: an array of ours, or a device's memory that is read after the run."""
 
     def __init__(self, place: Place | None, shape: Sequence[int], kind: str) -> None:
         """`kind`: the output's type as the session says it, such as tensor(float16)."""
@@ -106,7 +106,7 @@ class Logits:
         self.value = place.new(shape, TYPES[kind]) if place is not None else onnxruntime.OrtValue.ortvalue_from_numpy(self.array)
 
     def read(self) -> Float32:
-        """The logits in float32, valid until the next run."""
+        """The output in float32, valid until the next run."""
         if self._on_device:
             self.array[...] = self.value.numpy()
         return self.array

@@ -82,10 +82,14 @@ class EncodeQueue:
         oldest = self._waiting[0][0]
         length = [len(job.ids[place]) for job, place in self._waiting]
         alike = [i for i, (job, _) in enumerate(self._waiting) if job.words is oldest.words]
-        order = sorted(alike, key=lambda i: (i > 0, abs(length[i] - length[0]), i))[:ENCODE_ROWS]
+        order = [alike[i] for i in self.fitting([length[i] for i in alike])]
         batch = [self._waiting[i] for i in order]
         self._waiting = [entry for i, entry in enumerate(self._waiting) if i not in {*order}]
         return batch
+
+    def fitting(self, lengths: Sequence[int]) -> list[int]:
+        """Of waiting texts, those of one batch: the first, then its nearest in length."""
+        return sorted(range(len(lengths)), key=lambda i: (i > 0, abs(lengths[i] - lengths[0]), i))[:ENCODE_ROWS]
 
     def run(self, batch: Sequence[tuple[EncodeJob, int]]) -> None:
         """Run one batch and answer the callers whose last text it was."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edgetune.errors import InputError
 from edgetune.runtime.binding import AdapterRow, BoundTensors, GraphSession, KVCache, ort_value
-from edgetune.runtime.device_memory import DeviceKVCache
+from edgetune.runtime.device_memory import DeviceKVCache, OutputBuffer
 
 __all__ = ["BoundTensors", "DecodeState", "DecoderEngine", "EncoderEngine"]
 
@@ -25,8 +25,15 @@ PREFILL_CHUNK = 128
 class DecodeState:
     """Rows being decoded: their cache, their lengths, and the bound arrays that a step only writes into."""
 
-    def __init__(self, engine: DecoderEngine, adapters: Sequence[AdapterRow], *, capacity: int) -> None:
+    def __init__(
+        self, engine: DecoderEngine, adapters: Sequence[AdapterRow], *, capacity: int, outputs: Mapping[str, int] | None = None
+    ) -> None:
+        """`outputs`: the graph outputs that runs give, by their width; None: the logits."""
         self.engine, self.adapters = engine, list(adapters)
+        self._widths = outputs or {"logits": engine.graph.vocab_size}
+        self._buffers: dict[str, OutputBuffer] = {}
+        self.results: dict[str, Float32] = {}
+        """of the last run, (rows, k, width), valid until the next"""
         self.cache: Any = engine.new_cache(slots=len(adapters), capacity=capacity)
         self.limit = min(capacity, engine.graph.max_length)
         self.lengths: Int64 = np.zeros(len(adapters), np.int64)
@@ -100,17 +107,20 @@ class DecodeState:
     def _bind_shape(self, ids: Int64, index: Int64) -> None:
         """Bind what depends on how many tokens go in and how many logits come out."""
         self._ids, self._index = ids, index
-        self._logits = self.engine.logits_buffer(*index.shape)
         self._changing |= {"input_ids": ort_value(ids), "logits_index": ort_value(index)}
         for name in ("input_ids", "logits_index"):
             self._io.bind_ortvalue_input(name, self._changing[name])
-        self._io.bind_ortvalue_output("logits", self._logits.value)
+        rows, wanted = index.shape
+        self._buffers = {name: self.engine.output_buffer(name, rows, wanted, width) for name, width in self._widths.items()}
+        for name, buffer in self._buffers.items():
+            self._io.bind_ortvalue_output(name, buffer.value)
 
     def _run(self) -> Float32:
         self._seqlens[:] = self.lengths - 1
         self._total[...] = self.lengths.max()
         self.engine.run_bound(self._io, self._changing)
-        return self._logits.read()
+        self.results = {name: buffer.read() for name, buffer in self._buffers.items()}
+        return next(iter(self.results.values()))
 
 
 class DecoderEngine(GraphSession):
@@ -164,6 +174,13 @@ class DecoderEngine(GraphSession):
         state = DecodeState(self, adapter_per_row(rows, adapters), capacity=capacity)
         logits = state.prefill(rows, index=index)
         return [logits[i, : len(row)].copy() for i, row in enumerate(wanted)]
+
+    def score_of(self, state: Float32, adapter: AdapterRow) -> float:
+        """A reward adapter's head on a token's state (hidden,); InputError for an adapter without one."""
+        head, tensors = self.manifest.head, self._bound(adapter).tensors
+        if head is None or head.weight not in tensors:
+            raise InputError("this adapter has no score", expected="a reward adapter")
+        return float((state @ tensors[head.weight][0] + tensors[head.bias][0])[0])
 
     def check(self, rows: Sequence[Sequence[int]]) -> None:
         """InputError when a prompt is empty, holds an unknown id, or is longer than the graph's context."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.errors import BundleError, EdgetuneError
-from edgetune.runtime.manifest import TAGGING
+from edgetune.runtime.manifest import REWARD, TAGGING
 from edgetune.runtime.verdict import Speed, summary
 
 WARM_UP = 2
@@ -137,7 +137,7 @@ def synthetic_ids(count: int, vocab_size: int, *, avoid: Sequence[int], seed: in
 
 
 def _run(runtime: Any, name: str | None, workload: Workload, *, seed: int) -> dict[str, list[float]]:
-    """One request: TTFT and the time of each further token, or the time of one encoder call; ms."""
+    """One request: TTFT and the time of each further token, or the time of one encoder call or one score; ms."""
     graph, tokenizer = runtime.manifest.graph, runtime.tokenizer
     room = graph.max_length - (workload.new_tokens if runtime.manifest.is_decoder else 0)
     count = max(1, min(workload.prompt_tokens, room))
@@ -147,6 +147,11 @@ def _run(runtime: Any, name: str | None, workload: Workload, *, seed: int) -> di
     if not runtime.manifest.is_decoder:
         ask = runtime.encoder.tokens if runtime.task(name) == TAGGING else runtime.encoder.run
         ask([ids], [tensors], pad_token_id=tokenizer.pad_token_id)
+        return {"request_ms": [(time.perf_counter() - start) * 1e3]}
+    if runtime.task(name) == REWARD:
+        from edgetune.runtime.scoring import read_scores
+
+        read_scores(runtime.decoder, [ids], [tensors])
         return {"request_ms": [(time.perf_counter() - start) * 1e3]}
     state, logits = runtime.decoder.start([ids], [tensors], capacity=count + workload.new_tokens)
     token = int(logits[0].argmax())

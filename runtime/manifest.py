@@ -18,6 +18,12 @@ MANIFEST = "edgetune.json"
 SCHEMA = 1
 TAGGING = "token-classification"
 ENCODER_TASKS = ("sequence-classification", TAGGING)
+GENERATION, REWARD = "text-generation", "reward"
+DECODER_TASKS = (GENERATION, REWARD)
+SCORE = "score"
+"""graph output of a decoder whose head is in the graph: a merged reward, or the graph for other engines"""
+STATES = "last_hidden_state"
+"""graph output: every token's state (encoders), or the states that the logits asked for are made of (decoders)"""
 PROBLEMS = ("single-label", "multi-label", "regression")
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
 
@@ -82,7 +88,11 @@ class Site:
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """The task head's graph inputs: weight (group, in, labels) and bias (group, labels)."""
+    """The task head's tensors: weight (group, in, labels) and bias (group, labels).
+
+    Graph inputs of an encoder. A decoder's head reads the last token's state (a reward); the runtime applies it, and so
+    only `standard` has it as inputs.
+    """
 
     weight: str
     bias: str
@@ -151,7 +161,7 @@ class Manifest:
     @property
     def is_decoder(self) -> bool:
         """True for text generation, False for any encoder."""
-        return self.task == "text-generation"
+        return self.task == GENERATION
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, ready for `write_json`."""
@@ -164,7 +174,7 @@ class Manifest:
 
 
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "task": ("text-generation", *ENCODER_TASKS),
+    "task": (GENERATION, *ENCODER_TASKS),
     "mode": ("separate", "merged"),
     "precision.weights": WEIGHTS,
     "graph.pooling": ("mean", "cls"),

@@ -13,7 +13,7 @@ from edgetune.errors import InputError
 from edgetune.runtime.adapters import PackedAdapter
 from edgetune.runtime.binding import AdapterRow
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
-from edgetune.runtime.manifest import Manifest
+from edgetune.runtime.manifest import REWARD, Manifest
 from edgetune.runtime.registry import AdapterRegistry, InUse, Resident
 from edgetune.runtime.tokenizer import BundleTokenizer
 
@@ -85,9 +85,10 @@ class OpenBundle:
 
     def task(self, name: str | None) -> str | None:
         """What an adapter was trained for, as in its recipe's methods; None for a base that embeds."""
-        if self.manifest.is_decoder:
-            return self.manifest.task
         chosen = self.chosen(name)
+        if self.manifest.is_decoder:
+            scores = chosen is not None and self.adapter(chosen).task == REWARD
+            return REWARD if scores else self.manifest.task
         return None if chosen is None else self.adapter(chosen).task
 
     def bound(self, name: str | None) -> AdapterRow:

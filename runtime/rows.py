@@ -13,9 +13,10 @@ from typing import Any, cast
 from edgetune.errors import AdapterError, InputError
 from edgetune.files import whole_file
 from edgetune.runtime.answers import Classification
-from edgetune.runtime.manifest import TAGGING
+from edgetune.runtime.manifest import REWARD, TAGGING
 from edgetune.runtime.prompts import check_messages, columns_of, render_columns
 from edgetune.runtime.runtime import Prompt, Runtime
+from edgetune.runtime.scoring import Answered, answered_ids, answered_of
 from edgetune.runtime.tagging import Tagging, Words, check_words, read_words
 
 BATCH = 8
@@ -29,7 +30,7 @@ class Request:
     where: str
     row: dict[str, Any]
     adapter: str | None
-    content: Prompt | Words  # a list of strings: words to be tagged
+    content: Prompt | Words | Answered  # a list of strings: words to be tagged
     tokens: int
     """length of the prompt, by which rows are batched"""
 
@@ -112,9 +113,13 @@ def _request(
         raise InputError("`adapter` has a wrong type", where=where, expected="a name", got=repr(chosen))
     try:
         form = None if chosen is None else runtime.adapter(chosen).prompt_format
-        if runtime.manifest.is_decoder:
+        if runtime.task(chosen) == REWARD:
+            answered = answered_of(row, form, where=where)
+            content: Prompt | Words | Answered = answered
+            tokens = len(answered_ids(runtime, answered, chosen, truncate=truncate))
+        elif runtime.manifest.is_decoder:
             prompt = prompt_of(row, form, where=where)
-            content: Prompt | Words = prompt
+            content = prompt
             tokens = len(runtime.prompt_ids(prompt, chosen))
         elif runtime.task(chosen) == TAGGING:
             words = words_of(row, form, where=where)
@@ -162,8 +167,8 @@ def words_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: s
 
 
 def _kind(runtime: Runtime, adapter: str | None) -> str:
-    if not runtime.manifest.is_decoder and runtime.task(adapter) == TAGGING:
-        return "tag"
+    if (task := runtime.task(adapter)) in (TAGGING, REWARD):
+        return "tag" if task == TAGGING else "score"
     return "classify" if runtime.labels(adapter) is not None else "other"
 
 
@@ -191,6 +196,9 @@ def _answer(
     runtime: Runtime, batch: Sequence[Request], *, truncate: bool, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     names, contents = [request.adapter for request in batch], [request.content for request in batch]
+    if _kind(runtime, names[0]) == "score":
+        scores = runtime.score(cast(list[Answered], contents), adapters=names, truncate=truncate)
+        return [{"score": round(score, 6)} for score in scores]
     if runtime.manifest.is_decoder:
         done = runtime.generate(cast(list[Prompt], contents), adapters=names, **settings)
         return [{"completion": c.text, "finish_reason": c.finish_reason} for c in done]

@@ -1,4 +1,4 @@
-"""A bundle opened for answers: classify, embed, generate, stream; adapters load and swap without touching the base."""
+"""A bundle opened for answers: classify, embed, generate, stream, score; adapters load and swap without touching the base."""
 
 from __future__ import annotations
 

@@ -39,6 +39,8 @@ from edgetune.runtime.fair_queue import FairQueue
 from edgetune.runtime.memory_plan import plan_cache
 from edgetune.runtime.running import Running
 from edgetune.runtime.runtime import Runtime
+from edgetune.runtime.score_queue import ScoreQueue
+from edgetune.runtime.scoring import Answered, answered_ids
 from edgetune.runtime.tagging import Tagging, Words, read_words
 
 __all__ = [
@@ -83,7 +85,7 @@ class Scheduler:
         self.runtime, self.max_rows, self.max_queue = runtime, max_rows, max_queue
         self.counters = Counters()
         self._waiting: FairQueue[Running] = FairQueue()
-        self._encodes = EncodeQueue(runtime)
+        self._encodes = EncodeQueue(runtime) if runtime.decoder is None else ScoreQueue(runtime)
         self._loop: DecodeLoop | None = None
         if runtime.decoder is not None:
             plan = plan_cache(runtime.manifest.graph, rows=max_rows, cache_mb=cache_mb)
@@ -136,6 +138,7 @@ class Scheduler:
             self._check_open(len(self._waiting))
         self._check_prompt(request.prompt_ids)
         name = self.runtime.chosen(request.adapter)
+        self.runtime.need_text(name)
         lease = None if name is None else self.runtime.registry.acquire(name)
         try:
             sequence = self.runtime.sequence(
@@ -198,6 +201,13 @@ class Scheduler:
             return finish
 
         return self._encode([reading.ids for reading in readings if reading.ids], name, finish_with, words=True)
+
+    def score(self, answers: Sequence[Answered], adapter: str | None = None, *, truncate: bool = False) -> Future[list[float]]:
+        """As `Runtime.score`, in batches with everyone else's answers. Errors of the input are raised here."""
+        name = self.runtime.chosen(adapter)
+        self.runtime.need_scores(name)
+        ids = [answered_ids(self.runtime, answered, name, truncate=truncate) for answered in answers]
+        return self._encode(ids, name, lambda _: lambda scores, _: [float(score[0]) for score in scores], words=True, scores=True)
 
     def stats(self) -> SchedulerStats:
         """A picture of this moment."""
@@ -267,9 +277,10 @@ class Scheduler:
         finish_with: Callable[[PackedAdapter | None], Finish],
         *,
         words: bool = False,
+        scores: bool = False,
     ) -> Future[Any]:
         """`finish_with` gets the very adapter whose tensors the texts meet: its labels, not a successor's."""
-        if self.runtime.encoder is None:
+        if self.runtime.encoder is None and not scores:
             raise InputError("this bundle generates text", expected="submit")
         lease = None if name is None else self.runtime.registry.acquire(name)
         finish = finish_with(None if lease is None else lease.resident.packed)

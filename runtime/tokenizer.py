@@ -29,6 +29,8 @@ class BundleTokenizer:
         self.tokenizer.no_padding()  # a saved file may carry the padding and truncation of its training
         self.tokenizer.no_truncation()
         self.eos_token_ids = frozenset(info.eos_token_ids)
+        self.padding_id = info.pad_token_id
+        """None where the tokenizer has none"""
         self.pad_token_id = info.pad_token_id if info.pad_token_id is not None else 0
         self.special_tokens = {name: _content(token) for name, token in info.special_tokens.items()}
         self.chat_template = None
@@ -76,18 +78,28 @@ class BundleTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Ids of a conversation through the bundle's chat template (it writes its own special tokens)."""
+        text = self.chat_of(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return self.encode(text, add_special_tokens=False)
+
+    def chat_of(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """A conversation as the bundle's chat template writes it."""
         if self.chat_template is None:
             raise InputError(
                 "this bundle has no chat template", fix="Give a plain prompt instead of messages."
             )
-        text = chat_text(
+        return chat_text(
             self.chat_template,
             messages,
             special_tokens=self.special_tokens,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
         )
-        return self.encode(text, add_special_tokens=False)
 
     def encode_prompt(self, prompt: str, prompt_format: dict[str, Any] | None = None) -> list[int]:
         """Ids of a finished prompt: as a user turn of the chat template, or plain; as the adapter was trained.

@@ -17,11 +17,12 @@ import torch
 from preference_helpers import pair_recipe, prompt_recipe
 from process_helpers import command_line_of_rank, free_port, in_processes
 from safetensors.torch import load_file
-from training_helpers import intent_recipe, sft_recipe, silent
+from training_helpers import intent_recipe, sft_recipe, silent, write_rows
 
+from edgetune.errors import RecipeError
 from edgetune.files import sha256_file
 from edgetune.recipe import Recipe
-from edgetune.recipe_file import to_toml
+from edgetune.recipe_file import recipe_from_dict, to_toml
 from edgetune.training import run_recipe
 from edgetune.training.distributed import Group, launched
 
@@ -186,3 +187,53 @@ def test_the_launchers_start_it(launcher: str, tiny_decoder: Path, tmp_path: Pat
     assert done.stdout.count("loss ") == 1
     run_recipe(recipe, out=tmp_path / "one", progress=silent())
     assert_same_training(tmp_path / "two", tmp_path / "one")
+
+
+MODEL = "model/model.safetensors"
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / MODEL)
+
+
+@pytest.mark.parametrize("kind", ["sft", "sequence-classification"])
+def test_two_processes_that_share_the_weights_train_as_one_does(kind: str, tiny_decoder: Path, calm_encoder: Path, tmp_path: Path) -> None:
+    """All weights, each process with a share of them; batches of 5 of 12 rows, and with replay beside sft."""
+    settings: dict[str, Any] = {"batch_size": 5, "learning_rate": 1e-3, "parameters": {"train": "full", "shard": True}}
+    if kind == "sft":
+        text = write_rows(tmp_path / "text.jsonl", [{"text": "The quick brown fox jumps over the lazy dog. " * 6}])
+        recipe = sft_recipe(tiny_decoder, tmp_path, replay={"data": str(text), "share": 0.3}, **settings)
+    else:
+        recipe = intent_recipe(calm_encoder, tmp_path, **settings)
+    recipe = replace(recipe, checkpoint_every=4, out=str(tmp_path / "two"))
+    first, second = train_together(recipe, tmp_path)
+    assert "written to" in first and second == ""
+    summary = run_recipe(recipe, out=tmp_path / "one", progress=silent())
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=5e-6)
+    ours, theirs = weights_of(tmp_path / "two"), weights_of(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        if not name.endswith("key.bias"):  # softmax does not see it: AdamW makes steps of the noise in its gradient
+            torch.testing.assert_close(tensor, theirs[name], atol=5e-5, rtol=0)
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["metrics"] == pytest.approx(summary.metrics, rel=1e-4)
+
+
+def test_processes_that_share_the_weights_resume_to_the_same_bits(tiny_decoder: Path, tmp_path: Path) -> None:
+    recipe = sft_recipe(tiny_decoder, tmp_path, batch_size=1, max_steps=6, parameters={"train": "full", "shard": True})
+    recipe = replace(recipe, checkpoint_every=4, out=str(tmp_path / "two"))
+    train_together(replace(recipe, out=str(tmp_path / "whole")), tmp_path)
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    stop_after_checkpoint(tmp_path)
+    first, _ = train_together(recipe, tmp_path, "--resume")
+    assert "resumed at stage 0, step 4" in first
+    assert sha256_file(tmp_path / "two" / MODEL) == sha256_file(tmp_path / "whole" / MODEL)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "message"),
+    [("sft", {"shard": True}, 'shard has no meaning with train = "lora"'), ("grpo", {"train": "full", "shard": True}, "shard does not fit")],
+)
+def test_only_all_weights_are_shared(method: str, parameters: dict[str, Any], message: str, tiny_decoder: Path, tmp_path: Path) -> None:
+    stage = {"method": method, "data": {"train": "rows.jsonl"}, **({"reward": "a:b", "kl": 0.0} if method == "grpo" else {})}
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_dict({"base": str(tiny_decoder), "parameters": parameters, "stage": [stage]})

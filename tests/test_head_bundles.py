@@ -318,5 +318,5 @@ def test_plain_onnx_runtime_tags_with_the_shipped_adapter(tiny_encoder: Path, ru
 
 def test_a_decoders_bundle_tags_nothing(tiny_encoder: Path, tiny_decoder: Path) -> None:
     manifest = replace(read_manifest(bundle(tiny_encoder)), task="text-generation", head=None)
-    with pytest.raises(AdapterError, match="task: expected text-generation, got token-classification"):
+    with pytest.raises(AdapterError, match="task: expected text-generation or reward, got token-classification"):
         pack_adapter(adapters(tiny_encoder)["rooms"] / "adapter", manifest)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--schema", type=click.Path(path_type=Path), help="A JSON schema file: the answer is JSON that it accepts.")
 @click.option("--regex", help="A regular expression that the answer matches.")
 @click.option("--grammar", type=click.Path(path_type=Path), help="A Lark grammar file that the answer follows.")
-@click.option("--truncate", is_flag=True, help="Cut texts that are too long for an encoder.")
+@click.option("--truncate", is_flag=True, help="Cut texts that are too long for an encoder or a reward.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
 @provider_option
 @device_option
@@ -62,7 +62,8 @@ def command(
 
     Rows hold "prompt", "messages" or "text", or the columns the adapter was trained on; "adapter" in a row chooses
     its adapter. Answered rows keep their fields and gain "completion" and "finish_reason", or "label" and
-    "score", "labels" and "scores", "value", or "tags", "spans" and "entities" (rows to tag hold "tokens" or "text").
+    "score", "labels" and "scores", "value", or "tags", "spans" and "entities" (rows to tag hold "tokens" or "text");
+    for a reward adapter rows hold "prompt" and "completion", or "messages" that end with the answer, and gain "score".
     """
     if text is not None and not text.strip():
         raise click.UsageError("TEXT is empty")
@@ -128,6 +129,9 @@ def _answer_text(
         else:
             labels = (found.label,) if found.labels is None else found.labels
             click.echo("\n".join(f"{label}\t{found.scores[label]:.4f}" for label in labels) or "(no label)")
+        return
+    if runtime.task(adapter) == "reward":
+        click.echo(f"{runtime.score([text], adapter, truncate=truncate)[0]:.6g}")
         return
     stream = runtime.stream(text, adapter, **settings)
     for piece in stream:

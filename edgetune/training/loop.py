@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from edgetune.batching import Batch, Example, collate, split, steps, steps_per_epoch
@@ -22,14 +21,14 @@ from edgetune.objectives import Objective
 from edgetune.progress import Progress
 from edgetune.recipe import Stage
 from edgetune.training.checkpoint import Position
+from edgetune.training.computing import loss_of
 from edgetune.training.device import device_of, to_device
 from edgetune.training.distributed import Group
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import fused_ops
 from edgetune.training.journal import Journal
 from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
-from edgetune.training.precision import Precision, autocast
+from edgetune.training.precision import Precision
 from edgetune.training.replay import ReplayText
+from edgetune.training.shares import Shares, Stateful, norm_of
 from edgetune.training.stage import Collate, Experience, Length, tokens_of
 
 MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
@@ -37,7 +36,7 @@ ALONE = Group()
 LOGGED_STEPS = 200  # about this many lines of a stage go to the journal
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
-Save = Callable[[Position, torch.optim.Optimizer], None]
+Save = Callable[[Position, Stateful], None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ def train_stage(
     mask: Mask | None = None,
     replay: ReplayText | None = None,
     group: Group = ALONE,
+    shard: bool = False,
     position: Position | None = None,
     optimizer_state: dict[str, Any] | None = None,
     save: Save | None = None,
@@ -90,24 +90,26 @@ def train_stage(
     With `experience` a step learns from what it makes of the step's rows, and they are `collate`d by it.
     `mask` hides tokens of every batch before it is learned from; `replay` adds general text to every step.
     `position` and `optimizer_state` continue a stage where `save`, called every `save_every` steps, saw it.
-    Of several processes (`group`) each works on its share of every step's rows.
+    Of several processes (`group`) each works on its share of every step's rows, and with `shard` keeps a share of the weights.
     Raises TrainingError when the loss or a gradient is not finite; the weights are then those before that step.
     """
     lengths = [length(example) for example in examples]
     total = total_steps(stage, len(examples))
     validate_every = stage.validate_every or steps_per_epoch(len(examples), stage.batch_size) * stage.iterations
     log_every = max(1, total // LOGGED_STEPS)
+    shares = Shares(model, group, device_of(model)) if shard and group.size > 1 else None
+    learner = model if shares is None else shares.model
     optimizer = build_optimizer(
-        model,
+        learner,
         learning_rate=stage.learning_rate,
         head_learning_rate=stage.head_learning_rate,
         weight_decay=stage.weight_decay,
     )
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     at, device = position if position is not None else Position(), device_of(model)
     if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
-    model.train()
+        optimizer.load_state_dict(optimizer_state if shares is None else shares.spread(optimizer_state, optimizer))
+    learner.train()
     order = steps(lengths, stage.batch_size, seed=seed, total=total, start=at.step, repeat=stage.iterations)
     for step, indices in enumerate(order, start=at.step + 1):
         started = time.perf_counter()
@@ -128,20 +130,23 @@ def train_stage(
         counts = [(part.targets, part.tokens, part.input_ids.numel()) for part in parts]
         targets, tokens, padded = group.total([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0])
         loss, weight = 0.0, 1.0 - (replay.share if replay else 0.0)
+        if shares is not None:
+            spare = collate([examples[0]], pad_id)  # for a process without rows
+            parts = shares.even(parts, to_device(spare if mask is None else mask(spare, step), device))
         for part in parts:
-            with autocast(precision, device), fused_lora(model, precision), fused_ops(model):
-                part_loss, _ = objective(model, part)
+            part_loss = loss_of(objective, learner, part, precision=precision, shares=shares)
             share = part.targets / max(1, targets)
             loss += share * part_loss.item()
             (part_loss * share * weight).backward()
-        replayed = replay.add_gradient(model, step, precision=precision, group=group) if replay else None
+        replayed = replay.add_gradient(learner, step, precision=precision, group=group, shares=shares) if replay else None
         (loss,) = group.total([loss])
         if not math.isfinite(loss):
             raise _not_finite("loss", loss, step=step, rows=[examples[i].row for i in indices])
         if replayed is not None:
             tokens, padded = tokens + replayed.tokens, padded + replayed.tokens
-        group.add_gradients(trainable)
-        norm = float(torch.nn.utils.clip_grad_norm_(trainable, stage.max_grad_norm))
+        if shares is None:
+            group.add_gradients(trainable)
+        norm = norm_of(trainable, at_most=stage.max_grad_norm)
         if not math.isfinite(norm):
             raise _not_finite("gradient norm", norm, step=step, rows=[examples[i].row for i in indices])
         optimizer.step()
@@ -169,14 +174,21 @@ def train_stage(
                 **({} if replayed is None else {"replay_loss": replayed.loss}),
             )
             at.recent_facts = []
-        if validate is not None and (step % validate_every == 0 or step == total):
+        measures, saves = step % validate_every == 0 or step == total, save is not None and save_every is not None and step % save_every == 0
+        if shares is not None and (measures or saves):
+            shares.give_back()
+        if validate is not None and measures:
             measured = validate(model)
             journal.write(kind="validation", stage=stage_index, step=step, **measured)
             progress.say(f"step {step}/{total}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in headline(measured).items()))
-            model.train()
-        if save is not None and save_every is not None and step % save_every == 0:
-            save(at, optimizer)
+            learner.train()
+        if save is not None and saves:
+            save(at, optimizer if shares is None else shares.state_of(optimizer))
+        if shares is not None and (measures or saves):
+            shares.take_back()
     progress.close()
+    if shares is not None:
+        shares.give_back(to_all=True)
     model.eval()
     return StageResult(total, at.tokens, at.padded_tokens, at.seconds, at.final_loss)
 

@@ -19,11 +19,11 @@ from edgetune.examples.text import encode_documents, pack, text_rows
 from edgetune.objectives import sft
 from edgetune.prompts import PromptFormat, row_template
 from edgetune.recipe import Stage
+from edgetune.training.computing import loss_of
 from edgetune.training.device import device_of, to_device
 from edgetune.training.distributed import Group
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import fused_ops
-from edgetune.training.precision import Precision, autocast
+from edgetune.training.precision import Precision
+from edgetune.training.shares import Shares
 from edgetune.training.stage import Length, tokens_of
 
 SHORTEST = 32  # tokens of a sequence; below, a step would see too little context to learn from
@@ -51,7 +51,7 @@ class ReplayText:
         """The text of optimizer step `step` (from 1); after the last sequence the first ones come again."""
         return collate([self.examples[at] for at in self._places(step)], self.pad_id)
 
-    def add_gradient(self, model: Any, step: int, *, precision: Precision, group: Group) -> Replayed:
+    def add_gradient(self, model: Any, step: int, *, precision: Precision, group: Group, shares: Shares | None = None) -> Replayed:
         """Add `share` times the gradient of the text's mean loss; of several processes each takes its part of the rows.
 
         Raises TrainingError when the loss is not finite.
@@ -60,9 +60,10 @@ class ReplayText:
         parts = [to_device(collate([self.examples[at]], self.pad_id), device) for at in mine]
         targets, tokens = group.total([sum(part.targets for part in parts), sum(part.tokens for part in parts)])
         loss = 0.0
+        if shares is not None:
+            parts = shares.even(parts, to_device(collate([self.examples[0]], self.pad_id), device))
         for part in parts:
-            with autocast(precision, device), fused_lora(model, precision), fused_ops(model):
-                part_loss, _ = sft(model, part)
+            part_loss = loss_of(sft, model, part, precision=precision, shares=shares)
             weight = part.targets / targets
             loss += weight * part_loss.item()
             (part_loss * weight * self.share).backward()

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from edgetune.errors import RecipeError
@@ -32,6 +31,7 @@ from edgetune.training.device import device_of, rng_state, set_rng_state
 from edgetune.training.distributed import Group
 from edgetune.training.journal import Journal
 from edgetune.training.loop import StageResult
+from edgetune.training.shares import Stateful
 from edgetune.training.stage import Kept
 
 CHOSEN = re.compile(r"threads|device|stage\.\d+\.precision")  # a finished run's recipe says what was chosen for these
@@ -117,7 +117,7 @@ class Course:
         self.state = None  # its tensors are in the model now
         return self.results
 
-    def save(self, stage: int, position: Position, optimizer: torch.optim.Optimizer | None, kept: Kept) -> None:
+    def save(self, stage: int, position: Position, optimizer: Stateful | None, kept: Kept) -> None:
         """Write a checkpoint; every process must call this. `kept` is the stage's own."""
         rng = self.group.gathered(rng_state(device_of(self.model)))
         samples = self.group.gathered(kept.samples)

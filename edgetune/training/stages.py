@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from edgetune.bases import Base
 from edgetune.batching import Batch
 from edgetune.errors import TrainingError
@@ -23,10 +21,11 @@ from edgetune.training.measure import EFFECT_TOKENS, VALIDATION_TOKENS, adapter_
 from edgetune.training.methods import method_of
 from edgetune.training.precision import Precision
 from edgetune.training.replay import ReplayText
+from edgetune.training.shares import Stateful
 from edgetune.training.stage import Kept, Prepared, Situation
 from edgetune.training.succession import Succession
 
-SaveStage = Callable[[Position, torch.optim.Optimizer, Kept], None]
+SaveStage = Callable[[Position, Stateful, Kept], None]
 
 
 @dataclass
@@ -84,6 +83,7 @@ class Stages:
             mask=examples.mask,
             replay=self.replays[index],
             group=group,
+            shard=self.recipe.parameters.shard,
             position=position,
             optimizer_state=optimizer_state,
             save=lambda at, optimizer: save(at, optimizer, prepared.kept()),

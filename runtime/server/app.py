@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edgetune.errors import EdgetuneError
-from edgetune.runtime.server import adapters_api, encoder_api, models_api, openai_api, pages
+from edgetune.runtime.server import adapters_api, encoder_api, models_api, openai_api, pages, score_api
 from edgetune.runtime.server.errors import ApiError
 from edgetune.runtime.server.logs import note
 from edgetune.runtime.server.middleware import HostCheck, KeyCheck, RequestScope, answer_to, error_response
@@ -32,6 +32,8 @@ ROUTES = {
     "/v1/chat/completions": ("POST", openai_api.chat_completions),
     "/v1/completions": ("POST", openai_api.completions),
     "/v1/embeddings": ("POST", encoder_api.embeddings),
+    "/score": ("POST", score_api.score),
+    "/pooling": ("POST", score_api.pooling),
     "/tag": ("POST", encoder_api.tag),
     "/classify": ("POST", encoder_api.classify),
     "/v1/load_lora_adapter": ("POST", adapters_api.load_lora_adapter),

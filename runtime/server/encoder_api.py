@@ -43,7 +43,7 @@ async def classify(request: Request) -> Response:
     work = await call.service.in_thread(
         lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate)
     )
-    found = await _in_time(request, call, work)
+    found = await in_time(request, call, work)
     return call.answer("classify", [{"index": i, **_classified(c)} for i, c in enumerate(found)])
 
 
@@ -58,7 +58,7 @@ async def tag(request: Request) -> Response:
     work = await call.service.in_thread(
         lambda: scheduler.tag(call.inputs, call.adapter, truncate=call.truncate)
     )
-    found = await _in_time(request, call, work)
+    found = await in_time(request, call, work)
     data = [
         {
             "index": i,
@@ -79,7 +79,7 @@ async def embeddings(request: Request) -> Response:
     work = await call.service.in_thread(
         lambda: scheduler.embed(call.inputs, call.adapter, truncate=call.truncate)
     )
-    vectors = await _in_time(request, call, work)
+    vectors = await in_time(request, call, work)
     packed = call.body.get("encoding_format") == "base64"
     data = [
         {"object": "embedding", "index": i, "embedding": _base64(row) if packed else row.tolist()}
@@ -146,7 +146,7 @@ def _classified(found: Classification) -> dict[str, Any]:
     return {**own, **several, **({} if found.value is None else {"value": found.value})}
 
 
-async def _in_time(request: Request, call: Call, work: Future[T]) -> T:
+async def in_time(request: Request, call: Call, work: Future[T]) -> T:
     """The scheduler's answer, unless the deadline or the client's patience ends first."""
     deadline = call.service.deadline(call.body.get("deadline_s"))
     seconds = None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -99,6 +99,8 @@ def document() -> dict[str, Any]:
         "/v1/completions": {"post": _post("Continue a text.", "CompletionRequest", "Generated", EVENTS)},
         "/classify": {"post": _post("Classify texts.", "ClassifyRequest", "Listed", {})},
         "/tag": {"post": _post("Tag the words of texts.", "TagRequest", "Listed", {})},
+        "/score": {"post": _post("Score answers to prompts.", "ScoreRequest", "Listed", {})},
+        "/pooling": {"post": _post("Score a conversation or texts.", "PoolingRequest", "Listed", {})},
         "/v1/embeddings": {"post": _post("Embed texts.", "EmbeddingRequest", "Listed", {})},
         "/v1/load_lora_adapter": {
             "post": _adapters("Load an adapter from an allowed folder.", "LoadAdapterRequest")

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgetune.errors import AdapterError, InputError
 from edgetune.runtime.generation import GenerationSettings
+from edgetune.runtime.manifest import REWARD
 from edgetune.runtime.scheduler import GenerationRequest
 from edgetune.runtime.server.errors import ApiError, bad_request, not_found
 from edgetune.runtime.server.service import Service
@@ -56,8 +57,9 @@ def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Pla
         message = "'max_tokens' and 'max_completion_tokens' say the same: give one of them."
         raise bad_request(message, param="max_tokens", code="invalid_value")
     adapter = service.adapter_of(body["model"])
+    _check_text(service, adapter)
     tools = chosen_tools(body, service.runtime.tokenizer.chat_template)
-    messages = [_message(message) for message in body["messages"]]
+    messages = [plain_message(message) for message in body["messages"]]
     grammar = call_grammar(tools, body.get("tool_choice"))
     if grammar is not None:
         constrained = [
@@ -75,6 +77,7 @@ def plan_completion(service: Service, body: Mapping[str, Any], request_id: str) 
     """The rows of a completions request: prompts are taken as they are, without template."""
     _check_task(service)
     adapter, given = service.adapter_of(body["model"]), body["prompt"]
+    _check_text(service, adapter)
     prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     special = body.get("add_special_tokens", True)
     encode = service.runtime.tokenizer.encode
@@ -157,6 +160,12 @@ def _check_task(service: Service) -> None:
         raise bad_request(what, param="model", code="wrong_task")
 
 
+def _check_text(service: Service, adapter: str | None) -> None:
+    if service.runtime.task(adapter) == REWARD:
+        what = f"The model '{service.runtime.chosen(adapter)}' scores answers; it generates no text. Ask /score or /pooling."
+        raise bad_request(what, param="model", code="wrong_task")
+
+
 def _check_length(service: Service, tokens: int, *, param: str) -> None:
     room = service.runtime.manifest.graph.max_length - 1
     limit = min(room, service.options.max_prompt_tokens or room)
@@ -187,7 +196,7 @@ def _prompt_ids(
         raise error_of(error, param="messages") or error from error
 
 
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Text parts joined; `developer` is OpenAI's newer word for `system`. What is null does not reach the template."""
     content = message.get("content")
     if content is None and not message.get("tool_calls"):

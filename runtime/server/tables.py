@@ -206,6 +206,28 @@ TAG = obj(
     user=USER,
     deadline_s=DEADLINE,
 )
+SCORE = obj(
+    ("model", "text_1", "text_2"),
+    model=MODEL,
+    text_1=either(TEXT, INPUTS, description="Prompts of a reward adapter."),
+    text_2=either(TEXT, INPUTS, description="The answers to score: as many, or several to one prompt."),
+    truncate_prompt_tokens=TRUNCATE,
+    use_activation=optional("boolean", enum=[False], description="Only false: scores are as the head gives them."),
+    user=USER,
+    deadline_s=DEADLINE,
+)
+POOLING = obj(
+    ("model",),
+    model=MODEL,
+    messages=optional("array", items=MESSAGE, minItems=1, maxItems=1024, description="A conversation that ends with the answer to score."),
+    input=either({"type": "null"}, TEXT, INPUTS, description="Texts to score as they stand, in place of messages."),
+    encoding_format=optional("string", enum=["float"]),
+    task=optional("string", enum=["classify"]),
+    truncate_prompt_tokens=TRUNCATE,
+    use_activation=optional("boolean", enum=[False], description="Only false: scores are as the head gives them."),
+    user=USER,
+    deadline_s=DEADLINE,
+)
 EMBEDDINGS = obj(
     ("model", "input"),
     model=MODEL,
@@ -252,6 +274,8 @@ BODIES: dict[str, Schema] = {
     "CompletionRequest": COMPLETIONS,
     "ClassifyRequest": CLASSIFY,
     "TagRequest": TAG,
+    "ScoreRequest": SCORE,
+    "PoolingRequest": POOLING,
     "EmbeddingRequest": EMBEDDINGS,
     "LoadAdapterRequest": LOAD_ADAPTER,
     "UnloadAdapterRequest": UNLOAD_ADAPTER,

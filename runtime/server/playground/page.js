@@ -27,12 +27,13 @@ async function refreshModels() {
   state.task = shown.task;
   $("#base").textContent = shown.root;
   $("#facts").textContent = `${state.task.replace("-", " ")} · context ${shown.max_model_len}`;
-  const offered = state.task === "text-generation" ? state.models : adapters;
+  const answering = adapters.filter((model) => model.task !== "reward");  // a reward's scores are for /score
+  const offered = state.task === "text-generation" ? [...(base ? [base] : []), ...answering] : answering;
   const unchanged = lanes[0].models && offered.map((m) => m.id).join() === lanes[0].models.map((m) => m.id).join();
   showAdapters(adapters);
   if (unchanged) return;
-  lanes[0].offer(offered, (adapters[0] || offered[0] || {}).id);
-  lanes[1].offer(offered, (adapters[1] || base || offered[0] || {}).id);
+  lanes[0].offer(offered, (answering[0] || offered[0] || {}).id);
+  lanes[1].offer(offered, (answering[1] || base || offered[0] || {}).id);
   showTask();
   showLatency();
 }

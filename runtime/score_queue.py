@@ -1,0 +1,84 @@
+"""Answers of many callers to be scored: short ones in one batch, a long one piece by piece between other callers' steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgetune.runtime.encode_queue import EncodeJob, EncodeQueue
+from edgetune.runtime.runtime import Runtime
+from edgetune.runtime.scoring import SCORE_ROWS, SCORE_TOKENS, Reading
+
+NO_STATES = np.zeros(0, np.float32)
+
+
+class ScoreQueue(EncodeQueue):
+    """Answers that wait for the decoder. The scheduler's lock guards `put`, `take` and `abandon`."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(runtime)
+        self._reading: tuple[list[tuple[EncodeJob, int]], Reading | None] | None = None
+
+    def __len__(self) -> int:
+        return super().__len__() + (0 if self._reading is None else len(self._reading[0]))
+
+    @property
+    def jobs(self) -> int:
+        """How many callers wait."""
+        under_way = [] if self._reading is None else self._reading[0]
+        return len({id(job) for job, _ in [*self._waiting, *under_way]})
+
+    def take(self) -> list[tuple[EncodeJob, int]]:
+        """The batch under way, else the answer that waited longest with those nearest to it in length that fit beside it."""
+        if self._reading is not None and all(job.future.done() for job, _ in self._reading[0]):
+            for job, _ in self._reading[0]:
+                job.end()
+            self._reading = None
+        if self._reading is None and (batch := super().take()):
+            self._reading = batch, None
+        return [] if self._reading is None else self._reading[0]
+
+    def fitting(self, lengths: Sequence[int]) -> list[int]:
+        """Of waiting answers, those of one batch: the first, then its nearest in length while the padded batch is small."""
+        chosen: list[int] = []
+        for place in sorted(range(len(lengths)), key=lambda i: (i > 0, abs(lengths[i] - lengths[0]), i)):
+            longest = max(lengths[i] for i in [*chosen, place])
+            if chosen and (len(chosen) == SCORE_ROWS or (len(chosen) + 1) * longest > SCORE_TOKENS):
+                break
+            chosen.append(place)
+        return chosen
+
+    def run(self, batch: Sequence[tuple[EncodeJob, int]]) -> None:
+        """One piece of the batch's work; its callers are answered after the last."""
+        assert self._reading is not None
+        jobs = {id(job): job for job, _ in batch}
+        engine = self.runtime.decoder
+        assert engine is not None
+        try:
+            reading = self._reading[1]
+            if reading is None:
+                adapters = [None if job.lease is None else job.lease.resident.bound for job, _ in batch]
+                reading = Reading(engine, [job.ids[place] for job, place in batch], adapters)
+                self._reading = list(batch), reading
+            found = reading.step()
+        except Exception as error:  # whatever it is, these callers get it, and the worker goes on
+            self._reading = None
+            for job in jobs.values():
+                job.end(error)
+            return
+        if found is None:
+            return
+        self._reading = None
+        for (job, place), score in zip(batch, found[0], strict=True):
+            job.take(place, np.array([score], np.float32), NO_STATES)
+        for job in jobs.values():
+            if not job.left:
+                job.end()
+
+    def abandon(self, error: Exception) -> None:
+        """Answer everyone who waits, or is under way, with an error."""
+        super().abandon(error)
+        for job, _ in [] if self._reading is None else self._reading[0]:
+            job.end(error)
+        self._reading = None

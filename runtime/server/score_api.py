@@ -1,0 +1,77 @@
+"""`/score` and `/pooling` (vLLM's shapes): what a reward adapter thinks of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from edgetune.errors import InputError
+from edgetune.runtime.manifest import REWARD
+from edgetune.runtime.scoring import Answered, answered_ids, prompt_and_answer
+from edgetune.runtime.server.encoder_api import Call, in_time
+from edgetune.runtime.server.errors import bad_request
+from edgetune.runtime.server.logs import note
+from edgetune.runtime.server.reading import read_json
+from edgetune.runtime.server.sampling import plain_message
+from edgetune.runtime.server.schema import Schema
+from edgetune.runtime.server.service import Service
+from edgetune.runtime.server.tables import POOLING, SCORE
+
+
+async def score(request: Request) -> Response:
+    """POST /score: the reward of each answer `text_2` to its prompt `text_1`, or of several answers to one prompt."""
+    call, found = await _scores(request, SCORE, _pairs)
+    return call.answer("score", [{"index": i, "object": "score", "score": value} for i, value in enumerate(found)])
+
+
+async def pooling(request: Request) -> Response:
+    """POST /pooling: the reward of a conversation's last answer, or of texts as they stand, as vectors of one number."""
+    call, found = await _scores(request, POOLING, _whole)
+    return call.answer("pool", [{"index": i, "object": "pooling", "data": [value]} for i, value in enumerate(found)])
+
+
+async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Call, list[float]]:
+    service: Service = request.app.state.service
+    service.check_open()
+    body = await read_json(request, schema, limit_mb=service.options.max_body_mb)
+    note(request.scope, model=body["model"], user=body.get("user"))
+    call = Call(service, request.scope, body, service.adapter_of(body["model"]), [])
+    runtime, scheduler = service.runtime, service.scheduler
+    if await service.in_thread(runtime.task, call.adapter) != REWARD:
+        message = f"The model '{call.model}' gives no scores; name a reward adapter."
+        raise bad_request(message, param="model", code="no_scores")
+    call.inputs = answers_of(body)
+    await call.count(lambda one: len(answered_ids(runtime, one, runtime.chosen(call.adapter), truncate=call.truncate)))
+    work = await service.in_thread(lambda: scheduler.score(call.inputs, call.adapter, truncate=call.truncate))
+    return call, await in_time(request, call, work)
+
+
+def _pairs(body: Mapping[str, Any]) -> list[Answered]:
+    prompts, answers = _listed(body["text_1"]), _listed(body["text_2"])
+    if isinstance(body["text_1"], str):
+        prompts = prompts * len(answers)
+    if len(prompts) != len(answers):
+        message = f"'text_2' must have as many texts as 'text_1': expected {len(prompts)}, got {len(answers)}."
+        raise bad_request(message, param="text_2", code="invalid_value")
+    return list(zip(prompts, answers, strict=True))
+
+
+def _whole(body: Mapping[str, Any]) -> list[Answered]:
+    texts, messages = body.get("input"), body.get("messages")
+    if (texts is None) == (messages is None):
+        raise bad_request("Give either 'messages' or 'input'.", param="messages", code="invalid_value")
+    if messages is None:
+        return list(_listed(texts))
+    conversation = [plain_message(message) for message in messages]
+    try:
+        prompt_and_answer(conversation)
+    except InputError as error:
+        raise bad_request(f"{error}.", param="messages", code="invalid_value") from error
+    return [conversation]
+
+
+def _listed(texts: Any) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
