@@ -32,6 +32,7 @@ from edgetune.runtime.registry import AdapterRegistry, InUse, Resident
 from edgetune.runtime.scoring import Answered, answered_ids, read_scores, score_batches
 from edgetune.runtime.tagging import Tagging, Words, read_words
 from edgetune.runtime.tokenizer import BundleTokenizer
+from edgetune.text_pairs import Text
 
 Prompt = str | Sequence[Message]
 """A finished prompt (the user's turn of a chat model), or a conversation."""
@@ -161,13 +162,13 @@ class Runtime:
 
     def classify(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         adapter: str | None = None,
         *,
         adapters: Sequence[str | None] | None = None,
         truncate: bool = False,
     ) -> list[Classification]:
-        """The label of each text, with one adapter for all or one a text.
+        """The label of each text, or of each pair of texts that belong together, with one adapter for all or one a text.
 
         `truncate` cuts a text to what the adapter was trained with; else a text longer than the model's positions
         is an InputError.
@@ -254,7 +255,7 @@ class Runtime:
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         adapter: str | None = None,
         *,
         adapters: Sequence[str | None] | None = None,
@@ -344,16 +345,16 @@ class Runtime:
             )
         return ids
 
-    def text_ids(self, text: str, adapter: str | None = None, *, truncate: bool = False) -> list[int]:
-        """Token ids of a text for an encoder; `truncate` cuts to what the adapter was trained with."""
+    def text_ids(self, text: Text, adapter: str | None = None, *, truncate: bool = False) -> list[int]:
+        """Token ids of a text, or of two, for an encoder; `truncate` cuts to what the adapter was trained with."""
         limit = self.manifest.graph.max_length
-        if truncate:
-            trained = None if adapter is None else self.adapter(adapter).metadata.get("max_length")
-            ids = self.tokenizer.encode_within(text, max_tokens=min(limit, trained or limit))
-        else:
-            ids = self.tokenizer.encode(text)
+        packed = None if adapter is None else self.adapter(adapter)
+        if packed is not None and packed.prompt_format is not None:
+            _check_count(text, pairs=packed.reads_pairs, name=packed.name)
+        trained = None if packed is None else packed.metadata.get("max_length")
+        ids = self.tokenizer.encode_text(text, max_tokens=min(limit, trained or limit) if truncate else None)
         if not ids:
-            raise InputError("the text has no tokens", expected="one token at least", got=repr(text[:40]))
+            raise InputError("the text has no tokens", expected="one token at least", got=repr(text)[:40])
         if len(ids) > limit:
             fix = "Shorten it, or pass truncate=True (`--truncate`)."
             raise InputError(
@@ -425,7 +426,7 @@ class Runtime:
         return [live[place] for place in places]
 
     def _encode(
-        self, texts: Sequence[str], names: Sequence[str | None], held: Held, *, truncate: bool
+        self, texts: Sequence[Text], names: Sequence[str | None], held: Held, *, truncate: bool
     ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
         engine = self._need(self.encoder)
         if not texts:
@@ -475,6 +476,14 @@ class Runtime:
             )
             raise InputError(what, where=str(self.folder))
         return engine
+
+
+def _check_count(text: Text, *, pairs: bool, name: str) -> None:
+    """InputError for one text where the adapter reads two, or the other way round."""
+    if pairs is isinstance(text, str):
+        wanted, got = ("two texts", "one text") if pairs else ("one text", "two texts")
+        example = '("a text", "another")' if pairs else '"a text"'
+        raise InputError(f"the adapter {name!r} reads {wanted} at once", expected=f"{wanted}, as {example}", got=got)
 
 
 def _each(held: Held, names: Sequence[str | None]) -> list[Resident | None]:
