@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from edgetune.text_pairs import second_of
+
 IGNORE = -100  # the label of a position without loss, as in torch's cross entropy
 POOL_BATCHES = 32  # rows are sorted by length within pools of this many batches: < 3 % padding on E2E, order still random
 
@@ -40,6 +42,7 @@ class Batch:
     targets: int  # positions (or rows) that carry loss
     position_ids: Tensor | None = None  # (batch, seq), starting again at 0 with each packed document
     features: Tensor | None = None  # (batch, hidden) pooled states that stand for the tokens
+    token_type_ids: Tensor | None = None  # (batch, seq), 1 from the second text of a row on; None where no row has two
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -118,7 +121,20 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         targets=int((labels[:, 1:] != IGNORE).sum()) if labels.ndim == 2 else len(examples),
         position_ids=_collate_positions(examples, longest),
         features=_collate_features(examples),
+        token_type_ids=token_types([example.input_ids for example in examples], longest),
     )
+
+
+def token_types(rows: Sequence[Sequence[int]], longest: int) -> Tensor | None:
+    """(rows, longest) int64, 1 at the tokens of second texts; None where no row has two texts."""
+    seconds = [second_of(row) for row in rows]
+    if all(second is None for second in seconds):
+        return None
+    types = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for at, (row, second) in enumerate(zip(rows, seconds, strict=True)):
+        if second is not None:
+            types[at, second : len(row)] = 1
+    return types
 
 
 def _collate_features(examples: Sequence[Example]) -> Tensor | None:

@@ -24,6 +24,7 @@ from edgetune.intervals import preference_metrics
 from edgetune.metrics import accuracy, bleu, exact_match, is_json_task, json_exact_match, json_valid, macro_f1
 from edgetune.prompts import PromptFormat, split_messages
 from edgetune.recipe_generation import shaping
+from edgetune.text_pairs import Text
 
 ROWS_AT_ONCE = 16
 
@@ -38,8 +39,8 @@ class Answers(Protocol):
     labels: tuple[str, ...] | None
     prompt_format: PromptFormat
 
-    def classify(self, texts: Sequence[str]) -> list[str]:
-        """The label of each text."""
+    def classify(self, texts: Sequence[Any]) -> list[str]:
+        """The label of each text, or of each pair of them."""
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily."""
@@ -285,15 +286,15 @@ class BundleAnswers:
         own = shaping(packed.generation)
         self.notes = (f"every answer is shaped by the adapter's own {', '.join(own)}, which a run in torch is not",) if own else ()
 
-    def classify(self, texts: Sequence[str]) -> list[str]:
+    def classify(self, texts: Sequence[Text]) -> list[str]:
         """The label of each text."""
         return [answer.label for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
 
-    def label_sets(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+    def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
         """The labels of each text whose probability is at least 0.5 (multi-label)."""
         return [answer.labels for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
 
-    def values(self, texts: Sequence[str]) -> list[float]:
+    def values(self, texts: Sequence[Text]) -> list[float]:
         """The number of each text (regression)."""
         return [answer.value for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
 

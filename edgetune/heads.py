@@ -40,14 +40,15 @@ class SequenceClassifier(nn.Module):
         module: nn.Module = getattr(self, self.body_name)
         return module
 
-    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, seq) token ids → (batch, hidden)."""
-        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """(batch, seq) token ids → (batch, hidden). Types of tokens (two texts in a row) where the body knows any."""
+        types = {} if token_type_ids is None or not has_token_types(self.config) else {"token_type_ids": token_type_ids}
+        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         return pool(hidden, attention_mask, self.pooling)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """(batch, seq) token ids → (batch, labels) logits."""
-        logits: Tensor = self.classifier(self.pooled(input_ids, attention_mask))
+        logits: Tensor = self.classifier(self.pooled(input_ids, attention_mask, token_type_ids))
         return logits
 
 
@@ -95,6 +96,11 @@ def last_hidden(body: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     last = attention_mask.sum(dim=1) - 1
     state: Tensor = hidden[torch.arange(len(hidden), device=hidden.device), last].float()
     return state
+
+
+def has_token_types(config: Any) -> bool:
+    """Whether an encoder has an embedding for the types of tokens, which tell two texts of a row apart."""
+    return (getattr(config, "type_vocab_size", None) or 0) > 1
 
 
 def head_of(model: nn.Module) -> str | None:

@@ -24,6 +24,7 @@ import jinja2.sandbox
 from edgetune.errors import DataError, RecipeError
 from edgetune.recipe import Data, Method
 from edgetune.recipe_checks import column_name
+from edgetune.text_pairs import Text
 
 NAME = re.compile(r"[A-Za-z_]\w*")
 COLUMN = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
@@ -39,6 +40,7 @@ class PromptFormat:
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    text_pair: str | None = None  # the second of two texts that are classified together
     label: str | None = None
     chosen: str | None = None
     rejected: str | None = None
@@ -61,7 +63,8 @@ def prompt_format(data: Data, *, method: Method, chat_template: str | None, colu
         return PromptFormat(tokens=column_name(data.tokens or "tokens"), tags=column_name(data.tags or "tags"))
     if method == "sequence-classification":
         text, label = row_template(data.text, "text", key="data.text"), row_template(data.label, "label", key="data.label")
-        return PromptFormat(text=text, label=label)
+        pair = None if data.text_pair is None else row_template(data.text_pair, "text_pair", key="data.text_pair")
+        return PromptFormat(text=text, text_pair=pair, label=label)
     if data.template == "chat" and not chat_template:
         fix = 'Set data.template = "plain", or choose an instruct model.'
         raise RecipeError('data.template = "chat", but the base\'s tokenizer has no chat template', fix=fix)
@@ -107,6 +110,12 @@ def render(template: str, values: Mapping[str, Any], *, where: str, field: str) 
             fix="Fill it in, or leave such rows out with data.skip_invalid = true.",
         )
     return text
+
+
+def row_text(form: PromptFormat, values: Mapping[str, Any], *, where: str) -> Text:
+    """What a classifier reads of a row: a text, or two."""
+    text = render(form.text or "{{ text }}", values, where=where, field="text")
+    return text if form.text_pair is None else (text, render(form.text_pair, values, where=where, field="text_pair"))
 
 
 def chat_text(tokenizer: Any, messages: list[dict[str, str]], *, where: str = "") -> str:

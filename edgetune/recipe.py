@@ -43,7 +43,7 @@ COLUMNS = {
     "grpo": ("prompt", "completion", "system", "template"),
     "reward": ("prompt", "chosen", "rejected", "system", "template"),
     "masked-lm": ("text",),
-    "sequence-classification": ("text", "label", "label_names"),
+    "sequence-classification": ("text", "text_pair", "label", "label_names"),
     "token-classification": ("tokens", "tags"),
 }
 # Settings of a stage that mean something to one method only.
@@ -61,7 +61,7 @@ OWN_SETTINGS = {
 class Data:
     """The rows of a stage and how a row becomes an example.
 
-    `prompt`, `completion`, `chosen`, `rejected`, `text` and `label` are each a column's name or a Jinja template over
+    `prompt`, `completion`, `chosen`, `rejected`, `text`, `text_pair` and `label` are each a column's name or a Jinja template over
     the row; `tokens` and `tags` are names of columns that hold lists.
     """
 
@@ -80,6 +80,9 @@ class Data:
     chosen: str | None = option(None, help="reward, dpo: the better answer; default: column chosen")
     rejected: str | None = option(None, help="reward, dpo: the worse answer; default: column rejected")
     text: str | None = option(None, help="causal-lm, masked-lm and classification: the text; default: column text")
+    text_pair: str | None = option(
+        None, help="sequence-classification: a second text, read together with the first (sentence1, sentence2); not set: one text"
+    )
     label: str | None = option(
         None,
         help="classification: its label; with problem = \"multi-label\" the name of a column that holds a list of labels, with "

@@ -108,6 +108,10 @@ def check_problem(stage: Stage, *, path: str, where: str) -> None:
         raise RecipeError(
             f'{path}.data.label_names has no meaning with problem = "{stage.problem}"', where=where, fix="Remove label_names."
         )
+    if stage.data.text_pair is not None and stage.data.label_names:
+        raise RecipeError(
+            f"{path}.data.label_names has no meaning with text_pair: a label's name is one text", where=where, fix="Remove label_names."
+        )
     lists = {"tokens": stage.data.tokens, "tags": stage.data.tags} | ({"label": stage.data.label} if stage.problem == "multi-label" else {})
     for key, value in lists.items():
         if value is not None and column_name(value) is None:

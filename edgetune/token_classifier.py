@@ -25,8 +25,8 @@ class TokenClassifier(SequenceClassifier):
         hidden: Tensor = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return hidden
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, seq) token ids → (batch, seq, labels) logits."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """(batch, seq) token ids → (batch, seq, labels) logits. Rows are one text: there are no types."""
         logits: Tensor = self.classifier(self.states(input_ids, attention_mask))
         return logits
 

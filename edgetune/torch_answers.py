@@ -17,6 +17,7 @@ from edgetune.prompts import PromptFormat, chat_messages, chat_text
 from edgetune.recipe_generation import shaping
 from edgetune.runs import load_adapted_model
 from edgetune.scoring import encode_answered, score_rows
+from edgetune.text_pairs import Text
 from edgetune.words import OUTSIDE, first_subwords, join_words
 
 MAX_NEW_TOKENS = 256  # where the adapter records no limit
@@ -40,19 +41,19 @@ class TorchAnswers:
         return cls(*load_adapted_model(folder))
 
     @torch.no_grad()
-    def classify(self, texts: Sequence[str]) -> list[str]:
+    def classify(self, texts: Sequence[Text]) -> list[str]:
         """The label of each text; longer ones are cut to the length the adapter was trained with."""
         labels = self.labels or ()
         return [labels[index] for index in self._class_logits(texts).argmax(-1).tolist()]
 
     @torch.no_grad()
-    def label_sets(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+    def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
         """The labels of each text whose probability is at least 0.5 (multi-label)."""
         labels = self.labels or ()
         return [tuple(label for label, logit in zip(labels, row, strict=True) if logit >= 0) for row in self._class_logits(texts).tolist()]
 
     @torch.no_grad()
-    def values(self, texts: Sequence[str]) -> list[float]:
+    def values(self, texts: Sequence[Text]) -> list[float]:
         """The number of each text (regression)."""
         numbers: list[float] = self._class_logits(texts).squeeze(-1).tolist()
         return numbers
@@ -76,9 +77,12 @@ class TorchAnswers:
         limit: int = min(self.metadata["max_length"], getattr(self.model.config, "max_position_embeddings", self.metadata["max_length"]))
         return limit
 
-    def _class_logits(self, texts: Sequence[str]) -> Tensor:
-        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self._limit, return_tensors="pt")
-        logits: Tensor = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    def _class_logits(self, texts: Sequence[Text]) -> Tensor:
+        columns = [list(texts)] if not texts or isinstance(texts[0], str) else [list(column) for column in zip(*texts, strict=True)]
+        pairs = len(columns) > 1
+        batch = self.tokenizer(*columns, padding=True, truncation=True, max_length=self._limit, return_token_type_ids=pairs, return_tensors="pt")
+        types = {"token_type_ids": batch["token_type_ids"]} if pairs else {}
+        logits: Tensor = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types)
         return logits
 
     @torch.no_grad()

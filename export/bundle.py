@@ -52,7 +52,7 @@ from edgetune.export.sources import Source, base_of, check_sources, original_bas
 from edgetune.export.token_head import add_token_head
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
-from edgetune.heads import RewardModel, SequenceClassifier
+from edgetune.heads import RewardModel, SequenceClassifier, has_token_types
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
 from edgetune.runtime.manifest import (
@@ -69,6 +69,7 @@ from edgetune.runtime.manifest import (
     Site,
 )
 from edgetune.runtime.manifest import Precision as PrecisionInfo
+from edgetune.text_pairs import second_of, typed_at
 from edgetune.token_classifier import TokenClassifier, build_classifier
 from edgetune.weight_precision import INT4_DECODER
 
@@ -190,7 +191,7 @@ def _graph(
         graph, shape = trace_decoder(body, max_length=max_length), asdict(cache_sizes(config))
     else:
         graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
-        shape = {"cache_dtype": None, "pooling": base.pooling}
+        shape = {"cache_dtype": None, "pooling": base.pooling, "token_type_ids": has_token_types(config)}
     simplify(graph)
     say(f"writing weights as {precision.weights}")
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
@@ -298,7 +299,14 @@ def _proof_document(proofs: Mapping[str, Proof], rows: Mapping[str, list[list[in
         "bounds": asdict(BOUNDS[coarsest([precision.weights, *precision.overrides.values()])]),
         "adapters": {name: proof.to_dict() for name, proof in proofs.items()},
         "probe": dict(rows),
+        **({"second": second} if (second := {name: kept for name, found in rows.items() if any(kept := [second_of(row) for row in found])}) else {}),
     }
+
+
+def _probe(manifest: Manifest) -> dict[str, list[list[int]]]:
+    """The manifest's probe rows; two texts know again where the second begins."""
+    rows, second = manifest.proof["probe"], manifest.proof.get("second", {})
+    return {name: [typed_at(row, at) for row, at in zip(found, second.get(name) or [None] * len(found), strict=True)] for name, found in rows.items()}
 
 
 def _digests(folder: Path) -> dict[str, FileInfo]:
@@ -316,7 +324,7 @@ def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> 
     ]
     if missing := sorted({source.name for source in sources} - set(manifest.proof.get("probe", {}))):
         raise ExportError(f"the manifest holds no probe for {missing[0]}", where=str(folder), fix="Export the bundle again.")
-    return prove_bundle(folder, manifest, base, sources, manifest.proof["probe"], threads=threads)
+    return prove_bundle(folder, manifest, base, sources, _probe(manifest), threads=threads)
 
 
 __all__ = ["build_base", "export_bundle", "prove_bundle", "reprove"]

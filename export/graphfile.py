@@ -105,8 +105,27 @@ def standard_decoder(engine: ir.Model) -> ir.Model:
 def standard_encoder(engine: ir.Model) -> ir.Model:
     """The encoder with defaults for its adapter and head inputs: plain ONNX Runtime can run it as it is."""
     model = _copy(engine)
+    _optional_types(model.graph)
     _default_adapters(model.graph)
     return model
+
+
+def _optional_types(graph: ir.Graph) -> None:
+    """Types of tokens that may be left out: one 0 by default, spread over the ids."""
+    given = next((value for value in graph.inputs if value.name == "token_type_ids"), None)
+    if given is None:
+        return
+    ids = next(value for value in graph.inputs if value.name == "input_ids")
+    first, place = next(iter(graph)), list(graph.inputs).index(given)
+    types = ir.Value(name="token_type_ids", shape=ir.Shape(["types_batch", "types_sequence"]), type=ir.TensorType(ir.DataType.INT64))
+    shape = ir.node("Shape", [ids])
+    spread = ir.node("Expand", [types, shape.outputs[0]])
+    for node in (shape, spread):
+        graph.insert_before(first, node)
+    ir.convenience.replace_all_uses_with(given, spread.outputs[0])
+    graph.inputs[place] = types
+    types.const_value = ir.tensor(np.zeros((1, 1), np.int64), name="token_type_ids")
+    graph.register_initializer(types)
 
 
 def _default_adapters(graph: ir.Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgetune.adapters import METADATA, read_metadata
+from edgetune.batching import token_types
 from edgetune.errors import EdgetuneError
+from edgetune.examples.classification import encode_texts
 from edgetune.export.proof import Outputs
 from edgetune.heads import RewardModel, SequenceClassifier
 from edgetune.recipe_file import load_recipe
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
 from edgetune.runtime.scoring import read_scores
+from edgetune.text_pairs import Text, first_tokens
 from edgetune.token_classifier import TokenClassifier
 
 ROWS, TOKENS = 12, 64  # at most; a row ends where its example ends
@@ -42,10 +47,16 @@ def probe_rows(adapter: Path, tokenizer: Any, base: Any) -> list[list[int]]:
             stage = load_recipe(recipe_file).stage[-1]
             examples = load_examples(stage, tokenizer, base)
             rows = examples.validation or examples.train
-            return [list(example.input_ids[:longest]) for example in _spread(rows, ROWS)]
+            return [first_tokens(example.input_ids, longest) for example in _spread(rows, ROWS)]
         except EdgetuneError:
             pass  # the data has moved since training; the proof stands on plain texts too
-    return [tokenizer(text)["input_ids"][:longest] for text in TEXTS]
+    texts: list[Text] = list(itertools.pairwise(TEXTS)) if _reads_pairs(adapter) else list(TEXTS)
+    return encode_texts(texts, tokenizer, limit=longest)[0] if base.kind == "encoder" else [tokenizer(text)["input_ids"][:longest] for text in TEXTS]
+
+
+def _reads_pairs(adapter: Path) -> bool:
+    path = adapter / METADATA
+    return path.is_file() and (read_metadata(adapter).get("prompt_format") or {}).get("text_pair") is not None
 
 
 def _spread(rows: Sequence[Any], count: int) -> list[Any]:
@@ -65,7 +76,7 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
                 states.append(hidden.numpy())
                 logits.append(inner.classifier(hidden).numpy())
             elif isinstance(inner, SequenceClassifier):
-                pooled = inner.pooled(ids, torch.ones_like(ids))
+                pooled = inner.pooled(ids, torch.ones_like(ids), token_types([row], len(row)))
                 states.append(pooled.numpy())
                 logits.append(inner.classifier(pooled).numpy())
             elif isinstance(inner, RewardModel):

@@ -21,6 +21,7 @@ from edgetune.export import attention
 from edgetune.export.attention import now
 from edgetune.export.families import DECODERS, ENCODERS, cache_sizes, decoder_family, encoder_family
 from edgetune.export.leaves import DOMAIN, is_rotary, symbolic_leaves
+from edgetune.heads import has_token_types
 from edgetune.runtime.manifest import STATES
 
 OPSET = 21
@@ -78,15 +79,17 @@ class _Decoder(_Traced):
 
 
 class _Encoder(_Traced):
-    """input_ids, attention_mask (B, S) → last_hidden_state (B, S, H), pooled (B, H)."""
+    """input_ids, attention_mask and, where the body knows types of tokens, token_type_ids (B, S) → last_hidden_state
+    (B, S, H), pooled (B, H)."""
 
     def __init__(self, body: PreTrainedModel, max_length: int, pooling: str) -> None:
         super().__init__(body, max_length)
         self.pooling = pooling
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         now.mask, now.windows, now.rotary = attention_mask.to(torch.int32), {}, None
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         if self.pooling == "cls":
             return hidden, hidden[:, 0]
         weights = attention_mask.to(hidden.dtype).unsqueeze(-1)  # (B, S, 1)
@@ -117,12 +120,11 @@ def trace_decoder(model: PreTrainedModel, *, max_length: int) -> ir.Model:
 def trace_encoder(body: PreTrainedModel, *, pooling: str, max_length: int) -> ir.Model:
     """Trace an encoder without its task head; the head is added to the graph later, as input or constant."""
     encoder_family(body.config)
-    args = (torch.zeros(BATCH, SEQ, dtype=torch.int64), torch.ones(BATCH, SEQ, dtype=torch.int64))
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if has_token_types(body.config) else [])]
+    args = (torch.zeros(BATCH, SEQ, dtype=torch.int64), torch.ones(BATCH, SEQ, dtype=torch.int64), torch.zeros(BATCH, SEQ, dtype=torch.int64))
     batch, seq = torch.export.Dim("batch"), torch.export.Dim("sequence")
-    dynamic = ({0: batch, 1: seq}, {0: batch, 1: seq})
     return _trace(
-        _Encoder(body, max_length, pooling), args, dynamic, attention.ENCODER,
-        ["input_ids", "attention_mask"], [STATES, "pooled"],
+        _Encoder(body, max_length, pooling), args[: len(names)], ({0: batch, 1: seq},) * len(names), attention.ENCODER, names, [STATES, "pooled"],
     )  # fmt: skip
 
 

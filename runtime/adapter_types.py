@@ -94,6 +94,7 @@ PROMPT_FORMAT: Table = {
     "system": TEXT,
     "prompt": TEXT,
     "text": TEXT,
+    "text_pair": TEXT,
     "tokens": TEXT,
 }
 GENERATION: Table = {

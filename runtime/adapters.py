@@ -26,6 +26,7 @@ from edgetune.runtime.trained_for import other_weights
 __all__ = ["PackedAdapter", "lora_deltas", "pack_adapter"]
 
 Float32 = npt.NDArray[np.float32]
+TYPED = ("bert", "electra")  # families that tell two texts apart by the types of their tokens
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class PackedAdapter:
         """How a row becomes a prompt, as it was trained; None for a foreign adapter."""
         value: dict[str, Any] | None = self.metadata.get("prompt_format")
         return value
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether it classifies two texts at once."""
+        return (self.prompt_format or {}).get("text_pair") is not None
 
     @property
     def task(self) -> str | None:
@@ -206,6 +212,9 @@ def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
     pooling = metadata.get("pooling")
     if pooling is not None and pooling != manifest.graph.pooling:
         problems.append(f"{METADATA}: pooling: expected {manifest.graph.pooling}, got {pooling}")
+    pairs = (metadata.get("prompt_format") or {}).get("text_pair") is not None
+    if pairs and manifest.base.model_type in TYPED and not manifest.graph.token_type_ids:
+        problems.append(f"{METADATA}: prompt_format.text_pair: this graph takes no token types; export the bundle again")
     if read.head and manifest.head is None:
         shape = next(iter(read.head.values())).shape
         fix = "; export the bundle again" if manifest.is_decoder else ""

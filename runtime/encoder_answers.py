@@ -13,6 +13,7 @@ from edgetune.runtime.engine import EncoderEngine
 from edgetune.runtime.manifest import TAGGING
 from edgetune.runtime.open_bundle import Held, OpenBundle, batches, bound, each
 from edgetune.runtime.tagging import Tagging, Words, read_words
+from edgetune.text_pairs import Text
 
 ENCODE_ROWS = 32
 """Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's list."""
@@ -23,13 +24,13 @@ class EncoderAnswers(OpenBundle):
 
     def classify(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         adapter: str | None = None,
         *,
         adapters: Sequence[str | None] | None = None,
         truncate: bool = False,
     ) -> list[Classification]:
-        """The label of each text, with one adapter for all or one a text.
+        """The label of each text, or of each pair of texts that belong together, with one adapter for all or one a text.
 
         `truncate` cuts a text to what the adapter was trained with; else a text longer than the model's positions
         is an InputError.
@@ -63,7 +64,7 @@ class EncoderAnswers(OpenBundle):
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         adapter: str | None = None,
         *,
         adapters: Sequence[str | None] | None = None,
@@ -92,16 +93,16 @@ class EncoderAnswers(OpenBundle):
             there = ", ".join(entry.name for entry in self.manifest.adapters if entry.task == TAGGING)
             raise InputError(what, expected=there or "an adapter for token-classification")
 
-    def text_ids(self, text: str, adapter: str | None = None, *, truncate: bool = False) -> list[int]:
-        """Token ids of a text for an encoder; `truncate` cuts to what the adapter was trained with."""
+    def text_ids(self, text: Text, adapter: str | None = None, *, truncate: bool = False) -> list[int]:
+        """Token ids of a text, or of two, for an encoder; `truncate` cuts to what the adapter was trained with."""
         limit = self.manifest.graph.max_length
-        if truncate:
-            trained = None if adapter is None else self.adapter(adapter).metadata.get("max_length")
-            ids = self.tokenizer.encode_within(text, max_tokens=min(limit, trained or limit))
-        else:
-            ids = self.tokenizer.encode(text)
+        packed = None if adapter is None else self.adapter(adapter)
+        if packed is not None and packed.prompt_format is not None:
+            _check_count(text, pairs=packed.reads_pairs, name=packed.name)
+        trained = None if packed is None else packed.metadata.get("max_length")
+        ids = self.tokenizer.encode_text(text, max_tokens=min(limit, trained or limit) if truncate else None)
         if not ids:
-            raise InputError("the text has no tokens", expected="one token at least", got=repr(text[:40]))
+            raise InputError("the text has no tokens", expected="one token at least", got=repr(text)[:40])
         if len(ids) > limit:
             fix = "Shorten it, or pass truncate=True (`--truncate`)."
             raise InputError(
@@ -113,7 +114,7 @@ class EncoderAnswers(OpenBundle):
         return ids
 
     def _encode(
-        self, texts: Sequence[str], names: Sequence[str | None], held: Held, *, truncate: bool
+        self, texts: Sequence[Text], names: Sequence[str | None], held: Held, *, truncate: bool
     ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
         engine = self._need(self.encoder)
         if not texts:
@@ -148,3 +149,11 @@ class EncoderAnswers(OpenBundle):
                 one = found[i]
                 results[i] = readings[i].tagging(row, (one.packed.labels if one else None) or ())
         return results
+
+
+def _check_count(text: Text, *, pairs: bool, name: str) -> None:
+    """InputError for one text where the adapter reads two, or the other way round."""
+    if pairs is isinstance(text, str):
+        wanted, got = ("two texts", "one text") if pairs else ("one text", "two texts")
+        example = '("a text", "another")' if pairs else '"a text"'
+        raise InputError(f"the adapter {name!r} reads {wanted} at once", expected=f"{wanted}, as {example}", got=got)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from edgetune.errors import InputError
 from edgetune.runtime.binding import AdapterRow, BoundTensors, GraphSession, KVCache, ort_value
 from edgetune.runtime.device_memory import DeviceKVCache, OutputBuffer
+from edgetune.text_pairs import second_of
 
 __all__ = ["BoundTensors", "DecodeState", "DecoderEngine", "EncoderEngine"]
 
@@ -219,7 +220,7 @@ class EncoderEngine(GraphSession):
         InputError when a row is empty or longer than the graph's positions.
         """
         chosen = adapter_per_row(rows, adapters)
-        logits, pooled = self._run(*self._padded(rows, pad_token_id), chosen, ("logits", "pooled"))
+        logits, pooled = self._run(self._padded(rows, pad_token_id), chosen, ("logits", "pooled"))
         return [logits[i, : self._labels(adapter, logits)] for i, adapter in enumerate(chosen)], pooled
 
     def tokens(
@@ -231,9 +232,9 @@ class EncoderEngine(GraphSession):
         bundle that tags holds it in the graph. InputError as in `run`.
         """
         chosen, head = adapter_per_row(rows, adapters), self.manifest.head
-        ids, mask = self._padded(rows, pad_token_id)
+        inputs = self._padded(rows, pad_token_id)
         wanted = ("last_hidden_state",) if head is not None else ("last_hidden_state", "logits")
-        found = self._run(ids, mask, chosen, wanted)
+        found = self._run(inputs, chosen, wanted)
         states = [found[0][i, : len(row)] for i, row in enumerate(rows)]
         if head is None:
             return [found[1][i, : len(row)] for i, row in enumerate(rows)], states
@@ -244,8 +245,8 @@ class EncoderEngine(GraphSession):
             logits.append(row @ weight + bias)
         return logits, states
 
-    def _padded(self, rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Int64, Int64]:
-        """Ids and mask (rows, longest), right-padded."""
+    def _padded(self, rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Int64]:
+        """Ids, mask and, where the graph takes them, types (1 in the second text of a row), (rows, longest), right-padded."""
         limit = self.graph.max_length
         for i, row in enumerate(rows):
             if not 0 < len(row) <= limit:
@@ -257,15 +258,15 @@ class EncoderEngine(GraphSession):
                 )
         width = max(map(len, rows))
         ids = np.full((len(rows), width), pad_token_id, np.int64)
-        mask = np.zeros_like(ids)
+        mask, types = np.zeros_like(ids), np.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        return ids, mask
+            if (second := second_of(row)) is not None:
+                types[i, second : len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if "token_type_ids" in self.inputs else {})
 
-    def _run(self, ids: Int64, mask: Int64, adapters: Sequence[AdapterRow], outputs: Sequence[str]) -> list[Float32]:
-        io, inputs = self.session.io_binding(), {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in self.inputs:
-            inputs["token_type_ids"] = np.zeros_like(ids)
+    def _run(self, inputs: Mapping[str, Int64], adapters: Sequence[AdapterRow], outputs: Sequence[str]) -> list[Float32]:
+        io = self.session.io_binding()
         values = {name: ort_value(array) for name, array in inputs.items()}
         for name, value in values.items():
             io.bind_ortvalue_input(name, value)

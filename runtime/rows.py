@@ -18,6 +18,7 @@ from edgetune.runtime.prompts import check_messages, columns_of, render_columns
 from edgetune.runtime.runtime import Prompt, Runtime
 from edgetune.runtime.scoring import Answered, answered_ids, answered_of
 from edgetune.runtime.tagging import Tagging, Words, check_words, read_words
+from edgetune.text_pairs import Text
 
 BATCH = 8
 """Rows that are answered in one batch."""
@@ -30,7 +31,7 @@ class Request:
     where: str
     row: dict[str, Any]
     adapter: str | None
-    content: Prompt | Words | Answered  # a list of strings: words to be tagged
+    content: Prompt | Words | Answered | Text  # a list of strings: words to be tagged
     tokens: int
     """length of the prompt, by which rows are batched"""
 
@@ -115,7 +116,7 @@ def _request(
         form = None if chosen is None else runtime.adapter(chosen).prompt_format
         if runtime.task(chosen) == REWARD:
             answered = answered_of(row, form, where=where)
-            content: Prompt | Words | Answered = answered
+            content: Prompt | Words | Answered | Text = answered
             tokens = len(answered_ids(runtime, answered, chosen, truncate=truncate))
         elif runtime.manifest.is_decoder:
             prompt = prompt_of(row, form, where=where)
@@ -150,12 +151,17 @@ def prompt_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: 
     return _text(row, "prompt", also=("messages",), template=template, where=where)
 
 
-def text_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> str:
-    """A classification row: the columns of the adapter's text template, else `text`."""
-    template = (form or {}).get("text")
+def text_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Text:
+    """A classification row: the columns of the adapter's text template, else `text`; two texts where it reads two."""
+    first = _column_text(row, "text", form, where=where)
+    return first if (form or {}).get("text_pair") is None else (first, _column_text(row, "text_pair", form, where=where))
+
+
+def _column_text(row: Mapping[str, Any], key: str, form: Mapping[str, Any] | None, *, where: str) -> str:
+    template = (form or {}).get(key)
     if template is not None and set(columns_of(template)) <= set(row):
         return render_columns(template, row, where=where)
-    return _text(row, "text", also=(), template=template, where=where)
+    return _text(row, key, also=(), template=template, where=where)
 
 
 def words_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Words:
@@ -206,7 +212,7 @@ def _answer(
         rows: list[Any] = contents
         tagged = runtime.tag(rows, adapters=names, truncate=truncate)
         return [_tagged(row, one) for row, one in zip(rows, tagged, strict=True)]
-    texts = [str(content) for content in contents]
+    texts = cast(list[Text], contents)
     if all(runtime.labels(name) is not None for name in names):
         found = runtime.classify(texts, adapters=names, truncate=truncate)
         return [_classified(c) for c in found]

@@ -42,6 +42,7 @@ from edgetune.runtime.runtime import Runtime
 from edgetune.runtime.score_queue import ScoreQueue
 from edgetune.runtime.scoring import Answered, answered_ids
 from edgetune.runtime.tagging import Tagging, Words, read_words
+from edgetune.text_pairs import Text
 
 __all__ = [
     "AdapterCounters",
@@ -156,7 +157,7 @@ class Scheduler:
         return running.ticket
 
     def classify(
-        self, texts: Sequence[str], adapter: str | None = None, *, truncate: bool = False
+        self, texts: Sequence[Text], adapter: str | None = None, *, truncate: bool = False
     ) -> Future[list[Classification]]:
         """As `Runtime.classify`, in batches with everyone else's texts. Errors of the input are raised here."""
         name = self.runtime.chosen(adapter)
@@ -171,7 +172,7 @@ class Scheduler:
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         adapter: str | None = None,
         *,
         normalize: bool = True,

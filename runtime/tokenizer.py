@@ -9,6 +9,7 @@ from typing import Any
 from edgetune.errors import BundleError, InputError
 from edgetune.runtime.manifest import Manifest
 from edgetune.runtime.prompts import Message, chat_messages, chat_text
+from edgetune.text_pairs import Text, lengths_within, typed
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -45,6 +46,22 @@ class BundleTokenizer:
     def encode_within(self, text: str, *, max_tokens: int) -> list[int]:
         """Ids of a text, cut to `max_tokens` with its special tokens kept, as transformers' `truncation=True`."""
         return self.encode_with_offsets(text, max_tokens=max_tokens)[0]
+
+    def encode_text(self, text: Text, *, max_tokens: int | None = None) -> list[int]:
+        """Ids of a text or of two, cut as by `encode_within` unless None; of two texts the longer one is cut first.
+
+        Two texts' ids say where the second begins, when the tokenizer tells them apart (`edgetune.text_pairs.PairIds`).
+        """
+        if isinstance(text, str):
+            return self.encode(text) if max_tokens is None else self.encode_within(text, max_tokens=max_tokens)
+        first, second = (self._encoding(one, add_special_tokens=False) for one in text)
+        if max_tokens is not None:
+            most = max(max_tokens - self.tokenizer.num_special_tokens_to_add(True), 0)
+            kept = lengths_within(len(first.ids), len(second.ids), most)
+            first.truncate(kept[0])
+            second.truncate(kept[1])
+        whole = self.tokenizer.post_process(first, second)
+        return typed(whole.ids, whole.type_ids)
 
     def encode_with_offsets(self, text: str, *, max_tokens: int | None) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a text, cut as by `encode_within` unless None, and the characters of each: (0, 0) of a special token."""

@@ -63,7 +63,7 @@ def command(
     Rows hold "prompt", "messages" or "text", or the columns the adapter was trained on; "adapter" in a row chooses
     its adapter. Answered rows keep their fields and gain "completion" and "finish_reason", or "label" and
     "score", "labels" and "scores", "value", or "tags", "spans" and "entities" (rows to tag hold "tokens" or "text");
-    for a reward adapter rows hold "prompt" and "completion", or "messages" that end with the answer, and gain "score".
+    rows of an adapter that reads two texts hold "text" and "text_pair"; for a reward adapter rows hold "prompt" and "completion", or "messages" that end with the answer, and gain "score".
     """
     if text is not None and not text.strip():
         raise click.UsageError("TEXT is empty")

@@ -10,17 +10,18 @@ from typing import Any
 from edgetune.data import Row, Rows
 from edgetune.errors import DataError
 from edgetune.examples.common import Example, ExampleSet, Loading, convert_rows, sample
-from edgetune.prompts import PromptFormat, render
+from edgetune.prompts import PromptFormat, render, row_text
+from edgetune.text_pairs import Text, typed
 
 NO_LINE = 0  # of a row that is a label's name and stands in no file
 
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """A row as texts: what is classified and its label."""
+    """A row as texts: what is classified (a text, or two) and its label."""
 
     line: int
-    text: str
+    text: Text
     label: str
 
 
@@ -28,10 +29,10 @@ def labelled_rows(
     source: Rows, form: PromptFormat, *, skip_invalid: bool = False
 ) -> tuple[list[LabelledRow], int]:
     """Text and label of every row, and how many rows were left out."""
-    text, label = form.text or "{{ text }}", form.label or "{{ label }}"
+    label = form.label or "{{ label }}"
 
     def convert(row: Row, where: str) -> LabelledRow:
-        rendered = render(text, row.values, where=where, field="text")
+        rendered = row_text(form, row.values, where=where)
         return LabelledRow(row.line, rendered, render(label, row.values, where=where, field="label").strip())
 
     return convert_rows(source, convert, skip_invalid=skip_invalid)
@@ -91,9 +92,21 @@ def _encode_classification(
     return [Example(ids, index[row.label], row.line) for row, ids in zip(rows, encoded, strict=True)], cut
 
 
-def encode_texts(texts: Sequence[str], tokenizer: Any, *, limit: int) -> tuple[list[list[int]], int]:
-    """Token ids of each text and how many texts were cut to `limit` tokens (special tokens stay)."""
-    encoded: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)["input_ids"]
+def encode_texts(texts: Sequence[Text], tokenizer: Any, *, limit: int) -> tuple[list[list[int]], int]:
+    """Token ids of each text, or of two, and how many were cut to `limit` tokens (special tokens stay).
+
+    Of two texts the longer one is cut first; their ids say where the second begins (`PairIds`) as the tokenizer's types do.
+    """
+    encoded = _encode(texts, tokenizer, truncation=True, max_length=limit)
     at_limit = [text for text, ids in zip(texts, encoded, strict=True) if len(ids) == limit]
-    whole = tokenizer(at_limit, truncation=False, verbose=False)["input_ids"] if at_limit else []
+    whole = _encode(at_limit, tokenizer, truncation=False) if at_limit else []
     return encoded, sum(len(ids) > limit for ids in whole)
+
+
+def _encode(texts: Sequence[Text], tokenizer: Any, **settings: Any) -> list[list[int]]:
+    if not texts or isinstance(texts[0], str):
+        ids: list[list[int]] = tokenizer(list(texts), verbose=False, **settings)["input_ids"]
+        return ids
+    first, second = zip(*texts, strict=True)
+    found = tokenizer(list(first), list(second), return_token_type_ids=True, verbose=False, **settings)
+    return [typed(row, types) for row, types in zip(found["input_ids"], found["token_type_ids"], strict=True)]

@@ -16,16 +16,17 @@ from edgetune.examples.classification import encode_texts
 from edgetune.examples.common import Example, ExampleSet, Loading, convert_rows, sample
 from edgetune.examples.tagging import FIX, is_text, shown
 from edgetune.problems import VALUE
-from edgetune.prompts import PromptFormat, render
+from edgetune.prompts import PromptFormat, render, row_text
 from edgetune.recipe_checks import column_name
+from edgetune.text_pairs import Text
 
 
 @dataclass(frozen=True)
 class TargetRow:
-    """A text and what it shall get: a tuple of labels, or a number."""
+    """A text (or two) and what it shall get: a tuple of labels, or a number."""
 
     line: int
-    text: str
+    text: Text
     target: Any
 
 
@@ -95,7 +96,7 @@ def _rows(
     source: Rows, form: PromptFormat, target: Callable[[Row, str], Any], *, skip_invalid: bool
 ) -> tuple[list[TargetRow], int]:
     def convert(row: Row, where: str) -> TargetRow:
-        return TargetRow(row.line, render(form.text or "{{ text }}", row.values, where=where, field="text"), target(row, where))
+        return TargetRow(row.line, row_text(form, row.values, where=where), target(row, where))
 
     return convert_rows(source, convert, skip_invalid=skip_invalid)
 

@@ -106,5 +106,5 @@ def pooled_features(model: SequenceClassifier, examples: Sequence[Example], *, p
     lengths, device = [len(example.input_ids) for example in examples], device_of(model)
     for part in in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
         batch = to_device(collate([examples[index] for index in part], pad_id), device)
-        features[part] = model.pooled(batch.input_ids, batch.attention_mask).float().cpu().numpy()
+        features[part] = model.pooled(batch.input_ids, batch.attention_mask, batch.token_type_ids).float().cpu().numpy()
     return features

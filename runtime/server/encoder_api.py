@@ -39,6 +39,7 @@ async def classify(request: Request) -> Response:
     if await call.service.in_thread(runtime.task, call.adapter) != "sequence-classification":
         message = f"The model '{call.model}' does not classify texts; name an adapter with labels for texts."
         raise bad_request(message, param="model", code="no_labels")
+    call.inputs = [tuple(one) if isinstance(one, list) else one for one in call.inputs]
     await call.count(lambda text: len(runtime.text_ids(text, call.adapter, truncate=call.truncate)))
     work = await call.service.in_thread(
         lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate)

@@ -9,7 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from edgetune.errors import InputError
+from edgetune.runtime.answers import VALUE
 from edgetune.runtime.manifest import REWARD
+from edgetune.runtime.runtime import Runtime
 from edgetune.runtime.scoring import Answered, answered_ids, prompt_and_answer
 from edgetune.runtime.server.encoder_api import Call, in_time
 from edgetune.runtime.server.errors import bad_request
@@ -22,7 +24,8 @@ from edgetune.runtime.server.tables import POOLING, SCORE
 
 
 async def score(request: Request) -> Response:
-    """POST /score: the reward of each answer `text_2` to its prompt `text_1`, or of several answers to one prompt."""
+    """POST /score: the reward of each answer `text_2` to its prompt `text_1`, or of several answers to one prompt; on an
+    encoder the number that an adapter for pairs of texts gives."""
     call, found = await _scores(request, SCORE, _pairs)
     return call.answer("score", [{"index": i, "object": "score", "score": value} for i, value in enumerate(found)])
 
@@ -40,13 +43,27 @@ async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Ca
     note(request.scope, model=body["model"], user=body.get("user"))
     call = Call(service, request.scope, body, service.adapter_of(body["model"]), [])
     runtime, scheduler = service.runtime, service.scheduler
-    if await service.in_thread(runtime.task, call.adapter) != REWARD:
+    kind = await service.in_thread(_kind, runtime, call.adapter)
+    if kind is None or (kind == VALUE and schema is not SCORE):
         message = f"The model '{call.model}' gives no scores; name a reward adapter."
         raise bad_request(message, param="model", code="no_scores")
     call.inputs = answers_of(body)
+    if kind == VALUE:
+        await call.count(lambda pair: len(runtime.text_ids(pair, runtime.chosen(call.adapter), truncate=call.truncate)))
+        values = await service.in_thread(lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate))
+        return call, [float(found.value or 0.0) for found in await in_time(request, call, values)]
     await call.count(lambda one: len(answered_ids(runtime, one, runtime.chosen(call.adapter), truncate=call.truncate)))
     work = await service.in_thread(lambda: scheduler.score(call.inputs, call.adapter, truncate=call.truncate))
     return call, await in_time(request, call, work)
+
+
+def _kind(runtime: Runtime, adapter: str | None) -> str | None:
+    """What scores: a reward adapter, or one that gives two texts a number; None for any other."""
+    if runtime.task(adapter) == REWARD:
+        return REWARD
+    chosen = runtime.chosen(adapter)
+    packed = None if chosen is None else runtime.adapter(chosen)
+    return VALUE if packed is not None and packed.reads_pairs and packed.problem == "regression" else None
 
 
 def _pairs(body: Mapping[str, Any]) -> list[Answered]:

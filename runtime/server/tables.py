@@ -183,10 +183,11 @@ TRUNCATE = optional(
     enum=[-1],
     description="-1 cuts to what the model was trained with; else too long is an error (vLLM).",
 )
+PAIRS = {"type": "array", "items": {"type": "array", "items": TEXT, "minItems": 2, "maxItems": 2}, "minItems": 1, "maxItems": 2048}
 CLASSIFY = obj(
     ("model", "input"),
     model=MODEL,
-    input=either(TEXT, INPUTS),
+    input=either(TEXT, INPUTS, PAIRS, description="Texts, or pairs of texts for an adapter that reads two (ours)."),
     truncate_prompt_tokens=TRUNCATE,
     use_activation=optional("boolean", enum=[True]),
     user=USER,
