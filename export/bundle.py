@@ -28,6 +28,7 @@ from edgetune.export.graphfile import (
 )
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower
+from edgetune.export.page import write_page
 from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, token_outputs, torch_outputs
 from edgetune.export.proof import (
     BOUNDS,
@@ -41,6 +42,7 @@ from edgetune.export.proof import (
 )
 from edgetune.export.reference import judged_by, reference_base, trained_base, warning
 from edgetune.export.sources import Source, base_of, check_sources, original_base, read_source
+from edgetune.export.task import TaskPlan
 from edgetune.export.token_head import add_token_head
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.files import sha256_file, whole_folder, write_json
@@ -70,11 +72,12 @@ LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
 def export_bundle(
     adapters: Sequence[tuple[str, Path]], out: Path, *, mode: str = "separate", precision: Precision | None = None,
-    base_name: str | None = None, threads: int | None = None, say: Say = lambda line: None,
+    base_name: str | None = None, threads: int | None = None, say: Say = lambda line: None, task: TaskPlan | None = None,
 ) -> Manifest:  # fmt: skip
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
-    ProofError when the proof fails; then, as after any error, nothing is left at `out` that was not there before.
+    `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given: on a few of its recipe's
+    validation rows. ProofError when the proof fails; then, as after any error, nothing is left at `out` that was not there before.
     """
     precision = precision or Precision()
     _check_place(out)
@@ -93,7 +96,10 @@ def export_bundle(
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
         demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights != "fp32")
-        manifest = replace(manifest, proof=_proof_document(proofs, rows, precision), files=_digests(folder))
+        results = (task or TaskPlan()).measure(folder, manifest, base, sources, load=_torch_model, threads=threads, say=say)
+        document = _proof_document(proofs, rows, precision) | {"task": {name: result.to_dict() for name, result in results.items()}}
+        manifest = replace(manifest, proof=document, files=_digests(folder))
+        manifest = replace(manifest, files=manifest.files | write_page(folder, manifest))
         write_json(folder / MANIFEST, manifest.to_dict())
     return manifest
 

@@ -18,15 +18,19 @@ from edgetune.errors import ExportError
 @click.option("--block-size", default=32, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
 @click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
 @click.option("--base", "base_name", metavar="NAME", help="The base model, for adapters that do not say; without --adapter: the base alone.")
+@click.option("--task-rows", type=click.IntRange(min=0), metavar="N", help="Validation rows (of the run's recipe) on which each adapter's task metric is taken, in torch and in the bundle; not given: 16 of a decoder, 256 of an encoder; 0: none.")
+@click.option("--task-data", type=click.Path(path_type=Path), metavar="FILE", help="Rows for the task metric, instead of the recipe's own.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
-    adapters: tuple[str, ...], out: Path, mode: str, precision: str | None, block_size: int, keep: tuple[str, ...], base_name: str | None, threads: int | None
-) -> None:
+    adapters: tuple[str, ...], out: Path, mode: str, precision: str | None, block_size: int, keep: tuple[str, ...], base_name: str | None,
+    task_rows: int | None, task_data: Path | None, threads: int | None,
+) -> None:  # fmt: skip
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
     from edgetune.export.bundle import export_bundle
     from edgetune.export.combine import FORM, resolve_sums
     from edgetune.export.lower import BITS, Precision
     from edgetune.export.reference import precision_trained_for
+    from edgetune.export.task import TaskPlan
 
     overrides = dict(_pair(text, "--keep", "MODULE=PRECISION") for text in keep)
     for value in overrides.values():
@@ -39,7 +43,7 @@ def command(
         chosen = Precision(precision, block_size=block_size, overrides=overrides)
         manifest = export_bundle(
             sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads,
-            say=lambda line: click.echo(line, err=True),
+            say=lambda line: click.echo(line, err=True), task=TaskPlan(task_rows, task_data),
         )  # fmt: skip
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)} adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB")
