@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edgetune.errors import AdapterError, ExportError
@@ -46,6 +46,24 @@ class Precision:
             names = ", ".join(sorted({path.rpartition(".")[2] for path in modules}))
             raise ExportError(f"{names} are one product here", where="--keep", expected="one precision for them", got=" and ".join(sorted(asked)))
         return BITS[asked.pop()] if asked else None
+
+    def settled(self, products: Sequence[Sequence[str]], others: Sequence[str] = ()) -> Precision:
+        """The same precision, with what an override decides for a product (layers stored as one weight) said of each of its layers.
+
+        Whoever then asks layer by layer hears what the product got. `products`: the modules of each linear layer of the graph;
+        `others`: its further modules (embeddings). Names are short where nothing else is called so, else whole paths.
+        """
+        names = {bits: name for name, bits in BITS.items()}
+        decided = {path: self.bits(modules) for modules in products for path in modules} | {path: self.bits([path]) for path in others}
+        overrides = dict(self.overrides)
+        for modules in products:
+            asked = self.override(modules)
+            for path in modules if asked is not None else ():
+                if self.override([path]) is None:
+                    short = path.rpartition(".")[2]
+                    alike = all(bits == asked for other, bits in decided.items() if _named(short, [other]))
+                    overrides[short if alike else path] = names[asked]  # type: ignore[index]
+        return replace(self, overrides=overrides)
 
     def check(self, modules: Sequence[str]) -> None:
         """ExportError for an override that names none of the graph's modules: it would silently do nothing."""

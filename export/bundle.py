@@ -27,7 +27,7 @@ from edgetune.export.graphfile import (
     write_graph,
 )
 from edgetune.export.layout import simplify
-from edgetune.export.lower import Precision, add_head, lower
+from edgetune.export.lower import Precision, add_head, lower, settle
 from edgetune.export.page import write_page
 from edgetune.export.probe import decoder_outputs, encoder_outputs, probe_rows, token_outputs, torch_outputs
 from edgetune.export.proof import (
@@ -42,9 +42,10 @@ from edgetune.export.proof import (
 )
 from edgetune.export.reference import judged_by, reference_base, trained_base, warning
 from edgetune.export.sources import Source, base_of, check_sources, original_base, read_source
-from edgetune.export.task import TaskPlan
+from edgetune.export.task import ALONE, TaskPlan
 from edgetune.export.token_head import add_token_head
 from edgetune.export.trace import trace_decoder, trace_encoder
+from edgetune.export.traced import Traced
 from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.heads import SequenceClassifier
 from edgetune.runtime.adapters import pack_adapter
@@ -66,21 +67,21 @@ from edgetune.token_classifier import TokenClassifier, build_classifier
 from edgetune.weight_precision import INT4_DECODER
 
 Say = Callable[[str], None]
-ALONE = "(base)"  # the name of the proof of a bundle without adapters
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
 
 def export_bundle(
     adapters: Sequence[tuple[str, Path]], out: Path, *, mode: str = "separate", precision: Precision | None = None,
     base_name: str | None = None, threads: int | None = None, say: Say = lambda line: None, task: TaskPlan | None = None,
+    traced: Traced | None = None,
 ) -> Manifest:  # fmt: skip
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
     `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given: on a few of its recipe's
-    validation rows. ProofError when the proof fails; then, as after any error, nothing is left at `out` that was not there before.
+    validation rows. `traced` keeps the graph for further bundles of the same model. ProofError when the proof fails; then, as after any error, nothing is left at `out` that was not there before.
     """
     precision = precision or Precision()
-    _check_place(out)
+    check_place(out)
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
         say(f"{sources[0].name}: all its weights were trained, so it is the bundle's base and nothing swaps it")
@@ -91,12 +92,12 @@ def export_bundle(
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
-        manifest, rows = _build(base, sources, folder, mode=mode, precision=precision, say=say)
+        manifest, rows = _build(base, sources, folder, mode=mode, precision=precision, say=say, traced=traced)
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
         demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights != "fp32")
-        results = (task or TaskPlan()).measure(folder, manifest, base, sources, load=_torch_model, threads=threads, say=say)
+        results = (task or TaskPlan()).measure(folder, manifest, base, sources, load=torch_model, threads=threads, say=say)
         document = _proof_document(proofs, rows, precision) | {"task": {name: result.to_dict() for name, result in results.items()}}
         manifest = replace(manifest, proof=document, files=_digests(folder))
         manifest = replace(manifest, files=manifest.files | write_page(folder, manifest))
@@ -104,7 +105,7 @@ def export_bundle(
     return manifest
 
 
-def _check_place(out: Path) -> None:
+def check_place(out: Path) -> None:
     """A bundle may replace a bundle, never another folder of the user's."""
     if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(
@@ -114,13 +115,13 @@ def _check_place(out: Path) -> None:
 
 
 def _build(
-    base: Base, sources: Sequence[Source], folder: Path, *, mode: str, precision: Precision, say: Say
+    base: Base, sources: Sequence[Source], folder: Path, *, mode: str, precision: Precision, say: Say, traced: Traced | None = None
 ) -> tuple[Manifest, dict[str, list[list[int]]]]:
     """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each adapter."""
     tokenizer = load_tokenizer(base)
     say(f"tracing {base.name} ({base.model_type})")
-    model = _torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else _torch_model(base)
-    graph, info, sites, head = _graph(base, model, sources, mode=mode, precision=precision, say=say)
+    model = torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else torch_model(base)
+    graph, info, sites, head, precision = _graph(base, model, sources, mode=mode, precision=precision, say=say, traced=traced)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
     del model
@@ -158,7 +159,7 @@ def build_base(base: Base, folder: Path, *, precision: Precision, say: Say = lam
     return _build(base, [], folder, mode="separate", precision=precision, say=say)[0]
 
 
-def _torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
+def torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
     """The base in torch fp32, with a source's adapter on it (or merged into it)."""
     body = load_body(base).float().eval()
     if source is None or source.is_model:
@@ -177,19 +178,22 @@ def _torch_model(base: Base, source: Source | None = None, *, merge: bool = Fals
 
 
 def _graph(
-    base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say
-) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None]:
-    """Trace, simplify, quantise; what the runtime must know of the result."""
+    base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say, traced: Traced | None = None
+) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision]:
+    """Trace, simplify, quantise; what the runtime must know of the result, and the precision layer by layer."""
     config, body = model.config, model.body if isinstance(model, SequenceClassifier) else model
     max_length = fixed_length(config, min(base.max_length, LARGEST_CONTEXT))
-    shape: dict[str, Any]
-    if base.kind == "decoder":
-        graph, shape = trace_decoder(body, max_length=max_length), asdict(cache_sizes(config))
-    else:
-        graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
-        shape = {"cache_dtype": None, "pooling": base.pooling}
-    simplify(graph)
+    shape: dict[str, Any] = asdict(cache_sizes(config)) if base.kind == "decoder" else {"cache_dtype": None, "pooling": base.pooling}
+
+    def trace() -> ir.Model:
+        is_decoder = base.kind == "decoder"
+        graph = trace_decoder(body, max_length=max_length) if is_decoder else trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
+        simplify(graph)
+        return graph
+
+    graph = trace() if traced is None else traced.copy(trace)
     say(f"writing weights as {precision.weights}")
+    precision = settle(graph, precision)
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
     head = None
     if base.kind == "encoder":
@@ -202,7 +206,7 @@ def _graph(
     info = GraphInfo(
         engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
     )
-    return graph, info, sites, head
+    return graph, info, sites, head, precision
 
 
 def _untouched(sources: Sequence[Source]) -> frozenset[str]:
@@ -245,7 +249,7 @@ def prove_bundle(
     """Run torch and the bundle's real engine on the probe, adapter by adapter."""
     engine = (DecoderEngine if manifest.is_decoder else EncoderEngine)(folder, manifest, threads=threads)
     if not sources and isinstance(engine, DecoderEngine):
-        trained, shipped = torch_outputs(_torch_model(base), rows[ALONE], adapter=True), decoder_outputs(engine, rows[ALONE], None)
+        trained, shipped = torch_outputs(torch_model(base), rows[ALONE], adapter=True), decoder_outputs(engine, rows[ALONE], None)
         judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
         return {ALONE: prove_parity(trained=trained, shipped=shipped, precision=judged)}
     return {source.name: _prove_one(engine, manifest, base, source, rows[source.name]) for source in sources}
@@ -253,11 +257,11 @@ def prove_bundle(
 
 def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: Base, source: Source, rows: list[list[int]]) -> Proof:
     reference = reference_base(base, source.metadata, manifest)
-    model = _torch_model(reference, source)
+    model = torch_model(reference, source)
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
     decide = decide_by(source.problem, trained)
     trained, trained_off = decide(trained), decide(trained_off)
-    original = _torch_model(original_base(source)) if source.is_model else None
+    original = torch_model(original_base(source)) if source.is_model else None
     if original is not None:
         trained_off = torch_outputs(original, rows, adapter=True)
 

@@ -14,13 +14,15 @@ from typing import Any
 from edgetune.bases import Base, load_tokenizer
 from edgetune.data import Rows, read_rows
 from edgetune.errors import EdgetuneError
-from edgetune.evaluate import BundleAnswers, Evaluation, measure_rows
+from edgetune.evaluate import BundleAnswers, Evaluation, measure_rows, measure_text
+from edgetune.evaluate_subjects import BundleSubject, torch_texts
 from edgetune.examples.common import hold_out
 from edgetune.export.reference import trained_base
 from edgetune.export.sources import Source
 from edgetune.forgetting.tasks import spread
 from edgetune.intervals import headline
 from edgetune.layout import RECIPE
+from edgetune.prompts import PromptFormat
 from edgetune.recipe_file import load_recipe
 from edgetune.runtime import Runtime
 from edgetune.runtime.manifest import Manifest
@@ -32,6 +34,7 @@ DEFAULT_ROWS = {"decoder": 16, "encoder": 256}
 METRICS = ("accuracy", "json_exact_match", "entity_f1", "micro_f1", "spearman", "rouge_l", "token_accuracy", "perplexity")
 LOWER_IS_BETTER = {"perplexity", "bits_per_byte", "mse"}
 Say = Callable[[str], None]
+ALONE = "(base)"  # the name of what is measured and proven of a bundle without adapters
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return {**asdict(self), "torch": dict(self.torch), "bundle": dict(self.bundle)}
+        return {**asdict(self), "torch": dict(self.torch), "bundle": dict(self.bundle), "loss": self.loss}
 
     def line(self) -> str:
         """For a person."""
@@ -82,12 +85,12 @@ class TaskResult:
 
 
 def relative_loss(reference: float, value: float, *, higher_is_better: bool) -> float:
-    """(reference − value) / |reference| of a metric where more is better, else its negative; infinite from a reference of 0
-    where the value differs."""
+    """(reference − value) / |reference| of a metric where more is better, else its negative; a whole one (±1) from a
+    reference of 0 where the value differs."""
     change = reference - value if higher_is_better else value - reference
     if not change:
         return 0.0
-    return change / abs(reference) if reference else float("inf") * (1 if change > 0 else -1)
+    return change / abs(reference) if reference else 1.0 if change > 0 else -1.0
 
 
 def task_rows(source: Source, *, limit: int, data: Path | None = None) -> TaskRows | None:
@@ -199,14 +202,34 @@ class TaskPlan:
     """what torch answered, kept from bundle to bundle of the same adapters"""
 
     def measure(
-        self, folder: Path, manifest: Manifest, base: Base, sources: Sequence[Source], *, load: Callable[[Base, Source], Any],
+        self, folder: Path, manifest: Manifest, base: Base, sources: Sequence[Source], *, load: Callable[[Base, Source | None], Any],
         threads: int | None, say: Say,
     ) -> dict[str, TaskResult]:  # fmt: skip
-        """Every adapter that has rows; `load` puts a source's adapter on a base in torch."""
+        """Every adapter that has rows; of a base alone the perplexity of `data`. `load` puts a source's adapter on a base in torch."""
         limit = DEFAULT_ROWS[base.kind] if self.rows is None else self.rows
+        if not sources:
+            return self._base_alone(folder, manifest, base, limit, load=load, threads=threads, say=say)
         rows = rows_of(sources, limit=limit, data=self.data, say=say)
 
         def trained(source: Source) -> Any:
             return load(trained_base(base, source.metadata), source)
 
         return measure_tasks(folder, manifest, sources, rows, base=base, trained=trained, threads=threads, known=self.known, say=say)
+
+    def _base_alone(
+        self, folder: Path, manifest: Manifest, base: Base, limit: int, *, load: Callable[[Base, Source | None], Any], threads: int | None, say: Say
+    ) -> dict[str, TaskResult]:
+        if self.data is None or not limit:
+            return {}
+        rows = _chosen(read_rows(self.data), limit, skip_invalid=False)
+        known = {} if self.known is None else self.known
+        if ALONE not in known:
+            known[ALONE] = _perplexity(torch_texts(load(base, None), load_tokenizer(base)), base.folder, rows)
+        with Runtime(folder, manifest, threads=threads) as runtime:
+            result = compare(known[ALONE], _perplexity(BundleSubject(runtime, None), folder, rows), rows)
+        say(f"task {ALONE}: {result.line()}")
+        return {ALONE: result}
+
+
+def _perplexity(subject: Any, folder: Path, rows: TaskRows) -> Evaluation:
+    return measure_text(subject, folder, rows.rows, PromptFormat(), windows=rows.limit)
