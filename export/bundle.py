@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from edgetune import __version__
 from edgetune.adapters import load_adapter
-from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
+from edgetune.bases import Base, load_body, load_tokenizer
 from edgetune.errors import ExportError, OutputError
 from edgetune.export import merging
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
@@ -78,7 +78,8 @@ def export_bundle(
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
     `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given: on a few of its recipe's
-    validation rows. `traced` keeps the graph for further bundles of the same model. ProofError when the proof fails; then, as after any error, nothing is left at `out` that was not there before.
+    validation rows. `traced` keeps the graph for further bundles of the same model. ProofError when the proof fails; then,
+    as after any error, nothing is left at `out` that was not there before.
     """
     precision = precision or Precision()
     check_place(out)
@@ -286,10 +287,6 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     return prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=shipped_off, precision=judged)
 
 
-def _is_the_base(entry: AdapterEntry, folder: Path) -> bool:
-    return entry.path is None and not (folder / "adapters" / entry.name).is_dir()
-
-
 def _proof_document(proofs: Mapping[str, Proof], rows: Mapping[str, list[list[int]]], precision: Precision) -> dict[str, Any]:
     return {
         "bounds": asdict(BOUNDS[coarsest([precision.weights, *precision.overrides.values()])]),
@@ -303,17 +300,4 @@ def _digests(folder: Path) -> dict[str, FileInfo]:
     return {path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size) for path in files}
 
 
-def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> dict[str, Proof]:
-    """The proof again, from the bundle alone and the base it names."""
-    base = resolve_base(manifest.base.name)
-    if base.digest != manifest.base.digest:
-        raise ExportError("the base model here is another one", expected=manifest.base.digest, got=base.digest)
-    sources = [
-        read_source(entry.name, base.folder if _is_the_base(entry, folder) else folder / "adapters" / entry.name) for entry in manifest.adapters
-    ]
-    if missing := sorted({source.name for source in sources} - set(manifest.proof.get("probe", {}))):
-        raise ExportError(f"the manifest holds no probe for {missing[0]}", where=str(folder), fix="Export the bundle again.")
-    return prove_bundle(folder, manifest, base, sources, manifest.proof["probe"], threads=threads)
-
-
-__all__ = ["build_base", "export_bundle", "prove_bundle", "reprove"]
+__all__ = ["build_base", "check_place", "export_bundle", "prove_bundle", "torch_model"]

@@ -64,7 +64,7 @@ class TaskResult:
     data_digest: str
     torch: Mapping[str, float]
     bundle: Mapping[str, float]
-    same: float | None  # share of rows with the same answer from both; None of text, where nothing is answered
+    same: float | None  # share of rows with the same answer from both; None of numbers, and of text, where nothing is answered
 
     @property
     def loss(self) -> float:
@@ -152,10 +152,8 @@ def _measured(answers: Any, folder: Path, rows: TaskRows) -> Evaluation:
 def compare(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows) -> TaskResult:
     """Both sides of one adapter."""
     metric = next(name for name in METRICS if name in in_torch.metrics)
-    answers = [
-        [one["prediction"] for one in side.predictions if "prediction" in one] for side in (in_torch, in_bundle)
-    ]
-    same = None if not answers[0] else sum(a == b for a, b in zip(*answers, strict=True)) / len(answers[0])
+    answers = [[one["prediction"] for one in side.predictions if not isinstance(one["prediction"], float)] for side in (in_torch, in_bundle)]
+    same = sum(a == b for a, b in zip(*answers, strict=True)) / len(answers[0]) if answers[0] else None
     return TaskResult(
         metric, metric not in LOWER_IS_BETTER, len(rows.rows.rows), rows.found, rows.name, in_torch.data_digest,
         headline(in_torch.metrics), headline(in_bundle.metrics), same,

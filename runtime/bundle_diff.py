@@ -95,7 +95,7 @@ def _adapters(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> Iterator[Ch
     for name in _names(*sides):
         before, after = (side.get(name) for side in sides)
         if before is None or after is None:
-            yield Change("adapter", name, *(None if one is None else _brief(one) for one in (before, after)), behaviour=True)
+            yield Change("adapter", name, before and _brief(before), after and _brief(after), behaviour=True)
         else:
             yield from _fields("adapter", before, after, prefix=f"{name} ", tells=("metrics",))
 
@@ -142,7 +142,7 @@ def _files(a: Manifest, b: Manifest, graphs: Mapping[str, tuple[Graph, Graph]]) 
             continue
         same_graph = path in graphs and graphs[path][0].digest == graphs[path][1].digest
         behaviour = not same_graph and PurePosixPath(path).name not in TELLS
-        yield Change("file", path, *(None if info is None else asdict(info) for info in (before, after)), behaviour=behaviour)
+        yield Change("file", path, before and asdict(before), after and asdict(after), behaviour=behaviour)
 
 
 def _figures(a: Manifest, b: Manifest) -> Iterator[Change]:

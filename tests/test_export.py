@@ -13,7 +13,7 @@ import torch
 from export_helpers import decoder_feed, export, make_adapter, plain_session
 
 from edgetune.errors import AdapterError, ExportError, OutputError, ProofError
-from edgetune.export.bundle import reprove
+from edgetune.export.again import reprove
 from edgetune.runs import load_adapted_model
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.manifest import read_manifest, verify_files

@@ -14,7 +14,8 @@ from training_helpers import intent_recipe, intent_rows, recipe, sft_recipe, sil
 
 from edgetune.bases import load_tokenizer, resolve_base
 from edgetune.cli.export import command
-from edgetune.errors import DataError
+from edgetune.cli.verify import command as verify
+from edgetune.errors import DataError, InputError
 from edgetune.evaluate import evaluate
 from edgetune.examples import load_examples
 from edgetune.export.bundle import export_bundle
@@ -41,8 +42,8 @@ def actions(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder / "run"
 
 
-def shipped(run: Path, out: Path, precision: str = "fp32", **plan: object) -> Manifest:
-    return export_bundle([("task", run)], out, precision=Precision(precision), threads=1, task=TaskPlan(**plan))  # type: ignore[arg-type]
+def shipped(run: Path, out: Path, precision: str = "fp32", mode: str = "separate", **plan: object) -> Manifest:
+    return export_bundle([("task", run)], out, mode=mode, precision=Precision(precision), threads=1, task=TaskPlan(**plan))  # type: ignore[arg-type]
 
 
 def test_an_encoders_metric_is_the_one_eval_gives_for_run_and_bundle(intents: Path, tmp_path: Path) -> None:
@@ -52,6 +53,15 @@ def test_an_encoders_metric_is_the_one_eval_gives_for_run_and_bundle(intents: Pa
     assert (found["metric"], found["rows"], found["found"], found["same"], found["data"]) == ("accuracy", 4, 4, 1.0, "intents-dev.jsonl")
     page = (tmp_path / "b" / "report.html").read_text()
     assert "4 of 4 of intents-dev.jsonl" in page and "1 of 1" in page and read_manifest(tmp_path / "b").files["model.onnx.data"].sha256 in page
+
+
+def test_verify_repeats_it_on_rows_at_hand(intents: Path, tmp_path: Path) -> None:
+    shipped(intents, tmp_path / "b", precision="int8", mode="merged", rows=0)
+    held_out = str(intents.parent / "intents-dev.jsonl")
+    done = CliRunner().invoke(verify, [str(tmp_path / "b"), "--parity", "--task-data", held_out, "--threads", "1"], standalone_mode=False)
+    assert done.return_value == 0 and "proof task: passed" in done.output and "(4 of 4 rows of intents-dev.jsonl)" in done.output
+    with pytest.raises(InputError, match="Add --parity"):
+        CliRunner().invoke(verify, [str(tmp_path / "b"), "--task-data", held_out], standalone_mode=False, catch_exceptions=False)
 
 
 def test_a_decoders_answers_are_compared_text_by_text(actions: Path, tmp_path: Path) -> None:
