@@ -9,6 +9,7 @@ from typing import Any
 from edgetune.errors import AdapterError, ExportError
 
 BITS = {"fp32": 0, "int8": 8, "int4": 4}
+FLOATS = ("fp32", "fp16")  # precisions of a whole bundle in which nothing is rounded to integers
 BLOCK_SIZE = 32  # weights that share a scale, unless `edgetune export` is told otherwise
 # The output projection (and the embedding tied to it) suffers most from 4 bits, and 8 cost no measurable speed there.
 INT4_DECODER = {"lm_head": "int8"}
@@ -26,7 +27,7 @@ class Precision:
     def bits(self, modules: Sequence[str]) -> int:
         """0 for float, else 4 or 8, of a linear layer made of these modules."""
         asked = self.override(modules)
-        return BITS[self.weights] if asked is None else asked
+        return BITS.get(self.weights, 0) if asked is None else asked
 
     def embedding_bits(self, module: str, *, tied: int, is_input: bool, columns: int) -> int:
         """0 for float, else 4 or 8, of an embedding (rows, columns).

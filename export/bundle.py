@@ -26,6 +26,7 @@ from edgetune.export.graphfile import (
     write_data,
     write_graph,
 )
+from edgetune.export.half import to_half
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower, settle
 from edgetune.export.page import write_page
@@ -64,7 +65,7 @@ from edgetune.runtime.manifest import (
 )
 from edgetune.runtime.manifest import Precision as PrecisionInfo
 from edgetune.token_classifier import TokenClassifier, build_classifier
-from edgetune.weight_precision import INT4_DECODER
+from edgetune.weight_precision import FLOATS, INT4_DECODER
 
 Say = Callable[[str], None]
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
@@ -97,7 +98,7 @@ def export_bundle(
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
-        demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights != "fp32")
+        demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights not in FLOATS)
         results = (task or TaskPlan()).measure(folder, manifest, base, sources, load=torch_model, threads=threads, say=say)
         document = _proof_document(proofs, rows, precision) | {"task": {name: result.to_dict() for name, result in results.items()}}
         manifest = replace(manifest, proof=document, files=_digests(folder))
@@ -133,7 +134,7 @@ def _build(
     manifest = Manifest(
         schema=SCHEMA, edgetune_version=__version__, task=_task(base, sources),
         base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
-        precision=PrecisionInfo(precision.weights, precision.block_size if precision.weights != "fp32" else None, dict(precision.overrides)),
+        precision=PrecisionInfo(precision.weights, precision.block_size if precision.weights not in FLOATS else None, dict(precision.overrides)),
         graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
     )  # fmt: skip
     for line in filter(None, (warning(source.name, source.metadata, manifest) for source in sources)):
@@ -204,6 +205,9 @@ def _graph(
             add_token_head(graph, model.classifier.weight.detach(), model.classifier.bias.detach())
         else:
             head = add_head(graph, *weights, hidden=config.hidden_size)
+    if precision.weights == "fp16":
+        to_half(graph)
+        shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
     info = GraphInfo(
         engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
     )

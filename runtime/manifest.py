@@ -166,6 +166,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "mode": ("separate", "merged"),
     "precision.weights": ("fp32", "fp16", "int8", "int4"),
     "graph.pooling": ("mean", "cls"),
+    "graph.cache_dtype": ("float32", "float16"),
 }
 JSON_NAMES = {"in_features": "in", "out_features": "out"}  # "in" is a Python keyword
 

@@ -42,8 +42,8 @@ def actions(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder / "run"
 
 
-def shipped(run: Path, out: Path, precision: str = "fp32", mode: str = "separate", **plan: object) -> Manifest:
-    return export_bundle([("task", run)], out, mode=mode, precision=Precision(precision), threads=1, task=TaskPlan(**plan))  # type: ignore[arg-type]
+def shipped(run: Path, out: Path, **plan: object) -> Manifest:
+    return export_bundle([("task", run)], out, precision=Precision("fp32"), threads=1, task=TaskPlan(**plan))  # type: ignore[arg-type]
 
 
 def test_an_encoders_metric_is_the_one_eval_gives_for_run_and_bundle(intents: Path, tmp_path: Path) -> None:
@@ -55,13 +55,17 @@ def test_an_encoders_metric_is_the_one_eval_gives_for_run_and_bundle(intents: Pa
     assert "4 of 4 of intents-dev.jsonl" in page and "1 of 1" in page and read_manifest(tmp_path / "b").files["model.onnx.data"].sha256 in page
 
 
-def test_verify_repeats_it_on_rows_at_hand(intents: Path, tmp_path: Path) -> None:
-    shipped(intents, tmp_path / "b", precision="int8", mode="merged", rows=0)
-    held_out = str(intents.parent / "intents-dev.jsonl")
-    done = CliRunner().invoke(verify, [str(tmp_path / "b"), "--parity", "--task-data", held_out, "--threads", "1"], standalone_mode=False)
-    assert done.return_value == 0 and "proof task: passed" in done.output and "(4 of 4 rows of intents-dev.jsonl)" in done.output
+def test_the_commands_take_other_rows_and_verify_repeats_it(intents: Path, tmp_path: Path) -> None:
+    other, bundle = str(write_rows(tmp_path / "other.jsonl", intent_rows()[4:10])), str(tmp_path / "b")
+    arguments = ["--adapter", f"a={intents}", "--out", bundle, "--mode", "merged", "--precision", "int8", "--threads", "1"]
+    exported = CliRunner().invoke(command, [*arguments, "--task-data", other, "--task-rows", "3"])
+    assert exported.exit_code == 0 and "3 of 6 rows of other.jsonl" in exported.output, exported.output
+    recorded = json.loads((tmp_path / "b" / "edgetune.json").read_text())["proof"]["task"]["a"]
+    done = CliRunner().invoke(verify, [bundle, "--parity", "--task-data", other, "--task-rows", "3", "--threads", "1"], standalone_mode=False)
+    assert done.return_value == 0 and "proof a: passed" in done.output
+    assert f"accuracy {recorded['torch']['accuracy']:.4f} in torch, {recorded['bundle']['accuracy']:.4f} in the bundle (3 of 6" in done.output
     with pytest.raises(InputError, match="Add --parity"):
-        CliRunner().invoke(verify, [str(tmp_path / "b"), "--task-data", held_out], standalone_mode=False, catch_exceptions=False)
+        CliRunner().invoke(verify, [bundle, "--task-data", other], standalone_mode=False, catch_exceptions=False)
 
 
 def test_a_decoders_answers_are_compared_text_by_text(actions: Path, tmp_path: Path) -> None:
@@ -105,15 +109,6 @@ def test_held_out_rows_are_those_that_training_held_out(tiny_encoder: Path, tmp_
     base = resolve_base(str(tiny_encoder))
     trained = load_examples(load_recipe(tmp_path / "run" / "recipe.toml").stage[0], load_tokenizer(base), base, seed=5)
     assert [row.line for row in rows.rows.rows] == [example.row for example in trained.validation]
-
-
-def test_the_command_takes_other_rows(intents: Path, tmp_path: Path) -> None:
-    other = write_rows(tmp_path / "other.jsonl", intent_rows()[4:10])
-    arguments = ["--adapter", f"a={intents}", "--out", str(tmp_path / "b"), "--precision", "fp32", "--threads", "1"]
-    done = CliRunner().invoke(command, [*arguments, "--task-data", str(other), "--task-rows", "3"])
-    assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "b" / "edgetune.json").read_text())["proof"]["task"]["a"]["rows"] == 3
-    assert "3 of 6 rows of other.jsonl" in done.output
 
 
 @pytest.mark.parametrize(

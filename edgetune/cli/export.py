@@ -18,7 +18,7 @@ BLOCK_SIZE = 32
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter's name and its run or PEFT folder, or a sum such as A+0.5*B of others' names or folders; repeat for several.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
 @click.option("--mode", default="separate", show_default=True, type=click.Choice(["separate", "merged"]), help="Adapters as inputs, or one merged into the weights.")
-@click.option("--precision", type=click.Choice(["fp32", "int8", "int4", "auto"]), help="How weights are stored; auto: the smallest that keeps within --max-loss; not given: what all adapters were trained for (base_precision), else int8.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4", "auto"]), help="How weights are stored; fp16 (activations and cache too) is for GPUs; auto: the smallest that keeps within --max-loss; not given: what all adapters were trained for (base_precision), else int8.")
 @click.option("--max-loss", metavar="SHARE", help="With --precision auto: how much of each adapter's task metric may be lost against torch in fp32, as 0.5% (of its value).  [default: 0.5%]")
 @click.option("--block-size", default=BLOCK_SIZE, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
 @click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
