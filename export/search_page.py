@@ -12,6 +12,7 @@ from edgetune.files import write_text
 from edgetune.report import STYLE
 
 CHOSEN, FRONT, BEATEN = 2, 3, 1  # the page's colours
+SIZE = "MB on disk"
 
 
 def table(found: Found) -> list[tuple[str, ...]]:
@@ -72,13 +73,17 @@ def render_page(found: Found, name: str) -> str:
 
 def _plots(found: Found) -> Iterator[str]:
     """Loss in per cent over size, and over time; the bound as a line, numbers as in the table."""
-    for title, unit in (("Loss over size", "MB on disk"), ("Loss over time", "ms of a token (encoders: of a request)")):
+    for title, unit in (("Loss over size", SIZE), ("Loss over time", "ms of a token (encoders: of a request)")):
         points = [
             Point(trial.name, str(at + 1), x, 100 * trial.loss, CHOSEN if at == found.chosen else FRONT if at in found.front else BEATEN)
             for at, trial in enumerate(found.trials)
-            if trial.loss is not None and (x := trial.mb if unit.startswith("MB") else trial.latency and trial.latency.step_ms) is not None
+            if trial.loss is not None and (x := trial.mb if unit == SIZE else _step_ms(trial)) is not None
         ]
         if points:
             bound = Series("bound", [(0.0, 100 * found.max_loss), (max(p.x for p in points), 100 * found.max_loss)], FRONT)
             front = sorted((p.x, p.y) for p in points if p.color != BEATEN)
             yield scatter_chart(f"{title}, %", points, x_label=unit, lines=[Series("not beaten", front, CHOSEN), bound])
+
+
+def _step_ms(trial: Trial) -> float | None:
+    return None if trial.latency is None else trial.latency.step_ms

@@ -162,12 +162,12 @@ def compare(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows) -> Task
 
 def measure_tasks(
     folder: Path, manifest: Manifest, sources: Sequence[Source], rows: Mapping[str, TaskRows], *, base: Base,
-    trained: Callable[[Source], Any], threads: int | None = None, known: dict[str, Evaluation] | None = None, say: Say = lambda line: None,
+    trained: Callable[[Source], Any], threads: int | None = None, known: dict[str, Evaluation] | None = None, strict: bool = False, say: Say = lambda line: None,
 ) -> dict[str, TaskResult]:  # fmt: skip
     """Every adapter that has rows, in torch (`trained` gives its model) and through the bundle's engine.
 
-    `known` keeps what torch answered, for the next bundle of the same adapters. A row that cannot be used is no reason to
-    fail an export: a line says so.
+    `known` keeps what torch answered, for the next bundle of the same adapters. Rows that cannot be used are no reason to
+    fail an export, a line says so; but where somebody named them (`strict`) the error is raised.
     """
     in_torch = {} if known is None else known
     for source in (one for one in sources if one.name in rows):
@@ -175,6 +175,8 @@ def measure_tasks(
             try:
                 in_torch[source.name] = measure_in_torch(trained(source), base, source, rows[source.name])
             except EdgetuneError as error:
+                if strict:
+                    raise
                 say(f"task {source.name}: not measured: {error}")
     wanted = [source for source in sources if source.name in rows and source.name in in_torch]
     if not wanted:
@@ -212,7 +214,9 @@ class TaskPlan:
         def trained(source: Source) -> Any:
             return load(trained_base(base, source.metadata), source)
 
-        return measure_tasks(folder, manifest, sources, rows, base=base, trained=trained, threads=threads, known=self.known, say=say)
+        return measure_tasks(
+            folder, manifest, sources, rows, base=base, trained=trained, threads=threads, known=self.known, strict=self.data is not None, say=say
+        )
 
     def _base_alone(
         self, folder: Path, manifest: Manifest, base: Base, limit: int, *, load: Callable[[Base, Source | None], Any], threads: int | None, say: Say

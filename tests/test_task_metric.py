@@ -18,7 +18,7 @@ from edgetune.cli.verify import command as verify
 from edgetune.errors import DataError, InputError
 from edgetune.evaluate import evaluate
 from edgetune.examples import load_examples
-from edgetune.export.bundle import export_bundle
+from edgetune.export.bundle import export_bundle, torch_model
 from edgetune.export.lower import Precision
 from edgetune.export.sources import read_source
 from edgetune.export.task import TaskPlan, relative_loss, rows_of, task_rows
@@ -97,6 +97,23 @@ def test_rows_that_are_gone_are_a_line_and_those_asked_for_an_error(intents: Pat
     assert "not measured" in lines[0] and "gone.jsonl" in lines[0]
     with pytest.raises(DataError, match="no such data file"):
         rows_of([read_source("task", moved)], limit=9, data=tmp_path / "nowhere.jsonl")
+
+
+def test_a_row_that_cannot_be_answered_is_a_line_and_in_rows_asked_for_an_error(intents: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    odd = write_rows(tmp_path / "odd.jsonl", [{"text": "hello", "label": "unheard"}])
+    source, base, lines = read_source("task", intents), resolve_base(str(tiny_encoder)), list[str]()
+
+    def measure(plan: TaskPlan) -> object:
+        return plan.measure(tmp_path, None, base, [source], load=torch_model, threads=1, say=lines.append)  # type: ignore[arg-type]
+
+    with pytest.raises(DataError, match='does not know the label "unheard"'):
+        measure(TaskPlan(data=odd))
+    own = tmp_path / "run"
+    own.mkdir()
+    (own / "adapter").symlink_to(intents / "adapter")
+    (own / "recipe.toml").write_text((intents / "recipe.toml").read_text().replace(str(intents.parent / "intents-dev.jsonl"), str(odd)))
+    source = read_source("task", own)
+    assert measure(TaskPlan()) == {} and "task task: not measured" in lines[0]
 
 
 def test_held_out_rows_are_those_that_training_held_out(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgetune.runtime.bundle_diff import Change, Difference
+    from edgetune.runtime.bundle_diff import Change, Difference, ReadGraph
     from edgetune.runtime.side_by_side import Latency
 
 WIDTH = 44  # characters of a value
@@ -31,10 +31,7 @@ def command(bundle_a: Path, bundle_b: Path, latency: bool, rounds: int, threads:
     from edgetune.files import write_json
     from edgetune.runtime.bundle_diff import diff
 
-    read_graph = None
-    if importlib.util.find_spec("onnx") is not None:
-        from edgetune.export.nodes import read_graph
-    found = diff(bundle_a, bundle_b, read_graph=read_graph)
+    found = diff(bundle_a, bundle_b, read_graph=_reader())
     document: dict[str, Any] = found.to_dict()
     for line in _lines(found):
         click.echo(line)
@@ -47,6 +44,15 @@ def command(bundle_a: Path, bundle_b: Path, latency: bool, rounds: int, threads:
         write_json(json_file, document)
     click.echo(_verdict(found))
     return 0 if found.equal else 1
+
+
+def _reader() -> ReadGraph | None:
+    """What opens graph files, where onnx is installed."""
+    if importlib.util.find_spec("onnx") is None:
+        return None
+    from edgetune.export.nodes import read_graph
+
+    return read_graph
 
 
 def _lines(found: Difference) -> list[str]:
