@@ -36,11 +36,12 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """`int4, blocks of 32, lm_head int8`."""
+        """`int4, blocks of 32, int8: mlp.down_proj lm_head`."""
         if self.precision.weights == "fp32":
             return "fp32"
-        kept = [f"{name} {kind}" for name, kind in self.precision.overrides.items()]
-        return ", ".join([self.precision.weights, f"blocks of {self.precision.block_size}", *kept])
+        kept = dict.fromkeys(self.precision.overrides.values())
+        lists = [f"{kind}: {' '.join(name for name, of in self.precision.overrides.items() if of == kind)}" for kind in kept]
+        return ", ".join([self.precision.weights, f"blocks of {self.precision.block_size}", *lists])
 
 
 def candidates(model: Any, rows: Sequence[Sequence[int]], *, keep: Mapping[str, str], decoder: bool) -> list[Candidate]:

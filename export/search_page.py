@@ -11,8 +11,10 @@ from edgetune.export.search import Found, Trial
 from edgetune.files import write_text
 from edgetune.report import STYLE
 
-CHOSEN, FRONT, BEATEN = 2, 3, 1  # the page's colours
+TRIED, CHOSEN, BOUND = 1, 2, 3  # the page's colours
 SIZE = "MB on disk"
+MORE_STYLE = ".tried td:not(:nth-child(2)):not(:last-child), .tried th { white-space: nowrap; overflow-wrap: normal; }"
+LONGEST = 76  # characters of a cell in the terminal
 
 
 def table(found: Found) -> list[tuple[str, ...]]:
@@ -35,7 +37,7 @@ def _row(found: Found, at: int, trial: Trial, metrics: Sequence[str]) -> tuple[s
 
 def table_lines(found: Found) -> list[str]:
     """The table for a terminal."""
-    rows = [tuple(cell if len(cell) <= 60 else f"{cell[:59]}…" for cell in row) for row in table(found)]
+    rows = [tuple(cell if len(cell) <= LONGEST else f"{cell[: LONGEST - 1]}…" for cell in row) for row in table(found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -65,24 +67,32 @@ def render_page(found: Found, name: str) -> str:
     parts = [
         f"<h1>{escape(title)}</h1><p>{escape(note)}</p>",
         f'<h2>Loss of the task metric</h2><div class="plots">{"".join(_plots(found))}</div>',
-        f'<h2>Tried</h2><div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>',
+        f'<h2>Tried</h2><div class="wide"><table class="tried"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>',
     ]
     meta = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{meta}<style>{STYLE}</style></head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return f'<!doctype html>\n<html lang="en"><head>{meta}<style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
 def _plots(found: Found) -> Iterator[str]:
     """Loss in per cent over size, and over time; the bound as a line, numbers as in the table."""
     for title, unit in (("Loss over size", SIZE), ("Loss over time", "ms of a token (encoders: of a request)")):
         points = [
-            Point(trial.name, str(at + 1), x, 100 * trial.loss, CHOSEN if at == found.chosen else FRONT if at in found.front else BEATEN)
+            Point(trial.name, str(at + 1), x, 100 * trial.loss, CHOSEN if at == found.chosen else TRIED)
             for at, trial in enumerate(found.trials)
             if trial.loss is not None and (x := trial.mb if unit == SIZE else _step_ms(trial)) is not None
         ]
         if points:
-            bound = Series("bound", [(0.0, 100 * found.max_loss), (max(p.x for p in points), 100 * found.max_loss)], FRONT)
-            front = sorted((p.x, p.y) for p in points if p.color != BEATEN)
-            yield scatter_chart(f"{title}, %", points, x_label=unit, lines=[Series("not beaten", front, CHOSEN), bound])
+            bound = Series("bound", [(0.0, 100 * found.max_loss), (max(p.x for p in points), 100 * found.max_loss)], BOUND)
+            yield scatter_chart(f"{title}, %", points, x_label=unit, lines=[Series("no other is better in both", _front(points), TRIED), bound])
+
+
+def _front(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """From the smallest on, every point that loses less than all before it."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted((p.x, p.y) for p in points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
 
 
 def _step_ms(trial: Trial) -> float | None:
