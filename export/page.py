@@ -12,6 +12,7 @@ from edgetune.report import STYLE, figure, words
 from edgetune.runtime.manifest import FileInfo, Manifest
 
 PAGE = "report.html"
+MORE_STYLE = "td { overflow-wrap: normal; }"  # digests and figures stay in one piece; a wide table scrolls
 Cells = Sequence[str]
 
 
@@ -36,7 +37,7 @@ def render_page(manifest: Manifest) -> str:
         "<h2>Files</h2>" + _table(("file", "bytes", "sha256"), _files(manifest)),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
 def _what(manifest: Manifest) -> str:
@@ -62,7 +63,7 @@ def _proof(manifest: Manifest) -> str:
     head = ("adapter", "positions", "max |Δ logit|", "mean KL (nats)", "same best answer", "effect (nats)", "recovered", "direction", "strength", "")
     rows = [
         (name, f"{p['positions']:,}", f"{p['max_abs']:.1e}", f"{p['mean_kl']:.2g}", f"{p['top1']:.1%}", f"{p['adapter_kl']:.3g}",
-         f"{p['recovered']:.1%}", f"{p['direction']:.3f}", f"{p['strength']:.2f}", "passed" if p["passed"] else "; ".join(p["failures"]))
+         f"{p['recovered']:.1%}", f"{p['direction']:.3f}", f"{p['strength']:.2f}", "✓" if p["passed"] else "; ".join(p["failures"]))
         for name, p in manifest.proof["adapters"].items()
     ]
     return _table(head, rows)
