@@ -37,6 +37,36 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "step", f
     return f"<figure><figcaption>{escape(title)}{_legend(series)}</figcaption>{picture}</figure>"
 
 
+@dataclass(frozen=True)
+class Point:
+    """A named place; `label` stands beside it."""
+
+    name: str
+    label: str
+    x: float
+    y: float
+    color: int = 1
+
+
+def scatter_chart(title: str, points: Sequence[Point], *, x_label: str, lines: Sequence[Series] = ()) -> str:
+    """A figure of labelled points, x from 0, and lines behind them (a front, a bound: two points each)."""
+    if not points:
+        return ""
+    ys = [p.y for p in points] + [y for line in lines for _, y in line.points]
+    x_ticks, y_ticks = ticks(0.0, max(p.x for p in points) * 1.05, 5), ticks(min(ys), max(ys), 5)
+    axes = _Axes(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
+    body = _grid(axes, x_ticks, y_ticks, x_label)
+    for line in lines:
+        path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line.points)
+        body += f'<polyline class="line c{line.color}" points="{path}"><title>{escape(line.name)}</title></polyline>'
+    for p in points:
+        x, y = axes.x(p.x), axes.y(p.y)
+        body += f'<circle class="dot c{p.color}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{escape(p.name)}: {number(p.y)} at {number(p.x)}</title></circle>'
+        body += f'<text class="tick" x="{x + 7:.1f}" y="{y - 5:.1f}">{escape(p.label)}</text>'
+    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
+    return f"<figure><figcaption>{escape(title)}{_legend(lines)}</figcaption>{picture}</figure>"
+
+
 def ticks(low: float, high: float, wanted: int) -> list[float]:
     """Round numbers at equal distances that cover low … high: steps of 1, 2 or 5 times a power of ten."""
     if high <= low:

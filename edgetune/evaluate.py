@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.answer_metrics import rouge_l, slot_f1
-from edgetune.data import Row, read_rows
+from edgetune.data import Row, Rows, read_rows
 from edgetune.errors import DataError, InputError
 from edgetune.evaluate_base import BaseAnswers, Prompting
 from edgetune.evaluate_heads import measurements_of
@@ -104,22 +104,22 @@ def _evaluate_base(folder: Path, data: Path, how: Prompting, *, skip_invalid: bo
     if how == Prompting() and "text" in columns and "prompt" not in columns:
         base = resolve_base(str(folder))
         if base.kind == "decoder":
-            return measure_text(base_subject(base), folder, data, PromptFormat(), skip_invalid=skip_invalid)
+            return measure_text(base_subject(base), folder, read_rows(data, skip_invalid), PromptFormat(), skip_invalid=skip_invalid)
     return measure(BaseAnswers(str(folder), data, how), folder, data, skip_invalid=skip_invalid, advance=advance)
 
 
 def measure_text(
-    subject: Subject, folder: Path, data: Path, form: PromptFormat, *, adapter: str | None = None, skip_invalid: bool = False
-) -> Evaluation:
-    """Perplexity and bits per byte of the texts in `data`, with the adapter on."""
-    source = read_rows(data, skip_invalid)
+    subject: Subject, folder: Path, source: Rows, form: PromptFormat, *, adapter: str | None = None, skip_invalid: bool = False,
+    windows: int | None = None,
+) -> Evaluation:  # fmt: skip
+    """Perplexity and bits per byte of the texts in `source`, with the adapter on; of at most so many windows of 512 tokens."""
     rows, skipped = text_rows(source, form, skip_invalid=skip_invalid)
     if subject.texts is None:
         raise InputError("an encoder predicts no text", where=str(folder), fix="--forgetting measures its embeddings.")
     started = time.perf_counter()
-    found = text_measures([row.text for row in rows], subject.texts, lambda items: subject.score(items, adapted=True))
+    found = text_measures([row.text for row in rows], subject.texts, lambda items: subject.score(items, adapted=True), limit=windows)
     return Evaluation(
-        source=str(folder), adapter=adapter, task="text-generation", data=str(data), data_digest=source.digest, rows=len(rows),
+        source=str(folder), adapter=adapter, task="text-generation", data=source.source, data_digest=source.digest, rows=len(rows),
         skipped=source.skipped + skipped, metrics={one.metric: one.statistic(one.values) for one in found},
         seconds=time.perf_counter() - started, predictions=[],
     )  # fmt: skip
@@ -135,13 +135,26 @@ def _text_subject(answers: Answers) -> Subject:
 def measure(
     answers: Answers, folder: Path, data: Path, *, skip_invalid: bool = False, advance: Advance | None = None
 ) -> Evaluation:
-    """Let `answers` answer every row, and compare."""
+    """Let `answers` answer every row of a data file, and compare."""
+    _check_answers(answers, folder)
+    return measure_rows(answers, folder, read_rows(data, skip_invalid), skip_invalid=skip_invalid, advance=advance)
+
+
+def _check_answers(answers: Answers, folder: Path) -> None:
     if answers.task == "masked-lm":
         raise InputError("what masked-lm trained answers nothing by itself", where=str(folder), fix="--forgetting measures its embeddings.")
+
+
+def measure_rows(
+    answers: Answers, folder: Path, source: Rows, *, skip_invalid: bool = False, advance: Advance | None = None, windows: int | None = None
+) -> Evaluation:
+    """The same on rows that are read already; of what learned from text, at most so many `windows` of 512 tokens."""
+    _check_answers(answers, folder)
     if answers.labels is None and answers.prompt_format.text is not None:
         adapter = getattr(answers, "adapter", None)
-        return measure_text(_text_subject(answers), folder, data, answers.prompt_format, adapter=adapter, skip_invalid=skip_invalid)
-    source = read_rows(data, skip_invalid)
+        return measure_text(
+            _text_subject(answers), folder, source, answers.prompt_format, adapter=adapter, skip_invalid=skip_invalid, windows=windows
+        )
     started = time.perf_counter()
     how = _how(answers)
     metrics, predictions, skipped = how(answers, source, skip_invalid, advance or (lambda done, total: None))
@@ -149,7 +162,7 @@ def measure(
         source=str(folder),
         adapter=getattr(answers, "adapter", None),
         task=answers.task,
-        data=str(data),
+        data=source.source,
         data_digest=source.digest,
         rows=len(predictions),
         skipped=source.skipped + skipped,

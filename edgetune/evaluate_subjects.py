@@ -107,14 +107,14 @@ def torch_texts(model: Any, tokenizer: Any) -> TorchSubject:
 
 
 class BundleSubject:
-    """A bundle with one of its adapters off or on. See `edgetune.forgetting.measure.Subject`."""
+    """A bundle with one of its adapters off or on; of a base alone the base. See `edgetune.forgetting.measure.Subject`."""
 
     def __init__(self, runtime: Any, adapter: str | None) -> None:
         names = tuple(runtime.adapters)
-        if adapter is None and len(names) != 1:
+        if adapter is None and len(names) > 1:
             raise InputError("which adapter?", where=str(runtime.folder), expected=f"--adapter with one of {', '.join(names)}")
-        self._runtime, self._adapter = runtime, adapter if adapter is not None else names[0]
-        if runtime.task(self._adapter) == "reward":  # an unknown name is an error before anything runs, too
+        self._runtime, self._adapter = runtime, adapter if adapter is not None else next(iter(names), None)
+        if self._adapter is not None and runtime.task(self._adapter) == "reward":  # an unknown name is an error before anything runs, too
             raise InputError("a reward predicts no text that could be forgotten", where=self._adapter, expected="an adapter of another method")
         self.texts: Texts | None = None
         if runtime.manifest.is_decoder:

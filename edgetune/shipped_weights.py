@@ -16,40 +16,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.heads import UNUSED
+from edgetune.heads import HEADS, UNUSED, unwrapped
 from edgetune.quantiser import Quantised, quantise
 from edgetune.weight_precision import Precision
+
+ADAPTERS_OWN = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save", *HEADS}  # parts of a path that no base has
 
 
 @torch.no_grad()
 def round_weights(model: Any, precision: Precision) -> None:
     """Replace every weight of a transformers model that a bundle of this precision stores in 4 or 8 bits, in place.
 
-    An embedding tied to the output projection stays tied where both are stored in the same bits.
+    With an adapter or a task head on it, these stay as they are. An embedding tied to the output projection stays tied where
+    both are stored in the same bits.
     """
-    bits = stored_bits(model, precision)
-    table = model.get_input_embeddings().weight
-    rows = {name for name in bits if model.get_submodule(name).weight is table}  # read row by row: no offsets there
-    _untie(model, bits)
+    body = base_of_model(model)
+    bits, modules = stored_bits(body, precision), linear_layers(body)
+    name, table = _table(body)
+    rows = {path for path, module in modules.items() if module.weight is table.weight} | {name}  # read row by row: no offsets there
+    _untie(body, bits)
     done: set[int] = set()
-    for name, wanted in bits.items():
-        module = model.get_submodule(name)
-        if not wanted or id(module.weight) in done:
+    for path, module in [*modules.items(), (name, table)]:
+        if not bits[path] or id(module.weight) in done:
             continue
         done.add(id(module.weight))
-        weight = quantised_weight(module, wanted, precision, offsets=name not in rows).dequantise()
-        module.weight.copy_(weight.t() if _is_transposed(module) else weight)
+        store(module, quantised_weight(module, bits[path], precision, offsets=path not in rows))
 
 
 def stored_bits(model: Any, precision: Precision) -> dict[str, int]:
     """Module path → 4, 8 or 0 (float), of every linear layer that a bundle has and of the token embedding."""
-    linears = dict(_linears(model))
+    linears = linear_layers(model)
     bits = {name: precision.bits([name]) for name in linears}
-    table = model.get_input_embeddings()
-    name = next(path for path, module in model.named_modules() if module is table)
+    name, table = _table(model)
     tied = next((bits[path] for path, linear in linears.items() if linear.weight is table.weight), 0)
     bits[name] = precision.embedding_bits(name, tied=tied, is_input=True, columns=int(table.weight.shape[1]))
     return bits
+
+
+def base_of_model(model: Any) -> Any:
+    """The transformers model inside an adapted one, without its task head; the layers in it may be adapted still."""
+    inner = unwrapped(model)
+    return getattr(inner, "body", inner)
+
+
+def _table(model: Any) -> tuple[str, Any]:
+    """Path and module of the token embedding, adapted or not."""
+    table = model.get_input_embeddings()
+    name = next(path for path, module in model.named_modules() if module is table)
+    return name, getattr(table, "base_layer", table)
 
 
 def quantised_weight(module: Any, bits: int, precision: Precision, *, offsets: bool) -> Quantised:
@@ -61,11 +75,23 @@ def quantised_weight(module: Any, bits: int, precision: Precision, *, offsets: b
     )  # fmt: skip
 
 
+def store(module: Any, quantised: Quantised) -> None:
+    """Give a linear layer or embedding the weight that the engine computes with."""
+    weight = quantised.dequantise()
+    module.weight.copy_(weight.t() if _is_transposed(module) else weight)
+
+
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """Path → linear layer of every one that a bundle has; see `base_of_model` for what to give."""
+    return dict(_linears(model))
+
+
 def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The linear layers that a bundle has: all but a pooler that nothing reads."""
+    """The linear layers that a bundle has, by their paths in the base: all but a pooler that nothing reads, and no adapter's own."""
     for name, module in model.named_modules():
-        if (isinstance(module, nn.Linear) or _is_transposed(module)) and not set(name.split(".")) & set(UNUSED):
-            yield name, module
+        path = name.removesuffix(".base_layer")
+        if (isinstance(module, nn.Linear) or _is_transposed(module)) and not set(path.split(".")) & {*UNUSED, *ADAPTERS_OWN}:
+            yield path, module
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -75,8 +101,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def _untie(model: Any, bits: dict[str, int]) -> None:
     """Give an output projection its own copy of the embedding's weight where the two are stored in different bits."""
-    table = model.get_input_embeddings()
-    name = next(path for path, module in model.named_modules() if module is table)
+    name, table = _table(model)
     for path, linear in _linears(model):
         if linear.weight is table.weight and bits[path] != bits[name]:
             linear.weight = nn.Parameter(linear.weight.detach().clone())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edgetune.errors import AdapterError, ExportError
 
 BITS = {"fp32": 0, "int8": 8, "int4": 4}
+FLOATS = ("fp32", "fp16")  # precisions of a whole bundle in which nothing is rounded to integers
 BLOCK_SIZE = 32  # weights that share a scale, unless `edgetune export` is told otherwise
 # The output projection (and the embedding tied to it) suffers most from 4 bits, and 8 cost no measurable speed there.
 INT4_DECODER = {"lm_head": "int8"}
@@ -26,7 +27,7 @@ class Precision:
     def bits(self, modules: Sequence[str]) -> int:
         """0 for float, else 4 or 8, of a linear layer made of these modules."""
         asked = self.override(modules)
-        return BITS[self.weights] if asked is None else asked
+        return BITS.get(self.weights, 0) if asked is None else asked
 
     def embedding_bits(self, module: str, *, tied: int, is_input: bool, columns: int) -> int:
         """0 for float, else 4 or 8, of an embedding (rows, columns).
@@ -46,6 +47,24 @@ class Precision:
             names = ", ".join(sorted({path.rpartition(".")[2] for path in modules}))
             raise ExportError(f"{names} are one product here", where="--keep", expected="one precision for them", got=" and ".join(sorted(asked)))
         return BITS[asked.pop()] if asked else None
+
+    def settled(self, products: Sequence[Sequence[str]], others: Sequence[str] = ()) -> Precision:
+        """The same precision, with what an override decides for a product (layers stored as one weight) said of each of its layers.
+
+        Whoever then asks layer by layer hears what the product got. `products`: the modules of each linear layer of the graph;
+        `others`: its further modules (embeddings). Names are short where nothing else is called so, else whole paths.
+        """
+        names = {bits: name for name, bits in BITS.items()}
+        decided = {path: self.bits(modules) for modules in products for path in modules} | {path: self.bits([path]) for path in others}
+        overrides = dict(self.overrides)
+        for modules in products:
+            asked = self.override(modules)
+            for path in modules if asked is not None else ():
+                if self.override([path]) is None:
+                    short = path.rpartition(".")[2]
+                    alike = all(bits == asked for other, bits in decided.items() if _named(short, [other]))
+                    overrides[short if alike else path] = names[asked]  # type: ignore[index]
+        return replace(self, overrides=overrides)
 
     def check(self, modules: Sequence[str]) -> None:
         """ExportError for an override that names none of the graph's modules: it would silently do nothing."""

@@ -1,6 +1,6 @@
 """Base + adapters → bundle: traced graph, quantised weights, adapter files, proof, manifest.
 
-`export_bundle` writes one; `reprove` repeats the proof of one. See `edgetune.export.bundle`.
+`export_bundle` writes one; `reprove` repeats the proof of one. See `edgetune.export.bundle` and `edgetune.export.again`.
 """
 
 if __name__ == "export":  # a second copy of every module would be made under the bare name

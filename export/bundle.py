@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from edgetune import __version__
 from edgetune.adapters import load_adapter
-from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
+from edgetune.bases import Base, load_body, load_tokenizer
 from edgetune.errors import ExportError, OutputError
 from edgetune.export import merging
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
@@ -26,8 +26,10 @@ from edgetune.export.graphfile import (
     write_data,
     write_graph,
 )
+from edgetune.export.half import to_half
 from edgetune.export.layout import simplify
-from edgetune.export.lower import Precision, add_head, lower
+from edgetune.export.lower import Precision, add_head, lower, settle
+from edgetune.export.page import write_page
 from edgetune.export.probe import (
     decoder_outputs,
     encoder_outputs,
@@ -49,8 +51,10 @@ from edgetune.export.proof import (
 from edgetune.export.reference import judged_by, reference_base, trained_base, warning
 from edgetune.export.score_head import add_fixed_score, causal_model, decoder_head, drop_states
 from edgetune.export.sources import Source, base_of, check_sources, original_base, read_source
+from edgetune.export.task import ALONE, TaskPlan
 from edgetune.export.token_head import add_token_head
 from edgetune.export.trace import trace_decoder, trace_encoder
+from edgetune.export.traced import Traced
 from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.heads import RewardModel, SequenceClassifier, has_token_types
 from edgetune.runtime.adapters import pack_adapter
@@ -71,23 +75,25 @@ from edgetune.runtime.manifest import (
 from edgetune.runtime.manifest import Precision as PrecisionInfo
 from edgetune.text_pairs import second_of, typed_at
 from edgetune.token_classifier import TokenClassifier, build_classifier
-from edgetune.weight_precision import INT4_DECODER
+from edgetune.weight_precision import FLOATS, INT4_DECODER
 
 Say = Callable[[str], None]
-ALONE = "(base)"  # the name of the proof of a bundle without adapters
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
 
 def export_bundle(
     adapters: Sequence[tuple[str, Path]], out: Path, *, mode: str = "separate", precision: Precision | None = None,
-    base_name: str | None = None, threads: int | None = None, say: Say = lambda line: None,
+    base_name: str | None = None, threads: int | None = None, say: Say = lambda line: None, task: TaskPlan | None = None,
+    traced: Traced | None = None,
 ) -> Manifest:  # fmt: skip
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
-    ProofError when the proof fails; then, as after any error, nothing is left at `out` that was not there before.
+    `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given: on a few of its recipe's
+    validation rows. `traced` keeps the graph for further bundles of the same model. ProofError when the proof fails; then,
+    as after any error, nothing is left at `out` that was not there before.
     """
     precision = precision or Precision()
-    _check_place(out)
+    check_place(out)
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
         say(f"{sources[0].name}: all its weights were trained, so it is the bundle's base and nothing swaps it")
@@ -98,17 +104,20 @@ def export_bundle(
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
-        manifest, rows = _build(base, sources, folder, mode=mode, precision=precision, say=say)
+        manifest, rows = _build(base, sources, folder, mode=mode, precision=precision, say=say, traced=traced)
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
-        demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights != "fp32")
-        manifest = replace(manifest, proof=_proof_document(proofs, rows, precision), files=_digests(folder))
+        demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights not in FLOATS)
+        results = (task or TaskPlan()).measure(folder, manifest, base, sources, load=torch_model, threads=threads, say=say)
+        document = _proof_document(proofs, rows, precision) | {"task": {name: result.to_dict() for name, result in results.items()}}
+        manifest = replace(manifest, proof=document, files=_digests(folder))
+        manifest = replace(manifest, files=manifest.files | write_page(folder, manifest))
         write_json(folder / MANIFEST, manifest.to_dict())
     return manifest
 
 
-def _check_place(out: Path) -> None:
+def check_place(out: Path) -> None:
     """A bundle may replace a bundle, never another folder of the user's."""
     if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(
@@ -118,13 +127,13 @@ def _check_place(out: Path) -> None:
 
 
 def _build(
-    base: Base, sources: Sequence[Source], folder: Path, *, mode: str, precision: Precision, say: Say
+    base: Base, sources: Sequence[Source], folder: Path, *, mode: str, precision: Precision, say: Say, traced: Traced | None = None
 ) -> tuple[Manifest, dict[str, list[list[int]]]]:
     """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each adapter."""
     tokenizer = load_tokenizer(base)
     say(f"tracing {base.name} ({base.model_type})")
-    model = _torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else _torch_model(base)
-    graph, info, sites, head = _graph(base, model, sources, mode=mode, precision=precision, say=say)
+    model = torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else torch_model(base)
+    graph, info, sites, head, precision = _graph(base, model, sources, mode=mode, precision=precision, say=say, traced=traced)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
     del model
@@ -135,7 +144,7 @@ def _build(
     manifest = Manifest(
         schema=SCHEMA, edgetune_version=__version__, task=_task(base, sources),
         base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
-        precision=PrecisionInfo(precision.weights, precision.block_size if precision.weights != "fp32" else None, dict(precision.overrides)),
+        precision=PrecisionInfo(precision.weights, precision.block_size if precision.weights not in FLOATS else None, dict(precision.overrides)),
         graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
     )  # fmt: skip
     for line in filter(None, (warning(source.name, source.metadata, manifest) for source in sources)):
@@ -162,7 +171,7 @@ def build_base(base: Base, folder: Path, *, precision: Precision, say: Say = lam
     return _build(base, [], folder, mode="separate", precision=precision, say=say)[0]
 
 
-def _torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
+def torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
     """The base in torch fp32, with a source's adapter on it (or merged into it)."""
     body = load_body(base).float().eval()
     if source is None or source.is_model:
@@ -181,19 +190,26 @@ def _torch_model(base: Base, source: Source | None = None, *, merge: bool = Fals
 
 
 def _graph(
-    base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say
-) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None]:
-    """Trace, simplify, quantise; what the runtime must know of the result."""
+    base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say, traced: Traced | None = None
+) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision]:
+    """Trace, simplify, quantise; what the runtime must know of the result, and the precision layer by layer."""
     config, body = model.config, model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
     max_length = fixed_length(config, min(base.max_length, LARGEST_CONTEXT))
     shape: dict[str, Any]
     if base.kind == "decoder":
-        graph, shape = trace_decoder(body, max_length=max_length), asdict(cache_sizes(config))
+        shape = asdict(cache_sizes(config))
     else:
-        graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
         shape = {"cache_dtype": None, "pooling": base.pooling, "token_type_ids": has_token_types(config)}
-    simplify(graph)
+
+    def trace() -> ir.Model:
+        is_decoder = base.kind == "decoder"
+        graph = trace_decoder(body, max_length=max_length) if is_decoder else trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
+        simplify(graph)
+        return graph
+
+    graph = trace() if traced is None else traced.copy(trace)
     say(f"writing weights as {precision.weights}")
+    precision = settle(graph, precision)
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
     head = decoder_head(config.hidden_size) if base.kind == "decoder" and mode == "separate" else None
     if isinstance(model, RewardModel):
@@ -207,10 +223,13 @@ def _graph(
             add_token_head(graph, model.classifier.weight.detach(), model.classifier.bias.detach())
         else:
             head = add_head(graph, *weights, hidden=config.hidden_size)
+    if precision.weights == "fp16":
+        to_half(graph)
+        shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
     info = GraphInfo(
         engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
     )
-    return graph, info, sites, head
+    return graph, info, sites, head, precision
 
 
 def _untouched(sources: Sequence[Source]) -> frozenset[str]:
@@ -253,7 +272,7 @@ def prove_bundle(
     """Run torch and the bundle's real engine on the probe, adapter by adapter."""
     engine = (DecoderEngine if manifest.is_decoder else EncoderEngine)(folder, manifest, threads=threads)
     if not sources and isinstance(engine, DecoderEngine):
-        trained, shipped = torch_outputs(_torch_model(base), rows[ALONE], adapter=True), decoder_outputs(engine, rows[ALONE], None)
+        trained, shipped = torch_outputs(torch_model(base), rows[ALONE], adapter=True), decoder_outputs(engine, rows[ALONE], None)
         judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
         return {ALONE: prove_parity(trained=trained, shipped=shipped, precision=judged)}
     return {source.name: _prove_one(engine, manifest, base, source, rows[source.name]) for source in sources}
@@ -261,11 +280,11 @@ def prove_bundle(
 
 def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: Base, source: Source, rows: list[list[int]]) -> Proof:
     reference = reference_base(base, source.metadata, manifest)
-    model = _torch_model(reference, source)
+    model = torch_model(reference, source)
     trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
     decide = decide_by(REWARD if source.task == REWARD else source.problem, trained)
     trained, trained_off = decide(trained), decide(trained_off)
-    original = _torch_model(original_base(source)) if source.is_model else None
+    original = torch_model(original_base(source)) if source.is_model else None
     if original is not None:
         trained_off = torch_outputs(original, rows, adapter=True)
 
@@ -290,10 +309,6 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     return prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=shipped_off, precision=judged)
 
 
-def _is_the_base(entry: AdapterEntry, folder: Path) -> bool:
-    return entry.path is None and not (folder / "adapters" / entry.name).is_dir()
-
-
 def _proof_document(proofs: Mapping[str, Proof], rows: Mapping[str, list[list[int]]], precision: Precision) -> dict[str, Any]:
     return {
         "bounds": asdict(BOUNDS[coarsest([precision.weights, *precision.overrides.values()])]),
@@ -314,17 +329,4 @@ def _digests(folder: Path) -> dict[str, FileInfo]:
     return {path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size) for path in files}
 
 
-def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> dict[str, Proof]:
-    """The proof again, from the bundle alone and the base it names."""
-    base = resolve_base(manifest.base.name)
-    if base.digest != manifest.base.digest:
-        raise ExportError("the base model here is another one", expected=manifest.base.digest, got=base.digest)
-    sources = [
-        read_source(entry.name, base.folder if _is_the_base(entry, folder) else folder / "adapters" / entry.name) for entry in manifest.adapters
-    ]
-    if missing := sorted({source.name for source in sources} - set(manifest.proof.get("probe", {}))):
-        raise ExportError(f"the manifest holds no probe for {missing[0]}", where=str(folder), fix="Export the bundle again.")
-    return prove_bundle(folder, manifest, base, sources, _probe(manifest), threads=threads)
-
-
-__all__ = ["build_base", "export_bundle", "prove_bundle", "reprove"]
+__all__ = ["build_base", "check_place", "export_bundle", "prove_bundle", "torch_model"]

@@ -20,7 +20,7 @@ from edgetune.quantiser import Quantised, quantise
 from edgetune.runtime.manifest import HeadInfo, Part, Site
 from edgetune.weight_precision import BITS, Precision
 
-__all__ = ["BITS", "Precision", "add_head", "input_embedding", "lower", "modules_and_widths"]
+__all__ = ["BITS", "Precision", "add_head", "input_embedding", "lower", "modules_and_widths", "settle"]
 
 ACCURACY_LEVEL = 4  # activations in int8 inside MatMulNBits; level 1 (fp32) costs a third of decode speed
 
@@ -143,6 +143,13 @@ def lower(model: ir.Model, precision: Precision, *, adapter_inputs: bool, skip: 
             replace(node.outputs[0], walk.embedding(node))
     drop_dead(model)
     return sites
+
+
+def settle(model: ir.Model, precision: Precision) -> Precision:
+    """The precision with every override said of all layers of the product it decides for; see `Precision.settled`."""
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    linears = [modules_and_widths(node)[0] for node in nodes if node.op_type != "Embedding"]
+    return precision.settled(linears, [node.attributes["module"].as_string() for node in nodes if node.op_type == "Embedding"])
 
 
 def modules_and_widths(node: ir.Node) -> tuple[list[str], list[int]]:

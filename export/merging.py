@@ -11,8 +11,9 @@ from edgetune.errors import ExportError
 from edgetune.export.lower import Precision
 from edgetune.export.probe import torch_outputs
 from edgetune.export.proof import Outputs, Proof, prove, with_survival
-from edgetune.export.survival import ADAPTER, LEAST_STRENGTH, round_weights, summary, survival
+from edgetune.export.survival import ADAPTER, LEAST_STRENGTH, summary, survival
 from edgetune.runtime.manifest import Precision as PrecisionInfo
+from edgetune.shipped_weights import round_weights
 
 
 def merge(adapted: Any, *, where: str) -> Any:

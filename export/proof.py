@@ -39,6 +39,7 @@ class Bounds:
 
 BOUNDS = {
     "fp32": Bounds(max_abs=1e-3, mean_kl=1e-6, top1=0.999, recovered=0.99, direction=0.999, strength=(0.99, 1.01)),
+    "fp16": Bounds(max_abs=None, mean_kl=1e-3, top1=0.98, recovered=0.98, direction=0.99, strength=(0.95, 1.05)),
     "int8": Bounds(max_abs=None, mean_kl=0.03, top1=0.9, direction=0.9),
     "int4": Bounds(max_abs=None, mean_kl=0.6, top1=0.5),
 }

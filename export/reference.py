@@ -20,7 +20,7 @@ from edgetune.layout import ADAPTER
 from edgetune.quantiser import ROUNDING
 from edgetune.runtime import manifest as bundle
 from edgetune.runtime.trained_for import is_held
-from edgetune.weight_precision import trained_precision
+from edgetune.weight_precision import FLOATS, trained_precision
 
 
 def trained_base(base: Base, metadata: Mapping[str, Any]) -> Base:
@@ -68,7 +68,7 @@ def warning(name: str, metadata: Mapping[str, Any], manifest: bundle.Manifest) -
     if recorded is None:
         return ""
     weights, stored = recorded["weights"], manifest.precision.weights
-    if manifest.mode == "merged" and stored != "fp32":
+    if manifest.mode == "merged" and stored not in FLOATS:
         return (
             f"adapter {name}: it was trained for the {weights} base; merged with it, the sum is rounded once more, to {stored}; "
             f"--mode separate --precision {weights} ships what was trained"

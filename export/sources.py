@@ -92,6 +92,8 @@ def check_sources(sources: Sequence[Source], mode: str, precision: Precision, ba
         raise ExportError("unknown mode", expected=" or ".join(MODES), got=mode)
     if precision.weights not in BOUNDS:
         raise ExportError("unknown precision", expected=", ".join(BOUNDS), got=precision.weights)
+    if precision.weights == "fp16" and precision.overrides:
+        raise ExportError("an fp16 bundle has one precision", where="--keep", got=", ".join(f"{m}={p}" for m, p in precision.overrides.items()), fix="Leave --keep out.")
     if not sources and (base_name is None or mode == "merged"):
         raise ExportError(
             "there is no adapter to export", expected="--adapter NAME=RUN, once or several times, or --base NAME for a base alone"

@@ -1,4 +1,4 @@
-"""What is left of a change ΔW once W + ΔW is rounded: of each layer's weights, and the base it must be measured against.
+"""What is left of a change ΔW once W + ΔW is rounded, of each layer's weights.
 
 With Q for rounding, the change that ships is Q(W + ΔW) − Q(W). Against ΔW it has
 
@@ -41,6 +41,7 @@ class Survival:
 def survival(model: nn.Module, precision: Precision, *, trained: nn.Module | None = None) -> dict[str, Survival]:
     """Layer → what survives rounding of the adapter on `model`, or of the change from `model` to `trained`.
 
+    `precision` is the one in the bundle's manifest, in which the layers of one product are stored alike (`Precision.settled`).
     Empty where nothing is rounded. DoRA's layers are left out: their change is not one matrix added to W.
     """
     found = {}
@@ -94,18 +95,6 @@ def _weight(layer: Any) -> Tensor:
 
 def _plain_name(name: str) -> str:
     return name.removeprefix(WRAPPED).replace(".base_layer", "")
-
-
-def round_weights(model: nn.Module, precision: Precision) -> None:
-    """Round the base's linear layers in place as the bundle's are: what the shipped base would answer, in torch.
-
-    A tied embedding is rounded with the output projection; other embeddings and biases stay.
-    """
-    with torch.no_grad():
-        for name, layer in _linears(model):
-            if bits := precision.bits([_plain_name(name)]):
-                weight = _rounded(_weight(layer), precision, bits)
-                layer.weight.copy_(weight.t() if isinstance(layer, Conv1D) else weight)
 
 
 def summary(layers: dict[str, Survival]) -> dict[str, Any]:

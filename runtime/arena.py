@@ -30,20 +30,20 @@ PAGE = mmap.PAGESIZE
 
 
 class CacheArena:
-    """Keys and values (2·layers, slots, kv_heads, capacity, head_dim) float32; `budget` is in tokens, over all slots."""
+    """Keys and values (2·layers, slots, kv_heads, capacity, head_dim) in `cache_dtype`; `budget` is in tokens, over all slots."""
 
     def __init__(self, graph: GraphInfo, *, slots: int, capacity: int, budget: int) -> None:
         layers, heads, width = graph.layers or 0, graph.kv_heads or 0, graph.head_dim or 0
         self.slots, self.capacity, self.budget = slots, capacity, budget
         self.names = [f"{layer}.{side}" for layer in range(layers) for side in ("key", "value")]
         shape = (len(self.names), slots, heads, capacity, width)
-        self._allocate(shape)
+        self._allocate(shape, np.dtype(graph.cache_dtype or "float32"))
         self.touched = [0] * slots
         """tokens of a slot that were written since its pages were given back"""
         self._reserved = [0] * slots
 
-    def _allocate(self, shape: tuple[int, ...]) -> None:
-        self.memory, self._map = _lazy_zeros(shape)
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.memory, self._map = _lazy_zeros(shape, dtype)
 
     @property
     def shares_prefixes(self) -> bool:
@@ -53,7 +53,7 @@ class CacheArena:
     @property
     def token_bytes(self) -> int:
         """Memory of one token's keys and values in all layers."""
-        return token_bytes(self.memory.shape[0], self.memory.shape[2], self.memory.shape[4])
+        return token_bytes(self.memory.shape[0], self.memory.shape[2], self.memory.shape[4], self.memory.itemsize)
 
     @property
     def reserved(self) -> int:
@@ -113,7 +113,7 @@ class DeviceArena(CacheArena):
         self._place = place
         super().__init__(graph, slots=slots, capacity=min(capacity, max(budget // slots, 1)), budget=budget)
 
-    def _allocate(self, shape: tuple[int, ...]) -> None:
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.memory: Any = DeviceBlock(self._place, shape)
 
     @property
@@ -144,14 +144,14 @@ def new_arena(graph: GraphInfo, *, slots: int, capacity: int, budget: int, place
     return DeviceArena(place, graph, slots=slots, capacity=capacity, budget=budget)
 
 
-def token_bytes(sides: int, heads: int, width: int) -> int:
-    """Memory of one token's keys and values: sides (2·layers) × heads × width, float32."""
-    return sides * heads * width * 4
+def token_bytes(sides: int, heads: int, width: int, itemsize: int = 4) -> int:
+    """Memory of one token's keys and values: sides (2·layers) × heads × width numbers of so many bytes."""
+    return sides * heads * width * itemsize
 
 
-def _lazy_zeros(shape: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], mmap.mmap]:
+def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], mmap.mmap]:
     """Zeros whose pages exist from their first write on, in small pages: huge ones would be whole slots at once."""
-    size = max(math.prod(shape) * 4, PAGE)
+    size = max(math.prod(shape) * dtype.itemsize, PAGE)
     options: dict[str, int] = {}
     if hasattr(mmap, "MAP_PRIVATE"):  # shared memory, Python's default, would not give pages back
         options["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -162,5 +162,5 @@ def _lazy_zeros(shape: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], mmap.m
         raise InputError(what, fix="Lower max_context, max_rows or cache_mb.") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    array = np.frombuffer(memory, np.float32, count=math.prod(shape)).reshape(shape)
+    array = np.frombuffer(memory, dtype, count=math.prod(shape)).reshape(shape)
     return array, memory

@@ -155,7 +155,7 @@ class GraphSession:
 
 
 class KVCache:
-    """Keys and values of `slots` rows: one array a layer and side, (slots, kv_heads, capacity, head_dim) float32.
+    """Keys and values of `slots` rows: one array a layer and side, (slots, kv_heads, capacity, head_dim) in `cache_dtype`.
 
     Rows sit in slots 0…n-1, so a smaller batch is a view on the front of the same memory.
     """
@@ -164,8 +164,8 @@ class KVCache:
         self.capacity = capacity
         names = [f"{layer}.{side}" for layer in range(graph.layers or 0) for side in ("key", "value")]
         shape = (len(names), slots, graph.kv_heads or 0, capacity, graph.head_dim or 0)
-        memory = np.zeros(shape, np.float32)  # one block: the system gives pages when they are first written
-        self.arrays: dict[str, Float32] = dict(zip(names, memory, strict=True))
+        memory = np.zeros(shape, graph.cache_dtype or "float32")  # one block: the system gives pages when they are first written
+        self.arrays: dict[str, npt.NDArray[Any]] = dict(zip(names, memory, strict=True))
         self._values: list[Any] = []
 
     def bind(self, io: Any, rows: int) -> None:

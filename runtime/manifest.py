@@ -178,6 +178,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "mode": ("separate", "merged"),
     "precision.weights": WEIGHTS,
     "graph.pooling": ("mean", "cls"),
+    "graph.cache_dtype": ("float32", "float16"),
 }
 JSON_NAMES = {"in_features": "in", "out_features": "out"}  # "in" is a Python keyword
 

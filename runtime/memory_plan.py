@@ -30,7 +30,8 @@ def plan_cache(graph: GraphInfo, *, rows: int, cache_mb: float | None = None) ->
     None: 1,024 tokens a row (the context where that is shorter), at most a quarter of the machine's memory. It is an
     upper bound: memory is used where tokens are written. InputError when it does not hold 64 tokens.
     """
-    token = token_bytes(2 * (graph.layers or 0), graph.kv_heads or 0, graph.head_dim or 0)
+    itemsize = 2 if graph.cache_dtype == "float16" else 4
+    token = token_bytes(2 * (graph.layers or 0), graph.kv_heads or 0, graph.head_dim or 0, itemsize)
     if cache_mb is None:
         wanted = rows * min(graph.max_length, USUAL_TOKENS) * token * PREFIX_SHARE / (PREFIX_SHARE - 1)
         total = min(wanted, (memory_mb() or 4096) * 1e6 / 4)

@@ -27,7 +27,7 @@ class PrefixCache:
     def __init__(self, arena: CacheArena, *, blocks: int) -> None:
         self.arena = arena
         sides, _, heads, _, width = arena.memory.shape
-        self._pool = np.zeros((blocks, sides, heads, BLOCK, width), np.float32)  # pages come with the first write
+        self._pool = np.zeros((blocks, sides, heads, BLOCK, width), arena.memory.dtype)  # pages come with the first write
         self._free = list(range(blocks))[::-1]
         self._known: OrderedDict[Name, tuple[int, int]] = OrderedDict()
         """name → (number, place in the pool), the one used least recently first; a number is never used twice"""

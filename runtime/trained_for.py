@@ -27,6 +27,6 @@ def other_weights(recorded: Mapping[str, Any] | None, stored: Precision) -> str:
 
 def _words(stored: Precision) -> str:
     """`int4 (blocks of 32, lm_head int8)`."""
-    if stored.weights == "fp32":
-        return "fp32"
+    if stored.block_size is None:
+        return stored.weights
     return f"{stored.weights} ({', '.join([f'blocks of {stored.block_size}', *(f'{m} {p}' for m, p in stored.overrides.items())])})"

@@ -14,7 +14,7 @@ import torch
 from export_helpers import decoder_feed, export, make_adapter, plain_session
 
 from edgetune.errors import AdapterError, ExportError, OutputError, ProofError
-from edgetune.export.bundle import reprove
+from edgetune.export.again import reprove
 from edgetune.runs import load_adapted_model
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.manifest import read_manifest, verify_files
@@ -43,7 +43,7 @@ def topics(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_decoder_bundle_holds_exactly_these_files(bundle: Path) -> None:
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json", "chat.onnx_adapter"}
-    graph = {"edgetune.json", "engine.onnx", "model.onnx", "model.onnx.data", "genai_config.json"}
+    graph = {"edgetune.json", "engine.onnx", "model.onnx", "model.onnx.data", "genai_config.json", "report.html"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert files == graph | tokenizer | {f"adapters/chat/{name}" for name in adapter}
 

@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from edgetune.bases import load_body, resolve_base
 from edgetune.errors import ExportError
 from edgetune.evaluate import evaluate
-from edgetune.export.bundle import export_bundle, reprove
+from edgetune.export.again import reprove
+from edgetune.export.bundle import export_bundle
 from edgetune.export.lower import Precision
 from edgetune.objectives import completion_logits
 from edgetune.runs import load_adapted_model

@@ -23,7 +23,7 @@ from edgetune.bases import load_tokenizer, resolve_base
 from edgetune.cli import main
 from edgetune.errors import AdapterError, DataError, InputError
 from edgetune.evaluate import evaluate
-from edgetune.export.bundle import reprove
+from edgetune.export.again import reprove
 from edgetune.export.decisions import decide_by
 from edgetune.export.probe import TEXTS, token_outputs, torch_outputs
 from edgetune.export.proof import Outputs, prove

@@ -21,7 +21,7 @@ from edgetune.bases import resolve_base
 from edgetune.cli import main
 from edgetune.errors import AdapterError, InputError
 from edgetune.evaluate import evaluate
-from edgetune.export.bundle import reprove
+from edgetune.export.again import reprove
 from edgetune.prompts import PromptFormat
 from edgetune.runtime import GenerationRequest, Runtime, Scheduler, read_manifest
 from edgetune.runtime.events import SchedulerClosed

@@ -146,7 +146,7 @@ def test_importing_a_room_loads_nothing_heavy(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["'--help'", "'predict', '--help'", "'serve', '--help'", "'top', '--help'", "'check', '--help'", "'devices', '--help'"]
+    "arguments", ["'--help'", "'predict', '--help'", "'serve', '--help'", "'top', '--help'", "'check', '--help'", "'diff', '--help'", "'devices', '--help'"]
 )
 def test_help_loads_nothing_heavy(arguments: str) -> None:
     code = f"from edgetune.cli import cli\ncli.main([{arguments}], standalone_mode=False)"

@@ -15,8 +15,9 @@ from edgetune.bases import load_body, resolve_base
 from edgetune.errors import ProofError
 from edgetune.export.lower import Precision
 from edgetune.export.proof import with_survival
-from edgetune.export.survival import round_weights, summary, survival
+from edgetune.export.survival import summary, survival
 from edgetune.quantiser import quantise
+from edgetune.shipped_weights import round_weights
 
 INT4 = Precision("int4", overrides={"lm_head": "int8"})
 
@@ -85,3 +86,31 @@ def test_the_line_and_the_verdict_name_the_weakest_layer(tiny_decoder: Path, tmp
     survived = summary(survival(adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / "a")), INT4))
     assert with_survival(proof, survived, least=0.5).passed and survived["weakest"] in with_survival(proof, survived, least=0.5).line()
     assert not with_survival(proof, {**survived, "strength": 0.2}, least=0.5).passed
+
+
+def test_a_packed_product_survives_as_it_is_stored(tiny_decoder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_decoder, tmp_path / "a", strength=0.3)
+    manifest = export(tmp_path / "bundle", adapter, precision="int4", mode="merged", overrides={"lm_head": "int8", "q_proj": "int8"})
+    assert manifest.precision.overrides == {"lm_head": "int8", "q_proj": "int8", "k_proj": "int8", "v_proj": "int8"}
+    layers = manifest.proof["adapters"]["a"]["survived"]["layers"]
+    at_8 = survival(adapted(tiny_decoder, adapter), Precision("int8"))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        path = f"model.layers.0.self_attn.{name}"
+        assert layers[path]["direction"] == pytest.approx(at_8[path].direction, abs=1e-6)
+
+
+def test_an_adapted_model_is_rounded_as_its_base_is(tiny_encoder: Path, tmp_path: Path) -> None:
+    from edgetune.export.bundle import torch_model
+    from edgetune.export.sources import read_source
+
+    base, plain = resolve_base(str(tiny_encoder)), load_body(resolve_base(str(tiny_encoder)))
+    model = torch_model(base, read_source("a", make_adapter(tiny_encoder, tmp_path / "a")))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    round_weights(plain, Precision("int8"))
+    round_weights(model, Precision("int8"))
+    rounded = dict(plain.named_parameters())
+    for name, weight in model.named_parameters():
+        path = name.removeprefix("base_model.model.bert.").replace(".base_layer", "")
+        expected = rounded[path] if path in rounded else before[name]
+        assert torch.equal(weight, expected), name
+    assert not torch.equal(rounded["embeddings.word_embeddings.weight"], before["base_model.model.bert.embeddings.word_embeddings.weight"])

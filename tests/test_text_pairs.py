@@ -24,7 +24,7 @@ from edgetune.cli import main
 from edgetune.errors import AdapterError, DataError, InputError, RecipeError
 from edgetune.evaluate import evaluate
 from edgetune.examples import load_examples
-from edgetune.export.bundle import reprove
+from edgetune.export.again import reprove
 from edgetune.problems import regression
 from edgetune.recipe import Recipe
 from edgetune.recipe_file import recipe_from_dict

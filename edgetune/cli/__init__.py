@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": "Measure a run or a bundle on a data file.",
     "export": "Turn adapters into a bundle, with proof.",
     "verify": "Check a bundle's hashes; with --parity prove it again.",
+    "diff": "Say what changed from one bundle to another.",
     "predict": "Answer one text or a file of rows.",
     "serve": "Answer over HTTP: OpenAI's endpoints, adapters as models, a playground.",
     "top": "Watch a server live in the terminal.",

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgetune.errors import ExportError
+
+BLOCK_SIZE = 32
 
 
 @click.command()
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter's name and its run or PEFT folder, or a sum such as A+0.5*B of others' names or folders; repeat for several.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
 @click.option("--mode", default="separate", show_default=True, type=click.Choice(["separate", "merged"]), help="Adapters as inputs, or one merged into the weights.")
-@click.option("--precision", type=click.Choice(["fp32", "int8", "int4"]), help="How weights are stored; not given: what all adapters were trained for (base_precision), else int8.")
-@click.option("--block-size", default=32, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4", "auto"]), help="How weights are stored; fp16 (activations and cache too) is for GPUs; auto: the smallest that keeps within --max-loss; not given: what all adapters were trained for (base_precision), else int8.")
+@click.option("--max-loss", metavar="SHARE", help="With --precision auto: how much of each adapter's task metric may be lost against torch in fp32, as 0.5% (of its value).  [default: 0.5%]")
+@click.option("--block-size", default=BLOCK_SIZE, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
 @click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
 @click.option("--base", "base_name", metavar="NAME", help="The base model, for adapters that do not say; without --adapter: the base alone.")
+@click.option("--task-rows", type=click.IntRange(min=0), metavar="N", help="Validation rows (of the run's recipe) on which each adapter's task metric is taken, in torch and in the bundle; not given: 16 of a decoder, 256 of an encoder; 0: none.")
+@click.option("--task-data", type=click.Path(path_type=Path), metavar="FILE", help="Rows for the task metric, instead of the recipe's own.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
-    adapters: tuple[str, ...], out: Path, mode: str, precision: str | None, block_size: int, keep: tuple[str, ...], base_name: str | None, threads: int | None
-) -> None:
+    adapters: tuple[str, ...], out: Path, mode: str, precision: str | None, max_loss: str | None, block_size: int, keep: tuple[str, ...], base_name: str | None,
+    task_rows: int | None, task_data: Path | None, threads: int | None,
+) -> None:  # fmt: skip
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
     from edgetune.export.bundle import export_bundle
     from edgetune.export.combine import FORM, resolve_sums
     from edgetune.export.lower import BITS, Precision
     from edgetune.export.reference import precision_trained_for
+    from edgetune.export.task import TaskPlan
 
     overrides = dict(_pair(text, "--keep", "MODULE=PRECISION") for text in keep)
     for value in overrides.values():
@@ -35,14 +44,45 @@ def command(
     pairs = [_pair(text, "--adapter", FORM) for text in adapters]
     with tempfile.TemporaryDirectory(prefix="edgetune-sum-") as folder:
         sources = resolve_sums(pairs, Path(folder))
+        task = TaskPlan(task_rows, task_data)
+        if precision == "auto":
+            _smallest(sources, out, max_loss, block_size, mode=mode, keep=overrides, base_name=base_name, task=task, threads=threads)
+            return
+        if max_loss is not None:
+            raise ExportError("--max-loss bounds what --precision auto may lose", got=f"--precision {precision}", fix="Add --precision auto.")
         precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
         chosen = Precision(precision, block_size=block_size, overrides=overrides)
         manifest = export_bundle(
             sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads,
-            say=lambda line: click.echo(line, err=True),
+            say=lambda line: click.echo(line, err=True), task=task,
         )  # fmt: skip
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)} adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB")
+
+
+def _smallest(sources: Sequence[tuple[str, Path]], out: Path, max_loss: str | None, block_size: int, **options: Any) -> None:
+    """Search, and print what was tried."""
+    from edgetune.export.search import export_smallest
+    from edgetune.export.search_page import table_lines, write_page
+
+    if block_size != BLOCK_SIZE:
+        raise ExportError("--precision auto tries several block sizes by itself", got=f"--block-size {block_size}", fix="Leave it out.")
+    found = export_smallest(sources, out, max_loss=_share(max_loss or "0.5%"), say=lambda line: click.echo(line, err=True), **options)
+    for line in table_lines(found):
+        click.echo(line)
+    trial = found.trials[found.chosen]
+    click.echo(f"{out}: {found.manifest.base.name}, {found.manifest.mode}, {trial.name}, {trial.mb:.1f} MB; plots in {write_page(found, out)}")
+
+
+def _share(text: str) -> float:
+    """`0.5%` or `0.005`."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise ExportError("cannot read --max-loss", expected="a share of the metric, as 0.5% or 0.005", got=text)
+    return value
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:

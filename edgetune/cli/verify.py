@@ -10,11 +10,16 @@ import click
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--parity", is_flag=True, help="Prove again that it answers as what was trained (needs torch and the base model).")
+@click.option("--task-data", type=click.Path(path_type=Path), metavar="FILE", help="With --parity: take the task metric again on these rows, in torch and in the bundle.")
+@click.option("--task-rows", type=click.IntRange(min=1), metavar="N", help="With --task-data: that many of them at most.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
-def command(bundle: Path, parity: bool, threads: int | None) -> int:
+def command(bundle: Path, parity: bool, task_data: Path | None, task_rows: int | None, threads: int | None) -> int:
     """Check that a bundle is what was exported. Exit 1 when anything differs."""
+    from edgetune.errors import InputError
     from edgetune.runtime.manifest import read_manifest, verify_files
 
+    if task_data is not None and not parity:
+        raise InputError("--task-data needs torch and the base model", fix="Add --parity, or use `edgetune eval` for the bundle alone.")
     manifest = read_manifest(bundle)
     problems = list(verify_files(bundle, manifest))
     for problem in problems:
@@ -22,11 +27,14 @@ def command(bundle: Path, parity: bool, threads: int | None) -> int:
     if problems:
         return 1
     click.echo(f"{bundle}: {len(manifest.files)} files, every size and sha256 as exported")
-    return _parity(bundle, threads) if parity else 0
+    failed = _parity(bundle, threads) if parity else 0
+    if task_data is not None:
+        _task(bundle, task_data, task_rows, threads)
+    return failed
 
 
 def _parity(bundle: Path, threads: int | None) -> int:
-    from edgetune.export.bundle import reprove
+    from edgetune.export.again import reprove
     from edgetune.runtime.manifest import read_manifest
 
     failed = False
@@ -34,3 +42,11 @@ def _parity(bundle: Path, threads: int | None) -> int:
         click.echo(f"proof {name}: {'passed' if proof.passed else 'FAILED: ' + '; '.join(proof.failures)}; {proof.line()}")
         failed |= not proof.passed
     return int(failed)
+
+
+def _task(bundle: Path, data: Path, rows: int | None, threads: int | None) -> None:
+    from edgetune.export.again import remeasure
+    from edgetune.export.task import TaskPlan
+    from edgetune.runtime.manifest import read_manifest
+
+    remeasure(bundle, read_manifest(bundle), TaskPlan(rows, data), threads=threads, say=click.echo)

@@ -20,6 +20,7 @@ from edgetune.errors import OutputError
 from edgetune.evaluate import BundleAnswers, measure
 from edgetune.export.bundle import export_bundle
 from edgetune.export.lower import Precision
+from edgetune.export.task import TaskPlan
 from edgetune.files import output_errors, write_json, write_text
 from edgetune.layout import JOURNAL
 from edgetune.progress import Progress
@@ -128,6 +129,7 @@ def _ship(shipment: Shipment, plan: Plan, out: Path, scores: Mapping[str, Scores
             folder,
             precision=Precision(shipment.precision, overrides=shipment.overrides),
             say=road.say,
+            task=TaskPlan(rows=0),  # measured below, on every row
         )
     with road.step(f"call {shipment.name}"), Runtime.open(folder) as runtime:
         in_bundle = {task.name: _measure_in_bundle(task, runtime, folder) for task in shipment.tasks}

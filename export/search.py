@@ -1,0 +1,206 @@
+"""`--precision auto`: the smallest bundle whose task metric stays within a bound of torch in fp32, measured through the real engine.
+
+Precisions are exported in the order of their estimated size, each proven and measured like any bundle, until one holds; fp32 goes
+first, as what the others are seen against. The winner is moved to its place as it is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgetune.bases import Base, load_tokenizer
+from edgetune.errors import EdgetuneError, ExportError, ProofError
+from edgetune.export.bundle import Say, check_place, export_bundle, torch_model
+from edgetune.export.candidates import Candidate, candidates
+from edgetune.export.lower import Precision
+from edgetune.export.probe import probe_rows
+from edgetune.export.sources import Source, base_of, check_sources, read_source
+from edgetune.export.task import LOWER_IS_BETTER, TaskPlan, rows_of
+from edgetune.export.traced import Traced
+from edgetune.files import whole_folder, write_json
+from edgetune.runtime.latency import Workload
+from edgetune.runtime.manifest import MANIFEST, Manifest
+from edgetune.runtime.side_by_side import Latency, side_by_side
+
+AUTO_ROWS = {"decoder": 64, "encoder": 1000}
+RUNS, ROUNDS, PROMPT, ANSWER = 4, 2, 64, 24  # of the latency of every bundle tried
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One precision that was tried. `loss`: the largest of any adapter, relative to torch; None where the proof failed."""
+
+    name: str
+    metrics: Mapping[str, float]  # adapter → its task metric in the bundle
+    loss: float | None = None
+    mb: float | None = None
+    latency: Latency | None = None
+    failed: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: every trial (fp32 first, then by size), and which of them ships."""
+
+    manifest: Manifest
+    trials: tuple[Trial, ...]
+    chosen: int
+    max_loss: float
+    metric: Mapping[str, str]  # adapter → the name of its metric
+    reference: Mapping[str, float]  # adapter → that metric in torch
+    rows: int
+
+    @property
+    def front(self) -> frozenset[int]:
+        """Trials that no other beats in size, time and loss at once."""
+        def place(trial: Trial) -> tuple[float, float, float] | None:
+            if trial.loss is None or trial.mb is None or trial.latency is None:
+                return None
+            return trial.mb, trial.latency.step_ms, trial.loss
+
+        places = [place(trial) for trial in self.trials]
+        known = [one for one in places if one is not None]
+
+        def beaten(own: tuple[float, float, float]) -> bool:
+            return any(other != own and all(x <= y for x, y in zip(other, own, strict=True)) for other in known)
+
+        return frozenset(at for at, own in enumerate(places) if own is not None and not beaten(own))
+
+
+def export_smallest(
+    adapters: Sequence[tuple[str, Path]], out: Path, *, max_loss: float, mode: str = "separate", keep: Mapping[str, str] | None = None,
+    base_name: str | None = None, task: TaskPlan | None = None, threads: int | None = None, say: Say = lambda line: None,
+) -> Found:  # fmt: skip
+    """Write the smallest bundle to `out` that loses at most `max_loss` (a share) of every adapter's task metric.
+
+    ExportError where there are no rows to measure on, or where not even fp32 keeps within the bound.
+    """
+    check_place(out)
+    sources = [read_source(name, Path(folder)) for name, folder in adapters]
+    mode = "merged" if len(sources) == 1 and sources[0].is_model else mode
+    check_sources(sources, mode, Precision(), base_name)
+    base = base_of(sources, base_name)
+    plan = _plan(task or TaskPlan(), base, sources)
+    place = out.resolve().parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".edgetune-auto-", dir=place) as work:
+        search = _Search(adapters, Path(work), mode, base_name, plan, threads, say)
+        first = search.tried(Candidate(Precision("fp32", overrides=dict(keep or {})), 0.0))
+        if first.failed:
+            raise ProofError(first.failed, where=str(out))
+        _say_resolution(first, search, max_loss, say)
+        chosen = 0
+        wanted = _candidates(base, sources, keep or {})
+        for candidate in wanted:
+            trial = search.tried(candidate)
+            if trial.loss is not None and trial.loss <= max_loss:
+                chosen = len(search.trials) - 1
+                break
+        else:
+            if first.loss is None or first.loss > max_loss:
+                least = min(trial.loss for trial in search.trials if trial.loss is not None)
+                raise ExportError(
+                    f"no precision keeps within --max-loss {max_loss:.2%} of torch", where=str(out), got=f"{least:.2%} at best",
+                    fix="Give a larger --max-loss, or more --task-rows.",
+                )  # fmt: skip
+        return search.finish(chosen, out, max_loss)
+
+
+def _plan(task: TaskPlan, base: Base, sources: Sequence[Source]) -> TaskPlan:
+    """What to measure on; ExportError where an adapter has no rows."""
+    limit = AUTO_ROWS[base.kind] if task.rows is None else task.rows
+    complaints: list[str] = []
+    there = rows_of(sources, limit=limit, data=task.data, say=complaints.append)
+    without = [source.name for source in sources if source.name not in there]
+    if without or not limit or (not sources and task.data is None):
+        raise ExportError(
+            f"--precision auto has no validation rows to measure {', '.join(without) or 'the base'} on" + "".join(f" ({line})" for line in complaints),
+            expected="a run whose recipe has data.validation or data.hold_out", fix="Give --task-data FILE, or a fixed --precision.",
+        )  # fmt: skip
+    return replace(task, rows=limit, known={})
+
+
+def _candidates(base: Base, sources: Sequence[Source], keep: Mapping[str, str]) -> list[Candidate]:
+    source = sources[0] if sources else None
+    rows = probe_rows(base.folder if source is None else source.folder, load_tokenizer(base), base)
+    return candidates(torch_model(base, source), rows, keep=keep, decoder=base.kind == "decoder")
+
+
+def _say_resolution(first: Trial, search: _Search, max_loss: float, say: Say) -> None:
+    """A line where the bound is finer than one answer."""
+    for name, metric in search.metric.items():
+        if metric not in (*LOWER_IS_BETTER, "rouge_l", "spearman") and search.reference[name] and 1 / search.rows / search.reference[name] > max_loss:
+            say(
+                f"task {name}: one answer of {search.rows} rows is {1 / search.rows / search.reference[name]:.2%} of {metric}: "
+                f"--max-loss {max_loss:.2%} lets none go; more --task-rows are finer"
+            )  # fmt: skip
+
+
+class _Search:
+    """Exports candidates side by side into a folder, and keeps what was found of each."""
+
+    def __init__(
+        self, adapters: Sequence[tuple[str, Path]], folder: Path, mode: str, base_name: str | None, plan: TaskPlan, threads: int | None, say: Say
+    ) -> None:
+        self.adapters, self.folder, self.mode, self.base_name = adapters, folder, mode, base_name
+        self.plan, self.threads, self.say, self.traced = plan, threads, say, Traced()
+        self.trials: list[Trial] = []
+        self.manifests: dict[int, Manifest] = {}
+        self.metric: dict[str, str] = {}
+        self.reference: dict[str, float] = {}
+        self.rows = 0
+
+    def tried(self, candidate: Candidate) -> Trial:
+        """Export one candidate, prove and measure it."""
+        self.say(f"trying {candidate.name}")
+        at = len(self.trials)
+        try:
+            manifest = export_bundle(
+                self.adapters, self.folder / str(at), mode=self.mode, precision=candidate.precision, base_name=self.base_name,
+                threads=self.threads, say=self.say, task=self.plan, traced=self.traced,
+            )  # fmt: skip
+            trial = self._measured(candidate.name, manifest)
+            self.manifests[at] = manifest
+        except ProofError as error:
+            trial = Trial(candidate.name, {}, failed=error.what)
+            self.say(f"  {error.what}")
+        self.trials.append(trial)
+        return trial
+
+    def _measured(self, name: str, manifest: Manifest) -> Trial:
+        results = manifest.proof["task"]
+        if missing := sorted({adapter for adapter, _ in self.adapters} - set(results)):
+            raise ExportError(f"the task metric of {', '.join(missing)} could not be taken", fix="See the line above, or give a fixed --precision.")
+        losses = []
+        for adapter, one in results.items():
+            self.metric[adapter], self.reference[adapter], self.rows = one["metric"], one["torch"][one["metric"]], one["rows"]
+            losses.append(one["loss"])
+        size = sum(info.bytes for info in manifest.files.values()) / 1e6
+        metrics = {adapter: one["bundle"][one["metric"]] for adapter, one in results.items()}
+        return Trial(name, metrics, max(losses), size)
+
+    def finish(self, chosen: int, out: Path, max_loss: float) -> Found:
+        """Time every bundle that was written, and move the chosen one to its place."""
+        names = tuple(name for name, _ in self.adapters)[:1]
+        workloads = {str(at): Workload(str(self.folder / str(at)), names, self.threads, RUNS, PROMPT, ANSWER) for at in self.manifests}
+        try:
+            times = side_by_side(workloads, rounds=ROUNDS)
+        except EdgetuneError as error:
+            self.say(f"latency could not be measured: {error}")
+            times = {}
+        trials = tuple(replace(trial, latency=times.get(str(at))) for at, trial in enumerate(self.trials))
+        document = {"max_loss": max_loss, "chosen": chosen, "tried": [trial.to_dict() for trial in trials]}
+        manifest = replace(self.manifests[chosen], quality={**self.manifests[chosen].quality, "auto": document})
+        write_json(self.folder / str(chosen) / MANIFEST, manifest.to_dict())
+        with whole_folder(out) as final:
+            final.rmdir()
+            (self.folder / str(chosen)).replace(final)
+        return Found(manifest, trials, chosen, max_loss, self.metric, self.reference, self.rows)
