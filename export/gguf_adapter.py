@@ -195,7 +195,7 @@ def _prove(path: Path, deltas: Sequence[Delta], base: Base, *, say: Say) -> None
     theirs, ours = _own_weights(base), _BaseWeights(base)
     generator, wrong = np.random.default_rng(0), []
     for delta in deltas:
-        x = generator.standard_normal(delta.a.shape[1]).astype(np.float32)
+        x = generator.standard_normal((delta.a.shape[1],)).astype(np.float32)
         a, b = tensors.pop(f"{delta.place.tensor}.lora_a"), tensors.pop(f"{delta.place.tensor}.lora_b")
         scale = alpha.contents() / b.shape[1] if alpha is not None and alpha.contents() else 1.0
         pairs = [(scale * (b @ (a @ x)), delta.place.reordered(delta.b @ (delta.a @ x)))]
