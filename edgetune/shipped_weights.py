@@ -38,7 +38,7 @@ def round_weights(model: Any, precision: Precision) -> None:
             continue
         done.add(id(module.weight))
         weight = quantised_weight(module, wanted, precision, offsets=name not in rows).dequantise()
-        module.weight.copy_(weight.t() if _is_transposed(module) else weight)
+        module.weight.copy_(weight.t() if is_transposed(module) else weight)
 
 
 def stored_bits(model: Any, precision: Precision) -> dict[str, int]:
@@ -56,19 +56,19 @@ def quantised_weight(module: Any, bits: int, precision: Precision, *, offsets: b
     """The weight (out, in) of a linear layer or embedding as a bundle stores it; `offsets`: not for an embedding."""
     weight: Tensor = module.weight
     return quantise(
-        weight.t() if _is_transposed(module) else weight, bits=bits, block_size=precision.block_size,
-        symmetric=precision.symmetric, offsets=offsets,
+        weight.t() if is_transposed(module) else weight, bits=bits, block_size=precision.block_size,
+        symmetric=precision.symmetric, offsets=offsets, method=precision.quantiser,
     )  # fmt: skip
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The linear layers that a bundle has: all but a pooler that nothing reads."""
     for name, module in model.named_modules():
-        if (isinstance(module, nn.Linear) or _is_transposed(module)) and not set(name.split(".")) & set(UNUSED):
+        if (isinstance(module, nn.Linear) or is_transposed(module)) and not set(name.split(".")) & set(UNUSED):
             yield name, module
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """transformers' Conv1D, whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D"
 

@@ -18,10 +18,13 @@ from edgetune.errors import ExportError
 @click.option("--precision", type=click.Choice(["fp32", "int8", "int4"]), help="How weights are stored; not given: what all adapters were trained for (base_precision), else int8.")
 @click.option("--block-size", default=32, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
 @click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
+@click.option("--quantiser", default="rtn", show_default=True, type=click.Choice(["rtn", "hqq", "gptq"]), help="How 4-bit weights are rounded: to nearest, half-quadratic (slower, no text), or to each layer's inputs from text (slowest).")
+@click.option("--calibration", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text for --quantiser gptq; not given: the training rows of the runs.")
 @click.option("--base", "base_name", metavar="NAME", help="The base model, for adapters that do not say; without --adapter: the base alone.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
-    adapters: tuple[str, ...], out: Path, form: str, mode: str, precision: str | None, block_size: int, keep: tuple[str, ...], base_name: str | None, threads: int | None
+    adapters: tuple[str, ...], out: Path, form: str, mode: str, precision: str | None, block_size: int, keep: tuple[str, ...], base_name: str | None, threads: int | None,
+    quantiser: str, calibration: Path | None,
 ) -> None:
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
     if form == "gguf-adapter":
@@ -40,16 +43,16 @@ def command(
     with tempfile.TemporaryDirectory(prefix="edgetune-sum-") as folder:
         sources = resolve_sums(pairs, Path(folder))
         precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
-        chosen = Precision(precision, block_size=block_size, overrides=overrides)
+        chosen = Precision(precision, block_size=block_size, overrides=overrides, quantiser=quantiser)
         manifest = export_bundle(
-            sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads,
+            sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, calibration=calibration,
             say=lambda line: click.echo(line, err=True),
         )  # fmt: skip
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)} adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB")
 
 
-OF_BUNDLES = ("mode", "precision", "block_size", "keep", "threads")
+OF_BUNDLES = ("mode", "precision", "block_size", "keep", "threads", "quantiser", "calibration")
 
 
 def _gguf(adapters: tuple[str, ...], out: Path, base_name: str | None) -> None:
