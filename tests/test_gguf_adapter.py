@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,23 +137,71 @@ def test_an_adapter_of_another_base_is_refused(tiny_decoder: Path, tmp_path: Pat
     refused(tmp_path / "a", r"mlp.gate_proj: the base's weight is \(96, 64\)", kind=AdapterError, base_name=str(other))
 
 
-def as_gguf_base(folder: Path) -> None:
-    """Put a GGUF file of the base's own weights beside them, as for a base that came out of one."""
+WHOLE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def as_gguf_base(folder: Path) -> Path:
+    """Put a GGUF file of the base beside its weights, as for a base that came out of one; llama.cpp runs it, by token ids."""
     from safetensors.numpy import load_file
 
+    config, ours = json.loads((folder / "config.json").read_text()), {**{layer: name for name, layer in LAYERS.items()}, **NORMS}
     writer = GGUFWriter(folder / "source.gguf", "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
     for name, weight in load_file(folder / "model.safetensors").items():
-        layer, kind = name.removeprefix("model.layers.").partition(".")[::2]
-        theirs = next((key for key, ours in LAYERS.items() if kind == f"{ours}.weight"), None)
-        if theirs is not None:
-            heads = HEADS.get(theirs)
-            if heads:  # llama.cpp's LlamaModel.permute
-                weight = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-            writer.add_tensor(f"blk.{layer}.{theirs}.weight", np.ascontiguousarray(weight))
+        layer, kind = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")[::2]
+        theirs = ours.get(kind, "")
+        if heads := HEADS.get(theirs):  # llama.cpp's LlamaModel.permute
+            weight = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(WHOLE.get(name, f"blk.{layer}.{theirs}.weight"), np.ascontiguousarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return folder / "source.gguf"
+
+
+LLAMA = """
+import json, sys, llama_cpp
+model, adapter, *ids = sys.argv[1:]
+llama = llama_cpp.Llama(model, n_ctx=64, n_threads=1, lora_path=adapter or None, verbose=False, logits_all=True, type_k=0, type_v=0)  # the cache in float32
+llama.eval([int(token) for token in ids])
+print(json.dumps(llama.scores[: llama.n_tokens].tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def llama_python() -> str:
+    """A Python with llama-cpp-python, else a skip that says so."""
+    python = os.environ.get("EDGETUNE_LLAMA_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False).returncode:
+        pytest.skip("llama-cpp-python is not installed: EDGETUNE_LLAMA_PYTHON names a Python that has it")
+    return python
+
+
+@pytest.mark.parametrize("config", [PATTERNS, {"use_rslora": True}, None], ids=["patterns", "rsLoRA", "no adapter"])
+def test_llama_cpp_itself_answers_as_torch_with_the_adapter(config: dict[str, Any] | None, llama_python: str, tiny_decoder: Path, tmp_path: Path) -> None:
+    base, ids = shutil.copytree(tiny_decoder, tmp_path / "base"), [5, 9, 30, 31, 7, 100, 12, 200]
+    model, adapter = as_gguf_base(base), ""
+    torch_model = peft_adapter(base, tmp_path / "a", **(config or {}))
+    if config is not None:
+        written(tmp_path / "a", base_name=str(base))
+        adapter = str(tmp_path / "a.gguf")
+    done = subprocess.run([llama_python, "-c", LLAMA, str(model), adapter, *map(str, ids)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad(), torch_model.disable_adapter() if config is None else contextlib.nullcontext():
+        expected = torch_model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_a_base_out_of_a_gguf_file_proves_the_order_of_the_rows(tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
