@@ -70,15 +70,15 @@ def quantised_weight(module: Any, bits: int, precision: Precision, *, offsets: b
     """The weight (out, in) of a linear layer or embedding as a bundle stores it; `offsets`: not for an embedding."""
     weight: Tensor = module.weight
     return quantise(
-        weight.t() if _is_transposed(module) else weight, bits=bits, block_size=precision.block_size,
-        symmetric=precision.symmetric, offsets=offsets,
+        weight.t() if is_transposed(module) else weight, bits=bits, block_size=precision.block_size,
+        symmetric=precision.symmetric, offsets=offsets, method=precision.quantiser,
     )  # fmt: skip
 
 
 def store(module: Any, quantised: Quantised) -> None:
     """Give a linear layer or embedding the weight that the engine computes with."""
     weight = quantised.dequantise()
-    module.weight.copy_(weight.t() if _is_transposed(module) else weight)
+    module.weight.copy_(weight.t() if is_transposed(module) else weight)
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
@@ -90,11 +90,11 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The linear layers that a bundle has, by their paths in the base: all but a pooler that nothing reads, and no adapter's own."""
     for name, module in model.named_modules():
         path = name.removesuffix(".base_layer")
-        if (isinstance(module, nn.Linear) or _is_transposed(module)) and not set(path.split(".")) & {*UNUSED, *ADAPTERS_OWN}:
+        if (isinstance(module, nn.Linear) or is_transposed(module)) and not set(path.split(".")) & {*UNUSED, *ADAPTERS_OWN}:
             yield path, module
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """transformers' Conv1D, whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D"
 

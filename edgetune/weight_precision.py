@@ -11,6 +11,7 @@ from edgetune.errors import AdapterError, ExportError
 BITS = {"fp32": 0, "int8": 8, "int4": 4}
 FLOATS = ("fp32", "fp16")  # precisions of a whole bundle in which nothing is rounded to integers
 BLOCK_SIZE = 32  # weights that share a scale, unless `edgetune export` is told otherwise
+QUANTISERS = ("rtn", "hqq", "gptq")  # how 4-bit weights are rounded: to nearest, half-quadratic, to the layer's inputs
 # The output projection (and the embedding tied to it) suffers most from 4 bits, and 8 cost no measurable speed there.
 INT4_DECODER = {"lm_head": "int8"}
 
@@ -23,6 +24,7 @@ class Precision:
     block_size: int = BLOCK_SIZE
     symmetric: bool = True
     overrides: Mapping[str, str] = field(default_factory=dict)
+    quantiser: str = "rtn"
 
     def bits(self, modules: Sequence[str]) -> int:
         """0 for float, else 4 or 8, of a linear layer made of these modules."""
@@ -75,7 +77,10 @@ class Precision:
 
     def to_dict(self) -> dict[str, Any]:
         """For an adapter's metadata."""
-        return {**asdict(self), "overrides": dict(self.overrides)}
+        values = {**asdict(self), "overrides": dict(self.overrides)}
+        if self.quantiser == "rtn":
+            del values["quantiser"]
+        return values
 
 
 def shipped_precision(weights: str, kind: str) -> Precision:
@@ -90,6 +95,7 @@ def _named(ending: str, modules: Sequence[str]) -> bool:
 def trained_precision(recorded: Mapping[str, Any], *, where: str) -> Precision:
     """What an adapter's metadata says of the base it was trained on, as `Precision.to_dict` wrote it."""
     try:
-        return Precision(**{name: recorded[name] for name in ("weights", "block_size", "symmetric", "overrides")})
+        values = {name: recorded[name] for name in ("weights", "block_size", "symmetric", "overrides")}
+        return Precision(**values, quantiser=recorded.get("quantiser", "rtn"))
     except (KeyError, TypeError) as error:
         raise AdapterError(f"cannot read how its base was rounded: no {error}", where=where, expected="weights, block_size, symmetric, overrides", got=str(recorded)) from error

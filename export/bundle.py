@@ -14,6 +14,7 @@ from edgetune.adapters import load_adapter
 from edgetune.bases import Base, load_body, load_tokenizer
 from edgetune.errors import ExportError, OutputError
 from edgetune.export import merging
+from edgetune.export.calibrating import calibrate_base, check_quantiser
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.decisions import decide_by
 from edgetune.export.families import cache_sizes, fixed_length, known_family
@@ -83,14 +84,15 @@ LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
 def export_bundle(
     adapters: Sequence[tuple[str, Path]], out: Path, *, mode: str = "separate", precision: Precision | None = None,
-    base_name: str | None = None, threads: int | None = None, say: Say = lambda line: None, task: TaskPlan | None = None,
-    traced: Traced | None = None,
+    base_name: str | None = None, threads: int | None = None, calibration: Path | None = None, say: Say = lambda line: None,
+    task: TaskPlan | None = None, traced: Traced | None = None,
 ) -> Manifest:  # fmt: skip
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
     `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given: on a few of its recipe's
-    validation rows. `traced` keeps the graph for further bundles of the same model. ProofError when the proof fails; then,
-    as after any error, nothing is left at `out` that was not there before.
+    validation rows. `calibration`: text for the quantiser gptq; not given: the training rows of the runs. `traced` keeps the
+    graph for further bundles of the same model. ProofError when the proof fails; then, as after any error, nothing is left at
+    `out` that was not there before.
     """
     precision = precision or Precision()
     check_place(out)
@@ -99,12 +101,13 @@ def export_bundle(
         say(f"{sources[0].name}: all its weights were trained, so it is the bundle's base and nothing swaps it")
         mode = "merged"
     check_sources(sources, mode, precision, base_name)
+    check_quantiser(precision, mode=mode, calibration=calibration)
     base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
-        manifest, rows = _build(base, sources, folder, mode=mode, precision=precision, say=say, traced=traced)
+        manifest, rows = _build(base, sources, folder, mode=mode, precision=precision, calibration=calibration, say=say, traced=traced)
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
@@ -127,12 +130,15 @@ def check_place(out: Path) -> None:
 
 
 def _build(
-    base: Base, sources: Sequence[Source], folder: Path, *, mode: str, precision: Precision, say: Say, traced: Traced | None = None
+    base: Base, sources: Sequence[Source], folder: Path, *, mode: str, precision: Precision, say: Say, calibration: Path | None = None,
+    traced: Traced | None = None,
 ) -> tuple[Manifest, dict[str, list[list[int]]]]:
     """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each adapter."""
     tokenizer = load_tokenizer(base)
     say(f"tracing {base.name} ({base.model_type})")
     model = torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else torch_model(base)
+    if precision.quantiser == "gptq":
+        calibrate_base(model, base, sources, tokenizer, precision, file=calibration, say=say)
     graph, info, sites, head, precision = _graph(base, model, sources, mode=mode, precision=precision, say=say, traced=traced)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
@@ -144,7 +150,9 @@ def _build(
     manifest = Manifest(
         schema=SCHEMA, edgetune_version=__version__, task=_task(base, sources),
         base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
-        precision=PrecisionInfo(precision.weights, precision.block_size if precision.weights not in FLOATS else None, dict(precision.overrides)),
+        precision=PrecisionInfo(
+            precision.weights, precision.block_size if precision.weights not in FLOATS else None, dict(precision.overrides), precision.quantiser
+        ),
         graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
     )  # fmt: skip
     for line in filter(None, (warning(source.name, source.metadata, manifest) for source in sources)):

@@ -86,7 +86,7 @@ class _Lowering:
         return new_node(self.graph, node, "Concat", [source, means], attributes={"axis": -1}, name=f"{name}.inputs")[0]
 
     def _rounded(self, weight: Tensor, bits: int, *, offsets: bool) -> Quantised:
-        return quantise(weight, bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric, offsets=offsets)
+        return quantise(weight, bits=bits, block_size=self.precision.block_size, symmetric=self.precision.symmetric, offsets=offsets, method=self.precision.quantiser)
 
     def embedding(self, node: ir.Node) -> ir.Value:
         """A Gather; from the output projection's quantised bytes when the two are tied, so that they are kept once."""

@@ -61,7 +61,7 @@ def _of(weight: Tensor, change: Tensor, precision: Precision, *, bits: int) -> S
 
 
 def _rounded(weight: Tensor, precision: Precision, bits: int) -> Tensor:
-    return quantise(weight, bits=bits, block_size=precision.block_size, symmetric=precision.symmetric).dequantise()
+    return quantise(weight, bits=bits, block_size=precision.block_size, symmetric=precision.symmetric, method=precision.quantiser).dequantise()
 
 
 def _changed(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -40,11 +40,12 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class Precision:
-    """How the weights are stored: fp32, int8 or int4 (`block_size` weights share a scale)."""
+    """How the weights are stored: fp32, int8 or int4 (`block_size` weights share a scale), rounded by rtn, hqq or gptq."""
 
     weights: str
     block_size: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+    quantiser: str = "rtn"
 
 
 @dataclass(frozen=True)

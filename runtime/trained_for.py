@@ -9,16 +9,17 @@ from edgetune.runtime.manifest import Precision
 
 
 def is_held(recorded: Mapping[str, Any], stored: Precision) -> bool:
-    """Whether `stored` is what `edgetune_adapter.json` has as `base_precision`: bits, block size, exceptions."""
+    """Whether `stored` is what `edgetune_adapter.json` has as `base_precision`: bits, block size, exceptions, quantiser."""
     keys = ("weights", "block_size", "overrides")
-    return all(recorded.get(key) == getattr(stored, key) for key in keys) and recorded.get("symmetric", True) is True
+    same = all(recorded.get(key) == getattr(stored, key) for key in keys) and recorded.get("quantiser", "rtn") == stored.quantiser
+    return same and recorded.get("symmetric", True) is True
 
 
 def other_weights(recorded: Mapping[str, Any] | None, stored: Precision) -> str:
     """A line for a person where the adapter meets other weights than it learned on; empty where it does not."""
     if recorded is None or is_held(recorded, stored):
         return ""
-    trained = Precision(str(recorded.get("weights")), recorded.get("block_size"), dict(recorded.get("overrides") or {}))
+    trained = Precision(str(recorded.get("weights")), recorded.get("block_size"), dict(recorded.get("overrides") or {}), str(recorded.get("quantiser", "rtn")))
     return (
         f"it was trained for the {_words(trained)} base, but this one is {_words(stored)}; "
         f"export with --precision {trained.weights} to ship what was trained"
@@ -29,4 +30,5 @@ def _words(stored: Precision) -> str:
     """`int4 (blocks of 32, lm_head int8)`."""
     if stored.block_size is None:
         return stored.weights
-    return f"{stored.weights} ({', '.join([f'blocks of {stored.block_size}', *(f'{m} {p}' for m, p in stored.overrides.items())])})"
+    how = [] if stored.quantiser == "rtn" else [f"rounded by {stored.quantiser}"]
+    return f"{stored.weights} ({', '.join([f'blocks of {stored.block_size}', *how, *(f'{m} {p}' for m, p in stored.overrides.items())])})"

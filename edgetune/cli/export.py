@@ -17,20 +17,26 @@ BLOCK_SIZE = 32
 @click.command()
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter's name and its run or PEFT folder, or a sum such as A+0.5*B of others' names or folders; repeat for several.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
+@click.option("--format", "form", default="bundle", show_default=True, type=click.Choice(["bundle", "gguf-adapter"]), help="A bundle, or each adapter as a GGUF file for llama.cpp: --out FILE.gguf, or a folder for several.")
 @click.option("--mode", default="separate", show_default=True, type=click.Choice(["separate", "merged"]), help="Adapters as inputs, or one merged into the weights.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4", "auto"]), help="How weights are stored; fp16 (activations and cache too) is for GPUs; auto: the smallest that keeps within --max-loss; not given: what all adapters were trained for (base_precision), else int8.")
 @click.option("--max-loss", metavar="SHARE", help="With --precision auto: how much of each adapter's task metric may be lost against torch in fp32, as 0.5% (of its value).  [default: 0.5%]")
 @click.option("--block-size", default=BLOCK_SIZE, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
 @click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
+@click.option("--quantiser", default="rtn", show_default=True, type=click.Choice(["rtn", "hqq", "gptq"]), help="How 4-bit weights are rounded: to nearest, half-quadratic (slower, no text), or to each layer's inputs from text (slowest).")
+@click.option("--calibration", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text for --quantiser gptq; not given: the training rows of the runs.")
 @click.option("--base", "base_name", metavar="NAME", help="The base model, for adapters that do not say; without --adapter: the base alone.")
 @click.option("--task-rows", type=click.IntRange(min=0), metavar="N", help="Validation rows (of the run's recipe) on which each adapter's task metric is taken, in torch and in the bundle; not given: 16 of a decoder, 256 of an encoder; 0: none.")
 @click.option("--task-data", type=click.Path(path_type=Path), metavar="FILE", help="Rows for the task metric, instead of the recipe's own.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
-    adapters: tuple[str, ...], out: Path, mode: str, precision: str | None, max_loss: str | None, block_size: int, keep: tuple[str, ...], base_name: str | None,
-    task_rows: int | None, task_data: Path | None, threads: int | None,
+    adapters: tuple[str, ...], out: Path, form: str, mode: str, precision: str | None, max_loss: str | None, block_size: int, keep: tuple[str, ...],
+    quantiser: str, calibration: Path | None, base_name: str | None, task_rows: int | None, task_data: Path | None, threads: int | None,
 ) -> None:  # fmt: skip
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
+    if form == "gguf-adapter":
+        _gguf(adapters, out, base_name)
+        return
     from edgetune.export.bundle import export_bundle
     from edgetune.export.combine import FORM, resolve_sums
     from edgetune.export.lower import BITS, Precision
@@ -46,14 +52,16 @@ def command(
         sources = resolve_sums(pairs, Path(folder))
         task = TaskPlan(task_rows, task_data)
         if precision == "auto":
+            if quantiser != "rtn" or calibration is not None:
+                raise ExportError("--precision auto rounds to nearest", got=f"--quantiser {quantiser}", fix="Leave out --quantiser and --calibration.")
             _smallest(sources, out, max_loss, block_size, mode=mode, keep=overrides, base_name=base_name, task=task, threads=threads)
             return
         if max_loss is not None:
             raise ExportError("--max-loss bounds what --precision auto may lose", got=f"--precision {precision}", fix="Add --precision auto.")
         precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
-        chosen = Precision(precision, block_size=block_size, overrides=overrides)
+        chosen = Precision(precision, block_size=block_size, overrides=overrides, quantiser=quantiser)
         manifest = export_bundle(
-            sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads,
+            sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, calibration=calibration,
             say=lambda line: click.echo(line, err=True), task=task,
         )  # fmt: skip
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
@@ -83,6 +91,25 @@ def _share(text: str) -> float:
     if not 0 <= value < 1:
         raise ExportError("cannot read --max-loss", expected="a share of the metric, as 0.5% or 0.005", got=text)
     return value
+
+
+OF_BUNDLES = ("mode", "precision", "max_loss", "block_size", "keep", "threads", "quantiser", "calibration", "task_rows", "task_data")
+
+
+def _gguf(adapters: tuple[str, ...], out: Path, base_name: str | None) -> None:
+    """Adapters as GGUF files; what says how a bundle's base is stored would silently do nothing here."""
+    from edgetune.export.combine import FORM, resolve_sums
+    from edgetune.export.gguf_adapter import export_gguf_adapters
+
+    context = click.get_current_context()
+    if given := [name for name in OF_BUNDLES if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ExportError("a GGUF adapter holds no base model, so there is nothing that this could say", where="--format gguf-adapter", got=names)
+    with tempfile.TemporaryDirectory(prefix="edgetune-sum-") as folder:
+        sources = resolve_sums([_pair(text, "--adapter", FORM) for text in adapters], Path(folder))
+        files = export_gguf_adapters(sources, out, base_name=base_name, say=lambda line: click.echo(line, err=True))
+    for file in files:
+        click.echo(f"{file}: GGUF adapter, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:

@@ -1,0 +1,77 @@
+"""The text that a calibrated quantiser sees: the adapters' own training rows, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from edgetune.bases import Base
+from edgetune.calibration import LENGTH, TOKENS, calibrate
+from edgetune.data import Row, read_rows
+from edgetune.errors import DataError, ExportError
+from edgetune.examples import load_examples
+from edgetune.export.sources import Source
+from edgetune.heads import SequenceClassifier
+from edgetune.recipe_file import load_recipe
+from edgetune.weight_precision import QUANTISERS, Precision
+
+TEXT_COLUMNS = ("text", "prompt", "completion", "chosen")  # of a file; those that a row has, one after the other
+
+
+def check_quantiser(precision: Precision, *, mode: str, calibration: Path | None) -> None:
+    """ExportError for a quantiser that cannot do what is asked, before anything is loaded."""
+    name = precision.quantiser
+    if name not in QUANTISERS:
+        raise ExportError("unknown quantiser", where="--quantiser", expected=", ".join(QUANTISERS), got=name)
+    if name != "rtn" and "int4" not in (precision.weights, *precision.overrides.values()):
+        raise ExportError("it rounds 4-bit weights, and there are none", where=f"--quantiser {name}", got=f"--precision {precision.weights}", fix="8 bits lose nothing by rounding to nearest.")
+    if name == "gptq" and mode == "merged":
+        raise ExportError("what of a merged adapter survives calibrated rounding cannot be told yet", where="--quantiser gptq", fix="Use --quantiser hqq, or --mode separate.")
+    if calibration is not None and name != "gptq":
+        raise ExportError("only gptq reads text", where="--calibration", got=f"--quantiser {name}")
+
+
+def calibrate_base(
+    model: Any, base: Base, sources: Sequence[Source], tokenizer: Any, precision: Precision, *, file: Path | None, say: Callable[[str], None]
+) -> None:
+    """Round the 4-bit weights of `model` to the inputs that the text of `file`, or of the adapters' recipes, gives them."""
+    rows = file_rows(file, tokenizer) if file is not None else recipe_rows(sources, tokenizer, base)
+    limit = min(LENGTH, base.max_length)
+    calibrate(model.body if isinstance(model, SequenceClassifier) else model, [row[:limit] for row in rows], precision, say=say)
+
+
+def recipe_rows(sources: Sequence[Source], tokenizer: Any, base: Base) -> list[list[int]]:
+    """Training rows of the runs, in turn from each, as token ids; about as many as `calibrate` takes."""
+    found = []
+    for source in sources:
+        recipe = source.folder.parent / "recipe.toml"
+        if recipe.is_file():
+            examples = load_examples(load_recipe(recipe).stage[-1], tokenizer, base).train
+            found.append(list(_evenly([list(example.input_ids) for example in examples])))
+    if not found:
+        raise ExportError("gptq rounds to the inputs that a layer gets, and no run here names its data", where="--quantiser gptq", fix="Give --calibration FILE of text, or use --quantiser hqq, which needs none.")
+    return [row for row in chain(*zip_longest(*found)) if row]
+
+
+def file_rows(file: Path, tokenizer: Any) -> list[list[int]]:
+    """The texts of a data file as token ids, cut into pieces that `calibrate` takes."""
+    rows = read_rows(file).rows
+    texts = [_text(row, file) for row in _evenly(rows)]
+    pieces = (ids[at : at + LENGTH] for ids in tokenizer(texts, verbose=False)["input_ids"] for at in range(0, len(ids), LENGTH))
+    return [list(piece) for piece in pieces if len(piece) > 1]
+
+
+def _text(row: Row, file: Path) -> str:
+    values = [str(row.values[name]) for name in TEXT_COLUMNS if row.values.get(name)]
+    if not values:
+        raise DataError("this row has no text", where=f"{file}, line {row.line}", expected=f"one of the columns {', '.join(TEXT_COLUMNS)}", got=", ".join(row.values))
+    return "\n".join(values)
+
+
+def _evenly(rows: Sequence[Any]) -> Iterator[Any]:
+    """Rows from all over a file: neighbours are often of one class. At most one for every two tokens that are used."""
+    count = min(len(rows), TOKENS // 2)
+    step = next((step for step in (7919, 104729, 1) if len(rows) % step), 1)  # a prime that walks through all of them
+    return (rows[(at * step) % len(rows)] for at in range(count))
