@@ -51,6 +51,7 @@ from edgetune.export.proof import (
 )
 from edgetune.export.reference import judged_by, reference_base, trained_base, warning
 from edgetune.export.score_head import add_fixed_score, causal_model, decoder_head, drop_states
+from edgetune.export.situations import ADAPTED, PLAIN, by_situation
 from edgetune.export.sources import Source, base_of, check_sources, original_base, read_source
 from edgetune.export.task import ALONE, TaskPlan
 from edgetune.export.token_head import add_token_head
@@ -59,6 +60,7 @@ from edgetune.export.traced import Traced
 from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.heads import RewardModel, SequenceClassifier, has_token_types
 from edgetune.runtime.adapters import pack_adapter
+from edgetune.runtime.binding import SITUATIONS
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
 from edgetune.runtime.manifest import (
     MANIFEST,
@@ -143,7 +145,7 @@ def _build(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
     del model
-    _write_graphs(graph, folder, base=base, precision=precision, mode=mode)
+    _write_graphs(graph, folder, sites, base=base, precision=precision, mode=mode)
     files = copy_tokenizer(base, tokenizer, folder)
     if base.kind == "decoder" and not (mode == "merged" and sources[0].task == REWARD):  # a merged reward only scores
         write_genai_config(config, files, folder, max_length=info.max_length)
@@ -245,10 +247,13 @@ def _untouched(sources: Sequence[Source]) -> frozenset[str]:
     return frozenset({"lm_head"}) - frozenset[str]().union(*(source.modules for source in sources))
 
 
-def _write_graphs(graph: ir.Model, folder: Path, *, base: Base, precision: Precision, mode: str) -> None:
+def _write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], *, base: Base, precision: Precision, mode: str) -> None:
     note = {"base": base.name, "base_digest": base.digest, "precision": precision.weights, "mode": mode, "edgetune": __version__}
     write_data(graph, folder)
-    write_graph(graph, folder / ENGINE, metadata=note)
+    if sites and base.kind == "decoder" and precision.weights != "fp16":  # fp16 is for providers that take one plain graph
+        write_graph(by_situation(graph, sites), folder / ENGINE, metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"})
+    else:
+        write_graph(graph, folder / ENGINE, metadata=note)
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
     write_graph(standard, folder / STANDARD, metadata=note)
 

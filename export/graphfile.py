@@ -47,7 +47,7 @@ def write_graph(model: ir.Model, path: Path, *, metadata: dict[str, str]) -> Non
     model.ir_version = IR_VERSION
     model.producer_name = "edgetune"
     model.metadata_props.clear()
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
         _drop_unused_outputs(node)

@@ -4,10 +4,14 @@ A step of n rows takes views on the front of preallocated tensors, A (rows, in, 
 that joins copies its adapter once (SmolLM2, r = 8 on all layers: 15 MB); a step copies nothing. Ranks differ, so a
 tensor has the largest of its site and the rest is zeros, which add exactly nothing. Rows that all share one adapter
 need none of this: they bind that adapter's own tensors as group 1 (`GraphSession.group`).
+
+A step reads these tensors once, more bytes than the base's own weights, so what counts is how fast they stream: all
+of them lie in one block in the order in which the graph reads them, which numpy asks the system to hold in huge pages.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +23,8 @@ from edgetune.runtime.binding import BoundTensors, GraphSession, ort_value
 
 Float32 = npt.NDArray[np.float32]
 Sizes = npt.NDArray[np.int64]
+LINE = 16
+"""Tensors begin at multiples of this many floats: a cache line."""
 
 
 class AdapterRows:
@@ -30,6 +36,7 @@ class AdapterRows:
         self._sizes: Sizes = np.zeros((len(self._axes), 2), np.int64)
         self._known_sizes: weakref.WeakKeyDictionary[BoundTensors, Sizes] = weakref.WeakKeyDictionary()
         self._arrays: dict[str, Float32] = {}
+        self._room = 0  # rows that the tensors have: it doubles as it is needed, because a huge page is used whole
         self._occupants: list[Any] = []  # weak references: an adapter that was unloaded goes although it was mixed
 
     @property
@@ -67,13 +74,17 @@ class AdapterRows:
     def _fit(self, adapters: Sequence[BoundTensors]) -> None:
         """Make the tensors large enough for these rows, and smaller when less than half of them is needed."""
         needed = np.max([self._sizes_of(adapter) for adapter in adapters], axis=0)
-        fits = self._arrays and (needed <= self._sizes).all()
+        fits = len(adapters) <= self._room and (needed <= self._sizes).all()
         if fits and 2 * needed.prod(axis=1).sum() >= self._sizes.prod(axis=1).sum():
             return
-        self._sizes = needed
-        shapes = zip(self.session.empty.tensors, needed.tolist(), strict=True)
-        self._arrays = {name: np.zeros((self.rows, *shape[: self._axes[name]]), np.float32) for name, shape in shapes}
-        self._occupants = [_nobody] * self.rows
+        self._sizes, self._arrays = needed, {}
+        self._room = max(self._room, min(1 << (len(adapters) - 1).bit_length(), self.rows))
+        self._occupants = [_nobody] * self._room
+        shapes = [(self._room, *size[:axes]) for size, axes in zip(needed.tolist(), self._axes.values(), strict=True)]
+        starts = np.cumsum([0, *(-(-math.prod(shape) // LINE) * LINE for shape in shapes)]).tolist()
+        block = np.zeros(starts[-1], np.float32)
+        for name, shape, start in zip(self._axes, shapes, starts, strict=False):
+            self._arrays[name] = block[start : start + math.prod(shape)].reshape(shape)
 
     def _sizes_of(self, adapter: BoundTensors) -> Sizes:
         """(inputs, 2): what an adapter needs of each input, without the group; 1 where an input has one axis."""

@@ -24,12 +24,17 @@ Tensors = Mapping[str, Float32]
 """An adapter's graph inputs, as `pack_adapter(...).tensors`."""
 
 
+SITUATIONS = "situations"
+"""Metadata of a graph that skips its adapter nodes when its first adapter input has group 0."""
+
+
 class BoundTensors:
     """Adapter tensors as OrtValues, made once and bound many times; keeps the memory alive."""
 
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
         self.values = {name: ort_value(array) for name, array in self.tensors.items()}
+        self.active = any(array.size for array in self.tensors.values())
 
 
 AdapterRow = BoundTensors | Tensors | None
@@ -107,6 +112,10 @@ class GraphSession:
         self.empty = BoundTensors(empty)
         head = manifest.head
         self._known = {*empty, *(() if head is None else (head.weight, head.bias))}
+        self._inactive = self.empty.values
+        if manifest.sites and SITUATIONS in self.session.get_modelmeta().custom_metadata_map:
+            first = manifest.sites[0]
+            self._inactive = self.empty.values | {first.A: ort_value(np.zeros((0, first.in_features, 0), np.float32))}
 
     def group(self, adapters: Sequence[AdapterRow]) -> BoundTensors:
         """One adapter for all rows (group 1), or one a row (group = rows) with ranks padded by zeros."""
@@ -117,6 +126,10 @@ class GraphSession:
 
     def bind_adapters(self, io: Any, bound: BoundTensors) -> None:
         """Bind every adapter input; what the adapter lacks gets rank 0. The caller keeps `bound` alive."""
+        if not bound.active:
+            for name, value in self._inactive.items():
+                io.bind_ortvalue_input(name, value)
+            return
         for name, value in self.empty.values.items():
             io.bind_ortvalue_input(name, bound.values.get(name, value))
 

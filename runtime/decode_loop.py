@@ -1,7 +1,7 @@
-"""What the worker does with generation requests: one turn admits, runs a piece of one prompt, and one step of all rows.
+"""What the worker does with generation requests: one turn admits, runs `chunk` tokens of prompts, and one step of all rows.
 
-A prompt goes through in pieces of `chunk` tokens with a decode step after each, so the streams that run wait for one
-piece at most. Who waits is let in by the fair queue's order and never overtaken by a smaller request, so a large one
+A long prompt goes through in pieces of `chunk` tokens with a decode step after each, so the streams that run wait for one
+piece at most; prompts that fit into it whole share it, so that of many that come at once the last waits for fewer steps. Who waits is let in by the fair queue's order and never overtaken by a smaller request, so a large one
 is not starved while memory is short.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -60,12 +61,19 @@ class DecodeLoop:
         return self.batch.arena.budget * self.batch.arena.token_bytes + self.prefixes.limit_bytes
 
     def turn(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None]) -> None:
-        """One round: let in, prefill a piece, decode a step; what was called off meanwhile is in none of them."""
+        """One round: let in, prefill `chunk` tokens, decode a step; what was called off meanwhile is in none of them."""
         self.sweep()
-        if self.filling is None:
-            self._admit(next_waiting)
-        if self.filling is not None:
-            self._guarded([self.filling], self._prefill)
+        left = self.chunk
+        while left > 0:
+            if self.filling is None:
+                self._admit(next_waiting, prompt=None if left == self.chunk else left)
+                self.sweep()  # who waited may be past its deadline
+            if (running := self.filling) is None:
+                break
+            assert running.row is not None
+            before = running.row.length
+            self._guarded([running], partial(self._prefill, left))
+            left -= max(running.row.length - before, 1)
             self.sweep()
         if self._rows:
             self._guarded(list(self._rows.values()), self._step)
@@ -78,8 +86,14 @@ class DecodeLoop:
             if reason is not None:
                 self._end(running, reason)
 
-    def _admit(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None]) -> None:
-        running = next_waiting(lambda waiting: self.batch.has_room(waiting.tokens_needed))
+    def _admit(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None], *, prompt: int | None) -> None:
+        """Let the next one in when there is room; with `prompt` only one whose prompt has at most so many tokens."""
+
+        def fits(waiting: Running) -> bool:
+            short = prompt is None or len(waiting.request.prompt_ids) <= prompt
+            return short and self.batch.has_room(waiting.tokens_needed)
+
+        running = next_waiting(fits)
         if running is None:
             return
         self.filling, running.started = running, time.monotonic()
@@ -89,11 +103,11 @@ class DecodeLoop:
         running.row.length = running.cached
         self.counters.started(running)
 
-    def _prefill(self) -> None:
+    def _prefill(self, tokens: int) -> None:
         running = self.filling
         assert running is not None and running.row is not None
         prompt, start = running.request.prompt_ids, time.monotonic()
-        logits = self.batch.prefill(prompt[running.row.length : running.row.length + self.chunk])
+        logits = self.batch.prefill(prompt[running.row.length : running.row.length + tokens])
         if running.row.length == len(prompt):
             self.filling = None
             self.batch.join()

@@ -21,6 +21,7 @@ from edgetune.export.again import reprove
 from edgetune.export.bundle import export_bundle, prove_bundle
 from edgetune.export.lower import Precision
 from edgetune.export.reference import precision_trained_for, reference_base, warning
+from edgetune.export.situations import adapted_graph
 from edgetune.export.sources import read_source
 from edgetune.quantiser import ROUNDING
 from edgetune.runs import load_adapted_model
@@ -74,8 +75,9 @@ def rounded(folder: Path, weights: str = "int4") -> Base:
 
 def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     """Module → the weight (out, in) that the bytes of the file mean, read without edgetune's quantiser."""
-    graph = onnx.load(str(bundle / "engine.onnx")).graph
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    model = onnx.load(str(bundle / "engine.onnx"))
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    graph = adapted_graph(model)
     sites = {f"{site.name}.adapted": site.parts for site in manifest.sites}
     parts = {node.input[0]: sites[node.name] for node in graph.node if node.name in sites}  # by the result an adapter is added to
     found: dict[str, torch.Tensor] = {}

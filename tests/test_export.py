@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from export_helpers import decoder_feed, export, make_adapter, plain_session
+from export_helpers import decoder_feed, export, make_adapter, op_counts, plain_session
 
 from edgetune.errors import AdapterError, ExportError, OutputError, ProofError
 from edgetune.export.again import reprove
@@ -207,9 +207,7 @@ def test_an_odd_width_keeps_its_embedding_in_fp32(tiny_decoder: Path, tmp_path: 
 
 
 def op_types(bundle: Path) -> list[str]:
-    import onnx
-
-    return [node.op_type for node in onnx.load(str(bundle / "engine.onnx"), load_external_data=False).graph.node]
+    return list(op_counts(bundle).elements())
 
 
 def last_outputs_that_nobody_reads(bundle: Path) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from edgetune.bases import load_body, resolve_base
 from edgetune.export.lower import lower
 from edgetune.export.proof import BOUNDS
+from edgetune.export.situations import adapted_graph
 from edgetune.export.trace import DOMAIN
 from edgetune.grids import find_grid
 from edgetune.quantiser import quantise
@@ -150,8 +151,9 @@ def rounded(base: Path) -> Any:
 
 def test_training_sees_bit_for_bit_what_the_file_holds(base: Path, bundle: tuple[Path, Manifest]) -> None:
     """Read without edgetune's quantiser: (q − zero) · scale, and the last columns once for each weight of a block."""
-    graph = onnx.load(str(bundle[0] / "engine.onnx")).graph
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    model = onnx.load(str(bundle[0] / "engine.onnx"))
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    graph = adapted_graph(model)
     makers = {name: node for node in graph.node for name in node.output}
     named = {node.name: node for node in graph.node}
     weights = {name: tensor.numpy() for name, tensor in rounded(base).state_dict().items()}
@@ -177,7 +179,8 @@ def test_without_rounded_activations_the_engine_answers_as_torch_one_token_at_a_
     row = [5, 9, 11, 3, 8, 2, 14]
     shutil.copytree(bundle[0], tmp_path / "exact")
     model = onnx.load(str(tmp_path / "exact" / "engine.onnx"), load_external_data=False)
-    for attribute in (a for node in model.graph.node for a in node.attribute if a.name == "accuracy_level"):
+    branches = [attribute.g for node in model.graph.node for attribute in node.attribute if attribute.HasField("g")]
+    for attribute in (a for graph in branches for node in graph.node for a in node.attribute if a.name == "accuracy_level"):
         attribute.i = 1
     onnx.save(model, str(tmp_path / "exact" / "engine.onnx"))
     with torch.no_grad():
