@@ -34,7 +34,8 @@ async def load_lora_adapter(request: Request) -> Response:
 async def unload_lora_adapter(request: Request) -> Response:
     """POST /v1/unload_lora_adapter: 200 and a line of text; texts that are being generated with it go on, or see `in_use`."""
     service, body = await _allowed(request, UNLOAD_ADAPTER)
-    name, in_use = body["lora_name"], body.get("in_use") or "forget"
+    name: str = body["lora_name"]
+    in_use: InUse = body.get("in_use") or "forget"
     async with _one_at_a_time(request):
         if not service.runtime.registry.knows(name):
             message = f"The lora adapter '{name}' cannot be found."
