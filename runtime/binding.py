@@ -71,7 +71,9 @@ def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = 
         onnxruntime.preload_dlls()  # CUDA's libraries out of their own wheels, where they are installed so
     while True:
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=[choice.for_session for choice in chosen])
+            wanted = [choice.for_session for choice in chosen]
+            # Its own way of falling back would print on standard output, where answers go.
+            session = onnxruntime.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises a family of C++ exceptions without a common base
             if len(chosen) == 1:
                 raise BundleError(f"ONNX Runtime cannot open the graph: {error}", where=str(path)) from error

@@ -133,25 +133,26 @@ def in_use(session: Any, chosen: Sequence[Choice], notes: Sequence[str]) -> Prov
     """What an open session runs on; `notes` of `choose` are logged with those of providers that did not start."""
     ours = {provider.ort_name: name for name, provider in PROVIDERS.items()}
     names = tuple(ours.get(name, name) for name in session.get_providers())
-    lines = [
-        *notes,
-        *(
-            f"the execution provider {choice.provider.name} is installed but did not start (its driver or device is "
-            f"missing), so {', then '.join(names)} runs the graph"
-            for choice in chosen
-            if choice.provider.name not in names
-        ),
-    ]
+    nodes = _nodes(session, ours) if len(chosen) > 1 else {}
+    lines = list(notes)
+    for name in (choice.provider.name for choice in chosen if choice.provider.name != CPU):
+        if name not in names:
+            why = "is installed but did not start (its driver or device is missing)"
+            lines.append(f"the execution provider {name} {why}, so {', then '.join(names)} runs the graph")
+        elif nodes and name not in nodes:
+            others = " and ".join(nodes)
+            lines.append(f"the execution provider {name} takes no node of this graph (its device or options do not fit), so {others} runs it")
     for line in lines:
         log.warning("%s", line)
-    return ProvidersInUse(names, _nodes(session, ours) if len(chosen) > 1 else {}, tuple(lines))
+    return ProvidersInUse(names, nodes, tuple(lines))
 
 
 def cannot_run(tried: Sequence[Choice], instead: Choice, error: Exception) -> str:
     """A line for providers that are there and refuse a graph or their options; the last line of `error` says most."""
     names = " and ".join(choice.provider.name for choice in tried)
     reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
-    return f"{names} cannot run this graph, so {instead.provider.name} does: {reason[-200:]}"
+    reason = reason.rpartition("&) ")[2]  # what stands before is a C++ function
+    return f"{names} cannot run this graph as asked, so {instead.provider.name} does: {reason[-200:]}"
 
 
 def _nodes(session: Any, ours: Mapping[str, str]) -> dict[str, int]:

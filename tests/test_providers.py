@@ -20,7 +20,7 @@ from edgetune.devices import load_device
 from edgetune.errors import DeviceError, EdgetuneError, InputError
 from edgetune.runtime import Runtime
 from edgetune.runtime.latency import Workload, measure
-from edgetune.runtime.providers import PROVIDERS, available, choose, parse_providers
+from edgetune.runtime.providers import PROVIDERS, Choice, available, choose, in_use, parse_providers
 
 MISSING = next(name for name in ("qnn", "directml", "coreml") if name not in available())
 """no machine has all of them: Windows on Arm, Windows, macOS"""
@@ -166,7 +166,8 @@ def test_a_provider_that_refuses_the_graph_gives_way_to_the_cpu(
     """As OpenVINO 2025.4 refuses a graph whose operator has more outputs than its reader knows."""
     session = onnxruntime.InferenceSession
 
-    def refusing(path: str, options: object, *, providers: list[tuple[str, dict[str, str]]]) -> object:
+    def refusing(path: str, options: object, *, providers: list[tuple[str, dict[str, str]]], enable_fallback: int) -> object:
+        assert not enable_fallback
         if len(providers) > 1:
             raise RuntimeError("Exception during initialization: …\n\nExpected output number of the node is 4\n\n")
         return session(path, options, providers=providers)
@@ -174,4 +175,26 @@ def test_a_provider_that_refuses_the_graph_gives_way_to_the_cpu(
     monkeypatch.setattr(onnxruntime, "InferenceSession", refusing)
     with Runtime.open(decoder_bundle(tiny_decoder), threads=1, providers=["openvino"]) as runtime:
         assert runtime.providers.names == ("cpu",)
-        assert runtime.providers.notes == ("openvino cannot run this graph, so cpu does: Expected output number of the node is 4",)
+        assert runtime.providers.notes == ("openvino cannot run this graph as asked, so cpu does: Expected output number of the node is 4",)
+
+
+def test_a_provider_that_takes_no_node_is_told() -> None:
+    """As OpenVINO does with a device that it does not know."""
+
+    class Node:
+        ep_name = "CPUExecutionProvider"
+
+        def get_nodes(self) -> list[int]:
+            return [1, 2]
+
+    class Session:
+        def get_providers(self) -> list[str]:
+            return ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
+
+        def get_provider_graph_assignment_info(self) -> list[Node]:
+            return [Node()]
+
+    found = in_use(Session(), [Choice(PROVIDERS[name], {}) for name in ("openvino", "cpu")], [])
+    (note,) = found.notes
+    assert note.startswith("the execution provider openvino takes no node of this graph") and note.endswith("so cpu runs it")
+    assert str(found) == "openvino, cpu (2 nodes)"
