@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.errors import ExportError
-from edgetune.gptq import round_to_inputs
+from edgetune.gptq import on_grid, round_to_inputs
 from edgetune.shipped_weights import is_transposed, stored_bits
 from edgetune.weight_precision import Precision
 
@@ -69,6 +69,9 @@ def calibrate(model: Any, rows: Sequence[Sequence[int]], precision: Precision, *
     prefix, layers = _layers(model)
     if not any(name.startswith(f"{prefix}.") for name in bits):
         raise ExportError("no weight of the layers is stored in 4 bits, so there is nothing to calibrate", where="--quantiser gptq", fix="Use --precision int4.")
+    if all(on_grid(_matrix(model.get_submodule(name)), bits=4, block_size=precision.block_size) for name in bits if name.startswith(f"{prefix}.")):
+        say("every 4-bit weight of the layers lies on a grid of its own, which is kept: nothing to calibrate")
+        return
     batches = list(_batches(rows))
     states, calls = _record(model, layers, batches)
     say(f"calibrating on {sum(batch.numel() for batch in batches)} tokens of {len(rows)} rows")
@@ -150,7 +153,13 @@ def _round(modules: Mapping[str, Any], inputs: _Inputs, precision: Precision) ->
         gram = inputs.of(leader)
         if gram is None:
             continue  # never called: `quantise` rounds it to nearest
-        weights = [module.weight.t() if is_transposed(module) else module.weight for module in group]
+        weights = [_matrix(module) for module in group]
         rounded = round_to_inputs(torch.cat(weights), gram, bits=4, block_size=precision.block_size, symmetric=precision.symmetric)
         for module, weight in zip(group, rounded.split([len(weight) for weight in weights]), strict=True):
             module.weight.copy_(weight.t() if is_transposed(module) else weight)
+
+
+def _matrix(module: Any) -> Tensor:
+    """A module's weight (out, in)."""
+    weight: Tensor = module.weight
+    return weight.t() if is_transposed(module) else weight

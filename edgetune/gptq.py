@@ -41,6 +41,11 @@ def round_to_inputs(weight: Tensor, gram: Tensor, *, bits: int, block_size: int,
     return result
 
 
+def on_grid(weight: Tensor, *, bits: int, block_size: int) -> bool:
+    """Whether every row of W (out, in) lies on a grid, which `quantise` keeps."""
+    return bool(find_grid(in_blocks(weight, block_size), bits=bits, offsets=weight.shape[1] % block_size == 0)[0].all())
+
+
 def _spread(gram: Tensor, order: Tensor) -> Tensor:
     """The upper Cholesky factor of H⁻¹, its columns in this order: row i says how column i's error spreads to later ones."""
     gram = gram[order][:, order]

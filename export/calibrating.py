@@ -28,7 +28,10 @@ def check_quantiser(precision: Precision, *, mode: str, calibration: Path | None
     if name != "rtn" and "int4" not in (precision.weights, *precision.overrides.values()):
         raise ExportError("it rounds 4-bit weights, and there are none", where=f"--quantiser {name}", got=f"--precision {precision.weights}", fix="8 bits lose nothing by rounding to nearest.")
     if name == "gptq" and mode == "merged":
-        raise ExportError("what of a merged adapter survives calibrated rounding cannot be told yet", where="--quantiser gptq", fix="Use --quantiser hqq, or --mode separate.")
+        raise ExportError(
+            "what of merged or fully trained weights survives calibrated rounding cannot be told yet", where="--quantiser gptq",
+            fix="Use --quantiser hqq; an adapter also goes with --mode separate.",
+        )  # fmt: skip
     if calibration is not None and name != "gptq":
         raise ExportError("only gptq reads text", where="--calibration", got=f"--quantiser {name}")
 

@@ -143,6 +143,17 @@ def test_inputs_that_never_occur_do_no_harm() -> None:
     assert torch.isfinite(round_to_inputs(weight, torch.zeros(64, 64), bits=4, block_size=32, symmetric=True)).all()
 
 
+def test_a_base_that_lies_on_its_grid_is_left_as_it_is_without_running_it(tiny_decoder: Path) -> None:
+    model, said = load_body(resolve_base(str(tiny_decoder))), list[str]()
+    with torch.no_grad():
+        for layer in model.model.layers.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.copy_((layer.weight * 16).round().clamp(-8, 7) / 16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calibrate(model, [], Precision("int4"), say=said.append)
+    assert "nothing to calibrate" in said[0] and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def correlate(base: Path) -> Path:
     """Token embeddings in few directions, so that what layers read is correlated, as in a trained model."""
     model = load_body(resolve_base(str(base)))

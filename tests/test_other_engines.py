@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from export_helpers import export, make_adapter
+from family_helpers import make_family
 
 from edgetune.runtime import Runtime
 
@@ -38,8 +39,8 @@ def genai() -> str:
     return python
 
 
-@pytest.mark.parametrize("adapter", ["home", "terse", None])
-def test_onnxruntime_genai_answers_with_the_same_tokens(adapter: str | None, genai: str, bundle: Path) -> None:
+def assert_same_tokens(genai: str, bundle: Path, adapter: str | None) -> None:
+    """The greedy answer of the runtime, and that of onnxruntime-genai; another one than with or without another adapter."""
     with Runtime.open(bundle, threads=1) as runtime:
         ids = runtime.prompt_ids(PROMPT, adapter)
         (expected,) = runtime.generate([PROMPT], adapter, max_new_tokens=16)
@@ -49,6 +50,20 @@ def test_onnxruntime_genai_answers_with_the_same_tokens(adapter: str | None, gen
     assert done.returncode == 0, done.stderr
     answer = [token for token in expected.token_ids if token not in runtime.manifest.tokenizer.eos_token_ids]  # genai leaves the end out
     assert [int(token) for token in done.stdout.split()] == answer != list(other.token_ids)
+
+
+@pytest.mark.parametrize("adapter", ["home", "terse", None])
+def test_onnxruntime_genai_answers_with_the_same_tokens(adapter: str | None, genai: str, bundle: Path) -> None:
+    assert_same_tokens(genai, bundle, adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "phi3", "qwen3"])
+def test_so_it_does_for_other_families(family: str, genai: str, tiny_decoder: Path, tmp_path: Path) -> None:
+    base = make_family(family, tiny_decoder, tmp_path / "base")
+    export(tmp_path / "bundle", make_adapter(base, tmp_path / "home", strength=0.5))
+    for adapter in ("home", None):
+        assert_same_tokens(genai, tmp_path / "bundle", adapter)
 
 
 def snippet(document: Path, word: str) -> str:
