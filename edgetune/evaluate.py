@@ -38,8 +38,8 @@ class Answers(Protocol):
     labels: tuple[str, ...] | None
     prompt_format: PromptFormat
 
-    def classify(self, texts: Sequence[Text]) -> list[str]:
-        """The label of each text."""
+    def classify(self, texts: Sequence[Any]) -> list[str]:
+        """The label of each text, or of each pair of them."""
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily."""

@@ -94,9 +94,9 @@ class BaseAnswers:
         if not isinstance(prompt, str):
             raise InputError("rows with messages cannot be put to a bare base", fix="Give --prompt and --completion.")
         if self._form.template == "chat":
-            turns = [turn for row in self._shots for turn in (_user(row.text), {"role": "assistant", "content": row.label})]
+            turns = [turn for row in self._shots for turn in (_user(str(row.text)), {"role": "assistant", "content": row.label})]
             return chat_text(self._tokenizer, [*turns, _user(prompt)])
-        return "".join(f"{row.text.rstrip()} {row.label}{BETWEEN}" for row in self._shots) + prompt.rstrip()
+        return "".join(f"{str(row.text).rstrip()} {row.label}{BETWEEN}" for row in self._shots) + prompt.rstrip()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return encode_prompts(texts, self._form.template, self._tokenizer)
