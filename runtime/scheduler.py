@@ -204,10 +204,11 @@ class Scheduler:
         return self._encode([reading.ids for reading in readings if reading.ids], name, finish_with, words=True)
 
     def score(self, answers: Sequence[Answered], adapter: str | None = None, *, truncate: bool = False) -> Future[list[float]]:
-        """As `Runtime.score`, in batches with everyone else's answers. Errors of the input are raised here."""
+        """As `Runtime.score`, in batches with everyone else's answers; no longer than `context`, which bounds the memory.
+        Errors of the input are raised here."""
         name = self.runtime.chosen(adapter)
         self.runtime.need_scores(name)
-        ids = [answered_ids(self.runtime, answered, name, truncate=truncate) for answered in answers]
+        ids = [answered_ids(self.runtime, answered, name, truncate=truncate, limit=self.context) for answered in answers]
         return self._encode(ids, name, lambda _: lambda scores, _: [float(score[0]) for score in scores], words=True, scores=True)
 
     def stats(self) -> SchedulerStats:

@@ -78,10 +78,11 @@ def score_batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def answered_ids(runtime: Any, answered: Answered, adapter: str | None, *, truncate: bool) -> list[int]:
+def answered_ids(runtime: Any, answered: Answered, adapter: str | None, *, truncate: bool, limit: int | None = None) -> list[int]:
     """Token ids as `reward` trains on them: prompt, answer and what closes an answer, each tokenised apart.
 
-    A text that stands alone is read as it is. InputError when it is longer than the context; `truncate` keeps the end.
+    A text that stands alone is read as it is. InputError when it is longer than `limit` (None: the graph's context);
+    `truncate` keeps the end.
     """
     tokenizer = runtime.tokenizer
     form: Mapping[str, Any] = (runtime.adapter(adapter).prompt_format if adapter is not None else None) or {}
@@ -95,7 +96,7 @@ def answered_ids(runtime: Any, answered: Answered, adapter: str | None, *, trunc
         else:
             head = tokenizer.encode_chat(with_system(check_messages(prompt), system=form.get("system")))
         ids = [*head, *tokenizer.encode(answer, add_special_tokens=False), *closing_ids(tokenizer, template)]
-    limit = runtime.manifest.graph.max_length
+    limit = limit or runtime.manifest.graph.max_length
     if not ids:
         raise InputError("there is nothing to score", expected="one token at least")
     if len(ids) > limit and not truncate:

@@ -49,10 +49,10 @@ def test_the_body_runs_once_over_every_row_however_many_epochs(
     rows = 0
     pooled = SequenceClassifier.pooled
 
-    def counted(self: SequenceClassifier, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def counted(self: SequenceClassifier, input_ids: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
         nonlocal rows
         rows += len(input_ids)
-        return pooled(self, input_ids, attention_mask)
+        return pooled(self, input_ids, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SequenceClassifier, "pooled", counted)
     head_run(tiny_encoder, tmp_path, epochs=7)

@@ -166,6 +166,13 @@ def test_scores_go_through_the_scheduler_beside_running_streams(runtime: Runtime
     assert all(status.users == 0 for status in runtime.registry.statuses())
 
 
+def test_a_small_context_bounds_what_is_scored(runtime: Runtime) -> None:
+    with Scheduler(runtime, max_context=64) as scheduler:
+        with pytest.raises(InputError, match="at most 64 tokens"):
+            scheduler.score([(QUESTIONS[0], "Yes, sir. " * 20)], "polite")
+        assert len(scheduler.score([(QUESTIONS[0], "Yes, sir. " * 20)], "polite", truncate=True).result(30)) == 1
+
+
 def test_a_scheduler_that_closes_answers_who_waits_for_scores(runtime: Runtime) -> None:
     scheduler = Scheduler(runtime)
     future = scheduler.score([("a", "b")], "polite")

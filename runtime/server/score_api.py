@@ -52,7 +52,7 @@ async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Ca
         await call.count(lambda pair: len(runtime.text_ids(pair, runtime.chosen(call.adapter), truncate=call.truncate)))
         values = await service.in_thread(lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate))
         return call, [float(found.value or 0.0) for found in await in_time(request, call, values)]
-    await call.count(lambda one: len(answered_ids(runtime, one, runtime.chosen(call.adapter), truncate=call.truncate)))
+    await call.count(lambda one: len(answered_ids(runtime, one, runtime.chosen(call.adapter), truncate=call.truncate, limit=scheduler.context)))
     work = await service.in_thread(lambda: scheduler.score(call.inputs, call.adapter, truncate=call.truncate))
     return call, await in_time(request, call, work)
 
