@@ -1,6 +1,7 @@
 """Serving: mixed adapters, swaps, the HTTP layer, cold start, a soak; a table beside the targets, then one JSON line.
 
     python benchmarks/serving.py streams --bundle BUNDLE [--adapter FOLDER]
+    python benchmarks/serving.py together --bundle BUNDLE
     python benchmarks/serving.py swap --bundle BUNDLE
     python benchmarks/serving.py http --bundle BUNDLE
     python benchmarks/serving.py cold --bundle BUNDLE
@@ -88,6 +89,23 @@ def streams(options: argparse.Namespace, work: Path) -> list[Row]:
 
 def _ratio(rounds: dict[str, list[float]], kind: str, to: str) -> float:
     return median(a / b for a, b in zip(rounds[kind], rounds[to], strict=True))
+
+
+def together(options: argparse.Namespace, work: Path) -> list[Row]:
+    """First tokens of 8 short requests sent at once: one prompt between two steps, or as many as 128 tokens hold."""
+    with Runtime.open(options.bundle, threads=options.threads, adapter_folder=work) as runtime:
+        names = make_adapters(work, runtime.manifest, STREAMS, source=options.adapter)
+        prompts, ways = Prompts(runtime.manifest.graph.vocab_size), {"one prompt a turn": options.prompt, "prompts share a turn": 128}
+        mean: dict[str, list[float]] = {way: [] for way in ways}
+        last: dict[str, list[float]] = {way: [] for way in ways}
+        for turn in range(options.rounds + 1):
+            for way in list(ways)[:: -1 if turn % 2 else 1]:
+                with Scheduler(runtime, max_rows=STREAMS, prefill_chunk=ways[way]) as scheduler:
+                    answers = by_python(scheduler, [Job(name, prompts(options.prompt), STREAMS + 2) for name in names])
+                if turn:
+                    mean[way].append(1e3 * statistics.mean(answer.first for answer in answers))
+                    last[way].append(1e3 * max(answer.first for answer in answers))
+    return [Row(f"time to first token of 8 at once, {what}, {way}", median(of[way]), "ms") for what, of in (("mean", mean), ("last", last)) for way in ways]
 
 
 def swap(options: argparse.Namespace, work: Path) -> list[Row]:
@@ -261,7 +279,7 @@ def cold(options: argparse.Namespace, work: Path) -> list[Row]:
     return rows
 
 
-SECTIONS = {"streams": streams, "swap": swap, "http": http, "cold": cold, "soak": soak}
+SECTIONS = {"streams": streams, "together": together, "swap": swap, "http": http, "cold": cold, "soak": soak}
 
 
 def main() -> None:
