@@ -66,7 +66,7 @@ class DecodeLoop:
         left = self.chunk
         while left > 0:
             if self.filling is None:
-                self._admit(next_waiting, prompt=None if left == self.chunk else left)
+                self._admit(next_waiting, at_most=None if left == self.chunk else left)
                 self.sweep()  # who waited may be past its deadline
             if (running := self.filling) is None:
                 break
@@ -86,11 +86,11 @@ class DecodeLoop:
             if reason is not None:
                 self._end(running, reason)
 
-    def _admit(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None], *, prompt: int | None) -> None:
-        """Let the next one in when there is room; with `prompt` only one whose prompt has at most so many tokens."""
+    def _admit(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None], *, at_most: int | None) -> None:
+        """Let the next one in when there is room; with `at_most` only one whose prompt has no more tokens."""
 
         def fits(waiting: Running) -> bool:
-            short = prompt is None or len(waiting.request.prompt_ids) <= prompt
+            short = at_most is None or len(waiting.request.prompt_ids) <= at_most
             return short and self.batch.has_room(waiting.tokens_needed)
 
         running = next_waiting(fits)
