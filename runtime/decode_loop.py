@@ -40,7 +40,7 @@ class DecodeLoop:
     ) -> None:
         """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none."""
         self.batch = Batch(engine, rows=rows, budget=tokens, max_context=max_context)
-        self.prefixes = PrefixCache(self.batch.arena, blocks=prefix_blocks if self.batch.arena.shares_prefixes else 0)
+        self.prefixes = PrefixCache(self.batch.arena, blocks=prefix_blocks)
         self.counters, self.chunk, self.lookup = counters, chunk, lookup
         self.filling: Running | None = None
         self._rows: dict[BatchRow, Running] = {}
@@ -87,7 +87,7 @@ class DecodeLoop:
                 self._end(running, reason)
 
     def _admit(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None], *, at_most: int | None) -> None:
-        """Let the next one in when there is room; `at_most`: only one whose prompt has so many tokens or fewer."""
+        """Let the next one in when there is room; with `at_most` only one whose prompt has no more tokens."""
 
         def fits(waiting: Running) -> bool:
             short = at_most is None or len(waiting.request.prompt_ids) <= at_most
