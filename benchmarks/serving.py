@@ -5,6 +5,7 @@
     python benchmarks/serving.py swap --bundle BUNDLE
     python benchmarks/serving.py http --bundle BUNDLE
     python benchmarks/serving.py cold --bundle BUNDLE
+   python benchmarks/serving.py llama --bundle BUNDLE --llama FILE.gguf --llama-python PYTHON
     python benchmarks/serving.py soak --bundle BUNDLE --minutes 30
 
 Several sections may be named at once. BUNDLE is a decoder's (`edgetune export`, mode separate). The adapters are made
@@ -279,7 +280,43 @@ def cold(options: argparse.Namespace, work: Path) -> list[Row]:
     return rows
 
 
-SECTIONS = {"streams": streams, "together": together, "swap": swap, "http": http, "cold": cold, "soak": soak}
+def llama(options: argparse.Namespace, work: Path) -> list[Row]:
+    """8 streams with 8 adapters beside llama.cpp, which answers them one after the other."""
+    from edgetune.export.gguf_adapter import export_gguf_adapters
+
+    if not options.llama:
+        raise SystemExit("llama: give --llama FILE.gguf, the base as llama.cpp reads it, and --llama-python")
+    seconds: list[float] = []
+    ours: list[float] = []
+    with Runtime.open(options.bundle, threads=options.threads, adapter_folder=work) as runtime:
+        names = make_adapters(work, runtime.manifest, STREAMS, source=options.adapter)
+        files = export_gguf_adapters([(name, work / name) for name in names], work / "gguf", base_name=runtime.manifest.base.name)
+        command = [options.llama_python, str(Path(__file__).with_name("serving_llama.py")), options.llama, str(options.threads), *map(str, files)]
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert worker.stdin is not None and worker.stdout is not None
+        if worker.stdout.readline() != "ready\n":
+            raise SystemExit("llama: the worker does not start")
+        prompts = Prompts(runtime.manifest.graph.vocab_size)
+        with Scheduler(runtime, max_rows=STREAMS) as scheduler:
+            for turn in range(options.rounds + 1):
+                load = [prompts(options.prompt) for _ in names]
+                print(json.dumps({"prompts": load, "new": options.new}), file=worker.stdin, flush=True)
+                theirs = json.loads(worker.stdout.readline())
+                answers = by_python(scheduler, [Job(name, ids, options.new) for name, ids in zip(names, load, strict=True)])
+                if turn:
+                    seconds.append(theirs)
+                    ours.append(speed(answers))
+        worker.kill()
+    tokens = STREAMS * options.new
+    ratio = median(own * theirs / tokens for own, theirs in zip(ours, seconds, strict=True))
+    return [
+        Row("8 streams, 8 adapters, with prompts: edgetune", median(ours), "tokens/s"),
+        Row("the same requests in llama.cpp, one after the other", tokens / median(seconds), "tokens/s"),
+        Row("edgetune against llama.cpp", ratio, "x", 2.0, at_least=True),
+    ]
+
+
+SECTIONS = {"streams": streams, "together": together, "swap": swap, "http": http, "cold": cold, "llama": llama, "soak": soak}
 
 
 def main() -> None:
@@ -299,6 +336,8 @@ def main() -> None:
     parser.add_argument("--adapter-memory-mb", type=float, default=200.0, help="swap: limit for resident adapters")
     parser.add_argument("--starts", type=int, default=5, help="cold: starts after the first")
     parser.add_argument("--text", default="Turn on the lights in the kitchen.", help="cold: what is asked")
+    parser.add_argument("--llama", default="", help="llama: the base as a GGUF file")
+    parser.add_argument("--llama-python", default=sys.executable, help="llama: a Python that has llama-cpp-python")
     parser.add_argument("--minutes", type=float, default=30.0, help="soak: how long")
     parser.add_argument("--load", type=float, default=4.0, help="soak: requests/s")
     options = parser.parse_args()
