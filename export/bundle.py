@@ -331,7 +331,7 @@ def _proof_document(proofs: Mapping[str, Proof], rows: Mapping[str, list[list[in
     }
 
 
-def _probe(manifest: Manifest) -> dict[str, list[list[int]]]:
+def probe_of(manifest: Manifest) -> dict[str, list[list[int]]]:
     """The manifest's probe rows; two texts know again where the second begins."""
     rows, second = manifest.proof["probe"], manifest.proof.get("second", {})
     return {name: [typed_at(row, at) for row, at in zip(found, second.get(name) or [None] * len(found), strict=True)] for name, found in rows.items()}
@@ -342,4 +342,4 @@ def _digests(folder: Path) -> dict[str, FileInfo]:
     return {path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size) for path in files}
 
 
-__all__ = ["build_base", "check_place", "export_bundle", "prove_bundle", "torch_model"]
+__all__ = ["build_base", "check_place", "export_bundle", "probe_of", "prove_bundle", "torch_model"]
