@@ -13,7 +13,7 @@ from typing import Any
 
 from edgetune.bases import Base, load_tokenizer
 from edgetune.data import Rows, read_rows
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, ExportError
 from edgetune.evaluate import BundleAnswers, Evaluation, measure_rows, measure_text
 from edgetune.evaluate_subjects import BundleSubject, torch_texts
 from edgetune.examples.common import hold_out
@@ -31,7 +31,9 @@ from edgetune.torch_answers import TorchAnswers
 # A batch of 16 answers takes torch little longer than one; an encoder reads that many texts in a fraction of a second.
 DEFAULT_ROWS = {"decoder": 16, "encoder": 256}
 # The first of these that a task has is its metric. ROUGE-L: BLEU is 0 for answers of a word, exact match for free text.
-METRICS = ("accuracy", "json_exact_match", "entity_f1", "micro_f1", "spearman", "rouge_l", "token_accuracy", "perplexity")
+METRICS = (
+    "accuracy", "json_exact_match", "entity_f1", "micro_f1", "spearman", "rouge_l", "preference_accuracy", "token_accuracy", "perplexity",
+)  # fmt: skip
 LOWER_IS_BETTER = {"perplexity", "bits_per_byte", "mse"}
 Say = Callable[[str], None]
 ALONE = "(base)"  # the name of what is measured and proven of a bundle without adapters
@@ -150,14 +152,21 @@ def _measured(answers: Any, folder: Path, rows: TaskRows) -> Evaluation:
 
 
 def compare(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows) -> TaskResult:
-    """Both sides of one adapter."""
-    metric = next(name for name in METRICS if name in in_torch.metrics)
-    answers = [[one["prediction"] for one in side.predictions if not isinstance(one["prediction"], float)] for side in (in_torch, in_bundle)]
+    """Both sides of one adapter. ExportError where it has no metric that is known here."""
+    metric = next((name for name in METRICS if name in in_torch.metrics), None)
+    if metric is None:
+        raise ExportError("no task metric is known for it", where=in_torch.source, expected=f"one of {', '.join(METRICS)}", got=", ".join(in_torch.metrics))
+    answers = [[answer for one in side.predictions if not isinstance(answer := _answer(one), float)] for side in (in_torch, in_bundle)]
     same = sum(a == b for a, b in zip(*answers, strict=True)) / len(answers[0]) if answers[0] else None
     return TaskResult(
         metric, metric not in LOWER_IS_BETTER, len(rows.rows.rows), rows.found, rows.name, in_torch.data_digest,
         headline(in_torch.metrics), headline(in_bundle.metrics), same,
     )  # fmt: skip
+
+
+def _answer(prediction: Mapping[str, Any]) -> Any:
+    """What was answered: of a reward, whether it prefers the chosen one."""
+    return prediction["prediction"] if "prediction" in prediction else prediction["chosen"] > prediction["rejected"]
 
 
 def measure_tasks(
