@@ -35,6 +35,10 @@ METRICS = (
     "accuracy", "json_exact_match", "entity_f1", "micro_f1", "spearman", "rouge_l", "preference_accuracy", "token_accuracy", "perplexity",
 )  # fmt: skip
 LOWER_IS_BETTER = {"perplexity", "bits_per_byte", "mse"}
+# What an adapter's [generation] may shape answers by (`shaping`), each made neutral; a caller's form replaces an adapter's.
+FREE: Mapping[str, Any] = {
+    "temperature": 0.0, "response_format": {"type": "text"}, "logit_bias": (), "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
+}  # fmt: skip
 Say = Callable[[str], None]
 ALONE = "(base)"  # the name of what is measured and proven of a bundle without adapters
 
@@ -142,9 +146,17 @@ def measure_in_torch(model: Any, base: Base, source: Source, rows: TaskRows) -> 
     return _measured(TorchAnswers(model, load_tokenizer(base), dict(source.metadata)), source.folder, rows)
 
 
+class FreeAnswers(BundleAnswers):
+    """A bundle's answers without the form and the penalties that an adapter brings: torch, its reference, knows none of them."""
+
+    def generate(self, prompts: Sequence[Any]) -> list[str]:
+        """The completion of each prompt, greedily, to the adapter's own limit and stop texts."""
+        return [answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter, **FREE)]
+
+
 def measure_in_bundle(runtime: Runtime, source: Source, rows: TaskRows) -> Evaluation:
     """The answers of the bundle with that adapter."""
-    return _measured(BundleAnswers(runtime, source.name), runtime.folder, rows)
+    return _measured(FreeAnswers(runtime, source.name), runtime.folder, rows)
 
 
 def _measured(answers: Any, folder: Path, rows: TaskRows) -> Evaluation:

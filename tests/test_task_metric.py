@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from edgetune.examples import load_examples
 from edgetune.export.bundle import export_bundle, torch_model
 from edgetune.export.lower import Precision
 from edgetune.export.sources import read_source
-from edgetune.export.task import TaskPlan, relative_loss, rows_of, task_rows
+from edgetune.export.task import FREE, TaskPlan, relative_loss, rows_of, task_rows
 from edgetune.recipe_file import load_recipe
+from edgetune.recipe_generation import FORMS, shaping
 from edgetune.runtime.manifest import Manifest, read_manifest
 from edgetune.training import run_recipe
 
@@ -72,6 +74,17 @@ def test_a_decoders_answers_are_compared_text_by_text(actions: Path, tmp_path: P
     found = shipped(actions, tmp_path / "b", rows=2).proof["task"]["task"]
     assert (found["metric"], found["rows"], found["found"], found["same"]) == ("json_exact_match", 2, 4, 1.0)
     assert found["torch"] == found["bundle"]
+
+
+def test_an_adapters_own_form_and_penalties_do_not_shape_the_comparison(actions: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(actions, run)
+    metadata = json.loads((run / "adapter" / "edgetune_adapter.json").read_text())
+    metadata["generation"] |= {"regex": "[xyz]{3}", "repetition_penalty": 5.0, "logit_bias": {"40": 50.0}}
+    (run / "adapter" / "edgetune_adapter.json").write_text(json.dumps(metadata))
+    found = shipped(run, tmp_path / "b", rows=2).proof["task"]["task"]
+    assert found["same"] == 1.0 and found["torch"] == found["bundle"]
+    assert len(shaping(metadata["generation"])) == 3 and not set(shaping(metadata["generation"])) - set(FREE) - set(FORMS)
 
 
 def test_nothing_is_measured_of_zero_rows_or_without_a_recipe(intents: Path, tiny_encoder: Path, tmp_path: Path) -> None:
