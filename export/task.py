@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgetune.bases import Base, load_tokenizer
 from edgetune.data import Rows, read_rows
@@ -40,6 +40,7 @@ FREE: Mapping[str, Any] = {
     "temperature": 0.0, "response_format": {"type": "text"}, "logit_bias": (), "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
 }  # fmt: skip
 Say = Callable[[str], None]
+T = TypeVar("T")
 ALONE = "(base)"  # the name of what is measured and proven of a bundle without adapters
 
 
@@ -188,26 +189,35 @@ def measure_tasks(
     """Every adapter that has rows, in torch (`trained` gives its model) and through the bundle's engine.
 
     `known` keeps what torch answered, for the next bundle of the same adapters. Rows that cannot be used are no reason to
-    fail an export, a line says so; but where somebody named them (`strict`) the error is raised.
+    fail an export, on neither side: a line says so; but where somebody named them (`strict`) the error is raised.
     """
     in_torch = {} if known is None else known
-    for source in (one for one in sources if one.name in rows):
-        if source.name not in in_torch:
-            try:
-                in_torch[source.name] = measure_in_torch(trained(source), base, source, rows[source.name])
-            except EdgetuneError as error:
-                if strict:
-                    raise
-                say(f"task {source.name}: not measured: {error}")
+
+    def tried(source: Source, take: Callable[[], T]) -> T | None:
+        try:
+            return take()
+        except EdgetuneError as error:
+            if strict:
+                raise
+            say(f"task {source.name}: not measured: {error}")
+            return None
+
+    for source in sources:
+        if source.name in rows and source.name not in in_torch:
+            answered = tried(source, lambda one=source: measure_in_torch(trained(one), base, one, rows[one.name]))  # type: ignore[misc]
+            if answered is not None:
+                in_torch[source.name] = answered
     wanted = [source for source in sources if source.name in rows and source.name in in_torch]
     if not wanted:
         return {}
+    results = {}
     with Runtime(folder, manifest, threads=threads) as runtime:
-        results = {
-            one.name: compare(in_torch[one.name], measure_in_bundle(runtime, one, rows[one.name]), rows[one.name]) for one in wanted
-        }
-    for name, result in results.items():
-        say(f"task {name}: {result.line()}")
+        for source in wanted:
+            on = rows[source.name]
+            result = tried(source, lambda one=source, on=on: compare(in_torch[one.name], measure_in_bundle(runtime, one, on), on))  # type: ignore[misc]
+            if result is not None:
+                results[source.name] = result
+                say(f"task {source.name}: {result.line()}")
     return results
 
 

@@ -129,6 +129,19 @@ def test_a_row_that_cannot_be_answered_is_a_line_and_in_rows_asked_for_an_error(
     assert measure(TaskPlan()) == {} and "task task: not measured" in lines[0]
 
 
+def test_what_the_bundle_cannot_answer_is_a_line_too(actions: Path, tmp_path: Path) -> None:
+    whole, source, lines = shipped(actions, tmp_path / "b", rows=0), read_source("task", actions), list[str]()
+    short = replace(whole, graph=replace(whole.graph, max_length=4))
+    base = resolve_base(str(actions.parent / "base"))
+
+    def measure(plan: TaskPlan) -> object:
+        return plan.measure(tmp_path / "b", short, base, [source], load=torch_model, threads=1, say=lines.append)
+
+    assert measure(TaskPlan(2)) == {} and "not measured: the prompt is longer than the context" in lines[0]
+    with pytest.raises(InputError, match="longer than the context"):
+        measure(TaskPlan(2, actions.parent / "actions-dev.jsonl"))
+
+
 def test_held_out_rows_are_those_that_training_held_out(tiny_encoder: Path, tmp_path: Path) -> None:
     train = write_rows(tmp_path / "rows.jsonl", intent_rows())
     settings = recipe(tiny_encoder, "sequence-classification", train, None, max_steps=1)
