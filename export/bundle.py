@@ -140,6 +140,8 @@ def _build(
     say(f"tracing {base.name} ({base.model_type})")
     model = torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else torch_model(base)
     if precision.quantiser == "gptq":
+        if set(precision.overrides) - set(INT4_DECODER):  # whoever calibrates must know what layers of one product are stored in
+            precision = settle(_trace(base, model), precision)
         calibrate_base(model, base, sources, tokenizer, precision, file=calibration, say=say)
     graph, info, sites, head, precision = _graph(base, model, sources, mode=mode, precision=precision, say=say, traced=traced)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -203,21 +205,14 @@ def _graph(
     base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say, traced: Traced | None = None
 ) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision]:
     """Trace, simplify, quantise; what the runtime must know of the result, and the precision layer by layer."""
-    config, body = model.config, model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
-    max_length = fixed_length(config, min(base.max_length, LARGEST_CONTEXT))
+    config, max_length = model.config, _context(base, model)
     shape: dict[str, Any]
     if base.kind == "decoder":
         shape = asdict(cache_sizes(config))
     else:
         shape = {"cache_dtype": None, "pooling": base.pooling, "token_type_ids": has_token_types(config)}
 
-    def trace() -> ir.Model:
-        is_decoder = base.kind == "decoder"
-        graph = trace_decoder(body, max_length=max_length) if is_decoder else trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
-        simplify(graph)
-        return graph
-
-    graph = trace() if traced is None else traced.copy(trace)
+    graph = _trace(base, model) if traced is None else traced.copy(lambda: _trace(base, model))
     say(f"writing weights as {precision.weights}")
     precision = settle(graph, precision)
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
@@ -240,6 +235,21 @@ def _graph(
         engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
     )
     return graph, info, sites, head, precision
+
+
+def _context(base: Base, model: Any) -> int:
+    return fixed_length(model.config, min(base.max_length, LARGEST_CONTEXT))
+
+
+def _trace(base: Base, model: Any) -> ir.Model:
+    """The base's graph in float, simplified: linear layers that read one input are one product."""
+    body = model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
+    if base.kind == "decoder":
+        graph = trace_decoder(body, max_length=_context(base, model))
+    else:
+        graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=_context(base, model))
+    simplify(graph)
+    return graph
 
 
 def _untouched(sources: Sequence[Source]) -> frozenset[str]:

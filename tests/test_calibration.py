@@ -24,6 +24,7 @@ from edgetune.calibration import calibrate
 from edgetune.errors import ExportError
 from edgetune.export.bundle import export_bundle
 from edgetune.export.calibrating import file_rows, recipe_rows
+from edgetune.export.situations import adapted_graph
 from edgetune.export.sources import read_source
 from edgetune.gptq import round_to_inputs
 from edgetune.hqq import half_quadratic_steps
@@ -259,6 +260,18 @@ def test_the_file_holds_what_torch_has_bit_for_bit(quantiser: str, run: Path, bu
     assert len(stored) == 8
     for site in bundle.manifest.sites:
         assert torch.equal(stored[site.name], torch.cat([model.get_submodule(part.module).weight for part in site.parts]))
+
+
+def test_what_keep_says_of_a_layer_holds_for_all_of_its_product_when_it_is_calibrated(run: Path, tmp_path: Path) -> None:
+    export_bundle([("a", run)], tmp_path / "b", precision=Precision("int4", overrides={"q_proj": "int8"}, quantiser="gptq"), threads=1)
+    graph = adapted_graph(onnx.load(str(tmp_path / "b" / "engine.onnx")))
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(str(tmp_path / "b" / "engine.onnx")).graph.initializer}
+    node = next(node for node in graph.node if "q_proj+k_proj+v_proj" in node.name and node.op_type == "MatMulNBits")
+    octets, scales = (arrays[name] for name in node.input[1:3])
+    stored = ((octets.astype(np.float32) - 128).reshape(*scales.shape, -1) * scales[..., None]).reshape(len(scales), -1)
+    attention = load_body(resolve_base(str(run / "base"))).model.layers[0].self_attn
+    weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).detach()
+    torch.testing.assert_close(torch.from_numpy(stored), quantise(weight, bits=8).dequantise())
 
 
 def test_a_calibrated_bundle_is_closer_than_a_plain_one(bundles: dict[str, Bundle]) -> None:
