@@ -75,6 +75,16 @@ def test_a_head_keeps_its_weights_and_its_labels(tiny_encoder: Path, tmp_path: P
     assert about["labels"] == ["heat", "lights", "music"]
 
 
+def test_a_head_is_not_fitted_again_after_a_stage_of_text(tiny_encoder: Path, tmp_path: Path) -> None:
+    run_recipe(intent_recipe(tiny_encoder, tmp_path, parameters=LORA), out=tmp_path / "first", progress=silent())
+    still = {"learning_rate": STILL, "head_learning_rate": STILL, "epochs": 1}
+    again = intent_recipe(tiny_encoder, tmp_path, parameters={**LORA, "start": str(tmp_path / "first")}, **still)
+    text = write_rows(tmp_path / "text.jsonl", [{"text": row["text"]} for row in intent_rows()])
+    before = recipe(tiny_encoder, "masked-lm", text, None, learning_rate=STILL, epochs=1).stage[0]
+    run_recipe(replace(again, stage=(before, *again.stage)), out=tmp_path / "run", progress=silent())
+    assert_same_weights(tmp_path / "run", tmp_path / "first")
+
+
 def test_the_folder_is_seen_from_the_recipe(tiny_decoder: Path, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
     text = f'base = "{tiny_decoder}"\n[parameters]\nstart = "{{}}"\n[[stage]]\nmethod = "sft"\n[stage.data]\ntrain = "{data}"\n'
