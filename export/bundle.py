@@ -103,7 +103,8 @@ def export_bundle(
         say(f"{sources[0].name}: all its weights were trained, so it is the bundle's base and nothing swaps it")
         mode = "merged"
     check_sources(sources, mode, precision, base_name)
-    check_quantiser(precision, mode=mode, calibration=calibration)
+    swaps = not any(source.is_model or source.config.get("use_dora") for source in sources)
+    check_quantiser(precision, mode=mode, calibration=calibration, swaps=swaps)
     base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
     if base.kind == "decoder" and precision.weights == "int4":

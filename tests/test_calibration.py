@@ -17,13 +17,15 @@ from export_helpers import export, make_adapter
 from family_helpers import make_family
 from onnx import numpy_helper
 from torch import Tensor
-from training_helpers import sft_recipe
+from training_helpers import recipe, sft_recipe, write_rows
 
 from edgetune.bases import load_body, load_tokenizer, resolve_base
 from edgetune.calibration import calibrate
 from edgetune.errors import ExportError
+from edgetune.examples import load_examples
 from edgetune.export.bundle import export_bundle
-from edgetune.export.calibrating import file_rows, recipe_rows
+from edgetune.export.calibrating import check_quantiser, file_rows, recipe_rows
+from edgetune.export.probe import probe_rows
 from edgetune.export.situations import adapted_graph
 from edgetune.export.sources import read_source
 from edgetune.gptq import round_to_inputs
@@ -303,6 +305,31 @@ def test_a_merge_rounded_by_hqq_is_proven_against_the_base_rounded_by_hqq(run: P
 def test_what_cannot_be_calibrated_is_said_before_anything_is_loaded(run: Path, tmp_path: Path, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ExportError, match=match):
         export_bundle([("a", run)], tmp_path / "b", **options)
+
+
+def test_what_cannot_be_separate_is_not_sent_there() -> None:
+    for swaps, fix in ((True, "Use --quantiser hqq, or --mode separate."), (False, "Use --quantiser hqq.")):
+        with pytest.raises(ExportError) as caught:
+            check_quantiser(Precision("int4", quantiser="gptq"), mode="merged", calibration=None, swaps=swaps)
+        assert caught.value.fix == fix
+
+
+def test_rows_of_a_run_are_read_as_training_read_them(tiny_encoder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_encoder, tmp_path / "adapter")  # its labels: low, high, none
+    train = write_rows(tmp_path / "train.jsonl", [{"text": f"turn on light {n} " * (n + 1), "label": ("low", "none")[n % 2]} for n in range(9)])
+    settings = recipe(tiny_encoder, "sequence-classification", train, None)
+    stage, base = settings.stage[0], resolve_base(str(tiny_encoder))
+    tokenizer = load_tokenizer(base)
+    held = replace(settings, stage=(replace(stage, data=replace(stage.data, hold_out=3)),), seed=5)
+    (tmp_path / "recipe.toml").write_text(to_toml(held))
+    expected = load_examples(held.stage[0], tokenizer, base, seed=5)
+    assert len(expected.validation) == 3 and len(expected.train) == 6
+    assert probe_rows(adapter, tokenizer, base) == [example.input_ids[:64] for example in expected.validation]
+    calibrated = recipe_rows([read_source("a", adapter)], tokenizer, base)
+    assert sorted(calibrated) == sorted(example.input_ids for example in expected.train)
+    high = write_rows(tmp_path / "dev.jsonl", [{"text": "a new label", "label": "high"}])
+    (tmp_path / "recipe.toml").write_text(to_toml(replace(settings, stage=(replace(stage, data=replace(stage.data, validation=str(high))),))))
+    assert probe_rows(adapter, tokenizer, base) == [tokenizer("a new label")["input_ids"]]
 
 
 def test_without_text_gptq_says_what_to_give(tiny_decoder: Path, tmp_path: Path) -> None:
