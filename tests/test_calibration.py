@@ -287,6 +287,7 @@ def test_an_adapter_that_learned_on_the_rounded_base_is_told_that_this_one_is_ro
     assert other_weights(recorded, bundles["rtn"].manifest.precision) == ""
     line = other_weights(recorded, bundles["gptq"].manifest.precision)
     assert "this one is int4 (blocks of 32, rounded by gptq, lm_head int8)" in line
+    assert "export with --precision int4 --quantiser rtn to ship" in line
     own = replace(shipped_precision("int4", "decoder"), quantiser="hqq")
     assert trained_precision(own.to_dict(), where="a") == own and other_weights(own.to_dict(), bundles["hqq"].manifest.precision) == ""
 
