@@ -58,6 +58,18 @@ def test_an_adapter_begins_where_the_other_ended(tiny_decoder: Path, first: Path
     assert after["effect"]["mean_kl"] == pytest.approx(before["effect"]["mean_kl"], rel=1e-3)
 
 
+def test_another_rounding_of_the_base_is_a_line(tiny_decoder: Path, first: Path, tmp_path: Path) -> None:
+    def said(start: Path, name: str, **more: Any) -> str:
+        out = io.StringIO()
+        again = sft_recipe(tiny_decoder, tmp_path, epochs=1, parameters={**LORA, "start": str(start), **more})
+        run_recipe(again, out=tmp_path / name, progress=Progress(out))
+        return out.getvalue()
+
+    line = "learned on unrounded weights of the base, and goes on on int8 (blocks of 32"
+    assert line in said(first, "int8", base_precision="int8")
+    assert "learned on" not in said(tmp_path / "int8", "again", base_precision="int8")
+
+
 def test_it_goes_on_learning(tiny_decoder: Path, first: Path, tmp_path: Path) -> None:
     run_recipe(sft_recipe(tiny_decoder, tmp_path, parameters={**LORA, "start": str(first)}), out=tmp_path / "run", progress=silent())
     assert summary_of(tmp_path / "run")["metrics"]["loss"] < summary_of(first)["metrics"]["loss"] - 0.05
