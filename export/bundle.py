@@ -98,6 +98,7 @@ def export_bundle(
     """
     precision = precision or Precision()
     check_place(out)
+    (task or TaskPlan()).check()
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
         say(f"{sources[0].name}: all its weights were trained, so it is the bundle's base and nothing swaps it")

@@ -129,6 +129,9 @@ def rows_of(sources: Sequence[Source], *, limit: int, data: Path | None = None, 
     found = {}
     for source in sources if limit else ():
         if not source.metadata or source.task == "masked-lm":
+            if data is not None:
+                why = "what masked-lm trained answers nothing" if source.metadata else "an adapter of another tool does not say how it reads rows"
+                say(f"task {source.name}: not measured: {why}")
             continue
         try:
             rows = task_rows(source, limit=limit, data=data)
@@ -231,6 +234,11 @@ class TaskPlan:
     """the rows of every adapter; None: the validation rows of each one's recipe"""
     known: dict[str, Evaluation] | None = None
     """what torch answered, kept from bundle to bundle of the same adapters"""
+
+    def check(self) -> None:
+        """DataError where `data` cannot be read, before anything takes its time."""
+        if self.data is not None:
+            read_rows(self.data)
 
     def measure(
         self, folder: Path, manifest: Manifest, base: Base, sources: Sequence[Source], *, load: Callable[[Base, Source | None], Any],

@@ -68,6 +68,8 @@ def test_the_commands_take_other_rows_and_verify_repeats_it(intents: Path, tmp_p
     assert f"accuracy {recorded['torch']['accuracy']:.4f} in torch, {recorded['bundle']['accuracy']:.4f} in the bundle (3 of 6" in done.output
     with pytest.raises(InputError, match="Add --parity"):
         CliRunner().invoke(verify, [bundle, "--task-data", other], standalone_mode=False, catch_exceptions=False)
+    with pytest.raises(InputError, match="Add --task-data FILE"):
+        CliRunner().invoke(verify, [bundle, "--parity", "--task-rows", "3"], standalone_mode=False, catch_exceptions=False)
 
 
 def test_a_decoders_answers_are_compared_text_by_text(actions: Path, tmp_path: Path) -> None:
@@ -90,6 +92,18 @@ def test_an_adapters_own_form_and_penalties_do_not_shape_the_comparison(actions:
 def test_nothing_is_measured_of_zero_rows_or_without_a_recipe(intents: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     assert rows_of([read_source("a", intents)], limit=0) == {}
     assert rows_of([read_source("a", make_adapter(tiny_encoder, tmp_path / "plain"))], limit=9) == {}
+
+
+def test_rows_asked_for_in_vain_are_told_of_and_a_file_that_is_not_there_before_anything_else(tiny_encoder: Path, intents: Path, tmp_path: Path) -> None:
+    plain, lines = make_adapter(tiny_encoder, tmp_path / "plain"), list[str]()
+    (plain / "edgetune_adapter.json").unlink()
+    assert rows_of([read_source("a", plain)], limit=9, data=intents.parent / "intents-dev.jsonl", say=lines.append) == {}
+    assert lines == ["task a: not measured: an adapter of another tool does not say how it reads rows"]
+    with pytest.raises(DataError, match="no such data file"):
+        export_bundle([("task", intents)], tmp_path / "b", task=TaskPlan(data=tmp_path / "nowhere.jsonl"), say=lines.append)
+    with pytest.raises(DataError, match="no such data file"):
+        CliRunner().invoke(verify, [str(tmp_path), "--parity", "--task-data", "nowhere.jsonl"], standalone_mode=False, catch_exceptions=False)
+    assert len(lines) == 1
 
 
 def test_text_is_measured_by_its_perplexity(tiny_decoder: Path, tmp_path: Path) -> None:
