@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from edgetune.errors import BundleError
 from edgetune.export.situations import adapted_graph

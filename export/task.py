@@ -22,6 +22,7 @@ from edgetune.export.sources import Source
 from edgetune.forgetting.tasks import spread
 from edgetune.intervals import headline
 from edgetune.layout import RECIPE
+from edgetune.metrics import LOWER_IS_BETTER
 from edgetune.prompts import PromptFormat
 from edgetune.recipe_file import load_recipe
 from edgetune.runtime import Runtime
@@ -34,7 +35,6 @@ DEFAULT_ROWS = {"decoder": 16, "encoder": 256}
 METRICS = (
     "accuracy", "json_exact_match", "entity_f1", "micro_f1", "spearman", "rouge_l", "preference_accuracy", "token_accuracy", "perplexity",
 )  # fmt: skip
-LOWER_IS_BETTER = {"perplexity", "bits_per_byte", "mse"}
 # What an adapter's [generation] may shape answers by (`shaping`), each made neutral; a caller's form replaces an adapter's.
 FREE: Mapping[str, Any] = {
     "temperature": 0.0, "response_format": {"type": "text"}, "logit_bias": (), "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
