@@ -227,14 +227,19 @@ def bundles(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bu
     return made
 
 
+def engine_graph(bundle: Path) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    """The nodes that run when an adapter is active, and every stored tensor by its name."""
+    model = onnx.load(str(bundle / "engine.onnx"))
+    return list(adapted_graph(model).node), {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
 def stored_weights(bundle: Bundle) -> dict[str, Tensor]:
     """Site → the weight (out, in) that the bytes of the file mean, read without edgetune's quantiser."""
-    graph = onnx.load(str(bundle.folder / "engine.onnx")).graph
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
+    nodes, arrays = engine_graph(bundle.folder)
+    makers = {name: node for node in nodes for name in node.output}
     found = {}
     for site in bundle.manifest.sites:
-        (added,) = [node for node in graph.node if node.name == f"{site.name}.adapted"]
+        (added,) = [node for node in nodes if node.name == f"{site.name}.adapted"]
         octets, scales, *zeros = (arrays[name] for name in makers[added.input[0]].input[1:])
         assert len(zeros) == (bundle.manifest.precision.quantiser == "hqq")
         zero = np.full(scales.shape, 8) if not zeros else np.stack([zeros[0] & 15, zeros[0] >> 4], -1).reshape(len(scales), -1)
@@ -266,9 +271,8 @@ def test_the_file_holds_what_torch_has_bit_for_bit(quantiser: str, run: Path, bu
 
 def test_what_keep_says_of_a_layer_holds_for_all_of_its_product_when_it_is_calibrated(run: Path, tmp_path: Path) -> None:
     export_bundle([("a", run)], tmp_path / "b", precision=Precision("int4", overrides={"q_proj": "int8"}, quantiser="gptq"), threads=1)
-    graph = adapted_graph(onnx.load(str(tmp_path / "b" / "engine.onnx")))
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(str(tmp_path / "b" / "engine.onnx")).graph.initializer}
-    node = next(node for node in graph.node if "q_proj+k_proj+v_proj" in node.name and node.op_type == "MatMulNBits")
+    nodes, arrays = engine_graph(tmp_path / "b")
+    node = next(node for node in nodes if "q_proj+k_proj+v_proj" in node.name and node.op_type == "MatMulNBits")
     octets, scales = (arrays[name] for name in node.input[1:3])
     stored = ((octets.astype(np.float32) - 128).reshape(*scales.shape, -1) * scales[..., None]).reshape(len(scales), -1)
     attention = load_body(resolve_base(str(run / "base"))).model.layers[0].self_attn
