@@ -15,6 +15,7 @@ from edgetune.errors import InputError
 from edgetune.forgetting.compared import UNITS, Subject, measured, plane, table
 from edgetune.intervals import headline
 from edgetune.layout import JOURNAL, RECIPE, SUMMARY
+from edgetune.metrics import LOWER_IS_BETTER
 from edgetune.progress import duration
 from edgetune.report import STYLE, in_one_row, with_interval, words
 from edgetune.settings import toml_value
@@ -38,7 +39,6 @@ figcaption .key { display: inline-block; margin: 0 .9rem 0 0; } figcaption .key:
 .planes { margin-bottom: 1rem; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); }
 details { margin-top: 1rem; } summary { cursor: pointer; color: var(--soft); }
 """
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
 HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match", "bleu", "rouge_l", "spearman", "pearson", "json_valid", "reward", "margin", "above_length")
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
+
 
 def accuracy(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of rows with the right label."""

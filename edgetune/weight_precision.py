@@ -44,7 +44,7 @@ class Precision:
 
     def override(self, modules: Sequence[str]) -> int | None:
         """The bits that an override asks for, where one names any of these modules; ExportError where two disagree."""
-        asked = {name for ending, name in self.overrides.items() if _named(ending, modules)}
+        asked = {name for ending, name in self.overrides.items() if named(ending, modules)}
         if len(asked) > 1:
             names = ", ".join(sorted({path.rpartition(".")[2] for path in modules}))
             raise ExportError(f"{names} are one product here", where="--keep", expected="one precision for them", got=" and ".join(sorted(asked)))
@@ -64,14 +64,14 @@ class Precision:
             for path in modules if asked is not None else ():
                 if self.override([path]) is None:
                     short = path.rpartition(".")[2]
-                    alike = all(bits == asked for other, bits in decided.items() if _named(short, [other]))
+                    alike = all(bits == asked for other, bits in decided.items() if named(short, [other]))
                     overrides[short if alike else path] = names[asked]  # type: ignore[index]
         return replace(self, overrides=overrides)
 
     def check(self, modules: Sequence[str]) -> None:
         """ExportError for an override that names none of the graph's modules: it would silently do nothing."""
         for ending in self.overrides:
-            if not _named(ending, modules):
+            if not named(ending, modules):
                 endings = sorted({path.rpartition(".")[2] for path in modules})
                 raise ExportError(f"no module is called {ending!r}", where="--keep", expected=", ".join(endings), got=ending)
 
@@ -88,7 +88,8 @@ def shipped_precision(weights: str, kind: str) -> Precision:
     return Precision(weights, overrides=dict(INT4_DECODER) if weights == "int4" and kind == "decoder" else {})
 
 
-def _named(ending: str, modules: Sequence[str]) -> bool:
+def named(ending: str, modules: Sequence[str]) -> bool:
+    """Whether an override's ending names any of these modules."""
     return any(path == ending or path.endswith(f".{ending}") for path in modules)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgetune.bases import Base, resolve_base
 from edgetune.errors import ExportError
-from edgetune.export.bundle import Say, prove_bundle, torch_model
+from edgetune.export.bundle import Say, probe_of, prove_bundle, torch_model
 from edgetune.export.proof import Proof
 from edgetune.export.sources import Source, read_source
 from edgetune.export.task import TaskPlan, TaskResult
@@ -18,7 +18,7 @@ def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> 
     base, sources = _shipped(folder, manifest)
     if missing := sorted({source.name for source in sources} - set(manifest.proof.get("probe", {}))):
         raise ExportError(f"the manifest holds no probe for {missing[0]}", where=str(folder), fix="Export the bundle again.")
-    return prove_bundle(folder, manifest, base, sources, manifest.proof["probe"], threads=threads)
+    return prove_bundle(folder, manifest, base, sources, probe_of(manifest), threads=threads)
 
 
 def remeasure(folder: Path, manifest: Manifest, task: TaskPlan, *, threads: int | None = None, say: Say = lambda line: None) -> dict[str, TaskResult]:

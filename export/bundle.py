@@ -98,12 +98,14 @@ def export_bundle(
     """
     precision = precision or Precision()
     check_place(out)
+    (task or TaskPlan()).check()
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
         say(f"{sources[0].name}: all its weights were trained, so it is the bundle's base and nothing swaps it")
         mode = "merged"
     check_sources(sources, mode, precision, base_name)
-    check_quantiser(precision, mode=mode, calibration=calibration)
+    swaps = not any(source.is_model or source.config.get("use_dora") for source in sources)
+    check_quantiser(precision, mode=mode, calibration=calibration, swaps=swaps)
     base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
     if base.kind == "decoder" and precision.weights == "int4":
@@ -140,6 +142,8 @@ def _build(
     say(f"tracing {base.name} ({base.model_type})")
     model = torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else torch_model(base)
     if precision.quantiser == "gptq":
+        if set(precision.overrides) - set(INT4_DECODER):  # whoever calibrates must know what layers of one product are stored in
+            precision = settle(_trace(base, model), precision)
         calibrate_base(model, base, sources, tokenizer, precision, file=calibration, say=say)
     graph, info, sites, head, precision = _graph(base, model, sources, mode=mode, precision=precision, say=say, traced=traced)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -203,21 +207,14 @@ def _graph(
     base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say, traced: Traced | None = None
 ) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision]:
     """Trace, simplify, quantise; what the runtime must know of the result, and the precision layer by layer."""
-    config, body = model.config, model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
-    max_length = fixed_length(config, min(base.max_length, LARGEST_CONTEXT))
+    config, max_length = model.config, _context(base, model)
     shape: dict[str, Any]
     if base.kind == "decoder":
         shape = asdict(cache_sizes(config))
     else:
         shape = {"cache_dtype": None, "pooling": base.pooling, "token_type_ids": has_token_types(config)}
 
-    def trace() -> ir.Model:
-        is_decoder = base.kind == "decoder"
-        graph = trace_decoder(body, max_length=max_length) if is_decoder else trace_encoder(body, pooling=base.pooling or "mean", max_length=max_length)
-        simplify(graph)
-        return graph
-
-    graph = trace() if traced is None else traced.copy(trace)
+    graph = _trace(base, model) if traced is None else traced.copy(lambda: _trace(base, model))
     say(f"writing weights as {precision.weights}")
     precision = settle(graph, precision)
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
@@ -240,6 +237,21 @@ def _graph(
         engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
     )
     return graph, info, sites, head, precision
+
+
+def _context(base: Base, model: Any) -> int:
+    return fixed_length(model.config, min(base.max_length, LARGEST_CONTEXT))
+
+
+def _trace(base: Base, model: Any) -> ir.Model:
+    """The base's graph in float, simplified: linear layers that read one input are one product."""
+    body = model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
+    if base.kind == "decoder":
+        graph = trace_decoder(body, max_length=_context(base, model))
+    else:
+        graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=_context(base, model))
+    simplify(graph)
+    return graph
 
 
 def _untouched(sources: Sequence[Source]) -> frozenset[str]:
@@ -331,7 +343,7 @@ def _proof_document(proofs: Mapping[str, Proof], rows: Mapping[str, list[list[in
     }
 
 
-def _probe(manifest: Manifest) -> dict[str, list[list[int]]]:
+def probe_of(manifest: Manifest) -> dict[str, list[list[int]]]:
     """The manifest's probe rows; two texts know again where the second begins."""
     rows, second = manifest.proof["probe"], manifest.proof.get("second", {})
     return {name: [typed_at(row, at) for row, at in zip(found, second.get(name) or [None] * len(found), strict=True)] for name, found in rows.items()}
@@ -342,4 +354,4 @@ def _digests(folder: Path) -> dict[str, FileInfo]:
     return {path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size) for path in files}
 
 
-__all__ = ["build_base", "check_place", "export_bundle", "prove_bundle", "torch_model"]
+__all__ = ["build_base", "check_place", "export_bundle", "probe_of", "prove_bundle", "torch_model"]

@@ -11,17 +11,16 @@ from edgetune.bases import Base
 from edgetune.calibration import LENGTH, TOKENS, calibrate
 from edgetune.data import Row, read_rows
 from edgetune.errors import DataError, ExportError
-from edgetune.examples import load_examples
 from edgetune.export.sources import Source
+from edgetune.export.training_rows import run_examples
 from edgetune.heads import SequenceClassifier
-from edgetune.recipe_file import load_recipe
 from edgetune.weight_precision import QUANTISERS, Precision
 
 TEXT_COLUMNS = ("text", "prompt", "completion", "chosen")  # of a file; those that a row has, one after the other
 
 
-def check_quantiser(precision: Precision, *, mode: str, calibration: Path | None) -> None:
-    """ExportError for a quantiser that cannot do what is asked, before anything is loaded."""
+def check_quantiser(precision: Precision, *, mode: str, calibration: Path | None, swaps: bool) -> None:
+    """ExportError for a quantiser that cannot do what is asked, before anything is loaded. `swaps`: whether --mode separate takes it."""
     name = precision.quantiser
     if name not in QUANTISERS:
         raise ExportError("unknown quantiser", where="--quantiser", expected=", ".join(QUANTISERS), got=name)
@@ -30,7 +29,7 @@ def check_quantiser(precision: Precision, *, mode: str, calibration: Path | None
     if name == "gptq" and mode == "merged":
         raise ExportError(
             "what of merged or fully trained weights survives calibrated rounding cannot be told yet", where="--quantiser gptq",
-            fix="Use --quantiser hqq; an adapter also goes with --mode separate.",
+            fix="Use --quantiser hqq, or --mode separate." if swaps else "Use --quantiser hqq.",
         )  # fmt: skip
     if calibration is not None and name != "gptq":
         raise ExportError("only gptq reads text", where="--calibration", got=f"--quantiser {name}")
@@ -49,10 +48,9 @@ def recipe_rows(sources: Sequence[Source], tokenizer: Any, base: Base) -> list[l
     """Training rows of the runs, in turn from each, as token ids; about as many as `calibrate` takes."""
     found = []
     for source in sources:
-        recipe = source.folder.parent / "recipe.toml"
-        if recipe.is_file():
-            examples = load_examples(load_recipe(recipe).stage[-1], tokenizer, base).train
-            found.append(list(_evenly([list(example.input_ids) for example in examples])))
+        examples = run_examples(source.folder, tokenizer, base)
+        if examples is not None:
+            found.append(list(_evenly([list(example.input_ids) for example in examples.train])))
     if not found:
         raise ExportError("gptq rounds to the inputs that a layer gets, and no run here names its data", where="--quantiser gptq", fix="Give --calibration FILE of text, or use --quantiser hqq, which needs none.")
     return [row for row in chain(*zip_longest(*found)) if row]

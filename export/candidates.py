@@ -19,7 +19,7 @@ from torch import Tensor
 from edgetune.export.probe import torch_outputs
 from edgetune.export.proof import mean_kl
 from edgetune.shipped_weights import base_of_model, linear_layers, quantised_weight, store, stored_bits
-from edgetune.weight_precision import INT4_DECODER, Precision
+from edgetune.weight_precision import INT4_DECODER, Precision, named
 
 INT4_BLOCKS, INT8_BLOCKS, MIXED_BLOCK = (128, 64, 32, 16), (128, 32), 32
 NUMBERED = re.compile(r".*\.\d+\.(?P<end>.+)")
@@ -54,7 +54,7 @@ def candidates(model: Any, rows: Sequence[Sequence[int]], *, keep: Mapping[str, 
     wanted = [Precision("int4", size, overrides=four) for size in INT4_BLOCKS]
     wanted += [Precision("int8", size, overrides=dict(keep)) for size in INT8_BLOCKS]
     plain = Precision("int4", MIXED_BLOCK, overrides=four)
-    sensitive = _by_sensitivity(model, rows, plain)
+    sensitive = _by_sensitivity(model, rows, plain, keep)
     for count in range(1, len(sensitive)):
         kept = {end: "int8" for kind in sensitive[:count] for end in kind}
         wanted.append(Precision("int4", MIXED_BLOCK, overrides=kept | four))
@@ -77,14 +77,14 @@ def estimated_bytes(body: Any, precision: Precision) -> float:
     return total
 
 
-def _by_sensitivity(model: Any, rows: Sequence[Sequence[int]], precision: Precision) -> list[Kind]:
-    """Kinds that 4 bits would be used for, those first that suffer most per byte."""
+def _by_sensitivity(model: Any, rows: Sequence[Sequence[int]], precision: Precision, keep: Mapping[str, str]) -> list[Kind]:
+    """Kinds that 4 bits would be used for, those first that suffer most per byte; none that `keep` decides for."""
     layers = linear_layers(base_of_model(model))
     reference = torch_outputs(model, rows, adapter=True).logits
     suffered: dict[Kind, float] = {}
     for kind, paths in kinds(model, rows[0]).items():
         four = [path for path in paths if precision.bits([path]) == 4]
-        if not four:
+        if not four or any(named(end, paths) for end in keep):
             continue
         with _rounded([layers[path] for path in four], precision):
             answers = torch_outputs(model, rows, adapter=True).logits

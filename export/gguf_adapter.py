@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,12 @@ def export_gguf_adapters(
             got=base.model_type, fix="Export a bundle: it holds the encoder, its adapters and their heads.",
         )  # fmt: skip
     architecture(base.model_type)
-    for source in sources:
-        deltas, read = _deltas(source, base)
-        if source.metadata.get("base_precision"):
-            say(f"adapter {source.name}: it was trained for the {source.metadata['base_precision']['weights']} base; llama.cpp has the weights of its own file")
-        path = files[source.name]
-        with whole_file(path) as partial:
+    found = [(source, *_deltas(source, base)) for source in sources]
+    with ExitStack() as written:  # every file gets its name when all are proven
+        for source, deltas, read in found:
+            if source.metadata.get("base_precision"):
+                say(f"adapter {source.name}: it was trained for the {source.metadata['base_precision']['weights']} base; llama.cpp has the weights of its own file")
+            partial = written.enter_context(whole_file(files[source.name]))
             _write(partial, deltas, read, source=source, base=base)
             _prove(partial, deltas, base, say=lambda line, name=source.name: say(f"adapter {name}: {line}"))  # type: ignore[misc]
     return list(files.values())

@@ -16,8 +16,8 @@ from edgetune.batching import token_types
 from edgetune.errors import EdgetuneError
 from edgetune.examples.classification import encode_texts
 from edgetune.export.proof import Outputs
+from edgetune.export.training_rows import run_examples
 from edgetune.heads import RewardModel, SequenceClassifier
-from edgetune.recipe_file import load_recipe
 from edgetune.runtime.engine import DecoderEngine, EncoderEngine
 from edgetune.runtime.scoring import read_scores
 from edgetune.text_pairs import Text, first_tokens
@@ -39,17 +39,13 @@ TEXTS = (
 
 def probe_rows(adapter: Path, tokenizer: Any, base: Any) -> list[list[int]]:
     """Token ids of a few rows: the run's own validation (else training) data where it is at hand, else plain texts."""
-    recipe_file, longest = adapter.parent / "recipe.toml", min(TOKENS, base.max_length)
-    if recipe_file.is_file():
-        from edgetune.examples import load_examples
-
-        try:
-            stage = load_recipe(recipe_file).stage[-1]
-            examples = load_examples(stage, tokenizer, base)
+    longest = min(TOKENS, base.max_length)
+    try:
+        if (examples := run_examples(adapter, tokenizer, base)) is not None:
             rows = examples.validation or examples.train
             return [first_tokens(example.input_ids, longest) for example in _spread(rows, ROWS)]
-        except EdgetuneError:
-            pass  # the data has moved since training; the proof stands on plain texts too
+    except EdgetuneError:
+        pass  # the data has moved since training; the proof stands on plain texts too
     texts: list[Text] = list(itertools.pairwise(TEXTS)) if _reads_pairs(adapter) else list(TEXTS)
     return encode_texts(texts, tokenizer, limit=longest)[0] if base.kind == "encoder" else [tokenizer(text)["input_ids"][:longest] for text in TEXTS]
 

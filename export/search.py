@@ -19,9 +19,10 @@ from edgetune.export.candidates import Candidate, candidates
 from edgetune.export.lower import Precision
 from edgetune.export.probe import probe_rows
 from edgetune.export.sources import Source, base_of, check_sources, read_source
-from edgetune.export.task import LOWER_IS_BETTER, TaskPlan, rows_of
+from edgetune.export.task import TaskPlan, rows_of
 from edgetune.export.traced import Traced
 from edgetune.files import whole_folder, write_json
+from edgetune.metrics import LOWER_IS_BETTER
 from edgetune.runtime.latency import Workload
 from edgetune.runtime.manifest import MANIFEST, Manifest
 from edgetune.runtime.side_by_side import Latency, side_by_side

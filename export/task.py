@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgetune.bases import Base, load_tokenizer
 from edgetune.data import Rows, read_rows
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, ExportError
 from edgetune.evaluate import BundleAnswers, Evaluation, measure_rows, measure_text
 from edgetune.evaluate_subjects import BundleSubject, torch_texts
 from edgetune.examples.common import hold_out
@@ -22,6 +22,7 @@ from edgetune.export.sources import Source
 from edgetune.forgetting.tasks import spread
 from edgetune.intervals import headline
 from edgetune.layout import RECIPE
+from edgetune.metrics import LOWER_IS_BETTER
 from edgetune.prompts import PromptFormat
 from edgetune.recipe_file import load_recipe
 from edgetune.runtime import Runtime
@@ -31,9 +32,15 @@ from edgetune.torch_answers import TorchAnswers
 # A batch of 16 answers takes torch little longer than one; an encoder reads that many texts in a fraction of a second.
 DEFAULT_ROWS = {"decoder": 16, "encoder": 256}
 # The first of these that a task has is its metric. ROUGE-L: BLEU is 0 for answers of a word, exact match for free text.
-METRICS = ("accuracy", "json_exact_match", "entity_f1", "micro_f1", "spearman", "rouge_l", "token_accuracy", "perplexity")
-LOWER_IS_BETTER = {"perplexity", "bits_per_byte", "mse"}
+METRICS = (
+    "accuracy", "json_exact_match", "entity_f1", "micro_f1", "spearman", "rouge_l", "preference_accuracy", "token_accuracy", "perplexity",
+)  # fmt: skip
+# What an adapter's [generation] may shape answers by (`shaping`), each made neutral; a caller's form replaces an adapter's.
+FREE: Mapping[str, Any] = {
+    "temperature": 0.0, "response_format": {"type": "text"}, "logit_bias": (), "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
+}  # fmt: skip
 Say = Callable[[str], None]
+T = TypeVar("T")
 ALONE = "(base)"  # the name of what is measured and proven of a bundle without adapters
 
 
@@ -122,6 +129,9 @@ def rows_of(sources: Sequence[Source], *, limit: int, data: Path | None = None, 
     found = {}
     for source in sources if limit else ():
         if not source.metadata or source.task == "masked-lm":
+            if data is not None:
+                why = "what masked-lm trained answers nothing" if source.metadata else "an adapter of another tool does not say how it reads rows"
+                say(f"task {source.name}: not measured: {why}")
             continue
         try:
             rows = task_rows(source, limit=limit, data=data)
@@ -140,9 +150,17 @@ def measure_in_torch(model: Any, base: Base, source: Source, rows: TaskRows) -> 
     return _measured(TorchAnswers(model, load_tokenizer(base), dict(source.metadata)), source.folder, rows)
 
 
+class FreeAnswers(BundleAnswers):
+    """A bundle's answers without the form and the penalties that an adapter brings: torch, its reference, knows none of them."""
+
+    def generate(self, prompts: Sequence[Any]) -> list[str]:
+        """The completion of each prompt, greedily, to the adapter's own limit and stop texts."""
+        return [answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter, **FREE)]
+
+
 def measure_in_bundle(runtime: Runtime, source: Source, rows: TaskRows) -> Evaluation:
     """The answers of the bundle with that adapter."""
-    return _measured(BundleAnswers(runtime, source.name), runtime.folder, rows)
+    return _measured(FreeAnswers(runtime, source.name), runtime.folder, rows)
 
 
 def _measured(answers: Any, folder: Path, rows: TaskRows) -> Evaluation:
@@ -150,14 +168,21 @@ def _measured(answers: Any, folder: Path, rows: TaskRows) -> Evaluation:
 
 
 def compare(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows) -> TaskResult:
-    """Both sides of one adapter."""
-    metric = next(name for name in METRICS if name in in_torch.metrics)
-    answers = [[one["prediction"] for one in side.predictions if not isinstance(one["prediction"], float)] for side in (in_torch, in_bundle)]
+    """Both sides of one adapter. ExportError where it has no metric that is known here."""
+    metric = next((name for name in METRICS if name in in_torch.metrics), None)
+    if metric is None:
+        raise ExportError("no task metric is known for it", where=in_torch.source, expected=f"one of {', '.join(METRICS)}", got=", ".join(in_torch.metrics))
+    answers = [[answer for one in side.predictions if not isinstance(answer := _answer(one), float)] for side in (in_torch, in_bundle)]
     same = sum(a == b for a, b in zip(*answers, strict=True)) / len(answers[0]) if answers[0] else None
     return TaskResult(
         metric, metric not in LOWER_IS_BETTER, len(rows.rows.rows), rows.found, rows.name, in_torch.data_digest,
         headline(in_torch.metrics), headline(in_bundle.metrics), same,
     )  # fmt: skip
+
+
+def _answer(prediction: Mapping[str, Any]) -> Any:
+    """What was answered: of a reward, whether it prefers the chosen one."""
+    return prediction["prediction"] if "prediction" in prediction else prediction["chosen"] > prediction["rejected"]
 
 
 def measure_tasks(
@@ -167,26 +192,35 @@ def measure_tasks(
     """Every adapter that has rows, in torch (`trained` gives its model) and through the bundle's engine.
 
     `known` keeps what torch answered, for the next bundle of the same adapters. Rows that cannot be used are no reason to
-    fail an export, a line says so; but where somebody named them (`strict`) the error is raised.
+    fail an export, on neither side: a line says so; but where somebody named them (`strict`) the error is raised.
     """
     in_torch = {} if known is None else known
-    for source in (one for one in sources if one.name in rows):
-        if source.name not in in_torch:
-            try:
-                in_torch[source.name] = measure_in_torch(trained(source), base, source, rows[source.name])
-            except EdgetuneError as error:
-                if strict:
-                    raise
-                say(f"task {source.name}: not measured: {error}")
+
+    def tried(source: Source, take: Callable[[], T]) -> T | None:
+        try:
+            return take()
+        except EdgetuneError as error:
+            if strict:
+                raise
+            say(f"task {source.name}: not measured: {error}")
+            return None
+
+    for source in sources:
+        if source.name in rows and source.name not in in_torch:
+            answered = tried(source, lambda one=source: measure_in_torch(trained(one), base, one, rows[one.name]))  # type: ignore[misc]
+            if answered is not None:
+                in_torch[source.name] = answered
     wanted = [source for source in sources if source.name in rows and source.name in in_torch]
     if not wanted:
         return {}
+    results = {}
     with Runtime(folder, manifest, threads=threads) as runtime:
-        results = {
-            one.name: compare(in_torch[one.name], measure_in_bundle(runtime, one, rows[one.name]), rows[one.name]) for one in wanted
-        }
-    for name, result in results.items():
-        say(f"task {name}: {result.line()}")
+        for source in wanted:
+            on = rows[source.name]
+            result = tried(source, lambda one=source, on=on: compare(in_torch[one.name], measure_in_bundle(runtime, one, on), on))  # type: ignore[misc]
+            if result is not None:
+                results[source.name] = result
+                say(f"task {source.name}: {result.line()}")
     return results
 
 
@@ -200,6 +234,11 @@ class TaskPlan:
     """the rows of every adapter; None: the validation rows of each one's recipe"""
     known: dict[str, Evaluation] | None = None
     """what torch answered, kept from bundle to bundle of the same adapters"""
+
+    def check(self) -> None:
+        """DataError where `data` cannot be read, before anything takes its time."""
+        if self.data is not None:
+            read_rows(self.data)
 
     def measure(
         self, folder: Path, manifest: Manifest, base: Base, sources: Sequence[Source], *, load: Callable[[Base, Source | None], Any],

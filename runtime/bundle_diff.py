@@ -13,9 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from edgetune.errors import BundleError
 from edgetune.runtime.manifest import AdapterEntry, Manifest, read_manifest
 
-TELLS = {"report.html", "edgetune_adapter.json"}  # the second file's answers-changing parts stand in the manifest too
+METADATA = "edgetune_adapter.json"
+TELLS = {"report.html", METADATA}  # the second file's answers-changing parts stand in the manifest too, or are OF_ENCODERS
+OF_ENCODERS = ("max_length", "pooling")  # where a text is cut, and which of its states are read
+VERIFY = "`edgetune verify` names every file that is not as exported."
 PEFT = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save")
 PROOF = ("mean_kl", "top1", "recovered", "direction", "strength")
 
@@ -91,7 +95,7 @@ def _described(a: Manifest, b: Manifest) -> Iterator[Change]:
 
 def _adapters(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> Iterator[Change]:
     """Adapters that one bundle lacks, and of those that both have what differs: rank, alpha, modules, labels, weights …"""
-    sides = [{entry.name: _adapter(folder, entry) for entry in manifest.adapters} for folder, manifest in ((a, ours), (b, theirs))]
+    sides = [{entry.name: _adapter(folder, entry, manifest) for entry in manifest.adapters} for folder, manifest in ((a, ours), (b, theirs))]
     for name in _names(*sides):
         before, after = (side.get(name) for side in sides)
         if before is None or after is None:
@@ -100,18 +104,32 @@ def _adapters(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> Iterator[Ch
             yield from _fields("adapter", before, after, prefix=f"{name} ", tells=("metrics",))
 
 
-def _adapter(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
-    """The manifest's entry, and PEFT's settings where the bundle holds them."""
+def _adapter(folder: Path, entry: AdapterEntry, manifest: Manifest) -> dict[str, Any]:
+    """The manifest's entry, and PEFT's settings and those of an encoder's adapter where the bundle holds them."""
     known = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry) if f.name not in ("name", "path", "onnx_adapter", "rank")}
-    path = folder / entry.path / "adapter_config.json" if entry.path is not None else None
+    place = None if entry.path is None else folder / entry.path
+    if place is not None and not manifest.is_decoder and (place / METADATA).is_file():
+        recorded = _json(place / METADATA)
+        known |= {name: recorded.get(name) for name in OF_ENCODERS}
+    path = None if place is None else place / "adapter_config.json"
     if path is None or not path.is_file():
         return {"rank": entry.rank, **known}
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _json(path)
     settings = {name: config.get(name) for name in PEFT}
     if isinstance(settings["target_modules"], list):
         settings["target_modules"] = sorted(settings["target_modules"])
     names = {"r": "rank", "lora_alpha": "alpha", "target_modules": "modules"}
     return {names.get(name, name): value for name, value in settings.items()} | known
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"not valid JSON: {error}", where=str(path), fix=VERIFY) from error
+    if not isinstance(document, dict):
+        raise BundleError("this is no JSON object", where=str(path), got=type(document).__name__, fix=VERIFY)
+    return document
 
 
 def _brief(adapter: Mapping[str, Any]) -> str:

@@ -22,8 +22,18 @@ def other_weights(recorded: Mapping[str, Any] | None, stored: Precision) -> str:
     trained = Precision(str(recorded.get("weights")), recorded.get("block_size"), dict(recorded.get("overrides") or {}), str(recorded.get("quantiser", "rtn")))
     return (
         f"it was trained for the {_words(trained)} base, but this one is {_words(stored)}; "
-        f"export with --precision {trained.weights} to ship what was trained"
+        f"export with {_options(trained, stored)} to ship what was trained"
     )
+
+
+def _options(trained: Precision, stored: Precision) -> str:
+    """What to give `edgetune export` for the weights that it was trained for; the precision, and what else differs."""
+    options = [f"--precision {trained.weights}"]
+    if trained.quantiser != stored.quantiser:
+        options.append(f"--quantiser {trained.quantiser}")
+    if trained.weights == stored.weights and trained.block_size != stored.block_size:
+        options.append(f"--block-size {trained.block_size}")
+    return " ".join(options)
 
 
 def _words(stored: Precision) -> str:

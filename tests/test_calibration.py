@@ -17,13 +17,16 @@ from export_helpers import export, make_adapter
 from family_helpers import make_family
 from onnx import numpy_helper
 from torch import Tensor
-from training_helpers import sft_recipe
+from training_helpers import recipe, sft_recipe, write_rows
 
 from edgetune.bases import load_body, load_tokenizer, resolve_base
 from edgetune.calibration import calibrate
 from edgetune.errors import ExportError
+from edgetune.examples import load_examples
 from edgetune.export.bundle import export_bundle
-from edgetune.export.calibrating import file_rows, recipe_rows
+from edgetune.export.calibrating import check_quantiser, file_rows, recipe_rows
+from edgetune.export.probe import probe_rows
+from edgetune.export.situations import adapted_graph
 from edgetune.export.sources import read_source
 from edgetune.gptq import round_to_inputs
 from edgetune.hqq import half_quadratic_steps
@@ -224,14 +227,19 @@ def bundles(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bu
     return made
 
 
+def engine_graph(bundle: Path) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    """The nodes that run when an adapter is active, and every stored tensor by its name."""
+    model = onnx.load(str(bundle / "engine.onnx"))
+    return list(adapted_graph(model).node), {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
 def stored_weights(bundle: Bundle) -> dict[str, Tensor]:
     """Site → the weight (out, in) that the bytes of the file mean, read without edgetune's quantiser."""
-    graph = onnx.load(str(bundle.folder / "engine.onnx")).graph
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
+    nodes, arrays = engine_graph(bundle.folder)
+    makers = {name: node for node in nodes for name in node.output}
     found = {}
     for site in bundle.manifest.sites:
-        (added,) = [node for node in graph.node if node.name == f"{site.name}.adapted"]
+        (added,) = [node for node in nodes if node.name == f"{site.name}.adapted"]
         octets, scales, *zeros = (arrays[name] for name in makers[added.input[0]].input[1:])
         assert len(zeros) == (bundle.manifest.precision.quantiser == "hqq")
         zero = np.full(scales.shape, 8) if not zeros else np.stack([zeros[0] & 15, zeros[0] >> 4], -1).reshape(len(scales), -1)
@@ -261,6 +269,17 @@ def test_the_file_holds_what_torch_has_bit_for_bit(quantiser: str, run: Path, bu
         assert torch.equal(stored[site.name], torch.cat([model.get_submodule(part.module).weight for part in site.parts]))
 
 
+def test_what_keep_says_of_a_layer_holds_for_all_of_its_product_when_it_is_calibrated(run: Path, tmp_path: Path) -> None:
+    export_bundle([("a", run)], tmp_path / "b", precision=Precision("int4", overrides={"q_proj": "int8"}, quantiser="gptq"), threads=1)
+    nodes, arrays = engine_graph(tmp_path / "b")
+    node = next(node for node in nodes if "q_proj+k_proj+v_proj" in node.name and node.op_type == "MatMulNBits")
+    octets, scales = (arrays[name] for name in node.input[1:3])
+    stored = ((octets.astype(np.float32) - 128).reshape(*scales.shape, -1) * scales[..., None]).reshape(len(scales), -1)
+    attention = load_body(resolve_base(str(run / "base"))).model.layers[0].self_attn
+    weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).detach()
+    torch.testing.assert_close(torch.from_numpy(stored), quantise(weight, bits=8).dequantise())
+
+
 def test_a_calibrated_bundle_is_closer_than_a_plain_one(bundles: dict[str, Bundle]) -> None:
     kl = {quantiser: bundle.manifest.proof["adapters"]["a"]["mean_kl"] for quantiser, bundle in bundles.items()}
     assert kl["gptq"] < 0.8 * kl["rtn"] and math.isfinite(kl["hqq"])
@@ -272,6 +291,7 @@ def test_an_adapter_that_learned_on_the_rounded_base_is_told_that_this_one_is_ro
     assert other_weights(recorded, bundles["rtn"].manifest.precision) == ""
     line = other_weights(recorded, bundles["gptq"].manifest.precision)
     assert "this one is int4 (blocks of 32, rounded by gptq, lm_head int8)" in line
+    assert "export with --precision int4 --quantiser rtn to ship" in line
     own = replace(shipped_precision("int4", "decoder"), quantiser="hqq")
     assert trained_precision(own.to_dict(), where="a") == own and other_weights(own.to_dict(), bundles["hqq"].manifest.precision) == ""
 
@@ -290,6 +310,31 @@ def test_a_merge_rounded_by_hqq_is_proven_against_the_base_rounded_by_hqq(run: P
 def test_what_cannot_be_calibrated_is_said_before_anything_is_loaded(run: Path, tmp_path: Path, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ExportError, match=match):
         export_bundle([("a", run)], tmp_path / "b", **options)
+
+
+def test_what_cannot_be_separate_is_not_sent_there() -> None:
+    for swaps, fix in ((True, "Use --quantiser hqq, or --mode separate."), (False, "Use --quantiser hqq.")):
+        with pytest.raises(ExportError) as caught:
+            check_quantiser(Precision("int4", quantiser="gptq"), mode="merged", calibration=None, swaps=swaps)
+        assert caught.value.fix == fix
+
+
+def test_rows_of_a_run_are_read_as_training_read_them(tiny_encoder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_encoder, tmp_path / "adapter")  # its labels: low, high, none
+    train = write_rows(tmp_path / "train.jsonl", [{"text": f"turn on light {n} " * (n + 1), "label": ("low", "none")[n % 2]} for n in range(9)])
+    settings = recipe(tiny_encoder, "sequence-classification", train, None)
+    stage, base = settings.stage[0], resolve_base(str(tiny_encoder))
+    tokenizer = load_tokenizer(base)
+    held = replace(settings, stage=(replace(stage, data=replace(stage.data, hold_out=3)),), seed=5)
+    (tmp_path / "recipe.toml").write_text(to_toml(held))
+    expected = load_examples(held.stage[0], tokenizer, base, seed=5)
+    assert len(expected.validation) == 3 and len(expected.train) == 6
+    assert probe_rows(adapter, tokenizer, base) == [example.input_ids[:64] for example in expected.validation]
+    calibrated = recipe_rows([read_source("a", adapter)], tokenizer, base)
+    assert sorted(calibrated) == sorted(example.input_ids for example in expected.train)
+    high = write_rows(tmp_path / "dev.jsonl", [{"text": "a new label", "label": "high"}])
+    (tmp_path / "recipe.toml").write_text(to_toml(replace(settings, stage=(replace(stage, data=replace(stage.data, validation=str(high))),))))
+    assert probe_rows(adapter, tokenizer, base) == [tokenizer("a new label")["input_ids"]]
 
 
 def test_without_text_gptq_says_what_to_give(tiny_decoder: Path, tmp_path: Path) -> None:

@@ -58,6 +58,18 @@ def test_an_adapter_begins_where_the_other_ended(tiny_decoder: Path, first: Path
     assert after["effect"]["mean_kl"] == pytest.approx(before["effect"]["mean_kl"], rel=1e-3)
 
 
+def test_another_rounding_of_the_base_is_a_line(tiny_decoder: Path, first: Path, tmp_path: Path) -> None:
+    def said(start: Path, name: str, **more: Any) -> str:
+        out = io.StringIO()
+        again = sft_recipe(tiny_decoder, tmp_path, epochs=1, parameters={**LORA, "start": str(start), **more})
+        run_recipe(again, out=tmp_path / name, progress=Progress(out))
+        return out.getvalue()
+
+    line = "learned on unrounded weights of the base, and goes on on int8 (blocks of 32"
+    assert line in said(first, "int8", base_precision="int8")
+    assert "learned on" not in said(tmp_path / "int8", "again", base_precision="int8")
+
+
 def test_it_goes_on_learning(tiny_decoder: Path, first: Path, tmp_path: Path) -> None:
     run_recipe(sft_recipe(tiny_decoder, tmp_path, parameters={**LORA, "start": str(first)}), out=tmp_path / "run", progress=silent())
     assert summary_of(tmp_path / "run")["metrics"]["loss"] < summary_of(first)["metrics"]["loss"] - 0.05
@@ -73,6 +85,16 @@ def test_a_head_keeps_its_weights_and_its_labels(tiny_encoder: Path, tmp_path: P
     assert_same_weights(tmp_path / "run", tmp_path / "first")
     about = json.loads((tmp_path / "run" / "adapter" / "edgetune_adapter.json").read_text())
     assert about["labels"] == ["heat", "lights", "music"]
+
+
+def test_a_head_is_not_fitted_again_after_a_stage_of_text(tiny_encoder: Path, tmp_path: Path) -> None:
+    run_recipe(intent_recipe(tiny_encoder, tmp_path, parameters=LORA), out=tmp_path / "first", progress=silent())
+    still = {"learning_rate": STILL, "head_learning_rate": STILL, "epochs": 1}
+    again = intent_recipe(tiny_encoder, tmp_path, parameters={**LORA, "start": str(tmp_path / "first")}, **still)
+    text = write_rows(tmp_path / "text.jsonl", [{"text": row["text"]} for row in intent_rows()])
+    before = recipe(tiny_encoder, "masked-lm", text, None, learning_rate=STILL, epochs=1).stage[0]
+    run_recipe(replace(again, stage=(before, *again.stage)), out=tmp_path / "run", progress=silent())
+    assert_same_weights(tmp_path / "run", tmp_path / "first")
 
 
 def test_the_folder_is_seen_from_the_recipe(tiny_decoder: Path, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

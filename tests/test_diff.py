@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from export_helpers import export, make_adapter
+from export_helpers import export, make_adapter, op_counts
 from test_rooms import BLOCKED, python
 
 from edgetune.cli.diff import command
@@ -117,3 +117,30 @@ def test_latency_is_measured_side_by_side(bundles: tuple[Path, Path], tmp_path: 
 def test_a_folder_that_is_no_bundle_is_named(bundles: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no edgetune\.json"):
         diff(bundles[0], tmp_path)
+
+
+def test_a_decoders_nodes_are_those_behind_its_situations(tiny_decoder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_decoder, tmp_path / "a")
+    export(tmp_path / "fp32", adapter)
+    export(tmp_path / "int8", adapter, precision="int8")
+    found = diff(tmp_path / "fp32", tmp_path / "int8", read_graph=read_graph)
+    nodes = {change.name: (change.a, change.b) for change in found.changes if change.part == "nodes"}
+    assert nodes["engine.onnx MatMulNBits"] == (0, op_counts(tmp_path / "int8")["MatMulNBits"])
+
+
+@pytest.mark.parametrize(("name", "other"), [("max_length", 7), ("pooling", "cls")])
+def test_how_an_encoders_adapter_reads_a_text_counts(bundles: tuple[Path, Path], tmp_path: Path, name: str, other: Any) -> None:
+    copy = edited(bundles[0], tmp_path / "copy")
+    metadata = copy / "adapters" / "topics" / "edgetune_adapter.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {name: other}))
+    found = diff(bundles[0], copy)
+    assert [(change.name, change.b) for change in found.changes if change.behaviour] == [(f"topics {name}", other)] and not found.equal
+
+
+@pytest.mark.parametrize("file", ["adapters/topics/adapter_config.json", "adapters/topics/edgetune_adapter.json", "engine.onnx"])
+def test_a_damaged_file_is_named(bundles: tuple[Path, Path], tmp_path: Path, file: str) -> None:
+    files = json.loads((bundles[0] / "edgetune.json").read_text())["files"]
+    copy = edited(bundles[0], tmp_path / "copy", files=files | {"engine.onnx": files["model.onnx"]})
+    (copy / file).write_bytes((copy / file).read_bytes()[:-9] + b"\xff{")
+    with pytest.raises(BundleError, match=rf"{file}: .*edgetune verify"):
+        diff(bundles[0], copy, read_graph=read_graph)

@@ -123,6 +123,16 @@ def test_what_a_gguf_adapter_cannot_hold_is_refused_by_name(tiny_decoder: Path, 
     refused(tmp_path / "output", "lm_head: llama.cpp has no weight of its own", kind=AdapterError, base_name=str(tiny_decoder))
 
 
+def test_of_several_adapters_all_are_written_or_none(tiny_decoder: Path, tmp_path: Path) -> None:
+    good = make_adapter(tiny_decoder, tmp_path / "good")
+    peft_adapter(tiny_decoder, tmp_path / "output", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(AdapterError, match="no weight of its own"):
+        export_gguf_adapters([("good", good), ("bad", tmp_path / "output")], tmp_path / "files", base_name=str(tiny_decoder))
+    assert not list((tmp_path / "files").glob("*"))
+    files = export_gguf_adapters([("good", good), ("again", good)], tmp_path / "files")
+    assert sorted((tmp_path / "files").iterdir()) == sorted(files) and len(files) == 2
+
+
 def test_a_family_that_llama_cpp_does_not_have_is_refused(tiny_decoder: Path, tmp_path: Path) -> None:
     base = make_family("opt", tiny_decoder, tmp_path / "base")
     refused(make_adapter(base, tmp_path / "a"), "no decoder family 'opt'.*expected one of gemma", kind=ExportError)

@@ -80,6 +80,8 @@ def test_rewards_pass_their_proof_beside_an_adapter_that_generates(tiny_decoder:
     assert manifest.task == "text-generation" and all(proof["passed"] for proof in proofs.values())
     assert proofs["polite"]["max_abs"] < 1e-4 and proofs["polite"]["direction"] > 0.999
     assert proofs["polite"]["positions"] == len(manifest.proof["probe"]["polite"])  # one score a row
+    task = manifest.proof["task"]["polite"]
+    assert (task["metric"], task["same"]) == ("preference_accuracy", 1.0) and task["bundle"] == task["torch"]
     assert all(proof.passed for proof in reprove(bundle(tiny_decoder), manifest, threads=1).values())
 
 

@@ -96,6 +96,14 @@ def test_candidates_come_smallest_first_with_the_layers_that_suffer_most_at_eigh
     assert sorted(map(len, mixed)) and all(any(part <= kept for part in packed) for kept in mixed)
 
 
+def test_what_the_user_keeps_is_never_asked_for_otherwise(tiny_decoder: Path) -> None:
+    body = load_body(resolve_base(str(tiny_decoder)))
+    found = candidates(body, [ROW], keep={"down_proj": "int4", "layers.0.self_attn.k_proj": "int4"}, decoder=True)
+    mixed = [one.precision for one in found if one.precision.weights == "int4" and len(one.precision.overrides) > 3]
+    assert mixed and all(one.bits(["model.layers.0.mlp.down_proj"]) == 4 for one in mixed)
+    assert not {"self_attn.q_proj", "mlp.down_proj"} & {end for one in mixed for end in one.overrides}
+
+
 def test_layers_that_read_one_input_are_one_kind(tiny_decoder: Path, tiny_encoder: Path) -> None:
     decoder = kinds(load_body(resolve_base(str(tiny_decoder))), ROW)
     assert ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj") in decoder and ("mlp.down_proj",) in decoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from edgetune.examples import load_examples
 from edgetune.export.bundle import export_bundle, torch_model
 from edgetune.export.lower import Precision
 from edgetune.export.sources import read_source
-from edgetune.export.task import TaskPlan, relative_loss, rows_of, task_rows
+from edgetune.export.task import FREE, TaskPlan, relative_loss, rows_of, task_rows
 from edgetune.recipe_file import load_recipe
+from edgetune.recipe_generation import FORMS, shaping
 from edgetune.runtime.manifest import Manifest, read_manifest
 from edgetune.training import run_recipe
 
@@ -66,6 +68,8 @@ def test_the_commands_take_other_rows_and_verify_repeats_it(intents: Path, tmp_p
     assert f"accuracy {recorded['torch']['accuracy']:.4f} in torch, {recorded['bundle']['accuracy']:.4f} in the bundle (3 of 6" in done.output
     with pytest.raises(InputError, match="Add --parity"):
         CliRunner().invoke(verify, [bundle, "--task-data", other], standalone_mode=False, catch_exceptions=False)
+    with pytest.raises(InputError, match="Add --task-data FILE"):
+        CliRunner().invoke(verify, [bundle, "--parity", "--task-rows", "3"], standalone_mode=False, catch_exceptions=False)
 
 
 def test_a_decoders_answers_are_compared_text_by_text(actions: Path, tmp_path: Path) -> None:
@@ -74,9 +78,32 @@ def test_a_decoders_answers_are_compared_text_by_text(actions: Path, tmp_path: P
     assert found["torch"] == found["bundle"]
 
 
+def test_an_adapters_own_form_and_penalties_do_not_shape_the_comparison(actions: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(actions, run)
+    metadata = json.loads((run / "adapter" / "edgetune_adapter.json").read_text())
+    metadata["generation"] |= {"regex": "[xyz]{3}", "repetition_penalty": 5.0, "logit_bias": {"40": 50.0}}
+    (run / "adapter" / "edgetune_adapter.json").write_text(json.dumps(metadata))
+    found = shipped(run, tmp_path / "b", rows=2).proof["task"]["task"]
+    assert found["same"] == 1.0 and found["torch"] == found["bundle"]
+    assert len(shaping(metadata["generation"])) == 3 and not set(shaping(metadata["generation"])) - set(FREE) - set(FORMS)
+
+
 def test_nothing_is_measured_of_zero_rows_or_without_a_recipe(intents: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     assert rows_of([read_source("a", intents)], limit=0) == {}
     assert rows_of([read_source("a", make_adapter(tiny_encoder, tmp_path / "plain"))], limit=9) == {}
+
+
+def test_rows_asked_for_in_vain_are_told_of_and_a_file_that_is_not_there_before_anything_else(tiny_encoder: Path, intents: Path, tmp_path: Path) -> None:
+    plain, lines = make_adapter(tiny_encoder, tmp_path / "plain"), list[str]()
+    (plain / "edgetune_adapter.json").unlink()
+    assert rows_of([read_source("a", plain)], limit=9, data=intents.parent / "intents-dev.jsonl", say=lines.append) == {}
+    assert lines == ["task a: not measured: an adapter of another tool does not say how it reads rows"]
+    with pytest.raises(DataError, match="no such data file"):
+        export_bundle([("task", intents)], tmp_path / "b", task=TaskPlan(data=tmp_path / "nowhere.jsonl"), say=lines.append)
+    with pytest.raises(DataError, match="no such data file"):
+        CliRunner().invoke(verify, [str(tmp_path), "--parity", "--task-data", "nowhere.jsonl"], standalone_mode=False, catch_exceptions=False)
+    assert len(lines) == 1
 
 
 def test_text_is_measured_by_its_perplexity(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -114,6 +141,19 @@ def test_a_row_that_cannot_be_answered_is_a_line_and_in_rows_asked_for_an_error(
     (own / "recipe.toml").write_text((intents / "recipe.toml").read_text().replace(str(intents.parent / "intents-dev.jsonl"), str(odd)))
     source = read_source("task", own)
     assert measure(TaskPlan()) == {} and "task task: not measured" in lines[0]
+
+
+def test_what_the_bundle_cannot_answer_is_a_line_too(actions: Path, tmp_path: Path) -> None:
+    whole, source, lines = shipped(actions, tmp_path / "b", rows=0), read_source("task", actions), list[str]()
+    short = replace(whole, graph=replace(whole.graph, max_length=4))
+    base = resolve_base(str(actions.parent / "base"))
+
+    def measure(plan: TaskPlan) -> object:
+        return plan.measure(tmp_path / "b", short, base, [source], load=torch_model, threads=1, say=lines.append)
+
+    assert measure(TaskPlan(2)) == {} and "not measured: the prompt is longer than the context" in lines[0]
+    with pytest.raises(InputError, match="longer than the context"):
+        measure(TaskPlan(2, actions.parent / "actions-dev.jsonl"))
 
 
 def test_held_out_rows_are_those_that_training_held_out(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def command(bundle_a: Path, bundle_b: Path, latency: bool, rounds: int, threads:
 
 def _reader() -> ReadGraph | None:
     """What opens graph files, where onnx is installed."""
-    if importlib.util.find_spec("onnx") is None:
+    if any(importlib.util.find_spec(package) is None for package in ("onnx", "onnx_ir")):
         return None
     from edgetune.export.nodes import read_graph
 

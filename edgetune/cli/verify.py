@@ -20,6 +20,12 @@ def command(bundle: Path, parity: bool, task_data: Path | None, task_rows: int |
 
     if task_data is not None and not parity:
         raise InputError("--task-data needs torch and the base model", fix="Add --parity, or use `edgetune eval` for the bundle alone.")
+    if task_rows is not None and task_data is None:
+        raise InputError("--task-rows says how many rows of --task-data", fix="Add --task-data FILE: a bundle does not carry its recipe's rows.")
+    if task_data is not None:
+        from edgetune.data import read_rows
+
+        read_rows(task_data)  # before the proof takes its time
     manifest = read_manifest(bundle)
     problems = list(verify_files(bundle, manifest))
     for problem in problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,13 @@ class StartAdapter:
     folder: Path
     labels: tuple[str, ...] | None
     digest: str  # of its weights
+    rounded: Mapping[str, Any] | None = None  # how the base's weights were rounded while it learned; None: not at all
+
+    def other_weights(self, rounded: Mapping[str, Any] | None) -> str:
+        """A line for a person where the base is `rounded` otherwise now than while it learned; empty where it is not."""
+        if self.rounded == rounded:
+            return ""
+        return f"start: {self.folder} learned on {_words(self.rounded)} weights of the base, and goes on on {_words(rounded)} ones"
 
     def put_on(self, model: PeftModel) -> None:
         """Give the fresh adapter of `model` these weights. AdapterError where the recipe describes another adapter."""
@@ -79,4 +86,15 @@ def read_start(recipe: Recipe, base: Base) -> StartAdapter | None:
     if (trained := metadata.get("problem") or problem) != problem:
         raise RecipeError("parameters.start was trained for another problem", where=str(folder), expected=problem, got=trained)
     labels: Sequence[str] | None = metadata.get("labels")
-    return StartAdapter(folder, None if labels is None else tuple(labels), "sha256:" + sha256_file(folder / WEIGHTS))
+    return StartAdapter(folder, None if labels is None else tuple(labels), "sha256:" + sha256_file(folder / WEIGHTS), metadata.get("base_precision"))
+
+
+def _words(rounded: Mapping[str, Any] | None) -> str:
+    """`int4 (blocks of 32, lm_head int8)`."""
+    if rounded is None:
+        return "unrounded"
+    kept = [f"{module} {precision}" for module, precision in (rounded.get("overrides") or {}).items()]
+    how = [f"rounded by {rounded['quantiser']}"] if rounded.get("quantiser", "rtn") != "rtn" else []
+    revision = [f"rounding {rounded['rounding']}"] if "rounding" in rounded else []
+    parts = ", ".join([f"blocks of {rounded.get('block_size')}", *how, *kept, *revision])
+    return f"{rounded.get('weights')} ({parts})"

@@ -69,6 +69,8 @@ def run_recipe(
         inputs = read_inputs(recipe)
         base, sets = inputs.base, inputs.sets
         progress.say(opening(recipe, base, sets))
+        if inputs.start is not None and (line := inputs.start.other_weights(base_precision(base))):
+            progress.say(line)
         origin = inputs.origin(processes=group.size)
         state, finished = group.from_leader(
             (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)

@@ -39,6 +39,7 @@ class Succession:
         start: StartAdapter | None = None,
     ) -> None:  # fmt: skip
         self._recipe, self._base, self._pad_id, self._device = recipe, base, pad_id, device
+        self._started = start is not None  # a head that is there already is not fitted again
         self.sets = list(sets)  # with the body's features where only the head learns
         self._masked: Any = None
         self._start: Start | None = None
@@ -69,7 +70,7 @@ class Succession:
         stage = self._recipe.stage[index]
         if stage.task != self._recipe.task:
             return self._masked
-        if begins and index == self.first > 0 and stage.head_init == "probe":
+        if begins and index == self.first > 0 and stage.head_init == "probe" and not self._started:
             fit_head(unwrapped(self.model), stage, self.sets[index].train, pad_id=self._pad_id)
         return self.model
 
