@@ -125,6 +125,7 @@ class DecoderAnswers(OpenBundle):
         `tools` (OpenAI's objects) reach the chat template of a conversation.
         """
         self._need(self.decoder)
+        adapter = self.chosen(adapter)
         self.need_text(adapter)
         form = None if adapter is None else self.adapter(adapter).prompt_format
         if isinstance(prompt, str):
