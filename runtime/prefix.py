@@ -22,12 +22,11 @@ Name = tuple[Hashable, int, tuple[int, ...]]
 
 
 class PrefixCache:
-    """Blocks copied out of an arena's slots and into them; `blocks` 0 keeps none, and so does an arena that shares none."""
+    """Blocks copied out of an arena's slots and into them; `blocks` 0 keeps none."""
 
     def __init__(self, arena: CacheArena, *, blocks: int) -> None:
         self.arena = arena
         sides, _, heads, _, width = arena.memory.shape
-        blocks = blocks if arena.shares_prefixes else 0
         self._pool = np.zeros((blocks, sides, heads, BLOCK, width), arena.memory.dtype)  # pages come with the first write
         self._free = list(range(blocks))[::-1]
         self._known: OrderedDict[Name, tuple[int, int]] = OrderedDict()
