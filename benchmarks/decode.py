@@ -79,20 +79,25 @@ def genai_rounds(folder: str, adapter: str, threads: int) -> Round:
 def llama_rounds(file: str, adapter: str, threads: int) -> Round:
     """llama.cpp through llama-cpp-python; an adapter is a GGUF LoRA."""
     import llama_cpp
+    import numpy as np
 
     model = llama_cpp.Llama(
         file, n_ctx=PROMPT + NEW + 8, n_threads=threads, n_threads_batch=threads, lora_path=adapter or None, verbose=False, logits_all=False
     )
 
+    def likeliest() -> int:  # `model.scores` holds nothing without logits_all
+        logits = llama_cpp.llama_get_logits_ith(model._ctx.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(model.n_vocab(),)).argmax())
+
     def once() -> tuple[float, float]:
         model.reset()
         start = time.perf_counter()
         model.eval(prompt_ids())
-        token = int(model.scores[model.n_tokens - 1].argmax())
+        token = likeliest()
         first = time.perf_counter()
         for _ in range(NEW - 1):
             model.eval([token])
-            token = int(model.scores[model.n_tokens - 1].argmax())
+            token = likeliest()
         return first - start, time.perf_counter() - first
 
     return once

@@ -40,7 +40,7 @@ class DecodeLoop:
     ) -> None:
         """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none."""
         self.batch = Batch(engine, rows=rows, budget=tokens, max_context=max_context)
-        self.prefixes = PrefixCache(self.batch.arena, blocks=prefix_blocks)
+        self.prefixes = PrefixCache(self.batch.arena, blocks=prefix_blocks if self.batch.arena.shares_prefixes else 0)
         self.counters, self.chunk, self.lookup = counters, chunk, lookup
         self.filling: Running | None = None
         self._rows: dict[BatchRow, Running] = {}
