@@ -36,16 +36,19 @@ def is_base(target: Path) -> bool:
 
 
 def forgetting(
-    target: Path, general: Path, *, adapter: str | None = None, limit: int | None = None, tasks: Sequence[str] = (), say: Say = lambda line: None
-) -> list[General]:
-    """General ability of a run or bundle before and after, or of a bare base."""
+    target: Path, general: Path, *, adapter: str | None = None, limit: int | None = None, tasks: Sequence[str] = (), providers: Sequence[str] = (),
+    say: Say = lambda line: None,
+) -> list[General]:  # fmt: skip
+    """General ability of a run or bundle before and after, or of a bare base. `providers`: execution providers of a bundle."""
     if (target / BUNDLE_MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
-        with Runtime.open(target) as runtime:
+        with Runtime.open(target, providers=providers) as runtime:
             if runtime.manifest.mode == "merged":
                 raise InputError("a merged bundle has no base to compare with", where=str(target), fix="Measure the run instead.")
             return compare(BundleSubject(runtime, adapter), general, limit=limit, tasks=tasks, say=say)
+    if providers:
+        raise InputError("--provider chooses what runs a bundle", where=str(target), got="a run or a base, which torch runs")
     if is_base(target):
         base = resolve_base(str(target))
         return compare(base_subject(base), general, limit=limit, tasks=tasks, trained=False, say=say)

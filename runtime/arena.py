@@ -41,6 +41,8 @@ class CacheArena:
         self.touched = [0] * slots
         """tokens of a slot that were written since its pages were given back"""
         self._reserved = [0] * slots
+        self.lent = 0
+        """tokens of the budget that a cache beside the block holds, while answers are read for their scores"""
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.memory, self._map = _lazy_zeros(shape, dtype)
@@ -57,8 +59,8 @@ class CacheArena:
 
     @property
     def reserved(self) -> int:
-        """Tokens promised to rows."""
-        return sum(self._reserved)
+        """Tokens promised to rows, or lent."""
+        return sum(self._reserved) + self.lent
 
     def fits(self, tokens: int) -> bool:
         """Whether a row that may grow to so many tokens can be let in now."""
@@ -67,7 +69,7 @@ class CacheArena:
     def reserve(self, slot: int, tokens: int) -> None:
         """Promise memory to the row of a slot; pages that ended rows left behind make room."""
         self._reserved[slot] = tokens
-        if sum(map(max, self.touched, self._reserved)) > self.budget:
+        if sum(map(max, self.touched, self._reserved)) + self.lent > self.budget:
             self.trim()
         self.touched[slot] = max(self.touched[slot], tokens)
 

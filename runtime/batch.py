@@ -53,10 +53,13 @@ class Batch:
 
     def begin(self, adapter: BoundTensors | None, *, tokens: int) -> BatchRow:
         """Give a row the next slot and room for `tokens` tokens (prompt and answer); `has_room` must be true."""
-        row = BatchRow(len(self.decoding), adapter)
-        self.arena.reserve(row.slot, tokens)
-        self.filling = row
-        self._prefill.bind_rows([row], mixed=None)
+        row = self.filling = BatchRow(len(self.decoding), adapter)
+        try:
+            self.arena.reserve(row.slot, tokens)
+            self._prefill.bind_rows([row], mixed=None)
+        except BaseException:
+            self.leave(row)
+            raise
         return row
 
     def prefill(self, piece: Sequence[int]) -> Float32:

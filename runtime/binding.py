@@ -6,6 +6,8 @@ CPU. So everything bound lives in an object here, and whoever runs the graph onl
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,8 @@ def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = 
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.log_severity_level = 4  # a provider that refuses the graph is told in a line of our own
     if any(choice.provider.name in ("cuda", "tensorrt") for choice in chosen):
-        onnxruntime.preload_dlls()  # CUDA's libraries out of their own wheels, where they are installed so
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses; answers go to standard output
+            onnxruntime.preload_dlls()  # CUDA's libraries out of their own wheels, where they are installed so
     while True:
         try:
             wanted = [choice.for_session for choice in chosen]
@@ -77,8 +80,8 @@ def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = 
         except Exception as error:  # ONNX Runtime raises a family of C++ exceptions without a common base
             if len(chosen) == 1:
                 raise BundleError(f"ONNX Runtime cannot open the graph: {error}", where=str(path)) from error
-            notes.append(cannot_run(chosen[:-1], chosen[-1], error))
-            chosen = chosen[-1:]
+            notes.append(cannot_run(chosen, error))
+            chosen = chosen[1:]
         else:
             return session, in_use(session, chosen, notes)
 

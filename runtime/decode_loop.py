@@ -96,8 +96,19 @@ class DecodeLoop:
         running = next_waiting(fits)
         if running is None:
             return
-        self.filling, running.started = running, time.monotonic()
-        running.row = self.batch.begin(running.adapter, tokens=running.tokens_needed)
+        running.started = time.monotonic()
+        try:
+            running.row = self.batch.begin(running.adapter, tokens=running.tokens_needed)
+        except Exception as error:  # it got no row, so nobody else is touched
+            self.counters.ended("failed")
+            running.fail(error)
+            return
+        self.filling = running
+        self._guarded([running], partial(self._begin, running))
+
+    def _begin(self, running: Running) -> None:
+        """Copy what is known of a prompt into its row."""
+        assert running.row is not None
         prompt = running.request.prompt_ids
         running.cached = self.prefixes.restore(running.row.slot, running.adapter_key, prompt)
         running.row.length = running.cached

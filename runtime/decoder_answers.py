@@ -14,7 +14,7 @@ from edgetune.runtime.generation import GenerationSettings, TokenSequence, setti
 from edgetune.runtime.manifest import REWARD
 from edgetune.runtime.open_bundle import OpenBundle, batches, bound, each
 from edgetune.runtime.prompts import Message, check_messages, with_system
-from edgetune.runtime.scoring import Answered, answered_ids, read_scores, score_batches
+from edgetune.runtime.scoring import Answered, AnswerReader, read_scores, score_batches
 
 Prompt = str | Sequence[Message]
 """A finished prompt (the user's turn of a chat model), or a conversation."""
@@ -95,7 +95,8 @@ class DecoderAnswers(OpenBundle):
         for name in {*names}:
             self.need_scores(name)
         engine = self._need(self.decoder)
-        ids = [answered_ids(self, answered, name, truncate=truncate) for answered, name in zip(answers, names, strict=True)]
+        readers = {name: AnswerReader(self, name, truncate=truncate) for name in {*names}}
+        ids = [readers[name].ids(answered) for answered, name in zip(answers, names, strict=True)]
         scores = [0.0] * len(ids)
         with self._held(names) as held:
             for places in score_batches([len(row) for row in ids]):
@@ -125,6 +126,7 @@ class DecoderAnswers(OpenBundle):
         `tools` (OpenAI's objects) reach the chat template of a conversation.
         """
         self._need(self.decoder)
+        adapter = self.chosen(adapter)
         self.need_text(adapter)
         form = None if adapter is None else self.adapter(adapter).prompt_format
         if isinstance(prompt, str):

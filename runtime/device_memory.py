@@ -55,7 +55,8 @@ class DeviceBlock:
     """Keys and values (sides, slots, kv_heads, capacity, head_dim) on a device: one OrtValue a layer and side."""
 
     def __init__(self, place: Place, shape: Sequence[int]) -> None:
-        self.shape, self.itemsize = tuple(shape), np.dtype(place.dtype).itemsize
+        self.shape, self.dtype = tuple(shape), np.dtype(place.dtype)
+        self.itemsize = self.dtype.itemsize
         self._sides = [place.new(shape[1:]) for _ in range(shape[0])]
 
     def views(self, first: int, count: int) -> list[Any]:

@@ -63,6 +63,11 @@ class EncodeQueue:
         return len(self._waiting)
 
     @property
+    def cache_tokens(self) -> int:
+        """Tokens of key-value cache that the work under way holds: an encoder has none."""
+        return 0
+
+    @property
     def jobs(self) -> int:
         """How many callers wait."""
         return len({id(job) for job, _ in self._waiting})

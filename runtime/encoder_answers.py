@@ -95,7 +95,7 @@ class EncoderAnswers(OpenBundle):
 
     def text_ids(self, text: Text, adapter: str | None = None, *, truncate: bool = False) -> list[int]:
         """Token ids of a text, or of two, for an encoder; `truncate` cuts to what the adapter was trained with."""
-        limit = self.manifest.graph.max_length
+        limit, adapter = self.manifest.graph.max_length, self.chosen(adapter)
         packed = None if adapter is None else self.adapter(adapter)
         if packed is not None and packed.prompt_format is not None:
             _check_count(text, pairs=packed.reads_pairs, name=packed.name)

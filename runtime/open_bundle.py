@@ -104,17 +104,16 @@ class OpenBundle:
     def _names(
         self, count: int, adapter: str | None, adapters: Sequence[str | None] | None
     ) -> list[str | None]:
-        if adapters is None and adapter is None and self.manifest.mode == "merged":
-            adapter = self.manifest.adapters[0].name  # it is in the weights, whether it is named or not
+        merged = self.manifest.adapters[0].name if self.manifest.mode == "merged" else None  # in the weights, named or not
         if adapters is None:
-            return [adapter] * count
+            return [merged if adapter is None else adapter] * count
         if adapter is not None:
             raise InputError("give `adapter` for all rows or `adapters` for each, not both")
         if len(adapters) != count:
             raise InputError(
                 "one adapter (or None) for each row", expected=str(count), got=str(len(adapters))
             )
-        return list(adapters)
+        return [merged if name is None else name for name in adapters]
 
     def _need(self, engine: Any) -> Any:
         if engine is None:

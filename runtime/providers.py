@@ -147,12 +147,14 @@ def in_use(session: Any, chosen: Sequence[Choice], notes: Sequence[str]) -> Prov
     return ProvidersInUse(names, nodes, tuple(lines))
 
 
-def cannot_run(tried: Sequence[Choice], instead: Choice, error: Exception) -> str:
-    """A line for providers that are there and refuse a graph or their options; the last line of `error` says most."""
-    names = " and ".join(choice.provider.name for choice in tried)
+def cannot_run(tried: Sequence[Choice], error: Exception) -> str:
+    """A line for the first provider of a session that could not be opened, which the others (the CPU last) now try alone;
+    the last line of `error` says most, and not always which of several it was."""
+    first, *others = (choice.provider.name for choice in tried)
+    beside = f" together with {' and '.join(others[:-1])}" if others[:-1] else ""
     reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
     reason = reason.rpartition("&) ")[2]  # what stands before is a C++ function
-    return f"{names} cannot run this graph as asked, so {instead.provider.name} does: {reason[-200:]}"
+    return f"{first} cannot run this graph as asked{beside}, so {', then '.join(others)} does: {reason[-200:]}"
 
 
 def _nodes(session: Any, ours: Mapping[str, str]) -> dict[str, int]:

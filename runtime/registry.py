@@ -98,6 +98,8 @@ class AdapterRegistry:
         self._serials, self._clock = itertools.count(1), itertools.count(1)
         self._known = {entry.name: _Known(entry, next(self._serials)) for entry in manifest.adapters}
         self._gone: set[str] = set()
+        self._leaving: dict[str, _Known] = {}
+        """what an unload waits for, while its name is nobody else's"""
         self.evictions = 0
 
     def names(self) -> tuple[str, ...]:
@@ -132,9 +134,7 @@ class AdapterRegistry:
         with self._change:
             if name in self._known:
                 self._refuse_taken(name)
-            self._known[name] = known
-            self._gone.discard(name)
-            self._make_room(keep=known)
+            self._put(name, known)
         assert known.resident is not None
         return known.resident.packed
 
@@ -148,9 +148,7 @@ class AdapterRegistry:
         self._read(name, known)
         with self._change:
             known.pinned = self._known.get(name, before).pinned  # as it is now, not as it was before the files were read
-            self._known[name] = known
-            self._gone.discard(name)
-            self._make_room(keep=known)
+            self._put(name, known)
         assert known.resident is not None
         return known.resident.packed
 
@@ -159,7 +157,8 @@ class AdapterRegistry:
 
         While it is in use: "forget" takes the name away at once, and the texts under way go on with the tensors they
         hold; "refuse" is an AdapterError; "wait" lets nobody new have it and waits for them: when they have not ended
-        after `timeout_s`, it is an AdapterError and the adapter stays.
+        after `timeout_s`, it is an AdapterError and the adapter stays, unless its name was loaded again meanwhile: that
+        one stays then, and the texts under way end with the tensors they hold.
         """
         with self._change:
             known = self._entry(name)
@@ -167,9 +166,16 @@ class AdapterRegistry:
                 raise _still_used(name, known.users)
             self._known.pop(name, None)  # from here on nobody new gets it
             self._gone.add(name)
-            if in_use == "wait" and not self._change.wait_for(lambda: not known.users, timeout_s):
-                self._known.setdefault(name, known)
-                self._gone.discard(name)
+            self._leaving.pop(name, None)
+            if in_use != "wait":
+                return
+            self._leaving[name] = known
+            ended = self._change.wait_for(lambda: not known.users, timeout_s)
+            if self._leaving.get(name) is not known:  # the name has been another adapter's since
+                return
+            del self._leaving[name]
+            if not ended:
+                self._put(name, known)
                 raise _still_used(name, known.users)
 
     def pin(self, name: str, *, pinned: bool = True) -> None:
@@ -205,6 +211,13 @@ class AdapterRegistry:
         finally:
             if held is not None:
                 held.release()
+
+    def _put(self, name: str, known: _Known) -> None:
+        """A name's adapter from here on; the lock is held."""
+        self._known[name] = known
+        self._gone.discard(name)
+        self._leaving.pop(name, None)
+        self._make_room(keep=known)
 
     def _entry(self, name: str) -> _Known:
         with self._change:

@@ -113,6 +113,7 @@ def _request(
     if chosen is not None and not isinstance(chosen, str):
         raise InputError("`adapter` has a wrong type", where=where, expected="a name", got=repr(chosen))
     try:
+        chosen = runtime.chosen(chosen)
         form = None if chosen is None else runtime.adapter(chosen).prompt_format
         if runtime.task(chosen) == REWARD:
             answered = answered_of(row, form, where=where)

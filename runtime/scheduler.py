@@ -40,7 +40,7 @@ from edgetune.runtime.memory_plan import plan_cache
 from edgetune.runtime.running import Running
 from edgetune.runtime.runtime import Runtime
 from edgetune.runtime.score_queue import ScoreQueue
-from edgetune.runtime.scoring import Answered, answered_ids
+from edgetune.runtime.scoring import Answered, AnswerReader
 from edgetune.runtime.tagging import Tagging, Words, read_words
 from edgetune.text_pairs import Text
 
@@ -208,7 +208,15 @@ class Scheduler:
         Errors of the input are raised here."""
         name = self.runtime.chosen(adapter)
         self.runtime.need_scores(name)
-        ids = [answered_ids(self.runtime, answered, name, truncate=truncate, limit=self.context) for answered in answers]
+        reader = AnswerReader(self.runtime, name, truncate=truncate, limit=self.context)
+        return self.score_ids([reader.ids(answered) for answered in answers], name)
+
+    def score_ids(self, ids: Sequence[list[int]], adapter: str | None = None) -> Future[list[float]]:
+        """The same for answers that an `AnswerReader` has read, whose limit was `context` or less."""
+        name = self.runtime.chosen(adapter)
+        self.runtime.need_scores(name)
+        if (longest := max(map(len, ids), default=0)) > self.context:
+            raise InputError("prompt and answer are longer than the context", expected=f"at most {self.context} tokens", got=f"{longest} tokens")
         return self._encode(ids, name, lambda _: lambda scores, _: [float(score[0]) for score in scores], words=True, scores=True)
 
     def stats(self) -> SchedulerStats:
@@ -331,6 +339,7 @@ class Scheduler:
         if texts:
             self._encodes.run(texts)
         if self._loop is not None:
+            self._loop.batch.arena.lent = self._encodes.cache_tokens
             if abort:
                 self._loop.sweep(cancel_all=True)
             self._loop.turn(self._next)

@@ -24,6 +24,11 @@ class ScoreQueue(EncodeQueue):
         return super().__len__() + (0 if self._reading is None else len(self._reading[0]))
 
     @property
+    def cache_tokens(self) -> int:
+        """Tokens of cache that the answers under way hold, beside the rows' block."""
+        return 0 if self._reading is None or self._reading[1] is None else self._reading[1].tokens
+
+    @property
     def jobs(self) -> int:
         """How many callers wait."""
         under_way = [] if self._reading is None else self._reading[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ class Reading:
         if missing := [name for name in outputs if name not in engine.outputs]:
             raise InputError(f"this bundle's graph gives no {missing[0]}, so nothing can be scored", fix="Export it again.")
         capacity = round_up(max(map(len, rows)), CACHE_STEP)
+        self.tokens = capacity * len(rows)
+        """tokens of cache that it holds until its scores are there"""
         self._state, self._done = DecodeState(engine, self._adapters, capacity=capacity, outputs=outputs), 0
 
     def step(self) -> tuple[Float32, Float32] | None:
@@ -78,33 +81,54 @@ def score_batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def answered_ids(runtime: Any, answered: Answered, adapter: str | None, *, truncate: bool, limit: int | None = None) -> list[int]:
-    """Token ids as `reward` trains on them: prompt, answer and what closes an answer, each tokenised apart.
+class AnswerReader:
+    """Answers → token ids as `reward` trains on them: prompt, answer and what closes an answer, each tokenised apart.
 
-    A text that stands alone is read as it is. InputError when it is longer than `limit` (None: the graph's context);
-    `truncate` keeps the end.
+    A prompt that several answers share is tokenised once, and so is what closes them. A text that stands alone is read
+    as it is.
     """
-    tokenizer = runtime.tokenizer
-    form: Mapping[str, Any] = (runtime.adapter(adapter).prompt_format if adapter is not None else None) or {}
-    template = tokenizer.template_of(form)
-    if isinstance(answered, str):
-        ids = tokenizer.encode(answered, add_special_tokens=template == "plain")
-    else:
-        prompt, answer = prompt_and_answer(answered)
-        if isinstance(prompt, str):
-            head = tokenizer.encode_prompt(prompt, form)
+
+    def __init__(self, runtime: Any, adapter: str | None, *, truncate: bool, limit: int | None = None) -> None:
+        """`limit`: tokens of one answer with its prompt (None: the graph's context); `truncate` keeps the end."""
+        self._tokenizer, self._truncate = runtime.tokenizer, truncate
+        self._form: Mapping[str, Any] = (runtime.adapter(adapter).prompt_format if adapter is not None else None) or {}
+        self._template = self._tokenizer.template_of(self._form)
+        self._limit = limit or runtime.manifest.graph.max_length
+        self._heads: dict[str, list[int]] = {}
+        self._closing: list[int] | None = None
+
+    def ids(self, answered: Answered) -> list[int]:
+        """One answer's token ids. InputError when it has none, or more than the limit."""
+        if isinstance(answered, str):
+            ids = self._tokenizer.encode(answered, add_special_tokens=self._template == "plain")
         else:
-            head = tokenizer.encode_chat(with_system(check_messages(prompt), system=form.get("system")))
-        ids = [*head, *tokenizer.encode(answer, add_special_tokens=False), *closing_ids(tokenizer, template)]
-    limit = limit or runtime.manifest.graph.max_length
-    if not ids:
-        raise InputError("there is nothing to score", expected="one token at least")
-    if len(ids) > limit and not truncate:
-        raise InputError(
-            "prompt and answer are longer than the context", expected=f"at most {limit} tokens", got=f"{len(ids)} tokens",
-            fix="Shorten them, or pass truncate=True (`--truncate`), which keeps the end.",
-        )  # fmt: skip
-    return ids[-limit:]
+            prompt, answer = prompt_and_answer(answered)
+            if self._closing is None:
+                self._closing = closing_ids(self._tokenizer, self._template)
+            ids = [*self._head(prompt), *self._tokenizer.encode(answer, add_special_tokens=False), *self._closing]
+        if not ids:
+            raise InputError("there is nothing to score", expected="one token at least")
+        if len(ids) > self._limit and not self._truncate:
+            raise InputError(
+                "prompt and answer are longer than the context", expected=f"at most {self._limit} tokens", got=f"{len(ids)} tokens",
+                fix="Shorten them, or pass truncate=True (`--truncate`), which keeps the end.",
+            )  # fmt: skip
+        return ids[-self._limit :]
+
+    def _head(self, prompt: str | Sequence[Message]) -> list[int]:
+        key = prompt if isinstance(prompt, str) else json.dumps(list(prompt), default=str)
+        key = f"{type(prompt).__name__} {key}"
+        if key not in self._heads:
+            if isinstance(prompt, str):
+                self._heads[key] = self._tokenizer.encode_prompt(prompt, self._form)
+            else:
+                self._heads[key] = self._tokenizer.encode_chat(with_system(check_messages(prompt), system=self._form.get("system")))
+        return self._heads[key]
+
+
+def answered_ids(runtime: Any, answered: Answered, adapter: str | None, *, truncate: bool, limit: int | None = None) -> list[int]:
+    """Token ids of one answer; see `AnswerReader`."""
+    return AnswerReader(runtime, adapter, truncate=truncate, limit=limit).ids(answered)
 
 
 def prompt_and_answer(answered: Any) -> tuple[str | list[Message], str]:

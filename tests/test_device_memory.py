@@ -51,6 +51,7 @@ def test_a_slot_is_copied_in_every_layer_and_in_half_precision_too() -> None:
         for i, side in enumerate(block.views(0, 4)):
             side.update_inplace(np.full((4, 2, 5, 2), i, dtype) + np.arange(4, dtype=dtype)[:, None, None, None])
         block.copy(3, 1)
+        assert (block.dtype, block.itemsize) == (np.dtype(dtype), np.dtype(dtype).itemsize)  # what sizes shared prefixes and metrics
         assert [side.numpy()[:, 0, 0, 0].tolist() for side in block.views(0, 4)] == [[i, i + 3, i + 2, i + 3] for i in range(3)]
 
 

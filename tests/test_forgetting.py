@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from runtime_helpers import decoder_bundle
 from scipy.stats import spearmanr
 from training_helpers import intent_recipe, sft_recipe, silent
 
@@ -250,6 +251,20 @@ def test_the_command_prints_and_writes_what_was_forgotten(run: Path, general: Pa
     assert result.exit_code == 0, result.output
     assert "→" in result.output and "wikitext2 perplexity" in result.output
     assert len(json.loads((tmp_path / "out.json").read_text())["forgetting"]) == 10
+
+
+def test_the_provider_that_is_asked_for_runs_the_bundle_and_no_run_or_base(
+    run: Path, general: Path, tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    opened = Runtime.open
+    monkeypatch.setattr(Runtime, "open", lambda folder, **options: asked.append(options["providers"]) or opened(folder, **options))
+    arguments = ["--forgetting", "--general", str(general), "--limit", "2", "--provider", "cpu", "--adapter", "nobody"]
+    result = CliRunner().invoke(command, [str(decoder_bundle(tiny_decoder)), *arguments])
+    assert "unknown adapter" in str(result.exception) and asked == [("cpu",)]
+    for target in (run, tiny_decoder):
+        result = CliRunner().invoke(command, [str(target), *arguments])
+        assert isinstance(result.exception, InputError) and "--provider chooses what runs a bundle" in str(result.exception)
 
 
 def test_nothing_to_measure_is_refused(run: Path) -> None:

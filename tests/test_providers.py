@@ -178,6 +178,36 @@ def test_a_provider_that_refuses_the_graph_gives_way_to_the_cpu(
         assert runtime.providers.notes == ("openvino cannot run this graph as asked, so cpu does: Expected output number of the node is 4",)
 
 
+def test_a_provider_that_refuses_the_graph_gives_way_to_the_next_one_first(
+    tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, all_there: None
+) -> None:
+    session, tried = onnxruntime.InferenceSession, []
+
+    def refusing(path: str, options: object, *, providers: list[tuple[str, dict[str, str]]], enable_fallback: int) -> object:
+        tried.append([name for name, _ in providers])
+        if len(providers) > 2:
+            raise RuntimeError("it does not start")
+        return session(path, options, providers=providers[-1:])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refusing)
+    with Runtime.open(encoder_bundle(tiny_encoder), threads=1, providers=["openvino", "xnnpack"]) as runtime:
+        assert tried == [[PROVIDERS[name].ort_name for name in names] for names in (("openvino", "xnnpack", "cpu"), ("xnnpack", "cpu"))]
+        assert runtime.providers.notes[0] == "openvino cannot run this graph as asked together with xnnpack, so xnnpack, then cpu does: it does not start"
+
+
+@pytest.mark.usefixtures("all_there")
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_what_cudas_libraries_say_is_no_answer(
+    tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = encoder_bundle(tiny_encoder)
+    capsys.readouterr()
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublasLt.so.12"))
+    with Runtime.open(bundle, threads=1, providers=["cuda"]):
+        captured = capsys.readouterr()
+    assert "libcublasLt" in captured.err and not captured.out
+
+
 def test_a_provider_that_takes_no_node_is_told() -> None:
     """As OpenVINO does with a device that it does not know."""
 

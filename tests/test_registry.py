@@ -153,6 +153,24 @@ def test_unloading_waits_for_the_last_user_and_lets_nobody_new_in(registry: Open
     assert not waiting.is_alive()
 
 
+def test_an_unload_that_gives_up_leaves_alone_who_took_its_name(registry: Open, folders: Path) -> None:
+    for then in ("loaded", "unloaded"):
+        known = registry()
+        lease = known.acquire("a")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(known.unload, "a", in_use="wait", timeout_s=0.3)
+            while "a" in known.names():
+                time.sleep(0.001)
+            packed = known.load("a", folders / "m0")
+            if then == "unloaded":
+                known.unload("a")
+            waiting.result(10)
+        assert ("a" in known.names()) == (then == "loaded")
+        if then == "loaded":
+            assert known.get("a").packed is packed
+        lease.release()
+
+
 def test_a_name_can_be_loaded_again_after_it_was_unloaded(registry: Open, folders: Path) -> None:
     known = registry()
     first = known.get("m0").serial

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,19 @@ def test_a_small_context_bounds_what_is_scored(runtime: Runtime) -> None:
         assert len(scheduler.score([(QUESTIONS[0], "Yes, sir. " * 20)], "polite", truncate=True).result(30)) == 1
 
 
+def test_what_a_long_answer_holds_counts_as_cache_until_it_is_read(runtime: Runtime) -> None:
+    scheduler = Scheduler(runtime)
+    pair = QUESTIONS[0], "Yes, sir, at once. " * 12
+    tokens, future = len(answered_ids(runtime, pair, "polite", truncate=False)), scheduler.score([pair], "polite")
+    assert scheduler._loop is not None
+    scheduler._turn()
+    assert not future.done() and scheduler.stats().cache_bytes >= tokens * scheduler._loop.batch.arena.token_bytes
+    while not future.done():
+        scheduler._turn()
+    assert scheduler.stats().cache_bytes == 0
+    scheduler.close()
+
+
 def test_a_scheduler_that_closes_answers_who_waits_for_scores(runtime: Runtime) -> None:
     scheduler = Scheduler(runtime)
     future = scheduler.score([("a", "b")], "polite")
@@ -322,6 +336,7 @@ def test_the_server_scores_pairs_conversations_and_texts(server: Running) -> Non
         ("/score", {"model": "talk", "text_1": "a", "text_2": "b"}, "no_scores"),
         ("/score", {"model": "tiny", "text_1": "a", "text_2": "b"}, "no_scores"),
         ("/score", {"model": "polite", "text_1": ["a", "b"], "text_2": "c"}, "invalid_value"),
+        ("/score", {"model": "polite", "text_1": ["a", "b"], "text_2": ["c", "d", "e"]}, "invalid_value"),
         ("/score", {"model": "polite", "text_1": "a", "text_2": "Yes, sir. " * 100}, "context_length_exceeded"),
         ("/pooling", {"model": "polite"}, "invalid_value"),
         ("/pooling", {"model": "polite", "messages": [{"role": "user", "content": "a"}]}, "invalid_value"),
@@ -332,3 +347,40 @@ def test_the_server_scores_pairs_conversations_and_texts(server: Running) -> Non
 def test_the_server_refuses_what_does_not_fit(path: str, body: dict[str, object], code: str, server: Running) -> None:
     answer = server.post(path, body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+
+
+def test_one_prompt_of_many_answers_is_tokenised_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, calls = server.runtime.tokenizer, []
+    for name in ("encode_prompt", "chat_of"):
+        plain = getattr(tokenizer, name)
+        monkeypatch.setattr(tokenizer, name, lambda *a, plain=plain, name=name, **b: calls.append(name) or plain(*a, **b))
+    expected = server.runtime.score([(QUESTIONS[0], answer) for answer in ANSWERS], "polite")
+    calls.clear()
+    answer = server.post("/score", {"model": "polite", "text_1": [QUESTIONS[0]], "text_2": ANSWERS}).json()
+    np.testing.assert_allclose([row["score"] for row in answer["data"]], expected, atol=1e-5)
+    once = list(calls)
+    server.post("/score", {"model": "polite", "text_1": QUESTIONS[0], "text_2": ANSWERS[0]})
+    assert once.count("encode_prompt") == 1 and calls == once * 2  # as much as for one answer
+
+
+def test_a_request_for_scores_is_bounded_and_says_what_is_too_long(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"model": "polite", "text_1": QUESTIONS[0], "text_2": ANSWERS}
+    monkeypatch.setattr("edgetune.runtime.server.score_api.SCORE_REQUEST_TOKENS", 60)
+    error = server.post("/score", body).json()["error"]
+    assert "expected at most 60 in all" in error["message"] and error["param"] == "text_2"
+    monkeypatch.undo()
+    monkeypatch.setattr(server.service, "options", replace(server.service.options, max_prompt_tokens=20))
+    turns = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": ANSWERS[0]}]
+    whole = server.runtime.score([turns], "polite")[0]
+    for path, asked, param in (("/score", body, "text_2"), ("/pooling", {"messages": turns}, "messages"), ("/pooling", {"input": "Yes, " * 20}, "input")):
+        answer = server.post(path, {"model": "polite", **asked})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+        assert "at most 20 tokens" in error["message"]
+    cut = server.post("/pooling", {"model": "polite", "messages": turns, "truncate_prompt_tokens": -1}).json()
+    assert cut["usage"]["prompt_tokens"] == 20 and cut["data"][0]["data"] != [pytest.approx(whole, abs=1e-5)]
+
+
+def test_models_tell_the_context_that_the_server_has(tiny_decoder: Path) -> None:
+    with serve(bundle(tiny_decoder), scheduler={"max_context": 64}) as small:
+        assert {card["max_model_len"] for card in small.get("/v1/models").json()["data"]} == {64}

@@ -281,6 +281,31 @@ def test_a_merged_bundle_answers_with_the_adapter_it_holds(runtime: Runtime, tin
             assert list(listener.done().token_ids) == alone(runtime, ids, "a", 6)
 
 
+def test_a_request_that_cannot_begin_fails_alone(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Scheduler(runtime, max_rows=1) as scheduler:
+        assert scheduler._loop is not None
+        binding, arena = scheduler._loop.batch._prefill, scheduler._loop.batch.arena
+        bind, problems = binding.bind_rows, [RuntimeError("no memory on the device")]
+
+        def failing(*rows: Any, **how: Any) -> None:
+            if problems:
+                raise problems.pop()
+            bind(*rows, **how)
+
+        monkeypatch.setattr(binding, "bind_rows", failing)
+        listeners = [Listener(), Listener()]
+        for listener in listeners:
+            scheduler.submit(request(runtime, [5, 6, 7], "a", max_new_tokens=3), listener)
+        with pytest.raises(RuntimeError, match="no memory on the device"):
+            listeners[0].done()
+        assert list(listeners[1].done().token_ids) == alone(runtime, [5, 6, 7], "a", 3)
+        monkeypatch.setattr(scheduler._loop.prefixes, "restore", lambda *a: 1 / 0)
+        scheduler.submit(request(runtime, [5, 6, 7], "a", max_new_tokens=3), listener := Listener())
+        with pytest.raises(ZeroDivisionError):
+            listener.done()
+        assert (arena.reserved, scheduler._loop.batch.rows, scheduler.stats().requests_total["failed"]) == (0, 0, 2)
+
+
 def test_a_shorter_context_is_kept(runtime: Runtime) -> None:
     with Scheduler(runtime, max_context=20) as scheduler:
         scheduler.submit(request(runtime, [5] * 15, max_new_tokens=50, logit_bias={2: -100}), listener := Listener())

@@ -10,6 +10,8 @@ import pytest
 from runtime_helpers import decoder_bundle
 from server_helpers import Running, in_background, paced, serve, until
 
+from edgetune.runtime.server.service import WAITS
+
 PROMPT = {"prompt": "hello", "max_tokens": 6}
 
 
@@ -140,6 +142,22 @@ def test_an_unload_waits_for_the_texts_under_way_or_is_refused_as_asked(server: 
     assert answer.result(20) == expected
     assert waiting.result(20)[0] == 200
     assert unload(server, "busy", in_use="later")[0] == 400
+
+
+def test_unloads_that_wait_are_few_and_keep_nobody_else_waiting(server: Running) -> None:
+    names = [f"held{i}" for i in range(WAITS + 1)]
+    for name in names:
+        assert load(server, name, "team/first")[0] == 200
+    leases = [server.runtime.registry.acquire(name) for name in names]
+    waiting = [in_background(lambda name=name: unload(server, name, in_use="wait")) for name in names[:WAITS]]  # type: ignore[misc]
+    until(lambda: not any(server.runtime.registry.knows(name) for name in names[:WAITS]))
+    assert unload(server, names[-1], in_use="wait") == (429, "queue_full")
+    assert server.runtime.registry.knows(names[-1]) and not any(one.done() for one in waiting)
+    assert text_of(server, names[-1]) == text_of(server, "a")
+    for lease in leases:
+        lease.release()
+    assert [one.result(20)[0] for one in waiting] == [200] * WAITS
+    assert unload(server, names[-1], in_use="wait")[0] == 200
 
 
 def test_without_an_allowed_folder_nothing_loads_or_unloads(tiny_decoder: Path, allowed: Path) -> None:

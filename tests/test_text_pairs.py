@@ -263,6 +263,10 @@ def test_the_server_classifies_and_scores_pairs(server: Running) -> None:
     firsts, seconds = zip(*PAIRS[:2], strict=True)
     scored = server.post("/score", {"model": "similar", "text_1": list(firsts), "text_2": list(seconds)}).json()
     np.testing.assert_allclose([row["score"] for row in scored["data"]], [one.value for one in expected], atol=1e-5)
+    one = server.post("/score", {"model": "similar", "text_1": [firsts[0]], "text_2": list(seconds)}).json()
+    assert len(one["data"]) == 2 and one["data"][0] == scored["data"][0]
+    long = server.post("/score", {"model": "similar", "text_1": "music " * 300, "text_2": "b"}).json()["error"]
+    assert (long["code"], long["param"]) == ("context_length_exceeded", "text_2")
     classified = server.post("/classify", {"model": "same", "input": [list(pair) for pair in PAIRS[:2]]}).json()
     assert [row["label"] for row in classified["data"]] == [one.label for one in server.runtime.classify(PAIRS[:2], "same")]
     for path, body in (

@@ -49,7 +49,7 @@ def command(
         from edgetune.evaluate_subjects import forgetting as measure_forgetting
 
         place = general or _general()
-        results = measure_forgetting(folder, place, adapter=adapter, limit=limit, say=click.echo)
+        results = measure_forgetting(folder, place, adapter=adapter, limit=limit, providers=providers, say=click.echo)
         found["forgetting"] = [asdict(result) for result in results]
     if json_file is not None:
         write_json(json_file, found)

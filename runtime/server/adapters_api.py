@@ -43,7 +43,7 @@ async def unload_lora_adapter(request: Request) -> Response:
         if in_use != "wait":
             await service.in_thread(_unload, service, name, in_use)
     if in_use == "wait":  # not under the lock, and not in a thread that others need
-        await asyncio.to_thread(_unload, service, name, "wait", timeout_s=body.get("timeout_s") or WAIT_S)
+        await service.wait_in_thread(lambda: _unload(service, name, "wait", timeout_s=body.get("timeout_s") or WAIT_S))
     return PlainTextResponse(f"Success: LoRA adapter '{body['lora_name']}' removed successfully.")
 
 

@@ -110,16 +110,16 @@ class Call:
         """Whether texts that are too long are cut."""
         return self.body.get("truncate_prompt_tokens") == -1
 
-    async def count(self, length: Callable[[Any], int]) -> None:
-        """Every input's tokens, before the first is computed. ApiError when one is too long or no text."""
+    async def count(self, length: Callable[[Any], int], *, param: str = "input") -> None:
+        """Every input's tokens, before the first is computed. ApiError, which names `param`, when one is too long or no text."""
         try:
             self.tokens = await self.service.in_thread(lambda: sum(length(one) for one in self.inputs))
         except InputError as error:
             long = "longer" in error.what
             plain = InputError(error.what, expected=error.expected, got=error.got)
-            fix = " Set 'truncate_prompt_tokens' to -1 to cut it." if long else ""
+            fix = " Set 'truncate_prompt_tokens' to -1 to cut it." if long and not self.truncate else ""
             code = "context_length_exceeded" if long else None
-            raise bad_request(f"{plain}.{fix}", param="input", code=code) from error
+            raise bad_request(f"{plain}.{fix}", param=param, code=code) from error
         note(self.scope, rows=len(self.inputs), prompt_tokens=self.tokens)
 
     def answer(self, kind: str, data: list[dict[str, Any]]) -> Response:

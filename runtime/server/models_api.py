@@ -58,7 +58,7 @@ def _card(service: Service, name: str, *, parent: str | None) -> dict[str, Any]:
         "owned_by": "edgetune",
         "root": service.base,
         "parent": parent,
-        "max_model_len": manifest.graph.max_length,
+        "max_model_len": service.scheduler.context,
         "task": manifest.task,
         "prompt_template": tokenizer.template_of(None),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -12,7 +12,7 @@ from edgetune.errors import InputError
 from edgetune.runtime.answers import VALUE
 from edgetune.runtime.manifest import REWARD
 from edgetune.runtime.runtime import Runtime
-from edgetune.runtime.scoring import Answered, answered_ids, prompt_and_answer
+from edgetune.runtime.scoring import Answered, AnswerReader, prompt_and_answer
 from edgetune.runtime.server.encoder_api import Call, in_time
 from edgetune.runtime.server.errors import bad_request
 from edgetune.runtime.server.logs import note
@@ -21,6 +21,9 @@ from edgetune.runtime.server.sampling import plain_message
 from edgetune.runtime.server.schema import Schema
 from edgetune.runtime.server.service import Service
 from edgetune.runtime.server.tables import POOLING, SCORE
+
+SCORE_REQUEST_TOKENS = 65536
+"""Tokens of one request's texts, prompts counted with every answer: what is more has to be asked for in several."""
 
 
 async def score(request: Request) -> Response:
@@ -48,13 +51,38 @@ async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Ca
         message = f"The model '{call.model}' gives no scores; name a reward adapter."
         raise bad_request(message, param="model", code="no_scores")
     call.inputs = answers_of(body)
+    param = "text_2" if schema is SCORE else "messages" if "messages" in body else "input"
     if kind == VALUE:
-        await call.count(lambda pair: len(runtime.text_ids(pair, runtime.chosen(call.adapter), truncate=call.truncate)))
+        pairs = _Counted(lambda pair: runtime.text_ids(pair, call.adapter, truncate=call.truncate), service.options.max_prompt_tokens)
+        await call.count(pairs.read, param=param)
         values = await service.in_thread(lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate))
         return call, [float(found.value or 0.0) for found in await in_time(request, call, values)]
-    await call.count(lambda one: len(answered_ids(runtime, one, runtime.chosen(call.adapter), truncate=call.truncate, limit=scheduler.context)))
-    work = await service.in_thread(lambda: scheduler.score(call.inputs, call.adapter, truncate=call.truncate))
-    return call, await in_time(request, call, work)
+    limit = min(scheduler.context, service.options.max_prompt_tokens or scheduler.context)
+    reader = await service.in_thread(lambda: AnswerReader(runtime, runtime.chosen(call.adapter), truncate=call.truncate, limit=limit))
+    answers = _Counted(reader.ids)
+    await call.count(answers.read, param=param)
+    return call, await in_time(request, call, await service.in_thread(scheduler.score_ids, answers.ids, call.adapter))
+
+
+class _Counted:
+    """Reads a request's texts into token ids, which are kept, and stops where they are too many for one request."""
+
+    def __init__(self, ids_of: Callable[[Any], list[int]], longest: int | None = None) -> None:
+        """`longest`: tokens of one text; None: what `ids_of` itself allows."""
+        self._ids_of, self._longest, self._left = ids_of, longest, SCORE_REQUEST_TOKENS
+        self.ids: list[list[int]] = []
+
+    def read(self, one: Any) -> int:
+        """One text's tokens. InputError where there are too many of them."""
+        ids = self._ids_of(one)
+        if self._longest is not None and len(ids) > self._longest:
+            raise InputError("the text is longer than this server takes", expected=f"at most {self._longest} tokens", got=f"{len(ids)} tokens")
+        if len(ids) > self._left and self.ids:  # one text alone is bounded by the context
+            more = f"more, with text {len(self.ids) + 1}"
+            raise InputError("the texts of one request have too many tokens", expected=f"at most {SCORE_REQUEST_TOKENS} in all", got=more)
+        self._left -= len(ids)
+        self.ids.append(ids)
+        return len(ids)
 
 
 def _kind(runtime: Runtime, adapter: str | None) -> str | None:
@@ -68,7 +96,7 @@ def _kind(runtime: Runtime, adapter: str | None) -> str | None:
 
 def _pairs(body: Mapping[str, Any]) -> list[Answered]:
     prompts, answers = _listed(body["text_1"]), _listed(body["text_2"])
-    if isinstance(body["text_1"], str):
+    if len(prompts) == 1:
         prompts = prompts * len(answers)
     if len(prompts) != len(answers):
         message = f"'text_2' must have as many texts as 'text_1': expected {len(prompts)}, got {len(answers)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,13 @@ from typing import Any, TypeVar
 from edgetune.errors import AdapterError
 from edgetune.runtime.runtime import Runtime
 from edgetune.runtime.scheduler import Scheduler
-from edgetune.runtime.server.errors import not_found, unavailable
+from edgetune.runtime.server.errors import not_found, overloaded, unavailable
 from edgetune.runtime.server.exchange import Exchange, Mailroom
 from edgetune.runtime.server.metrics import Metrics
 
 T = TypeVar("T")
+WAITS = 4
+"""Unloads that wait for texts under way, at once."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Service:
         self._mailroom: Mailroom | None = None
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="edgetune-http")
         self._submits = ThreadPoolExecutor(4, thread_name_prefix="edgetune-submit")
+        self._waits = ThreadPoolExecutor(WAITS, thread_name_prefix="edgetune-unload")
+        self._may_wait = threading.BoundedSemaphore(WAITS)
         if runtime.registry.knows(self.base):
             raise AdapterError(
                 f"an adapter has the base model's name {self.base!r}",
@@ -71,6 +76,14 @@ class Service:
     async def in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run what takes milliseconds (tokenizing, reading files) beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+
+    async def wait_in_thread(self, call: Callable[[], T]) -> T:
+        """Run what waits for other requests, in threads that nothing else needs. ApiError 429 when WAITS of them wait."""
+        if not self._may_wait.acquire(blocking=False):
+            raise overloaded(f"{WAITS} requests wait for adapters to be free; ask again, or with 'in_use' refuse or forget.", retry_after=5)
+        work = self._waits.submit(call)
+        work.add_done_callback(lambda _: self._may_wait.release())
+        return await asyncio.wrap_future(work)
 
     async def submit(self, exchange: Exchange) -> None:
         """Queue an exchange's rows beside the event loop: reading an adapter or compiling a grammar may take seconds.
@@ -118,7 +131,7 @@ class Service:
         """Answer what is under way, then end the scheduler."""
         self.draining = True
         self.scheduler.close(drain=True, timeout_s=self.options.drain_s)
-        for threads in (self._threads, self._submits):
+        for threads in (self._threads, self._submits, self._waits):
             threads.shutdown(wait=False, cancel_futures=True)
 
 

@@ -207,12 +207,18 @@ TAG = obj(
     user=USER,
     deadline_s=DEADLINE,
 )
+TRUNCATE_ANSWER = optional(
+    "integer",
+    enum=[-1],
+    description="-1 keeps the end of prompt and answer that are longer than the context (a regression of two texts: cuts the longer "
+    "text first, to what it was trained with); else too long is an error (vLLM).",
+)
 SCORE = obj(
     ("model", "text_1", "text_2"),
     model=MODEL,
-    text_1=either(TEXT, INPUTS, description="Prompts of a reward adapter."),
-    text_2=either(TEXT, INPUTS, description="The answers to score: as many, or several to one prompt."),
-    truncate_prompt_tokens=TRUNCATE,
+    text_1=either(TEXT, INPUTS, description="Prompts of a reward adapter, or one for all answers."),
+    text_2=either(TEXT, INPUTS, description="The answers to score: as many, or several to one prompt; 65,536 tokens in all."),
+    truncate_prompt_tokens=TRUNCATE_ANSWER,
     use_activation=optional("boolean", enum=[False], description="Only false: scores are as the head gives them."),
     user=USER,
     deadline_s=DEADLINE,
@@ -224,7 +230,7 @@ POOLING = obj(
     input=either({"type": "null"}, TEXT, INPUTS, description="Texts to score as they stand, in place of messages."),
     encoding_format=optional("string", enum=["float"]),
     task=optional("string", enum=["classify"]),
-    truncate_prompt_tokens=TRUNCATE,
+    truncate_prompt_tokens=TRUNCATE_ANSWER,
     use_activation=optional("boolean", enum=[False], description="Only false: scores are as the head gives them."),
     user=USER,
     deadline_s=DEADLINE,
