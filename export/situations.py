@@ -28,7 +28,7 @@ def by_situation(model: ir.Model, sites: Sequence[Site]) -> ir.Model:
     proto = ir.to_proto(model)
     graph = proto.graph
     adapted = _branch(list(graph.node), graph, ADAPTED)
-    plain = _branch(_without(list(graph.node), sites), graph, PLAIN)
+    plain = _branch(_without(list(graph.node), sites, outputs=[value.name for value in graph.output]), graph, PLAIN)
     group, active = f"{SITUATIONS}.group", f"{SITUATIONS}.active"
     nodes = [
         helper.make_node("Shape", [sites[0].A], [group], name=group, start=0, end=1),
@@ -48,7 +48,7 @@ def adapted_graph(model: onnx.ModelProto) -> onnx.GraphProto:
     return model.graph
 
 
-def _without(nodes: list[onnx.NodeProto], sites: Sequence[Site]) -> list[onnx.NodeProto]:
+def _without(nodes: list[onnx.NodeProto], sites: Sequence[Site], *, outputs: Sequence[str]) -> list[onnx.NodeProto]:
     """The nodes without those of the adapters: who reads an adapted result reads the base's."""
     own = {site.A for site in sites} | {site.B for site in sites}
     results: dict[str, str] = {}  # of an adapter → what to read instead ("" for what nothing else may read)
@@ -63,7 +63,8 @@ def _without(nodes: list[onnx.NodeProto], sites: Sequence[Site]) -> list[onnx.No
         copy.CopyFrom(node)
         copy.input[:] = [results.get(value, value) for value in node.input]
         kept.append(copy)
-    return kept
+    # an output that an adapter's sum gave, such as the logits of a site on the output projection
+    return kept + [helper.make_node("Identity", [results[name]], [name], name=f"{name}.base") for name in outputs if name in results]
 
 
 def _branch(nodes: Sequence[onnx.NodeProto], graph: onnx.GraphProto, prefix: str) -> onnx.GraphProto:

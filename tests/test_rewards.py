@@ -158,12 +158,3 @@ def test_a_reward_run_is_evaluated_beside_the_length_baseline(tiny_decoder: Path
     assert result.metrics["length_baseline"] == pytest.approx(4 / 6)
     low, high = (result.metrics[f"length_baseline_{end}"] for end in ("low", "high"))
     assert low < 4 / 6 < high
-
-
-def test_a_reward_adapter_is_not_exported_yet(tmp_path: Path, reward_run: Path) -> None:
-    from edgetune.errors import ExportError
-    from edgetune.export.bundle import export_bundle
-
-    with pytest.raises(ExportError, match="reward adapters cannot be exported yet"):
-        export_bundle([("mine", reward_run)], tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
