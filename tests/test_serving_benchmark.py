@@ -69,7 +69,7 @@ def test_the_soak_counts_right_and_wrong_answers_of_a_real_server(tiny_decoder: 
         assert not load.examples, load.examples
         assert load.seen["right"] == 8 + 3
         load.check(random.Random(0), checks["a0"][0], model="a1")
-        assert load.seen["wrong"] == 1
+        assert load.seen["wrong, another adapter's"] == 1
         assert serving_soak._left_running(load) == 0
 
 

@@ -125,9 +125,10 @@ async function change(path, body) {
   note.className = "note";
   note.textContent = "…";
   try {
-    note.textContent = await post(path, body);
+    const said = await post(path, body);
+    await refreshModels(); // what is said to be done can be seen
+    note.textContent = said;
     note.classList.add("good");
-    await refreshModels();
     return true;
   } catch (error) {
     note.textContent = error.message;
