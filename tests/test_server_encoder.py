@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,14 @@ def test_a_long_text_is_cut_only_when_asked(server: Running) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert "truncate_prompt_tokens" in refused.json()["error"]["message"]
     assert server.post("/classify", {**body, "truncate_prompt_tokens": -1}).json()["usage"]["prompt_tokens"] == 16
+
+
+@pytest.mark.parametrize(("path", "model"), [("/classify", "intent"), ("/v1/embeddings", "intent"), ("/tag", "rooms")])
+def test_the_servers_own_limit_holds_for_every_text(path: str, model: str, heads: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads.service, "options", replace(heads.service.options, max_prompt_tokens=4))
+    refused = heads.post(path, {"model": model, "input": ["on", "turn on the lights in every room of the house"]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "at most 4" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ KEYS = "EDGETUNE_API_KEYS"
     help="Seconds for an answer; 0: no limit.",
 )
 @click.option(
-    "--max-prompt-tokens", type=click.IntRange(min=1), help="Longest prompt (default: the model's context)."
+    "--max-prompt-tokens", type=click.IntRange(min=1), help="Longest prompt or text (default: the model's context)."
 )
 @click.option(
     "--max-body-mb", default=8.0, show_default=True, type=click.FloatRange(min=0.001), help="Largest request."

@@ -111,9 +111,19 @@ class Call:
         return self.body.get("truncate_prompt_tokens") == -1
 
     async def count(self, length: Callable[[Any], int], *, param: str = "input") -> None:
-        """Every input's tokens, before the first is computed. ApiError, which names `param`, when one is too long or no text."""
+        """Every input's tokens, before the first is computed. ApiError, which names `param`, when one is too long, for the
+        model or for this server, or no text."""
+        longest = self.service.options.max_prompt_tokens
+
+        def bounded(one: Any) -> int:
+            tokens = length(one)
+            if longest is not None and tokens > longest:
+                message = f"The text has {tokens} tokens, but this server takes at most {longest}."
+                raise bad_request(message, param=param, code="context_length_exceeded")
+            return tokens
+
         try:
-            self.tokens = await self.service.in_thread(lambda: sum(length(one) for one in self.inputs))
+            self.tokens = await self.service.in_thread(lambda: sum(map(bounded, self.inputs)))
         except InputError as error:
             long = "longer" in error.what
             plain = InputError(error.what, expected=error.expected, got=error.got)

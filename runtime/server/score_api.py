@@ -53,7 +53,7 @@ async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Ca
     call.inputs = answers_of(body)
     param = "text_2" if schema is SCORE else "messages" if "messages" in body else "input"
     if kind == VALUE:
-        pairs = _Counted(lambda pair: runtime.text_ids(pair, call.adapter, truncate=call.truncate), service.options.max_prompt_tokens)
+        pairs = _Counted(lambda pair: runtime.text_ids(pair, call.adapter, truncate=call.truncate))
         await call.count(pairs.read, param=param)
         values = await service.in_thread(lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate))
         return call, [float(found.value or 0.0) for found in await in_time(request, call, values)]
@@ -67,16 +67,13 @@ async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Ca
 class _Counted:
     """Reads a request's texts into token ids, which are kept, and stops where they are too many for one request."""
 
-    def __init__(self, ids_of: Callable[[Any], list[int]], longest: int | None = None) -> None:
-        """`longest`: tokens of one text; None: what `ids_of` itself allows."""
-        self._ids_of, self._longest, self._left = ids_of, longest, SCORE_REQUEST_TOKENS
+    def __init__(self, ids_of: Callable[[Any], list[int]]) -> None:
+        self._ids_of, self._left = ids_of, SCORE_REQUEST_TOKENS
         self.ids: list[list[int]] = []
 
     def read(self, one: Any) -> int:
         """One text's tokens. InputError where there are too many of them."""
         ids = self._ids_of(one)
-        if self._longest is not None and len(ids) > self._longest:
-            raise InputError("the text is longer than this server takes", expected=f"at most {self._longest} tokens", got=f"{len(ids)} tokens")
         if len(ids) > self._left and self.ids:  # one text alone is bounded by the context
             more = f"more, with text {len(self.ids) + 1}"
             raise InputError("the texts of one request have too many tokens", expected=f"at most {SCORE_REQUEST_TOKENS} in all", got=more)
