@@ -165,7 +165,7 @@ def _host_rows(runtime: Runtime, names: list[str], samples: int) -> list[Row]:
         row = batch.begin(lease.resident.bound, tokens=64)
         row.length = 1
         batch.join()
-        batch._step.bind_rows(batch.decoding, mixed=batch._adapters)
+        batch._bound_step()
         lease.release()
         seconds = time.perf_counter() - start
         batch.leave(row)

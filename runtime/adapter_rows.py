@@ -35,7 +35,7 @@ class AdapterRows:
         self._axes = {name: array.ndim - 1 for name, array in session.empty.tensors.items()}
         self._sizes: Sizes = np.zeros((len(self._axes), 2), np.int64)
         self._known_sizes: weakref.WeakKeyDictionary[BoundTensors, Sizes] = weakref.WeakKeyDictionary()
-        self._arrays: dict[str, Float32] = {}
+        self._block = MixedBlock({})
         self._room = 0  # rows that the tensors have: it doubles as it is needed, because a huge page is used whole
         self._occupants: list[Any] = []  # weak references: an adapter that was unloaded goes although it was mixed
 
@@ -45,20 +45,21 @@ class AdapterRows:
         written = sum(occupant is not _nobody for occupant in self._occupants)
         return written * 4 * int(self._sizes.prod(axis=1).sum())
 
-    def bind(self, io: Any, adapters: Sequence[BoundTensors | None]) -> list[Any]:
-        """Bind every adapter input for these rows; the caller keeps what is returned alive."""
+    def source(self, adapters: Sequence[BoundTensors | None]) -> BoundTensors | MixedBlock:
+        """Where these rows' tensors are: in the adapter that all share, or in the block, written for them here."""
         first = adapters[0]
         if all(adapter is first for adapter in adapters):
-            bound = self.session.empty if first is None else first
-            self.session.bind_adapters(io, bound)
-            return [bound]
+            return self.session.empty if first is None else first
         self._write(adapters)
-        values = []
-        for name, array in self._arrays.items():
-            value = ort_value(array[: len(adapters)])
+        return self._block
+
+    def bind(self, io: Any, source: BoundTensors | MixedBlock, rows: int) -> None:
+        """Bind every adapter input for so many rows; the caller keeps the adapter alive, and the block is kept here."""
+        if isinstance(source, BoundTensors):
+            self.session.bind_adapters(io, source)
+            return
+        for name, value in source.values(rows).items():
             io.bind_ortvalue_input(name, value)
-            values.append(value)
-        return values
 
     def _write(self, adapters: Sequence[BoundTensors | None]) -> None:
         empty = self.session.empty
@@ -67,7 +68,7 @@ class AdapterRows:
         for row, adapter in enumerate(wanted):
             if self._occupants[row]() is adapter:
                 continue
-            for name, array in self._arrays.items():
+            for name, array in self._block.arrays.items():
                 write_padded(array[row], adapter.tensors.get(name, empty.tensors[name])[0])
             self._occupants[row] = weakref.ref(adapter)
 
@@ -77,14 +78,15 @@ class AdapterRows:
         fits = len(adapters) <= self._room and (needed <= self._sizes).all()
         if fits and 2 * needed.prod(axis=1).sum() >= self._sizes.prod(axis=1).sum():
             return
-        self._sizes, self._arrays = needed, {}
+        self._sizes, arrays = needed, dict[str, Float32]()
         self._room = max(self._room, min(1 << (len(adapters) - 1).bit_length(), self.rows))
         self._occupants = [_nobody] * self._room
         shapes = [(self._room, *size[:axes]) for size, axes in zip(needed.tolist(), self._axes.values(), strict=True)]
         starts = np.cumsum([0, *(-(-math.prod(shape) // LINE) * LINE for shape in shapes)]).tolist()
         block = np.zeros(starts[-1], np.float32)
         for name, shape, start in zip(self._axes, shapes, starts, strict=False):
-            self._arrays[name] = block[start : start + math.prod(shape)].reshape(shape)
+            arrays[name] = block[start : start + math.prod(shape)].reshape(shape)
+        self._block = MixedBlock(arrays)
 
     def _sizes_of(self, adapter: BoundTensors) -> Sizes:
         """(inputs, 2): what an adapter needs of each input, without the group; 1 where an input has one axis."""
@@ -94,6 +96,20 @@ class AdapterRows:
             known = np.array([(*shape, 1)[:2] for shape in shapes], np.int64)
             self._known_sizes[adapter] = known
         return known
+
+
+class MixedBlock:
+    """Tensors (rows, …) of one allocation, and their fronts as OrtValues, made once for each number of rows."""
+
+    def __init__(self, arrays: dict[str, Float32]) -> None:
+        self.arrays = arrays
+        self._values: dict[int, dict[str, Any]] = {}
+
+    def values(self, rows: int) -> dict[str, Any]:
+        """The first `rows` rows of every tensor."""
+        if rows not in self._values:
+            self._values[rows] = {name: ort_value(array[:rows]) for name, array in self.arrays.items()}
+        return self._values[rows]
 
 
 def _nobody() -> None:

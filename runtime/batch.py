@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +10,9 @@ import numpy.typing as npt
 from edgetune.errors import InputError
 from edgetune.runtime.adapter_rows import AdapterRows
 from edgetune.runtime.arena import new_arena
-from edgetune.runtime.binding import BoundTensors, ort_value
+from edgetune.runtime.binding import BoundTensors
 from edgetune.runtime.engine import DecoderEngine
+from edgetune.runtime.row_bindings import RowBinding, RowBindings
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -39,8 +39,9 @@ class Batch:
         self.decoding: list[BatchRow] = []
         self.filling: BatchRow | None = None
         self._adapters = AdapterRows(engine, rows)
-        self._step = _Binding(self)
-        self._prefill = _Binding(self)
+        self._bindings = RowBindings(engine, self.arena, self._adapters)
+        self._prefill: RowBinding | None = None
+        self._step: RowBinding | None = None  # none: rows joined or left since the last step
 
     @property
     def rows(self) -> int:
@@ -56,7 +57,7 @@ class Batch:
         row = self.filling = BatchRow(len(self.decoding), adapter)
         try:
             self.arena.reserve(row.slot, tokens)
-            self._prefill.bind_rows([row], mixed=None)
+            self._prefill = self._bindings.of([adapter], first=row.slot)
         except BaseException:
             self.leave(row)
             raise
@@ -65,9 +66,9 @@ class Batch:
     def prefill(self, piece: Sequence[int]) -> Float32:
         """Run a piece of the filling row's prompt; logits (vocab,) after its last token."""
         row = self.filling
-        assert row is not None
+        assert row is not None and self._prefill is not None
         row.length += len(piece)
-        return self._prefill.run(np.array([piece], np.int64), [row])[0]
+        return self._prefill.run(np.array([piece], np.int64), [row.length])[0]
 
     def join(self) -> None:
         """The filling row's prompt is complete: it is decoded with the others from the next step on."""
@@ -75,17 +76,16 @@ class Batch:
         assert row is not None
         self._place(row, len(self.decoding))
         self.decoding.append(row)
-        self._step.stale = True
+        self._step = None
 
     def step(self, tokens: Sequence[int]) -> Float32:
         """Append one token to every decoded row; logits (rows, vocab), valid until the next step."""
-        if self._step.stale:
-            self._step.bind_rows(self.decoding, mixed=self._adapters)
+        step = self._bound_step()
         for row in self.decoding:
             if row.length >= self.arena.capacity:
                 raise InputError("the cache is full", expected=f"at most {self.arena.capacity} tokens", got="one more")
             row.length += 1
-        return self._step.run(np.array(tokens, np.int64)[:, None], self.decoding)
+        return step.run(np.array(tokens, np.int64)[:, None], [row.length for row in self.decoding])
 
     def check(self, tokens: Sequence[int]) -> Float32:
         """Append several tokens to the only decoded row; logits (tokens, vocab) after each, valid until the next step.
@@ -93,10 +93,9 @@ class Batch:
         Lower the row's `length` afterwards to take back the last ones.
         """
         (row,) = self.decoding
-        if self._step.stale:
-            self._step.bind_rows(self.decoding, mixed=self._adapters)
+        step = self._bound_step()
         row.length += len(tokens)
-        return self._step.run(np.array([tokens], np.int64), self.decoding, every=True)[0]
+        return step.run(np.array([tokens], np.int64), [row.length], every=True)[0]
 
     def leave(self, row: BatchRow) -> None:
         """End a row; the last one takes its slot."""
@@ -109,61 +108,14 @@ class Batch:
         if last is not row:
             self.decoding[place] = last
             self._place(last, place)
-        self._step.stale = True
+        self._step = None
+
+    def _bound_step(self) -> RowBinding:
+        if self._step is None:
+            self._step = self._bindings.of([row.adapter for row in self.decoding])
+        return self._step
 
     def _place(self, row: BatchRow, slot: int) -> None:
         if row.slot != slot:
             self.arena.move(row.slot, slot, tokens=row.length)
             row.slot = slot
-
-
-class _Binding:
-    """Inputs and outputs bound for one set of rows; running it only writes into them."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch, self.stale = batch, True
-        self._ids = np.zeros((0, 0), np.int64)
-
-    def bind_rows(self, rows: Sequence[BatchRow], *, mixed: AdapterRows | None) -> None:
-        """Bind what depends on which rows there are: cache, adapters, lengths."""
-        engine = self.batch.engine
-        self._io = engine.session.io_binding()
-        self._kept = self.batch.arena.bind(self._io, rows[0].slot, len(rows))
-        if mixed is not None:
-            self._kept += mixed.bind(self._io, [row.adapter for row in rows])
-        else:
-            bound = engine.empty if rows[0].adapter is None else rows[0].adapter
-            engine.bind_adapters(self._io, bound)
-            self._kept.append(bound)
-        self._seqlens, self._total = np.zeros(len(rows), np.int32), np.zeros((), np.int32)
-        self._changing: dict[str, Any] = {}
-        for name, array in (("seqlens_k", self._seqlens), ("total_sequence_length", self._total)):
-            self._changing[name] = ort_value(array)
-            self._io.bind_ortvalue_input(name, self._changing[name])
-        self._ids = np.zeros((0, 0), np.int64)
-        self.stale = False
-
-    def run(self, ids: Int64, rows: Sequence[BatchRow], *, every: bool = False) -> Float32:
-        """Run tokens (rows, k) that end at the rows' lengths; logits (rows, vocab) after each row's last, or with
-        `every` (rows, k, vocab) after each."""
-        wanted = ids.shape[1] if every else 1
-        if ids.shape != self._ids.shape or wanted != self._logits.array.shape[1]:
-            self._bind_shape(ids, wanted)
-        self._ids[...] = ids
-        lengths = [row.length for row in rows]
-        self._seqlens[:] = np.array(lengths) - 1
-        self._total[...] = max(lengths)
-        self.batch.engine.run_bound(self._io, self._changing)
-        logits = self._logits.read()
-        return logits if every else logits[:, 0]
-
-    def _bind_shape(self, ids: Int64, wanted: int) -> None:
-        """Bind what depends on how many tokens go in and how many logits (the last ones') come out."""
-        self._ids = ids.copy()
-        places = np.arange(ids.shape[1] - wanted, ids.shape[1], dtype=np.int64)
-        index = np.repeat(places[None], len(ids), axis=0)
-        self._logits = self.batch.engine.output_buffer("logits", len(ids), wanted, self.batch.engine.graph.vocab_size)
-        for name, array in (("input_ids", self._ids), ("logits_index", index)):
-            self._changing[name] = ort_value(array)
-            self._io.bind_ortvalue_input(name, self._changing[name])
-        self._io.bind_ortvalue_output("logits", self._logits.value)

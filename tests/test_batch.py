@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from runtime_helpers import decoder_bundle, peft_adapter
 
+from edgetune.runtime import row_bindings
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.arena import CacheArena
 from edgetune.runtime.batch import Batch, BatchRow
@@ -119,6 +121,53 @@ def test_rows_of_one_adapter_bind_its_own_tensors(decoder: DecoderEngine, adapte
     logits = batch.step([9, 9])
     np.testing.assert_array_equal(logits[0], logits[1])
     assert batch._adapters.nbytes == 0
+
+
+def first_step(batch: Batch, adapter: Any) -> tuple[int, np.ndarray]:
+    """A request of one step, and which binding ran it."""
+    row = batch.begin(adapter, tokens=8)
+    batch.prefill([5, 6, 7])
+    batch.join()
+    logits = batch.step([9])[0].copy()
+    binding = id(batch._step)
+    batch.leave(row)
+    return binding, logits
+
+
+def test_an_adapter_that_comes_back_finds_its_binding(
+    decoder: DecoderEngine, adapters: dict[str | None, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(decoder, rows=2, budget=128)
+    first = {name: first_step(batch, adapter) for name, adapter in adapters.items()}
+    bind = list[Any]()
+    monkeypatch.setattr(decoder, "bind_adapters", lambda *a: bind.append(a))
+    for name, adapter in reversed(adapters.items()):
+        binding, logits = first_step(batch, adapter)
+        assert binding == first[name][0]
+        np.testing.assert_array_equal(logits, first[name][1])
+    assert not bind
+
+
+def test_bindings_of_unloaded_adapters_go_and_others_are_bounded(
+    decoder: DecoderEngine, adapters: dict[str | None, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, tensors = Batch(decoder, rows=2, budget=128), adapters["a"].tensors
+    _, expected = first_step(batch, adapters["a"])
+    for scale in (1, 0, 1, 0, 1):  # new tensors may lie where the old ones lay, and have their id
+        _, logits = first_step(batch, BoundTensors({name: scale * array for name, array in tensors.items()}))
+        assert np.array_equal(logits, expected) == bool(scale)
+    gone = BoundTensors(tensors)
+    first_step(batch, gone)
+    held = weakref.ref(gone)
+    del gone
+    assert held() is None
+    first_step(batch, adapters["b"])
+    alive = [owner() for owner, _ in batch._bindings._kept.values()]
+    assert alive == [adapters["a"], adapters["b"]]
+    monkeypatch.setattr(row_bindings, "KEPT", 2)
+    for adapter in adapters.values():
+        first_step(batch, adapter)
+    assert len(batch._bindings._kept) == 2
 
 
 def test_memory_of_ended_rows_goes_back_when_the_budget_needs_it(decoder: DecoderEngine) -> None:

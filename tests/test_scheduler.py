@@ -284,15 +284,15 @@ def test_a_merged_bundle_answers_with_the_adapter_it_holds(runtime: Runtime, tin
 def test_a_request_that_cannot_begin_fails_alone(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     with Scheduler(runtime, max_rows=1) as scheduler:
         assert scheduler._loop is not None
-        binding, arena = scheduler._loop.batch._prefill, scheduler._loop.batch.arena
-        bind, problems = binding.bind_rows, [RuntimeError("no memory on the device")]
+        bindings, arena = scheduler._loop.batch._bindings, scheduler._loop.batch.arena
+        of, problems = bindings.of, [RuntimeError("no memory on the device")]
 
-        def failing(*rows: Any, **how: Any) -> None:
+        def failing(*adapters: Any, **slots: Any) -> Any:
             if problems:
                 raise problems.pop()
-            bind(*rows, **how)
+            return of(*adapters, **slots)
 
-        monkeypatch.setattr(binding, "bind_rows", failing)
+        monkeypatch.setattr(bindings, "of", failing)
         listeners = [Listener(), Listener()]
         for listener in listeners:
             scheduler.submit(request(runtime, [5, 6, 7], "a", max_new_tokens=3), listener)
