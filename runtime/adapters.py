@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class PackedAdapter:
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Memory the tensors take, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -182,7 +183,7 @@ def _pack_sites(placed: Placed, manifest: Manifest) -> dict[str, Float32]:
             chosen[i] = parts
     ranks = {i: sum(a.shape[0] for _, a, _ in parts) for i, parts in chosen.items()}
     widths = {i: manifest.sites[i].in_features + manifest.sites[i].out_features for i in chosen}
-    buffer = np.zeros(sum(ranks[i] * widths[i] for i in chosen), np.float32)
+    buffer = np.empty(sum(ranks[i] * widths[i] for i in chosen), np.float32)
     tensors, start = {}, 0
     for i, parts in chosen.items():
         site, rank = manifest.sites[i], ranks[i]
@@ -196,6 +197,8 @@ def _pack_sites(placed: Placed, manifest: Manifest) -> dict[str, Float32]:
 
 def _fill_site(site_a: Float32, site_b: Float32, parts: list[tuple[Part, Float32, Float32]]) -> None:
     """Write the parts into A (in, Σr) and B (Σr, out), B's row blocks at columns start:stop of their part."""
+    if len(parts) > 1 or parts[0][2].shape[0] < site_b.shape[1]:
+        site_b[:] = 0.0
     row = 0
     for part, a, b in parts:
         site_a[:, row : row + a.shape[0]] = a.T
