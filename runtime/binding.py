@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.devices.paging import read_once
 from edgetune.errors import AdapterError, BundleError
 from edgetune.runtime.device_memory import OutputBuffer, bind_cache, cache_place
 from edgetune.runtime.manifest import GraphInfo, Manifest
@@ -50,10 +51,13 @@ def ort_value(array: npt.NDArray[Any]) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = ()) -> tuple[Any, ProvidersInUse]:
+def open_session(
+    path: Path, *, threads: int | None, providers: Sequence[str] = (), data: Path | None = None
+) -> tuple[Any, ProvidersInUse]:
     """An inference session, and the execution providers it runs on (see `edgetune.runtime.providers`).
 
-    `threads` None lets ONNX Runtime take every core; `providers` in order of preference, none for the CPU.
+    `threads` None lets ONNX Runtime take every core; `providers` in order of preference, none for the CPU. `data` is the file
+    that holds the weights.
     """
     import onnxruntime
 
@@ -76,7 +80,8 @@ def open_session(path: Path, *, threads: int | None, providers: Sequence[str] = 
         try:
             wanted = [choice.for_session for choice in chosen]
             # Its own way of falling back would print on standard output, where answers go.
-            session = onnxruntime.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
+            with read_once(data):
+                session = onnxruntime.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises a family of C++ exceptions without a common base
             if len(chosen) == 1:
                 raise BundleError(f"ONNX Runtime cannot open the graph: {error}", where=str(path)) from error
@@ -95,7 +100,8 @@ class GraphSession:
         """`providers`: execution providers in order of preference; see `providers_in_use` for what came of it."""
         self.manifest, self.graph = manifest, manifest.graph
         graph = Path(folder) / manifest.graph.engine
-        self.session, self.providers_in_use = open_session(graph, threads=threads, providers=providers)
+        data = Path(folder) / manifest.graph.data if manifest.graph.data else None
+        self.session, self.providers_in_use = open_session(graph, threads=threads, providers=providers, data=data)
         self.place = cache_place(self.session)
         """where the cache and the logits lie; None: in arrays of ours"""
         self.rebinds = self.place is not None or self.providers_in_use.names != (CPU,)
