@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.devices.paging import read_once
+from edgetune.devices.paging import read_once, use_large_pages
 from edgetune.errors import AdapterError, BundleError
 from edgetune.runtime.device_memory import OutputBuffer, bind_cache, cache_place
 from edgetune.runtime.manifest import GraphInfo, Manifest
@@ -27,6 +27,8 @@ Tensors = Mapping[str, Float32]
 """An adapter's graph inputs, as `pack_adapter(...).tensors`."""
 
 
+SETTLED = 4
+"""Runs after which a session that lives long moves its weights to large pages: a first token does not wait for that."""
 SITUATIONS = "situations"
 """Metadata of a graph that skips its adapter nodes when its first adapter input has group 0."""
 
@@ -104,6 +106,7 @@ class GraphSession:
         self.session, self.providers_in_use = open_session(graph, threads=threads, providers=providers, data=data)
         self.place = cache_place(self.session)
         """where the cache and the logits lie; None: in arrays of ours"""
+        self._runs_to_settle = 0
         self.rebinds = self.place is not None or self.providers_in_use.names != (CPU,)
         """whether small inputs are bound anew for each run: a device copies them when they are bound"""
         self.inputs = {value.name for value in self.session.get_inputs()}
@@ -127,6 +130,10 @@ class GraphSession:
         if manifest.sites and SITUATIONS in self.session.get_modelmeta().custom_metadata_map:
             first = manifest.sites[0]
             self._inactive = self.empty.values | {first.A: ort_value(np.zeros((0, first.in_features, 0), np.float32))}
+
+    def long_lived(self) -> None:
+        """This session will answer for some time: after a few runs its memory may be put in better order."""
+        self._runs_to_settle = SETTLED
 
     def group(self, adapters: Sequence[AdapterRow]) -> BoundTensors:
         """One adapter for all rows (group 1), or one a row (group = rows) with ranks padded by zeros."""
@@ -154,6 +161,10 @@ class GraphSession:
             for name, value in changing.items():
                 io.bind_ortvalue_input(name, value)
         self.session.run_with_iobinding(io)
+        if self._runs_to_settle:
+            self._runs_to_settle -= 1
+            if not self._runs_to_settle:
+                use_large_pages()
 
     def _bound(self, adapter: AdapterRow) -> BoundTensors:
         if adapter is None:

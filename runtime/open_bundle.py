@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 from edgetune.devices.host import release_free_memory
-from edgetune.devices.paging import use_large_pages
 from edgetune.errors import InputError
 from edgetune.runtime.adapters import PackedAdapter
 from edgetune.runtime.binding import AdapterRow
@@ -47,7 +46,7 @@ class OpenBundle:
         assert engine is not None
         self.providers = engine.providers_in_use
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
-        use_large_pages()
+        engine.long_lived()
 
     def close(self) -> None:
         """Let go of the session's and the adapters' memory."""

@@ -8,18 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runtime_helpers import decoder_bundle
 
 from edgetune.devices.paging import _region, large_page_bytes, read_once, regions, use_large_pages
+from edgetune.runtime import Runtime
+from edgetune.runtime.binding import SETTLED
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="proc(5) is Linux's")
 
 
-def resident_kb(address: int) -> int:
-    """What of the mapping that begins at an address is in memory."""
+def pages_kb(address: int, kind: str) -> int:
+    """Of the mapping that begins at an address: what is in memory ("Rss"), what was written to ("Anonymous")."""
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     for line in lines:
-        if line.startswith(f"{address:x}-") or line.startswith(f"{address:08x}-"):
-            return int(next(found for found in lines if found.startswith("Rss:")).split()[1])
+        if line.startswith(f"{address:08x}-"):
+            return int(next(found for found in lines if found.startswith(f"{kind}:")).split()[1])
     raise AssertionError("not mapped")
 
 
@@ -39,7 +42,7 @@ def test_a_file_that_was_read_once_leaves_no_pages_behind(tmp_path: Path) -> Non
         address = np.frombuffer(mapped, np.uint8).ctypes.data
         with read_once(file):
             assert sum(mapped[::4096]) >= 0
-        assert resident_kb(address) == 0
+        assert pages_kb(address, "Rss") == 0
         assert mapped[:] == file.read_bytes()
 
 
@@ -51,7 +54,7 @@ def test_other_files_stay_as_they_are(tmp_path: Path) -> None:
         address = np.frombuffer(mapped, np.uint8).ctypes.data
         with read_once(tmp_path / "model.onnx.data"):
             assert sum(mapped[::4096]) > 0
-        assert resident_kb(address) > 0
+        assert pages_kb(address, "Rss") > 0
 
 
 def test_without_a_file_nothing_is_done() -> None:
@@ -74,3 +77,19 @@ def test_large_pages_hold_what_small_ones_held() -> None:
 @linux
 def test_this_process_is_mapped() -> None:
     assert any(region.file.endswith((".so", ".so.6")) or "python" in region.file for region in regions())
+
+
+@linux
+def test_the_engine_writes_nothing_into_the_file_it_maps(tiny_decoder: Path) -> None:
+    bundle = decoder_bundle(tiny_decoder)
+    with Runtime.open(bundle) as runtime:
+        data = str((bundle / str(runtime.manifest.graph.data)).resolve())
+        mapped = [region for region in regions() if region.file == data]
+        assert mapped
+        assert all(pages_kb(region.start, "Anonymous") == 0 for region in mapped)
+
+
+def test_answers_stay_the_same_when_memory_moves(tiny_decoder: Path) -> None:
+    with Runtime.open(decoder_bundle(tiny_decoder)) as runtime:
+        before, after = (runtime.generate(["dim the lights"], adapter="a", max_new_tokens=2 * SETTLED)[0] for _ in range(2))
+        assert before.token_ids == after.token_ids
