@@ -125,7 +125,9 @@ def export_bundle(
 
 
 def check_place(out: Path) -> None:
-    """A bundle may replace a bundle, never another folder of the user's."""
+    """A bundle may replace a bundle, never another folder of the user's; inside another one it would go with it."""
+    if (around := next((folder for folder in out.absolute().parents if (folder / MANIFEST).is_file()), None)) is not None:
+        raise OutputError("this place is inside another bundle", where=str(out), got=str(around), fix="Choose another --out: exporting that one again would take this one away.")
     if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(
             "there is something else at this place", where=str(out), expected=f"a new or empty folder, or a bundle (with {MANIFEST})",

@@ -42,6 +42,7 @@ def command(
     from edgetune.export.lower import BITS, Precision
     from edgetune.export.reference import precision_trained_for
     from edgetune.export.task import TaskPlan
+    from edgetune.weight_precision import FLOATS
 
     overrides = dict(_pair(text, "--keep", "MODULE=PRECISION") for text in keep)
     for value in overrides.values():
@@ -59,6 +60,8 @@ def command(
         if max_loss is not None:
             raise ExportError("--max-loss bounds what --precision auto may lose", got=f"--precision {precision}", fix="Add --precision auto.")
         precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
+        if precision in FLOATS and not overrides and block_size != BLOCK_SIZE:
+            raise ExportError("--block-size says which weights share a scale, and here none are scaled", got=f"--precision {precision}", fix="Leave it out.")
         chosen = Precision(precision, block_size=block_size, overrides=overrides, quantiser=quantiser)
         manifest = export_bundle(
             sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, calibration=calibration,
