@@ -102,7 +102,7 @@ def within(names: list[str], layers: tuple[int, ...] | None) -> list[str]:
     numbers = {name: next((int(part) for part in name.split(".") if part.isdecimal()), None) for name in names}
     last = max((number for number in numbers.values() if number is not None), default=-1)
     if layers[1] > last:
-        raise RecipeError("parameters.layers goes beyond the last layer", where="parameters.layers", expected=f"at most {last}", got=str(layers[1]))
+        raise RecipeError("the range goes beyond the last layer", where="parameters.layers", expected=f"at most {last}", got=str(layers[1]))
     return [name for name, number in numbers.items() if number is not None and layers[0] <= number <= layers[1]]
 
 

@@ -114,5 +114,6 @@ def _rows(source: Rows, form: PromptFormat) -> list[LabelledRow]:
     try:
         return labelled_rows(source, form)[0]
     except DataError as error:
-        raise DataError(str(error), fix="Say how a row is asked and answered with --prompt and --completion.") from error
+        fix = "Say how a row is asked and answered with --prompt and --completion."
+        raise DataError(error.what, where=error.where, expected=error.expected, got=error.got, fix=fix) from error
 

@@ -27,12 +27,16 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         """`hidden` in any format; products in the format of `weight`, softmax in fp32."""
         gradient = torch.empty_like(hidden, dtype=weight.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        shape = min(ROWS_AT_ONCE, len(hidden)), len(weight)
+        products, scores = hidden.new_empty(shape, dtype=weight.dtype), hidden.new_empty(shape, dtype=_wide(weight))
         for start in range(0, len(hidden), ROWS_AT_ONCE):
             rows, wanted = hidden[start : start + ROWS_AT_ONCE].to(weight.dtype), targets[start : start + ROWS_AT_ONCE, None]
-            scores = torch.nn.functional.linear(rows, weight, bias).to(_wide(weight)).log_softmax(-1)  # (piece, vocab)
-            total -= scores.gather(1, wanted).sum()
-            scores.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=scores.dtype))
-            torch.mm(scores.to(weight.dtype), weight, out=gradient[start : start + ROWS_AT_ONCE])
+            product, score = products[: len(rows)], scores[: len(rows)]  # (piece, vocab)
+            torch.mm(rows, weight.T, out=product)
+            if bias is not None:
+                product += bias
+            total += _losses_to_gradient(score.copy_(product), wanted).sum()
+            torch.mm(product.copy_(score), weight, out=gradient[start : start + ROWS_AT_ONCE])
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
         return total / len(hidden)
@@ -42,6 +46,19 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         """The gradient of the hidden states is there already."""
         (gradient,) = ctx.saved_tensors
         return (gradient * (grads[0] / len(gradient))).to(ctx.dtype), None, None, None
+
+
+def _losses_to_gradient(scores: Tensor, wanted: Tensor) -> Tensor:
+    """-log softmax(scores)[wanted], a number a row; `scores` becomes its gradient, softmax(scores) less 1 at `wanted`.
+
+    torch's softmax is several times faster than its log_softmax, so the logarithm of the sum is taken back from the
+    largest probability, which is never small.
+    """
+    largest, score = scores.amax(-1), scores.gather(1, wanted).squeeze(1)
+    torch.softmax(scores, -1, out=scores)
+    log_sum = largest - scores.amax(-1).log()
+    scores.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=scores.dtype))
+    return log_sum - score
 
 
 def _wide(weight: Tensor) -> torch.dtype:
@@ -72,9 +89,23 @@ def projected_loss(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     head, kind = model.get_output_embeddings(), hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
+    weight = _in_format(head, dtype)
     with torch.autocast(kind, enabled=False):
-        loss: Tensor = ProjectedCrossEntropy.apply(hidden, head.weight.to(dtype), bias, targets)
+        loss: Tensor = ProjectedCrossEntropy.apply(hidden, weight, bias, targets)
     return loss
+
+
+_cast: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _in_format(head: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The frozen projection's weight in `dtype`: one that is tied to the embedding stays fp32, and is converted once."""
+    if head.weight.dtype == dtype:
+        return head.weight
+    state = head.weight.data_ptr(), head.weight._version
+    if head not in _cast or _cast[head][0] != state or _cast[head][1].dtype != dtype:
+        _cast[head] = state, head.weight.detach().to(dtype)
+    return _cast[head][1]
 
 
 def can_fuse(model: Any) -> bool:

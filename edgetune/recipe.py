@@ -74,7 +74,7 @@ class Data:
     )
     completion: str | None = option(
         None,
-        help="sft: what it shall answer; default: column completion; grpo: not used for training, `edgetune eval` "
+        help="sft: what it shall answer; default: column completion (rows with a column messages instead are conversations, and every answer of the assistant is learned); grpo: not used for training, `edgetune eval` "
         "compares with it",
     )
     chosen: str | None = option(None, help="reward, dpo: the better answer; default: column chosen")

@@ -16,6 +16,7 @@ from edgetune.errors import ExportError, OutputError
 from edgetune.export import merging
 from edgetune.export.calibrating import calibrate_base, check_quantiser
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
+from edgetune.export.cost import CostPlan
 from edgetune.export.decisions import decide_by
 from edgetune.export.families import cache_sizes, fixed_length, known_family
 from edgetune.export.graphfile import (
@@ -87,12 +88,13 @@ LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 def export_bundle(
     adapters: Sequence[tuple[str, Path]], out: Path, *, mode: str = "separate", precision: Precision | None = None,
     base_name: str | None = None, threads: int | None = None, calibration: Path | None = None, say: Say = lambda line: None,
-    task: TaskPlan | None = None, traced: Traced | None = None,
+    task: TaskPlan | None = None, traced: Traced | None = None, cost: CostPlan | None = None,
 ) -> Manifest:  # fmt: skip
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
     `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given: on a few of its recipe's
-    validation rows. `calibration`: text for the quantiser gptq; not given: the training rows of the runs. `traced` keeps the
+    validation rows. `cost` says where WikiText-2 and STS-B are, on which the precision's cost is taken; not given: it is not.
+    `calibration`: text for the quantiser gptq; not given: the training rows of the runs. `traced` keeps the
     graph for further bundles of the same model. ProofError when the proof fails; then, as after any error, nothing is left at
     `out` that was not there before.
     """
@@ -117,6 +119,9 @@ def export_bundle(
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
         demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights not in FLOATS)
         results = (task or TaskPlan()).measure(folder, manifest, base, sources, load=torch_model, threads=threads, say=say)
+        found = None if cost is None else cost.measure(folder, manifest, base, lambda: _as_stored(base, sources, mode), threads=threads, say=say)
+        if found is not None:
+            manifest = replace(manifest, quality={**manifest.quality, "cost": found.to_dict()})
         document = _proof_document(proofs, rows, precision) | {"task": {name: result.to_dict() for name, result in results.items()}}
         manifest = replace(manifest, proof=document, files=_digests(folder))
         manifest = replace(manifest, files=manifest.files | write_page(folder, manifest))
@@ -125,7 +130,9 @@ def export_bundle(
 
 
 def check_place(out: Path) -> None:
-    """A bundle may replace a bundle, never another folder of the user's."""
+    """A bundle may replace a bundle, never another folder of the user's; inside another one it would go with it."""
+    if (around := next((folder for folder in out.absolute().parents if (folder / MANIFEST).is_file()), None)) is not None:
+        raise OutputError("this place is inside another bundle", where=str(out), got=str(around), fix="Choose another --out: exporting that one again would take this one away.")
     if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(
             "there is something else at this place", where=str(out), expected=f"a new or empty folder, or a bundle (with {MANIFEST})",
@@ -140,7 +147,7 @@ def _build(
     """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each adapter."""
     tokenizer = load_tokenizer(base)
     say(f"tracing {base.name} ({base.model_type})")
-    model = torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else torch_model(base)
+    model = _as_stored(base, sources, mode)
     if precision.quantiser == "gptq":
         if set(precision.overrides) - set(INT4_DECODER):  # whoever calibrates must know what layers of one product are stored in
             precision = settle(_trace(base, model), precision)
@@ -201,6 +208,11 @@ def torch_model(base: Base, source: Source | None = None, *, merge: bool = False
         model = build_classifier(body, task=source.task or "", labels=len(source.labels), pooling=pooling)
     adapted = load_adapter(model, source.folder).eval()
     return merging.merge(adapted, where=str(source.folder)) if merge else adapted
+
+
+def _as_stored(base: Base, sources: Sequence[Source], mode: str) -> Any:
+    """What a bundle's graph holds with no adapter active, in torch in fp32."""
+    return torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else torch_model(base)
 
 
 def _graph(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgetune.export.distances import mean_kl
 from edgetune.export.probe import torch_outputs
-from edgetune.export.proof import mean_kl
 from edgetune.shipped_weights import base_of_model, linear_layers, quantised_weight, store, stored_bits
 from edgetune.weight_precision import INT4_DECODER, Precision, named
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.export.proof import Array, Outputs
+from edgetune.export.distances import Array
+from edgetune.export.proof import Outputs
 from edgetune.runtime.manifest import REWARD
 
 Decide = Callable[[Outputs], Outputs]

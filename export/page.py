@@ -31,6 +31,7 @@ def render_page(manifest: Manifest) -> str:
         f"<p>{escape(_what(manifest))}</p>",
         _tiles(manifest),
         "<h2>Proof: the bundle against torch</h2>" + _proof(manifest),
+        *_cost(manifest),
         *_task(manifest),
         *_survival(manifest),
         "<h2>Adapters</h2>" + _adapters(manifest),
@@ -67,6 +68,13 @@ def _proof(manifest: Manifest) -> str:
         for name, p in manifest.proof["adapters"].items()
     ]
     return _table(head, rows)
+
+
+def _cost(manifest: Manifest) -> Iterable[str]:
+    """What the precision costs the base, apart from any task."""
+    if cost := manifest.quality.get("cost"):
+        row = (cost["task"], words(cost["metric"]), f"{cost['torch']:.4g}", f"{cost['bundle']:.4g}", f"{cost['loss']:+.2%}", str(cost["items"]))
+        yield "<h2>Cost of the precision: the base without adapter</h2>" + _table(("set", "metric", "torch fp32", "bundle", "loss", "items"), [row])
 
 
 def _task(manifest: Manifest) -> Iterable[str]:

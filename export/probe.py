@@ -18,12 +18,13 @@ from edgetune.examples.classification import encode_texts
 from edgetune.export.proof import Outputs
 from edgetune.export.training_rows import run_examples
 from edgetune.heads import RewardModel, SequenceClassifier
-from edgetune.runtime.engine import DecoderEngine, EncoderEngine
+from edgetune.runtime.engine import CACHE_STEP, DecoderEngine, DecodeState, EncoderEngine, round_up
 from edgetune.runtime.scoring import read_scores
 from edgetune.text_pairs import Text, first_tokens
 from edgetune.token_classifier import TokenClassifier
 
 ROWS, TOKENS = 12, 64  # at most; a row ends where its example ends
+ROWS_AT_ONCE = 4  # in one batch of the engine: what it answers is large
 STEPS = 6  # of a row's tokens, the last few go through the cache one by one
 TEXTS = (
     "What is the capital of France, and what is it known for?",
@@ -105,25 +106,28 @@ def _low_rank_off(model: Any) -> Iterator[None]:
 
 def decoder_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
     """The bundle's logits at every position: the prompt in one piece, the last tokens one by one through the cache."""
-    cuts = [max(1, len(row) - STEPS) for row in rows]
-    prefilled = [engine.logits([row[:cut]], [tensors])[0] for row, cut in zip(rows, cuts, strict=True)]
-    stepped: list[list[np.ndarray]] = [[] for _ in rows]
-    alive = [i for i, row in enumerate(rows) if len(row) > cuts[i]]
-    if alive:
-        longest = max(len(row) for row in rows)
-        state, _ = engine.start([rows[i][: cuts[i]] for i in alive], [tensors] * len(alive), capacity=longest + 1)
-        for step in range(STEPS):
-            going = [i for i in alive if cuts[i] + step < len(rows[i])]
-            if len(going) < len(alive):
-                state.keep([alive.index(i) for i in going])
-                alive = going
-            if not alive:
-                break
-            logits = state.step([rows[i][cuts[i] + step] for i in alive])
-            for place, i in enumerate(alive):
-                stepped[i].append(logits[place].copy()[None])
-    together = np.concatenate([np.concatenate([first, *rest]) for first, rest in zip(prefilled, stepped, strict=True)])
+    found = [logits for at in range(0, len(rows), ROWS_AT_ONCE) for logits in _read_and_stepped(engine, rows[at : at + ROWS_AT_ONCE], tensors)]
+    together = np.concatenate(found)
     return Outputs(together, together)
+
+
+def _read_and_stepped(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> list[np.ndarray]:
+    """The logits (tokens, vocabulary) of each row of one batch."""
+    cuts = [max(1, len(row) - STEPS) for row in rows]
+    state = DecodeState(engine, [tensors] * len(rows), capacity=round_up(max(map(len, rows)) + 1, CACHE_STEP))
+    everywhere = np.minimum(np.arange(max(cuts))[None], np.array(cuts)[:, None] - 1)  # a shorter prompt's last position again
+    read = state.prefill([row[:cut] for row, cut in zip(rows, cuts, strict=True)], index=everywhere)
+    found = [[logits[:cut].copy()] for logits, cut in zip(read, cuts, strict=True)]
+    going = list(range(len(rows)))
+    for step in range(STEPS):
+        staying = [i for i in going if cuts[i] + step < len(rows[i])]
+        if not staying:
+            break
+        state.keep([going.index(i) for i in staying])
+        going = staying
+        for i, logits in zip(going, state.step([rows[i][cuts[i] + step] for i in going]), strict=True):
+            found[i].append(logits[None].copy())
+    return [np.concatenate(pieces) for pieces in found]
 
 
 def encoder_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
@@ -140,5 +144,5 @@ def token_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors:
 
 def reward_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
     """The bundle's scores (rows, 1) and states of the last tokens; rows right-padded in a batch, as the device sends them."""
-    found = [read_scores(engine, rows[at : at + 4], [tensors] * len(rows[at : at + 4])) for at in range(0, len(rows), 4)]
+    found = [read_scores(engine, rows[at : at + ROWS_AT_ONCE], [tensors] * len(rows[at : at + ROWS_AT_ONCE])) for at in range(0, len(rows), ROWS_AT_ONCE)]
     return Outputs(np.concatenate([scores[:, None] for scores, _ in found]), np.concatenate([states for _, states in found]))

@@ -17,11 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgetune.errors import ProofError
-
-Array = npt.NDArray[np.float32]
+from edgetune.export.distances import Array, largest_difference, mean_kls, movement
 
 
 @dataclass(frozen=True)
@@ -105,23 +103,22 @@ def prove(*, trained: Outputs, trained_off: Outputs, shipped: Outputs, shipped_o
     """
     bounds = BOUNDS[precision]
     has_head = trained.logits is not trained.states
-    unadapted = np.zeros_like(shipped.logits) if has_head else shipped_off.logits
-    untrained = np.zeros_like(trained.logits) if has_head else trained_off.logits
-    residual, distance = mean_kl(trained.logits, shipped.logits), mean_kl(trained.logits, unadapted)
-    moved, moved_shipped = _centred(trained.states - trained_off.states), _centred(shipped.states - shipped_off.states)
-    size, size_shipped = float(np.linalg.norm(moved)), float(np.linalg.norm(moved_shipped))
+    residual, distance, effect = mean_kls(
+        trained.logits, [shipped.logits, None if has_head else shipped_off.logits, None if has_head else trained_off.logits]
+    )
+    moved = movement(trained.states, trained_off.states, shipped.states, shipped_off.states)
     figures = {
         "positions": len(trained.logits),
-        "max_abs": float(np.abs(trained.logits - shipped.logits).max()),
+        "max_abs": largest_difference(trained.logits, shipped.logits),
         "mean_kl": residual,
         "top1": top1_agreement(trained.logits, shipped.logits),
-        "adapter_kl": mean_kl(trained.logits, untrained),
+        "adapter_kl": effect,
         "unadapted_kl": distance,
         "recovered": 1 - residual / distance if distance > 0 else 0.0,
-        "direction": float((moved * moved_shipped).sum() / (size * size_shipped)) if size and size_shipped else 0.0,
-        "strength": size_shipped / size if size else 0.0,
+        "direction": moved.product / (moved.size * moved.shipped) if moved.size and moved.shipped else 0.0,
+        "strength": moved.shipped / moved.size if moved.size else 0.0,
     }
-    relative = size / (float(np.linalg.norm(_centred(trained.states))) or 1.0)
+    relative = moved.size / (moved.states or 1.0)
     return Proof(**figures, failures=tuple(_failures(figures, bounds, relative)))  # type: ignore[arg-type]
 
 
@@ -174,22 +171,6 @@ def top1_agreement(p: Array, q: Array) -> float:
 def coarsest(precisions: Iterable[str]) -> str:
     """The precision whose bounds hold for a bundle that mixes several."""
     return max(precisions, key=list(BOUNDS).index)
-
-
-def mean_kl(p: Array, q: Array) -> float:
-    """Mean over rows of KL(softmax(p) ‖ softmax(q)), in nats; p and q are logits (positions, classes)."""
-    log_p, log_q = _log_softmax(p), _log_softmax(q)
-    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
-
-
-def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
-
-
-def _centred(x: Array) -> Array:
-    """Without each row's mean: a constant added to all logits means nothing."""
-    return x - x.mean(-1, keepdims=True)
 
 
 def with_survival(proof: Proof, survived: Mapping[str, Any], *, least: float) -> Proof:

@@ -16,6 +16,7 @@ from edgetune.bases import Base, load_tokenizer
 from edgetune.errors import EdgetuneError, ExportError, ProofError
 from edgetune.export.bundle import Say, check_place, export_bundle, torch_model
 from edgetune.export.candidates import Candidate, candidates
+from edgetune.export.cost import CostPlan
 from edgetune.export.lower import Precision
 from edgetune.export.probe import probe_rows
 from edgetune.export.sources import Source, base_of, check_sources, read_source
@@ -41,6 +42,8 @@ class Trial:
     mb: float | None = None
     latency: Latency | None = None
     failed: str = ""
+    cost: Mapping[str, Any] | None = None
+    """the base's own metric, see `edgetune.export.cost`"""
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -79,6 +82,7 @@ class Found:
 def export_smallest(
     adapters: Sequence[tuple[str, Path]], out: Path, *, max_loss: float, mode: str = "separate", keep: Mapping[str, str] | None = None,
     base_name: str | None = None, task: TaskPlan | None = None, threads: int | None = None, say: Say = lambda line: None,
+    cost: CostPlan | None = None,
 ) -> Found:  # fmt: skip
     """Write the smallest bundle to `out` that loses at most `max_loss` (a share) of every adapter's task metric.
 
@@ -93,7 +97,7 @@ def export_smallest(
     place = out.resolve().parent
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".edgetune-auto-", dir=place) as work:
-        search = _Search(adapters, Path(work), mode, base_name, plan, threads, say)
+        search = _Search(adapters, Path(work), mode, base_name, plan, threads, say, None if cost is None else replace(cost, known={}))
         first = search.tried(Candidate(Precision("fp32", overrides=dict(keep or {})), 0.0))
         if first.failed:
             raise ProofError(first.failed, where=str(out))
@@ -149,10 +153,11 @@ class _Search:
     """Exports candidates side by side into a folder, and keeps what was found of each."""
 
     def __init__(
-        self, adapters: Sequence[tuple[str, Path]], folder: Path, mode: str, base_name: str | None, plan: TaskPlan, threads: int | None, say: Say
-    ) -> None:
+        self, adapters: Sequence[tuple[str, Path]], folder: Path, mode: str, base_name: str | None, plan: TaskPlan, threads: int | None, say: Say,
+        cost: CostPlan | None = None,
+    ) -> None:  # fmt: skip
         self.adapters, self.folder, self.mode, self.base_name = adapters, folder, mode, base_name
-        self.plan, self.threads, self.say, self.traced = plan, threads, say, Traced()
+        self.plan, self.threads, self.say, self.cost, self.traced = plan, threads, say, cost, Traced()
         self.trials: list[Trial] = []
         self.manifests: dict[int, Manifest] = {}
         self.metric: dict[str, str] = {}
@@ -166,7 +171,7 @@ class _Search:
         try:
             manifest = export_bundle(
                 self.adapters, self.folder / str(at), mode=self.mode, precision=candidate.precision, base_name=self.base_name,
-                threads=self.threads, say=self.say, task=self.plan, traced=self.traced,
+                threads=self.threads, say=self.say, task=self.plan, traced=self.traced, cost=self.cost,
             )  # fmt: skip
             trial = self._measured(candidate.name, manifest)
             self.manifests[at] = manifest
@@ -186,7 +191,7 @@ class _Search:
             losses.append(one["loss"])
         size = sum(info.bytes for info in manifest.files.values()) / 1e6
         metrics = {adapter: one["bundle"][one["metric"]] for adapter, one in results.items()}
-        return Trial(name, metrics, max(losses), size)
+        return Trial(name, metrics, max(losses), size, cost=manifest.quality.get("cost"))
 
     def finish(self, chosen: int, out: Path, max_loss: float) -> Found:
         """Time every bundle that was written, and move the chosen one to its place."""

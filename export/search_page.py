@@ -21,17 +21,20 @@ def table(found: Found) -> list[tuple[str, ...]]:
     """Head and a row for each precision: number, name, MB, ms of a token or request, each adapter's metric, loss, remark."""
     metrics = list(found.metric)
     step = "ms/token" if any(trial.latency is not None and trial.latency.tpot_ms is not None for trial in found.trials) else "ms/request"
-    head = ("", "precision", "MB", step, *(f"{found.metric[name]} {name}" for name in metrics), "loss", "")
-    reference = ("", "torch, fp32", "", "", *(f"{found.reference[name]:.4f}" for name in metrics), "", "")
-    return [head, reference, *(_row(found, at, trial, metrics) for at, trial in enumerate(found.trials))]
+    cost = next((trial.cost for trial in found.trials if trial.cost is not None), None)
+    general = () if cost is None else (f"{cost['task']} {cost['metric']}",)
+    head = ("", "precision", "MB", step, *(f"{found.metric[name]} {name}" for name in metrics), "loss", *general, "")
+    base = () if cost is None else (f"{cost['torch']:.4g}",)
+    reference = ("", "torch, fp32", "", "", *(f"{found.reference[name]:.4f}" for name in metrics), "", *base, "")
+    return [head, reference, *(_row(found, at, trial, metrics, general=bool(general)) for at, trial in enumerate(found.trials))]
 
 
-def _row(found: Found, at: int, trial: Trial, metrics: Sequence[str]) -> tuple[str, ...]:
+def _row(found: Found, at: int, trial: Trial, metrics: Sequence[str], *, general: bool) -> tuple[str, ...]:
     remark = "chosen" if at == found.chosen else f"failed: {trial.failed}" if trial.failed else "" if at in found.front else "beaten"
     return (
         str(at + 1), trial.name, "" if trial.mb is None else f"{trial.mb:.1f}", "" if trial.latency is None else f"{trial.latency.step_ms:.2f}",
         *(f"{trial.metrics[name]:.4f}" if name in trial.metrics else "" for name in metrics),
-        "" if trial.loss is None else f"{trial.loss:+.2%}", remark,
+        "" if trial.loss is None else f"{trial.loss:+.2%}", *([f"{trial.cost['bundle']:.4g}" if trial.cost else ""] if general else []), remark,
     )  # fmt: skip
 
 

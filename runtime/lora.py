@@ -178,7 +178,9 @@ def _read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any] | N
     if not path.is_file():
         if not required:
             return None
-        fix = f"Give a PEFT adapter folder: one with {CONFIG} and {WEIGHTS}."
+        inside = folder / "adapter"  # of a run of `edgetune train`
+        fix = f"Give {inside}, or another" if (inside / name).is_file() else "Give a"
+        fix += f" PEFT adapter folder: one with {CONFIG} and {WEIGHTS}."
         raise AdapterError(
             f"no {name} here" if folder.is_dir() else "no such folder", where=str(folder), fix=fix
         )

@@ -325,3 +325,14 @@ def test_a_wrong_check_is_named(arguments: tuple[object, ...], message: str, run
 def test_an_unknown_device_is_named(run: Run) -> None:
     code, line = run("devices", "nosuch")
     assert (code, line.startswith("unknown device 'nosuch' (expected host | ")) == (2, True)
+
+
+def test_a_bundle_inside_another_is_refused(run: Run, topics: Path, bundle: Path) -> None:
+    before = files(bundle)
+    code, line = run("export", "--adapter", f"a={topics}", "--out", bundle / "inner")
+    assert (code, "this place is inside another bundle" in line, files(bundle)) == (2, True, before)
+
+
+def test_a_block_size_without_scales_is_refused(run: Run, topics: Path, tmp_path: Path) -> None:
+    code, line = run("export", "--adapter", f"a={topics}", "--out", tmp_path / "out", "--precision", "fp32", "--block-size", 64)
+    assert (code, line.startswith("--block-size says which weights share a scale")) == (2, True)

@@ -12,6 +12,8 @@ import pytest
 from edgetune.bases import Base, load_tokenizer, resolve_base
 from edgetune.errors import DataError, RecipeError
 from edgetune.examples import IGNORED, ExampleSet, load_examples
+from edgetune.examples.generation import answer_spans
+from edgetune.prompts import chat_text
 from edgetune.recipe import Data, Method, Stage
 
 Load = Callable[..., ExampleSet]
@@ -80,7 +82,26 @@ def test_a_plain_prompt_gets_the_tokenizers_own_first_token(tiny_decoder: Path, 
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_messages_train_on_the_last_answer(tiny_decoder: Path, load_pairs: Load) -> None:
+def test_every_answer_of_a_conversation_is_learned_and_nothing_else(tiny_decoder: Path, load_pairs: Load) -> None:
+    tokenizer = load_tokenizer(resolve_base(str(tiny_decoder)))
+    says = [("user", "a"), ("assistant", "b c "), ("user", "b c"), ("assistant", "d"), ("tool", "assistant"), ("assistant", "e f")]
+    loaded = load_pairs([{"messages": [{"role": role, "content": content} for role, content in says]}])
+    (example,) = loaded.train
+    learned = [label for label in example.labels if label != IGNORED]  # type: ignore[union-attr]
+    assert tokenizer.decode(learned) == "b c <|im_end|>d<|im_end|>e f<|im_end|>"
+    assert all(label in (IGNORED, token) for label, token in zip(example.labels, example.input_ids, strict=True))  # type: ignore[arg-type]
+
+
+def test_an_answer_that_the_template_rewrites_is_not_learned(tiny_decoder: Path, load_pairs: Load) -> None:
+    base = resolve_base(str(tiny_decoder))
+    tokenizer = load_tokenizer(base)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hm. b"}, {"role": "user", "content": "c"}]
+    text = chat_text(tokenizer, turns)
+    assert [text[begin:end] for begin, end in answer_spans(turns, text, tokenizer)] == ["hm. b<|im_end|>"]
+    assert answer_spans(turns, text.replace("hm. ", ""), tokenizer) == ()
+
+
+def test_of_one_exchange_the_answer_is_learned(tiny_decoder: Path, load_pairs: Load) -> None:
     tokenizer = load_tokenizer(resolve_base(str(tiny_decoder)))
     turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
     loaded = load_pairs([{"messages": turns}])

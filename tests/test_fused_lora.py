@@ -10,7 +10,7 @@ import torch
 from training_helpers import adapted_decoder
 
 from edgetune.objectives import completion_logits, sft
-from edgetune.training.fused_lora import LoraProduct, fused_lora
+from edgetune.training.fused_lora import LoraProducts, fused_lora
 from edgetune.training.precision import autocast, hold_frozen_linears_in_bf16
 
 
@@ -51,7 +51,7 @@ def test_the_function_passes_torchs_gradient_check() -> None:
     inputs = tuple(t.requires_grad_() for t in (x, a, b))
 
     def product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return LoraProduct.apply(x, x.detach(), w, c, a, b, 0.7)
+        return LoraProducts.apply(x, x.detach(), [0.7], w, c, a, b)[0]
 
     expected = x @ w.T + c + 0.7 * (x @ a.T) @ b.T
     torch.testing.assert_close(product(*inputs), expected)
@@ -80,3 +80,24 @@ def test_afterwards_the_layers_are_pefts_again(tiny_decoder: Path, tmp_path: Pat
     with fused_lora(model, "fp32"):
         pass
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_layers_that_read_different_x_are_on_their_own(tiny_decoder: Path, tmp_path: Path) -> None:
+    model, _ = adapted_decoder(tiny_decoder, tmp_path)
+    block = model.get_base_model().model.layers[0].self_attn
+    first, second = torch.randn(2, 3, block.q_proj.in_features), torch.randn(2, 3, block.q_proj.in_features)
+    expected = [block.q_proj(first), block.k_proj(second), block.v_proj(second), block.q_proj(second)]
+    with fused_lora(model, "fp32"):
+        given = [block.q_proj(first), block.k_proj(second), block.v_proj(second), block.q_proj(second)]
+    torch.testing.assert_close(given, expected)
+
+
+def test_an_x_that_was_changed_in_place_is_computed_anew(tiny_decoder: Path, tmp_path: Path) -> None:
+    model, _ = adapted_decoder(tiny_decoder, tmp_path)
+    block = model.get_base_model().model.layers[0].self_attn
+    x = torch.randn(2, 3, block.q_proj.in_features)
+    with fused_lora(model, "fp32"):
+        block.q_proj(x)
+        x.mul_(2)
+        given = block.k_proj(x)
+    torch.testing.assert_close(given, block.k_proj(x))

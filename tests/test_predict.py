@@ -117,6 +117,18 @@ def test_a_peft_folder_can_be_the_adapter(run: Run, tiny_decoder: Path, tmp_path
     assert "note: no edgetune_adapter.json" in err
 
 
+def test_a_run_folder_is_told_where_its_adapter_is(run: Run, tiny_decoder: Path, tmp_path: Path) -> None:
+    peft_adapter(tiny_decoder, tmp_path / "run" / "adapter", seed=5)
+    code, _, err = run("predict", decoder_bundle(tiny_decoder), "x", "--adapter", tmp_path / "run")
+    assert (code, f"Give {tmp_path / 'run' / 'adapter'}, or another PEFT adapter folder" in err) == (2, True)
+
+
+def test_settings_of_generation_are_refused_where_nothing_is_generated(run: Run, tiny_encoder: Path) -> None:
+    code, out, err = run("predict", encoder_bundle(tiny_encoder), "lights", "--adapter", "mood", "--temperature", 1, "--stop", "x")
+    assert (code, out) == (2, "")
+    assert "--temperature, --stop say how a text is generated, and mood generates none" in err
+
+
 BAD_ROWS: list[tuple[str, str]] = [
     ("{", "line 2: not valid JSON"),
     ("[1]", "line 2: a row is a JSON object (expected an object, got list)"),

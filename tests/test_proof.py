@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edgetune.errors import ProofError
-from edgetune.export.proof import Outputs, coarsest, demand, mean_kl, prove, top1_agreement
+from edgetune.export.distances import ELEMENTS_AT_ONCE, largest_difference, mean_kl, mean_kls, movement
+from edgetune.export.proof import Outputs, coarsest, demand, prove, top1_agreement
 
 rng = np.random.default_rng(0)
 BASE = rng.standard_normal((20, 50)).astype(np.float32)
@@ -77,3 +78,19 @@ def test_answers_that_torch_itself_cannot_tell_apart_count_as_the_same() -> None
 
 def test_a_mixed_bundle_is_judged_by_its_coarsest_precision() -> None:
     assert coarsest(["int4", "int8"]) == "int4" and coarsest(["fp32", "int8"]) == "int8"
+
+
+def test_figures_of_many_positions_are_those_of_all_at_once() -> None:
+    width = ELEMENTS_AT_ONCE // 3  # three positions a piece
+    p, q, p0, q0 = (rng.standard_normal((7, width)).astype(np.float32) for _ in range(4))
+    log_p, log_q = (x - np.log(np.exp(x.astype(np.float64)).sum(-1, keepdims=True)) for x in (p, q))
+    assert mean_kls(p, [q, None]) == pytest.approx([(np.exp(log_p) * (log_p - log_q)).sum(-1).mean(), (np.exp(log_p) * (log_p + np.log(width))).sum(-1).mean()])
+    d, e = ((a - b).astype(np.float64) for a, b in ((p, p0), (q, q0)))
+    d, e = d - d.mean(-1, keepdims=True), e - e.mean(-1, keepdims=True)
+    moved = movement(p, p0, q, q0)
+    assert (moved.product, moved.size, moved.shipped) == pytest.approx(((d * e).sum(), np.linalg.norm(d), np.linalg.norm(e)), rel=1e-4)
+    assert largest_difference(p, q) == np.abs(p - q).max()
+
+
+def test_a_nan_is_no_small_difference() -> None:
+    assert np.isnan(largest_difference(np.array([[1.0], [np.nan]], np.float32), np.ones((2, 1), np.float32)))

@@ -80,7 +80,7 @@ def test_without_the_extra_the_way_to_it_is_one_line(
     assert err.strip().endswith("pip install 'edgetune[serve]'")
 
 
-@pytest.mark.parametrize("arguments", [("--adapter", "x"), ("--port", "99999"), ("--max-rows", "0")])
+@pytest.mark.parametrize("arguments", [("--adapter", "x"), ("--port", "99999"), ("--max-rows", "0"), ("--cors-origin", "example.org"), ("--cors-origin", "https://example.org/")])
 def test_wrong_usage_exits_2(
     arguments: tuple[str, str], capsys: pytest.CaptureFixture[str], tiny_decoder: Path
 ) -> None:

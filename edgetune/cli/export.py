@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +29,13 @@ BLOCK_SIZE = 32
 @click.option("--base", "base_name", metavar="NAME", help="The base model, for adapters that do not say; without --adapter: the base alone.")
 @click.option("--task-rows", type=click.IntRange(min=0), metavar="N", help="Validation rows (of the run's recipe) on which each adapter's task metric is taken, in torch and in the bundle; not given: 16 of a decoder, 256 of an encoder; 0: none.")
 @click.option("--task-data", type=click.Path(path_type=Path), metavar="FILE", help="Rows for the task metric, instead of the recipe's own.")
+@click.option("--general", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER", help="WikiText-2 and STS-B, on which the base shows what its precision costs; not given: $EDGETUNE_DATASETS/general_ability.")
+@click.option("--general-items", type=click.IntRange(min=0), metavar="N", help="How much of it: windows of 512 tokens, or pairs of sentences; not given: 6 and 400; 0: nothing.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
     adapters: tuple[str, ...], out: Path, form: str, mode: str, precision: str | None, max_loss: str | None, block_size: int, keep: tuple[str, ...],
-    quantiser: str, calibration: Path | None, base_name: str | None, task_rows: int | None, task_data: Path | None, threads: int | None,
+    quantiser: str, calibration: Path | None, base_name: str | None, task_rows: int | None, task_data: Path | None,
+    general: Path | None, general_items: int | None, threads: int | None,
 ) -> None:  # fmt: skip
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
     if form == "gguf-adapter":
@@ -42,6 +46,7 @@ def command(
     from edgetune.export.lower import BITS, Precision
     from edgetune.export.reference import precision_trained_for
     from edgetune.export.task import TaskPlan
+    from edgetune.weight_precision import FLOATS
 
     overrides = dict(_pair(text, "--keep", "MODULE=PRECISION") for text in keep)
     for value in overrides.values():
@@ -50,19 +55,21 @@ def command(
     pairs = [_pair(text, "--adapter", FORM) for text in adapters]
     with tempfile.TemporaryDirectory(prefix="edgetune-sum-") as folder:
         sources = resolve_sums(pairs, Path(folder))
-        task = TaskPlan(task_rows, task_data)
+        task, cost = TaskPlan(task_rows, task_data), _cost(general, general_items)
         if precision == "auto":
             if quantiser != "rtn" or calibration is not None:
                 raise ExportError("--precision auto rounds to nearest", got=f"--quantiser {quantiser}", fix="Leave out --quantiser and --calibration.")
-            _smallest(sources, out, max_loss, block_size, mode=mode, keep=overrides, base_name=base_name, task=task, threads=threads)
+            _smallest(sources, out, max_loss, block_size, mode=mode, keep=overrides, base_name=base_name, task=task, threads=threads, cost=cost)
             return
         if max_loss is not None:
             raise ExportError("--max-loss bounds what --precision auto may lose", got=f"--precision {precision}", fix="Add --precision auto.")
         precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
+        if precision in FLOATS and not overrides and block_size != BLOCK_SIZE:
+            raise ExportError("--block-size says which weights share a scale, and here none are scaled", got=f"--precision {precision}", fix="Leave it out.")
         chosen = Precision(precision, block_size=block_size, overrides=overrides, quantiser=quantiser)
         manifest = export_bundle(
             sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, calibration=calibration,
-            say=lambda line: click.echo(line, err=True), task=task,
+            say=lambda line: click.echo(line, err=True), task=task, cost=cost,
         )  # fmt: skip
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)} adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB")
@@ -82,6 +89,19 @@ def _smallest(sources: Sequence[tuple[str, Path]], out: Path, max_loss: str | No
     click.echo(f"{out}: {found.manifest.base.name}, {found.manifest.mode}, {trial.name}, {trial.mb:.1f} MB; plots in {write_page(found, out)}")
 
 
+def _cost(general: Path | None, items: int | None) -> Any:
+    """On what the precision's cost is taken; None, with a line where nobody asked for that, where the sets are not known."""
+    from edgetune.export.cost import CostPlan
+
+    root = os.environ.get("EDGETUNE_DATASETS")
+    if items == 0:
+        return None
+    if general is None and root is None:
+        click.echo("what this precision costs the base is not measured: --general FOLDER says where WikiText-2 and STS-B are", err=True)
+        return None
+    return CostPlan(general or Path(root or "") / "general_ability", items)
+
+
 def _share(text: str) -> float:
     """`0.5%` or `0.005`."""
     try:
@@ -93,7 +113,7 @@ def _share(text: str) -> float:
     return value
 
 
-OF_BUNDLES = ("mode", "precision", "max_loss", "block_size", "keep", "threads", "quantiser", "calibration", "task_rows", "task_data")
+OF_BUNDLES = ("mode", "precision", "max_loss", "block_size", "keep", "threads", "quantiser", "calibration", "task_rows", "task_data", "general", "general_items")
 
 
 def _gguf(adapters: tuple[str, ...], out: Path, base_name: str | None) -> None:

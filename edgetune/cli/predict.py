@@ -77,6 +77,7 @@ def command(
     chosen = chosen_providers(providers, device_name)
     with Runtime.open(bundle, threads=threads, providers=chosen, verify=not no_verify) as runtime:
         name = _adapter(runtime, adapter)
+        _check_settings(runtime, name, settings, alone=source is None)
         if source is not None and output is not None:
             _answer_file(runtime, source, output, adapter=name, truncate=truncate, settings=settings)
         else:
@@ -101,6 +102,14 @@ def _adapter(runtime: Runtime, adapter: str | None) -> str | None:
     for note in packed.notes:
         click.echo(f"note: {note}", err=True)
     return packed.name
+
+
+def _check_settings(runtime: Runtime, adapter: str | None, settings: dict[str, Any], *, alone: bool) -> None:
+    """What says how a text is generated has no meaning where none is; rows may choose an adapter that generates."""
+    given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
+    generates = runtime.manifest.is_decoder and not (alone and runtime.task(adapter) == "reward")
+    if given and not generates:
+        raise click.UsageError(f"{', '.join(given)} say how a text is generated, and {adapter or 'this bundle'} generates none")
 
 
 def _note_embedding(runtime: Runtime, what: str) -> None:

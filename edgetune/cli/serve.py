@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import click
@@ -147,7 +148,7 @@ def command(
         deadline_s=deadline or None,
         max_body_mb=max_body_mb,
         max_prompt_tokens=max_prompt_tokens,
-        cors_origins=origins,
+        cors_origins=tuple(_origin(text) for text in origins),
         allowed_hosts=hosts_of(host, hosts),
         drain_s=drain,
     )
@@ -184,6 +185,13 @@ def read_keys(path: Path | None, environment: str) -> tuple[str, ...]:
     if path is not None and not keys:
         raise click.UsageError(f"{path} holds no key: expected one a line")
     return keys
+
+
+def _origin(text: str) -> str:
+    """As browsers send it (`https://host:port`), or `*`; another spelling would silently allow nobody."""
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", text):
+        raise click.UsageError(f"--cors-origin {text!r}: expected an origin such as https://example.org or http://localhost:3000, without a path, or *")
+    return text
 
 
 def _named(text: str) -> tuple[str, Path]:

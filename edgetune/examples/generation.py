@@ -1,4 +1,4 @@
-"""Prompts and completions become token ids with loss on the completion."""
+"""Prompts and completions become token ids with loss on the completion; in a conversation, on every answer of the assistant."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from edgetune.recipe import Stage
 
 @dataclass(frozen=True)
 class PromptedRow:
-    """A row as texts: what the model is given (chat template applied) and what it shall answer."""
+    """A row as texts: what the model is given (chat template applied) and what it shall answer.
+
+    `answers`: where the assistant's earlier answers, each with its end token, begin and end in the prompt, in characters.
+    """
 
     line: int
     prompt: str
     completion: str
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 def prompted_rows(
@@ -30,7 +34,8 @@ def prompted_rows(
     def convert(row: Row, where: str) -> PromptedRow:
         if form.prompt is None or form.completion is None:
             messages, completion = split_messages(row.values, system=form.system, where=where)
-            return PromptedRow(row.line, chat_text(tokenizer, messages, where=where), completion)
+            text = chat_text(tokenizer, messages, where=where)
+            return PromptedRow(row.line, text, completion, answer_spans(messages, text, tokenizer))
         prompt = render(form.prompt, row.values, where=where, field="prompt")
         completion = render(form.completion, row.values, where=where, field="completion")
         if form.template == "chat":
@@ -46,6 +51,24 @@ def encode_prompts(texts: Sequence[str], template: str, tokenizer: Any) -> list[
         return []
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=template == "plain", verbose=False)["input_ids"]
     return ids
+
+
+def answer_spans(messages: list[dict[str, str]], text: str, tokenizer: Any) -> tuple[tuple[int, int], ...]:
+    """Where the assistant's answers among `messages` lie in `text`, which the chat template made of them.
+
+    An answer is left out where the template writes it otherwise in the middle of a conversation than when it is given,
+    as those do that take the reasoning out: it is not what the model will have to write.
+    """
+    spans = []
+    for at, message in enumerate(messages):
+        if message["role"] != "assistant" or at == 0 or not message["content"].strip():
+            continue
+        before = chat_text(tokenizer, messages[:at])
+        written = next((one for one in (message["content"], message["content"].strip()) if text.startswith(before + one)), None)
+        if written is not None:
+            end = len(before) + len(written)
+            spans.append((len(before), end + (len(tokenizer.eos_token) if text.startswith(tokenizer.eos_token, end) else 0)))
+    return tuple(spans)
 
 
 def load_completions(loading: Loading) -> ExampleSet:
@@ -75,8 +98,19 @@ def _encode_sft(rows: Sequence[PromptedRow], template: str, tokenizer: Any) -> l
     examples = []
     for row, prompt, completion in zip(rows, prompts, completions, strict=True):
         answer = [*completion, end]
-        examples.append(Example(prompt + answer, [IGNORED] * len(prompt) + answer, row.line))
+        examples.append(Example(prompt + answer, _prompt_labels(row, prompt, tokenizer) + answer, row.line))
     return examples
+
+
+def _prompt_labels(row: PromptedRow, ids: list[int], tokenizer: Any) -> list[int]:
+    """The prompt's tokens that lie whole inside an earlier answer; the others bear no loss."""
+    if not row.answers:
+        return [IGNORED] * len(ids)
+    places = tokenizer(row.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return [
+        token if any(begin <= start and stop <= end for begin, end in row.answers) else IGNORED
+        for token, (start, stop) in zip(ids, places, strict=True)
+    ]
 
 
 def _too_long(example: Example, *, source: str, stage: Stage, limit: int) -> DataError:

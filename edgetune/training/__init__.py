@@ -20,6 +20,7 @@
 | measure | validation metrics; what the adapter changes |
 | journal, curves | metrics.jsonl, and TensorBoard's files |
 | checkpoint, resume | an unfinished run's checkpoints; going on from one |
+| memory | what a step frees stays for the next |
 | device | CPU, CUDA or MPS; batches and random generators there |
 | distributed | several processes that share every step's rows |
 """

@@ -93,8 +93,8 @@ class GatedSiLU(torch.autograd.Function):
 class Attention(torch.autograd.Function):
     """softmax(scaling · q kᵀ + mask) v with the probabilities kept: q (B, heads, T, D), k and v (B, kv_heads, T, D).
 
-    Computes in float32, returns (B, T, heads, D) in v's type. `hidden` is true where a position must not look, and
-    broadcasts over (B, 1, 1, T, T).
+    Scores and softmax are float32, the other products are in v's format, and so is what is returned, (B, T, heads, D).
+    `hidden` is true where a position must not look, and broadcasts over (B, 1, 1, T, T).
     """
 
     @staticmethod
@@ -103,36 +103,36 @@ class Attention(torch.autograd.Function):
     ) -> Tensor:
         """The heads that share a key are rows of one product."""
         batch, heads, tokens, width = query.shape
-        kv_heads = key.shape[1]
+        kv_heads, narrow = key.shape[1], value.dtype
         groups = heads // kv_heads
         q = query.float().reshape(batch * kv_heads, groups * tokens, width)
-        k, v = (x.float().reshape(batch * kv_heads, tokens, width) for x in (key, value))
+        k = key.float().reshape(batch * kv_heads, tokens, width)
+        v = value.reshape(batch * kv_heads, tokens, width)
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
         if hidden is not None:
             scores.view(batch, kv_heads, groups, tokens, tokens).masked_fill_(
                 hidden, torch.finfo(torch.float32).min
             )
-        weights = torch.softmax(scores, -1)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scaling, ctx.shape, ctx.dtypes = scaling, query.shape, (query.dtype, key.dtype, value.dtype)
-        return _rows_last(torch.bmm(weights, v), query.shape).to(value.dtype)
+        weights = torch.softmax(scores, -1, out=scores).to(narrow)
+        ctx.save_for_backward(q.to(narrow), k.to(narrow), v, weights)
+        ctx.scaling, ctx.shape, ctx.dtypes = scaling, query.shape, (query.dtype, key.dtype)
+        return _rows_last(torch.bmm(weights, v), query.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The softmax's own backward, and four products."""
         q, k, v, weights = ctx.saved_tensors
         batch, heads, tokens, width = ctx.shape
-        grad = grads[0].float().transpose(1, 2).reshape(q.shape)
+        grad = grads[0].transpose(1, 2).reshape(q.shape)
         d_value = torch.bmm(weights.transpose(1, 2), grad)
         d_weights = torch.bmm(grad, v.transpose(1, 2))
-        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, torch.float32).mul_(
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(
             ctx.scaling
         )
         d_query = torch.bmm(d_scores, k).view(batch, heads, tokens, width)
         d_key = torch.bmm(d_scores.transpose(1, 2), q)
         d_key, d_value = (d.view(batch, -1, tokens, width) for d in (d_key, d_value))
-        types = ctx.dtypes
-        return d_query.to(types[0]), d_key.to(types[1]), d_value.to(types[2]), None, None
+        return d_query.to(ctx.dtypes[0]), d_key.to(ctx.dtypes[1]), d_value, None, None
 
 
 def _rows_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -25,6 +25,7 @@ from edgetune.training.computing import loss_of
 from edgetune.training.device import device_of, to_device
 from edgetune.training.distributed import Group
 from edgetune.training.journal import Journal
+from edgetune.training.memory import freed_memory_kept
 from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
 from edgetune.training.precision import Precision
 from edgetune.training.replay import ReplayText
@@ -60,6 +61,7 @@ def total_steps(stage: Stage, rows: int) -> int:
     return min(planned, stage.max_steps or planned)
 
 
+@freed_memory_kept()
 def train_stage(
     model: nn.Module,
     stage: Stage,
