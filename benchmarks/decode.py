@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,31 @@ def _line(process: subprocess.Popen[str]) -> str:
             return line
 
 
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that so many threads read from memory: the largest of five passes over 256 MB each."""
+    import numpy as np
+
+    blocks = [np.ones(1 << 25) for _ in range(threads)]
+    fastest = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            started = time.perf_counter()
+            list(pool.map(np.max, blocks))
+            fastest = max(fastest, sum(block.nbytes for block in blocks) / (time.perf_counter() - started))
+    return fastest
+
+
+def limit(bundle: str, threads: int) -> dict[str, float]:
+    """What a token must read (every stored weight once, the cache in the middle of the answer), and how many a second memory allows."""
+    from edgetune.runtime.manifest import read_manifest
+
+    graph = read_manifest(bundle).graph
+    weights = (Path(bundle) / str(graph.data)).stat().st_size
+    cache = (graph.layers or 0) * 2 * (graph.kv_heads or 0) * (graph.head_dim or 0) * 4 * (PROMPT + NEW // 2)
+    bandwidth = read_bandwidth(threads)
+    return {"bytes_per_token": weights + cache, "read_gb_s": bandwidth / 1e9, "tokens_per_s": bandwidth / (weights + cache)}
+
+
 def main() -> None:
     if len(sys.argv) > 2 and sys.argv[1] == "--worker":
         worker(*sys.argv[2:5], int(sys.argv[5]))  # type: ignore[misc]
@@ -200,11 +226,17 @@ def main() -> None:
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    results = measure(parser.parse_args())
+    options = parser.parse_args()
+    bound = limit(options.bundle, options.threads)
+    results = measure(options)
     print(f"{'configuration':<48}{'decode tok/s':>14}{'prefill tok/s':>15}{'peak MB':>9}{'load s':>8}")
     for title, row in results.items():
         print(f"{title:<48}{row['decode']:>14.1f}{row['prefill']:>15.0f}{row['peak_mb']:>9.0f}{row['load_s']:>8.2f}")
-    print(json.dumps({"benchmark": "decode", "prompt": PROMPT, "new": NEW, "results": results}))
+    print(
+        f"limit: {bound['bytes_per_token'] / 1e6:.0f} MB a token at {bound['read_gb_s']:.1f} GB/s read by {options.threads} threads "
+        f"allow {bound['tokens_per_s']:.0f} tok/s; none active reaches {next(iter(results.values()))['decode'] / bound['tokens_per_s']:.0%}"
+    )
+    print(json.dumps({"benchmark": "decode", "prompt": PROMPT, "new": NEW, "limit": bound, "results": results}))
 
 
 if __name__ == "__main__":
