@@ -14,7 +14,7 @@ from edgetune.adapters import load_adapter
 from edgetune.bases import Base, load_body, load_tokenizer
 from edgetune.errors import ExportError, OutputError
 from edgetune.export import merging
-from edgetune.export.calibrating import calibrate_base, check_quantiser
+from edgetune.export.calibrating import calibrate_base, check_activations, check_quantiser
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.cost import CostPlan
 from edgetune.export.decisions import decide_by
@@ -110,6 +110,7 @@ def export_bundle(
     check_quantiser(precision, mode=mode, calibration=calibration, swaps=swaps)
     base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
+    check_activations(precision, kind=base.kind, mode=mode)
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
@@ -164,7 +165,8 @@ def _build(
         schema=SCHEMA, edgetune_version=__version__, task=_task(base, sources),
         base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
         precision=PrecisionInfo(
-            precision.weights, precision.block_size if precision.weights not in FLOATS else None, dict(precision.overrides), precision.quantiser
+            precision.weights, None if precision.weights in FLOATS or precision.activations == "int8" else precision.block_size,
+            dict(precision.overrides), precision.quantiser, precision.activations,
         ),
         graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
     )  # fmt: skip
