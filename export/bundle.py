@@ -31,6 +31,7 @@ from edgetune.export.graphfile import (
 from edgetune.export.half import to_half
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower, settle
+from edgetune.export.names import name_for_people
 from edgetune.export.page import write_page
 from edgetune.export.probe import (
     decoder_outputs,
@@ -247,6 +248,7 @@ def _graph(
     if precision.weights == "fp16":
         to_half(graph)
         shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
+    name_for_people(graph.graph)
     info = GraphInfo(
         engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
     )
@@ -281,6 +283,7 @@ def _write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], *, base:
     else:
         write_graph(graph, folder / ENGINE, metadata=note)
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
+    name_for_people(standard.graph)
     write_graph(standard, folder / STANDARD, metadata=note)
 
 
