@@ -25,6 +25,8 @@ class Precision:
     symmetric: bool = True
     overrides: Mapping[str, str] = field(default_factory=dict)
     quantiser: str = "rtn"
+    activations: str = "float"
+    """int8 (encoders): products of 8-bit layers read their input in 8 bits too, one scale a run of the graph"""
 
     def bits(self, modules: Sequence[str]) -> int:
         """0 for float, else 4 or 8, of a linear layer made of these modules."""
@@ -80,6 +82,8 @@ class Precision:
         values = {**asdict(self), "overrides": dict(self.overrides)}
         if self.quantiser == "rtn":
             del values["quantiser"]
+        if self.activations == "float":
+            del values["activations"]
         return values
 
 

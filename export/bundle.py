@@ -14,7 +14,7 @@ from edgetune.adapters import load_adapter
 from edgetune.bases import Base, load_body, load_tokenizer
 from edgetune.errors import ExportError, OutputError
 from edgetune.export import merging
-from edgetune.export.calibrating import calibrate_base, check_quantiser
+from edgetune.export.calibrating import calibrate_base, check_activations, check_quantiser
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.cost import CostPlan
 from edgetune.export.decisions import decide_by
@@ -31,6 +31,7 @@ from edgetune.export.graphfile import (
 from edgetune.export.half import to_half
 from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower, settle
+from edgetune.export.names import name_for_people
 from edgetune.export.page import write_page
 from edgetune.export.probe import (
     decoder_outputs,
@@ -110,6 +111,7 @@ def export_bundle(
     check_quantiser(precision, mode=mode, calibration=calibration, swaps=swaps)
     base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
+    check_activations(precision, kind=base.kind, mode=mode)
     if base.kind == "decoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
@@ -164,7 +166,8 @@ def _build(
         schema=SCHEMA, edgetune_version=__version__, task=_task(base, sources),
         base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
         precision=PrecisionInfo(
-            precision.weights, precision.block_size if precision.weights not in FLOATS else None, dict(precision.overrides), precision.quantiser
+            precision.weights, None if precision.weights in FLOATS or precision.activations == "int8" else precision.block_size,
+            dict(precision.overrides), precision.quantiser, precision.activations,
         ),
         graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
     )  # fmt: skip
@@ -245,6 +248,7 @@ def _graph(
     if precision.weights == "fp16":
         to_half(graph)
         shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
+    name_for_people(graph.graph)
     info = GraphInfo(
         engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
     )
@@ -279,6 +283,7 @@ def _write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], *, base:
     else:
         write_graph(graph, folder / ENGINE, metadata=note)
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
+    name_for_people(standard.graph)
     write_graph(standard, folder / STANDARD, metadata=note)
 
 

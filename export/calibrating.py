@@ -35,6 +35,15 @@ def check_quantiser(precision: Precision, *, mode: str, calibration: Path | None
         raise ExportError("only gptq reads text", where="--calibration", got=f"--quantiser {name}")
 
 
+def check_activations(precision: Precision, *, kind: str, mode: str) -> None:
+    """ExportError for 8-bit activations where no product can have them, before anything is loaded."""
+    if precision.activations == "float":
+        return
+    for what, wanted, got in (("base", "encoder", kind), ("--precision", "int8", precision.weights), ("--mode", "separate", mode)):
+        if got != wanted:
+            raise ExportError("8-bit activations are for encoders in int8, with adapters as inputs", where="--activations int8", expected=f"{what} {wanted}", got=got)
+
+
 def calibrate_base(
     model: Any, base: Base, sources: Sequence[Source], tokenizer: Any, precision: Precision, *, file: Path | None, say: Callable[[str], None]
 ) -> None:

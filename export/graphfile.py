@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from edgetune import __version__
 from edgetune.export.layout import constant, drop_dead
 from edgetune.export.score_head import standard_score
 
@@ -45,7 +46,9 @@ def write_data(model: ir.Model, folder: Path) -> None:
 def write_graph(model: ir.Model, path: Path, *, metadata: dict[str, str]) -> None:
     """Write the graph without weights; `metadata` is what Netron shows."""
     model.ir_version = IR_VERSION
-    model.producer_name = "edgetune"
+    model.producer_name, model.producer_version = "edgetune", __version__
+    model.graph.name = "edgetune"
+    model.doc_string = "; ".join(f"{key}: {value}" for key, value in metadata.items() if key != "edgetune")
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()

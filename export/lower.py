@@ -41,8 +41,10 @@ class _Lowering:
         source, weights, biases = node.inputs[0], node.inputs[1 : 1 + count], node.inputs[1 + count :]
         stacked = torch.cat([_torch(value) for value in weights])  # type: ignore[arg-type]
         bias = torch.cat([_torch(value) for value in biases]) if biases else None  # type: ignore[arg-type]
-        name = node.name or modules[0]
+        name = _name(node)
         bits = self.precision.bits(modules)
+        if bits == 8 and self.precision.activations == "int8":
+            return self._dynamic(node, source, stacked, bias, name=name)
         if bits:
             tied = weights[0].name if count == 1 and weights[0] is not None else None
             return self._quantised(node, source, stacked, bias, bits=bits, name=name, tied=tied)
@@ -51,6 +53,17 @@ class _Lowering:
         if bias is None:
             return product
         return new_node(self.graph, node, "Add", [product, constant(self.graph, f"{name}.bias", bias.numpy())])[0]
+
+    def _dynamic(self, node: ir.Node, source: ir.Value | None, weight: Tensor, bias: Tensor | None, *, name: str) -> ir.Value:
+        """One product of 8-bit integers: the input rounded with one scale for all of it, the weight with one an output."""
+        columns = weight.shape[1]
+        q = quantise(weight, bits=8, block_size=columns, offsets=False)
+        values, zeros = q.values[:, 0].short(), (q.zeros if q.zeros is not None else torch.full_like(q.scales, 128)).short()
+        steps = (values - zeros).clamp(-128, 127).to(torch.int8)
+        inputs = [source, constant(self.graph, f"{name}.weight", steps.t().contiguous().numpy()), constant(self.graph, f"{name}.scales", q.scales[:, 0].numpy())]
+        if bias is not None:
+            inputs += [None, constant(self.graph, f"{name}.bias", bias.numpy())]
+        return new_node(self.graph, node, "DynamicQuantizeMatMul", inputs, domain=MICROSOFT, name=name)[0]
 
     def _quantised(
         self, node: ir.Node, source: ir.Value | None, weight: Tensor, bias: Tensor | None, *, bits: int, name: str, tied: str | None
@@ -161,13 +174,18 @@ def modules_and_widths(node: ir.Node) -> tuple[list[str], list[int]]:
     return [node.attributes["module"].as_string()], [int(weight.shape[0])]  # type: ignore[arg-type]
 
 
+def _name(node: ir.Node) -> str:
+    """A packed product's own name, a layer's module path."""
+    return node.name if node.op_type == "Packed" and node.name else modules_and_widths(node)[0][0]
+
+
 def _with_adapter(graph: ir.Graph, node: ir.Node, base: ir.Value) -> tuple[ir.Value, Site]:
     """base + (x A) B, with A and B as new graph inputs."""
     modules, widths = modules_and_widths(node)
     weight = node.inputs[1]
     assert weight is not None and weight.shape is not None
     columns = int(weight.shape[1])  # type: ignore[arg-type]
-    name = node.name if node.op_type == "Packed" and node.name else modules[0]
+    name = _name(node)
     low = _input(graph, f"{name}.lora_A", ("group", columns, f"{name}.rank"))
     high = _input(graph, f"{name}.lora_B", ("group", f"{name}.rank", sum(widths)))
     down = new_node(graph, node, "MatMul", [node.inputs[0], low], name=f"{name}.down")[0]

@@ -44,6 +44,7 @@ def render_page(manifest: Manifest) -> str:
 def _what(manifest: Manifest) -> str:
     stored = manifest.precision
     precision = stored.weights if stored.block_size is None else f"{stored.weights} in blocks of {stored.block_size}"
+    precision += f", activations in {stored.activations}" if stored.activations != "float" else ""
     kept = ", ".join(f"{name} in {kind}" for name, kind in stored.overrides.items())
     return f"{manifest.task}, {manifest.mode}, {precision}{f', {kept}' if kept else ''}; base {manifest.base.digest}; edgetune {manifest.edgetune_version}"
 

@@ -40,12 +40,16 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class Precision:
-    """How the weights are stored: fp32, int8 or int4 (`block_size` weights share a scale), rounded by rtn, hqq or gptq."""
+    """How the weights are stored: fp32, int8 or int4 (`block_size` weights share a scale), rounded by rtn, hqq or gptq.
+
+    `activations` int8: what the products of 8-bit layers read is rounded to 8 bits too; their weights have a scale an output.
+    """
 
     weights: str
     block_size: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     quantiser: str = "rtn"
+    activations: str = "float"
 
 
 @dataclass(frozen=True)

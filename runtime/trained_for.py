@@ -39,6 +39,6 @@ def _options(trained: Precision, stored: Precision) -> str:
 def _words(stored: Precision) -> str:
     """`int4 (blocks of 32, lm_head int8)`."""
     if stored.block_size is None:
-        return stored.weights
+        return stored.weights if stored.activations == "float" else f"{stored.weights} (a scale an output, activations {stored.activations})"
     how = [] if stored.quantiser == "rtn" else [f"rounded by {stored.quantiser}"]
     return f"{stored.weights} ({', '.join([f'blocks of {stored.block_size}', *how, *(f'{m} {p}' for m, p in stored.overrides.items())])})"
