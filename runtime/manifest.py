@@ -50,7 +50,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders only."""
+    """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders only.
+
+    Of an encoder-decoder `engine` is the decoder; `encoder` reads the prompt, and an answer begins after `start_token_id`.
+    """
 
     engine: str
     standard: str | None
@@ -64,6 +67,8 @@ class GraphInfo:
     cache_dtype: str | None = "float32"
     pooling: str | None = None
     token_type_ids: bool = False
+    encoder: str | None = None
+    start_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where adapters enter the graph: inputs A (group, in, rank) and B (group, rank, out)."""
+    """One place where adapters enter the graph: inputs A (group, in, rank) and B (group, rank, out).
+
+    `graph`: the file whose inputs they are, where that is not the engine.
+    """
 
     name: str
     A: str
@@ -85,6 +93,7 @@ class Site:
     in_features: int
     out_features: int
     parts: tuple[Part, ...]
+    graph: str | None = None
 
 
 @dataclass(frozen=True)
@@ -254,6 +263,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         graph.engine,
         graph.standard,
         graph.data,
+        graph.encoder,
         tokenizer.file,
         tokenizer.chat_template,
         *manifest.files,

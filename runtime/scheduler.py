@@ -83,6 +83,11 @@ class Scheduler:
         for name, value in (("max_rows", max_rows), ("max_queue", max_queue), ("prefill_chunk", prefill_chunk), ("max_context", max_context)):
             if value is not None and value < 1:
                 raise InputError(f"{name} is out of range", expected="1 or more", got=str(value))
+        if runtime.manifest.graph.encoder is not None:
+            raise InputError(
+                "an encoder-decoder cannot be served yet", where=str(runtime.folder), expected="a decoder's or an encoder's bundle",
+                fix="Use edgetune predict, or Runtime.generate and Runtime.stream.",
+            )  # fmt: skip
         self.runtime, self.max_rows, self.max_queue = runtime, max_rows, max_queue
         self.counters = Counters()
         self._waiting: FairQueue[Running] = FairQueue()
