@@ -179,23 +179,6 @@ def test_int8_holds_and_its_tied_embedding_is_the_output_projection(tiny: Tiny) 
     assert places["shared.weight"]["offset"] == places[projection]["offset"]
 
 
-def test_an_adapter_trained_for_the_int8_base_is_proven_on_its_own_weights(tiny: Tiny, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from edgetune.weight_precision import shipped_precision
-
-    base = resolve_base(str(tiny.base))
-    rounded = load_body(replace(base, precision=shipped_precision("int8", base.kind)))
-    engine = Seq2SeqEngine(tiny.bundle, tiny.manifest, threads=1)
-    texts, given = prompts(160, (20,)), [[5, 9, 30, 31, 44]]
-    _, (shipped,) = engine.answer_logits(texts, given)
-    with torch.no_grad():
-        own, plain = (
-            model(input_ids=torch.tensor(texts), decoder_input_ids=torch.tensor([[START, *given[0]]])).logits[0].numpy() for model in (rounded, load_body(base))
-        )
-    assert np.abs(shipped - own).mean() < 0.7 * np.abs(shipped - plain).mean()  # what is left is the rounding of activations
-
-
 def test_sampling_repeats_with_its_seed_and_several_answers_differ(tiny: Tiny) -> None:
     with Runtime.open(tiny.bundle, threads=1) as runtime:
         first, second = (
@@ -209,7 +192,7 @@ def test_sampling_repeats_with_its_seed_and_several_answers_differ(tiny: Tiny) -
 def test_a_long_prompt_leaves_room_for_an_answer_and_a_longer_one_is_refused(tiny: Tiny) -> None:
     with Runtime.open(tiny.bundle, threads=1) as runtime:
         limit = runtime.manifest.graph.max_length
-        answer = runtime.generate(["a " * (limit // 2 - 1)], max_new_tokens=6)[0]
+        answer = runtime.generate(["a " * (limit - 3)], max_new_tokens=6)[0]
         assert answer.prompt_tokens > 0.9 * limit and answer.completion_tokens > 1
         with pytest.raises(InputError, match=f"longer than the context.*at most {limit - 1}"):
             runtime.generate(["a " * limit])

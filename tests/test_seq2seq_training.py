@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from seq2seq_helpers import FAMILIES, make_seq2seq
+from test_base_precision import rounded, stored_weights, train_and_ship
 from test_family_training import loss_and_gradients, with_adapter
 from training_helpers import action_rows, recipe, sft_recipe, silent, write_rows
 
@@ -17,7 +18,9 @@ from edgetune.bases import load_body, load_tokenizer, open_folder, resolve_base
 from edgetune.cli import main
 from edgetune.errors import BaseModelError, DataError, EdgetuneError, RecipeError
 from edgetune.examples import load_examples
+from edgetune.export.seq2seq_graphs import ENCODER
 from edgetune.seq2seq import answer_loss, collate_answers
+from edgetune.shipped_weights import stored_bits
 from edgetune.training.fused_lora import fused_lora
 from edgetune.training.fused_ops import fused_ops
 from edgetune.training.run import run_recipe
@@ -120,6 +123,15 @@ def test_from_a_recipe_to_the_device_on_the_command_line(tmp_path: Path, capsys:
     assert scores[0] == scores[1]
     budget = [part for name in ("ttft_ms", "tpot_ms", "load_ms", "swap_ms") for part in ("--budget", f"{name}=600000")]
     assert "tpot" in run("check", bundle, "--adapter", "home", "--prompt-tokens", "8", "--runs", "3", *budget, expected=(0, 3))
+
+
+def test_an_adapter_trained_for_the_int4_base_learns_on_what_both_graphs_hold(t5: Path, tmp_path: Path) -> None:
+    shipped = train_and_ship(sft_recipe(t5, tmp_path, parameters={"base_precision": "int4"}), tmp_path)
+    model = load_body(rounded(t5))
+    stored = [stored_weights(shipped.bundle, shipped.manifest, name) for name in ("engine.onnx", ENCODER)]
+    assert {*stored[0], *stored[1]} == {name for name, bits in stored_bits(model, rounded(t5).precision).items() if bits}  # type: ignore[arg-type]
+    assert all(torch.equal(model.get_submodule(name).weight, weight) for half in stored for name, weight in half.items())
+    assert shipped.manifest.proof["adapters"]["a"]["passed"] and not any("trained for" in line for line in shipped.said)
 
 
 def test_all_its_weights_train_and_ship(t5: Path, tmp_path: Path) -> None:
