@@ -41,6 +41,7 @@ from edgetune.runtime.running import Running
 from edgetune.runtime.runtime import Runtime
 from edgetune.runtime.score_queue import ScoreQueue
 from edgetune.runtime.scoring import Answered, AnswerReader
+from edgetune.runtime.seq2seq_batch import Seq2SeqLoop
 from edgetune.runtime.tagging import Tagging, Words, read_words
 from edgetune.text_pairs import Text
 
@@ -83,19 +84,15 @@ class Scheduler:
         for name, value in (("max_rows", max_rows), ("max_queue", max_queue), ("prefill_chunk", prefill_chunk), ("max_context", max_context)):
             if value is not None and value < 1:
                 raise InputError(f"{name} is out of range", expected="1 or more", got=str(value))
-        if runtime.manifest.graph.encoder is not None:
-            raise InputError(
-                "an encoder-decoder cannot be served yet", where=str(runtime.folder), expected="a decoder's or an encoder's bundle",
-                fix="Use edgetune predict, or Runtime.generate and Runtime.stream.",
-            )  # fmt: skip
         self.runtime, self.max_rows, self.max_queue = runtime, max_rows, max_queue
         self.counters = Counters()
         self._waiting: FairQueue[Running] = FairQueue()
         self._encodes = EncodeQueue(runtime) if runtime.decoder is None else ScoreQueue(runtime)
         self._loop: DecodeLoop | None = None
         if runtime.decoder is not None:
-            plan = plan_cache(runtime.manifest.graph, rows=max_rows, cache_mb=cache_mb)
-            self._loop = DecodeLoop(
+            apart = runtime.manifest.graph.encoder is not None  # a row is then two texts, each as long as the context at most
+            plan = plan_cache(runtime.manifest.graph, rows=max_rows * (2 if apart else 1), cache_mb=cache_mb)
+            self._loop = (Seq2SeqLoop if apart else DecodeLoop)(
                 runtime.decoder,
                 self.counters,
                 rows=max_rows,

@@ -164,6 +164,17 @@ def tiny(tmp_path_factory: Any) -> Tiny:
     return Tiny(base, adapter, folder / "bundle", export(folder / "bundle", adapter, precision="int8"))
 
 
+def test_a_base_alone_is_a_bundle_that_takes_adapters(tiny: Tiny, tmp_path: Path) -> None:
+    from edgetune.export.bundle import export_bundle
+
+    manifest = export_bundle([], tmp_path / "base", base_name=str(tiny.base), threads=1)
+    assert manifest.adapters == () and manifest.proof["adapters"]["(base)"]["max_abs"] <= 1e-3
+    with Runtime.open(tmp_path / "base", threads=1) as runtime:
+        runtime.load_adapter("mine", tiny.adapter)
+        plain, adapted = (runtime.generate(["Turn on the lights"], adapter=name, max_new_tokens=8)[0].token_ids for name in (None, "mine"))
+    assert plain != adapted
+
+
 def test_the_weights_of_both_graphs_are_stored_once(tiny: Tiny, tmp_path: Path) -> None:
     manifest = export(tmp_path / "fp32", tiny.adapter)
     assert manifest.files["model.onnx.data"].bytes < 4 * manifest.base.parameters * 1.05 + 4096 * 60  # each begins at a page
@@ -247,8 +258,8 @@ def test_what_is_not_there_is_refused_in_a_line(tiny: Tiny) -> None:
     from edgetune.runtime import Scheduler
 
     with Runtime.open(tiny.bundle, threads=1) as runtime:
-        with pytest.raises(InputError, match=r"cannot be served yet.*edgetune predict"):
-            Scheduler(runtime)
+        with pytest.raises(InputError, match="guesses no tokens"):
+            Scheduler(runtime, lookup=4)
         with pytest.raises(InputError, match="does not go on with a text"):
             BundleSubject(runtime, "a")
         with pytest.raises(InputError, match="does not predict its prompt"):
