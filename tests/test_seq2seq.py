@@ -260,6 +260,8 @@ def test_what_is_not_there_is_refused_in_a_line(tiny: Tiny) -> None:
     with Runtime.open(tiny.bundle, threads=1) as runtime:
         with pytest.raises(InputError, match="guesses no tokens"):
             Scheduler(runtime, lookup=4)
+        with pytest.raises(InputError, match="answers of this tokenizer cannot be held to a form"):
+            runtime.generate(["a"], adapter="a", regex="[a-z]+")
         with pytest.raises(InputError, match="does not go on with a text"):
             BundleSubject(runtime, "a")
         with pytest.raises(InputError, match="does not predict its prompt"):
