@@ -18,6 +18,7 @@ from edgetune.errors import RecipeError
 from edgetune.examples.seq2seq import answer_length
 from edgetune.heads import unwrapped
 from edgetune.objectives import projection_only_at
+from edgetune.projection import can_fuse, projected_loss, projection_captured
 from edgetune.recipe import Recipe
 
 KIND = "encoder-decoder"
@@ -58,8 +59,14 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Cross entropy of every token of the answers."""
-    logits, targets = answer_logits(model, batch)
-    return F.cross_entropy(logits, targets), targets.numel()
+    if not can_fuse(model):
+        logits, targets = answer_logits(model, batch)
+        return F.cross_entropy(logits, targets), targets.numel()
+    labelled = batch.labels != IGNORE
+    with projection_captured(model, labelled) as hidden:
+        model(**_inputs(model, batch))
+    targets = batch.labels[labelled]
+    return projected_loss(model, hidden[0], targets), targets.numel()
 
 
 def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -68,10 +75,14 @@ def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     No mask goes into the decoder: a token sees no later one, so the padding on the right changes nothing before it.
     """
     labelled = batch.labels != IGNORE
-    begun = batch.labels.masked_fill(~labelled, unwrapped(model).config.pad_token_id or 0).roll(1, dims=1)
-    begun[:, 0] = unwrapped(model).config.decoder_start_token_id
     with projection_only_at(model, labelled):
-        logits: Tensor = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=begun, use_cache=False
-        ).logits
+        logits: Tensor = model(**_inputs(model, batch)).logits
     return logits.reshape(-1, logits.shape[-1]).float(), batch.labels[labelled]
+
+
+def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """Prompts, and answers moved on by the start token."""
+    config = unwrapped(model).config
+    begun = batch.labels.masked_fill(batch.labels == IGNORE, config.pad_token_id or 0).roll(1, dims=1)
+    begun[:, 0] = config.decoder_start_token_id
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "decoder_input_ids": begun, "use_cache": False}

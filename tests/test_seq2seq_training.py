@@ -134,6 +134,20 @@ def test_an_adapter_trained_for_the_int4_base_learns_on_what_both_graphs_hold(t5
     assert shipped.manifest.proof["adapters"]["a"]["passed"] and not any("trained for" in line for line in shipped.said)
 
 
+def test_it_trains_in_bf16(t5: Path, tmp_path: Path) -> None:
+    summary = run_recipe(sft_recipe(t5, tmp_path, epochs=4, precision="bf16"), out=tmp_path / "run", progress=silent())
+    assert summary.metrics["loss"] < 0.95 * summary.base_metrics["loss"]  # type: ignore[index]
+
+
+def test_the_loss_goes_through_the_projection_in_pieces_and_its_logits_are_asked_for_only_where_there_are_labels(t5: Path, tmp_path: Path) -> None:
+    from edgetune.projection import can_fuse
+
+    model, rows = with_adapter(load_body(resolve_base(str(t5))), "text-generation"), batch(t5, tmp_path)
+    assert can_fuse(model)
+    with torch.no_grad():
+        assert answer_loss(model, rows)[0].item() == pytest.approx(model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, labels=rows.labels).loss.item(), abs=1e-5)
+
+
 def test_all_its_weights_train_and_ship(t5: Path, tmp_path: Path) -> None:
     from edgetune.export.bundle import export_bundle
     from edgetune.runtime import Runtime
@@ -166,8 +180,14 @@ def test_a_long_prompt_is_refused_whatever_its_answer(t5: Path, tmp_path: Path) 
 
 
 def test_replay_and_forgetting_are_refused(t5: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from edgetune.recipe import Forgetting
+
     with pytest.raises(RecipeError, match=r"stage\[0\]\.replay is general text"):
         run_recipe(sft_recipe(t5, tmp_path, replay={"data": "x.txt"}), out=tmp_path / "run", progress=silent())
+    with pytest.raises(RecipeError, match="an encoder-decoder does not"):
+        run_recipe(replace(sft_recipe(t5, tmp_path), forgetting=Forgetting(general="x")), out=tmp_path / "run", progress=silent())
 
 
 @pytest.mark.parametrize(
