@@ -26,6 +26,8 @@ STATES = "last_hidden_state"
 """graph output: every token's state (encoders), or the states that the logits asked for are made of (decoders)"""
 PROBLEMS = ("single-label", "multi-label", "regression")
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
+WHERE_SET = {"where_set": True}
+"""metadata of a field that is written only where it says something: readers from before it open all other bundles"""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class GraphInfo:
     cache_dtype: str | None = "float32"
     pooling: str | None = None
     token_type_ids: bool = False
-    encoder: str | None = None
-    start_token_id: int | None = None
+    encoder: str | None = field(default=None, metadata=WHERE_SET)
+    start_token_id: int | None = field(default=None, metadata=WHERE_SET)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Site:
     in_features: int
     out_features: int
     parts: tuple[Part, ...]
-    graph: str | None = None
+    graph: str | None = field(default=None, metadata=WHERE_SET)
 
 
 @dataclass(frozen=True)
@@ -328,7 +330,9 @@ def _plain(value: Any) -> Any:
     """Dataclasses, tuples and mappings as JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            JSON_NAMES.get(f.name, f.name): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+            JSON_NAMES.get(f.name, f.name): _plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("where_set") and getattr(value, f.name) is None)
         }
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
