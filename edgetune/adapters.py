@@ -64,7 +64,7 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         _check_pattern(pattern, names, table=table)
     head = head_of(model)
     config = LoraConfig(
-        task_type=TASKS[task],
+        task_type="SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else TASKS[task],  # type: ignore[union-attr]
         r=parameters.rank,
         lora_alpha=_whole(parameters.alpha),
         lora_dropout=parameters.dropout,

@@ -46,6 +46,8 @@ class BaseAnswers:
                 "an encoder without a head cannot answer", where=base.name, expected="a decoder, or a run or bundle with a head",
                 got=base.model_type, fix="Train one; --forgetting measures its embeddings.",
             )  # fmt: skip
+        if base.kind == "encoder-decoder" and how.choose:
+            raise InputError("an encoder-decoder's labels are not compared by likelihood yet", where=base.name, fix="Leave --choose out: it then generates.")
         self.task, self._tokenizer = "text-generation", load_tokenizer(base)
         chat = bool(self._tokenizer.chat_template) and not how.plain
         prompt, completion = row_template(how.prompt, "prompt", key="--prompt"), row_template(how.completion, "completion", key="--completion")

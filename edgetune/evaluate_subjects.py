@@ -98,7 +98,13 @@ def _original(model: Path) -> tuple[Base, Any]:
 
 
 def _torch_subject(tokenizer: Any, base: Base, before: Any, after: Any) -> TorchSubject:
+    if base.kind == "encoder-decoder":
+        raise _goes_on_with_nothing(base.name)
     return TorchSubject(tokenizer, kind=base.kind, limit=base.max_length, pooling=base.pooling, before=before, after=after)
+
+
+def _goes_on_with_nothing(where: str) -> InputError:
+    return InputError("an encoder-decoder does not go on with a text, so what it forgot of texts is not measured", where=where, expected="a decoder or an encoder")
 
 
 def torch_texts(model: Any, tokenizer: Any) -> TorchSubject:
@@ -120,6 +126,8 @@ class BundleSubject:
         if self._adapter is not None and runtime.task(self._adapter) == "reward":  # an unknown name is an error before anything runs, too
             raise InputError("a reward predicts no text that could be forgotten", where=self._adapter, expected="an adapter of another method")
         self.texts: Texts | None = None
+        if runtime.manifest.graph.encoder is not None:
+            raise _goes_on_with_nothing(str(runtime.folder))
         if runtime.manifest.is_decoder:
             self.texts = Texts(self._encode, self._beginning(), runtime.manifest.graph.max_length)
 

@@ -125,9 +125,11 @@ def _logits_are_the_projection(model: Any) -> bool:
         given: list[Tensor] = []
         head = model.get_output_embeddings()
         hook = head.register_forward_hook(lambda _module, _inputs, output: given.append(output))
+        ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+        answer = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=head.weight.device), use_cache=False).logits
+                logits = model(input_ids=ids, **answer, use_cache=False).logits
         finally:
             hook.remove()
         _plain[model] = len(given) == 1 and logits.shape == given[0].shape and bool(torch.equal(logits, given[0]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from edgetune.errors import InputError
 from edgetune.examples import encode_prompts
@@ -100,6 +101,8 @@ class TorchAnswers:
     @torch.no_grad()
     def generate_ids(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The same for prompts that are token ids already."""
+        if self.model.config.is_encoder_decoder:
+            return self._generate_apart(rows)
         longest = max(map(len, rows))
         limit = (self.metadata["generation"] or {}).get("max_new_tokens", MAX_NEW_TOKENS)
         positions = getattr(self.model.config, "max_position_embeddings", longest + limit)
@@ -120,6 +123,24 @@ class TorchAnswers:
         )
         completions: list[str] = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [first_part(completion, (self.metadata["generation"] or {}).get("stop") or ()) for completion in completions]
+
+    def _generate_apart(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Of an encoder-decoder: answers have positions of their own, and stand alone in what it returns."""
+        settings, longest = self.metadata["generation"] or {}, max(map(len, rows))
+        pad = self.tokenizer.pad_token_id or 0
+        output = self.model.generate(
+            input_ids=torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows]),
+            attention_mask=torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+            max_new_tokens=settings.get("max_new_tokens", MAX_NEW_TOKENS),
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=pad,
+            # transformers' own has as many layers as the encoder (5.23), and a decoder may have more
+            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        )
+        completions: list[str] = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return [first_part(completion, settings.get("stop") or ()) for completion in completions]
 
     def _text(self, prompt: str | list[dict[str, str]]) -> str:
         if isinstance(prompt, list):

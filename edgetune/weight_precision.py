@@ -89,7 +89,7 @@ class Precision:
 
 def shipped_precision(weights: str, kind: str) -> Precision:
     """What `edgetune export --precision WEIGHTS` writes for a base of this kind, without further options."""
-    return Precision(weights, overrides=dict(INT4_DECODER) if weights == "int4" and kind == "decoder" else {})
+    return Precision(weights, overrides=dict(INT4_DECODER) if weights == "int4" and kind != "encoder" else {})
 
 
 def named(ending: str, modules: Sequence[str]) -> bool:

@@ -53,6 +53,9 @@ from edgetune.export.proof import (
 )
 from edgetune.export.reference import judged_by, reference_base, trained_base, warning
 from edgetune.export.score_head import add_fixed_score, causal_model, decoder_head, drop_states
+from edgetune.export.seq2seq import check_seq2seq, seq2seq_outputs, seq2seq_shape
+from edgetune.export.seq2seq_graphs import placed, write_graphs
+from edgetune.export.seq2seq_trace import trace_seq2seq
 from edgetune.export.situations import ADAPTED, PLAIN, by_situation
 from edgetune.export.sources import Source, base_of, check_sources, original_base, read_source
 from edgetune.export.task import ALONE, TaskPlan
@@ -78,6 +81,7 @@ from edgetune.runtime.manifest import (
     Site,
 )
 from edgetune.runtime.manifest import Precision as PrecisionInfo
+from edgetune.runtime.seq2seq import Seq2SeqEngine, decoder_engine
 from edgetune.text_pairs import second_of, typed_at
 from edgetune.token_classifier import TokenClassifier, build_classifier
 from edgetune.weight_precision import FLOATS, INT4_DECODER
@@ -112,7 +116,9 @@ def export_bundle(
     base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
     check_activations(precision, kind=base.kind, mode=mode)
-    if base.kind == "decoder" and precision.weights == "int4":
+    if base.kind == "encoder-decoder":
+        check_seq2seq(precision)
+    if base.kind != "encoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
         manifest, rows = _build(base, sources, folder, mode=mode, precision=precision, calibration=calibration, say=say, traced=traced)
@@ -183,7 +189,7 @@ def _build(
 
 def _task(base: Base, sources: Sequence[Source]) -> str:
     """What the bundle is for: of an encoder, tagging only where none of its adapters does anything else."""
-    if base.kind == "decoder":
+    if base.kind != "encoder":
         return "text-generation"
     return TAGGING if sources and all(source.task == TAGGING for source in sources) else "sequence-classification"
 
@@ -226,6 +232,8 @@ def _graph(
     shape: dict[str, Any]
     if base.kind == "decoder":
         shape = asdict(cache_sizes(config))
+    elif base.kind == "encoder-decoder":
+        shape = seq2seq_shape(config)
     else:
         shape = {"cache_dtype": None, "pooling": base.pooling, "token_type_ids": has_token_types(config)}
 
@@ -233,6 +241,8 @@ def _graph(
     say(f"writing weights as {precision.weights}")
     precision = settle(graph, precision)
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
+    if base.kind == "encoder-decoder":
+        sites = placed(graph, sites)
     head = decoder_head(config.hidden_size) if base.kind == "decoder" and mode == "separate" else None
     if isinstance(model, RewardModel):
         add_fixed_score(graph, model.score.weight)
@@ -250,7 +260,8 @@ def _graph(
         shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
     name_for_people(graph.graph)
     info = GraphInfo(
-        engine=ENGINE, standard=STANDARD, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size, **shape
+        engine=ENGINE, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        **{"standard": STANDARD, **shape},
     )
     return graph, info, sites, head, precision
 
@@ -264,6 +275,8 @@ def _trace(base: Base, model: Any) -> ir.Model:
     body = model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
     if base.kind == "decoder":
         graph = trace_decoder(body, max_length=_context(base, model))
+    elif base.kind == "encoder-decoder":
+        graph = trace_seq2seq(body)
     else:
         graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=_context(base, model))
     simplify(graph)
@@ -277,6 +290,9 @@ def _untouched(sources: Sequence[Source]) -> frozenset[str]:
 
 def _write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], *, base: Base, precision: Precision, mode: str) -> None:
     note = {"base": base.name, "base_digest": base.digest, "precision": precision.weights, "mode": mode, "edgetune": __version__}
+    if base.kind == "encoder-decoder":
+        write_graphs(graph, folder, sites, note=note)
+        return
     write_data(graph, folder)
     if sites and base.kind == "decoder" and precision.weights != "fp16":  # fp16 is for providers that take one plain graph
         write_graph(by_situation(graph, sites), folder / ENGINE, metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"})
@@ -303,6 +319,8 @@ def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) 
     packed = pack_adapter(source.folder, manifest, name=source.name)
     for note in packed.notes:
         say(f"adapter {source.name}: {note}")
+    if manifest.graph.standard is None:  # nor is there a graph that takes such a file
+        return replace(entry, rank=packed.rank)
     onnx_adapter = place / f"{source.name}.onnx_adapter"
     write_onnx_adapter(packed, folder / onnx_adapter)
     return replace(entry, onnx_adapter=str(onnx_adapter), rank=packed.rank)
@@ -312,9 +330,9 @@ def prove_bundle(
     folder: Path, manifest: Manifest, base: Base, sources: Sequence[Source], rows: Mapping[str, list[list[int]]], *, threads: int | None = None
 ) -> dict[str, Proof]:
     """Run torch and the bundle's real engine on the probe, adapter by adapter."""
-    engine = (DecoderEngine if manifest.is_decoder else EncoderEngine)(folder, manifest, threads=threads)
+    engine = (decoder_engine if manifest.is_decoder else EncoderEngine)(folder, manifest, threads=threads)
     if not sources and isinstance(engine, DecoderEngine):
-        trained, shipped = torch_outputs(torch_model(base), rows[ALONE], adapter=True), decoder_outputs(engine, rows[ALONE], None)
+        trained, shipped = torch_outputs(torch_model(base), rows[ALONE], adapter=True), _generator_outputs(engine, rows[ALONE], None)
         judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
         return {ALONE: prove_parity(trained=trained, shipped=shipped, precision=judged)}
     return {source.name: _prove_one(engine, manifest, base, source, rows[source.name]) for source in sources}
@@ -332,7 +350,7 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
 
     def ship(tensors: Any) -> Outputs:
         if isinstance(engine, DecoderEngine):
-            return decide(reward_outputs(engine, rows, tensors)) if source.task == REWARD else decoder_outputs(engine, rows, tensors)
+            return decide(reward_outputs(engine, rows, tensors)) if source.task == REWARD else _generator_outputs(engine, rows, tensors)
         return decide(token_outputs(engine, rows, tensors) if source.task == TAGGING else encoder_outputs(engine, rows, tensors))
 
     judged = judged_by(manifest, reference)
@@ -349,6 +367,10 @@ def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: 
     only_head = {name: tensor for name, tensor in tensors.items() if manifest.head and name in (manifest.head.weight, manifest.head.bias)}
     shipped, shipped_off = ship(tensors), ship(only_head or None)
     return prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=shipped_off, precision=judged)
+
+
+def _generator_outputs(engine: DecoderEngine, rows: list[list[int]], tensors: Any) -> Outputs:
+    return (seq2seq_outputs if isinstance(engine, Seq2SeqEngine) else decoder_outputs)(engine, rows, tensors)  # type: ignore[arg-type]
 
 
 def _proof_document(proofs: Mapping[str, Proof], rows: Mapping[str, list[list[int]]], precision: Precision) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def copy_tokenizer(base: Base, tokenizer: Any, folder: Path) -> TokenizerInfo:
         file="tokenizer.json",
         chat_template=template.name if template.exists() else None,
         special_tokens={name: getattr(tokenizer, name) for name in SPECIAL_TOKENS if getattr(tokenizer, name, None)},
-        eos_token_ids=tuple(sorted({int(token) for token in ends if token is not None})) if base.kind == "decoder" else (),
+        eos_token_ids=tuple(sorted({int(token) for token in ends if token is not None})) if base.kind != "encoder" else (),
         pad_token_id=tokenizer.pad_token_id,
         model_max_length=base.max_length,
     )

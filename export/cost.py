@@ -63,7 +63,11 @@ class CostPlan:
         self, folder: Path, manifest: Manifest, base: Base, model: Callable[[], Any], *, threads: int | None, say: Callable[[str], None]
     ) -> Cost | None:
         """The base's cost; None, with a line, where it cannot be measured. `model`: what the bundle holds, in torch in fp32."""
-        limit = ITEMS[base.kind] if self.items is None else self.items
+        limit = ITEMS.get(base.kind, 0) if self.items is None else self.items
+        if base.kind not in TASK:
+            if limit:
+                say(f"cost of {manifest.precision.weights}: not measured: no general set is for an {base.kind}")
+            return None
         if not limit:
             return None
         known = {} if self.known is None else self.known

@@ -43,6 +43,11 @@ ENCODERS = {
     "roberta": Family("RoBERTa"),
     "xlm-roberta": Family("XLM-RoBERTa"),
 }
+SEQ2SEQ = {
+    "mt5": Family("mT5"),
+    "t5": Family("T5, FLAN-T5"),
+    "umt5": Family("UMT5"),
+}
 # Rotary angles that change with the length of the text: one table holds for the first so many positions only.
 CHANGING_ROTARY = {"longrope": "original_max_position_embeddings", "dynamic": "original_max_position_embeddings"}
 
@@ -58,7 +63,7 @@ class Sizes:
 
 def known_family(model_type: str, *, kind: str) -> Family:
     """The family called `model_type`; ExportError names it and the supported ones where there is none."""
-    families = DECODERS if kind == "decoder" else ENCODERS
+    families = {"decoder": DECODERS, "encoder": ENCODERS, "encoder-decoder": SEQ2SEQ}[kind]
     if model_type not in families:
         raise ExportError(f"the {kind} family {model_type!r} cannot be exported", expected=f"one of {', '.join(families)}")
     return families[model_type]
@@ -79,6 +84,16 @@ def encoder_family(config: Any) -> Family:
     if getattr(config, "is_decoder", False):
         raise ExportError("an encoder that is set up as a decoder cannot be exported", got="is_decoder = true")
     return known_family(config.model_type, kind="encoder")
+
+
+def seq2seq_family(config: Any) -> Family:
+    """The family of an encoder-decoder's configuration."""
+    return known_family(config.model_type, kind="encoder-decoder")
+
+
+def seq2seq_sizes(config: Any) -> Sizes:
+    """Sizes of the decoder's cache, which are those of the encoder's keys and values too."""
+    return Sizes(int(config.num_decoder_layers), int(config.num_heads), int(config.d_kv))
 
 
 def cache_sizes(config: Any) -> Sizes:

@@ -65,7 +65,10 @@ def new_node(
 
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Add an initialiser and return its value."""
+    """Add an initialiser and return its value; one of the same name and numbers that is there already is that value."""
+    there = graph.initializers.get(name)
+    if there is not None and there.const_value is not None and np.array_equal(there.const_value.numpy(), array):
+        return there
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
     value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
     graph.register_initializer(value)
@@ -77,11 +80,12 @@ def pack_linears(graph: ir.Graph) -> None:
 
     A grouped-query attention that alone reads q, k and v takes the packed result as it is; other readers get a Split.
     """
-    readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    readers: dict[tuple[ir.Value, str], list[ir.Node]] = defaultdict(list)
     for node in graph:
         if node.domain == DOMAIN and node.op_type == "Linear" and node.inputs[0] is not None:
-            readers[node.inputs[0]].append(node)
-    for source, linears in readers.items():
+            owner = node.attributes["module"].as_string().rpartition(".")[0]  # what a whole stack reads stays a product a layer
+            readers[node.inputs[0], owner].append(node)
+    for (source, _), linears in readers.items():
         if len(linears) > 1 and len({len(node.inputs) for node in linears}) == 1:
             _pack(graph, source, linears)
 

@@ -24,6 +24,7 @@ from edgetune.export.attention import note_rotation, now
 DOMAIN = "edgetune"
 TRACED = "traced_weight"  # the weight as the node takes it, where the module holds it in another form
 TOLERANCE = 1e-5
+NORMS = ("RMSNorm", "LayerNorm")  # the names of what may be one by the root of the mean square; T5 calls it T5LayerNorm
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def symbolic_leaves(model: nn.Module, rotary: Callable[..., tuple[Tensor, Tensor
             swap(module, "forward", linear.__get__(module))
         elif is_rotary(module):
             swap(module, "forward", lambda x, position_ids=None, layer_type=None, module=module: rotary(module, layer_type))
-        elif kind.__name__.endswith("RMSNorm") and (found := rms_weight(module)) is not None:
+        elif kind.__name__.endswith(NORMS) and not isinstance(module, nn.LayerNorm) and (found := rms_weight(module)) is not None:
             hold(module, found)
             swap(module, "forward", _rms_norm.__get__(module))
         elif is_tanh_gelu(module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +20,16 @@ from edgetune.shipped_weights import round_weights
 def merge(adapted: Any, *, where: str) -> Any:
     """PEFT's model without PEFT; ExportError for what it cannot merge."""
     _untie(adapted)
+    tied = adapted.config.tie_word_embeddings
     try:
-        return adapted.merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            merged = adapted.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ExportError(f"PEFT cannot merge this adapter: {error}", where=where, fix="Export it with --mode separate.") from error
+    if tied is not None:  # PEFT takes it back where the two differ already; UMT5 scales its states by it
+        merged.config.tie_word_embeddings = tied
+    return merged
 
 
 def _untie(adapted: Any) -> None:

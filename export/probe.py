@@ -16,6 +16,7 @@ from edgetune.batching import token_types
 from edgetune.errors import EdgetuneError
 from edgetune.examples.classification import encode_texts
 from edgetune.export.proof import Outputs
+from edgetune.export.seq2seq import answer_logits, probe_pair, text_pairs
 from edgetune.export.training_rows import run_examples
 from edgetune.heads import RewardModel, SequenceClassifier
 from edgetune.runtime.engine import CACHE_STEP, DecoderEngine, DecodeState, EncoderEngine, round_up
@@ -44,9 +45,13 @@ def probe_rows(adapter: Path, tokenizer: Any, base: Any) -> list[list[int]]:
     try:
         if (examples := run_examples(adapter, tokenizer, base)) is not None:
             rows = examples.validation or examples.train
+            if base.kind == "encoder-decoder":
+                return [probe_pair(example.input_ids, example.labels, limit=longest) for example in _spread(rows, ROWS)]
             return [first_tokens(example.input_ids, longest) for example in _spread(rows, ROWS)]
     except EdgetuneError:
         pass  # the data has moved since training; the proof stands on plain texts too
+    if base.kind == "encoder-decoder":
+        return text_pairs(TEXTS, tokenizer, limit=longest)
     texts: list[Text] = list(itertools.pairwise(TEXTS)) if _reads_pairs(adapter) else list(TEXTS)
     return encode_texts(texts, tokenizer, limit=longest)[0] if base.kind == "encoder" else [tokenizer(text)["input_ids"][:longest] for text in TEXTS]
 
@@ -68,7 +73,9 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
         for row in rows:
             ids = torch.tensor([list(row)])
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-            if isinstance(inner, TokenClassifier):
+            if getattr(inner.config, "is_encoder_decoder", False):
+                logits.append(answer_logits(inner, row))
+            elif isinstance(inner, TokenClassifier):
                 hidden = inner.states(ids, torch.ones_like(ids))[0]
                 states.append(hidden.numpy())
                 logits.append(inner.classifier(hidden).numpy())

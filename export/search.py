@@ -28,7 +28,7 @@ from edgetune.runtime.latency import Workload
 from edgetune.runtime.manifest import MANIFEST, Manifest
 from edgetune.runtime.side_by_side import Latency, side_by_side
 
-AUTO_ROWS = {"decoder": 64, "encoder": 1000}
+AUTO_ROWS = {"decoder": 64, "encoder": 1000, "encoder-decoder": 64}
 RUNS, ROUNDS, PROMPT, ANSWER = 4, 2, 64, 24  # of the latency of every bundle tried
 
 
@@ -136,7 +136,7 @@ def _plan(task: TaskPlan, base: Base, sources: Sequence[Source]) -> TaskPlan:
 def _candidates(base: Base, sources: Sequence[Source], keep: Mapping[str, str]) -> list[Candidate]:
     source = sources[0] if sources else None
     rows = probe_rows(base.folder if source is None else source.folder, load_tokenizer(base), base)
-    return candidates(torch_model(base, source), rows, keep=keep, decoder=base.kind == "decoder")
+    return candidates(torch_model(base, source), rows, keep=keep, decoder=base.kind != "encoder")
 
 
 def _say_resolution(first: Trial, search: _Search, max_loss: float, say: Say) -> None:

@@ -30,7 +30,7 @@ from edgetune.runtime.manifest import Manifest
 from edgetune.torch_answers import TorchAnswers
 
 # A batch of 16 answers takes torch little longer than one; an encoder reads that many texts in a fraction of a second.
-DEFAULT_ROWS = {"decoder": 16, "encoder": 256}
+DEFAULT_ROWS = {"decoder": 16, "encoder": 256, "encoder-decoder": 16}
 # The first of these that a task has is its metric. ROUGE-L: BLEU is 0 for answers of a word, exact match for free text.
 METRICS = (
     "accuracy", "json_exact_match", "entity_f1", "micro_f1", "spearman", "rouge_l", "preference_accuracy", "token_accuracy", "perplexity",

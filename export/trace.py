@@ -136,7 +136,7 @@ def _trace(
     was = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:
-        with torch.no_grad(), _silent(), symbolic_leaves(model, module.rotary, logits_index=logits_index):
+        with torch.no_grad(), silent(), symbolic_leaves(model, module.rotary, logits_index=logits_index):
             program = torch.onnx.export(
                 module.eval(), args, dynamic_shapes=dynamic, dynamo=True, opset_version=OPSET, optimize=True,
                 input_names=inputs, output_names=outputs, verbose=False,
@@ -148,7 +148,7 @@ def _trace(
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without the tracer's own remarks (packages it does not find, axes it renames): they are about its insides."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

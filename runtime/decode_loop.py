@@ -39,11 +39,14 @@ class DecodeLoop:
         max_context: int | None = None,
     ) -> None:
         """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none."""
-        self.batch = Batch(engine, rows=rows, budget=tokens, max_context=max_context)
+        self.batch = self._new_batch(engine, rows=rows, budget=tokens, max_context=max_context)
         self.prefixes = PrefixCache(self.batch.arena, blocks=prefix_blocks if self.batch.arena.shares_prefixes else 0)
         self.counters, self.chunk, self.lookup = counters, chunk, lookup
         self.filling: Running | None = None
         self._rows: dict[BatchRow, Running] = {}
+
+    def _new_batch(self, engine: DecoderEngine, *, rows: int, budget: int, max_context: int | None) -> Batch:
+        return Batch(engine, rows=rows, budget=budget, max_context=max_context)
 
     @property
     def running(self) -> list[Running]:

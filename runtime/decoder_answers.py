@@ -155,12 +155,13 @@ class DecoderAnswers(OpenBundle):
     ) -> TokenSequence:
         """One answer to be generated; `context`: tokens of prompt and answer, at most (None: the graph's)."""
         graph = self.manifest.graph
+        before = ids if graph.start_token_id is None else [graph.start_token_id]  # the prompt is another text than the answer
         return TokenSequence(
             self.tokenizer,
             settings,
             row=choice,
-            limit=(context or graph.max_length) - len(ids),
-            prompt_ids=ids,
+            limit=(context or graph.max_length) - len(before),
+            prompt_ids=before,
             vocab_size=graph.vocab_size,
         )
 

@@ -168,11 +168,14 @@ def _swaps(runtime: Any, names: Sequence[str | None]) -> list[float]:
     if runtime.manifest.mode == "merged" or not runtime.manifest.sites:
         return []
     bound = [runtime.bound(name) for name in {*names, None}]
-    io = engine.session.io_binding()
-    return [
-        _timed_ms(lambda i=i: engine.bind_adapters(io, engine.group([bound[i % len(bound)]])))
-        for i in range(SWAPS)
-    ]
+    halves = [half for half in (engine, getattr(engine, "encoder", None)) if half is not None]
+    bindings = [(half, half.session.io_binding()) for half in halves]
+
+    def swap(i: int) -> None:
+        for half, io in bindings:
+            half.bind_adapters(io, half.group([bound[i % len(bound)]]))
+
+    return [_timed_ms(lambda i=i: swap(i)) for i in range(SWAPS)]
 
 
 def _summaries(row: dict[str, Any]) -> dict[str, Any]:

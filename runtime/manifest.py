@@ -26,6 +26,8 @@ STATES = "last_hidden_state"
 """graph output: every token's state (encoders), or the states that the logits asked for are made of (decoders)"""
 PROBLEMS = ("single-label", "multi-label", "regression")
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
+WHERE_SET = {"where_set": True}
+"""metadata of a field that is written only where it says something: readers from before it open all other bundles"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders only."""
+    """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders only.
+
+    Of an encoder-decoder `engine` is the decoder; `encoder` reads the prompt, and an answer begins after `start_token_id`.
+    """
 
     engine: str
     standard: str | None
@@ -68,6 +73,8 @@ class GraphInfo:
     cache_dtype: str | None = "float32"
     pooling: str | None = None
     token_type_ids: bool = False
+    encoder: str | None = field(default=None, metadata=WHERE_SET)
+    start_token_id: int | None = field(default=None, metadata=WHERE_SET)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where adapters enter the graph: inputs A (group, in, rank) and B (group, rank, out)."""
+    """One place where adapters enter the graph: inputs A (group, in, rank) and B (group, rank, out).
+
+    `graph`: the file whose inputs they are, where that is not the engine.
+    """
 
     name: str
     A: str
@@ -89,6 +99,7 @@ class Site:
     in_features: int
     out_features: int
     parts: tuple[Part, ...]
+    graph: str | None = field(default=None, metadata=WHERE_SET)
 
 
 @dataclass(frozen=True)
@@ -258,6 +269,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         graph.engine,
         graph.standard,
         graph.data,
+        graph.encoder,
         tokenizer.file,
         tokenizer.chat_template,
         *manifest.files,
@@ -322,7 +334,9 @@ def _plain(value: Any) -> Any:
     """Dataclasses, tuples and mappings as JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            JSON_NAMES.get(f.name, f.name): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+            JSON_NAMES.get(f.name, f.name): _plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("where_set") and getattr(value, f.name) is None)
         }
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}

@@ -12,9 +12,10 @@ from edgetune.devices.host import release_free_memory
 from edgetune.errors import InputError
 from edgetune.runtime.adapters import PackedAdapter
 from edgetune.runtime.binding import AdapterRow
-from edgetune.runtime.engine import DecoderEngine, EncoderEngine
+from edgetune.runtime.engine import EncoderEngine
 from edgetune.runtime.manifest import REWARD, Manifest
 from edgetune.runtime.registry import AdapterRegistry, InUse, Resident
+from edgetune.runtime.seq2seq import decoder_engine
 from edgetune.runtime.tokenizer import BundleTokenizer
 
 Held = Mapping[str | None, Resident | None]
@@ -40,7 +41,7 @@ class OpenBundle:
         self.registry = AdapterRegistry(
             folder, manifest, adapter_folder=adapter_folder, memory_mb=adapter_memory_mb
         )
-        self.decoder = DecoderEngine(folder, manifest, threads=threads, providers=providers) if manifest.is_decoder else None
+        self.decoder = decoder_engine(folder, manifest, threads=threads, providers=providers) if manifest.is_decoder else None
         self.encoder = None if manifest.is_decoder else EncoderEngine(folder, manifest, threads=threads, providers=providers)
         engine = self.decoder or self.encoder
         assert engine is not None

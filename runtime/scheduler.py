@@ -41,6 +41,7 @@ from edgetune.runtime.running import Running
 from edgetune.runtime.runtime import Runtime
 from edgetune.runtime.score_queue import ScoreQueue
 from edgetune.runtime.scoring import Answered, AnswerReader
+from edgetune.runtime.seq2seq_batch import Seq2SeqLoop
 from edgetune.runtime.tagging import Tagging, Words, read_words
 from edgetune.text_pairs import Text
 
@@ -89,8 +90,9 @@ class Scheduler:
         self._encodes = EncodeQueue(runtime) if runtime.decoder is None else ScoreQueue(runtime)
         self._loop: DecodeLoop | None = None
         if runtime.decoder is not None:
-            plan = plan_cache(runtime.manifest.graph, rows=max_rows, cache_mb=cache_mb)
-            self._loop = DecodeLoop(
+            apart = runtime.manifest.graph.encoder is not None  # a row is then two texts, each as long as the context at most
+            plan = plan_cache(runtime.manifest.graph, rows=max_rows * (2 if apart else 1), cache_mb=cache_mb)
+            self._loop = (Seq2SeqLoop if apart else DecodeLoop)(
                 runtime.decoder,
                 self.counters,
                 rows=max_rows,

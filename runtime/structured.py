@@ -136,7 +136,10 @@ class _Compiler:
         self._guidance = llguidance
         size = max(vocab_size, tokenizer.tokenizer.get_vocab_size(with_added_tokens=True))
         eos = sorted(tokenizer.eos_token_ids)
-        self._tokenizer = llguidance.LLTokenizer(tokenizer.tokenizer.to_str(), n_vocab=size, eos_token=eos or None)
+        try:
+            self._tokenizer = llguidance.LLTokenizer(tokenizer.tokenizer.to_str(), n_vocab=size, eos_token=eos or None)
+        except ValueError as error:  # T5's Metaspace, in llguidance 1.9
+            raise InputError(f"answers of this tokenizer cannot be held to a form: {_first_line(str(error))}", fix="Ask for free text.") from error
         self._compiled = functools.lru_cache(COMPILED)(self._compile)
 
     def matcher(self, kind: str, text: str) -> Any:

@@ -73,9 +73,9 @@ def rounded(folder: Path, weights: str = "int4") -> Base:
     return replace(base, precision=shipped_precision(weights, base.kind))
 
 
-def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+def stored_weights(bundle: Path, manifest: Manifest, graph_file: str = "engine.onnx") -> dict[str, torch.Tensor]:
     """Module → the weight (out, in) that the bytes of the file mean, read without edgetune's quantiser."""
-    model = onnx.load(str(bundle / "engine.onnx"))
+    model = onnx.load(str(bundle / graph_file))
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     graph = adapted_graph(model)
     sites = {f"{site.name}.adapted": site.parts for site in manifest.sites}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from export_helpers import make_adapter
+from seq2seq_helpers import make_seq2seq
 from training_helpers import intent_recipe, silent
 
 from edgetune.bases import load_body, load_tokenizer, resolve_base
@@ -103,3 +106,11 @@ def test_without_the_sets_a_line_says_how_to_get_it(topics: Path, tmp_path: Path
     output = export("--adapter", f"t={topics}", "--out", tmp_path / "b", "--general", tmp_path)
     assert "cost of int8: not measured: " in output and read_manifest(tmp_path / "b").quality == {}
     assert "cost" not in export("--adapter", f"t={topics}", "--out", tmp_path / "b", "--general", tmp_path, "--general-items", 0)
+
+
+def test_no_general_set_is_for_an_encoder_decoder_and_that_is_said(tmp_path: Path, general: Path) -> None:
+    base = resolve_base(str(make_seq2seq("t5", tmp_path / "t5")))
+    said: list[str] = []
+    stored: Any = SimpleNamespace(precision=SimpleNamespace(weights="int8"))
+    assert CostPlan(general, items=2).measure(tmp_path, stored, base, lambda: None, threads=1, say=said.append) is None
+    assert said == ["cost of int8: not measured: no general set is for an encoder-decoder"]

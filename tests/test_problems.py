@@ -213,4 +213,4 @@ def test_one_adapter_has_one_problem() -> None:
 
 def test_a_single_label_is_what_it_was() -> None:
     stage = recipe_from_dict({"base": "b", "stage": [{"method": "sequence-classification", "data": {"train": "t.jsonl"}}]}).stage[0]
-    assert stage.problem == "single-label" and method_of(stage) is METHODS["sequence-classification"]
+    assert stage.problem == "single-label" and method_of(stage, "encoder") is METHODS["sequence-classification"]

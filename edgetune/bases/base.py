@@ -13,7 +13,7 @@ from edgetune.errors import BaseModelError
 from edgetune.files import CHUNK
 from edgetune.weight_precision import Precision
 
-Kind = Literal["decoder", "encoder"]
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
 Pooling = Literal["mean", "cls"]
 
 # Keys that change what the weights compute; other keys vary with the version of transformers that wrote the file.
@@ -46,6 +46,20 @@ ARCHITECTURE_KEYS = (
     "use_parallel_residual",
     "vocab_size",
 )
+# Further keys of encoder-decoders, which name their sizes otherwise. (Not of all: that would change known digests.)
+SEQ2SEQ_KEYS = (
+    "d_ff",
+    "d_kv",
+    "d_model",
+    "decoder_start_token_id",
+    "feed_forward_proj",
+    "num_decoder_layers",
+    "num_heads",
+    "num_layers",
+    "relative_attention_max_distance",
+    "relative_attention_num_buckets",
+)
+SEQ2SEQ = frozenset({"mt5", "t5", "umt5"})
 ENCODERS = frozenset(
     {
         "albert",
@@ -65,11 +79,12 @@ ENCODERS = frozenset(
 )
 PAD_OFFSET = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})  # positions start after pad_token_id
 UNLIMITED = 1 << 20
+RELATIVE = 2048  # tokens of a text for positions that are all relative: the work grows with their square
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this machine. `max_length`: positions in tokens; `pooling` is None for decoders.
+    """A base model on this machine. `max_length`: positions in tokens; `pooling` is None for all but encoders.
 
     With a `precision` torch loads the weights that a bundle of that precision holds, else those of the files.
     """
@@ -197,9 +212,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _kind(config: dict[str, Any], folder: Path) -> Kind:
     classes = [str(name) for name in config.get("architectures") or []]
     if config.get("is_encoder_decoder"):
-        raise BaseModelError(
-            "encoder-decoder models are not supported", where=str(folder), expected="a decoder or an encoder"
-        )
+        return _seq2seq(config, classes, folder)
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
         return "decoder"
     if config["model_type"] in ENCODERS or any(name.endswith("ForMaskedLM") for name in classes):
@@ -210,6 +223,21 @@ def _kind(config: dict[str, Any], folder: Path) -> Kind:
         expected="one of the encoders " + ", ".join(sorted(ENCODERS)),
         got=f"model_type {config['model_type']!r}, architectures {classes}",
     )
+
+
+def _seq2seq(config: dict[str, Any], classes: list[str], folder: Path) -> Kind:
+    """An encoder-decoder that generates; BaseModelError for other families, and for one half or another head of it."""
+    fits = config["model_type"] in SEQ2SEQ and any(name.endswith("ForConditionalGeneration") for name in classes)
+    if not fits:
+        raise BaseModelError(
+            "this encoder-decoder is not supported",
+            where=str(folder / "config.json"),
+            expected=f"…ForConditionalGeneration of {', '.join(sorted(SEQ2SEQ))}",
+            got=f"model_type {config['model_type']!r}, architectures {classes}",
+        )
+    if config.get("decoder_start_token_id") is None:
+        raise BaseModelError("the configuration names no decoder_start_token_id", where=str(folder / "config.json"), expected="a token id, of T5 0")
+    return "encoder-decoder"
 
 
 def _pooling(folder: Path) -> Pooling:
@@ -229,7 +257,8 @@ def _pooling(folder: Path) -> Pooling:
 
 
 def _max_length(config: dict[str, Any]) -> int:
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or UNLIMITED
+    unlimited = RELATIVE if config["model_type"] in SEQ2SEQ else UNLIMITED
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or unlimited
     if config["model_type"] in PAD_OFFSET:
         positions -= (config.get("pad_token_id") or 0) + 1
     return int(positions)
@@ -237,7 +266,10 @@ def _max_length(config: dict[str, Any]) -> int:
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     """The keys that matter, with the defaults that some versions write and others leave out."""
-    kept = {key: config[key] for key in ARCHITECTURE_KEYS if config.get(key) is not None}
+    keys = (*ARCHITECTURE_KEYS, *SEQ2SEQ_KEYS) if config.get("is_encoder_decoder") else ARCHITECTURE_KEYS
+    kept = {key: config[key] for key in keys if config.get(key) is not None}
+    if config["model_type"] == "t5":  # which writes down in one of two ways whether the decoder's states are scaled
+        kept["scale_decoder_outputs"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
     heads = config.get("num_attention_heads")
     if heads:
         kept["num_key_value_heads"] = config.get("num_key_value_heads") or heads

@@ -30,13 +30,13 @@ def quiet() -> Iterator[None]:
 
 
 def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model in evaluation mode (float32 by default): a decoder with its output projection, or an
-    encoder without head; with the weights of the bundle where the base has a `precision`. Weights that are missing in
+    """The transformers model in evaluation mode (float32 by default): a decoder or encoder-decoder with its output
+    projection, or an encoder without head; with the weights of the bundle where the base has a `precision`. Weights that are missing in
     the file raise, but for an encoder's unused pooler."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    loader = AutoModelForCausalLM if base.kind == "decoder" else AutoModel
+    loader = {"decoder": AutoModelForCausalLM, "encoder": AutoModel, "encoder-decoder": AutoModelForSeq2SeqLM}[base.kind]
     with quiet():
         try:
             model, report = loader.from_pretrained(

@@ -14,6 +14,7 @@ from edgetune.examples.generation import PromptedRow, encode_prompts, load_compl
 from edgetune.examples.masked import load_masked
 from edgetune.examples.preference import PreferenceRow, load_preferences, preference_rows
 from edgetune.examples.prompting import load_prompts
+from edgetune.examples.seq2seq import load_answers
 from edgetune.examples.tagging import TaggedRow, load_tagged, tagged_rows
 from edgetune.examples.targets import load_targets
 from edgetune.examples.text import load_packed
@@ -71,17 +72,22 @@ def load_examples(
         chat_template=tokenizer.chat_template,
         columns=sources["train"].rows[0].values,
     )
-    load = LOADERS[stage.method] if stage.problem == "single-label" else load_targets
-    return load(Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed))
+    return _loader(stage, base)(Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed))
+
+
+def _loader(stage: Stage, base: Base) -> Callable[[Loading], ExampleSet]:
+    if base.kind == "encoder-decoder":
+        return load_answers
+    return LOADERS[stage.method] if stage.problem == "single-label" else load_targets
 
 
 def _check_kind(stage: Stage, base: Base) -> None:
     needed = KINDS[stage.method]
-    if base.kind != needed:
+    if base.kind != needed and not (base.kind == "encoder-decoder" and stage.method == "sft"):
         example = "builtin:smollm2-135m-instruct" if needed == "decoder" else "builtin:minilm-l6"
         raise RecipeError(
             f'method "{stage.method}" does not fit the base {base.name}',
             expected=f"a base that is {'a decoder' if needed == 'decoder' else 'an encoder'}",
-            got=f"{base.model_type}, {'an' if base.kind == 'encoder' else 'a'} {base.kind}",
-            fix=f'For example base = "{example}".',
+            got=f"{base.model_type}, {'a' if base.kind == 'decoder' else 'an'} {base.kind}",
+            fix='Train it with method = "sft".' if base.kind == "encoder-decoder" else f'For example base = "{example}".',
         )

@@ -9,6 +9,8 @@ from edgetune.bases import Base, load_tokenizer, resolve_base
 from edgetune.examples import ExampleSet, load_examples
 from edgetune.quantiser import ROUNDING
 from edgetune.recipe import Recipe
+from edgetune.seq2seq import KIND as SEQ2SEQ
+from edgetune.seq2seq import check_recipe
 from edgetune.training.checkpoint import origin_of
 from edgetune.training.continuing import StartAdapter, read_start
 from edgetune.training.methods import method_of
@@ -40,13 +42,15 @@ class Inputs:
 def read_inputs(recipe: Recipe) -> Inputs:
     """Raises the errors of recipe, data, adapters and base."""
     base = _as_it_ships(resolve_base(recipe.base), recipe)
+    if base.kind == SEQ2SEQ:
+        check_recipe(recipe)
     start = read_start(recipe, base)
     tokenizer = load_tokenizer(base)
     sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
     for stage in recipe.stage:
-        method_of(stage).check(stage, base)
+        method_of(stage, base.kind).check(stage, base)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id)
+    replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id, kind=base.kind)
     digests = [
         digests_of(examples, replay) | reward_digests(stage)
         for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
@@ -72,7 +76,7 @@ def _load_data(recipe: Recipe, tokenizer: Any, base: Base, classes: tuple[str, .
 
 
 def _load_replays(
-    recipe: Recipe, tokenizer: Any, sets: list[ExampleSet], *, pad_id: int
+    recipe: Recipe, tokenizer: Any, sets: list[ExampleSet], *, pad_id: int, kind: str
 ) -> list[ReplayText | None]:
     """Every stage's general text; None for a stage without."""
     return [
@@ -83,7 +87,7 @@ def _load_replays(
             limit=examples.max_length,
             pad_id=pad_id,
             seed=recipe.seed + index,
-            length=method_of(stage).length,
+            length=method_of(stage, kind).length,
         )
         for index, (stage, examples) in enumerate(zip(recipe.stage, sets, strict=True))
     ]

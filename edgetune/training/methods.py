@@ -15,6 +15,8 @@ from edgetune.policy import grpo
 from edgetune.preference import bradley_terry, collate_pairs, dpo
 from edgetune.problems import decisions, multi_label, regression, values
 from edgetune.recipe import Stage
+from edgetune.seq2seq import KIND as SEQ2SEQ
+from edgetune.seq2seq import answer_logits, answer_loss, both_lengths, collate_answers
 from edgetune.token_classifier import token_classification, word_logits
 from edgetune.training.grpo import check_grpo, collate_prompts, first_tokens, prepare_grpo
 from edgetune.training.measure import (
@@ -105,6 +107,18 @@ METHODS = {
 }
 
 
-def method_of(stage: Stage) -> Method:
-    """What the stage's method means, and for sequence-classification its problem."""
+# What sft means to an encoder-decoder; no other method fits one.
+ANSWERS = Method(
+    objective=lambda stage: answer_loss,
+    measure=functools.partial(measure_completions, outputs=answer_logits),
+    outputs=answer_logits,
+    collate=collate_answers,
+    length=both_lengths,
+)
+
+
+def method_of(stage: Stage, kind: str) -> Method:
+    """What the stage's method means to a base of this kind, and for sequence-classification its problem."""
+    if kind == SEQ2SEQ:
+        return ANSWERS
     return METHODS[stage.method if stage.problem == "single-label" else stage.problem]

@@ -61,7 +61,7 @@ class Stages:
     ) -> StageResult:
         """Train stage `index`, from its beginning or from where a checkpoint left it."""
         stage, examples, group = self.recipe.stage[index], self.succession.sets[index], self.group
-        method, precision = method_of(stage), precision_of(stage)
+        method, precision = method_of(stage, self.base.kind), precision_of(stage)
         model = self.succession.for_stage(index, begins=position is None or position.step == 0)
         prepared = self._prepare(model, index, kept)
         held_out = self._held_out(index) if group.leads else []
@@ -107,7 +107,7 @@ class Stages:
             self.group,
             kept,
         )
-        method = method_of(stage)
+        method = method_of(stage, self.base.kind)
         with generators_untouched(device_of(model)):
             self._prepared = self._opened.enter_context(method.prepare(situation, method.measure))
         return self._prepared
@@ -115,7 +115,7 @@ class Stages:
     def measure(self) -> dict[str, Any]:
         """Final metrics, the base's, and the adapter's effect; on training rows when there are no others."""
         stage, examples, before = self.recipe.stage[-1], self.succession.sets[-1], self.succession.before
-        method, precision = method_of(stage), precision_of(stage)
+        method, precision = method_of(stage, self.base.kind), precision_of(stage)
         held_out = self._held_out(-1)
         last = self.journal.last("validation") if held_out else None
         metrics = {k: v for k, v in (last or {}).items() if k not in {"kind", "stage", "step"}}
@@ -142,7 +142,7 @@ class Stages:
 
     def _batches(self, index: int, rows: Sequence[Any], *, tokens: int) -> Sequence[Batch]:
         """Batches for measuring, the same every time."""
-        method, mask = method_of(self.recipe.stage[index]), self.succession.sets[index].mask
+        method, mask = method_of(self.recipe.stage[index], self.base.kind), self.succession.sets[index].mask
         batches = batches_for_measuring(
             rows, pad_id=self.pad_id, tokens=tokens, batch_size=64, collate=method.collate, length=method.length
         )
