@@ -9,7 +9,7 @@ copied and the model is traced whole (`UnlikeError`), so that a layer which look
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,8 +214,12 @@ class Repeats:
                     graph.register_initializer(value)
 
 
-def tidy(model: ir.Model) -> None:
-    """What the exporter's own passes do last: equal small constants and equal nodes are one, names are unique."""
+def tidy(model: ir.Model, weights: Sequence[str]) -> None:
+    """What the exporter leaves of a whole model: initialisers in the order of its `weights`, equal small constants and equal
+    nodes only once, unique names."""
+    places, initializers = {name: place for place, name in enumerate(weights)}, model.graph.initializers
+    for value in sorted([initializers.pop(name) for name in list(initializers)], key=lambda value: places.get(str(value.name), len(places))):
+        model.graph.register_initializer(value)
     for one in (common.RemoveUnusedNodesPass(), common.DeduplicateInitializersPass(), common.CommonSubexpressionEliminationPass(), common.NameFixPass()):
         one(model)
 

@@ -156,6 +156,7 @@ def _exported(
     abridged = contextlib.nullcontext() if repeats is None else repeats.abridged()
     try:
         with torch.no_grad(), _silent(), symbolic_leaves(model, module.rotary, logits_index=logits_index), abridged:
+            weights = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
             program = torch.onnx.export(
                 module.eval(), args, dynamic_shapes=dynamic, dynamo=True, opset_version=OPSET, optimize=repeats is None,
                 input_names=inputs, output_names=outputs, verbose=False,
@@ -168,7 +169,7 @@ def _exported(
         with repeats.held_apart(program.model.graph):
             program.optimize()
             repeats.write_out(program.model)
-        tidy(program.model)
+        tidy(program.model, weights)
     return program.model
 
 
