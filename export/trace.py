@@ -21,6 +21,7 @@ from edgetune.export import attention
 from edgetune.export.attention import now
 from edgetune.export.families import DECODERS, ENCODERS, cache_sizes, decoder_family, encoder_family
 from edgetune.export.leaves import DOMAIN, is_rotary, symbolic_leaves
+from edgetune.export.repeats import Repeats, UnlikeError, tidy
 from edgetune.heads import has_token_types
 from edgetune.runtime.manifest import STATES
 
@@ -132,18 +133,43 @@ def _trace(
     module: _Traced, args: tuple[Any, ...], dynamic: Any, implementation: str, inputs: list[str], outputs: list[str],
     *, logits_index: Callable[[], Tensor] | None = None,
 ) -> ir.Model:  # fmt: skip
+    repeats = Repeats(module.model) if isinstance(module, (_Decoder, _Encoder)) else None
+
+    def export() -> ir.Model:
+        return _exported(module, args, dynamic, implementation, inputs, outputs, logits_index=logits_index, repeats=repeats)
+
+    try:
+        return export()
+    except UnlikeError:
+        repeats = None
+        return export()
+
+
+def _exported(
+    module: _Traced, args: tuple[Any, ...], dynamic: Any, implementation: str, inputs: list[str], outputs: list[str],
+    *, logits_index: Callable[[], Tensor] | None, repeats: Repeats | None,
+) -> ir.Model:  # fmt: skip
+    """The graph after the exporter's own passes; `repeats` saves tracing layers that are alike."""
     model = module.model
     was = model.config._attn_implementation
     model.set_attn_implementation(implementation)
+    abridged = contextlib.nullcontext() if repeats is None else repeats.abridged()
     try:
-        with torch.no_grad(), silent(), symbolic_leaves(model, module.rotary, logits_index=logits_index):
+        with torch.no_grad(), silent(), symbolic_leaves(model, module.rotary, logits_index=logits_index), abridged:
+            weights = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
             program = torch.onnx.export(
-                module.eval(), args, dynamic_shapes=dynamic, dynamo=True, opset_version=OPSET, optimize=True,
+                module.eval(), args, dynamic_shapes=dynamic, dynamo=True, opset_version=OPSET, optimize=repeats is None,
                 input_names=inputs, output_names=outputs, verbose=False,
             )  # fmt: skip
     finally:
         model.set_attn_implementation(was)
     assert program is not None
+    if repeats is not None:
+        repeats.check(program.model)
+        with repeats.held_apart(program.model.graph):
+            program.optimize()
+            repeats.write_out(program.model)
+        tidy(program.model, weights)
     return program.model
 
 

@@ -1,0 +1,95 @@
+"""Layers that are alike are traced twice and copied: the graph is the one of the model traced whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from family_helpers import DECODERS, ENCODERS, make_family
+
+from edgetune.bases import Base, load_body, resolve_base
+from edgetune.export import trace
+from edgetune.export.layout import simplify
+from edgetune.export.trace import trace_decoder, trace_encoder
+
+SIX = {"num_hidden_layers": 6, "n_layer": 6, "n_layers": 6}
+KINDS = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "no_rope_layers": [1, 1, 0] * 2}
+COPIES = {"bert", "camembert", "gemma", "mistral", "qwen2", "xlm-roberta"}  # of another family's code
+
+
+def six_layers(name: str, request: Any, folder: Path, **more: Any) -> Base:
+    """A family with six layers, of two kinds in turns where it knows kinds."""
+    like = request.getfixturevalue("tiny_decoder" if name in DECODERS else "tiny_encoder")
+    table: dict[str, dict[str, Any]] = DECODERS if name in DECODERS else ENCODERS
+    changed = {key: value for key, value in {**SIX, **KINDS}.items() if key in table[name]} | more
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(table, name, table[name] | changed)
+        return resolve_base(str(make_family(name, like, folder / "base")))
+
+
+def graph_of(base: Base) -> list[str]:
+    """Every node of the simplified graph, values by number, weights by their numbers."""
+    model = load_body(base)
+    graph = trace_decoder(model, max_length=32) if base.kind == "decoder" else trace_encoder(model, pooling="mean", max_length=32)
+    simplify(graph)
+    return lines(graph.graph)
+
+
+def lines(graph: ir.Graph) -> list[str]:
+    numbers: dict[Any, str] = {None: "-"} | {value: str(value.name) for value in [*graph.inputs, *graph.outputs]}
+
+    def named(value: Any) -> str:
+        if value is not None and value.is_initializer():
+            return f"{value.const_value.numpy().astype(np.float64).ravel()[:8].tolist()} {value.shape} {value.dtype}"
+        return numbers.setdefault(value, f"#{len(numbers)}")
+
+    return [
+        f"{node.op_type} {[named(x) for x in node.inputs]} {sorted((k, str(a.value)) for k, a in node.attributes.items())} → "
+        f"{[(named(x), str(x.shape), x.dtype) for x in node.outputs]}"
+        for node in graph
+    ]
+
+
+def whole(base: Base, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The graph traced layer by layer."""
+    with monkeypatch.context() as patch:
+        patch.setattr(trace, "Repeats", lambda model: None)
+        return graph_of(base)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in COPIES else []) for name in [*DECODERS, *ENCODERS]])
+def test_copied_layers_give_the_graph_of_a_whole_trace(name: str, request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = six_layers(name, request, tmp_path)
+    assert graph_of(base) == whole(base, monkeypatch)
+
+
+def test_most_layers_are_not_traced(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    base, calls, forward = six_layers("llama", request, tmp_path), [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
+    graph_of(base)
+    assert len(calls) == 2
+
+
+def test_layers_that_look_at_their_own_number_are_traced_one_by_one(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    forward = LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        LlamaDecoderLayer, "forward", lambda self, hidden, *args, **options: forward(self, hidden, *args, **options) * (1 + self.self_attn.layer_idx)
+    )
+    base = six_layers("llama", request, tmp_path)
+    found = graph_of(base)
+    assert found == whole(base, monkeypatch)
+    assert sum(line.startswith("GroupQueryAttention") for line in found) == 6
+
+
+def test_layers_with_attributes_of_their_own_are_not_alike(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = six_layers("gpt2", request, tmp_path, scale_attn_by_inverse_layer_idx=True)
+    found = graph_of(base)
+    assert found == whole(base, monkeypatch)
+    assert len({line.split("'scale'")[1] for line in found if line.startswith("GroupQueryAttention")}) == 6
