@@ -6,10 +6,12 @@ from pathlib import Path
 
 from edgetune.bases import Base, resolve_base
 from edgetune.errors import ExportError
-from edgetune.export.bundle import Say, probe_of, prove_bundle, torch_model
+from edgetune.export.bundle import Say
 from edgetune.export.proof import Proof
+from edgetune.export.proving import probe_of, prove_bundle
 from edgetune.export.sources import Source, read_source
 from edgetune.export.task import TaskPlan, TaskResult
+from edgetune.export.torch_side import torch_model
 from edgetune.runtime.manifest import AdapterEntry, Manifest
 
 

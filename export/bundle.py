@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,11 @@ from typing import Any
 import onnx_ir as ir
 
 from edgetune import __version__
-from edgetune.adapters import load_adapter
-from edgetune.bases import Base, load_body, load_tokenizer
-from edgetune.errors import ExportError, OutputError
-from edgetune.export import merging
+from edgetune.bases import Base, load_tokenizer
+from edgetune.errors import OutputError
 from edgetune.export.calibrating import calibrate_base, check_activations, check_quantiser
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.cost import CostPlan
-from edgetune.export.decisions import decide_by
 from edgetune.export.families import cache_sizes, fixed_length, known_family
 from edgetune.export.graphfile import (
     DATA,
@@ -34,39 +31,28 @@ from edgetune.export.lower import Precision, add_head, lower, settle
 from edgetune.export.names import name_for_people
 from edgetune.export.page import write_page
 from edgetune.export.probe import (
-    decoder_outputs,
-    encoder_outputs,
     probe_rows,
-    reward_outputs,
-    token_outputs,
-    torch_outputs,
 )
 from edgetune.export.proof import (
-    BOUNDS,
-    Outputs,
-    Proof,
-    coarsest,
     demand,
-    prove,
-    prove_head,
-    prove_parity,
 )
-from edgetune.export.reference import judged_by, reference_base, trained_base, warning
+from edgetune.export.proving import proof_document, prove_bundle
+from edgetune.export.reference import warning
 from edgetune.export.score_head import add_fixed_score, causal_model, decoder_head, drop_states
-from edgetune.export.seq2seq import check_seq2seq, seq2seq_outputs, seq2seq_shape
+from edgetune.export.seq2seq import check_seq2seq, seq2seq_shape
 from edgetune.export.seq2seq_graphs import placed, write_graphs
 from edgetune.export.seq2seq_trace import trace_seq2seq
 from edgetune.export.situations import ADAPTED, PLAIN, by_situation
-from edgetune.export.sources import Source, base_of, check_sources, original_base, read_source
+from edgetune.export.sources import Source, base_of, check_sources, read_source
 from edgetune.export.task import ALONE, TaskPlan
 from edgetune.export.token_head import add_token_head
+from edgetune.export.torch_side import as_stored, torch_model
 from edgetune.export.trace import trace_decoder, trace_encoder
 from edgetune.export.traced import Traced
 from edgetune.files import sha256_file, whole_folder, write_json
 from edgetune.heads import RewardModel, SequenceClassifier, has_token_types
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.binding import SITUATIONS
-from edgetune.runtime.engine import DecoderEngine, EncoderEngine
 from edgetune.runtime.manifest import (
     MANIFEST,
     REWARD,
@@ -81,9 +67,7 @@ from edgetune.runtime.manifest import (
     Site,
 )
 from edgetune.runtime.manifest import Precision as PrecisionInfo
-from edgetune.runtime.seq2seq import Seq2SeqEngine, decoder_engine
-from edgetune.text_pairs import second_of, typed_at
-from edgetune.token_classifier import TokenClassifier, build_classifier
+from edgetune.token_classifier import TokenClassifier
 from edgetune.weight_precision import FLOATS, INT4_DECODER
 
 Say = Callable[[str], None]
@@ -127,10 +111,10 @@ def export_bundle(
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
         demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights not in FLOATS)
         results = (task or TaskPlan()).measure(folder, manifest, base, sources, load=torch_model, threads=threads, say=say)
-        found = None if cost is None else cost.measure(folder, manifest, base, lambda: _as_stored(base, sources, mode), threads=threads, say=say)
+        found = None if cost is None else cost.measure(folder, manifest, base, lambda: as_stored(base, sources, mode), threads=threads, say=say)
         if found is not None:
             manifest = replace(manifest, quality={**manifest.quality, "cost": found.to_dict()})
-        document = _proof_document(proofs, rows, precision) | {"task": {name: result.to_dict() for name, result in results.items()}}
+        document = proof_document(proofs, rows, precision) | {"task": {name: result.to_dict() for name, result in results.items()}}
         manifest = replace(manifest, proof=document, files=_digests(folder))
         manifest = replace(manifest, files=manifest.files | write_page(folder, manifest))
         write_json(folder / MANIFEST, manifest.to_dict())
@@ -155,7 +139,7 @@ def _build(
     """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each adapter."""
     tokenizer = load_tokenizer(base)
     say(f"tracing {base.name} ({base.model_type})")
-    model = _as_stored(base, sources, mode)
+    model = as_stored(base, sources, mode)
     if precision.quantiser == "gptq":
         if set(precision.overrides) - set(INT4_DECODER):  # whoever calibrates must know what layers of one product are stored in
             precision = settle(_trace(base, model), precision)
@@ -199,29 +183,6 @@ def build_base(base: Base, folder: Path, *, precision: Precision, say: Say = lam
     process to use, as the rollouts of grpo do. It is not for a device.
     """
     return _build(base, [], folder, mode="separate", precision=precision, say=say)[0]
-
-
-def torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
-    """The base in torch fp32, with a source's adapter on it (or merged into it)."""
-    body = load_body(base).float().eval()
-    if source is None or source.is_model:
-        return body
-    model: Any = RewardModel(body) if source.task == REWARD else body
-    if base.kind == "encoder":
-        if source.labels is None:
-            raise ExportError(
-                "an adapter for an encoder needs its labels", where=str(source.folder), expected="edgetune_adapter.json with labels", got="none",
-                fix="Adapters of other tools load into a finished bundle with Runtime.load_adapter.",
-            )  # fmt: skip
-        pooling = source.metadata.get("pooling") or base.pooling
-        model = build_classifier(body, task=source.task or "", labels=len(source.labels), pooling=pooling)
-    adapted = load_adapter(model, source.folder).eval()
-    return merging.merge(adapted, where=str(source.folder)) if merge else adapted
-
-
-def _as_stored(base: Base, sources: Sequence[Source], mode: str) -> Any:
-    """What a bundle's graph holds with no adapter active, in torch in fp32."""
-    return torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else torch_model(base)
 
 
 def _graph(
@@ -326,71 +287,9 @@ def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) 
     return replace(entry, onnx_adapter=str(onnx_adapter), rank=packed.rank)
 
 
-def prove_bundle(
-    folder: Path, manifest: Manifest, base: Base, sources: Sequence[Source], rows: Mapping[str, list[list[int]]], *, threads: int | None = None
-) -> dict[str, Proof]:
-    """Run torch and the bundle's real engine on the probe, adapter by adapter."""
-    engine = (decoder_engine if manifest.is_decoder else EncoderEngine)(folder, manifest, threads=threads)
-    if not sources and isinstance(engine, DecoderEngine):
-        trained, shipped = torch_outputs(torch_model(base), rows[ALONE], adapter=True), _generator_outputs(engine, rows[ALONE], None)
-        judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
-        return {ALONE: prove_parity(trained=trained, shipped=shipped, precision=judged)}
-    return {source.name: _prove_one(engine, manifest, base, source, rows[source.name]) for source in sources}
-
-
-def _prove_one(engine: DecoderEngine | EncoderEngine, manifest: Manifest, base: Base, source: Source, rows: list[list[int]]) -> Proof:
-    reference = reference_base(base, source.metadata, manifest)
-    model = torch_model(reference, source)
-    trained, trained_off = torch_outputs(model, rows, adapter=True), torch_outputs(model, rows, adapter=False)
-    decide = decide_by(REWARD if source.task == REWARD else source.problem, trained)
-    trained, trained_off = decide(trained), decide(trained_off)
-    original = torch_model(original_base(source)) if source.is_model else None
-    if original is not None:
-        trained_off = torch_outputs(original, rows, adapter=True)
-
-    def ship(tensors: Any) -> Outputs:
-        if isinstance(engine, DecoderEngine):
-            return decide(reward_outputs(engine, rows, tensors)) if source.task == REWARD else _generator_outputs(engine, rows, tensors)
-        return decide(token_outputs(engine, rows, tensors) if source.task == TAGGING else encoder_outputs(engine, rows, tensors))
-
-    judged = judged_by(manifest, reference)
-    if not source.modules and not source.is_model:
-        tensors = None if manifest.mode == "merged" else pack_adapter(source.folder, manifest, name=source.name).tensors
-        return prove_head(trained=trained, shipped=ship(tensors), precision=judged)
-    if manifest.mode == "merged":
-        return merging.prove_merged(
-            model, original, rows, trained=trained, trained_off=trained_off, shipped=ship(None), stored=manifest.precision, judged=judged,
-            decide=decide,
-        )  # fmt: skip
-    del model  # the engine needs the memory
-    tensors = pack_adapter(source.folder, manifest, name=source.name).tensors
-    only_head = {name: tensor for name, tensor in tensors.items() if manifest.head and name in (manifest.head.weight, manifest.head.bias)}
-    shipped, shipped_off = ship(tensors), ship(only_head or None)
-    return prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=shipped_off, precision=judged)
-
-
-def _generator_outputs(engine: DecoderEngine, rows: list[list[int]], tensors: Any) -> Outputs:
-    return (seq2seq_outputs if isinstance(engine, Seq2SeqEngine) else decoder_outputs)(engine, rows, tensors)  # type: ignore[arg-type]
-
-
-def _proof_document(proofs: Mapping[str, Proof], rows: Mapping[str, list[list[int]]], precision: Precision) -> dict[str, Any]:
-    return {
-        "bounds": asdict(BOUNDS[coarsest([precision.weights, *precision.overrides.values()])]),
-        "adapters": {name: proof.to_dict() for name, proof in proofs.items()},
-        "probe": dict(rows),
-        **({"second": second} if (second := {name: kept for name, found in rows.items() if any(kept := [second_of(row) for row in found])}) else {}),
-    }
-
-
-def probe_of(manifest: Manifest) -> dict[str, list[list[int]]]:
-    """The manifest's probe rows; two texts know again where the second begins."""
-    rows, second = manifest.proof["probe"], manifest.proof.get("second", {})
-    return {name: [typed_at(row, at) for row, at in zip(found, second.get(name) or [None] * len(found), strict=True)] for name, found in rows.items()}
-
-
 def _digests(folder: Path) -> dict[str, FileInfo]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size) for path in files}
 
 
-__all__ = ["build_base", "check_place", "export_bundle", "probe_of", "prove_bundle", "torch_model"]
+__all__ = ["build_base", "check_place", "export_bundle"]

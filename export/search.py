@@ -14,13 +14,14 @@ from typing import Any
 
 from edgetune.bases import Base, load_tokenizer
 from edgetune.errors import EdgetuneError, ExportError, ProofError
-from edgetune.export.bundle import Say, check_place, export_bundle, torch_model
+from edgetune.export.bundle import Say, check_place, export_bundle
 from edgetune.export.candidates import Candidate, candidates
 from edgetune.export.cost import CostPlan
 from edgetune.export.lower import Precision
 from edgetune.export.probe import probe_rows
 from edgetune.export.sources import Source, base_of, check_sources, read_source
 from edgetune.export.task import TaskPlan, rows_of
+from edgetune.export.torch_side import torch_model
 from edgetune.export.traced import Traced
 from edgetune.files import whole_folder, write_json
 from edgetune.metrics import LOWER_IS_BETTER

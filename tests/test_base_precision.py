@@ -18,8 +18,9 @@ from edgetune.adapters import read_metadata
 from edgetune.bases import Base, load_body, resolve_base
 from edgetune.errors import ProofError
 from edgetune.export.again import reprove
-from edgetune.export.bundle import export_bundle, prove_bundle
+from edgetune.export.bundle import export_bundle
 from edgetune.export.lower import Precision
+from edgetune.export.proving import prove_bundle
 from edgetune.export.reference import precision_trained_for, reference_base, warning
 from edgetune.export.situations import adapted_graph
 from edgetune.export.sources import read_source

@@ -14,13 +14,13 @@ from training_helpers import intent_recipe, intent_rows, silent, write_rows
 from edgetune.bases import load_body, resolve_base
 from edgetune.cli.export import command
 from edgetune.errors import ExportError
-from edgetune.export.bundle import torch_model
 from edgetune.export.candidates import candidates, estimated_bytes, kinds
 from edgetune.export.lower import Precision
 from edgetune.export.search import Found, Trial, export_smallest
 from edgetune.export.search_page import render_page, table_lines
 from edgetune.export.sources import read_source
 from edgetune.export.task import TaskPlan
+from edgetune.export.torch_side import torch_model
 from edgetune.runtime import Runtime
 from edgetune.runtime.manifest import read_manifest, verify_files
 from edgetune.runtime.side_by_side import Latency

@@ -100,8 +100,8 @@ def test_a_packed_product_survives_as_it_is_stored(tiny_decoder: Path, tmp_path:
 
 
 def test_an_adapted_model_is_rounded_as_its_base_is(tiny_encoder: Path, tmp_path: Path) -> None:
-    from edgetune.export.bundle import torch_model
     from edgetune.export.sources import read_source
+    from edgetune.export.torch_side import torch_model
 
     base, plain = resolve_base(str(tiny_encoder)), load_body(resolve_base(str(tiny_encoder)))
     model = torch_model(base, read_source("a", make_adapter(tiny_encoder, tmp_path / "a")))

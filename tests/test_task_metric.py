@@ -19,10 +19,11 @@ from edgetune.cli.verify import command as verify
 from edgetune.errors import DataError, InputError
 from edgetune.evaluate import evaluate
 from edgetune.examples import load_examples
-from edgetune.export.bundle import export_bundle, torch_model
+from edgetune.export.bundle import export_bundle
 from edgetune.export.lower import Precision
 from edgetune.export.sources import read_source
 from edgetune.export.task import FREE, TaskPlan, relative_loss, rows_of, task_rows
+from edgetune.export.torch_side import torch_model
 from edgetune.recipe_file import load_recipe
 from edgetune.recipe_generation import FORMS, shaping
 from edgetune.runtime.manifest import Manifest, read_manifest
