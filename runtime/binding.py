@@ -160,6 +160,10 @@ class GraphSession:
         if self.rebinds:
             for name, value in changing.items():
                 io.bind_ortvalue_input(name, value)
+        self.run_io(io)
+
+    def run_io(self, io: Any) -> None:
+        """Run what is bound."""
         self.session.run_with_iobinding(io)
         if self._runs_to_settle:
             self._runs_to_settle -= 1

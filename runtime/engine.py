@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -208,6 +209,11 @@ class DecoderEngine(GraphSession):
 class EncoderEngine(GraphSession):
     """An encoder graph: texts in, pooled states and the head's logits out."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._last: list[tuple[BoundTensors, Any]] = []
+        """the last run's adapter and what it was bound to: binding fifty inputs anew takes a tenth of a short text's time"""
+
     def run(
         self,
         rows: Sequence[Sequence[int]],
@@ -266,18 +272,30 @@ class EncoderEngine(GraphSession):
         return {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if "token_type_ids" in self.inputs else {})
 
     def _run(self, inputs: Mapping[str, Int64], adapters: Sequence[AdapterRow], outputs: Sequence[str]) -> list[Float32]:
-        io = self.session.io_binding()
+        bound = self.group(adapters)
+        io = self._binding_of(bound)
         values = {name: ort_value(array) for name, array in inputs.items()}
         for name, value in values.items():
             io.bind_ortvalue_input(name, value)
-        bound = self.group(adapters)
-        self.bind_adapters(io, bound)
         for name in outputs:
             io.bind_output(name, "cpu")
-        self.session.run_with_iobinding(io)
+        self.run_io(io)
         arrays = [value.numpy() for value in io.get_outputs()]
-        del bound, values
+        io.clear_binding_outputs()
+        if bound is self.empty or bound is adapters[0]:  # not what was stacked for this batch alone
+            self._last = [(bound, io)]
+        del values
         return arrays
+
+    def _binding_of(self, bound: BoundTensors) -> Any:
+        """A binding whose adapter inputs are these: the last run's where it used the same, and no other thread has it now."""
+        with contextlib.suppress(IndexError):
+            last, io = self._last.pop()
+            if last is bound:
+                return io
+        io = self.session.io_binding()
+        self.bind_adapters(io, bound)
+        return io
 
     def _labels(self, adapter: AdapterRow, logits: Float32) -> int:
         """How many of the padded logits belong to this row's head."""
