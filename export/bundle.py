@@ -14,7 +14,7 @@ from edgetune.adapters import load_adapter
 from edgetune.bases import Base, load_body, load_tokenizer
 from edgetune.errors import ExportError, OutputError
 from edgetune.export import merging
-from edgetune.export.calibrating import calibrate_base, check_activations, check_quantiser
+from edgetune.export.calibrating import calibrate_base, check_activations, check_quantiser, check_symmetry
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.cost import CostPlan
 from edgetune.export.decisions import decide_by
@@ -112,6 +112,7 @@ def export_bundle(
         mode = "merged"
     check_sources(sources, mode, precision, base_name)
     swaps = not any(source.is_model or source.config.get("use_dora") for source in sources)
+    check_symmetry(precision)
     check_quantiser(precision, mode=mode, calibration=calibration, swaps=swaps)
     base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
@@ -173,7 +174,7 @@ def _build(
         base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
         precision=PrecisionInfo(
             precision.weights, None if precision.weights in FLOATS or precision.activations == "int8" else precision.block_size,
-            dict(precision.overrides), precision.quantiser, precision.activations,
+            dict(precision.overrides), precision.quantiser, precision.activations, precision.symmetric,
         ),
         graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
     )  # fmt: skip
