@@ -58,7 +58,7 @@ class AdapterMetadata:
 
 
 def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
-    """Put a fresh adapter on `model`: base frozen, adapter (and head) trainable, ΔW = 0 at the start."""
+    """Put a fresh adapter on `model`: base frozen, adapter (and head) trainable, ΔW = 0 at the start (before `loftq`)."""
     names = within(target_names(model, parameters.target_modules), parameters.layers)
     for table, pattern in (("rank_pattern", parameters.rank_pattern), ("alpha_pattern", parameters.alpha_pattern)):
         _check_pattern(pattern, names, table=table)
@@ -74,12 +74,12 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         rank_pattern=dict(parameters.rank_pattern),
         alpha_pattern={name: _whole(alpha) for name, alpha in parameters.alpha_pattern.items()},
         modules_to_save=None if head is None else [head],
-        init_lora_weights=True if parameters.init == "default" else parameters.init,
+        init_lora_weights=True if parameters.init in ("default", "loftq") else parameters.init,
         fan_in_fan_out=all(type(model.get_submodule(name)).__name__ == "Conv1D" for name in names),  # GPT-2's weights lie (in, out)
     )
     if parameters.init == "orthogonal" and (odd := _odd_ranks(parameters)):
         raise RecipeError('init = "orthogonal" needs an even rank', where="parameters.init", got=f"rank {odd}")
-    if changes_the_base(parameters.init):
+    if changes_the_base(parameters.init) or parameters.init == "loftq":
         _check_ranks(model, names, parameters)
     return PeftModel(model, config)
 
@@ -111,7 +111,7 @@ def _odd_ranks(parameters: Parameters) -> int | None:
 
 
 def _check_ranks(model: nn.Module, names: list[str], parameters: Parameters) -> None:
-    """PiSSA and OLoRA have no more directions than the weight has rows or columns."""
+    """PiSSA, OLoRA and LoftQ have no more directions than the weight has rows or columns."""
     largest = max(parameters.rank, *parameters.rank_pattern.values(), 1)
     for name in names:
         weight: Any = model.get_submodule(name).weight

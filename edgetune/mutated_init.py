@@ -24,7 +24,7 @@ def start_of(model: PeftModel) -> Start:
     """The adapter as it was initialised, to be taken before the first step."""
     return {
         name: (layer.lora_A[ADAPTER].weight.detach().clone(), layer.lora_B[ADAPTER].weight.detach().clone())
-        for name, layer in _layers(model)
+        for name, layer in adapted_layers(model)
     }
 
 
@@ -32,7 +32,7 @@ def start_of(model: PeftModel) -> Start:
 def restore_base(model: PeftModel, start: Start) -> None:
     """Give the base its weights back and the adapter what makes up for it; the model computes as before."""
     config = model.peft_config[ADAPTER]
-    for name, layer in _layers(model):
+    for name, layer in adapted_layers(model):
         weight = layer.get_base_layer().weight
         a0, b0 = (tensor.to(weight.device) for tensor in start[name])
         weight += (layer.scaling[ADAPTER] * b0 @ a0).to(weight.dtype)
@@ -48,7 +48,8 @@ def restore_base(model: PeftModel, start: Start) -> None:
     config.init_lora_weights = True
 
 
-def _layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
+def adapted_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    """Name and layer of everything in `model` that has an adapter."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and ADAPTER in module.lora_A:
             yield name, module

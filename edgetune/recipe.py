@@ -249,7 +249,8 @@ class Parameters:
     init: str = option(
         "default",
         help="PEFT's init_lora_weights: default, gaussian, orthogonal, olora, pissa or pissa_niter_N (faster); olora and "
-        "pissa are saved for the base as it ships, with twice the rank",
+        "pissa are saved for the base as it ships, with twice the rank; loftq (with base_precision): what rounding the base loses, "
+        "as far as the rank goes",
     )
 
 

@@ -13,10 +13,8 @@ from edgetune.reward_names import split_function
 if TYPE_CHECKING:
     from edgetune.recipe import Parameters, Recipe, Stage
 
-INIT = re.compile(r"default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?")
+INIT = re.compile(r"default|gaussian|orthogonal|olora|loftq|pissa(_niter_[1-9]\d*)?")
 UNUSABLE_INITS = {
-    "loftq": "it starts from a quantised base whose rounding error has full rank, so no adapter for the base that ships "
-    "equals what was trained",
     "corda": "it needs calibration data that a recipe has no place for",
     "eva": "it needs calibration data that a recipe has no place for",
     "lora_ga": "it needs gradients of calibration data that a recipe has no place for",
@@ -54,13 +52,21 @@ def check_parameters(parameters: Parameters, *, where: str) -> None:
             expected="one beginning: the adapter that start names, or a fresh one",
             fix="Remove one of them.",
         )
+    if parameters.init == "loftq" and parameters.base_precision is None:
+        raise RecipeError(
+            'parameters.init = "loftq" starts from what rounding the base loses, and this base is not rounded',
+            where=where,
+            expected='base_precision = "int4" or "int8"',
+            got="base_precision not set",
+            fix="Set parameters.base_precision, or remove init.",
+        )
     if INIT.fullmatch(parameters.init):
         return
     reason = UNUSABLE_INITS.get(parameters.init)
     raise RecipeError(
         f'parameters.init = "{parameters.init}" ' + ("cannot be used: " + reason if reason else "is not known"),
         where=where,
-        expected="default, gaussian, orthogonal, olora, pissa or pissa_niter_N",
+        expected="default, gaussian, orthogonal, olora, pissa, pissa_niter_N or loftq",
     )
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from edgetune import __version__
 from edgetune.bases import Base, load_tokenizer
 from edgetune.errors import OutputError
-from edgetune.export.calibrating import calibrate_base, check_activations, check_quantiser
+from edgetune.export.calibrating import calibrate_base, check_activations, check_quantiser, check_symmetry
 from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
 from edgetune.export.cost import CostPlan
 from edgetune.export.families import cache_sizes, fixed_length, known_family
@@ -30,12 +30,8 @@ from edgetune.export.layout import simplify
 from edgetune.export.lower import Precision, add_head, lower, settle
 from edgetune.export.names import name_for_people
 from edgetune.export.page import write_page
-from edgetune.export.probe import (
-    probe_rows,
-)
-from edgetune.export.proof import (
-    demand,
-)
+from edgetune.export.probe import probe_rows
+from edgetune.export.proof import demand
 from edgetune.export.proving import proof_document, prove_bundle
 from edgetune.export.reference import warning
 from edgetune.export.score_head import add_fixed_score, causal_model, decoder_head, drop_states
@@ -96,6 +92,7 @@ def export_bundle(
         mode = "merged"
     check_sources(sources, mode, precision, base_name)
     swaps = not any(source.is_model or source.config.get("use_dora") for source in sources)
+    check_symmetry(precision)
     check_quantiser(precision, mode=mode, calibration=calibration, swaps=swaps)
     base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
@@ -157,7 +154,7 @@ def _build(
         base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
         precision=PrecisionInfo(
             precision.weights, None if precision.weights in FLOATS or precision.activations == "int8" else precision.block_size,
-            dict(precision.overrides), precision.quantiser, precision.activations,
+            dict(precision.overrides), precision.quantiser, precision.activations, precision.symmetric,
         ),
         graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
     )  # fmt: skip

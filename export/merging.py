@@ -53,7 +53,7 @@ def prove_merged(
 
     `decide` turns a task's answers into what is compared (see `export.decisions`). Where weights are rounded, the base is rounded too, in place: only then is the difference to it the adapter's.
     """
-    precision = Precision(stored.weights, stored.block_size or 32, overrides=stored.overrides, quantiser=stored.quantiser)
+    precision = Precision(stored.weights, stored.block_size or 32, stored.symmetric, overrides=stored.overrides, quantiser=stored.quantiser)
     layers = survival(model, precision) if original is None else survival(original, precision, trained=model)
     if not layers:
         return prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=trained_off, precision=judged)

@@ -45,6 +45,7 @@ class Precision:
     """How the weights are stored: fp32, int8 or int4 (`block_size` weights share a scale), rounded by rtn, hqq or gptq.
 
     `activations` int8: what the products of 8-bit layers read is rounded to 8 bits too; their weights have a scale an output.
+    `symmetric` false: a block's zero stands where it costs least, not in the middle.
     """
 
     weights: str
@@ -52,6 +53,7 @@ class Precision:
     overrides: dict[str, Any] = field(default_factory=dict)
     quantiser: str = "rtn"
     activations: str = "float"
+    symmetric: bool = field(default=True, metadata=WHERE_SET)
 
 
 @dataclass(frozen=True)
@@ -336,7 +338,7 @@ def _plain(value: Any) -> Any:
         return {
             JSON_NAMES.get(f.name, f.name): _plain(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if not (f.metadata.get("where_set") and getattr(value, f.name) is None)
+            if not (f.metadata.get("where_set") and getattr(value, f.name) == f.default)
         }
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}

@@ -36,15 +36,15 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_family(model_type: str, like: Path, folder: Path) -> Path:
-    """A base folder of this family with the tokenizer of the folder `like`."""
+def make_family(model_type: str, like: Path, folder: Path, **config_values: Any) -> Path:
+    """A base folder of this family with the tokenizer of the folder `like`; `config_values` instead of those above."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(like)
     shutil.copytree(like, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors", "generation_config.json", "1_Pooling"))
     decoder = model_type in DECODERS
-    sizes = (DECODERS if decoder else ENCODERS)[model_type]
+    sizes = (DECODERS if decoder else ENCODERS)[model_type] | config_values
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **sizes)
     torch.manual_seed(0)

@@ -89,7 +89,6 @@ def test_only_the_chosen_layers_learn(tiny_decoder: Path, tmp_path: Path) -> Non
     [
         ({"layers": [1]}, "layers is no range"),
         ({"layers": [2, 1]}, "layers is no range"),
-        ({"init": "loftq"}, "rounding error has full rank"),
         ({"init": "eva"}, "calibration data"),
         ({"init": "pisa"}, "is not known"),
     ],

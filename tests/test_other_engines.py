@@ -60,7 +60,9 @@ def test_onnxruntime_genai_answers_with_the_same_tokens(adapter: str | None, gen
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "phi3", "qwen3"])
 def test_so_it_does_for_other_families(family: str, genai: str, tiny_decoder: Path, tmp_path: Path) -> None:
-    base = make_family(family, tiny_decoder, tmp_path / "base")
+    # Gemma 3 norms what each layer adds and multiplies embeddings by √hidden: larger ones would only ever repeat the last token.
+    smaller = {"initializer_range": 0.05} if family == "gemma3_text" else {}
+    base = make_family(family, tiny_decoder, tmp_path / "base", **smaller)
     export(tmp_path / "bundle", make_adapter(base, tmp_path / "home", strength=0.5))
     for adapter in ("home", None):
         assert_same_tokens(genai, tmp_path / "bundle", adapter)

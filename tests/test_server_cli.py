@@ -17,7 +17,8 @@ from server_helpers import serve
 from test_providers import MISSING
 
 from edgetune.cli import main
-from edgetune.cli.serve import read_keys
+from edgetune.cli.serve import load_adapters, read_keys
+from edgetune.runtime import Runtime
 from edgetune.runtime.server.watch import Rates, Reading, Watch, parse, read_metrics, sparkline
 
 
@@ -33,7 +34,7 @@ def test_the_command_serves_logs_json_and_ends_well_on_sigterm(tiny_decoder: Pat
     (tmp_path / "keys").write_text("# ours\nsecret\n")
     command = [sys.executable, "-m", "edgetune", "serve", str(bundle), "--port", "0", "--threads", "1"]
     command += ["--adapter", f"mine={bundle / 'adapters' / 'a'}", "--api-key-file", str(tmp_path / "keys")]
-    command += ["--lookup", "2", "--provider", MISSING]
+    command += ["--lookup", "2", "--provider", MISSING, "--pin", "mine", "--pin", "b", "--adapter-memory-mb", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -78,6 +79,21 @@ def test_without_the_extra_the_way_to_it_is_one_line(
     code, _, err = run(capsys, "serve", decoder_bundle(tiny_decoder))
     assert code == 2
     assert err.strip().endswith("pip install 'edgetune[serve]'")
+
+
+def test_what_is_pinned_stays_while_others_make_room(tiny_decoder: Path) -> None:
+    bundle = decoder_bundle(tiny_decoder)
+    with Runtime.open(bundle, threads=1, adapter_memory_mb=0) as runtime:
+        load_adapters(runtime, [("mine", bundle / "adapters/a"), ("other", bundle / "adapters/a")], ["mine", "b"])
+        runtime.generate(["x"] * 3, adapters=["a", "other", "mine"], max_new_tokens=1)
+        found = {status.name: (status.resident, status.pinned) for status in runtime.registry.statuses()}
+    assert found == {"a": (False, False), "b": (True, True), "mine": (True, True), "other": (False, False)}
+
+
+def test_a_pin_on_what_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tiny_decoder: Path) -> None:
+    code, _, err = run(capsys, "serve", decoder_bundle(tiny_decoder), "--port", 0, "--pin", "c")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "unknown adapter 'c'" in err and "a, b" in err
 
 
 @pytest.mark.parametrize("arguments", [("--adapter", "x"), ("--port", "99999"), ("--max-rows", "0"), ("--cors-origin", "example.org"), ("--cors-origin", "https://example.org/")])

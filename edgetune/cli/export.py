@@ -23,6 +23,7 @@ BLOCK_SIZE = 32
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4", "auto"]), help="How weights are stored; fp16 (activations and cache too) is for GPUs; auto: the smallest that keeps within --max-loss; not given: what all adapters were trained for (base_precision), else int8.")
 @click.option("--max-loss", metavar="SHARE", help="With --precision auto: how much of each adapter's task metric may be lost against torch in fp32, as 0.5% (of its value).  [default: 0.5%]")
 @click.option("--block-size", default=BLOCK_SIZE, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
+@click.option("--asymmetric", is_flag=True, help="Each block of scaled weights has a zero of its own, instead of one in the middle of its range.")
 @click.option("--activations", default="float", show_default=True, type=click.Choice(["float", "int8"]), help="int8: an encoder's int8 products round their inputs too (faster, less exact; --keep MODULE=fp32 spares a layer).")
 @click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
 @click.option("--quantiser", default="rtn", show_default=True, type=click.Choice(["rtn", "hqq", "gptq"]), help="How 4-bit weights are rounded: to nearest, half-quadratic (slower, no text), or to each layer's inputs from text (slowest).")
@@ -34,7 +35,7 @@ BLOCK_SIZE = 32
 @click.option("--general-items", type=click.IntRange(min=0), metavar="N", help="How much of it: windows of 512 tokens, or pairs of sentences; not given: 6 and 400; 0: nothing.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
-    adapters: tuple[str, ...], out: Path, form: str, mode: str, precision: str | None, max_loss: str | None, block_size: int, activations: str, keep: tuple[str, ...],
+    adapters: tuple[str, ...], out: Path, form: str, mode: str, precision: str | None, max_loss: str | None, block_size: int, asymmetric: bool, activations: str, keep: tuple[str, ...],
     quantiser: str, calibration: Path | None, base_name: str | None, task_rows: int | None, task_data: Path | None,
     general: Path | None, general_items: int | None, threads: int | None,
 ) -> None:  # fmt: skip
@@ -60,6 +61,8 @@ def command(
         if precision == "auto" and activations != "float":
             raise ExportError("--precision auto tries no 8-bit activations", got=f"--activations {activations}", fix="Leave one of them out.")
         if precision == "auto":
+            if asymmetric:
+                raise ExportError("--precision auto tries weights with the zero in the middle", got="--asymmetric", fix="Leave one of them out.")
             if quantiser != "rtn" or calibration is not None:
                 raise ExportError("--precision auto rounds to nearest", got=f"--quantiser {quantiser}", fix="Leave out --quantiser and --calibration.")
             _smallest(sources, out, max_loss, block_size, mode=mode, keep=overrides, base_name=base_name, task=task, threads=threads, cost=cost)
@@ -69,7 +72,7 @@ def command(
         precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
         if precision in FLOATS and not overrides and block_size != BLOCK_SIZE:
             raise ExportError("--block-size says which weights share a scale, and here none are scaled", got=f"--precision {precision}", fix="Leave it out.")
-        chosen = Precision(precision, block_size=block_size, overrides=overrides, quantiser=quantiser, activations=activations)
+        chosen = Precision(precision, block_size=block_size, symmetric=not asymmetric, overrides=overrides, quantiser=quantiser, activations=activations)
         manifest = export_bundle(
             sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, calibration=calibration,
             say=lambda line: click.echo(line, err=True), task=task, cost=cost,
@@ -116,7 +119,7 @@ def _share(text: str) -> float:
     return value
 
 
-OF_BUNDLES = ("mode", "precision", "max_loss", "block_size", "activations", "keep", "threads", "quantiser", "calibration", "task_rows", "task_data", "general", "general_items")
+OF_BUNDLES = ("mode", "precision", "max_loss", "block_size", "asymmetric", "activations", "keep", "threads", "quantiser", "calibration", "task_rows", "task_data", "general", "general_items")
 
 
 def _gguf(adapters: tuple[str, ...], out: Path, base_name: str | None) -> None:

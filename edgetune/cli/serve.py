@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgetune.cli.providers import chosen_providers, device_option, provider_option
+
+if TYPE_CHECKING:
+    from edgetune.runtime.runtime import Runtime
 
 KEYS = "EDGETUNE_API_KEYS"
 
@@ -41,6 +46,9 @@ KEYS = "EDGETUNE_API_KEYS"
     "--adapter-memory-mb",
     type=click.FloatRange(min=0),
     help="Memory for adapters; the least recently used ones are read again.",
+)
+@click.option(
+    "--pin", "pins", multiple=True, metavar="NAME", help="An adapter that is read at the start and never makes room; repeat for several."
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the base model.")
 @click.option(
@@ -110,6 +118,7 @@ def command(
     folders: tuple[Path, ...],
     library: Path | None,
     adapter_memory_mb: float | None,
+    pins: tuple[str, ...],
     model_name: str | None,
     api_key_file: Path | None,
     max_rows: int,
@@ -158,9 +167,8 @@ def command(
         listen(host, port) as place,
         Runtime.open(bundle, adapter_memory_mb=adapter_memory_mb, **opened) as runtime,  # type: ignore[arg-type]
     ):
-        for name, folder in named:
-            for line in runtime.load_adapter(name, folder).notes:
-                click.echo(f"note: {line}", err=True)
+        for line in load_adapters(runtime, named, pins):
+            click.echo(f"note: {line}", err=True)
         scheduler = Scheduler(
             runtime, max_rows=max_rows, max_queue=max_queue, cache_mb=cache_mb, prefill_chunk=prefill_chunk, lookup=lookup
         )
@@ -174,6 +182,14 @@ def command(
                     "note: whoever reaches this address can use it; keys close it (--api-key-file)", err=True
                 )
             DrainingServer(service).run(sockets=[place])
+
+
+def load_adapters(runtime: Runtime, named: Sequence[tuple[str, Path]], pins: Sequence[str]) -> list[str]:
+    """Load adapters under new names, and keep those of `pins`, loaded here or known before, in memory; what is to be noted."""
+    notes = [line for name, folder in named for line in runtime.load_adapter(name, folder, pin=name in pins).notes]
+    for name in pins:
+        runtime.registry.pin(name)
+    return notes
 
 
 def read_keys(path: Path | None, environment: str) -> tuple[str, ...]:

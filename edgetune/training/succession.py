@@ -18,13 +18,14 @@ from edgetune.adapters import adapt, adapt_head
 from edgetune.bases import Base, load_body
 from edgetune.examples import ExampleSet
 from edgetune.heads import RewardModel, SequenceClassifier, unwrapped
+from edgetune.loftq import start_from_rounding
 from edgetune.masked_lm import exchange_body, head_parameters, load_masked_lm
 from edgetune.mutated_init import Start, restore_base, start_of
 from edgetune.recipe import Recipe
 from edgetune.recipe_checks import changes_the_base
 from edgetune.token_classifier import build_classifier
 from edgetune.training.continuing import StartAdapter
-from edgetune.training.device import CPU
+from edgetune.training.device import CPU, generators_untouched
 from edgetune.training.features import with_features
 from edgetune.training.measure import adapter_off
 from edgetune.training.probe import fit_reward_probe
@@ -89,26 +90,26 @@ class Succession:
                 yield model
             return
         if self._original is None:
-            self._original = self._bare()
+            self._original = self._bare(self._base)
             if self._first_head:
                 self._original.classifier.load_state_dict(self._first_head)
         yield self._original.to(self._device).eval()
 
-    def _bare(self) -> Any:
-        """The base with the head of the recipe's task, untrained."""
+    def _bare(self, base: Base) -> Any:
+        """A base with the head of the recipe's task, untrained."""
         recipe, examples = self._recipe, self.sets[self.first]
         if recipe.task == "masked-lm":
-            model, self.fresh_head = load_masked_lm(self._base, seed=recipe.seed)
+            model, self.fresh_head = load_masked_lm(base, seed=recipe.seed)
             return model
-        body = load_body(self._base)
+        body = load_body(base)
         if recipe.task == "reward":
             return RewardModel(body)
         if examples.labels is None:
             return body
-        return build_classifier(body, task=recipe.task, labels=len(examples.labels), pooling=self._base.pooling)
+        return build_classifier(body, task=recipe.task, labels=len(examples.labels), pooling=base.pooling)
 
     def _build(self) -> Any:
-        recipe, body, examples = self._recipe, self._bare(), self.sets[self.first]
+        recipe, body, examples = self._recipe, self._bare(self._base), self.sets[self.first]
         if isinstance(body, SequenceClassifier):
             body.to(self._device)
             if recipe.parameters.train == "head":
@@ -129,6 +130,9 @@ class Succession:
         model = adapt(body, recipe.parameters, task=recipe.task)
         if changes_the_base(recipe.parameters.init):
             self._start = start_of(model)
+        if recipe.parameters.init == "loftq" and self._base.precision is not None:
+            with generators_untouched(self._device):
+                start_from_rounding(model, self._bare(replace(self._base, precision=None)), self._base.precision)
         if self.fresh_head:
             _learn(head_parameters(model))
         return model
