@@ -80,6 +80,16 @@ def probabilities_of(runtime: Runtime, texts: Sequence[str], labelled: Sequence[
     return names, together(adapters, spread(known, classes, unknown, labels=len(names)))
 
 
+def new_texts(texts: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The texts that are none of the known ones, whatever their case and spaces."""
+    seen = {_plain(text) for text in known}
+    return [text for text in texts if _plain(text) not in seen]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a .jsonl or .jsonl.gz file."""
     opened = gzip.open if path.suffix == ".gz" else open
@@ -98,8 +108,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=3, help="times that the labelled rows are written")
     options = parser.parse_args()
     labelled = [{"text": row["text"], "label": row["label"]} for row in read(options.labelled)]
-    shown = {row["text"] for row in labelled}
-    texts = [row["text"] for row in read(options.unlabelled) if row["text"] not in shown]
+    texts = new_texts([row["text"] for row in read(options.unlabelled)], [row["text"] for row in labelled])
     with Runtime.open(options.bundle) as runtime:
         names, probabilities = probabilities_of(runtime, texts, labelled)
     made = surest(texts, names, probabilities, share=options.share)

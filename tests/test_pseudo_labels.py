@@ -36,3 +36,7 @@ def test_the_surest_texts_join_in_their_order() -> None:
     probabilities = np.array([[0.9, 0.1], [0.55, 0.45], [0.2, 0.8], [0.05, 0.95]], np.float32)
     rows = pseudo_labels.surest(["gone", "either", "costly", "dear"], ["lost", "fees"], probabilities, share=0.75)
     assert rows == [{"text": "gone", "label": "lost"}, {"text": "costly", "label": "fees"}, {"text": "dear", "label": "fees"}]
+
+
+def test_a_labelled_text_does_not_join_again_in_other_letters() -> None:
+    assert pseudo_labels.new_texts(["Where is  my card?", "Why the fee?"], ["where is my card?"]) == ["Why the fee?"]
