@@ -35,7 +35,7 @@ def name_for_people(graph: ir.Graph) -> None:
             if value.name not in fixed and value.name and VALUE.fullmatch(value.name):
                 value.name = _free(f"{node.name}.out{at or ''}", taken)
         for at, given in enumerate(node.inputs):
-            if given is not None and given.name in graph.initializers and (norm or VALUE.fullmatch(given.name or "")):
+            if given is not None and given.name not in fixed and given.name in graph.initializers and (norm or VALUE.fullmatch(given.name or "")):
                 given.name = _free(f"{node.name}.{_role(node, at)}", taken)
         if any(value.name == "last_hidden_state" for value in node.outputs):
             scope = END
