@@ -1,7 +1,7 @@
 """How the memory of this process lies in pages: large ones for weights that every token reads, none for a file read once.
 
 Both are requests to Linux that change no content and may be refused; elsewhere they do nothing. SmolLM2 int4 on two cores decodes
-8 to 11 % faster on large pages, and loading it leaves 90 MB less of its file resident (`benchmarks/RESULTS.md`).
+11 to 18 % faster on large pages, and its peak of memory is 58 MB lower (`benchmarks/RESULTS.md`).
 """
 
 from __future__ import annotations
