@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.grids import find_grid
 from edgetune.heads import HEADS, UNUSED, unwrapped
-from edgetune.quantiser import Quantised, quantise
+from edgetune.quantiser import Quantised, in_blocks, quantise
 from edgetune.weight_precision import Precision
 
 ADAPTERS_OWN = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save", *HEADS}  # parts of a path that no base has
@@ -73,6 +74,13 @@ def quantised_weight(module: Any, bits: int, precision: Precision, *, offsets: b
         weight.t() if is_transposed(module) else weight, bits=bits, block_size=precision.block_size,
         symmetric=precision.symmetric, offsets=offsets, method=precision.quantiser,
     )  # fmt: skip
+
+
+def lies_on_grid(module: Any, precision: Precision) -> bool:
+    """Whether a linear layer's weight is kept as it is in 4 bits, because it lies on a grid of this block size."""
+    weight = module.weight.t() if is_transposed(module) else module.weight
+    kept, _ = find_grid(in_blocks(weight, precision.block_size), bits=4, offsets=weight.shape[1] % precision.block_size == 0)
+    return bool(kept.all())
 
 
 def store(module: Any, quantised: Quantised) -> None:

@@ -141,6 +141,7 @@ def _build(
         if set(precision.overrides) - set(INT4_DECODER):  # whoever calibrates must know what layers of one product are stored in
             precision = settle(_trace(base, model), precision)
         calibrate_base(model, base, sources, tokenizer, precision, file=calibration, say=say)
+        traced = None  # a graph kept from before has the weights as they were
     graph, info, sites, head, precision = _graph(base, model, sources, mode=mode, precision=precision, say=say, traced=traced)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,14 @@ from torch import Tensor
 
 from edgetune.export.distances import mean_kl
 from edgetune.export.probe import torch_outputs
-from edgetune.shipped_weights import base_of_model, linear_layers, quantised_weight, store, stored_bits
+from edgetune.shipped_weights import (
+    base_of_model,
+    lies_on_grid,
+    linear_layers,
+    quantised_weight,
+    store,
+    stored_bits,
+)
 from edgetune.weight_precision import INT4_DECODER, Precision, named
 
 INT4_BLOCKS, INT8_BLOCKS, MIXED_BLOCK = (128, 64, 32, 16), (128, 32), 32
@@ -35,19 +42,28 @@ class Candidate:
     bytes: float
 
     @property
+    def careful(self) -> bool:
+        """Whether weights are rounded by more than the nearest point."""
+        return self.precision.quantiser != "rtn"
+
+    @property
     def name(self) -> str:
-        """`int4, blocks of 32, int8: mlp.down_proj lm_head`."""
+        """`int4, blocks of 32, int8: mlp.down_proj lm_head`, `int4 by gptq, blocks of 128`."""
         if self.precision.weights == "fp32":
             return "fp32"
+        weights = self.precision.weights + (f" by {self.precision.quantiser}" if self.careful else "")
         kept = dict.fromkeys(self.precision.overrides.values())
         lists = [f"{kind}: {' '.join(name for name, of in self.precision.overrides.items() if of == kind)}" for kind in kept]
-        return ", ".join([self.precision.weights, f"blocks of {self.precision.block_size}", *lists])
+        return ", ".join([weights, f"blocks of {self.precision.block_size}", *lists])
 
 
-def candidates(model: Any, rows: Sequence[Sequence[int]], *, keep: Mapping[str, str], decoder: bool) -> list[Candidate]:
+def candidates(
+    model: Any, rows: Sequence[Sequence[int]], *, keep: Mapping[str, str], decoder: bool, quantisers: Sequence[str] = ("rtn",), merged: bool = False
+) -> list[Candidate]:  # fmt: skip
     """All precisions smaller than fp32, smallest first. `model` in torch, with the adapter on; it is left as it is.
 
-    `rows`: token ids of the probe; `keep`: what the user wants stored otherwise, in every one of them.
+    `rows`: token ids of the probe; `keep`: what the user wants stored otherwise, in every one of them; `quantisers`: how 4-bit
+    weights are rounded, each tried where it can differ from the first; `merged`: the adapter goes into the weights, off any grid.
     """
     body = base_of_model(model)
     four = (INT4_DECODER if decoder else {}) | dict(keep)
@@ -59,7 +75,7 @@ def candidates(model: Any, rows: Sequence[Sequence[int]], *, keep: Mapping[str, 
         kept = {end: "int8" for kind in sensitive[:count] for end in kind}
         wanted.append(Precision("int4", MIXED_BLOCK, overrides=kept | four))
     whole = estimated_bytes(body, Precision("fp32"))
-    found = [Candidate(precision, estimated_bytes(body, precision)) for precision in wanted]
+    found = [Candidate(one, estimated_bytes(body, one)) for precision in wanted for one in _by_each(body, precision, quantisers, merged)]
     return sorted((one for one in found if one.bytes < whole), key=lambda one: one.bytes)
 
 
@@ -73,8 +89,19 @@ def estimated_bytes(body: Any, precision: Precision) -> float:
         if (id(weight), bits) in seen:
             continue
         seen.add((id(weight), bits))
-        total += weight.numel() * (bits / 8 + SCALE_BYTES / precision.block_size if bits else 4)
+        zeros = 0.5 / precision.block_size if bits == 4 and precision.quantiser == "hqq" else 0.0
+        total += weight.numel() * (bits / 8 + SCALE_BYTES / precision.block_size + zeros if bits else 4)
     return total
+
+
+def _by_each(body: Any, precision: Precision, quantisers: Sequence[str], merged: bool) -> list[Precision]:
+    """The precision by the first quantiser, and by the others where its 4-bit weights are not kept as they are anyway."""
+    layers = linear_layers(body)
+    four = [layer for path, layer in layers.items() if precision.bits([path]) == 4]
+    if not four:
+        return [precision]
+    differ = len(quantisers) > 1 and (merged or not all(lies_on_grid(layer, precision) for layer in four))
+    return [replace(precision, quantiser=name) for name in (quantisers if differ else quantisers[:1])]
 
 
 def _by_sensitivity(model: Any, rows: Sequence[Sequence[int]], precision: Precision, keep: Mapping[str, str]) -> list[Kind]:

@@ -1,7 +1,8 @@
 """`--precision auto`: the smallest bundle whose task metric stays within a bound of torch in fp32, measured through the real engine.
 
 Precisions are exported in the order of their estimated size, each proven and measured like any bundle, until one holds; fp32 goes
-first, as what the others are seen against. The winner is moved to its place as it is.
+first, as what the others are seen against. Where 4 bits rounded to the nearest come near the bound, the same size is tried again with
+weights rounded carefully. The winner is moved to its place as it is.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from typing import Any
 from edgetune.bases import Base, load_tokenizer
 from edgetune.errors import EdgetuneError, ExportError, ProofError
 from edgetune.export.bundle import Say, check_place, export_bundle
+from edgetune.export.calibrating import check_quantiser
 from edgetune.export.candidates import Candidate, candidates
 from edgetune.export.cost import CostPlan
 from edgetune.export.lower import Precision
 from edgetune.export.probe import probe_rows
+from edgetune.export.seq2seq import check_seq2seq
 from edgetune.export.sources import Source, base_of, check_sources, read_source
 from edgetune.export.task import TaskPlan, rows_of
 from edgetune.export.torch_side import torch_model
 from edgetune.export.traced import Traced
+from edgetune.export.training_rows import has_recipe
 from edgetune.files import whole_folder, write_json
 from edgetune.metrics import LOWER_IS_BETTER
 from edgetune.runtime.latency import Workload
@@ -30,6 +34,8 @@ from edgetune.runtime.manifest import MANIFEST, Manifest
 from edgetune.runtime.side_by_side import Latency, side_by_side
 
 AUTO_ROWS = {"decoder": 64, "encoder": 1000, "encoder-decoder": 64}
+WITHIN_REACH = 8
+"""times the bound: what more than that is lost by rounding to nearest, gptq does not bring back (it left a quarter of the loss on SmolLM2)"""
 RUNS, ROUNDS, PROMPT, ANSWER = 4, 2, 64, 24  # of the latency of every bundle tried
 
 
@@ -83,29 +89,32 @@ class Found:
 def export_smallest(
     adapters: Sequence[tuple[str, Path]], out: Path, *, max_loss: float, mode: str = "separate", keep: Mapping[str, str] | None = None,
     base_name: str | None = None, task: TaskPlan | None = None, threads: int | None = None, say: Say = lambda line: None,
-    cost: CostPlan | None = None,
+    cost: CostPlan | None = None, quantiser: str | None = None, calibration: Path | None = None,
 ) -> Found:  # fmt: skip
     """Write the smallest bundle to `out` that loses at most `max_loss` (a share) of every adapter's task metric.
 
-    ExportError where there are no rows to measure on, or where not even fp32 keeps within the bound.
+    `quantiser`: how 4-bit weights are rounded; not given: to nearest, and where that nearly suffices by gptq too, or by hqq where there
+    is no text for it. `calibration`: text for gptq; not given: the training rows of the runs. ExportError where there are no rows to measure on, or where not even fp32 keeps within the bound.
     """
     check_place(out)
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     mode = "merged" if len(sources) == 1 and sources[0].is_model else mode
     check_sources(sources, mode, Precision(), base_name)
     base = base_of(sources, base_name)
+    quantisers = _quantisers(quantiser, base, sources, mode, calibration)
     plan = _plan(task or TaskPlan(), base, sources)
     place = out.resolve().parent
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".edgetune-auto-", dir=place) as work:
-        search = _Search(adapters, Path(work), mode, base_name, plan, threads, say, None if cost is None else replace(cost, known={}))
+        search = _Search(adapters, Path(work), mode, base_name, plan, threads, say, None if cost is None else replace(cost, known={}), calibration)
         first = search.tried(Candidate(Precision("fp32", overrides=dict(keep or {})), 0.0))
         if first.failed:
             raise ProofError(first.failed, where=str(out))
         _say_resolution(first, search, max_loss, say)
         chosen = 0
-        wanted = _candidates(base, sources, keep or {})
-        for candidate in wanted:
+        for candidate in _candidates(base, sources, keep or {}, quantisers, merged=mode == "merged"):
+            if len(quantisers) > 1 and not search.within_reach(candidate, max_loss):
+                continue
             trial = search.tried(candidate)
             if trial.loss is not None and trial.loss <= max_loss:
                 chosen = len(search.trials) - 1
@@ -134,10 +143,24 @@ def _plan(task: TaskPlan, base: Base, sources: Sequence[Source]) -> TaskPlan:
     return replace(task, rows=limit, known={})
 
 
-def _candidates(base: Base, sources: Sequence[Source], keep: Mapping[str, str]) -> list[Candidate]:
+def _quantisers(asked: str | None, base: Base, sources: Sequence[Source], mode: str, calibration: Path | None) -> tuple[str, ...]:
+    """How 4-bit weights are rounded: what was asked for, else to nearest and then more carefully."""
+    if asked is None:
+        reads_text = mode == "separate" and base.kind != "encoder-decoder"
+        if calibration is not None and not reads_text:
+            raise ExportError("only gptq reads text, and it does not round this base", where="--calibration", got=f"a {base.kind}, {mode}", fix="Leave it out.")
+        return "rtn", "gptq" if reads_text and (calibration is not None or has_recipe(sources)) else "hqq"
+    for_any = Precision("int4", quantiser=asked)
+    check_quantiser(for_any, mode=mode, calibration=calibration, swaps=True)
+    if base.kind == "encoder-decoder":
+        check_seq2seq(for_any)
+    return (asked,)
+
+
+def _candidates(base: Base, sources: Sequence[Source], keep: Mapping[str, str], quantisers: Sequence[str], *, merged: bool) -> list[Candidate]:
     source = sources[0] if sources else None
     rows = probe_rows(base.folder if source is None else source.folder, load_tokenizer(base), base)
-    return candidates(torch_model(base, source), rows, keep=keep, decoder=base.kind != "encoder")
+    return candidates(torch_model(base, source), rows, keep=keep, decoder=base.kind != "encoder", quantisers=quantisers, merged=merged)
 
 
 def _say_resolution(first: Trial, search: _Search, max_loss: float, say: Say) -> None:
@@ -155,15 +178,22 @@ class _Search:
 
     def __init__(
         self, adapters: Sequence[tuple[str, Path]], folder: Path, mode: str, base_name: str | None, plan: TaskPlan, threads: int | None, say: Say,
-        cost: CostPlan | None = None,
+        cost: CostPlan | None = None, calibration: Path | None = None,
     ) -> None:  # fmt: skip
+        self.calibration = calibration
         self.adapters, self.folder, self.mode, self.base_name = adapters, folder, mode, base_name
         self.plan, self.threads, self.say, self.cost, self.traced = plan, threads, say, cost, Traced()
         self.trials: list[Trial] = []
+        self.by_precision: dict[str, Trial] = {}
         self.manifests: dict[int, Manifest] = {}
         self.metric: dict[str, str] = {}
         self.reference: dict[str, float] = {}
         self.rows = 0
+
+    def within_reach(self, candidate: Candidate, max_loss: float) -> bool:
+        """Whether rounding more carefully may keep within the bound, seen from what rounding to nearest lost."""
+        plain = self.by_precision.get(replace(candidate, precision=replace(candidate.precision, quantiser="rtn")).name)
+        return not candidate.careful or plain is None or plain.loss is None or plain.loss <= WITHIN_REACH * max_loss
 
     def tried(self, candidate: Candidate) -> Trial:
         """Export one candidate, prove and measure it."""
@@ -173,6 +203,7 @@ class _Search:
             manifest = export_bundle(
                 self.adapters, self.folder / str(at), mode=self.mode, precision=candidate.precision, base_name=self.base_name,
                 threads=self.threads, say=self.say, task=self.plan, traced=self.traced, cost=self.cost,
+                calibration=self.calibration if candidate.precision.quantiser == "gptq" else None,
             )  # fmt: skip
             trial = self._measured(candidate.name, manifest)
             self.manifests[at] = manifest
@@ -180,6 +211,7 @@ class _Search:
             trial = Trial(candidate.name, {}, failed=error.what)
             self.say(f"  {error.what}")
         self.trials.append(trial)
+        self.by_precision[candidate.name] = trial
         return trial
 
     def _measured(self, name: str, manifest: Manifest) -> Trial:

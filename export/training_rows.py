@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgetune.adapters import METADATA, read_metadata
 from edgetune.bases import Base
 from edgetune.examples import ExampleSet, load_examples
+from edgetune.export.sources import Source
 from edgetune.layout import RECIPE
 from edgetune.recipe_file import load_recipe
+
+
+def has_recipe(sources: Sequence[Source]) -> bool:
+    """Whether a recipe beside any of the adapters says what it was trained on."""
+    return any((source.folder.parent / RECIPE).is_file() for source in sources)
 
 
 def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None:

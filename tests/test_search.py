@@ -24,6 +24,7 @@ from edgetune.export.torch_side import torch_model
 from edgetune.runtime import Runtime
 from edgetune.runtime.manifest import read_manifest, verify_files
 from edgetune.runtime.side_by_side import Latency
+from edgetune.shipped_weights import linear_layers
 from edgetune.training import run_recipe
 
 ROW = [5, 9, 30, 31, 7, 100, 12]
@@ -117,6 +118,47 @@ def test_the_estimate_is_the_size_of_the_weights(tiny_decoder: Path) -> None:
     assert estimated_bytes(body, Precision("fp32")) == 4 * (linears + tied)
     four = Precision("int4", 32, overrides={"lm_head": "int8"})
     assert estimated_bytes(body, four) == pytest.approx(linears * (0.5 + 4 / 32) + tied * (1 + 4 / 32))
+
+
+def test_four_bits_are_rounded_more_carefully_where_they_lie_on_no_grid(tiny_decoder: Path) -> None:
+    body = load_body(resolve_base(str(tiny_decoder)))
+    found = candidates(body, [ROW], keep={}, decoder=True, quantisers=("rtn", "gptq"))
+    names = [one.name for one in found if one.precision.weights == "int4"]
+    assert [name.replace(" by gptq", "") for name in names[1::2]] == names[::2] and all("by gptq" in name for name in names[1::2])
+    assert not any(one.careful for one in found if one.precision.weights == "int8")
+    with torch.no_grad():
+        for layer in linear_layers(body).values():
+            blocks = layer.weight.view(-1, 32)
+            blocks.copy_((blocks / blocks.abs().amax(1, keepdim=True) * 7).round() * torch.tensor([2.0**-7, 2.0**-5]).repeat(len(blocks) // 2)[:, None])
+    kept = candidates(body, [ROW], keep={}, decoder=True, quantisers=("rtn", "gptq"))
+    assert {one.precision.block_size for one in kept if one.careful} == {128, 64} < {one.precision.block_size for one in found if one.careful}
+    merged = candidates(body, [ROW], keep={}, decoder=True, quantisers=("rtn", "hqq"), merged=True)
+    assert {one.precision.block_size for one in merged if one.careful} >= {64, 32, 16}
+
+
+def test_a_size_is_tried_again_only_where_the_bound_is_near(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune.export import search
+
+    monkeypatch.setattr("edgetune.export.task.relative_loss", lambda *_, **__: 0.02)
+    monkeypatch.setattr(search, "WITHIN_REACH", 3)
+    said: list[str] = []
+    with pytest.raises(ExportError, match=r"2\.00% at best"):
+        export_smallest([("a", run)], tmp_path / "b", max_loss=0.01, threads=1, say=said.append)
+    assert any(line.startswith("trying int4 by gptq") for line in said)
+    said.clear()
+    with pytest.raises(ExportError, match=r"2\.00% at best"):
+        export_smallest([("a", run)], tmp_path / "b", max_loss=0.005, threads=1, say=said.append)
+    assert any(line.startswith("trying int4") for line in said) and not any("gptq" in line for line in said)
+
+
+def test_the_quantiser_asked_for_is_the_only_one(run: Path, tmp_path: Path) -> None:
+    found = export_smallest([("a", run)], tmp_path / "b", max_loss=0.9, threads=1, quantiser="gptq")
+    assert found.trials[-1].name.startswith("int4 by gptq") and read_manifest(tmp_path / "b").precision.quantiser == "gptq"
+    with pytest.raises(ExportError, match="what of merged or fully trained weights survives calibrated rounding"):
+        export_smallest([("a", run)], tmp_path / "c", max_loss=0.9, mode="merged", quantiser="gptq")
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "play a song"}])
+    with pytest.raises(ExportError, match="only gptq reads text, and it does not round this base"):
+        export_smallest([("a", run)], tmp_path / "c", max_loss=0.9, mode="merged", calibration=text)
 
 
 def trial(name: str, mb: float, ms: float, loss: float) -> Trial:

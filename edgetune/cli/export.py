@@ -26,7 +26,7 @@ BLOCK_SIZE = 32
 @click.option("--asymmetric", is_flag=True, help="Each block of scaled weights has a zero of its own, instead of one in the middle of its range.")
 @click.option("--activations", default="float", show_default=True, type=click.Choice(["float", "int8"]), help="int8: an encoder's int8 products round their inputs too (faster, less exact; --keep MODULE=fp32 spares a layer).")
 @click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
-@click.option("--quantiser", default="rtn", show_default=True, type=click.Choice(["rtn", "hqq", "gptq"]), help="How 4-bit weights are rounded: to nearest, half-quadratic (slower, no text), or to each layer's inputs from text (slowest).")
+@click.option("--quantiser", type=click.Choice(["rtn", "hqq", "gptq"]), help="How 4-bit weights are rounded: to nearest, half-quadratic (slower, no text), or to each layer's inputs from text (slowest).  [default: rtn; with --precision auto more carefully too, where that nearly suffices]")
 @click.option("--calibration", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text for --quantiser gptq; not given: the training rows of the runs.")
 @click.option("--base", "base_name", metavar="NAME", help="The base model, for adapters that do not say; without --adapter: the base alone.")
 @click.option("--task-rows", type=click.IntRange(min=0), metavar="N", help="Validation rows (of the run's recipe) on which each adapter's task metric is taken, in torch and in the bundle; not given: 16 of a decoder, 256 of an encoder; 0: none.")
@@ -36,7 +36,7 @@ BLOCK_SIZE = 32
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(
     adapters: tuple[str, ...], out: Path, form: str, mode: str, precision: str | None, max_loss: str | None, block_size: int, asymmetric: bool, activations: str, keep: tuple[str, ...],
-    quantiser: str, calibration: Path | None, base_name: str | None, task_rows: int | None, task_data: Path | None,
+    quantiser: str | None, calibration: Path | None, base_name: str | None, task_rows: int | None, task_data: Path | None,
     general: Path | None, general_items: int | None, threads: int | None,
 ) -> None:  # fmt: skip
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
@@ -63,16 +63,17 @@ def command(
         if precision == "auto":
             if asymmetric:
                 raise ExportError("--precision auto tries weights with the zero in the middle", got="--asymmetric", fix="Leave one of them out.")
-            if quantiser != "rtn" or calibration is not None:
-                raise ExportError("--precision auto rounds to nearest", got=f"--quantiser {quantiser}", fix="Leave out --quantiser and --calibration.")
-            _smallest(sources, out, max_loss, block_size, mode=mode, keep=overrides, base_name=base_name, task=task, threads=threads, cost=cost)
+            _smallest(
+                sources, out, max_loss, block_size, mode=mode, keep=overrides, base_name=base_name, task=task, threads=threads, cost=cost,
+                quantiser=quantiser, calibration=calibration,
+            )  # fmt: skip
             return
         if max_loss is not None:
             raise ExportError("--max-loss bounds what --precision auto may lose", got=f"--precision {precision}", fix="Add --precision auto.")
         precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
         if precision in FLOATS and not overrides and block_size != BLOCK_SIZE:
             raise ExportError("--block-size says which weights share a scale, and here none are scaled", got=f"--precision {precision}", fix="Leave it out.")
-        chosen = Precision(precision, block_size=block_size, symmetric=not asymmetric, overrides=overrides, quantiser=quantiser, activations=activations)
+        chosen = Precision(precision, block_size=block_size, symmetric=not asymmetric, overrides=overrides, quantiser=quantiser or "rtn", activations=activations)
         manifest = export_bundle(
             sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, calibration=calibration,
             say=lambda line: click.echo(line, err=True), task=task, cost=cost,
