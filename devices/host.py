@@ -37,6 +37,15 @@ def usable_cores() -> int:
     return max(1, affinity if quota is None else min(affinity, int(quota)))
 
 
+def threads_to_ask_for() -> int:
+    """Threads for an engine: 0, its own choice (one a physical core), unless this process may use some of the cores only.
+
+    ONNX Runtime looks at neither affinity nor quota: it starts a thread for every core of the machine and pins it there.
+    """
+    cores = usable_cores()
+    return cores if cores < (os.cpu_count() or 1) else 0
+
+
 def cpu_quota(path: Path) -> float | None:
     """Cores a control group allows ("max" or absent: no limit)."""
     try:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from edgetune.runtime.adapters import pack_adapter as pack_adapter
     from edgetune.runtime.answers import Classification as Classification
     from edgetune.runtime.answers import Completion as Completion
+    from edgetune.runtime.digests import verify_files as verify_files
     from edgetune.runtime.engine import DecoderEngine as DecoderEngine
     from edgetune.runtime.engine import EncoderEngine as EncoderEngine
     from edgetune.runtime.generation import GenerationSettings as GenerationSettings
     from edgetune.runtime.manifest import Manifest as Manifest
     from edgetune.runtime.manifest import read_manifest as read_manifest
-    from edgetune.runtime.manifest import verify_files as verify_files
     from edgetune.runtime.runtime import Runtime as Runtime
     from edgetune.runtime.scheduler import GenerationRequest as GenerationRequest
     from edgetune.runtime.scheduler import Scheduler as Scheduler
@@ -47,7 +47,7 @@ HOMES = {
     "EncoderEngine": "engine",
     "Manifest": "manifest",
     "read_manifest": "manifest",
-    "verify_files": "manifest",
+    "verify_files": "digests",
     "PackedAdapter": "adapters",
     "pack_adapter": "adapters",
 }

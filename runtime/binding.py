@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.devices.host import threads_to_ask_for
 from edgetune.devices.paging import read_once, use_large_pages
 from edgetune.errors import AdapterError, BundleError
 from edgetune.runtime.device_memory import OutputBuffer, bind_cache, cache_place
@@ -58,7 +59,7 @@ def open_session(
 ) -> tuple[Any, ProvidersInUse]:
     """An inference session, and the execution providers it runs on (see `edgetune.runtime.providers`).
 
-    `threads` None lets ONNX Runtime take every core; `providers` in order of preference, none for the CPU. `data` is the file
+    `threads` None takes every core that this process may use; `providers` in order of preference, none for the CPU. `data` is the file
     that holds the weights.
     """
     import onnxruntime
@@ -66,7 +67,7 @@ def open_session(
     chosen, notes = choose(providers)
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or threads_to_ask_for()
     options.inter_op_num_threads = 1
     # A memory pattern is one more block for each input shape: prompts have many lengths, and it saved no time
     # (SmolLM2 int4: peak 289 MB with, 272 MB without).

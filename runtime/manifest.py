@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgetune.errors import BundleError
-from edgetune.files import sha256_file
 
 MANIFEST = "edgetune.json"
 SCHEMA = 1
@@ -243,25 +242,6 @@ def manifest_from_dict(document: Any, *, where: str = MANIFEST) -> Manifest:
             raise BundleError(f"unknown adapters[{i}].problem", where=where, expected=" | ".join(PROBLEMS), got=repr(entry.problem))
     _check_paths(manifest, where)
     return manifest
-
-
-def verify_files(folder: str | Path, manifest: Manifest) -> list[str]:
-    """Compare size and sha256 of every file the manifest lists; one line for each that differs."""
-    return [line for path, info in manifest.files.items() if (line := verify_file(Path(folder), path, info))]
-
-
-def verify_file(folder: Path, path: str, info: FileInfo) -> str | None:
-    """One file of a bundle against its entry; None when it is as written."""
-    file = folder / path
-    if not file.is_file():
-        return f"{path}: missing"
-    size = file.stat().st_size
-    if size != info.bytes:
-        return f"{path}: expected {info.bytes} bytes, got {size}"
-    digest = sha256_file(file)
-    if digest != info.sha256:
-        return f"{path}: expected sha256 {info.sha256[:16]}…, got {digest[:16]}…"
-    return None
 
 
 def _check_paths(manifest: Manifest, where: str) -> None:

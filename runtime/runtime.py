@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgetune.errors import BundleError, listed
 from edgetune.runtime.decoder_answers import GENERATE_ROWS, DecoderAnswers, Prompt
+from edgetune.runtime.digests import as_exported
 from edgetune.runtime.encoder_answers import ENCODE_ROWS, EncoderAnswers
-from edgetune.runtime.manifest import read_manifest, verify_files
+from edgetune.runtime.manifest import read_manifest
 from edgetune.runtime.open_bundle import Held
 from edgetune.runtime.providers import parse_providers
 
@@ -32,7 +33,7 @@ class Runtime(EncoderAnswers, DecoderAnswers):
         adapter_folder: str | Path | None = None,
         adapter_memory_mb: float | None = None,
     ) -> Runtime:
-        """Open a bundle. `verify` compares every file's sha256 with the manifest first; BundleError lists what differs.
+        """Open a bundle. `verify` compares every file's sha256 with the manifest; BundleError lists what differs.
 
         `providers`: execution providers in order of preference, such as `["cuda"]` or `["openvino:device_type=GPU"]`; one
         that is missing gives way to the next and at last to the CPU, and a line is logged (`Runtime.providers` has what is
@@ -41,14 +42,11 @@ class Runtime(EncoderAnswers, DecoderAnswers):
         parse_providers(providers)  # a typo is found before gigabytes are hashed
         path = Path(folder)
         manifest = read_manifest(path)
-        if verify and (differing := verify_files(path, manifest)):
-            problems = listed(differing, "files differ")
-            fix = "Copy the bundle again, or export it again."
-            raise BundleError(f"the bundle is not as exported: {problems}", where=str(path), fix=fix)
         many = None if adapter_folder is None else Path(adapter_folder)
-        return cls(
-            path, manifest, threads=threads, providers=providers, adapter_folder=many, adapter_memory_mb=adapter_memory_mb
-        )
+        with as_exported(path, manifest) if verify else contextlib.nullcontext():
+            return cls(
+                path, manifest, threads=threads, providers=providers, adapter_folder=many, adapter_memory_mb=adapter_memory_mb
+            )
 
     def __enter__(self) -> Runtime:
         return self

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from edgetune.cli.devices import command
-from edgetune.devices import list_devices, load_device, parse_budget, probe_host
+from edgetune.devices import host, list_devices, load_device, parse_budget, probe_host
 from edgetune.devices.budget import budget_keys, timed_key
-from edgetune.devices.host import cpu_quota
+from edgetune.devices.host import cpu_quota, threads_to_ask_for
 from edgetune.devices.loader import FIGURES, device_from_dict
 from edgetune.errors import DeviceError
 
@@ -116,3 +116,10 @@ def test_the_command_lists_and_shows() -> None:
     assert "17.1 GB/s" in shown
     assert "https://" in shown
     assert json.loads(CliRunner().invoke(command, ["host", "--json"]).output)["name"] == "host"
+
+
+@pytest.mark.parametrize(("usable", "installed", "wanted"), [(1, 4, 1), (3, 4, 3), (4, 4, 0)])
+def test_an_engine_takes_no_core_that_this_process_may_not_use(usable: int, installed: int, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "usable_cores", lambda: usable)
+    monkeypatch.setattr("os.cpu_count", lambda: installed)
+    assert threads_to_ask_for() == wanted

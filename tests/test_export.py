@@ -17,7 +17,8 @@ from edgetune.errors import AdapterError, ExportError, OutputError, ProofError
 from edgetune.export.again import reprove
 from edgetune.runs import load_adapted_model
 from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.manifest import read_manifest, verify_files
+from edgetune.runtime.digests import verify_files
+from edgetune.runtime.manifest import read_manifest
 
 IDS = np.array([[5, 9, 30, 31, 7, 100, 12], [8, 4, 77, 0, 0, 0, 0]], np.int64)
 MASK = np.array([[1] * 7, [1, 1, 1, 0, 0, 0, 0]], np.int64)

@@ -11,12 +11,12 @@ from runtime_helpers import decoder_manifest, encoder_manifest
 
 from edgetune.errors import BundleError
 from edgetune.files import sha256_file
+from edgetune.runtime.digests import verify_files
 from edgetune.runtime.manifest import (
     FileInfo,
     Manifest,
     manifest_from_dict,
     read_manifest,
-    verify_files,
 )
 
 

@@ -186,6 +186,15 @@ def test_a_flipped_byte_anywhere_is_found_at_open(file: str, tiny_decoder: Path,
         Runtime.open(folder)
 
 
+def test_weights_of_another_size_are_found_before_the_engine_reads_them(tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(decoder_bundle(tiny_decoder), folder)
+    (folder / "model.onnx.data").write_bytes((folder / "model.onnx.data").read_bytes()[:-1])
+    monkeypatch.setattr("edgetune.runtime.binding.open_session", None)
+    with pytest.raises(BundleError, match=r"not as exported: model\.onnx\.data: expected \d+ bytes"):
+        Runtime.open(folder)
+
+
 def test_a_closed_runtime_says_so(runtime: Runtime) -> None:
     with runtime:
         pass

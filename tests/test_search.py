@@ -22,7 +22,8 @@ from edgetune.export.sources import read_source
 from edgetune.export.task import TaskPlan
 from edgetune.export.torch_side import torch_model
 from edgetune.runtime import Runtime
-from edgetune.runtime.manifest import read_manifest, verify_files
+from edgetune.runtime.digests import verify_files
+from edgetune.runtime.manifest import read_manifest
 from edgetune.runtime.side_by_side import Latency
 from edgetune.shipped_weights import linear_layers
 from edgetune.training import run_recipe

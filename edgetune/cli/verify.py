@@ -16,7 +16,8 @@ import click
 def command(bundle: Path, parity: bool, task_data: Path | None, task_rows: int | None, threads: int | None) -> int:
     """Check that a bundle is what was exported. Exit 1 when anything differs."""
     from edgetune.errors import InputError
-    from edgetune.runtime.manifest import read_manifest, verify_files
+    from edgetune.runtime.digests import verify_files
+    from edgetune.runtime.manifest import read_manifest
 
     if task_data is not None and not parity:
         raise InputError("--task-data needs torch and the base model", fix="Add --parity, or use `edgetune eval` for the bundle alone.")
