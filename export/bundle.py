@@ -17,6 +17,7 @@ from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai
 from edgetune.export.cost import CostPlan
 from edgetune.export.families import cache_sizes, fixed_length, known_family
 from edgetune.export.graphfile import (
+    ADAPTED_ENGINE,
     DATA,
     ENGINE,
     STANDARD,
@@ -146,7 +147,7 @@ def _build(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
     del model
-    _write_graphs(graph, folder, sites, base=base, precision=precision, mode=mode)
+    _write_graphs(graph, folder, sites, info, base=base, precision=precision, mode=mode)
     files = copy_tokenizer(base, tokenizer, folder)
     if base.kind == "decoder" and not (mode == "merged" and sources[0].task == REWARD):  # a merged reward only scores
         write_genai_config(config, files, folder, max_length=info.max_length)
@@ -218,8 +219,9 @@ def _graph(
         to_half(graph)
         shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
     name_for_people(graph.graph)
+    adapted = ADAPTED_ENGINE if sites and base.kind == "decoder" and precision.weights != "fp16" else None  # fp16 is for providers that take one plain graph
     info = GraphInfo(
-        engine=ENGINE, data=DATA, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        engine=ENGINE, data=DATA, adapted=adapted, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
         **{"standard": STANDARD, **shape},
     )
     return graph, info, sites, head, precision
@@ -247,14 +249,15 @@ def _untouched(sources: Sequence[Source]) -> frozenset[str]:
     return frozenset({"lm_head"}) - frozenset[str]().union(*(source.modules for source in sources))
 
 
-def _write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], *, base: Base, precision: Precision, mode: str) -> None:
+def _write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], info: GraphInfo, *, base: Base, precision: Precision, mode: str) -> None:
     note = {"base": base.name, "base_digest": base.digest, "precision": precision.weights, "mode": mode, "edgetune": __version__}
     if base.kind == "encoder-decoder":
         write_graphs(graph, folder, sites, note=note)
         return
     write_data(graph, folder)
-    if sites and base.kind == "decoder" and precision.weights != "fp16":  # fp16 is for providers that take one plain graph
+    if info.adapted is not None:
         write_graph(by_situation(graph, sites), folder / ENGINE, metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"})
+        write_graph(graph, folder / info.adapted, metadata=note)
     else:
         write_graph(graph, folder / ENGINE, metadata=note)
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)

@@ -20,7 +20,7 @@ from edgetune.devices.paging import read_once, use_large_pages
 from edgetune.errors import AdapterError, BundleError
 from edgetune.runtime.device_memory import OutputBuffer, bind_cache, cache_place
 from edgetune.runtime.manifest import GraphInfo, Manifest
-from edgetune.runtime.providers import CPU, ProvidersInUse, cannot_run, choose, in_use
+from edgetune.runtime.providers import CPU, ProvidersInUse, cannot_run, choose, in_use, parse_providers
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -98,11 +98,15 @@ class GraphSession:
     """An open graph and its adapter inputs: what both engines are made of."""
 
     def __init__(
-        self, folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = ()
+        self, folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = (), short_lived: bool = False
     ) -> None:
-        """`providers`: execution providers in order of preference; see `providers_in_use` for what came of it."""
+        """`providers`: execution providers in order of preference; see `providers_in_use` for what came of it.
+
+        `short_lived`: what loads fastest is opened, for a process that answers once.
+        """
         self.manifest, self.graph = manifest, manifest.graph
-        graph = Path(folder) / manifest.graph.engine
+        one_branch = short_lived or any(choice.provider.name != CPU for choice in parse_providers(providers))
+        graph = Path(folder) / (manifest.graph.adapted if one_branch and manifest.graph.adapted else manifest.graph.engine)
         data = Path(folder) / manifest.graph.data if manifest.graph.data else None
         self.session, self.providers_in_use = open_session(graph, threads=threads, providers=providers, data=data)
         self.place = cache_place(self.session)

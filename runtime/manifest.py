@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -59,7 +60,9 @@ class Precision:
 class GraphInfo:
     """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders only.
 
-    Of an encoder-decoder `engine` is the decoder; `encoder` reads the prompt, and an answer begins after `start_token_id`.
+    Where `engine` holds a branch for each situation (adapters active, none), `adapted` is the first one alone: it loads in two
+    thirds of the time, and other execution providers take it. Of an encoder-decoder `engine` is the decoder; `encoder` reads the
+    prompt, and an answer begins after `start_token_id`.
     """
 
     engine: str
@@ -74,6 +77,7 @@ class GraphInfo:
     cache_dtype: str | None = "float32"
     pooling: str | None = None
     token_type_ids: bool = False
+    adapted: str | None = field(default=None, metadata=WHERE_SET)
     encoder: str | None = field(default=None, metadata=WHERE_SET)
     start_token_id: int | None = field(default=None, metadata=WHERE_SET)
 
@@ -250,6 +254,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     paths = [
         graph.engine,
         graph.standard,
+        graph.adapted,
         graph.data,
         graph.encoder,
         tokenizer.file,
@@ -263,6 +268,9 @@ def _check_paths(manifest: Manifest, where: str) -> None:
             raise BundleError("a path leaves the bundle", where=where, got=repr(path))
 
 
+_hints = functools.cache(typing.get_type_hints)  # it compiles every annotation again: most of the time that a manifest took
+
+
 def _build(cls: Any, value: Any, *, path: str, where: str) -> Any:
     """A dataclass from a JSON object, checked field by field."""
     if not isinstance(value, dict):
@@ -272,7 +280,7 @@ def _build(cls: Any, value: Any, *, path: str, where: str) -> Any:
             expected="an object",
             got=type(value).__name__,
         )
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {JSON_NAMES.get(f.name, f.name): f for f in dataclasses.fields(cls)}
     unknown = sorted(set(value) - set(fields))
     if unknown:

@@ -153,7 +153,10 @@ class Seq2SeqEngine(DecoderEngine):
         return Seq2SeqState(self, chosen, sources=self.read(rows, chosen), capacity=room)
 
 
-def decoder_engine(folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = ()) -> DecoderEngine:
-    """The engine of a bundle that generates text."""
-    kind = DecoderEngine if manifest.graph.encoder is None else Seq2SeqEngine
-    return kind(folder, manifest, threads=threads, providers=providers)
+def decoder_engine(
+    folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = (), short_lived: bool = False
+) -> DecoderEngine:
+    """The engine of a bundle that generates text; see `GraphSession`."""
+    if manifest.graph.encoder is not None:
+        return Seq2SeqEngine(folder, manifest, threads=threads, providers=providers)
+    return DecoderEngine(folder, manifest, threads=threads, providers=providers, short_lived=short_lived)

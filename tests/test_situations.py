@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from export_helpers import decoder_feed, export, make_adapter, op_counts, plain_session
 
 from edgetune.export.situations import adapted_graph
+from edgetune.runtime import binding
 from edgetune.runtime.adapters import pack_adapter
 from edgetune.runtime.binding import SITUATIONS, BoundTensors
 from edgetune.runtime.engine import DecoderEngine
@@ -66,6 +68,24 @@ def test_without_an_adapter_the_logits_are_those_of_rank_0_bit_for_bit(engine: D
     assert zeros.active and not engine.empty.active
     for got, expected in zip(tokens(engine, [None]), tokens(engine, [zeros]), strict=True):
         assert np.array_equal(got, expected)
+
+
+def test_a_process_that_answers_once_and_other_providers_open_the_adapted_branch_alone(
+    engine: DecoderEngine, adapter: BoundTensors, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, opened = read_manifest(bundle), list[str]()
+    real = binding.open_session
+    monkeypatch.setattr(binding, "open_session", lambda path, **options: opened.append(path.name) or real(path, **options))
+    once = DecoderEngine(bundle, manifest, threads=1, short_lived=True)
+    for chosen in (None, adapter):
+        for got, expected in zip(tokens(once, [chosen]), tokens(engine, [chosen]), strict=True):
+            assert np.array_equal(got, expected)
+    DecoderEngine(bundle, manifest, threads=1, providers=["cpu"])
+    DecoderEngine(bundle, manifest, threads=1, providers=["cuda", "cpu"])
+    assert opened == ["adapted.onnx", "engine.onnx", "adapted.onnx"] and manifest.graph.adapted in manifest.files
+    before = replace(manifest, graph=replace(manifest.graph, adapted=None))  # as bundles of before have it
+    DecoderEngine(bundle, before, threads=1, short_lived=True)
+    assert opened[-1] == "engine.onnx"
 
 
 def test_a_row_without_adapter_answers_the_same_beside_one_with(engine: DecoderEngine, adapter: BoundTensors) -> None:
