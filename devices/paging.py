@@ -1,23 +1,21 @@
-"""How the memory of this process lies in pages: large ones for weights that every token reads, none for a file read once.
+"""How the memory of this process lies in pages: large ones for weights that every token reads.
 
-Both are requests to Linux that change no content and may be refused; elsewhere they do nothing. SmolLM2 int4 on two cores decodes
-11 to 18 % faster on large pages, and its peak of memory is 58 MB lower (`benchmarks/RESULTS.md`).
+A request to Linux that changes no content and may be refused; elsewhere it does nothing. SmolLM2 int4 on two cores decodes
+11 to 18 % faster on large pages (`benchmarks/RESULTS.md`). Advice that drops pages (MADV_DONTNEED on the weights' file while it is
+read) has no place here: ONNX Runtime unmaps pieces of the file meanwhile, and what comes to lie there would lose its content.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 MAPS, LARGE_PAGE = Path("/proc/self/maps"), Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-DONTNEED, COLLAPSE = 4, 25  # of madvise(2); COLLAPSE since Linux 6.1
-PAUSE_S = 0.01
+COLLAPSE = 25  # of madvise(2), since Linux 6.1
 
 
 class Region(NamedTuple):
@@ -27,38 +25,6 @@ class Region(NamedTuple):
     stop: int
     writable: bool
     file: str
-
-
-@contextlib.contextmanager
-def read_once(file: Path | None) -> Iterator[None]:
-    """Let go of the pages of a mapped file again and again while the block runs, and once more at its end.
-
-    The engine maps its weights, rearranges them into memory of its own, and keeps the file's pages besides until all is done.
-    A page that is read again comes back from the system's cache. The mapping must only be read: a private one that is written
-    to would lose what was written (ONNX Runtime maps so, and writes nothing: `tests/test_paging.py`).
-    """
-    if file is None or not MAPS.exists():
-        yield
-        return
-    name, done = os.path.realpath(file), threading.Event()
-
-    def drop() -> None:
-        for region in regions():
-            if region.file == name:
-                _advise(region, DONTNEED)
-
-    def until_done() -> None:
-        while not done.wait(PAUSE_S):
-            drop()
-
-    helper = threading.Thread(target=until_done, name="edgetune-read-once", daemon=True)
-    helper.start()
-    try:
-        yield
-    finally:
-        done.set()
-        helper.join()
-        drop()
 
 
 def use_large_pages() -> threading.Thread | None:

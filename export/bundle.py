@@ -17,7 +17,7 @@ from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai
 from edgetune.export.cost import CostPlan
 from edgetune.export.families import cache_sizes, fixed_length, known_family
 from edgetune.export.graphfile import (
-    ADAPTED_ENGINE,
+    BY_SITUATION,
     DATA,
     ENGINE,
     STANDARD,
@@ -219,9 +219,9 @@ def _graph(
         to_half(graph)
         shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
     name_for_people(graph.graph)
-    adapted = ADAPTED_ENGINE if sites and base.kind == "decoder" and precision.weights != "fp16" else None  # fp16 is for providers that take one plain graph
+    situations = BY_SITUATION if sites and base.kind == "decoder" and precision.weights != "fp16" else None  # fp16 is not for the CPU
     info = GraphInfo(
-        engine=ENGINE, data=DATA, adapted=adapted, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        engine=ENGINE, data=DATA, situations=situations, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
         **{"standard": STANDARD, **shape},
     )
     return graph, info, sites, head, precision
@@ -255,11 +255,9 @@ def _write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], info: Gr
         write_graphs(graph, folder, sites, note=note)
         return
     write_data(graph, folder)
-    if info.adapted is not None:
-        write_graph(by_situation(graph, sites), folder / ENGINE, metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"})
-        write_graph(graph, folder / info.adapted, metadata=note)
-    else:
-        write_graph(graph, folder / ENGINE, metadata=note)
+    write_graph(graph, folder / ENGINE, metadata=note)
+    if info.situations is not None:
+        write_graph(by_situation(graph, sites), folder / info.situations, metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"})
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
     name_for_people(standard.graph)
     write_graph(standard, folder / STANDARD, metadata=note)

@@ -17,7 +17,7 @@ from edgetune import __version__
 from edgetune.export.layout import constant, drop_dead
 from edgetune.export.score_head import standard_score
 
-ENGINE, ADAPTED_ENGINE, STANDARD, DATA = "engine.onnx", "adapted.onnx", "model.onnx", "model.onnx.data"
+ENGINE, BY_SITUATION, STANDARD, DATA = "engine.onnx", "situations.onnx", "model.onnx", "model.onnx.data"
 ALIGNMENT = 4096  # a page: the engine maps the file instead of reading it
 INLINE_BYTES = 1024  # smaller constants stay inside the graph
 IR_VERSION = 10

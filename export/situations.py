@@ -1,7 +1,8 @@
 """One engine graph for two situations over the same weights: adapters active, and none.
 
-A site's nodes cost time although no adapter is there (SmolLM2: 360 nodes a token). So `engine.onnx` is one `If`: its
-branches are the graph with adapter inputs and the same graph without them. ONNX Runtime keeps what it rearranges of a
+A site's nodes cost time although no adapter is there (SmolLM2: 360 nodes a token). So `situations.onnx` is one `If`: its
+branches are the engine's graph with adapter inputs and the same graph without them. It is for servers: ONNX Runtime rearranges
+the weights for each branch, so it loads in half as long again as `engine.onnx`. ONNX Runtime keeps what it rearranges of a
 weight once for both branches, as long as they are not nested deeper (there it does not rearrange weights at all, and a
 step takes fifty times as long: that is why there are two situations and not more).
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.devices.host import threads_to_ask_for
-from edgetune.devices.paging import read_once, use_large_pages
+from edgetune.devices.paging import use_large_pages
 from edgetune.errors import AdapterError, BundleError
 from edgetune.runtime.device_memory import OutputBuffer, bind_cache, cache_place
 from edgetune.runtime.manifest import GraphInfo, Manifest
@@ -55,12 +55,11 @@ def ort_value(array: npt.NDArray[Any]) -> Any:
 
 
 def open_session(
-    path: Path, *, threads: int | None, providers: Sequence[str] = (), data: Path | None = None
+    path: Path, *, threads: int | None, providers: Sequence[str] = ()
 ) -> tuple[Any, ProvidersInUse]:
     """An inference session, and the execution providers it runs on (see `edgetune.runtime.providers`).
 
-    `threads` None takes every core that this process may use; `providers` in order of preference, none for the CPU. `data` is the file
-    that holds the weights.
+    `threads` None takes every core that this process may use; `providers` in order of preference, none for the CPU.
     """
     import onnxruntime
 
@@ -83,8 +82,7 @@ def open_session(
         try:
             wanted = [choice.for_session for choice in chosen]
             # Its own way of falling back would print on standard output, where answers go.
-            with read_once(data):
-                session = onnxruntime.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
+            session = onnxruntime.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises a family of C++ exceptions without a common base
             if len(chosen) == 1:
                 raise BundleError(f"ONNX Runtime cannot open the graph: {error}", where=str(path)) from error
@@ -98,17 +96,16 @@ class GraphSession:
     """An open graph and its adapter inputs: what both engines are made of."""
 
     def __init__(
-        self, folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = (), short_lived: bool = False
+        self, folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = (), situations: bool = False
     ) -> None:
         """`providers`: execution providers in order of preference; see `providers_in_use` for what came of it.
 
-        `short_lived`: what loads fastest is opened, for a process that answers once.
+        `situations`: open the graph with a branch for each situation, where the bundle has one and the CPU alone runs it.
         """
         self.manifest, self.graph = manifest, manifest.graph
-        one_branch = short_lived or any(choice.provider.name != CPU for choice in parse_providers(providers))
-        graph = Path(folder) / (manifest.graph.adapted if one_branch and manifest.graph.adapted else manifest.graph.engine)
-        data = Path(folder) / manifest.graph.data if manifest.graph.data else None
-        self.session, self.providers_in_use = open_session(graph, threads=threads, providers=providers, data=data)
+        on_cpu = all(choice.provider.name == CPU for choice in parse_providers(providers))
+        graph = Path(folder) / ((manifest.graph.situations if situations and on_cpu else None) or manifest.graph.engine)
+        self.session, self.providers_in_use = open_session(graph, threads=threads, providers=providers)
         self.place = cache_place(self.session)
         """where the cache and the logits lie; None: in arrays of ours"""
         self._runs_to_settle = 0

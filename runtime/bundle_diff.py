@@ -139,7 +139,7 @@ def _brief(adapter: Mapping[str, Any]) -> str:
 
 def _graphs(a: Path, b: Path, ours: Manifest, theirs: Manifest, read: ReadGraph) -> dict[str, tuple[Graph, Graph]]:
     """Graph files of the same name in both, where their bytes differ."""
-    ends = [{manifest.graph.engine, manifest.graph.adapted, manifest.graph.standard, manifest.graph.encoder} for manifest in (ours, theirs)]
+    ends = [{manifest.graph.engine, manifest.graph.situations, manifest.graph.standard, manifest.graph.encoder} for manifest in (ours, theirs)]
     names = ends[0] & ends[1]
     found = {}
     for name in sorted(name for name in names if name is not None):

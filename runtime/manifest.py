@@ -60,8 +60,7 @@ class Precision:
 class GraphInfo:
     """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders only.
 
-    Where `engine` holds a branch for each situation (adapters active, none), `adapted` is the first one alone: it loads in two
-    thirds of the time, and other execution providers take it. Of an encoder-decoder `engine` is the decoder; `encoder` reads the
+    `situations` holds the engine's graph twice over the same weights, with adapter inputs and without, and runs the one that fits. Of an encoder-decoder `engine` is the decoder; `encoder` reads the
     prompt, and an answer begins after `start_token_id`.
     """
 
@@ -77,7 +76,7 @@ class GraphInfo:
     cache_dtype: str | None = "float32"
     pooling: str | None = None
     token_type_ids: bool = False
-    adapted: str | None = field(default=None, metadata=WHERE_SET)
+    situations: str | None = field(default=None, metadata=WHERE_SET)
     encoder: str | None = field(default=None, metadata=WHERE_SET)
     start_token_id: int | None = field(default=None, metadata=WHERE_SET)
 
@@ -254,7 +253,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     paths = [
         graph.engine,
         graph.standard,
-        graph.adapted,
+        graph.situations,
         graph.data,
         graph.encoder,
         tokenizer.file,

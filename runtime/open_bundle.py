@@ -34,7 +34,7 @@ class OpenBundle:
         providers: Sequence[str] = (),
         adapter_folder: Path | None = None,
         adapter_memory_mb: float | None = None,
-        short_lived: bool = False,
+        situations: bool = False,
     ) -> None:
         self.folder, self.manifest = folder, manifest
         self.tokenizer = BundleTokenizer(folder, manifest)
@@ -42,14 +42,13 @@ class OpenBundle:
         self.registry = AdapterRegistry(
             folder, manifest, adapter_folder=adapter_folder, memory_mb=adapter_memory_mb
         )
-        self.decoder = decoder_engine(folder, manifest, threads=threads, providers=providers, short_lived=short_lived) if manifest.is_decoder else None
+        self.decoder = decoder_engine(folder, manifest, threads=threads, providers=providers, situations=situations) if manifest.is_decoder else None
         self.encoder = None if manifest.is_decoder else EncoderEngine(folder, manifest, threads=threads, providers=providers)
         engine = self.decoder or self.encoder
         assert engine is not None
         self.providers = engine.providers_in_use
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
-        if not short_lived:
-            engine.long_lived()
+        engine.long_lived()
 
     def close(self) -> None:
         """Let go of the session's and the adapters' memory."""

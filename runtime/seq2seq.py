@@ -154,9 +154,9 @@ class Seq2SeqEngine(DecoderEngine):
 
 
 def decoder_engine(
-    folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = (), short_lived: bool = False
+    folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = (), situations: bool = False
 ) -> DecoderEngine:
     """The engine of a bundle that generates text; see `GraphSession`."""
     if manifest.graph.encoder is not None:
         return Seq2SeqEngine(folder, manifest, threads=threads, providers=providers)
-    return DecoderEngine(folder, manifest, threads=threads, providers=providers, short_lived=short_lived)
+    return DecoderEngine(folder, manifest, threads=threads, providers=providers, situations=situations)

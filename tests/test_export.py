@@ -44,7 +44,7 @@ def topics(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_decoder_bundle_holds_exactly_these_files(bundle: Path) -> None:
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json", "chat.onnx_adapter"}
-    graph = {"edgetune.json", "engine.onnx", "adapted.onnx", "model.onnx", "model.onnx.data", "genai_config.json", "report.html"}
+    graph = {"edgetune.json", "engine.onnx", "situations.onnx", "model.onnx", "model.onnx.data", "genai_config.json", "report.html"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert files == graph | tokenizer | {f"adapters/chat/{name}" for name in adapter}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from runtime_helpers import decoder_bundle
 
-from edgetune.devices.paging import _region, large_page_bytes, read_once, regions, use_large_pages
+from edgetune.devices.paging import _region, large_page_bytes, regions, use_large_pages
 from edgetune.runtime import Runtime
 from edgetune.runtime.binding import SETTLED
 
@@ -32,34 +31,6 @@ def test_a_region_knows_its_file_even_with_spaces_in_its_name() -> None:
 
 def test_memory_of_the_process_itself_has_no_file() -> None:
     assert _region("7f00-7f10 rw-p 00000000 00:00 0   [heap]") == (0x7F00, 0x7F10, True, "")
-
-
-@linux
-def test_a_file_that_was_read_once_leaves_no_pages_behind(tmp_path: Path) -> None:
-    file = tmp_path / "model.onnx.data"
-    file.write_bytes(bytes(range(256)) * 4096)
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        address = np.frombuffer(mapped, np.uint8).ctypes.data
-        with read_once(file):
-            assert sum(mapped[::4096]) >= 0
-        assert pages_kb(address, "Rss") == 0
-        assert mapped[:] == file.read_bytes()
-
-
-@linux
-def test_other_files_stay_as_they_are(tmp_path: Path) -> None:
-    file = tmp_path / "other"
-    file.write_bytes(b"x" * 65536)
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        address = np.frombuffer(mapped, np.uint8).ctypes.data
-        with read_once(tmp_path / "model.onnx.data"):
-            assert sum(mapped[::4096]) > 0
-        assert pages_kb(address, "Rss") > 0
-
-
-def test_without_a_file_nothing_is_done() -> None:
-    with read_once(None):
-        pass
 
 
 @linux

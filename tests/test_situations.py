@@ -30,7 +30,7 @@ def bundle(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def engine(bundle: Path) -> DecoderEngine:
-    return DecoderEngine(bundle, read_manifest(bundle), threads=1)
+    return DecoderEngine(bundle, read_manifest(bundle), threads=1, situations=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def adapter(bundle: Path) -> BoundTensors:
 
 
 def branch_of(bundle: Path, name: str) -> onnx.GraphProto:
-    model = onnx.load(str(bundle / "engine.onnx"), load_external_data=False)
+    model = onnx.load(str(bundle / "situations.onnx"), load_external_data=False)
     node = next(node for node in model.graph.node if node.name == SITUATIONS)
     return next(attribute.g for attribute in node.attribute if attribute.name == name)
 
@@ -70,22 +70,20 @@ def test_without_an_adapter_the_logits_are_those_of_rank_0_bit_for_bit(engine: D
         assert np.array_equal(got, expected)
 
 
-def test_a_process_that_answers_once_and_other_providers_open_the_adapted_branch_alone(
+def test_the_graph_of_one_situation_answers_the_same_and_is_what_is_opened_unless_asked(
     engine: DecoderEngine, adapter: BoundTensors, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, opened = read_manifest(bundle), list[str]()
     real = binding.open_session
     monkeypatch.setattr(binding, "open_session", lambda path, **options: opened.append(path.name) or real(path, **options))
-    once = DecoderEngine(bundle, manifest, threads=1, short_lived=True)
+    plain = DecoderEngine(bundle, manifest, threads=1)
     for chosen in (None, adapter):
-        for got, expected in zip(tokens(once, [chosen]), tokens(engine, [chosen]), strict=True):
+        for got, expected in zip(tokens(plain, [chosen]), tokens(engine, [chosen]), strict=True):
             assert np.array_equal(got, expected)
-    DecoderEngine(bundle, manifest, threads=1, providers=["cpu"])
-    DecoderEngine(bundle, manifest, threads=1, providers=["cuda", "cpu"])
-    assert opened == ["adapted.onnx", "engine.onnx", "adapted.onnx"] and manifest.graph.adapted in manifest.files
-    before = replace(manifest, graph=replace(manifest.graph, adapted=None))  # as bundles of before have it
-    DecoderEngine(bundle, before, threads=1, short_lived=True)
-    assert opened[-1] == "engine.onnx"
+    DecoderEngine(bundle, manifest, threads=1, providers=["cpu"], situations=True)
+    DecoderEngine(bundle, manifest, threads=1, providers=["cuda", "cpu"], situations=True)
+    DecoderEngine(bundle, replace(manifest, graph=replace(manifest.graph, situations=None)), threads=1, situations=True)
+    assert opened == ["engine.onnx", "situations.onnx", "engine.onnx", "engine.onnx"] and manifest.graph.situations in manifest.files
 
 
 def test_a_row_without_adapter_answers_the_same_beside_one_with(engine: DecoderEngine, adapter: BoundTensors) -> None:
@@ -99,24 +97,18 @@ def maker_of(output: str, graph: onnx.GraphProto) -> str:
     return next(node.op_type for node in graph.node if node.output[0].removeprefix("adapted.") == output)
 
 
-def test_a_graph_without_situations_runs_as_before(engine: DecoderEngine, adapter: BoundTensors, bundle: Path, tmp_path: Path) -> None:
-    """As bundles of before have it; and it is what `model.onnx` holds."""
+def test_an_engine_of_before_that_knows_situations_runs(engine: DecoderEngine, adapter: BoundTensors, bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "old")
-    model = onnx.load(str(bundle / "engine.onnx"), load_external_data=False)
-    branch, adapted = adapted_graph(model), onnx.ModelProto()
-    standard = adapted_graph(onnx.load(str(bundle / "model.onnx"), load_external_data=False))
-    assert maker_of("logits", standard) == maker_of("logits", branch)
-    adapted.CopyFrom(model)
-    del adapted.graph.node[:], adapted.metadata_props[:]
-    adapted.graph.node.extend(branch.node)
-    for node in adapted.graph.node:
-        node.output[:] = [name.removeprefix("adapted.") for name in node.output]
-        node.input[:] = [name.removeprefix("adapted.") for name in node.input]
-    onnx.save(adapted, str(tmp_path / "old" / "engine.onnx"))
+    (tmp_path / "old" / "situations.onnx").replace(tmp_path / "old" / "engine.onnx")
     old = DecoderEngine(tmp_path / "old", read_manifest(bundle), threads=1)
     for chosen in (None, adapter):
         for got, expected in zip(tokens(old, [chosen]), tokens(engine, [chosen]), strict=True):
             assert np.array_equal(got, expected)
+
+
+def test_the_logits_are_made_alike_in_every_graph(bundle: Path) -> None:
+    graphs = [adapted_graph(onnx.load(str(bundle / name), load_external_data=False)) for name in ("engine.onnx", "situations.onnx", "model.onnx")]
+    assert len({maker_of("logits", graph) for graph in graphs}) == 1 and len(graphs[0].node) == len(graphs[1].node)
 
 
 def test_a_caller_that_knows_no_situations_gets_the_base_by_rank_0(engine: DecoderEngine, bundle: Path) -> None:

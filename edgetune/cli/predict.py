@@ -75,7 +75,7 @@ def command(
 
     settings |= {"stop": stop or None, "schema": _text_of(schema), "grammar": _text_of(grammar)}
     chosen = chosen_providers(providers, device_name)
-    with Runtime.open(bundle, threads=threads, providers=chosen, verify=not no_verify, short_lived=source is None) as runtime:
+    with Runtime.open(bundle, threads=threads, providers=chosen, verify=not no_verify) as runtime:
         name = _adapter(runtime, adapter)
         _check_settings(runtime, name, settings, alone=source is None)
         if source is not None and output is not None:

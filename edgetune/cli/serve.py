@@ -162,7 +162,7 @@ def command(
         drain_s=drain,
     )
     set_up_logging(log_level)
-    opened = {"threads": threads, "providers": chosen_providers(providers, device_name), "verify": not no_verify, "adapter_folder": library}
+    opened = {"threads": threads, "providers": chosen_providers(providers, device_name), "verify": not no_verify, "adapter_folder": library, "situations": True}
     with (
         listen(host, port) as place,
         Runtime.open(bundle, adapter_memory_mb=adapter_memory_mb, **opened) as runtime,  # type: ignore[arg-type]
