@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ def prompt_ids() -> list[int]:
     return [100 + (i * 7919) % 40000 for i in range(PROMPT)]
 
 
-def edgetune_rounds(bundle: str, adapter: str, threads: int) -> Round:
-    """Our runtime's decoder engine, adapter bound or not."""
+def edgetune_rounds(bundle: str, adapter: str, threads: int, *, situations: bool = False) -> Round:
+    """Our runtime's decoder engine, adapter bound or not; `situations`: the graph that `edgetune serve` opens."""
     from edgetune.runtime import Runtime
 
-    runtime = Runtime.open(bundle, threads=threads, verify=False)
+    runtime = Runtime.open(bundle, threads=threads, verify=False, situations=situations)
     bound = runtime.bound(adapter) if adapter else None
 
     def once() -> tuple[float, float]:
@@ -116,7 +117,7 @@ def llama_rounds(file: str, adapter: str, threads: int) -> Round:
     return once
 
 
-ENGINES = {"edgetune": edgetune_rounds, "genai": genai_rounds, "llama": llama_rounds}
+ENGINES = {"edgetune": edgetune_rounds, "situations": partial(edgetune_rounds, situations=True), "genai": genai_rounds, "llama": llama_rounds}
 
 
 def worker(engine: str, model: str, adapter: str, threads: int) -> None:
@@ -143,6 +144,7 @@ def configurations(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
 
     yield "edgetune, adapter inputs, none active", command(sys.executable, "edgetune", options.bundle)
     yield "edgetune, adapter active", command(sys.executable, "edgetune", options.bundle, options.adapter)
+    yield "edgetune, graph of situations, none active", command(sys.executable, "situations", options.bundle)
     if options.plain:
         yield "edgetune, no adapter inputs", command(sys.executable, "edgetune", options.plain)
     if options.genai:
