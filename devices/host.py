@@ -13,6 +13,7 @@ USEFUL_FLAGS = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
+M_ARENA_MAX = -8  # of mallopt(3)
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
@@ -70,6 +71,15 @@ def release_free_memory() -> None:
     """Give memory that was freed back to the system, where the C library keeps it for later (glibc's malloc_trim)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library; Windows
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def share_memory_between_threads() -> None:
+    """Let all threads allocate from two arenas, where the C library would give each its own (glibc's mallopt).
+
+    What a thread frees stays in its arena: of a server's six workers each kept 9 MB from the first adapter that it read.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def cpu_model() -> str:

@@ -143,6 +143,7 @@ def command(
     Listens on this machine only, unless --host says otherwise. Logs are JSON lines on stderr. SIGTERM lets answers
     under way finish.
     """
+    from edgetune.devices.host import share_memory_between_threads
     from edgetune.runtime.runtime import Runtime
     from edgetune.runtime.scheduler import Scheduler
     from edgetune.runtime.server.logs import set_up_logging
@@ -162,6 +163,7 @@ def command(
         drain_s=drain,
     )
     set_up_logging(log_level)
+    share_memory_between_threads()
     opened = {"threads": threads, "providers": chosen_providers(providers, device_name), "verify": not no_verify, "adapter_folder": library, "situations": True}
     with (
         listen(host, port) as place,
