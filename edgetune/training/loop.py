@@ -73,14 +73,17 @@ def train_stage(
 
     With `experience` a step learns from what it makes of the step's rows; `replay` adds general text to every step.
     `resumed` continues a stage where `save`, called every `save_every` steps, saw it.
+    Of several processes each works on its share of every step's rows.
     Raises TrainingError when the loss or a gradient is not finite; the weights are then those before that step.
     """
-    total, at = total_steps(stage, len(examples)), Position() if resumed is None else replace(resumed.position)
+    total = total_steps(stage, len(examples))
     validate_every = stage.validate_every or steps_per_epoch(len(examples), stage.batch_size) * stage.iterations
     optimizer = build_optimizer(
         learner.model, learning_rate=stage.learning_rate, head_learning_rate=stage.head_learning_rate, weight_decay=stage.weight_decay
     )
+    at = Position()
     if resumed is not None:
+        at = replace(resumed.position)
         learner.load_state(optimizer, resumed.optimizer)
     learner.model.train()
     lengths = [batching.length(example) for example in examples]
