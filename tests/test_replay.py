@@ -21,9 +21,11 @@ from edgetune.objectives import sft
 from edgetune.recipe import Parameters, Recipe, Replay
 from edgetune.recipe_file import recipe_from_dict
 from edgetune.training import run_recipe
-from edgetune.training.journal import Journal
+from edgetune.training.journal import Journal, StageLog
+from edgetune.training.learner import Learner
 from edgetune.training.loop import train_stage
 from edgetune.training.replay import ReplayText, load_replay
+from edgetune.training.stage import Batching
 
 GENERAL = [{"text": f"The quick brown fox number {n} jumps over the lazy dog again and again."} for n in range(60)]
 
@@ -84,8 +86,8 @@ def test_a_step_follows_the_weighted_sum_of_both_losses(
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     train_stage(
-        fresh(), stage, examples, objective=sft, validate=None, precision="fp32", pad_id=0, seed=0, stage_index=0,
-        journal=Journal(tmp_path / "journal.jsonl"), progress=silent(), replay=text,
+        Learner(fresh(), "fp32"), stage, examples, objective=sft, batching=Batching(pad_id=0), seed=0, replay=text,
+        log=StageLog(Journal(tmp_path / "journal.jsonl"), silent(), 0),
     )  # fmt: skip
     torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-4)
     record = json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])

@@ -23,10 +23,12 @@ from edgetune.recipe import Parameters
 from edgetune.recipe_file import load_recipe
 from edgetune.runs import load_adapted_model, load_run
 from edgetune.training import run_recipe
-from edgetune.training.journal import Journal
+from edgetune.training.journal import Journal, StageLog
+from edgetune.training.learner import Learner
 from edgetune.training.loop import total_steps, train_stage
 from edgetune.training.optimizer import build_optimizer, warmup_cosine
 from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
+from edgetune.training.stage import Batching
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -170,7 +172,7 @@ def test_accumulated_parts_give_the_same_adapter_as_one_pass(
 ) -> None:
     recipe = sft_recipe(tiny_decoder, tmp_path, max_steps=1)
     run_recipe(recipe, out=tmp_path / "whole", progress=silent())
-    monkeypatch.setattr("edgetune.training.loop.MAX_TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr("edgetune.training.stage.MAX_TOKENS_AT_ONCE", 64)
     run_recipe(recipe, out=tmp_path / "parts", progress=silent())
     whole, parts = (json.loads((tmp_path / n / "metrics.jsonl").open().readline()) for n in ("whole", "parts"))
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
@@ -187,8 +189,8 @@ def test_frozen_weights_stay_as_they_were(tiny_decoder: Path, tmp_path: Path) ->
     model = adapt(decoder_batch(tiny_decoder, tmp_path)[0], Parameters(), task="text-generation")
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     train_stage(
-        model, stage, examples, objective=sft, validate=None, precision="fp32", pad_id=0, seed=0, stage_index=0,
-        journal=Journal(tmp_path / "journal.jsonl"), progress=silent(),
+        Learner(model, "fp32"), stage, examples, objective=sft, batching=Batching(pad_id=0), seed=0,
+        log=StageLog(Journal(tmp_path / "journal.jsonl"), silent(), 0),
     )  # fmt: skip
     assert frozen and all(p.grad is None for p in model.parameters() if not p.requires_grad)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)

@@ -6,6 +6,7 @@
 | summary | summary.json, the adapter's metadata, first and last words |
 | stages, stage | one stage after the other; what a stage works with |
 | loop | the training loop, the same for every method |
+| learner | losses and gradients, in one process or in several |
 | methods | what differs between methods |
 | succession, features | the model of every stage; a frozen body's features, where only the head learns |
 | replay | general text in every step |

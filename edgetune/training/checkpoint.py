@@ -24,6 +24,7 @@ from edgetune.files import PARTIAL, clear_interrupted, output_errors, whole_file
 from edgetune.layout import CHECKPOINTS
 from edgetune.recipe import Recipe
 from edgetune.settings import flat, toml_value
+from edgetune.training.learner import Learned
 
 SCHEMA = 2
 NAME = re.compile(r"stage-(\d+)-step-(\d+)\.pt")
@@ -43,6 +44,22 @@ class Position:
     recent: list[float] = field(default_factory=list)  # losses since the last line of the journal
     recent_facts: list[dict[str, float]] = field(default_factory=list)  # what the steps since then measured besides
     final_loss: float = float("nan")  # mean over the last logged steps
+
+    def add(self, learned: Learned, replayed: Learned | None, facts: Mapping[str, float], *, seconds: float) -> None:
+        """One more step."""
+        self.step, self.seconds = self.step + 1, self.seconds + seconds
+        for each in (learned, replayed):
+            if each is not None:
+                self.tokens, self.padded_tokens = self.tokens + each.tokens, self.padded_tokens + each.padded_tokens
+        self.recent.append(learned.loss)
+        if facts:
+            self.recent_facts.append(dict(facts))
+
+    def means_of_recent(self) -> dict[str, float]:
+        """The steps since the last line of the journal make one more: their loss is `final_loss`, their facts are returned."""
+        self.final_loss, self.recent = sum(self.recent) / len(self.recent), []
+        facts, self.recent_facts = self.recent_facts, []
+        return {name: sum(fact[name] for fact in facts) / len(facts) for name in facts[0]} if facts else {}
 
 
 @dataclass(frozen=True)

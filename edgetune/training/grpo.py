@@ -27,7 +27,7 @@ from edgetune.training.fused_ops import fused_ops
 from edgetune.training.precision import Precision, autocast
 from edgetune.training.rewards import Answered, Rewards, check_rewards, open_rewards, reward_notes
 from edgetune.training.rollout import Answer, Rollout, Sampling, TorchRollout
-from edgetune.training.stage import Collate, Length, Measure, Prepared, Situation, tokens_of
+from edgetune.training.stage import Batching, Measure, Prepared, Situation, tokens_of
 
 TOKENS_AT_ONCE, ROWS_AT_ONCE = 1536, 64
 FLAT = 1e-8  # a group whose rewards have this std or less teaches nothing
@@ -137,10 +137,8 @@ class Sampler:
         if self.stage.kl and self.stage.kl_to == "start":
             first = _trained(situation.model) if kept is None else kept.reference
             self.start = {name: weights.to(self.device) for name, weights in first.items()}
-        self.collate: Collate = functools.partial(
-            collate_answers, loss_type=self.stage.loss_type, longest=self.stage.max_new_tokens
-        )
-        self.length: Length = tokens_of
+        collating = functools.partial(collate_answers, loss_type=self.stage.loss_type, longest=self.stage.max_new_tokens)
+        self._batching = Batching(self.pad_id, collating)
         self._kept: tuple[list[AnswerExample], dict[str, float]] | None = None
         if kept is not None and kept.samples is not None:
             answers, facts = kept.samples
@@ -148,12 +146,13 @@ class Sampler:
 
     def __call__(
         self, model: nn.Module, rows: Sequence[PromptExample], *, step: int
-    ) -> tuple[Sequence[AnswerExample], Mapping[str, float]]:
+    ) -> tuple[list[Batch], Mapping[str, float]]:
         """See Experience; `step` counts from 1."""
         if self._kept is None or (step - 1) % self.stage.iterations == 0:
             self._kept = self._sample(model, rows, step=step)
         model.train()
-        return self._kept
+        answers, facts = self._kept
+        return self._batching.parts(answers, step), facts
 
     def samples(self) -> Any:
         """See Experience; nothing where every step samples anew."""

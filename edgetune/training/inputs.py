@@ -16,7 +16,6 @@ from edgetune.training.continuing import StartAdapter, read_start
 from edgetune.training.methods import method_of
 from edgetune.training.replay import ReplayText, load_replay
 from edgetune.training.rewards import reward_digests
-from edgetune.training.summary import digests_of
 from edgetune.weight_precision import shipped_precision
 
 
@@ -52,7 +51,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id, kind=base.kind)
     digests = [
-        digests_of(examples, replay) | reward_digests(stage)
+        examples.digests | ({} if replay is None else {"replay": replay.digest}) | reward_digests(stage)
         for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
     ]
     if start is not None:

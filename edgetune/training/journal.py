@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgetune.intervals import headline
+from edgetune.progress import Progress
+from edgetune.training.checkpoint import Position
 from edgetune.training.curves import Curves, open_curves
+from edgetune.training.learner import Learned
+
+LOGGED_STEPS = 200  # about this many lines of a stage go to the journal
 
 
 class Journal:
@@ -55,6 +62,45 @@ class Journal:
             shutil.copyfile(self.path, folder / self.path.name)
         if self.curves is not None:
             shutil.copytree(self.curves.folder, folder / self.curves.folder.name)
+
+
+@dataclass(frozen=True)
+class StageLog:
+    """What a stage says while it runs: lines of the journal, and the progress that is shown."""
+
+    journal: Journal
+    progress: Progress
+    index: int  # of the stage
+
+    def step(
+        self, at: Position, total: int, learned: Learned, replayed: Learned | None, facts: Mapping[str, float], *,
+        epoch: float, learning_rate: float, grad_norm: float,
+    ) -> None:  # fmt: skip
+        """Show the step `at` has come to; about LOGGED_STEPS of them write a line, with means over those since the last."""
+        speed = at.tokens / at.seconds
+        self.progress.step(at.step, total, loss=learned.loss, tokens_per_second=speed, seconds=at.seconds, reward=facts.get("reward"))
+        if at.step % max(1, total // LOGGED_STEPS) and at.step < total:
+            return
+        means = at.means_of_recent()
+        self.journal.write(
+            kind="train",
+            stage=self.index,
+            step=at.step,
+            epoch=epoch,
+            loss=at.final_loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens=at.tokens,
+            tokens_per_second=speed,
+            seconds=at.seconds,
+            **means,
+            **({} if replayed is None else {"replay_loss": replayed.loss}),
+        )
+
+    def validation(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Write and show what a validation measured."""
+        self.journal.write(kind="validation", stage=self.index, step=step, **metrics)
+        self.progress.say(f"step {step}/{total}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in headline(metrics).items()))
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgetune.batching import Batch, Example, collate, in_order_of_length
+from edgetune.batching import Batch, Example, in_order_of_length
 from edgetune.metrics import accuracy, macro_f1
 from edgetune.objectives import class_logits, completion_logits, masked_logits
 from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision, autocast
-from edgetune.training.stage import Collate, Length, tokens_of
+from edgetune.training.stage import Batching
 
+ROWS_AT_ONCE = 64
 TOKENS_AT_ONCE = 256  # the logits of a vocabulary take 200 kB a token, and the effect keeps six tensors of that size
 VALIDATION_TOKENS = 50_000  # of more, a validation takes rows at equal distances; `edgetune eval` takes them all
 EFFECT_TOKENS = 5_000
@@ -25,22 +26,14 @@ EFFECT_TOKENS = 5_000
 Logits = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # (model, batch) → logits (n, classes), targets (n,)
 
 
-def batches_for_measuring(
-    examples: Sequence[Example],
-    *,
-    pad_id: int,
-    tokens: int,
-    batch_size: int,
-    collate: Collate = collate,
-    length: Length = tokens_of,
-) -> list[Batch]:
-    """Batches over all rows, or over evenly spaced ones when there are more than `tokens` tokens."""
-    total = sum(length(example) for example in examples)
+def batches_for_measuring(examples: Sequence[Example], batching: Batching, *, tokens: int) -> list[Batch]:
+    """Batches over all rows, or over evenly spaced ones when there are more than `tokens` tokens; the same every time."""
+    total = sum(batching.length(example) for example in examples)
     keep = min(len(examples), max(1, len(examples) * tokens // max(1, total)))
     chosen = [examples[at * len(examples) // keep] for at in range(keep)]
-    lengths = [length(example) for example in chosen]
-    parts = in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=batch_size)
-    return [collate([chosen[i] for i in part], pad_id) for part in parts]
+    lengths = [batching.length(example) for example in chosen]
+    parts = in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE)
+    return [batching.batch([chosen[i] for i in part], 0) for part in parts]
 
 
 def next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Which text a step sees follows from the seed and the step alone.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -19,22 +20,10 @@ from edgetune.examples.text import encode_documents, pack, text_rows
 from edgetune.objectives import sft
 from edgetune.prompts import PromptFormat, row_template
 from edgetune.recipe import Stage
-from edgetune.training.computing import loss_of
-from edgetune.training.device import device_of, to_device
-from edgetune.training.distributed import Group
-from edgetune.training.precision import Precision
-from edgetune.training.shares import Shares
+from edgetune.training.learner import Learned, Learner
 from edgetune.training.stage import Length, tokens_of
 
 SHORTEST = 32  # tokens of a sequence; below, a step would see too little context to learn from
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """What a step saw of the general text, over all processes."""
-
-    loss: float
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -51,30 +40,21 @@ class ReplayText:
         """The text of optimizer step `step` (from 1); after the last sequence the first ones come again."""
         return collate([self.examples[at] for at in self._places(step)], self.pad_id)
 
-    def add_gradient(self, model: Any, step: int, *, precision: Precision, group: Group, shares: Shares | None = None) -> Replayed:
+    def add_gradient(self, learner: Learner, step: int) -> Learned:
         """Add `share` times the gradient of the text's mean loss; of several processes each takes its part of the rows.
 
         Raises TrainingError when the loss is not finite.
         """
-        device, mine = device_of(model), group.share(self._places(step))
-        parts = [to_device(collate([self.examples[at]], self.pad_id), device) for at in mine]
-        targets, tokens = group.total([sum(part.targets for part in parts), sum(part.tokens for part in parts)])
-        loss = 0.0
-        if shares is not None:
-            parts = shares.even(parts, to_device(collate([self.examples[0]], self.pad_id), device))
-        for part in parts:
-            part_loss = loss_of(sft, model, part, precision=precision, shares=shares)
-            weight = part.targets / targets
-            loss += weight * part_loss.item()
-            (part_loss * weight * self.share).backward()
-        (loss,) = group.total([loss])
-        if not math.isfinite(loss):
+        parts = [collate([self.examples[at]], self.pad_id) for at in learner.group.share(self._places(step))]
+        spare = functools.partial(collate, self.examples[:1], self.pad_id)
+        learned = learner.add_gradient(sft, parts, spare=spare, weight=self.share)
+        if not math.isfinite(learned.loss):
             lines = sorted(self.examples[at].row for at in self._places(step))
             raise TrainingError(
-                f"the loss of the replayed text became {loss} at step {step}, on rows {', '.join(map(str, lines))} of its file",
+                f"the loss of the replayed text became {learned.loss} at step {step}, on rows {', '.join(map(str, lines))} of its file",
                 fix='Look at these rows; a lower learning_rate or precision = "fp32" usually helps.',
             )
-        return Replayed(loss, tokens)
+        return learned
 
     def _places(self, step: int) -> list[int]:
         start = (step - 1) * self.rows

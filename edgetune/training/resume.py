@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +100,11 @@ class Course:
         self.started -= self.state.seconds
 
     def run(self, run_stage: Callable[..., StageResult]) -> list[StageResult]:
-        """Train every stage that is not finished: `run_stage(index, kept=, position=, optimizer_state=, save=)` trains one."""
+        """Train every stage that is not finished: `run_stage(index, resumed=, save=)` trains one."""
         first, stages = self.state.stage if self.state is not None else 0, len(self.recipe.stage)
         for index in range(first, stages):
             within = self.state if self.state is not None and self.state.position.step and index == first else None
-            result = run_stage(
-                index,
-                kept=Kept(within.reference, within.samples[self.group.rank]) if within is not None else None,
-                position=replace(within.position) if within is not None else None,
-                optimizer_state=within.optimizer if within is not None else None,
-                save=functools.partial(self.save, index),
-            )
-            self.results.append(result)
+            self.results.append(run_stage(index, resumed=within, save=functools.partial(self.save, index)))
             if index + 1 < stages:
                 self.save(index + 1, Position(), None, Kept())
         self.state = None  # its tensors are in the model now

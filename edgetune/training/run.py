@@ -13,8 +13,6 @@ from typing import Any, cast
 import torch
 
 from edgetune.adapters import save_adapter, trainable_parameters
-from edgetune.bases import Base
-from edgetune.examples import ExampleSet
 from edgetune.files import whole_folder, write_json, write_text
 from edgetune.forgetting import compare
 from edgetune.full_model import save_full
@@ -25,25 +23,15 @@ from edgetune.recipe_file import to_toml
 from edgetune.report import write_report
 from edgetune.runs import check_replaceable
 from edgetune.training.checkpoint import State, unfinished
-from edgetune.training.device import choose_device, peak_device_mb
-from edgetune.training.distributed import process_group
-from edgetune.training.inputs import read_inputs
+from edgetune.training.device import choose_device
+from edgetune.training.distributed import Group, process_group
+from edgetune.training.inputs import Inputs, read_inputs
 from edgetune.training.journal import Journal
 from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
 from edgetune.training.resume import Course, find_state
 from edgetune.training.stages import Stages, precision_of
 from edgetune.training.succession import Succession
-from edgetune.training.summary import (
-    RunSummary,
-    base_precision,
-    closing,
-    data_facts,
-    metadata,
-    opening,
-    peak_rss_mb,
-    stage_facts,
-    versions,
-)
+from edgetune.training.summary import RunSummary, base_precision, closing, metadata, opening, summary_of
 
 
 def run_recipe(
@@ -67,9 +55,8 @@ def run_recipe(
         checkpoints = stack.enter_context(work) if work is not None else None
         device = choose_device(recipe.device, local_rank=group.local_rank)
         inputs = read_inputs(recipe)
-        base, sets = inputs.base, inputs.sets
-        progress.say(opening(recipe, base, sets))
-        if inputs.start is not None and (line := inputs.start.other_weights(base_precision(base))):
+        progress.say(opening(recipe, inputs.base, inputs.sets))
+        if inputs.start is not None and (line := inputs.start.other_weights(base_precision(inputs.base))):
             progress.say(line)
         origin = inputs.origin(processes=group.size)
         state, finished = group.from_leader(
@@ -77,64 +64,52 @@ def run_recipe(
         )
         if finished is not None:
             return RunSummary(**finished)
-        succession = Succession(recipe, base, sets, pad_id=inputs.pad_id, device=device, start=inputs.start)
-        model, sets = succession.model, succession.sets
-        group.copy_weights([parameter for parameter in succession.learning.parameters() if parameter.requires_grad])
-        if group.rank:
-            torch.manual_seed(recipe.seed + (group.rank << 32))  # another dropout in every process
-        trainable = trainable_parameters(model)
-        recipe = group.from_leader(_resolve(recipe, state, hidden=model.config.hidden_size, device=device))
-        if all(stage.precision == "bf16" for stage in recipe.stage):
-            hold_frozen_linears_in_bf16(model)
+        succession, inputs = _first_model(inputs, state, device, group)
+        trainable = trainable_parameters(succession.model)
         journal = Journal(
             None if checkpoints is None else checkpoints.folder / JOURNAL,
             records=[] if state is None else state.journal,
             curves=None if checkpoints is None else checkpoints.folder / CURVES,
         )
-        course = Course(succession.learning, recipe, origin, journal, group, checkpoints, state, started)
-        with Stages(succession, recipe, base, inputs.tokenizer, inputs.replays, inputs.pad_id, journal, progress, group) as stages:
+        course = Course(succession.learning, inputs.recipe, origin, journal, group, checkpoints, state, started)
+        with Stages(succession, inputs, journal, progress, group) as stages:
             results = course.run(stages.run)
             journal.close()
             if not group.leads:
                 return cast(RunSummary, group.from_leader(None))
             succession.finish()
             measured = stages.measure()
-        summary = RunSummary(
-            task=recipe.task,
-            base={"name": base.name, "digest": base.digest},
-            **measured,
-            train_loss=results[-1].final_loss,
-            stages=[stage_facts(stage, result) for stage, result in zip(recipe.stage, results, strict=True)],
-            trainable_parameters=trainable,
-            tokens_per_second=sum(r.tokens for r in results) / max(1e-9, sum(r.seconds for r in results)),
-            training_seconds=sum(result.seconds for result in results),
-            seconds=time.perf_counter() - course.started,
-            peak_rss_mb=peak_rss_mb(),
-            peak_device_mb=peak_device_mb(device),
-            data=[data_facts(*each) for each in zip(sets, inputs.replays, inputs.digests, strict=True)],
-            seed=recipe.seed,
-            threads=torch.get_num_threads(),
-            device=device.type,
-            processes=group.size,
-            versions=versions(),
-            out=str(folder),
-            base_precision=base_precision(base),
-            forgetting=_forgetting(succession, recipe, base, inputs.tokenizer, progress),
-        )
-        _write(folder, succession.model, recipe, base, sets[-1], summary, journal)
+        summary = summary_of(
+            inputs, results, measured, trainable=trainable, seconds=time.perf_counter() - course.started,
+            device=device, processes=group.size, out=folder,
+        )  # fmt: skip
+        summary = replace(summary, forgetting=_forgetting(succession, inputs, progress))
+        _write(folder, succession.model, inputs, summary, journal)
         group.from_leader(summary)
     progress.say(closing(summary))
     return summary
 
 
-def _write(
-    folder: Path, model: Any, recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSummary, journal: Journal
-) -> None:
+def _first_model(inputs: Inputs, state: State | None, device: torch.device, group: Group) -> tuple[Succession, Inputs]:
+    """The model before its first step, alike in every process; and the inputs with what was chosen, as it is trained on them."""
+    recipe = inputs.recipe
+    succession = Succession(recipe, inputs.base, inputs.sets, pad_id=inputs.pad_id, device=device, start=inputs.start)
+    group.copy_weights([parameter for parameter in succession.learning.parameters() if parameter.requires_grad])
+    if group.rank:
+        torch.manual_seed(recipe.seed + (group.rank << 32))  # another dropout in every process
+    recipe = group.from_leader(_resolve(recipe, state, hidden=succession.model.config.hidden_size, device=device))
+    if all(stage.precision == "bf16" for stage in recipe.stage):
+        hold_frozen_linears_in_bf16(succession.model)
+    return succession, replace(inputs, recipe=recipe, sets=succession.sets)
+
+
+def _write(folder: Path, model: Any, inputs: Inputs, summary: RunSummary, journal: Journal) -> None:
     """The run folder, whole or not at all."""
+    recipe = inputs.recipe
     with whole_folder(folder) as partial:
-        about = metadata(recipe, base, examples, summary)
+        about = metadata(recipe, inputs.base, inputs.sets[-1], summary)
         if recipe.parameters.train == "full":
-            save_full(model, partial, final=folder, base=base, metadata=about)
+            save_full(model, partial, final=folder, base=inputs.base, metadata=about)
         else:
             save_adapter(model, partial / ADAPTER, about)
         write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
@@ -156,18 +131,16 @@ def _settings(recipe: Recipe) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _forgetting(
-    succession: Succession, recipe: Recipe, base: Base, tokenizer: Any, progress: Progress
-) -> list[dict[str, Any]] | None:
+def _forgetting(succession: Succession, inputs: Inputs, progress: Progress) -> list[dict[str, Any]] | None:
     """The `[forgetting]` table's tasks, on the model without and with what it learned."""
-    wanted = recipe.forgetting
+    base, wanted = inputs.base, inputs.recipe.forgetting
     if wanted is None:
         return None
     from edgetune.forgetting.torch_subject import TorchSubject  # which needs this package whole
 
     subject = TorchSubject(
-        tokenizer, kind=base.kind, limit=base.max_length, pooling=base.pooling, before=succession.before,
-        after=lambda: contextlib.nullcontext(succession.model), precision=precision_of(recipe.stage[-1]),
+        inputs.tokenizer, kind=base.kind, limit=base.max_length, pooling=base.pooling, before=succession.before,
+        after=lambda: contextlib.nullcontext(succession.model), precision=precision_of(inputs.recipe.stage[-1]),
     )  # fmt: skip
     found = compare(subject, Path(wanted.general), limit=wanted.limit, tasks=wanted.tasks, say=progress.say)
     return [asdict(general) for general in found]

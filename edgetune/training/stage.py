@@ -10,29 +10,60 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from edgetune.bases import Base
-from edgetune.batching import Batch, collate
+from edgetune.batching import Batch, collate, split
 from edgetune.examples import ExampleSet
+from edgetune.examples.common import Mask
 from edgetune.progress import Progress
 from edgetune.recipe import Stage
 from edgetune.training.distributed import Group
 from edgetune.training.precision import Precision
+
+MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
 
 Measure = Callable[..., dict[str, float]]  # (model, batches, *, precision) → metrics
 Collate = Callable[[Sequence[Any], int], Batch]  # (examples, pad_id)
 Length = Callable[[Any], int]  # an example → the padded tokens it takes
 
 
+def tokens_of(example: Any) -> int:
+    """The length of an example that is one sequence."""
+    return len(example.input_ids)
+
+
+def padded_length(example: Any) -> int:
+    """The length of an example that says it itself."""
+    length: int = example.padded_length
+    return length
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How examples become batches."""
+
+    pad_id: int
+    collate: Collate = collate
+    length: Length = tokens_of
+    mask: Mask | None = None  # hides tokens of every batch
+
+    def batch(self, examples: Sequence[Any], step: int) -> Batch:
+        """One batch of optimizer step `step`; of step 0, for measuring."""
+        batch = self.collate(examples, self.pad_id)
+        return batch if self.mask is None else self.mask(batch, step)
+
+    def parts(self, examples: Sequence[Any], step: int) -> list[Batch]:
+        """The examples of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens."""
+        parts = split(range(len(examples)), [self.length(example) for example in examples], MAX_TOKENS_AT_ONCE)
+        return [self.batch([examples[i] for i in part], step) for part in parts]
+
+
 class Experience(Protocol):
     """Turns the rows of a step into what is learned from: grpo's prompts into scored answers."""
 
-    def __call__(self, model: nn.Module, rows: Sequence[Any], *, step: int) -> tuple[Sequence[Any], Mapping[str, float]]:
-        """Examples for `collate`, and the step's metrics."""
+    def __call__(self, model: nn.Module, rows: Sequence[Any], *, step: int) -> tuple[list[Batch], Mapping[str, float]]:
+        """The step's parts, and its metrics."""
 
     def samples(self) -> Any:
         """What a checkpoint must hold so that the next step learns from the same; numbers in lists and dicts, or None."""
-
-    collate: Collate
-    length: Length
 
 
 @dataclass(frozen=True)
@@ -73,17 +104,6 @@ class Prepared:
         return Kept(self.reference, self.experience.samples() if self.experience is not None else None)
 
 
-def tokens_of(example: Any) -> int:
-    """The length of an example that is one sequence."""
-    return len(example.input_ids)
-
-
-def padded_length(example: Any) -> int:
-    """The length of an example that says it itself."""
-    length: int = example.padded_length
-    return length
-
-
 @contextlib.contextmanager
 def nothing_to_prepare(situation: Situation, measure: Measure) -> Iterator[Prepared]:
     """For methods whose rows are all they need."""
@@ -91,18 +111,3 @@ def nothing_to_prepare(situation: Situation, measure: Measure) -> Iterator[Prepa
 
 
 Prepare = Callable[[Situation, Measure], contextlib.AbstractContextManager[Prepared]]
-
-__all__ = [
-    "Collate",
-    "Experience",
-    "Kept",
-    "Length",
-    "Measure",
-    "Prepare",
-    "Prepared",
-    "Situation",
-    "collate",
-    "nothing_to_prepare",
-    "padded_length",
-    "tokens_of",
-]

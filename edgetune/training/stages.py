@@ -7,22 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune.bases import Base
 from edgetune.batching import Batch
 from edgetune.errors import TrainingError
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe, Stage
-from edgetune.training.checkpoint import Position, steps_between
+from edgetune.recipe import Stage
+from edgetune.training.checkpoint import Position, State, steps_between
 from edgetune.training.device import device_of, generators_untouched
 from edgetune.training.distributed import Group
-from edgetune.training.journal import Journal
+from edgetune.training.inputs import Inputs
+from edgetune.training.journal import Journal, StageLog
+from edgetune.training.learner import Learner
 from edgetune.training.loop import StageResult, total_steps, train_stage
 from edgetune.training.measure import EFFECT_TOKENS, VALIDATION_TOKENS, adapter_effect, batches_for_measuring
 from edgetune.training.methods import method_of
 from edgetune.training.precision import Precision
-from edgetune.training.replay import ReplayText
 from edgetune.training.shares import Stateful
-from edgetune.training.stage import Kept, Prepared, Situation
+from edgetune.training.stage import Batching, Kept, Prepared, Situation
 from edgetune.training.succession import Succession
 
 SaveStage = Callable[[Position, Stateful, Kept], None]
@@ -33,11 +33,7 @@ class Stages:
     """Trains the recipe's stages. What the last one opened stays open for `measure`, until the block is left."""
 
     succession: Succession
-    recipe: Recipe  # precision and device resolved
-    base: Base
-    tokenizer: Any
-    replays: Sequence[ReplayText | None]  # a stage each
-    pad_id: int
+    inputs: Inputs  # of which the recipe's precision and device are resolved
     journal: Journal
     progress: Progress
     group: Group
@@ -50,72 +46,56 @@ class Stages:
     def __exit__(self, *error: object) -> None:
         self._opened.close()
 
-    def run(
-        self,
-        index: int,
-        *,
-        kept: Kept | None,
-        position: Position | None,
-        optimizer_state: dict[str, Any] | None,
-        save: SaveStage,
-    ) -> StageResult:
+    def run(self, index: int, *, resumed: State | None, save: SaveStage) -> StageResult:
         """Train stage `index`, from its beginning or from where a checkpoint left it."""
-        stage, examples, group = self.recipe.stage[index], self.succession.sets[index], self.group
-        method, precision = method_of(stage, self.base.kind), precision_of(stage)
-        model = self.succession.for_stage(index, begins=position is None or position.step == 0)
-        prepared = self._prepare(model, index, kept)
-        held_out = self._held_out(index) if group.leads else []
+        inputs, recipe = self.inputs, self.inputs.recipe
+        stage, rows = recipe.stage[index], inputs.sets[index].train
+        precision = precision_of(stage)
+        model = self.succession.for_stage(index, begins=resumed is None)
+        prepared = self._prepare(model, index, resumed)
+        held_out = self._held_out(index) if self.group.leads else []
         return train_stage(
-            model,
+            Learner(model, precision, self.group, shard=recipe.parameters.shard),
             stage,
-            examples.train,
-            objective=method.objective(stage),
+            rows,
+            objective=method_of(stage, inputs.base.kind).objective(stage),
+            batching=self._batching(index),
+            seed=recipe.seed + index,
+            log=StageLog(self.journal, self.progress, index),
             validate=(lambda trained: prepared.measure(trained, held_out, precision=precision)) if held_out else None,
-            precision=precision,
-            pad_id=self.pad_id,
-            seed=self.recipe.seed + index,
-            stage_index=index,
-            journal=self.journal,
-            progress=self.progress,
-            collate=method.collate,
-            length=method.length,
             experience=prepared.experience,
-            mask=examples.mask,
-            replay=self.replays[index],
-            group=group,
-            shard=self.recipe.parameters.shard,
-            position=position,
-            optimizer_state=optimizer_state,
+            replay=inputs.replays[index],
+            resumed=resumed,
             save=lambda at, optimizer: save(at, optimizer, prepared.kept()),
-            save_every=steps_between(self.recipe, total_steps(stage, len(examples.train))),
+            save_every=steps_between(recipe, total_steps(stage, len(rows))),
         )
 
-    def _prepare(self, model: Any, index: int, kept: Kept | None) -> Prepared:
+    def _prepare(self, model: Any, index: int, resumed: State | None) -> Prepared:
         """Close what the stage before had open, and open this one's. Draws nothing: a resumed run does it once more."""
         self._opened.close()
-        stage = self.recipe.stage[index]
+        inputs, stage = self.inputs, self.inputs.recipe.stage[index]
         situation = Situation(
             model,
             stage,
-            self.succession.sets[index],
-            self.tokenizer,
-            self.base,
-            self.pad_id,
+            inputs.sets[index],
+            inputs.tokenizer,
+            inputs.base,
+            inputs.pad_id,
             precision_of(stage),
-            self.recipe.seed + index,
+            inputs.recipe.seed + index,
             self.progress,
             self.group,
-            kept,
+            None if resumed is None else Kept(resumed.reference, resumed.samples[self.group.rank]),
         )
-        method = method_of(stage, self.base.kind)
+        method = method_of(stage, inputs.base.kind)
         with generators_untouched(device_of(model)):
             self._prepared = self._opened.enter_context(method.prepare(situation, method.measure))
         return self._prepared
 
     def measure(self) -> dict[str, Any]:
         """Final metrics, the base's, and the adapter's effect; on training rows when there are no others."""
-        stage, examples, before = self.recipe.stage[-1], self.succession.sets[-1], self.succession.before
-        method, precision = method_of(stage, self.base.kind), precision_of(stage)
+        stage, examples, before = self.inputs.recipe.stage[-1], self.inputs.sets[-1], self.succession.before
+        method, precision = method_of(stage, self.inputs.base.kind), precision_of(stage)
         held_out = self._held_out(-1)
         last = self.journal.last("validation") if held_out else None
         metrics = {k: v for k, v in (last or {}).items() if k not in {"kind", "stage", "step"}}
@@ -123,7 +103,7 @@ class Stages:
         if held_out and self.succession.base_answers and self._prepared is not None:
             with before() as base_model:
                 base_metrics = self._prepared.measure(base_model, held_out, precision=precision)
-        sample = self._batches(-1, examples.validation or examples.train, tokens=EFFECT_TOKENS)
+        sample = batches_for_measuring(examples.validation or examples.train, self._batching(-1), tokens=EFFECT_TOKENS)
         effect = adapter_effect(self.succession.model, sample, method.outputs, precision=precision, before=before)
         if effect["mean_logit_change"] == 0.0:
             raise TrainingError(
@@ -137,16 +117,12 @@ class Stages:
         }
 
     def _held_out(self, index: int) -> Sequence[Batch]:
-        rows = self.succession.sets[index].validation
-        return self._batches(index, rows, tokens=VALIDATION_TOKENS) if rows else []
+        rows = self.inputs.sets[index].validation
+        return batches_for_measuring(rows, self._batching(index), tokens=VALIDATION_TOKENS) if rows else []
 
-    def _batches(self, index: int, rows: Sequence[Any], *, tokens: int) -> Sequence[Batch]:
-        """Batches for measuring, the same every time."""
-        method, mask = method_of(self.recipe.stage[index], self.base.kind), self.succession.sets[index].mask
-        batches = batches_for_measuring(
-            rows, pad_id=self.pad_id, tokens=tokens, batch_size=64, collate=method.collate, length=method.length
-        )
-        return batches if mask is None else [mask(batch, 0) for batch in batches]
+    def _batching(self, index: int) -> Batching:
+        method = method_of(self.inputs.recipe.stage[index], self.inputs.base.kind)
+        return Batching(self.inputs.pad_id, method.collate, method.length, self.inputs.sets[index].mask)
 
 
 def precision_of(stage: Stage) -> Precision:

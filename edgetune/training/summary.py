@@ -5,9 +5,12 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from edgetune import __version__
 from edgetune.adapters import AdapterMetadata
@@ -19,6 +22,8 @@ from edgetune.quantiser import ROUNDING
 from edgetune.recipe import Recipe, Stage
 from edgetune.recipe_generation import generation_defaults
 from edgetune.report import what_learns
+from edgetune.training.device import peak_device_mb
+from edgetune.training.inputs import Inputs
 from edgetune.training.loop import StageResult
 from edgetune.training.replay import ReplayText
 
@@ -54,6 +59,36 @@ class RunSummary:
     forgetting: list[dict[str, Any]] | None = None  # general ability before and after, where the recipe asks for it
 
 
+def summary_of(
+    inputs: Inputs, results: Sequence[StageResult], measured: Mapping[str, Any], *,
+    trainable: int, seconds: float, device: torch.device, processes: int, out: Path,
+) -> RunSummary:  # fmt: skip
+    """What came of the inputs, their recipe resolved; `measured` are the metrics and the effect."""
+    training_seconds = sum(result.seconds for result in results)
+    recipe, base = inputs.recipe, inputs.base
+    return RunSummary(
+        task=recipe.task,
+        base={"name": base.name, "digest": base.digest},
+        **measured,
+        train_loss=results[-1].final_loss,
+        stages=[stage_facts(stage, result) for stage, result in zip(recipe.stage, results, strict=True)],
+        trainable_parameters=trainable,
+        tokens_per_second=sum(result.tokens for result in results) / max(1e-9, training_seconds),
+        training_seconds=training_seconds,
+        seconds=seconds,
+        peak_rss_mb=peak_rss_mb(),
+        peak_device_mb=peak_device_mb(device),
+        data=[data_facts(*each) for each in zip(inputs.sets, inputs.replays, inputs.digests, strict=True)],
+        seed=recipe.seed,
+        threads=torch.get_num_threads(),
+        device=device.type,
+        processes=processes,
+        versions=versions(),
+        out=str(out),
+        base_precision=base_precision(base),
+    )
+
+
 def base_precision(base: Base) -> dict[str, Any] | None:
     """How the weights that training saw were rounded, for metadata; None where they were not."""
     return None if base.precision is None else base.precision.to_dict() | {"rounding": ROUNDING}
@@ -63,11 +98,6 @@ def stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
     """What a stage did, for summary.json."""
     facts = {**asdict(result), "tokens_per_second": result.tokens_per_second}
     return {"method": stage.method, "precision": stage.precision, **facts}
-
-
-def digests_of(examples: ExampleSet, replay: ReplayText | None) -> dict[str, str]:
-    """Of a stage's files, by what they are for."""
-    return examples.digests | ({} if replay is None else {"replay": replay.digest})
 
 
 def data_facts(examples: ExampleSet, replay: ReplayText | None, digests: dict[str, str]) -> dict[str, Any]:

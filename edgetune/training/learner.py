@@ -1,0 +1,96 @@
+"""A stage's model as it learns: losses, gradients, and weights where one is needed whole; in one process or in several."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.batching import Batch
+from edgetune.objectives import Objective
+from edgetune.training.device import device_of, to_device
+from edgetune.training.distributed import Group
+from edgetune.training.fused_lora import fused_lora
+from edgetune.training.fused_ops import fused_ops
+from edgetune.training.precision import Precision, autocast
+from edgetune.training.shares import Shares, Stateful, norm_of
+
+ALONE = Group()
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a gradient was made of, over all processes."""
+
+    loss: float  # mean
+    tokens: int  # real tokens, padding not counted
+    padded_tokens: int
+
+
+class Learner:
+    """`whole` is the run's own model; `model` is what learns: the same, or with `shard` this process's share of its weights.
+
+    Every method must be called by all processes.
+    """
+
+    def __init__(self, whole: nn.Module, precision: Precision, group: Group = ALONE, *, shard: bool = False) -> None:
+        self.whole, self.precision, self.group, self.device = whole, precision, group, device_of(whole)
+        self._shares = Shares(whole, group, self.device) if shard and group.size > 1 else None
+        self.model = whole if self._shares is None else self._shares.model
+        self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def add_gradient(self, objective: Objective, batches: Sequence[Batch], *, spare: Callable[[], Batch], weight: float) -> Learned:
+        """Add `weight` times the gradient of the mean loss over the batches of all processes; `spare` is for one without any."""
+        parts = [to_device(batch, self.device) for batch in batches]
+        counts = [(part.targets, part.tokens, part.input_ids.numel()) for part in parts]
+        targets, tokens, padded = self.group.total([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0])
+        if self._shares is not None:
+            parts = self._shares.even(parts, to_device(spare(), self.device))
+        loss = 0.0
+        for part in parts:
+            part_loss, share = self._loss(objective, part), part.targets / max(1, targets)
+            loss += share * part_loss.item()
+            (part_loss * share * weight).backward()
+        (loss,) = self.group.total([loss])
+        return Learned(loss, tokens, padded)
+
+    def clip_gradient(self, at_most: float) -> float:
+        """Add up the processes' gradients and clip their norm; the norm before."""
+        if self._shares is None:
+            self.group.add_gradients(self._trainable)
+        return norm_of(self._trainable, at_most=at_most)
+
+    @contextlib.contextmanager
+    def in_one_piece(self) -> Iterator[None]:
+        """Meanwhile `whole` has its weights, in the leader."""
+        if self._shares is not None:
+            self._shares.give_back()
+        yield
+        if self._shares is not None:
+            self._shares.take_back()
+
+    def finish(self) -> None:
+        """Leave the weights as they are now in `whole`, in all processes."""
+        if self._shares is not None:
+            self._shares.give_back(to_all=True)
+        self.whole.eval()
+
+    def state_of(self, optimizer: torch.optim.Optimizer) -> Stateful:
+        """The optimizer's state as a single process has it, for a checkpoint."""
+        return optimizer if self._shares is None else self._shares.state_of(optimizer)
+
+    def load_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Put back what `state_of` gave."""
+        optimizer.load_state_dict(state if self._shares is None else self._shares.spread(state, optimizer))
+
+    def _loss(self, objective: Objective, batch: Batch) -> Tensor:
+        """The fused functions look at a layer's weights, so a model in shares computes without them."""
+        if self._shares is not None:
+            with autocast(self.precision, self.device):
+                return self._shares.loss(objective, batch)[0]
+        with autocast(self.precision, self.device), fused_lora(self.model, self.precision), fused_ops(self.model):
+            return objective(self.model, batch)[0]
