@@ -37,7 +37,7 @@ DECODERS = {
 ENCODERS = {
     "bert": Family("BERT, MiniLM"),
     "camembert": Family("CamemBERT"),
-    "deberta-v2": Family("DeBERTa v3, v2"),
+    "deberta-v2": Family("DeBERTa v3"),
     "distilbert": Family("DistilBERT"),
     "electra": Family("ELECTRA"),
     "modernbert": Family("ModernBERT"),
