@@ -37,6 +37,7 @@ DECODERS = {
 ENCODERS = {
     "bert": Family("BERT, MiniLM"),
     "camembert": Family("CamemBERT"),
+    "deberta-v2": Family("DeBERTa v3"),
     "distilbert": Family("DistilBERT"),
     "electra": Family("ELECTRA"),
     "modernbert": Family("ModernBERT"),
@@ -83,7 +84,24 @@ def encoder_family(config: Any) -> Family:
     """The family of an encoder's configuration; ExportError for one that is set up as a decoder."""
     if getattr(config, "is_decoder", False):
         raise ExportError("an encoder that is set up as a decoder cannot be exported", got="is_decoder = true")
-    return known_family(config.model_type, kind="encoder")
+    family = known_family(config.model_type, kind="encoder")
+    if config.model_type == "deberta-v2":
+        _check_disentangled(config)
+    return family
+
+
+def _check_disentangled(config: Any) -> None:
+    """ExportError for a DeBERTa whose layers are not those of the v3 checkpoints."""
+    kinds = " and ".join(sorted(set(config.pos_att_type or ()))) or "none"
+    found = {
+        "relative_attention": (True, bool(config.relative_attention)),
+        "pos_att_type": ("c2p and p2c", kinds),
+        "share_att_key": (True, bool(getattr(config, "share_att_key", False))),
+        "conv_kernel_size": (0, int(getattr(config, "conv_kernel_size", 0) or 0)),
+    }
+    for name, (expected, got) in found.items():
+        if got != expected:
+            raise ExportError("this kind of DeBERTa cannot be exported", where=name, expected=f"{expected}, as in DeBERTa v3".lower(), got=str(got).lower())
 
 
 def seq2seq_family(config: Any) -> Family:

@@ -14,8 +14,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from edgetune.export.disentangled import LINEAR_ROWS
 from edgetune.export.layout import MICROSOFT, constant, drop_dead, new_node, replace
 from edgetune.export.leaves import DOMAIN
+from edgetune.export.row_adapters import add_to_rows
 from edgetune.quantiser import Quantised, quantise
 from edgetune.runtime.manifest import HeadInfo, Part, Site
 from edgetune.weight_precision import BITS, Precision
@@ -107,19 +109,32 @@ class _Lowering:
         module = node.attributes["module"].as_string()
         assert table is not None
         q = self._table(module, table)
-        if q is None:
-            weight = constant(self.graph, f"{module}.weight", _torch(table).numpy())
-            return new_node(self.graph, node, "Gather", [weight, ids], name=module)[0]
-        zeros = q.packed_zeros()
-        inputs = [
-            constant(self.graph, f"{module}.weight", q.packed().flatten(1).numpy()),
-            ids,
-            constant(self.graph, f"{module}.scales", q.scales.numpy()),
-            *([] if zeros is None else [constant(self.graph, f"{module}.zeros", zeros.numpy())]),
-        ]
-        attributes = {"bits": q.bits, "block_size": q.block_size, "gather_axis": 0, "quantize_axis": 1}
-        return new_node(self.graph, node, "GatherBlockQuantized", inputs, domain=MICROSOFT, attributes=attributes, name=module)[0]
+        return self._rows(node, ids, _torch(table) if q is None else q, name=module)
 
+    def _rows(self, node: ir.Node, ids: ir.Value | None, table: Tensor | Quantised, *, name: str) -> ir.Value:
+        """The rows `ids` of a table."""
+        if isinstance(table, Tensor):
+            weight = constant(self.graph, f"{name}.weight", table.numpy())
+            return new_node(self.graph, node, "Gather", [weight, ids], name=name)[0]
+        zeros = table.packed_zeros()
+        inputs = [
+            constant(self.graph, f"{name}.weight", table.packed().flatten(1).numpy()),
+            ids,
+            constant(self.graph, f"{name}.scales", table.scales.numpy()),
+            *([] if zeros is None else [constant(self.graph, f"{name}.zeros", zeros.numpy())]),
+        ]
+        attributes = {"bits": table.bits, "block_size": table.block_size, "gather_axis": 0, "quantize_axis": 1}
+        return new_node(self.graph, node, "GatherBlockQuantized", inputs, domain=MICROSOFT, attributes=attributes, name=name)[0]
+
+    def linear_rows(self, node: ir.Node) -> ir.Value:
+        """A table of a linear layer's products with the rows of a constant; in 8 bits where the layer's weight is rounded."""
+        ids, constants, weight, bias = node.inputs
+        module = node.attributes["module"].as_string()
+        bits = self.precision.bits([module])
+        stored = self._rounded(_torch(weight), bits, offsets=True).dequantise() if bits else _torch(weight)
+        products = torch.nn.functional.linear(_torch(constants), stored, _torch(bias))
+        table = self._rounded(products, 8, offsets=False) if bits and products.shape[1] % self.precision.block_size == 0 else products
+        return self._rows(node, ids, table, name=f"{module}.{LINEAR_ROWS}")
 
     def _table(self, module: str, table: ir.Value) -> Quantised | None:
         """An embedding's quantised rows, or None where they stay float; see `Precision.embedding_bits`."""
@@ -140,9 +155,10 @@ def lower(model: ir.Model, precision: Precision, *, adapter_inputs: bool, skip: 
     `skip` names modules that get no adapter inputs.
     """
     walk = _Lowering(model, precision)
-    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    nodes = _layers(model.graph)
     precision.check([module for node in nodes for module in modules_and_widths(node)[0]])
     sites = []
+    far = [node for node in model.graph if node.domain == DOMAIN and node.op_type == LINEAR_ROWS]
     for node in nodes:
         if node.op_type == "Embedding":
             continue
@@ -154,15 +170,21 @@ def lower(model: ir.Model, precision: Precision, *, adapter_inputs: bool, skip: 
     for node in nodes:
         if node.op_type == "Embedding":
             replace(node.outputs[0], walk.embedding(node))
+    add_to_rows(model.graph, far, [walk.linear_rows(node) for node in far], sites)
     drop_dead(model)
     return sites
 
 
 def settle(model: ir.Model, precision: Precision) -> Precision:
     """The precision with every override said of all layers of the product it decides for; see `Precision.settled`."""
-    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    nodes = _layers(model.graph)
     linears = [modules_and_widths(node)[0] for node in nodes if node.op_type != "Embedding"]
     return precision.settled(linears, [node.attributes["module"].as_string() for node in nodes if node.op_type == "Embedding"])
+
+
+def _layers(graph: ir.Graph) -> list[ir.Node]:
+    """Linear layers, packed ones and embeddings."""
+    return [node for node in graph if node.domain == DOMAIN and node.op_type != LINEAR_ROWS]
 
 
 def modules_and_widths(node: ir.Node) -> tuple[list[str], list[int]]:
@@ -239,7 +261,7 @@ def _input(graph: ir.Graph, name: str, shape: tuple[str | int, ...]) -> ir.Value
     return value
 
 
-def _torch(value: ir.Value) -> Tensor:
-    tensor = value.const_value
-    assert tensor is not None, value.name
+def _torch(value: ir.Value | None) -> Tensor:
+    tensor = value.const_value if value is not None else None
+    assert tensor is not None, value
     return torch.from_numpy(np.array(tensor.numpy(), dtype=np.float32, copy=True))

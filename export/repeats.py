@@ -43,6 +43,8 @@ class _Kind:
     copies: int = 0
     caches: bool = False
     """whether it reads and writes keys and values"""
+    beside: tuple[None, ...] | None = None
+    """what it returns beside its states: nothing, or attention weights that nobody asked for"""
 
 
 @dataclass
@@ -90,7 +92,10 @@ class Repeats:
                 return forward(*args, **options)
             self._seen.append((args, options))
             kind = self._kinds.setdefault((signature, _identity(args[1:]), _identity(options)), _Kind())
-            return self._copy(kind, index, args[0]) if len(kind.traced) == TRACED else self._whole(kind, index, forward, args, options)
+            if len(kind.traced) < TRACED:
+                return self._whole(kind, index, forward, args, options)
+            copied = self._copy(kind, index, args[0])
+            return copied if kind.beside is None else (copied, *kind.beside)
 
         return run
 
@@ -99,12 +104,14 @@ class Repeats:
         past = list(now.past[before]) if before < len(getattr(now, "past", ())) else []
         result = forward(_mark(BEGIN, [args[0], *past], layer=index), *args[1:], **options)
         made = _present()[before:]
-        if not isinstance(result, Tensor) or len(made) > 1:
+        states, *beside = result if isinstance(result, tuple) else (result,)
+        if not isinstance(states, Tensor) or any(value is not None for value in beside) or len(made) > 1:
             self._refused = self.paths[index]
             return result
         kind.traced.append(index)
-        kind.caches = bool(made)
-        return _mark(END, [result, *(made[0] if made else ())], layer=index)
+        kind.caches, kind.beside = bool(made), tuple(beside) if isinstance(result, tuple) else None
+        marked = _mark(END, [states, *(made[0] if made else ())], layer=index)
+        return marked if kind.beside is None else (marked, *kind.beside)
 
     def _copy(self, kind: _Kind, index: int, hidden: Tensor) -> Tensor:
         kind.copies += 1

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from edgetune.export import attention
 from edgetune.export.attention import now
+from edgetune.export.disentangled import Distances, is_disentangled
 from edgetune.export.families import DECODERS, ENCODERS, cache_sizes, decoder_family, encoder_family
 from edgetune.export.leaves import DOMAIN, is_rotary, symbolic_leaves
 from edgetune.export.repeats import Repeats, UnlikeError, tidy
@@ -86,6 +87,7 @@ class _Encoder(_Traced):
     def __init__(self, body: PreTrainedModel, max_length: int, pooling: str) -> None:
         super().__init__(body, max_length)
         self.pooling = pooling
+        self.distances = Distances(body, max_length) if is_disentangled(body) else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         now.mask, now.windows, now.rotary = attention_mask.to(torch.int32), {}, None
@@ -151,18 +153,21 @@ def _exported(
 ) -> ir.Model:  # fmt: skip
     """The graph after the exporter's own passes; `repeats` saves tracing layers that are alike."""
     model = module.model
-    was = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
+    was, distances = model.config._attn_implementation, getattr(module, "distances", None)
+    if distances is None:  # else attention is swapped with the leaves
+        model.set_attn_implementation(implementation)
+    swapped = contextlib.nullcontext() if distances is None else distances.swapped(model)
     abridged = contextlib.nullcontext() if repeats is None else repeats.abridged()
     try:
-        with torch.no_grad(), silent(), symbolic_leaves(model, module.rotary, logits_index=logits_index), abridged:
+        with torch.no_grad(), silent(), symbolic_leaves(model, module.rotary, logits_index=logits_index), swapped, abridged:
             weights = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
             program = torch.onnx.export(
                 module.eval(), args, dynamic_shapes=dynamic, dynamo=True, opset_version=OPSET, optimize=repeats is None,
                 input_names=inputs, output_names=outputs, verbose=False,
             )  # fmt: skip
     finally:
-        model.set_attn_implementation(was)
+        if distances is None:
+            model.set_attn_implementation(was)
     assert program is not None
     if repeats is not None:
         repeats.check(program.model)

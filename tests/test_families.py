@@ -144,7 +144,8 @@ def test_an_encoders_proof_passes_and_attention_is_one_node_a_layer(encoder: Exp
     proof = next(iter(encoder.manifest.proof["adapters"].values()))
     counts = op_counts(encoder.folder)
     assert proof["passed"] and proof["max_abs"] <= 1e-3
-    assert counts["MultiHeadAttention"] == 2 and not {"Transpose", "Softmax", "Reshape"} & set(counts)
+    own = {"Transpose", "Reshape"} if encoder.manifest.base.model_type == "deberta-v2" else set()  # scores of positions, head by head
+    assert counts["MultiHeadAttention"] == 2 and not {"Transpose", "Softmax", "Reshape"} - own & set(counts)
 
 
 @pytest.mark.parametrize("name", some([*DECODERS, *ENCODERS], fast=MERGED))
@@ -159,7 +160,7 @@ def test_the_tests_cover_exactly_what_is_supported() -> None:
     assert DECODERS.keys() == EXPORTED_DECODERS.keys() and ENCODERS.keys() == EXPORTED_ENCODERS.keys()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("bloom", "decoder"), ("deberta-v2", "encoder")])
+@pytest.mark.parametrize(("name", "kind"), [("bloom", "decoder"), ("deberta", "encoder")])
 def test_another_family_is_refused_by_name_with_the_list(name: str, kind: str) -> None:
     with pytest.raises(ExportError, match=rf"{kind} family '{name}'.*one of .*(gemma2|modernbert)"):
         known_family(name, kind=kind)

@@ -59,6 +59,19 @@ SEQ2SEQ_KEYS = (
     "relative_attention_max_distance",
     "relative_attention_num_buckets",
 )
+# Further keys of DeBERTa v2 and v3, whose layers score relative positions in one way or another.
+DEBERTA = "deberta-v2"
+DEBERTA_KEYS = (
+    "conv_kernel_size",
+    "max_position_embeddings",
+    "max_relative_positions",
+    "norm_rel_ebd",
+    "pos_att_type",
+    "position_biased_input",
+    "position_buckets",
+    "relative_attention",
+    "share_att_key",
+)
 SEQ2SEQ = frozenset({"mt5", "t5", "umt5"})
 ENCODERS = frozenset(
     {
@@ -266,8 +279,11 @@ def _max_length(config: dict[str, Any]) -> int:
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     """The keys that matter, with the defaults that some versions write and others leave out."""
-    keys = (*ARCHITECTURE_KEYS, *SEQ2SEQ_KEYS) if config.get("is_encoder_decoder") else ARCHITECTURE_KEYS
-    kept = {key: config[key] for key in keys if config.get(key) is not None}
+    more = SEQ2SEQ_KEYS if config.get("is_encoder_decoder") else DEBERTA_KEYS if config["model_type"] == DEBERTA else ()
+    kept = {key: config[key] for key in (*ARCHITECTURE_KEYS, *more) if config.get(key) is not None}
+    if "pos_att_type" in kept:  # "p2c|c2p", or a list
+        names = kept["pos_att_type"].split("|") if isinstance(kept["pos_att_type"], str) else kept["pos_att_type"]
+        kept["pos_att_type"] = sorted(name.strip().lower() for name in names)
     if config["model_type"] == "t5":  # which writes down in one of two ways whether the decoder's states are scaled
         kept["scale_decoder_outputs"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
     heads = config.get("num_attention_heads")

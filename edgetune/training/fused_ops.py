@@ -21,6 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from edgetune.training.near_positions import METHOD as POSITIONS
+from edgetune.training.near_positions import near_positions
+
 ATTENTION = "edgetune_training"
 SHORT = 192  # tokens up to which attention with stored probabilities is faster than torch's, which recomputes them
 IMPLEMENTATION = (
@@ -172,7 +175,8 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextlib.contextmanager
 def fused_ops(model: Any) -> Iterator[dict[str, int]]:
-    """Let norms, rotations, gated activations and attention compute as above; yields how many of each there are.
+    """Let norms, rotations, gated activations and attention compute as above, relative positions as in `near_positions`; yields
+    how many of the first three there are.
 
     Only on a processor: a GPU's own kernels are better.
     """
@@ -195,6 +199,8 @@ def fused_ops(model: Any) -> Iterator[dict[str, int]]:
         elif hasattr(module, "gate_proj") and _is_gated_silu(module):
             swap(module, "forward", _gate_of(module))
             counts["gate"] += 1
+        elif hasattr(module, POSITIONS):
+            swap(module, POSITIONS, near_positions(module))
     for code in {
         sys.modules[type(module).__module__] for module in body.modules() if hasattr(module, "config")
     }:
