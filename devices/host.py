@@ -82,6 +82,12 @@ def share_memory_between_threads() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
+def saturates_int8() -> bool:
+    """Whether sums of 8-bit products saturate here: ONNX Runtime on x86 without VNNI adds pairs of them in 16 bits."""
+    features = set(cpu_features())
+    return "avx2" in features and not features & {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
 def cpu_model() -> str:
     """The processor's name."""
     match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _read(CPUINFO), re.MULTILINE)

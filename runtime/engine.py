@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.devices.host import saturates_int8
 from edgetune.errors import InputError
 from edgetune.runtime.binding import AdapterRow, BoundTensors, GraphSession, KVCache, ort_value
 from edgetune.runtime.device_memory import DeviceKVCache, OutputBuffer
@@ -16,6 +18,7 @@ from edgetune.text_pairs import second_of
 
 __all__ = ["BoundTensors", "DecodeState", "DecoderEngine", "EncoderEngine"]
 
+log = logging.getLogger("edgetune.runtime")
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 CACHE_STEP = 64
@@ -211,6 +214,8 @@ class EncoderEngine(GraphSession):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.manifest.precision.activations == "int8" and saturates_int8():
+            log.warning("this processor has no VNNI: products of 8-bit integers saturate, and answers are less exact than where it has; export without --activations int8 for it")
         self._last: list[tuple[BoundTensors, Any]] = []
         """the last run's adapter and what it was bound to: binding fifty inputs anew takes a tenth of a short text's time"""
 

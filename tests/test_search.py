@@ -192,7 +192,7 @@ def test_options_that_do_not_go_together_are_refused(run: Path, tmp_path: Path, 
 def test_a_bound_that_nothing_keeps_is_an_error_and_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgetune.export import search
 
-    monkeypatch.setattr(search, "_candidates", lambda *_: [])
+    monkeypatch.setattr(search, "_candidates", lambda *_, **__: [])
     monkeypatch.setattr("edgetune.export.task.relative_loss", lambda *_, **__: 0.25)
     with pytest.raises(ExportError, match=r"no precision keeps within --max-loss 0\.50% .*25\.00% at best"):
         export_smallest([("a", run)], tmp_path / "b", max_loss=0.005, threads=1)
