@@ -60,8 +60,8 @@ class Precision:
 class GraphInfo:
     """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders only.
 
-    `situations` holds the engine's graph twice over the same weights, with adapter inputs and without, and runs the one that fits. Of an encoder-decoder `engine` is the decoder; `encoder` reads the
-    prompt, and an answer begins after `start_token_id`.
+    `situations` holds the engine's graph twice over the same weights, with adapter inputs and without, and runs the one that fits. Of an
+    encoder-decoder `engine` is the decoder; `encoder` reads the prompt, and an answer begins after `start_token_id`.
     """
 
     engine: str
