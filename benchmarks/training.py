@@ -1,13 +1,15 @@
-"""Training speed beside TRL's SFTTrainer and transformers' Trainer: same rows, batch size, rate, threads; a table, then one JSON line.
+"""Training speed beside TRL's trainers and transformers' Trainer: same rows, batch size, rate, threads; a table, then one JSON line.
 
     python benchmarks/training.py sft --data $EDGETUNE_DATASETS/e2e_nlg/train.jsonl.gz --held-out $EDGETUNE_DATASETS/e2e_nlg/dev.jsonl.gz
     python benchmarks/training.py classification --data $EDGETUNE_DATASETS/banking77/train.jsonl.gz
+    python benchmarks/training.py dpo --data $EDGETUNE_DATASETS/instruct_mix/llmfs_preference_politeness.jsonl.gz --rows 200
 
 Each trainer is a process of its own that trains on; they take turns, so that a machine that drifts drifts for all.
 `--held-out` (sft only) is a file of rows that none trains on. Heads start at random.
-Real tokens are counted, padding is not. The first turn warms up. `held-out loss` is measured by the same fp32 code on
-the same rows after the same number of steps. bf16 autocast for all; the peers once more with `group_by_length`
-where they have it. `peak` is a matrix product of the model's shapes, measured in the same turns.
+Real tokens are counted, padding is not, and a prompt once for each of its answers. The first turn warms up; for dpo the
+reference's answers are part of it (TRL: `precompute_ref_log_probs`). `held-out loss` is measured by the same fp32 code on
+the same rows after the same number of steps. bf16 autocast for all, or with `--precision fp32` none; the peers once more with
+`group_by_length` where they have it. `peak` is a matrix product of the model's shapes, measured in the same turns.
 """
 
 from __future__ import annotations
@@ -28,8 +30,15 @@ from typing import Any
 TRAINERS = {
     "sft": ("edgetune", "trl", "trainer", "trainer, grouped by length"),
     "classification": ("edgetune", "trainer", "trainer, grouped by length"),
+    "dpo": ("edgetune", "trl"),
 }
-ROWS, ROWS_HELD_OUT = 4000, 64
+FORMS = {
+    "sft": 'prompt = "{{ mr }}"\ncompletion = "{{ ref }}"\nsystem = ""',
+    "classification": 'text = "text"\nlabel = "label"',
+    "dpo": 'prompt = "{{ instruction }}{% if input %}\\n{{ input }}{% endif %}"\nsystem = ""\nskip_invalid = true',
+}
+METHODS = {"sft": "sft", "classification": "sequence-classification", "dpo": "dpo"}
+ROWS_HELD_OUT = 64
 FLOPS_A_PARAMETER = 4  # forward, and the gradient of the input: frozen weights need no gradient of their own
 
 
@@ -70,20 +79,15 @@ def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe that all trainers follow."""
     from edgetune.recipe_file import load_recipe
 
-    form = (
-        'prompt = "{{ mr }}"\ncompletion = "{{ ref }}"\nsystem = ""'
-        if options.task == "sft"
-        else 'text = "text"\nlabel = "label"'
-    )
-    method = "sft" if options.task == "sft" else "sequence-classification"
-    base = "builtin:smollm2-135m-instruct" if options.task == "sft" else "builtin:minilm-l6"
+    base = "builtin:minilm-l6" if options.task == "classification" else "builtin:smollm2-135m-instruct"
+    head = 'head_init = "random"\n' if options.task == "classification" else ""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.toml")
         path.write_text(
             f'base = "{base}"\nout = "{folder}/run"\nthreads = {options.threads}\n'
             f'[parameters]\nrank = 8\nalpha = 16\ntarget_modules = "all-linear"\n'
-            f'[[stage]]\nmethod = "{method}"\nepochs = 1\nbatch_size = {options.batch_size}\nmax_steps = {options.steps * options.rounds}\n'
-            f'learning_rate = 2e-4\nmax_length = 256\nprecision = "bf16"\nhead_init = "random"\n[stage.data]\ntrain = "{options.data.resolve()}"\nlimit = {ROWS}\n{form}\n',
+            f'[[stage]]\nmethod = "{METHODS[options.task]}"\nepochs = 1\nbatch_size = {options.batch_size}\nmax_steps = {options.steps * options.rounds}\n'
+            f'learning_rate = 2e-4\nmax_length = 256\nprecision = "{options.precision}"\n{head}[stage.data]\ntrain = "{options.data.resolve()}"\nlimit = {options.rows}\n{FORMS[options.task]}\n',
             encoding="utf-8",
         )
         return load_recipe(path)
@@ -186,6 +190,9 @@ def train_theirs(options: argparse.Namespace) -> None:
         model: Any = adapt(body, recipe.parameters, task="text-generation")
         rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.train]
         collator: Any = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    elif options.task == "dpo":
+        model, collator = adapt(body, recipe.parameters, task="text-generation"), None
+        rows = [texts_of(example, tokenizer) for example in examples.train]
     else:
         from transformers import AutoModelForSequenceClassification
 
@@ -219,7 +226,7 @@ def train_theirs(options: argparse.Namespace) -> None:
             "learning_rate": 2e-4,
             "lr_scheduler_type": "cosine",
             "warmup_steps": max(1, round(recipe.stage[0].warmup_ratio * options.steps * options.rounds)),
-            "bf16": True,
+            "bf16": options.precision == "bf16",
             "use_cpu": True,
             "report_to": [],
             "save_strategy": "no",
@@ -229,16 +236,28 @@ def train_theirs(options: argparse.Namespace) -> None:
             **({"train_sampling_strategy": "group_by_length"} if grouped else {}),
         }
         dataset = Dataset.from_list(rows)
-        if options.worker == "trl":
+        if options.task == "dpo":
+            from trl import DPOConfig, DPOTrainer
+
+            arguments: Any = DPOConfig(**common, gradient_checkpointing=False, max_length=256, beta=recipe.stage[0].beta, precompute_ref_log_probs=True)
+            trainer: Any = counting(DPOTrainer)(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Counting()])
+        elif options.worker == "trl":
             from trl import SFTConfig, SFTTrainer
 
             arguments = SFTConfig(**common, gradient_checkpointing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-            trainer: Any = counting(SFTTrainer)(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Counting()])
+            trainer = counting(SFTTrainer)(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Counting()])
         else:
             arguments = TrainingArguments(**common)
             trainer = counting(Trainer)(model=model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[Counting()])
         trainer.train()
     say({"held_out": held_out_loss(model, options, tokenizer.pad_token_id), "mb": peak_mb()})
+
+
+def texts_of(pair: Any, tokenizer: Any) -> dict[str, str]:
+    """A pair as TRL reads it: the prompt with its template, and two answers without the end that TRL adds itself."""
+    prompt = next(at for at, label in enumerate(pair.labels) if label >= 0)
+    chosen, rejected = (tokenizer.decode(ids[prompt:]).removesuffix(tokenizer.eos_token) for ids in (pair.input_ids, pair.rejected_ids))
+    return {"prompt": tokenizer.decode(pair.input_ids[:prompt]), "chosen": chosen, "rejected": rejected}
 
 
 def adapt_classifier(model: Any, parameters: Any) -> Any:
@@ -258,13 +277,13 @@ def peak_mb() -> float:
 
 
 def multiply(options: argparse.Namespace) -> None:
-    """The ceiling: matrix products of the model's shapes in bf16 and nothing else, in GFLOP/s."""
+    """The ceiling: matrix products of the model's shapes and nothing else, in GFLOP/s."""
     import torch
 
     torch.set_num_threads(options.threads)
-    shapes = [(576, 576), (576, 1536), (1536, 576)] if options.task == "sft" else [(384, 384), (384, 1536), (1536, 384)]
-    rows = 512
-    pairs = [(torch.randn(rows, i).bfloat16(), torch.randn(o, i).bfloat16()) for i, o in shapes]
+    shapes = [(384, 384), (384, 1536), (1536, 384)] if options.task == "classification" else [(576, 576), (576, 1536), (1536, 576)]
+    rows, dtype = 512, torch.bfloat16 if options.precision == "bf16" else torch.float32
+    pairs = [(torch.randn(rows, i).to(dtype), torch.randn(o, i).to(dtype)) for i, o in shapes]
     work = sum(2 * rows * i * o for i, o in shapes)
     sys.stdin.readline()
     while True:
@@ -328,7 +347,7 @@ def compare(options: argparse.Namespace) -> None:
     peak = statistics.median(peaks)
     speeds = {name: statistics.median(turn["tokens"] / turn["seconds"] for turn in turns[name][1:]) for name in names}
     limit = peak * 1e9 / (FLOPS_A_PARAMETER * matrix_parameters(options))
-    print(f"matrix products alone: {peak:.0f} GFLOP/s in bf16, {limit:.0f} tok/s for this model\n")
+    print(f"matrix products alone: {peak:.0f} GFLOP/s in {options.precision}, {limit:.0f} tok/s for this model\n")
     print("| trainer | real tok/s | edgetune's ratio | of the peak | loss, first turn | last turn | held-out loss | peak MB |")
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
@@ -342,7 +361,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def matrix_parameters(options: argparse.Namespace) -> float:
     """Weights that a token is multiplied with, once each (the output projection for the labelled tokens only)."""
-    if options.task != "sft":
+    if options.task == "classification":
         return 6 * (4 * 384 * 384 + 2 * 384 * 1536)
     layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
     return 30 * layer + 49152 * 576 * labelled_share(options)
@@ -353,7 +372,9 @@ def labelled_share(options: argparse.Namespace) -> float:
     from edgetune.batching import IGNORE
 
     rows = prepared(options)[3].train[:500]
-    return sum(sum(label != IGNORE for label in row.labels) for row in rows) / sum(len(row.input_ids) for row in rows)
+    pairs = [(row.rejected_labels, row.rejected_ids) for row in rows if hasattr(row, "rejected_ids")]
+    parts = [*((row.labels, row.input_ids) for row in rows), *pairs]
+    return sum(sum(label != IGNORE for label in labels) for labels, _ in parts) / sum(len(ids) for _, ids in parts)
 
 
 def main() -> None:
@@ -364,6 +385,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--rows", type=int, default=4000, help="of the data, at most")
     parser.add_argument("--steps", type=int, default=10, help="steps in a turn")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--only", help="some of the trainers, with ; between them")

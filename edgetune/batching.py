@@ -17,6 +17,7 @@ from edgetune.text_pairs import second_of
 
 IGNORE = -100  # the label of a position without loss, as in torch's cross entropy
 POOL_BATCHES = 32  # rows are sorted by length within pools of this many batches: < 3 % padding on E2E, order still random
+PADDED_AT_MOST = 2  # where rows that begin alike stand together, padding is computed only by models that cannot share
 
 
 class Example(Protocol):
@@ -94,6 +95,34 @@ def split(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> li
         else:
             parts.append([index])
     return parts
+
+
+def split_alike(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """Cut rows of token ids into parts in which those that begin alike stand together: at most `max_tokens` different tokens
+    each (see `training.prefix_sharing`), and PADDED_AT_MOST times as many padded ones.
+
+    A row longer than that is a part of its own.
+    """
+    parts: list[list[int]] = []
+    different = longest = 0
+    before: Sequence[int] = ()
+    for index in sorted(range(len(rows)), key=lambda index: list(rows[index])):
+        row = rows[index]
+        new = len(row) - _in_common(before, row)
+        padded = max(longest, len(row)) * (len(parts[-1]) + 1) if parts else 0
+        if parts and different + new <= max_tokens and padded <= PADDED_AT_MOST * max_tokens:
+            parts[-1].append(index)
+            different, longest = different + new, max(longest, len(row))
+        else:
+            parts.append([index])
+            different, longest = len(row), len(row)
+        before = row
+    return parts
+
+
+def _in_common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two rows begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def in_order_of_length(lengths: Sequence[int], max_tokens: int, *, batch_size: int) -> list[list[int]]:

@@ -15,6 +15,7 @@
 | rollout, engine_rollout | the policy answers, by torch or by the exported graph |
 | rewards, reward_adapter | what scores answers: Python functions, trained adapters |
 | fused_lora, fused_ops | LoRA layers, and a decoder's small operations, as one function each |
+| prefix_sharing, computing | what rows begin with in common, computed once; all of these around a forward pass |
 | near_positions | of DeBERTa's relative positions those that a batch can reach |
 | optimizer | AdamW and the learning-rate schedule |
 | precision | fp32 or bf16, chosen by measurement |

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from edgetune.training.near_positions import METHOD as POSITIONS
 from edgetune.training.near_positions import near_positions
+from edgetune.training.prefix_sharing import shared_now
 
 ATTENTION = "edgetune_training"
 SHORT = 192  # tokens up to which attention with stored probabilities is faster than torch's, which recomputes them
@@ -147,7 +148,24 @@ def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface: short rows here, all others by torch's scaled_dot_product_attention."""
+    """transformers' attention interface: short rows here, all others by torch's scaled_dot_product_attention.
+
+    Where a batch's rows share their beginnings they are laid out again as the rows that they are.
+    """
+    given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    shared = shared_now()
+    if shared is None:
+        return _attention(module, query, key, value, attention_mask, **given)
+    query, key, value = (shared.spread(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
+    rows, _ = _attention(module, query, key, value, None, **given)
+    return shared.gathered(rows)[None], None
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, dropout: float, scaling: float | None, is_causal: bool | None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The same for rows (batch, heads, seq, width)."""
     tokens, extra = query.shape[2], {name for name, value in kwargs.items() if value is not None}
     plain = not extra & {"softcap", "position_bias", "s_aux", "cache"} and query.shape == (
         *key.shape[:1],
@@ -170,7 +188,14 @@ def attention(
 
 
 AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask interface: torch's mask; none where rows share their beginnings, which are causal and that is all."""
+    return None if shared_now() is not None else sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+AttentionMaskInterface.register(ATTENTION, attention_mask)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.bases import Base
-from edgetune.batching import Batch, collate, in_order_of_length
+from edgetune.batching import Batch, collate, split_alike
 from edgetune.examples.common import IGNORED
 from edgetune.examples.prompting import PromptExample
 from edgetune.examples.turns import end_token
@@ -21,15 +21,14 @@ from edgetune.objectives import projection_only_at
 from edgetune.policy import AnswerExample, collate_answers, group_advantages, k3, without_flat
 from edgetune.preference import token_log_probs
 from edgetune.recipe import Stage
+from edgetune.training.computing import computing
 from edgetune.training.device import device_of, to_device
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import fused_ops
-from edgetune.training.precision import Precision, autocast
+from edgetune.training.precision import Precision
 from edgetune.training.rewards import Answered, Rewards, check_rewards, open_rewards, reward_notes
 from edgetune.training.rollout import Answer, Rollout, Sampling, TorchRollout
 from edgetune.training.stage import Batching, Measure, Prepared, Situation, tokens_of
 
-TOKENS_AT_ONCE, ROWS_AT_ONCE = 1536, 64
+TOKENS_AT_ONCE = 1536
 FLAT = 1e-8  # a group whose rewards have this std or less teaches nothing
 
 
@@ -138,7 +137,7 @@ class Sampler:
             first = _trained(situation.model) if kept is None else kept.reference
             self.start = {name: weights.to(self.device) for name, weights in first.items()}
         collating = functools.partial(collate_answers, loss_type=self.stage.loss_type, longest=self.stage.max_new_tokens)
-        self._batching = Batching(self.pad_id, collating)
+        self._batching = Batching(self.pad_id, collating, alike=True)
         self._kept: tuple[list[AnswerExample], dict[str, float]] | None = None
         if kept is not None and kept.samples is not None:
             answers, facts = kept.samples
@@ -220,10 +219,9 @@ class Sampler:
         """Log-probability of each answer token under the model as it is."""
         model.eval()
         found: list[list[float]] = [[] for _ in examples]
-        lengths = [len(example.input_ids) for example in examples]
-        for part in in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
+        for part in split_alike([example.input_ids for example in examples], TOKENS_AT_ONCE):
             batch = to_device(collate([examples[index] for index in part], self.pad_id), self.device)
-            with autocast(self.precision, self.device), fused_lora(model, self.precision), fused_ops(model):
+            with computing(model, batch, self.precision):
                 log_probs, rows = token_log_probs(model, batch, temperature=self.stage.temperature)
             counts = torch.bincount(rows, minlength=len(part)).tolist()
             for index, values in zip(part, log_probs.split(counts), strict=True):

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from edgetune.batching import Batch
 from edgetune.objectives import Objective
+from edgetune.training.computing import computing
 from edgetune.training.device import device_of, to_device
 from edgetune.training.distributed import Group
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import fused_ops
 from edgetune.training.precision import Precision, autocast
 from edgetune.training.shares import Shares, Stateful, norm_of
 
@@ -92,5 +91,5 @@ class Learner:
         if self._shares is not None:
             with autocast(self.precision, self.device):
                 return self._shares.loss(objective, batch)[0]
-        with autocast(self.precision, self.device), fused_lora(self.model, self.precision), fused_ops(self.model):
+        with computing(self.model, batch, self.precision):
             return objective(self.model, batch)[0]

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from edgetune.batching import in_order_of_length
 from edgetune.intervals import preference_metrics
 from edgetune.preference import PairBatch, answer_log_probs, collate_pairs, implicit_rewards, pair_rewards
+from edgetune.training.computing import computing
 from edgetune.training.device import device_of, to_device
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import fused_ops
-from edgetune.training.precision import Precision, autocast
+from edgetune.training.precision import Precision
 from edgetune.training.stage import Measure, Prepared, Situation
 
 TOKENS_AT_ONCE, PAIRS_AT_ONCE = 1536, 64
@@ -78,7 +77,7 @@ def store_references(model: Any, pairs: Sequence[Any], *, pad_id: int, precision
     lengths, device = [pair.padded_length for pair in pairs], device_of(model)
     for part in in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=PAIRS_AT_ONCE):
         batch = to_device(collate_pairs([pairs[index] for index in part], pad_id), device)
-        with autocast(precision, device), fused_lora(model, precision), fused_ops(model):
+        with computing(model, batch, precision):
             chosen, rejected = answer_log_probs(model, batch).chunk(2)
         for index, c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
             pairs[index].reference = (c, r)
@@ -93,8 +92,9 @@ def _measure(
     margins: list[float] = []
     longer: list[float] = []
     for batch in batches:
-        with torch.no_grad(), autocast(precision, device):
-            chosen, rejected = scores(model, to_device(batch, device))
+        batch = to_device(batch, device)
+        with torch.no_grad(), computing(model, batch, precision):
+            chosen, rejected = scores(model, batch)
         margins += (chosen - rejected).tolist()
         longer += batch.longer
     loss = -F.logsigmoid(torch.tensor(margins, dtype=torch.float64)).mean().item()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from edgetune.bases import Base
-from edgetune.batching import Batch, collate, split
+from edgetune.batching import Batch, collate, split, split_alike
 from edgetune.examples import ExampleSet
 from edgetune.examples.common import Mask
 from edgetune.progress import Progress
@@ -44,6 +44,7 @@ class Batching:
     collate: Collate = collate
     length: Length = tokens_of
     mask: Mask | None = None  # hides tokens of every batch
+    alike: bool = False  # many examples begin alike: those stand in one part
 
     def batch(self, examples: Sequence[Any], step: int) -> Batch:
         """One batch of optimizer step `step`; of step 0, for measuring."""
@@ -51,7 +52,10 @@ class Batching:
         return batch if self.mask is None else self.mask(batch, step)
 
     def parts(self, examples: Sequence[Any], step: int) -> list[Batch]:
-        """The examples of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens."""
+        """The examples of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens, or different ones of rows that begin alike."""
+        if self.alike:
+            parts = split_alike([example.input_ids for example in examples], MAX_TOKENS_AT_ONCE)
+            return [self.batch([examples[i] for i in part], step) for part in parts]
         parts = split(range(len(examples)), [self.length(example) for example in examples], MAX_TOKENS_AT_ONCE)
         return [self.batch([examples[i] for i in part], step) for part in parts]
 

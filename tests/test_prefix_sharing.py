@@ -1,0 +1,156 @@
+"""Rows that begin alike: each distinct token goes through the layers once, and loss and gradients stay the padded batch's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_helpers import DECODERS, ENCODERS
+from test_family_training import body, loss_and_gradients, with_adapter
+from torch import Tensor
+
+from edgetune.batching import IGNORE, Batch
+from edgetune.heads import RewardModel, SequenceClassifier, unwrapped
+from edgetune.objectives import sft
+from edgetune.training import prefix_sharing
+from edgetune.training.computing import computing
+from edgetune.training.prefix_sharing import prefixes_shared, shared_prefixes
+
+WINDOW = 6  # of the tiny families that have one
+PADDED = ("gemma2", "opt")  # eager attention because of its soft-cap; positions that come out of a mask
+
+
+def rows_of(rows: list[list[int]], *, labels_from: int = 0) -> Batch:
+    """Right-padded rows with a label everywhere from `labels_from` on."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [2] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    labels = ids.masked_fill((mask == 0) | (torch.arange(longest) < labels_from), IGNORE)
+    return Batch(ids, mask, labels, rows=tuple(range(len(rows))), tokens=int(mask.sum()), targets=int((labels[:, 1:] != IGNORE).sum()))
+
+
+def alike(vocabulary: int, *, prompt: int, answers: tuple[int, ...], seed: int = 0) -> Batch:
+    """Answers of these lengths to one prompt, one of them twice and one row that shares nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda count: torch.randint(5, vocabulary, (count,), generator=generator).tolist()  # noqa: E731
+    start = draw(prompt)
+    rows = [start + draw(count) for count in answers]
+    return rows_of([*rows, rows[0], draw(prompt)], labels_from=prompt)
+
+
+def tokens_computed(model: Any, run: Any) -> list[int]:
+    """The tokens that each call of the first layer's first norm or projection saw while `run` ran."""
+    seen: list[int] = []
+    embedding = unwrapped(model).get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].numel()))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_every_distinct_beginning_stands_once() -> None:
+    batch = rows_of([[7, 8, 9], [7, 8, 5, 6], [3], [7, 8, 9], [7, 8, 9, 4]])
+    shared = shared_prefixes(batch.input_ids, batch.attention_mask.sum(1))
+    assert sorted(zip(shared.position_ids[0].tolist(), shared.input_ids[0].tolist(), strict=True)) == [
+        (0, 3), (0, 7), (1, 8), (2, 5), (2, 9), (3, 4), (3, 6),
+    ]  # fmt: skip
+    real = batch.attention_mask.bool()
+    assert torch.equal(shared.spread(shared.input_ids[0][:, None].float())[real][:, 0].long(), batch.input_ids[real])
+    assert torch.equal(shared.gathered(batch.input_ids[..., None])[:, 0], shared.input_ids[0])
+
+
+def test_gradients_of_a_shared_token_add_up() -> None:
+    batch = rows_of([[7, 8, 9], [7, 8, 5], [7]])
+    shared = shared_prefixes(batch.input_ids, batch.attention_mask.sum(1))
+    x = torch.ones(shared.input_ids.numel(), 2, requires_grad=True)
+    (shared.spread(x) * batch.attention_mask[..., None]).sum().backward()
+    counts = dict(zip(shared.input_ids[0].tolist(), x.grad[:, 0].tolist(), strict=True))  # type: ignore[index]
+    assert counts == {7: 3, 8: 2, 9: 1, 5: 1}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_loss_and_gradients_are_those_of_the_padded_rows(name: str, tiny_decoder: Path, tmp_path: Path) -> None:
+    model = with_adapter(body(name, tiny_decoder, tmp_path / "base"), "text-generation")
+    batch = alike(model.config.vocab_size, prompt=3, answers=(3, 2, 1, 3))
+    assert batch.input_ids.shape[1] == WINDOW
+    expected_loss, expected = loss_and_gradients(sft, model, batch)
+    losses: list[Any] = []
+
+    def run() -> None:
+        with computing(model, batch, "fp32"):
+            losses.append(loss_and_gradients(sft, model, batch))
+
+    run()  # whether a model can share is found out once
+    computed = tokens_computed(model, run)
+    shared = max(computed) < batch.tokens - 6
+    assert shared == (unwrapped(model).config.model_type not in PADDED), f"{computed} of {batch.tokens} tokens computed"
+    for loss, gradients in losses:
+        assert loss == pytest.approx(expected_loss, abs=1e-5) and gradients.keys() == expected.keys()
+        for parameter, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[parameter], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [20, 200])  # attention of our own, and torch's
+def test_long_rows_too_and_every_weight(prompt: int, tiny_decoder: Path, tmp_path: Path) -> None:
+    model = body("llama", tiny_decoder, tmp_path / "base")
+    batch = alike(model.config.vocab_size, prompt=prompt, answers=(9, 30, 4))
+    expected_loss, expected = loss_and_gradients(sft, model, batch)
+    with computing(model, batch, "fp32"):
+        loss, gradients = loss_and_gradients(sft, model, batch)
+        assert loss_and_gradients(sft, model, batch)[0] == loss, "the same batch, the same bits"
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-3)
+
+
+def test_rewards_of_pairs(tiny_decoder: Path, tmp_path: Path) -> None:
+    model = RewardModel(body("llama", tiny_decoder, tmp_path / "base"))
+    batch = alike(model.config.vocab_size, prompt=12, answers=(3, 8, 5))
+
+    def rewards(model: Any, rows: Batch) -> tuple[Tensor, int]:
+        return model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).square().sum(), 1
+
+    expected_loss, expected = loss_and_gradients(rewards, model, batch)
+    with computing(model, batch, "fp32"):
+        computed = tokens_computed(model.body, lambda: loss_and_gradients(rewards, model, batch))
+        loss, gradients = loss_and_gradients(rewards, model, batch)
+    assert computed[-1] < batch.tokens - 12
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_never_shares(name: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    model = SequenceClassifier(body(name, tiny_encoder, tmp_path / "base"), labels=3, pooling="mean").eval()
+    batch = alike(model.config.vocab_size, prompt=8, answers=(3, 2))
+    expected = model(batch.input_ids, batch.attention_mask)
+    with torch.no_grad(), computing(model, batch, "fp32"):
+        torch.testing.assert_close(model(batch.input_ids, batch.attention_mask), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_beyond_a_window_and_rows_unlike_each_other_stay_padded(tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = body("mistral", tiny_decoder, tmp_path / "base")
+    with prefixes_shared(model, alike(model.config.vocab_size, prompt=20, answers=(3, 2))):
+        assert "forward" not in vars(model.base_model), "a window of 6 hides a row's first tokens"
+    model = body("llama", tiny_decoder, tmp_path / "other")
+    with prefixes_shared(model, rows_of([[5, 6, 7, 8], [9, 6, 7, 8]])):
+        assert "forward" not in vars(model.base_model)
+    monkeypatch.setattr(prefix_sharing, "_gives_the_same", lambda _body: False)
+    with prefixes_shared(model, alike(model.config.vocab_size, prompt=20, answers=(3, 2))):
+        assert "forward" not in vars(model.base_model), "a model that gives something else computes its rows"
+
+
+def test_a_pass_over_other_rows_inside_is_left_alone(tiny_decoder: Path, tmp_path: Path) -> None:
+    model = body("llama", tiny_decoder, tmp_path / "base").eval()
+    batch = alike(model.config.vocab_size, prompt=20, answers=(3, 2))
+    other = batch.input_ids.flip(1).clone()
+    with torch.no_grad():
+        expected = model(input_ids=other, use_cache=False).logits
+        with computing(model, batch, "fp32"):
+            torch.testing.assert_close(model(input_ids=other, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
+    assert "forward" not in vars(model.base_model)
