@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from edgetune.metrics import accuracy, macro_f1
 from edgetune.words import entities, has_entities
@@ -12,12 +13,16 @@ Sentences = Sequence[Sequence[str]]  # the tags of each sentence
 
 
 def tag_metrics(predictions: Sentences, references: Sentences, labels: Sequence[str]) -> dict[str, float]:
-    """Entity F1 (micro, and macro over types), precision and recall, and the share of words with the right tag.
+    """Entity F1 (micro, and macro over types), precision and recall, and the shares of words and of sentences that are right.
 
-    Tags that are no entities (see `has_entities`) give accuracy and macro-F1 over the tags.
+    `exact_match` is the share of sentences with all their entities and no others. Tags that are no entities (see
+    `has_entities`) give accuracy and macro-F1 over the tags, and the share of sentences with every tag right.
     """
     predicted, expected = ([tag for row in rows for tag in row] for rows in (predictions, references))
     words = {"token_accuracy": accuracy(predicted, expected)}
+    read: Callable[[Sequence[str]], list[Any]] = entities if has_entities(labels) else list
+    pairs = [(read(ours), read(theirs)) for ours, theirs in zip(predictions, references, strict=True)]
+    words["exact_match"] = sum(ours == theirs for ours, theirs in pairs) / max(1, len(pairs))
     if not has_entities(labels):
         return words | {"macro_f1": macro_f1(predicted, expected)}
     return entity_metrics(predictions, references) | words

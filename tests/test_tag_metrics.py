@@ -33,8 +33,14 @@ def test_without_entities_nothing_is_found() -> None:
     assert entity_metrics([["O"]], [["O"]]) == dict.fromkeys(("entity_f1", "macro_entity_f1", "entity_precision", "entity_recall"), 0.0)
 
 
+def test_a_sentence_is_right_with_all_its_entities_and_no_others() -> None:
+    expected = [["B-a", "I-a", "O"], ["O", "O"], ["B-a"], ["O", "B-a"]]
+    predicted = [["I-a", "I-a", "O"], ["O", "O"], ["B-b"], ["B-a", "B-a"]]  # the first is the same entity in another notation
+    assert tag_metrics(predicted, expected, ["B-a", "B-b", "I-a", "O"])["exact_match"] == 0.5
+
+
 def test_classes_of_words_have_accuracy_and_macro_f1() -> None:
     expected, predicted = [["NOUN", "VERB", "NOUN"], ["DET"]], [["NOUN", "NOUN", "NOUN"], ["DET"]]
     metrics = tag_metrics(predicted, expected, ["DET", "NOUN", "VERB"])
     flat = [[tag for row in rows for tag in row] for rows in (expected, predicted)]
-    assert metrics == {"token_accuracy": 0.75, "macro_f1": pytest.approx(f1_score(*flat, average="macro"))}
+    assert metrics == {"token_accuracy": 0.75, "exact_match": 0.5, "macro_f1": pytest.approx(f1_score(*flat, average="macro"))}
