@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from edgetune.batching import collate, in_order_of_length
+from edgetune.batching import Batch, collate, split_alike
 from edgetune.examples.common import Example
 from edgetune.examples.generation import encode_prompts
 from edgetune.examples.preference import encode_answers
 from edgetune.examples.turns import Prompt, closing_tokens, prompt_text
 from edgetune.prompts import PromptFormat
 
-TOKENS_AT_ONCE, ROWS_AT_ONCE = 4096, 64
+TOKENS_AT_ONCE = 2048
 
 
 def encode_answered(
@@ -27,11 +27,11 @@ def encode_answered(
     return [(head + answer + closing)[-limit:] for head, answer in zip(heads, answers, strict=True)]
 
 
-def score_rows(rows: Sequence[list[int]], reward: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
-    """`reward` (ids, mask) → (rows,) over all rows, in batches of like length."""
+def score_rows(rows: Sequence[list[int]], reward: Callable[[Batch], Tensor]) -> list[float]:
+    """`reward` (batch) → (rows,) over all rows, in batches of rows that begin alike."""
     rewards = [0.0] * len(rows)
-    for part in in_order_of_length([len(row) for row in rows], TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
+    for part in split_alike(rows, TOKENS_AT_ONCE):
         batch = collate([Example(rows[index], 0, index) for index in part], 0)
-        for index, value in zip(part, reward(batch.input_ids, batch.attention_mask).tolist(), strict=True):
+        for index, value in zip(part, reward(batch).tolist(), strict=True):
             rewards[index] = value
     return rewards

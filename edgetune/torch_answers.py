@@ -91,7 +91,7 @@ class TorchAnswers:
         """A reward adapter's score of each answer."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
         rows = encode_answered(prompts, completions, self.prompt_format, self.tokenizer, limit=limit)
-        return score_rows(rows, lambda ids, mask: self.model(input_ids=ids, attention_mask=mask))
+        return score_rows(rows, lambda batch: self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[str]:

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from edgetune.adapters import WEIGHTS, mismatches, read_metadata
 from edgetune.bases import Base
+from edgetune.batching import Batch
 from edgetune.errors import AdapterError
 from edgetune.examples.turns import Prompt
 from edgetune.heads import last_hidden
 from edgetune.prompts import PromptFormat
 from edgetune.runs import find_adapter
 from edgetune.scoring import encode_answered, score_rows
-from edgetune.training.device import device_of
-from edgetune.training.precision import Precision, autocast
+from edgetune.training.computing import computing
+from edgetune.training.device import device_of, to_device
+from edgetune.training.precision import Precision
 
 SCORE_WEIGHT = "base_model.model.score.weight"
 
@@ -51,9 +53,10 @@ class AdapterScorer:
         rows = encode_answered(prompts, completions, self.form, self.tokenizer, limit=self.limit)
         body, device = self.model.get_base_model().base_model, device_of(self.model)
 
-        def reward(ids: Tensor, mask: Tensor) -> Tensor:
-            with autocast(self.precision, device):
-                hidden = last_hidden(body, ids.to(device), mask.to(device))
+        def reward(batch: Batch) -> Tensor:
+            batch = to_device(batch, device)
+            with computing(self.model, batch, self.precision):
+                hidden = last_hidden(body, batch.input_ids, batch.attention_mask)
             return hidden @ self.score[0].to(device)  # in fp32: a reward in bf16 would have 8 bits
 
         with torch.no_grad(), only_adapter(self.model, self.adapter):
