@@ -16,6 +16,7 @@ from edgetune.heads import RewardModel, SequenceClassifier, unwrapped
 from edgetune.objectives import sft
 from edgetune.training import prefix_sharing
 from edgetune.training.computing import computing
+from edgetune.training.precision import autocast, hold_frozen_linears_in_bf16
 from edgetune.training.prefix_sharing import prefixes_shared, shared_prefixes
 
 WINDOW = 6  # of the tiny families that have one
@@ -105,6 +106,22 @@ def test_long_rows_too_and_every_weight(prompt: int, tiny_decoder: Path, tmp_pat
     assert loss == pytest.approx(expected_loss, abs=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-3)
+
+
+def test_with_products_in_bf16_as_well(tiny_decoder: Path, tmp_path: Path) -> None:
+    model = with_adapter(body("llama", tiny_decoder, tmp_path / "base"), "text-generation")
+    hold_frozen_linears_in_bf16(model)
+    batch = alike(model.config.vocab_size, prompt=20, answers=(9, 6, 4))
+    losses: list[float] = []
+
+    def run() -> None:
+        with computing(model, batch, "bf16"):
+            losses.append(loss_and_gradients(sft, model, batch)[0])
+
+    run()
+    assert max(tokens_computed(model, run)) < batch.tokens - 20
+    with autocast("bf16"):
+        assert losses[0] == pytest.approx(loss_and_gradients(sft, model, batch)[0], rel=0.01)
 
 
 def test_rewards_of_pairs(tiny_decoder: Path, tmp_path: Path) -> None:

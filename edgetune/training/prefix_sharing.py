@@ -23,7 +23,7 @@ from edgetune.batching import Batch
 from edgetune.heads import RewardModel, unwrapped
 
 WORTH_IT = 0.9  # at most this share of the padded tokens is left; gathering and scattering cost a few in a hundred
-TOLERANCE = 1e-4
+TOLERANCE, TOLERANCE_BF16 = 1e-4, 0.03  # of the largest state
 WINDOWS = ("sliding_window", "attention_chunk_size")  # settings by which a token may not see a row's first ones
 
 
@@ -169,20 +169,22 @@ _same: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def _gives_the_same(body: Any) -> bool:
-    """Found out once for each model, on three short rows: an encoder's states, say, depend on what comes after."""
+    """Found out once for each model, on three short rows: attention of its own, say, would not know of the rows."""
     if body in _same:
         return _same[body]
     _same[body] = False
-    if "position_ids" in inspect.signature(type(body).forward).parameters:
+    looks_back = [module.is_causal for module in body.modules() if hasattr(module, "is_causal")]
+    if looks_back and all(looks_back) and "position_ids" in inspect.signature(type(body).forward).parameters:
+        tolerance = TOLERANCE_BF16 if torch.is_autocast_enabled("cpu") else TOLERANCE
         ids = torch.tensor([[5, 6, 7, 8, 9, 5], [5, 6, 7, 9, 9, 0], [5, 6, 3, 3, 0, 0]]) % body.config.vocab_size
         lengths = torch.tensor([6, 5, 4])
         real, training = torch.arange(6) < lengths[:, None], body.training
         body.eval()
         try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with torch.no_grad():
                 expected = body(input_ids=ids, use_cache=False).last_hidden_state
                 got = _forward(body, shared_prefixes(ids, lengths), ids)(input_ids=ids, use_cache=False).last_hidden_state
-            close = torch.allclose(got[real], expected[real], atol=TOLERANCE * float(expected.abs().max()), rtol=0)
+            close = torch.allclose(got[real], expected[real], atol=tolerance * float(expected.abs().max()), rtol=0)
             _same[body] = got.shape == expected.shape and close
         except (RuntimeError, TypeError, ValueError, IndexError):
             pass
