@@ -4,12 +4,13 @@
 
 SmolLM2-135M with LoRA r = 8 on all linear layers, rows of EDGETUNE_DATASETS: pairs of answers (politeness; HH helpful of at
 most 512 tokens), 8 E2E rows with the chat template's own system prompt, 8 E2E meanings with 8 answers each. Loss and
-gradients of the rows of one optimizer step, in parts as in training. Seconds are the processor's.
+gradients of the rows of one optimizer step, in parts as training makes them with and without. Seconds are the processor's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -34,7 +35,7 @@ from edgetune.recipe import Parameters
 from edgetune.recipe_file import load_recipe
 from edgetune.training import prefix_sharing
 from edgetune.training.learner import Learner
-from edgetune.training.precision import choose_precision
+from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
 from edgetune.training.stage import Batching, padded_length
 
 E2E = ("sft", "e2e_nlg/train.jsonl.gz", 'prompt = "{{ mr }}"\ncompletion = "{{ ref }}"')
@@ -65,14 +66,14 @@ def examples_of(task: str, tokenizer: Any, base: Base) -> Sequence[Any]:
         return load_examples(load_recipe(path).stage[0], tokenizer, base, None, seed=0).train
 
 
-def steps_of(task: str, examples: Sequence[Any], pad_id: int, count: int) -> list[list[Batch]]:
+def steps_of(task: str, examples: Sequence[Any], pad_id: int, count: int, *, shared: bool) -> list[list[Batch]]:
     """The parts of `count` steps, at equal distances in the data; rows of a step have like lengths, as in training."""
     if task == "grpo":
         groups: dict[tuple[int, ...], list[Any]] = {}
         for example in examples:
             groups.setdefault(tuple(token for token, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORE), []).append(example)
         full = [[AnswerExample(e.input_ids, e.labels, e.row, 1.0) for e in group[:SIZE]] for group in groups.values() if len(group) >= SIZE]
-        batching, units = Batching(pad_id, collate_answers, alike=True), full
+        batching, units = Batching(pad_id, collate_answers, alike=shared), full
     else:
         pairs = task in ("dpo", "reward")
         batching, units = (Batching(pad_id, collate_pairs, padded_length) if pairs else Batching(pad_id)), [[example] for example in examples]
@@ -88,14 +89,14 @@ def steps_of(task: str, examples: Sequence[Any], pad_id: int, count: int) -> lis
     return found
 
 
-def in_turns(learner: Learner, objective: Any, steps: Sequence[list[Batch]]) -> dict[str, list[float]]:
-    """Processor seconds of each step but the first, padded and shared."""
-    seconds: dict[str, list[float]] = {"padded": [], "shared": []}
-    for parts in steps:
-        for kind, worth in (("padded", 0.0), ("shared", prefix_sharing.WORTH_IT)):
-            with mock.patch.object(prefix_sharing, "WORTH_IT", worth):
+def in_turns(learner: Learner, objective: Any, steps: dict[str, list[list[Batch]]]) -> dict[str, list[float]]:
+    """Processor seconds of each step but the first, by kind."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+    for pair in zip(*steps.values(), strict=True):
+        for kind, parts in zip(steps, pair, strict=True):
+            with mock.patch.object(prefix_sharing, "WORTH_IT", 0.0 if kind == "padded" else prefix_sharing.WORTH_IT):
                 started = time.process_time()
-                learner.add_gradient(objective, parts, spare=lambda: steps[0][0], weight=1.0)
+                learner.add_gradient(objective, parts, spare=functools.partial(next, iter(parts)), weight=1.0)
                 seconds[kind].append(time.process_time() - started)
     return {kind: times[1:] for kind, times in seconds.items()}
 
@@ -116,11 +117,14 @@ def main() -> None:
         torch.manual_seed(0)
         body = load_body(base)
         model = adapt(RewardModel(body) if task == "reward" else body, Parameters(), task="reward" if task == "reward" else "text-generation")
-        steps = steps_of(task, examples_of(task, tokenizer, base), tokenizer.pad_token_id, options.rounds + 1)
+        if precision == "bf16":
+            hold_frozen_linears_in_bf16(model)
+        examples = examples_of(task, tokenizer, base)
+        steps = {kind: steps_of(task, examples, tokenizer.pad_token_id, options.rounds + 1, shared=kind == "shared") for kind in ("padded", "shared")}
         seconds = in_turns(Learner(model, precision), OBJECTIVES[task], steps)
         padded, shared = (statistics.median(times) for times in seconds.values())
         ratio = statistics.median(p / s for p, s in zip(*seconds.values(), strict=True))
-        parts = [part for step in steps[1:] for part in step]
+        parts = [part for step in steps["shared"][1:] for part in step]
         real = sum(part.tokens for part in parts) / options.rounds
         distinct = sum(prefix_sharing.shared_prefixes(p.input_ids, p.attention_mask.sum(1)).input_ids.numel() for p in parts) / options.rounds
         print(f"| {task} | {real:.0f} | {distinct:.0f} | {padded:.2f} | {shared:.2f} | {ratio:.2f} |", flush=True)

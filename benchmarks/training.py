@@ -16,289 +16,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from training_worker import WORK, prepared, train_theirs
 
 TRAINERS = {
     "sft": ("edgetune", "trl", "trainer", "trainer, grouped by length"),
     "classification": ("edgetune", "trainer", "trainer, grouped by length"),
     "dpo": ("edgetune", "trl"),
 }
-FORMS = {
-    "sft": 'prompt = "{{ mr }}"\ncompletion = "{{ ref }}"\nsystem = ""',
-    "classification": 'text = "text"\nlabel = "label"',
-    "dpo": 'prompt = "{{ instruction }}{% if input %}\\n{{ input }}{% endif %}"\nsystem = ""\nskip_invalid = true',
-}
-METHODS = {"sft": "sft", "classification": "sequence-classification", "dpo": "dpo"}
-ROWS_HELD_OUT = 64
 FLOPS_A_PARAMETER = 4  # forward, and the gradient of the input: frozen weights need no gradient of their own
-
-
-# ------------------------------------------------------------------------------------------------- the worker's side
-
-
-class Turns:
-    """A trainer calls `counted` after every step; every `steps` steps it reports and waits until it may go on."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps, self.losses, self.tokens, self.done = steps, list[float](), 0, 0
-        self.wait()
-        self.started = time.perf_counter()
-
-    def wait(self) -> None:
-        """Until the other side says so."""
-        if not sys.stdin.readline():
-            raise SystemExit
-
-    def counted(self, *, loss: float, tokens: int) -> None:
-        """One step is done."""
-        self.losses.append(loss)
-        self.tokens, self.done = self.tokens + tokens, self.done + 1
-        if self.done % self.steps == 0:
-            seconds = time.perf_counter() - self.started
-            say({"tokens": self.tokens, "seconds": seconds, "loss": statistics.fmean(self.losses)})
-            self.losses, self.tokens = [], 0
-            self.wait()
-            self.started = time.perf_counter()
-
-
-def say(facts: dict[str, Any]) -> None:
-    """One JSON line to the other side."""
-    print("@" + json.dumps(facts), flush=True)
-
-
-def recipe_of(options: argparse.Namespace) -> Any:
-    """The recipe that all trainers follow."""
-    from edgetune.recipe_file import load_recipe
-
-    base = "builtin:minilm-l6" if options.task == "classification" else "builtin:smollm2-135m-instruct"
-    head = 'head_init = "random"\n' if options.task == "classification" else ""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "recipe.toml")
-        path.write_text(
-            f'base = "{base}"\nout = "{folder}/run"\nthreads = {options.threads}\n'
-            f'[parameters]\nrank = 8\nalpha = 16\ntarget_modules = "all-linear"\n'
-            f'[[stage]]\nmethod = "{METHODS[options.task]}"\nepochs = 1\nbatch_size = {options.batch_size}\nmax_steps = {options.steps * options.rounds}\n'
-            f'learning_rate = 2e-4\nmax_length = 256\nprecision = "{options.precision}"\n{head}[stage.data]\ntrain = "{options.data.resolve()}"\nlimit = {options.rows}\n{FORMS[options.task]}\n',
-            encoding="utf-8",
-        )
-        return load_recipe(path)
-
-
-def prepared(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
-    """Recipe, base, tokenizer and the tokenised rows."""
-    from edgetune.bases import load_tokenizer, resolve_base
-    from edgetune.examples import load_examples
-
-    recipe = recipe_of(options)
-    base = resolve_base(recipe.base)
-    tokenizer = load_tokenizer(base)
-    return recipe, base, tokenizer, load_examples(recipe.stage[0], tokenizer, base, None, seed=recipe.seed)
-
-
-def held_out(options: argparse.Namespace) -> Any:
-    """The first rows of the held-out file, tokenised."""
-    stage = recipe_of(options).stage[0]
-    from edgetune.bases import load_tokenizer, resolve_base
-    from edgetune.examples import load_examples
-
-    base = resolve_base(recipe_of(options).base)
-    data = replace(stage.data, train=str(options.held_out.resolve()), limit=None)
-    return load_examples(replace(stage, data=data), load_tokenizer(base), base, None, seed=0).train[:ROWS_HELD_OUT]
-
-
-def held_out_loss(model: Any, options: argparse.Namespace, pad_id: int) -> float | None:
-    """Mean next-token loss over the held-out rows, plain forward in fp32; None without such rows."""
-    if options.held_out is None:
-        return None
-    import torch
-
-    from edgetune.batching import collate
-    from edgetune.objectives import sft
-
-    model = model.float().eval()
-    total, count = 0.0, 0
-    rows = held_out(options)
-    with torch.no_grad():
-        for start in range(0, len(rows), 8):
-            loss, targets = sft(model, collate(rows[start : start + 8], pad_id))
-            total, count = total + loss.item() * targets, count + targets
-    return total / count
-
-
-def train_ours(options: argparse.Namespace) -> None:
-    """edgetune's own loop, as `edgetune train` runs it."""
-    import edgetune.training.run as run
-    from edgetune.bases import load_tokenizer, resolve_base
-    from edgetune.progress import Progress
-    from edgetune.training import stages
-
-    recipe = recipe_of(options)
-    turns = Turns(options.steps)
-
-    class Counting(Progress):
-        def step(self, step: int, total: int, *, loss: float, tokens_per_second: float, seconds: float, reward: float | None = None) -> None:
-            tokens = round(tokens_per_second * seconds)
-            turns.counted(loss=loss, tokens=tokens - self.before)
-            self.before = tokens
-
-        before = 0
-
-    tokenizer = load_tokenizer(resolve_base(recipe.base))
-    finish = stages.Stages.measure
-
-    def measure(self: Any) -> Any:
-        say({"held_out": held_out_loss(self.succession.model, options, tokenizer.pad_token_id), "mb": peak_mb()})
-        raise SystemExit
-
-    stages.Stages.measure = measure  # type: ignore[method-assign]
-    try:
-        run.run_recipe(recipe, progress=Counting(sys.stderr))
-    finally:
-        stages.Stages.measure = finish  # type: ignore[method-assign]
-
-
-def train_theirs(options: argparse.Namespace) -> None:
-    """The peers: the same PEFT model and the same tokens through their loop."""
-    import torch
-    from datasets import Dataset
-    from transformers import (
-        DataCollatorForSeq2Seq,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
-
-    from edgetune.adapters import adapt
-    from edgetune.bases import load_body
-
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    recipe, base, tokenizer, examples = prepared(options)
-    grouped = options.worker.endswith("length")
-    body = load_body(base)
-    if options.task == "sft":
-        model: Any = adapt(body, recipe.parameters, task="text-generation")
-        rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.train]
-        collator: Any = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    elif options.task == "dpo":
-        model, collator = adapt(body, recipe.parameters, task="text-generation"), None
-        rows = [texts_of(example, tokenizer) for example in examples.train]
-    else:
-        from transformers import AutoModelForSequenceClassification
-
-        plain = AutoModelForSequenceClassification.from_pretrained(base.folder, num_labels=len(examples.labels))
-        model = adapt_classifier(plain, recipe.parameters)
-        rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.train]
-        collator = DataCollatorWithPadding(tokenizer)
-    turns = Turns(options.steps)
-    seen = {"tokens": 0, "loss": 0.0}
-
-    class Counting(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            turns.counted(loss=seen["loss"], tokens=int(seen["tokens"]))
-            seen["tokens"] = 0
-
-    def counting(kind: type[Any]) -> type[Any]:
-        class CountingTrainer(kind):  # type: ignore[misc]
-            def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-                seen["tokens"] += int(inputs["attention_mask"].sum())
-                loss = super().training_step(model, inputs, *rest, **named)
-                seen["loss"] = loss.item()
-                return loss
-
-        return CountingTrainer
-
-    with tempfile.TemporaryDirectory() as folder:
-        common: dict[str, Any] = {
-            "output_dir": folder,
-            "max_steps": options.steps * options.rounds,
-            "per_device_train_batch_size": options.batch_size,
-            "learning_rate": 2e-4,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": max(1, round(recipe.stage[0].warmup_ratio * options.steps * options.rounds)),
-            "bf16": options.precision == "bf16",
-            "use_cpu": True,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 0,
-            **({"train_sampling_strategy": "group_by_length"} if grouped else {}),
-        }
-        dataset = Dataset.from_list(rows)
-        if options.task == "dpo":
-            from trl import DPOConfig, DPOTrainer
-
-            arguments: Any = DPOConfig(**common, gradient_checkpointing=False, max_length=256, beta=recipe.stage[0].beta, precompute_ref_log_probs=True)
-            trainer: Any = counting(DPOTrainer)(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Counting()])
-        elif options.worker == "trl":
-            from trl import SFTConfig, SFTTrainer
-
-            arguments = SFTConfig(**common, gradient_checkpointing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-            trainer = counting(SFTTrainer)(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Counting()])
-        else:
-            arguments = TrainingArguments(**common)
-            trainer = counting(Trainer)(model=model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[Counting()])
-        trainer.train()
-    say({"held_out": held_out_loss(model, options, tokenizer.pad_token_id), "mb": peak_mb()})
-
-
-def texts_of(pair: Any, tokenizer: Any) -> dict[str, str]:
-    """A pair as TRL reads it: the prompt with its template, and two answers without the end that TRL adds itself."""
-    prompt = next(at for at, label in enumerate(pair.labels) if label >= 0)
-    chosen, rejected = (tokenizer.decode(ids[prompt:]).removesuffix(tokenizer.eos_token) for ids in (pair.input_ids, pair.rejected_ids))
-    return {"prompt": tokenizer.decode(pair.input_ids[:prompt]), "chosen": chosen, "rejected": rejected}
-
-
-def adapt_classifier(model: Any, parameters: Any) -> Any:
-    """PEFT's own form of the same adapter on transformers' own classifier."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=parameters.rank, lora_alpha=parameters.alpha,
-        target_modules=["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
-    )  # fmt: skip
-    return get_peft_model(model, config)
-
-
-def peak_mb() -> float:
-    """Peak resident memory of this process, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def multiply(options: argparse.Namespace) -> None:
-    """The ceiling: matrix products of the model's shapes and nothing else, in GFLOP/s."""
-    import torch
-
-    torch.set_num_threads(options.threads)
-    shapes = [(384, 384), (384, 1536), (1536, 384)] if options.task == "classification" else [(576, 576), (576, 1536), (1536, 576)]
-    rows, dtype = 512, torch.bfloat16 if options.precision == "bf16" else torch.float32
-    pairs = [(torch.randn(rows, i).to(dtype), torch.randn(o, i).to(dtype)) for i, o in shapes]
-    work = sum(2 * rows * i * o for i, o in shapes)
-    sys.stdin.readline()
-    while True:
-        best = float("inf")
-        for _ in range(30):
-            started = time.perf_counter()
-            for x, weight in pairs:
-                torch.nn.functional.linear(x, weight)
-            best = min(best, time.perf_counter() - started)
-        say({"gflops": work / best / 1e9})
-        if not sys.stdin.readline():
-            return
-
-
-# --------------------------------------------------------------------------------------------------- the timer's side
 
 
 class Worker:
@@ -306,7 +37,11 @@ class Worker:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name = name
-        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items() if value is not None and key not in {"task", "worker"}]
+        arguments = [
+            f"--{key.replace('_', '-')}={value}"
+            for key, value in vars(options).items()
+            if value is not None and key not in {"task", "worker"}
+        ]
         self.process = subprocess.Popen(
             [sys.executable, __file__, options.task, f"--worker={name}", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -341,14 +76,24 @@ def compare(options: argparse.Namespace) -> None:
     for round_ in range(options.rounds):
         for name, worker in workers.items():
             turns[name].append(worker.turn())
-            print(f"turn {round_ + 1}/{options.rounds}  {name}: {turns[name][-1]['tokens'] / turns[name][-1]['seconds']:.0f} tok/s", file=sys.stderr)
+            print(
+                f"turn {round_ + 1}/{options.rounds}  {name}: {turns[name][-1]['tokens'] / turns[name][-1]['seconds']:.0f} tok/s",
+                file=sys.stderr,
+            )
         peaks.append(ceiling.turn()["gflops"])
     ends = {name: worker.turn() for name, worker in workers.items()}
     peak = statistics.median(peaks)
-    speeds = {name: statistics.median(turn["tokens"] / turn["seconds"] for turn in turns[name][1:]) for name in names}
+    speeds = {
+        name: statistics.median(turn["tokens"] / turn["seconds"] for turn in turns[name][1:])
+        for name in names
+    }
     limit = peak * 1e9 / (FLOPS_A_PARAMETER * matrix_parameters(options))
-    print(f"matrix products alone: {peak:.0f} GFLOP/s in {options.precision}, {limit:.0f} tok/s for this model\n")
-    print("| trainer | real tok/s | edgetune's ratio | of the peak | loss, first turn | last turn | held-out loss | peak MB |")
+    print(
+        f"matrix products alone: {peak:.0f} GFLOP/s in {options.precision}, {limit:.0f} tok/s for this model\n"
+    )
+    print(
+        "| trainer | real tok/s | edgetune's ratio | of the peak | loss, first turn | last turn | held-out loss | peak MB |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
         held = ends[name]["held_out"]
@@ -356,7 +101,17 @@ def compare(options: argparse.Namespace) -> None:
             f"| {name} | {speeds[name]:.0f} | {speeds[names[0]] / speeds[name]:.2f} | {speeds[name] / limit:.0%} | {turns[name][0]['loss']:.3f} "
             f"| {turns[name][-1]['loss']:.3f} | {'–' if held is None else f'{held:.4f}'} | {ends[name]['mb']:.0f} |"
         )
-    print(json.dumps({"task": options.task, "tokens_per_second": speeds, "turns": turns, "ends": ends, "peak_gflops": peak}))
+    print(
+        json.dumps(
+            {
+                "task": options.task,
+                "tokens_per_second": speeds,
+                "turns": turns,
+                "ends": ends,
+                "peak_gflops": peak,
+            }
+        )
+    )
 
 
 def matrix_parameters(options: argparse.Namespace) -> float:
@@ -374,12 +129,16 @@ def labelled_share(options: argparse.Namespace) -> float:
     rows = prepared(options)[3].train[:500]
     pairs = [(row.rejected_labels, row.rejected_ids) for row in rows if hasattr(row, "rejected_ids")]
     parts = [*((row.labels, row.input_ids) for row in rows), *pairs]
-    return sum(sum(label != IGNORE for label in labels) for labels, _ in parts) / sum(len(ids) for _, ids in parts)
+    return sum(sum(label != IGNORE for label in labels) for labels, _ in parts) / sum(
+        len(ids) for _, ids in parts
+    )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=tuple(TRAINERS))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--held-out", type=Path)
@@ -392,8 +151,9 @@ def main() -> None:
     parser.add_argument("--only", help="some of the trainers, with ; between them")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    work: dict[str | None, Callable[[argparse.Namespace], None]] = {None: compare, "edgetune": train_ours, "multiply": multiply}
-    work.get(options.worker, train_theirs)(options)
+    if options.held_out is not None and options.task != "sft":
+        parser.error("--held-out is for sft")
+    (compare if options.worker is None else WORK.get(options.worker, train_theirs))(options)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from edgetune.text_pairs import second_of
 
 IGNORE = -100  # the label of a position without loss, as in torch's cross entropy
 POOL_BATCHES = 32  # rows are sorted by length within pools of this many batches: < 3 % padding on E2E, order still random
-PADDED_AT_MOST = 2  # where rows that begin alike stand together, padding is computed only by models that cannot share
+PADDED_AT_MOST = 2  # of rows that begin alike: attention and the projection still see what they repeat
 
 
 class Example(Protocol):

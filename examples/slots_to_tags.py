@@ -5,8 +5,8 @@
 
 The words are the request's with "?" before them, and "^" before each that begins with a capital letter: MiniLM's tokenizer
 makes all letters small, and names in requests are known by their capitals. The tag of "?" is the intent, the others mark
-slots by B- and I-, so a sentence's entities are all right exactly where its JSON is. `understand` reads that JSON on the
-device, without torch.
+slots by B- and I-. Where a sentence's entities are all right its JSON is, so `exact_match` of the tags is at most that of the
+JSON, which `understand` reads on the device, without torch.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def convert(source: Path, out: Path) -> None:
     made, inside = [], 0
     with opened(source, "rt", encoding="utf-8") as file:
         for line in file:
+            row = json.loads(line)
             try:
-                made.append(tagged(json.loads(line)))
+                made.append(tagged(row))
             except ValueError:
                 inside += 1
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")

@@ -7,17 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from family_helpers import DECODERS, ENCODERS
+from family_helpers import DECODERS, ENCODERS, make_family
 from test_family_training import body, loss_and_gradients, with_adapter
 from torch import Tensor
 
+from edgetune.bases import load_body, open_folder
 from edgetune.batching import IGNORE, Batch
 from edgetune.heads import RewardModel, SequenceClassifier, unwrapped
+from edgetune.masked_lm import load_masked_lm
 from edgetune.objectives import sft
-from edgetune.training import prefix_sharing
 from edgetune.training.computing import computing
+from edgetune.training.fused_ops import fused_ops
 from edgetune.training.precision import autocast, hold_frozen_linears_in_bf16
-from edgetune.training.prefix_sharing import prefixes_shared, shared_prefixes
+from edgetune.training.prefix_sharing import (
+    SharedPrefixes,
+    may_share,
+    shared_now,
+    shared_prefixes,
+    worth_sharing,
+)
 
 WINDOW = 6  # of the tiny families that have one
 PADDED = ("gemma2", "opt")  # eager attention because of its soft-cap; positions that come out of a mask
@@ -42,7 +50,7 @@ def alike(vocabulary: int, *, prompt: int, answers: tuple[int, ...], seed: int =
 
 
 def tokens_computed(model: Any, run: Any) -> list[int]:
-    """The tokens that each call of the first layer's first norm or projection saw while `run` ran."""
+    """The tokens that each call of the embedding saw while `run` ran."""
     seen: list[int] = []
     embedding = unwrapped(model).get_input_embeddings()
     hook = embedding.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].numel()))
@@ -143,23 +151,58 @@ def test_rewards_of_pairs(tiny_decoder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_never_shares(name: str, tiny_encoder: Path, tmp_path: Path) -> None:
-    model = SequenceClassifier(body(name, tiny_encoder, tmp_path / "base"), labels=3, pooling="mean").eval()
-    batch = alike(model.config.vocab_size, prompt=8, answers=(3, 2))
-    expected = model(batch.input_ids, batch.attention_mask)
-    with torch.no_grad(), computing(model, batch, "fp32"):
-        torch.testing.assert_close(model(batch.input_ids, batch.attention_mask), expected, atol=1e-5, rtol=1e-4)
+    base = open_folder(make_family(name, tiny_encoder, tmp_path / "base"), name=name)
+    classifier = SequenceClassifier(load_body(base), labels=3, pooling="mean").eval()
+    batch = alike(classifier.config.vocab_size, prompt=8, answers=(3, 2))
+    models: list[Any] = [classifier, load_masked_lm(base, seed=0)[0].eval()]
+    for model in models:
+        with torch.no_grad(), fused_ops(model):
+            assert worth_sharing(model, batch) is None
 
 
-def test_rows_beyond_a_window_and_rows_unlike_each_other_stay_padded(tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shares(model: Any, batch: Batch) -> bool:
+    """Whether fewer tokens than the batch's padded ones go through the layers; the logits must be those without."""
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=batch.input_ids, use_cache=False).logits
+        got: list[Tensor] = []
+        with computing(model, batch, "fp32"):
+            computed = tokens_computed(model, lambda: got.append(model(input_ids=batch.input_ids, use_cache=False).logits))
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(got[0][real], expected[real], atol=2e-5, rtol=1e-4)
+    return computed[-1] < batch.input_ids.numel()
+
+
+def test_rows_beyond_a_window_stay_padded(tiny_decoder: Path, tmp_path: Path) -> None:
     model = body("mistral", tiny_decoder, tmp_path / "base")
-    with prefixes_shared(model, alike(model.config.vocab_size, prompt=20, answers=(3, 2))):
-        assert "forward" not in vars(model.base_model), "a window of 6 hides a row's first tokens"
-    model = body("llama", tiny_decoder, tmp_path / "other")
-    with prefixes_shared(model, rows_of([[5, 6, 7, 8], [9, 6, 7, 8]])):
-        assert "forward" not in vars(model.base_model)
-    monkeypatch.setattr(prefix_sharing, "_gives_the_same", lambda _body: False)
-    with prefixes_shared(model, alike(model.config.vocab_size, prompt=20, answers=(3, 2))):
-        assert "forward" not in vars(model.base_model), "a model that gives something else computes its rows"
+    size = model.config.vocab_size
+    assert shares(model, alike(size, prompt=WINDOW - 2, answers=(2, 1, 2)))
+    assert not shares(model, alike(size, prompt=WINDOW - 2, answers=(3, 1, 2)))
+    assert may_share(model, WINDOW) and not may_share(model, WINDOW + 1)
+
+
+def test_rows_unlike_each_other_stay_padded(tiny_decoder: Path, tmp_path: Path) -> None:
+    model = body("llama", tiny_decoder, tmp_path / "base")
+    assert shares(model, rows_of([[5, 6, 7, 8], [5, 6, 7, 9]]))
+    assert not shares(model, rows_of([[5, *range(6, 17)], [5, *range(26, 37)]])), "one token of 24 is not worth it"
+
+
+def test_a_model_that_gives_something_else_stays_padded(tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = body("llama", tiny_decoder, tmp_path / "base"), body("llama", tiny_decoder, tmp_path / "other")
+    batch = alike(model.config.vocab_size, prompt=20, answers=(3, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedPrefixes, "gathered", lambda _self, x: x.flatten(0, 1)[: x.shape[1]])  # attention gone wrong
+        assert not shares(model, batch)
+    assert shares(other, batch)
+
+
+def test_attention_of_another_kind_knows_nothing_of_the_rows(tiny_decoder: Path, tmp_path: Path) -> None:
+    model = body("llama", tiny_decoder, tmp_path / "base")
+    batch = alike(model.config.vocab_size, prompt=20, answers=(3, 2))
+    assert worth_sharing(model, batch) is None  # outside `fused_ops`
+    assert shares(model, batch)  # which was not remembered
+    model.set_attn_implementation("eager")
+    assert not shares(model, batch) and not may_share(model, 8)
 
 
 def test_a_pass_over_other_rows_inside_is_left_alone(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -170,4 +213,19 @@ def test_a_pass_over_other_rows_inside_is_left_alone(tiny_decoder: Path, tmp_pat
         expected = model(input_ids=other, use_cache=False).logits
         with computing(model, batch, "fp32"):
             torch.testing.assert_close(model(input_ids=other, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
-    assert "forward" not in vars(model.base_model)
+
+
+def test_an_error_inside_leaves_nothing_behind(tiny_decoder: Path, tmp_path: Path) -> None:
+    model = body("llama", tiny_decoder, tmp_path / "base").eval()
+    batch = alike(model.config.vocab_size, prompt=20, answers=(3, 2))
+    assert shares(model, batch)
+
+    def fail(*_: Any) -> None:
+        raise KeyError("inside")
+
+    hook = model.base_model.layers[1].register_forward_hook(fail)
+    with torch.no_grad(), pytest.raises(KeyError), computing(model, batch, "fp32"):
+        model(input_ids=batch.input_ids, use_cache=False)
+    hook.remove()
+    assert shared_now() is None and "forward" not in vars(model.base_model)
+    assert shares(model, batch)

@@ -23,9 +23,8 @@ from transformers.masking_utils import sdpa_mask
 
 from edgetune.training.near_positions import METHOD as POSITIONS
 from edgetune.training.near_positions import near_positions
-from edgetune.training.prefix_sharing import shared_now
+from edgetune.training.prefix_sharing import ATTENTION, shared_now
 
-ATTENTION = "edgetune_training"
 SHORT = 192  # tokens up to which attention with stored probabilities is faster than torch's, which recomputes them
 IMPLEMENTATION = (
     "_attn_implementation_internal"  # where transformers' configuration keeps the attention's name

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.bases import Base
-from edgetune.batching import Batch, collate, split_alike
+from edgetune.batching import Batch, collate, in_order_of_length, split_alike
 from edgetune.examples.common import IGNORED
 from edgetune.examples.prompting import PromptExample
 from edgetune.examples.turns import end_token
@@ -24,11 +24,12 @@ from edgetune.recipe import Stage
 from edgetune.training.computing import computing
 from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision
+from edgetune.training.prefix_sharing import may_share
 from edgetune.training.rewards import Answered, Rewards, check_rewards, open_rewards, reward_notes
 from edgetune.training.rollout import Answer, Rollout, Sampling, TorchRollout
-from edgetune.training.stage import Batching, Measure, Prepared, Situation, tokens_of
+from edgetune.training.stage import DIFFERENT_AT_ONCE, Batching, Measure, Prepared, Situation, tokens_of
 
-TOKENS_AT_ONCE = 1536
+TOKENS_AT_ONCE, ROWS_AT_ONCE = 1536, 64
 FLAT = 1e-8  # a group whose rewards have this std or less teaches nothing
 
 
@@ -137,7 +138,8 @@ class Sampler:
             first = _trained(situation.model) if kept is None else kept.reference
             self.start = {name: weights.to(self.device) for name, weights in first.items()}
         collating = functools.partial(collate_answers, loss_type=self.stage.loss_type, longest=self.stage.max_new_tokens)
-        self._batching = Batching(self.pad_id, collating, alike=True)
+        longest = self.stage.max_length + self.stage.max_new_tokens
+        self._batching = Batching(self.pad_id, collating, alike=may_share(situation.model, longest))
         self._kept: tuple[list[AnswerExample], dict[str, float]] | None = None
         if kept is not None and kept.samples is not None:
             answers, facts = kept.samples
@@ -219,7 +221,7 @@ class Sampler:
         """Log-probability of each answer token under the model as it is."""
         model.eval()
         found: list[list[float]] = [[] for _ in examples]
-        for part in split_alike([example.input_ids for example in examples], TOKENS_AT_ONCE):
+        for part in self._together(examples):
             batch = to_device(collate([examples[index] for index in part], self.pad_id), self.device)
             with computing(model, batch, self.precision):
                 log_probs, rows = token_log_probs(model, batch, temperature=self.stage.temperature)
@@ -227,6 +229,12 @@ class Sampler:
             for index, values in zip(part, log_probs.split(counts), strict=True):
                 found[index] = values.tolist()
         return found
+
+
+    def _together(self, examples: Sequence[AnswerExample]) -> list[list[int]]:
+        if self._batching.alike:
+            return split_alike([example.input_ids for example in examples], DIFFERENT_AT_ONCE)
+        return in_order_of_length([len(example.input_ids) for example in examples], TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE)
 
 
 def measure_greedy(

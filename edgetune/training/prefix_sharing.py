@@ -4,7 +4,8 @@ With causal attention a token's states depend on what stands before it alone: tw
 samples, or rows that begin with one system prompt have the same states there, and the same weights' gradients add up
 there. So the batch is laid out as one row in which every such token stands once, without padding; only attention sees
 the rows as they were. Loss and gradient are those of the padded batch (Krishna Teja et al. 2024, "Prefix Sharing",
-for pairs of answers; here for any rows). With dropout the common tokens share its mask.
+for pairs of answers; here for any rows). With dropout the common tokens share its mask. A layer that is computed again
+in the backward pass (gradient checkpointing) would not find the rows; the loop has no such thing.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from edgetune.batching import Batch
 from edgetune.heads import RewardModel, unwrapped
+from edgetune.objectives import BLIND_TO_PACKING
 
 WORTH_IT = 0.9  # at most this share of the padded tokens is left; gathering and scattering cost a few in a hundred
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 0.03  # of the largest state
+ATTENTION = "edgetune_training"  # attention that knows of the rows; see `fused_ops`
 WINDOWS = ("sliding_window", "attention_chunk_size")  # settings by which a token may not see a row's first ones
 
 
@@ -43,7 +46,8 @@ class SharedPrefixes:
 
     def gathered(self, x: Tensor) -> Tensor:
         """(rows, seq, …) → (tokens, …): a token's state from one of its positions."""
-        return x.flatten(0, 1).index_select(0, self.source)
+        flat = x.flatten(0, 1)
+        return _Spread.apply(flat.flatten(1), self.source).view(-1, *flat.shape[1:])  # type: ignore[no-any-return]
 
 
 class _Spread(torch.autograd.Function):
@@ -104,9 +108,9 @@ def shared_now() -> SharedPrefixes | None:
 def prefixes_shared(model: Any, batch: Batch) -> Iterator[None]:
     """Let a decoder's body compute what the batch's rows begin with in common once, where that pays and gives the same.
 
-    To be entered inside `fused_ops`, whose attention knows of it.
+    To be entered inside `fused_ops`, whose attention knows of it; elsewhere nothing is shared.
     """
-    shared = _worth_sharing(model, batch)
+    shared = worth_sharing(model, batch)
     if shared is None:
         yield
         return
@@ -122,22 +126,29 @@ def prefixes_shared(model: Any, batch: Batch) -> Iterator[None]:
             body.forward = own
 
 
-def _worth_sharing(model: Any, batch: Batch) -> SharedPrefixes | None:
-    if batch.position_ids is not None or batch.features is not None or batch.input_ids.device.type != "cpu":
-        return None
-    rows, seq = batch.input_ids.shape
+def may_share(model: Any, longest: int) -> bool:
+    """Whether rows of at most `longest` tokens that begin alike had better stand in one batch of this model's."""
     body = _body(model)
-    windows = [getattr(body.config, name, None) for name in WINDOWS] if body is not None else []
-    if body is None or any(window is not None and window < seq for window in windows):
+    if body is None or next(body.parameters()).device.type != "cpu" or body.config.model_type in BLIND_TO_PACKING:
+        return False
+    windows = [getattr(body.config, name, None) for name in WINDOWS]
+    inner = vars(body.config).get("_attn_implementation_internal")
+    return inner in ("sdpa", ATTENTION) and all(window is None or window >= longest for window in windows)
+
+
+def worth_sharing(model: Any, batch: Batch) -> SharedPrefixes | None:
+    """The batch as one row; None where that saves too little, or the model would give something else."""
+    body = _body(model)
+    if batch.position_ids is not None or batch.features is not None or not may_share(model, batch.input_ids.shape[1]):
+        return None
+    if vars(body.config)["_attn_implementation_internal"] != ATTENTION or not _gives_the_same(body):
         return None
     shared = shared_prefixes(batch.input_ids, batch.attention_mask.sum(1))
-    if shared.input_ids.numel() > WORTH_IT * rows * seq or not _gives_the_same(body):
-        return None
-    return shared
+    return shared if shared.input_ids.numel() <= WORTH_IT * batch.input_ids.numel() else None
 
 
 def _body(model: Any) -> Any:
-    """A decoder without its head; None for everything else."""
+    """A causal or masked language model without its head; None for everything else."""
     whole = unwrapped(model)
     if isinstance(whole, RewardModel):
         return whole.body
@@ -165,29 +176,36 @@ def _forward(body: Any, shared: SharedPrefixes, expected: Tensor) -> Callable[..
     return forward
 
 
-_same: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_same: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()
 
 
 def _gives_the_same(body: Any) -> bool:
-    """Found out once for each model, on three short rows: attention of its own, say, would not know of the rows."""
-    if body in _same:
-        return _same[body]
-    _same[body] = False
-    looks_back = [module.is_causal for module in body.modules() if hasattr(module, "is_causal")]
-    if looks_back and all(looks_back) and "position_ids" in inspect.signature(type(body).forward).parameters:
-        tolerance = TOLERANCE_BF16 if torch.is_autocast_enabled("cpu") else TOLERANCE
+    """Found out once for each model and format of products, on three short rows; whatever raises is not the same.
+
+    Attention of a model's own, say, would not know of the rows.
+    """
+    narrow = torch.is_autocast_enabled("cpu")
+    known = _same.setdefault(body, {})
+    if narrow not in known:
+        looks_back = [module.is_causal for module in body.modules() if hasattr(module, "is_causal")]
+        reads_positions = "position_ids" in inspect.signature(type(body).forward).parameters
+        known[narrow] = bool(looks_back) and all(looks_back) and reads_positions and _compared(body, TOLERANCE_BF16 if narrow else TOLERANCE)
+    return known[narrow]
+
+
+@torch.no_grad()
+def _compared(body: Any, tolerance: float) -> bool:
+    """Whether three rows' states are the same as one row's; no random number is drawn."""
+    lengths = torch.tensor([6, 5, 4])
+    real, training = torch.arange(6) < lengths[:, None], [module for module in body.modules() if module.training]
+    body.eval()
+    try:
         ids = torch.tensor([[5, 6, 7, 8, 9, 5], [5, 6, 7, 9, 9, 0], [5, 6, 3, 3, 0, 0]]) % body.config.vocab_size
-        lengths = torch.tensor([6, 5, 4])
-        real, training = torch.arange(6) < lengths[:, None], body.training
-        body.eval()
-        try:
-            with torch.no_grad():
-                expected = body(input_ids=ids, use_cache=False).last_hidden_state
-                got = _forward(body, shared_prefixes(ids, lengths), ids)(input_ids=ids, use_cache=False).last_hidden_state
-            close = torch.allclose(got[real], expected[real], atol=tolerance * float(expected.abs().max()), rtol=0)
-            _same[body] = got.shape == expected.shape and close
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            pass
-        finally:
-            body.train(training)
-    return _same[body]
+        expected = body(input_ids=ids, use_cache=False).last_hidden_state
+        got = _forward(body, shared_prefixes(ids, lengths), ids)(input_ids=ids, use_cache=False).last_hidden_state
+        return torch.allclose(got[real], expected[real], atol=tolerance * float(expected.abs().max()), rtol=0)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
+        return False
+    finally:
+        for module in training:
+            module.training = True

@@ -25,6 +25,7 @@ from edgetune.scoring import encode_answered, score_rows
 from edgetune.training.computing import computing
 from edgetune.training.device import device_of, to_device
 from edgetune.training.precision import Precision
+from edgetune.training.prefix_sharing import may_share
 
 SCORE_WEIGHT = "base_model.model.score.weight"
 
@@ -60,7 +61,7 @@ class AdapterScorer:
             return hidden @ self.score[0].to(device)  # in fp32: a reward in bf16 would have 8 bits
 
         with torch.no_grad(), only_adapter(self.model, self.adapter):
-            return score_rows(rows, reward)
+            return score_rows(rows, reward, alike=may_share(self.model, max(map(len, rows), default=0)))
 
 
 def check_reward_adapter(folder: Path, base: Base) -> tuple[Path, dict[str, Any]]:

@@ -19,6 +19,7 @@ from edgetune.training.distributed import Group
 from edgetune.training.precision import Precision
 
 MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
+DIFFERENT_AT_ONCE = 1024  # different tokens, where rows begin alike and the model computes these once
 
 Measure = Callable[..., dict[str, float]]  # (model, batches, *, precision) → metrics
 Collate = Callable[[Sequence[Any], int], Batch]  # (examples, pad_id)
@@ -44,7 +45,7 @@ class Batching:
     collate: Collate = collate
     length: Length = tokens_of
     mask: Mask | None = None  # hides tokens of every batch
-    alike: bool = False  # many examples begin alike: those stand in one part
+    alike: bool = False  # examples that begin alike stand in one part; see `prefix_sharing.may_share`
 
     def batch(self, examples: Sequence[Any], step: int) -> Batch:
         """One batch of optimizer step `step`; of step 0, for measuring."""
@@ -52,11 +53,11 @@ class Batching:
         return batch if self.mask is None else self.mask(batch, step)
 
     def parts(self, examples: Sequence[Any], step: int) -> list[Batch]:
-        """The examples of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens, or different ones of rows that begin alike."""
+        """The examples of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens, or DIFFERENT_AT_ONCE where they begin alike."""
         if self.alike:
-            parts = split_alike([example.input_ids for example in examples], MAX_TOKENS_AT_ONCE)
-            return [self.batch([examples[i] for i in part], step) for part in parts]
-        parts = split(range(len(examples)), [self.length(example) for example in examples], MAX_TOKENS_AT_ONCE)
+            parts = split_alike([example.input_ids for example in examples], DIFFERENT_AT_ONCE)
+        else:
+            parts = split(range(len(examples)), [self.length(example) for example in examples], MAX_TOKENS_AT_ONCE)
         return [self.batch([examples[i] for i in part], step) for part in parts]
 
 
