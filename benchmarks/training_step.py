@@ -4,7 +4,7 @@
 
 `--compile`: PEFT's own layers through torch.compile too, and how long the compiling takes for one more length of rows.
 
-LoRA r = 8 on all linear layers, bf16, 8 rows; the second half of each row is answered. Also the difference of loss and
+LoRA r = 8 on all linear layers, the format that training chooses on this processor, 8 rows; the second half of each row is answered. Also the difference of loss and
 gradients in fp32.
 """
 
@@ -26,7 +26,7 @@ from edgetune.objectives import sft
 from edgetune.recipe import Parameters
 from edgetune.training.fused_lora import fused_lora
 from edgetune.training.fused_ops import fused_ops
-from edgetune.training.precision import Precision, autocast, hold_frozen_linears_in_bf16
+from edgetune.training.precision import Precision, autocast, choose_precision, hold_frozen_linears_in_bf16
 
 ROWS = 8
 
@@ -74,17 +74,20 @@ def main() -> None:
     (loss, expected), (fused_loss, gradients) = (step(model, batch, "fp32", fused=fused) for fused in (False, True))
     difference = float((gradients - expected).norm() / expected.norm())
     print(f"fp32: loss {loss:.6f} and {fused_loss:.6f}, gradients differ by {difference:.1e} of their length")
-    hold_frozen_linears_in_bf16(model)
+    precision = choose_precision("auto", hidden=576)
+    if precision == "bf16":
+        hold_frozen_linears_in_bf16(model)
+    print(f"{precision}, {options.threads} threads")
     variants: dict[str, Callable[[], Any]] = {
-        "plain": lambda: step(model, batch, "bf16", fused=False),
-        "fused": lambda: step(model, batch, "bf16", fused=True),
+        "plain": lambda: step(model, batch, precision, fused=False),
+        "fused": lambda: step(model, batch, precision, fused=True),
     }
     if options.compile:
         compiled: Any = torch.compile(model, dynamic=True)
-        variants["compiled"] = lambda: step(model, batch, "bf16", fused=False, forward=compiled)
+        variants["compiled"] = lambda: step(model, batch, precision, fused=False, forward=compiled)
         first = timed(variants["compiled"])
         longer = random_batch(options.tokens + 7)
-        second = timed(lambda: step(model, longer, "bf16", fused=False, forward=compiled))
+        second = timed(lambda: step(model, longer, precision, fused=False, forward=compiled))
         print(f"compiled: first step {first:.1f} s, first step of another length {second:.1f} s")
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(options.rounds):
