@@ -54,11 +54,11 @@ def make_base(folder: Path) -> Path:
 def make_adapter(base: Path, folder: Path) -> Path:
     """An adapter that was not trained, with an effect."""
     found = resolve_base(str(base))
-    model = adapt(SequenceClassifier(load_body(found), labels=len(LABELS), pooling="mean"), Parameters(), task="sequence-classification")
+    model = adapt(SequenceClassifier(load_body(found), labels=len(LABELS), pooling=found.pooling or "mean"), Parameters(), task="sequence-classification")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    save_adapter(model, folder, AdapterMetadata(base={"name": found.name, "digest": found.digest}, task="sequence-classification", labels=LABELS, pooling="mean"))
+    save_adapter(model, folder, AdapterMetadata(base={"name": found.name, "digest": found.digest}, task="sequence-classification", labels=LABELS, pooling=found.pooling))
     return folder
 
 
@@ -81,7 +81,7 @@ def main() -> None:
             bound = None if name == "merged" else pack_adapter(adapter, manifest).tensors
             runs[name] = lambda ids, engine=engine, bound=bound: engine.run([ids], [bound])
         found = resolve_base(str(base))
-        model = load_adapter(SequenceClassifier(load_body(found), labels=len(LABELS), pooling="mean"), adapter).eval()
+        model = load_adapter(SequenceClassifier(load_body(found), labels=len(LABELS), pooling=found.pooling or "mean"), adapter).eval()
         runs["torch"] = lambda ids: model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
         best = measure(runs, options.rounds)
     print("| tokens | " + " | ".join(f"{name}, ms" for name in runs) + " |\n|" + "---|" * (len(runs) + 1))
