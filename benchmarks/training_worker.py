@@ -163,65 +163,21 @@ def train_ours(options: argparse.Namespace) -> None:
 def train_theirs(options: argparse.Namespace) -> None:
     """The peers: the same PEFT model and the same tokens through their loop."""
     import torch
-    from datasets import Dataset
-    from transformers import (
-        DataCollatorForSeq2Seq,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
-
-    from edgetune.adapters import adapt
-    from edgetune.bases import load_body
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     recipe, base, tokenizer, examples = prepared(options)
-    grouped = options.worker.endswith("length")
-    body = load_body(base)
-    if options.task == "sft":
-        model: Any = adapt(body, recipe.parameters, task="text-generation")
-        rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.train]
-        collator: Any = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    elif options.task == "dpo":
-        model, collator = adapt(body, recipe.parameters, task="text-generation"), None
-        rows = [texts_of(example, tokenizer) for example in examples.train]
-    else:
-        from transformers import AutoModelForSequenceClassification
-
-        plain = AutoModelForSequenceClassification.from_pretrained(
-            base.folder, num_labels=len(examples.labels)
-        )
-        model = adapt_classifier(plain, recipe.parameters)
-        rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.train]
-        collator = DataCollatorWithPadding(tokenizer)
+    model, rows, collator = peer_parts(options, recipe, base, tokenizer, examples)
     turns = Turns(options.steps)
-    seen = {"tokens": 0, "loss": 0.0}
-
-    class Counting(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            turns.counted(loss=seen["loss"], tokens=int(seen["tokens"]))
-            seen["tokens"] = 0
-
-    def counting(kind: type[Any]) -> type[Any]:
-        class CountingTrainer(kind):  # type: ignore[misc]
-            def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-                seen["tokens"] += int(inputs["attention_mask"].sum())
-                loss = super().training_step(model, inputs, *rest, **named)
-                seen["loss"] = loss.item()
-                return loss
-
-        return CountingTrainer
-
+    steps = options.steps * options.rounds
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = {
             "output_dir": folder,
-            "max_steps": options.steps * options.rounds,
+            "max_steps": steps,
             "per_device_train_batch_size": options.batch_size,
             "learning_rate": 2e-4,
             "lr_scheduler_type": "cosine",
-            "warmup_steps": max(1, round(recipe.stage[0].warmup_ratio * options.steps * options.rounds)),
+            "warmup_steps": max(1, round(recipe.stage[0].warmup_ratio * steps)),
             "bf16": options.precision == "bf16",
             "use_cpu": True,
             "report_to": [],
@@ -229,53 +185,80 @@ def train_theirs(options: argparse.Namespace) -> None:
             "logging_strategy": "no",
             "disable_tqdm": True,
             "seed": 0,
-            **({"train_sampling_strategy": "group_by_length"} if grouped else {}),
+            **({"train_sampling_strategy": "group_by_length"} if options.worker.endswith("length") else {}),
         }
-        dataset = Dataset.from_list(rows)
-        if options.task == "dpo":
-            from trl import DPOConfig, DPOTrainer
-
-            arguments: Any = DPOConfig(
-                **common,
-                gradient_checkpointing=False,
-                max_length=256,
-                beta=recipe.stage[0].beta,
-                precompute_ref_log_probs=True,
-            )
-            trainer: Any = counting(DPOTrainer)(
-                model=model,
-                args=arguments,
-                train_dataset=dataset,
-                processing_class=tokenizer,
-                callbacks=[Counting()],
-            )
-        elif options.worker == "trl":
-            from trl import SFTConfig, SFTTrainer
-
-            arguments = SFTConfig(
-                **common,
-                gradient_checkpointing=False,
-                max_length=None,
-                dataset_kwargs={"skip_prepare_dataset": True},
-            )
-            trainer = counting(SFTTrainer)(
-                model=model,
-                args=arguments,
-                train_dataset=dataset,
-                processing_class=tokenizer,
-                callbacks=[Counting()],
-            )
-        else:
-            arguments = TrainingArguments(**common)
-            trainer = counting(Trainer)(
-                model=model,
-                args=arguments,
-                train_dataset=dataset,
-                data_collator=collator,
-                callbacks=[Counting()],
-            )
-        trainer.train()
+        kind, arguments = peer_trainer(options, common, beta=recipe.stage[0].beta)
+        own = {"processing_class": tokenizer} if options.worker == "trl" else {"data_collator": collator}
+        seen = {"tokens": 0, "loss": 0.0}
+        callback = counting_callback(turns, seen)
+        counting(kind, seen)(model=model, args=arguments, train_dataset=rows, callbacks=[callback], **own).train()
     say({"held_out": held_out_loss(model, options, tokenizer.pad_token_id), "mb": peak_mb()})
+
+
+def peer_parts(
+    options: argparse.Namespace, recipe: Any, base: Any, tokenizer: Any, examples: Any
+) -> tuple[Any, Any, Any]:
+    """The PEFT model, the rows as a data set, and what pads them (TRL: its own)."""
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForSequenceClassification,
+        DataCollatorForSeq2Seq,
+        DataCollatorWithPadding,
+    )
+
+    from edgetune.adapters import adapt
+    from edgetune.bases import load_body
+
+    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.train]
+    if options.task == "classification":
+        plain = AutoModelForSequenceClassification.from_pretrained(base.folder, num_labels=len(examples.labels))
+        return adapt_classifier(plain, recipe.parameters), Dataset.from_list(rows), DataCollatorWithPadding(tokenizer)
+    model = adapt(load_body(base), recipe.parameters, task="text-generation")
+    if options.task == "dpo":
+        return model, Dataset.from_list([texts_of(example, tokenizer) for example in examples.train]), None
+    return model, Dataset.from_list(rows), DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+
+
+def peer_trainer(options: argparse.Namespace, common: dict[str, Any], *, beta: float) -> tuple[type[Any], Any]:
+    """The trainer's class and its arguments."""
+    if options.task == "dpo":
+        from trl import DPOConfig, DPOTrainer
+
+        settings = {"gradient_checkpointing": False, "max_length": 256, "precompute_ref_log_probs": True}
+        return DPOTrainer, DPOConfig(**common, **settings, beta=beta)
+    if options.worker == "trl":
+        from trl import SFTConfig, SFTTrainer
+
+        settings = {"gradient_checkpointing": False, "max_length": None}
+        return SFTTrainer, SFTConfig(**common, **settings, dataset_kwargs={"skip_prepare_dataset": True})
+    from transformers import Trainer, TrainingArguments
+
+    return Trainer, TrainingArguments(**common)
+
+
+def counting(kind: type[Any], seen: dict[str, float]) -> type[Any]:
+    """The trainer, which adds up real tokens and keeps the last loss in `seen`."""
+
+    class CountingTrainer(kind):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+            seen["tokens"] += int(inputs["attention_mask"].sum())
+            loss = super().training_step(model, inputs, *rest, **named)
+            seen["loss"] = loss.item()
+            return loss
+
+    return CountingTrainer
+
+
+def counting_callback(turns: Turns, seen: dict[str, float]) -> Any:
+    """Tells `turns` of every optimizer step."""
+    from transformers import TrainerCallback
+
+    class Counting(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turns.counted(loss=seen["loss"], tokens=int(seen["tokens"]))
+            seen["tokens"] = 0
+
+    return Counting()
 
 
 def texts_of(pair: Any, tokenizer: Any) -> dict[str, str]:
