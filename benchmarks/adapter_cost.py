@@ -22,10 +22,10 @@ import numpy as np
 from serving_load import make_adapters
 
 from edgetune.runtime import Runtime
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.batch import Batch
-from edgetune.runtime.binding import BoundTensors
-from edgetune.runtime.engine import DecoderEngine
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.engine.batch import Batch
+from edgetune.runtime.engine.engine import DecoderEngine
+from edgetune.runtime.engine.session import BoundTensors
 
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 Step = Callable[[], None]

@@ -206,7 +206,7 @@ def read_bandwidth(threads: int) -> float:
 
 def limit(bundle: str, threads: int) -> dict[str, float]:
     """What a token must read (every stored weight once, the cache in the middle of the answer), and how many a second memory allows."""
-    from edgetune.runtime.manifest import read_manifest
+    from edgetune.runtime.bundle.manifest import read_manifest
 
     graph = read_manifest(bundle).graph
     weights = (Path(bundle) / str(graph.data)).stat().st_size

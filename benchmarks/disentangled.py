@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from transformers import AutoModel, DebertaV2Config
 
-from edgetune.adapters import AdapterMetadata, adapt, load_adapter, save_adapter
-from edgetune.bases import load_body, resolve_base
-from edgetune.heads import SequenceClassifier
-from edgetune.recipe import Parameters
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.engine import EncoderEngine
-from edgetune.runtime.manifest import read_manifest
+from edgetune.adapters.folder import AdapterMetadata, load_adapter, save_adapter
+from edgetune.adapters.lora import adapt
+from edgetune.models.heads import SequenceClassifier
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.recipe.schema import Parameters
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.engine.engine import EncoderEngine
 
 LENGTHS, LABELS = (16, 64, 256), ("a", "b", "c")
 VARIANTS = {"separate": ("--mode", "separate", "--precision", "fp32"), "merged": ("--mode", "merged", "--precision", "fp32"), "int8": ("--precision", "int8")}

@@ -47,8 +47,8 @@ def perplexity(logits_of: Logits, rows: list[list[int]]) -> float:
 
 def engine_logits(bundle: Path) -> Logits:
     """One prefill a row."""
-    from edgetune.runtime.engine import DecoderEngine
-    from edgetune.runtime.manifest import read_manifest
+    from edgetune.runtime.bundle.manifest import read_manifest
+    from edgetune.runtime.engine.engine import DecoderEngine
 
     engine = DecoderEngine(bundle, read_manifest(bundle), threads=2)
     return lambda row: engine.logits([row])[0]
@@ -58,7 +58,8 @@ def torch_logits(base_name: str) -> Logits:
     """The base model in torch fp32."""
     import torch
 
-    from edgetune.bases import load_body, resolve_base
+    from edgetune.models.load import load_body
+    from edgetune.models.resolve import resolve_base
 
     model = load_body(resolve_base(base_name))
 

@@ -23,20 +23,22 @@ from unittest import mock
 
 import torch
 
-from edgetune.adapters import adapt
-from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
-from edgetune.batching import IGNORE, Batch
-from edgetune.examples import load_examples
-from edgetune.heads import RewardModel
-from edgetune.objectives import sft
-from edgetune.policy import AnswerExample, collate_answers, grpo
-from edgetune.preference import bradley_terry, collate_pairs, dpo
-from edgetune.recipe import Parameters
-from edgetune.recipe_file import load_recipe
-from edgetune.training import prefix_sharing
+from edgetune.adapters.lora import adapt
+from edgetune.data.batching import IGNORE, Batch
+from edgetune.data.loaders import load_examples
+from edgetune.models.base import Base
+from edgetune.models.heads import RewardModel
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.models.torch_device import choose_precision, hold_frozen_linears_in_bf16
+from edgetune.objectives.grpo import AnswerExample, collate_answers, grpo
+from edgetune.objectives.language import sft
+from edgetune.objectives.preference import bradley_terry, collate_pairs, dpo
+from edgetune.recipe.read import load_recipe
+from edgetune.recipe.schema import Parameters
+from edgetune.training.context import Batching, padded_length
+from edgetune.training.fast import shared_prefix as prefix_sharing
 from edgetune.training.learner import Learner
-from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
-from edgetune.training.stage import Batching, padded_length
 
 E2E = ("sft", "e2e_nlg/train.jsonl.gz", 'prompt = "{{ mr }}"\ncompletion = "{{ ref }}"')
 ROWS = {

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgetune.evaluate import evaluate
+from edgetune.evaluation.evaluate import evaluate
 
 
 def frozen_probe(train: Path, test: Path) -> dict[str, Any]:
@@ -24,9 +24,10 @@ def frozen_probe(train: Path, test: Path) -> dict[str, Any]:
     import torch
     from sklearn.linear_model import LogisticRegression
 
-    from edgetune.bases import load_body, load_tokenizer, resolve_base
-    from edgetune.data import read_rows
-    from edgetune.heads import pool
+    from edgetune.data.rows import read_rows
+    from edgetune.models.heads import pool
+    from edgetune.models.load import load_body, load_tokenizer
+    from edgetune.models.resolve import resolve_base
 
     base = resolve_base("builtin:minilm-l6")
     body, tokenizer = load_body(base), load_tokenizer(base)
@@ -49,7 +50,7 @@ def frozen_probe(train: Path, test: Path) -> dict[str, Any]:
 def bundle_row(run: Path, data: Path, precision: str, mode: str) -> dict[str, Any]:
     """Export with proof, then the metrics from the bundle through the runtime."""
     from edgetune.export.bundle import export_bundle
-    from edgetune.export.lower import Precision
+    from edgetune.quantisation.precision import Precision
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bundle"

@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from edgetune.data import Row, read_rows
-from edgetune.examples.turns import row_prompt
-from edgetune.intervals import paired_bootstrap
-from edgetune.prompts import PromptFormat
-from edgetune.reward_names import locate_reward
+from edgetune.data.conversations import row_prompt
+from edgetune.data.prompts import PromptFormat
+from edgetune.data.rows import Row, read_rows
+from edgetune.metrics.statistics import paired_bootstrap
+from edgetune.recipe.paths import locate_reward
 from edgetune.runtime import Runtime
-from edgetune.training.rewards import RewardFunction, load_function
+from edgetune.training.reinforcement.rewards import RewardFunction, load_function
 
 
 def questions(data: Path, form: PromptFormat, limit: int | None) -> list[tuple[Any, Row]]:

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from edgetune.adapters import adapt
-from edgetune.bases import load_body, load_tokenizer, resolve_base
-from edgetune.recipe import Parameters
-from edgetune.training.engine_rollout import open_engine
-from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
-from edgetune.training.rollout import Rollout, Sampling, TorchRollout
+from edgetune.adapters.lora import adapt
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.models.torch_device import choose_precision, hold_frozen_linears_in_bf16
+from edgetune.recipe.schema import Parameters
+from edgetune.training.reinforcement.engine_rollout import open_engine
+from edgetune.training.reinforcement.rollout import Rollout, Sampling, TorchRollout
 
 PROMPTS = (
     "Play some 1959 songs on Iheart\n",

@@ -47,8 +47,8 @@ from serving_load import (
 from serving_soak import soak
 
 from edgetune.runtime import Runtime
-from edgetune.runtime.batch import Batch
-from edgetune.runtime.scheduler import Scheduler
+from edgetune.runtime.engine.batch import Batch
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 STREAMS = 8
 median = statistics.median
@@ -282,7 +282,7 @@ def cold(options: argparse.Namespace, work: Path) -> list[Row]:
 
 def llama(options: argparse.Namespace, work: Path) -> list[Row]:
     """8 streams with 8 adapters beside llama.cpp, which answers them one after the other."""
-    from edgetune.export.gguf_adapter import export_gguf_adapters
+    from edgetune.export.gguf import export_gguf_adapters
 
     if not options.llama:
         raise SystemExit("llama: give --llama FILE.gguf, the base as llama.cpp reads it, and --llama-python")

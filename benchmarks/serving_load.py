@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 
 from edgetune.runtime import Runtime
-from edgetune.runtime.manifest import Manifest
-from edgetune.runtime.scheduler import (
+from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.scheduler.requests import (
     Event,
     FailedEvent,
     FinishedEvent,
     GenerationRequest,
-    Scheduler,
     TokenEvent,
 )
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "edgetune_adapter.json"
 

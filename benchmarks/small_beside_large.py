@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune.evaluate import Evaluation, evaluate
-from edgetune.evaluate_base import Prompting
-from edgetune.intervals import wilson
+from edgetune.evaluation.base_answers import Prompting
+from edgetune.evaluation.evaluate import evaluate
+from edgetune.evaluation.measures import Evaluation
+from edgetune.metrics.statistics import wilson
 
 
 @dataclass(frozen=True)

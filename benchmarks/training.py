@@ -124,7 +124,7 @@ def matrix_parameters(options: argparse.Namespace) -> float:
 
 def labelled_share(options: argparse.Namespace) -> float:
     """The share of the first 500 rows' tokens that carry loss."""
-    from edgetune.batching import IGNORE
+    from edgetune.data.batching import IGNORE
 
     rows = prepared(options)[3].train[:500]
     pairs = [(row.rejected_labels, row.rejected_ids) for row in rows if hasattr(row, "rejected_ids")]

@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from edgetune.adapters import adapt
-from edgetune.bases import load_body, resolve_base
-from edgetune.batching import IGNORE, Batch
-from edgetune.objectives import sft
-from edgetune.recipe import Parameters
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import fused_ops
-from edgetune.training.precision import Precision, autocast, choose_precision, hold_frozen_linears_in_bf16
+from edgetune.adapters.lora import adapt
+from edgetune.data.batching import IGNORE, Batch
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.models.torch_device import Precision, autocast, choose_precision, hold_frozen_linears_in_bf16
+from edgetune.objectives.language import sft
+from edgetune.recipe.schema import Parameters
+from edgetune.training.fast.fused_layers import fused_ops
+from edgetune.training.fast.lora_products import fused_lora
 
 ROWS = 8
 

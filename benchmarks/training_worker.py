@@ -55,7 +55,7 @@ def say(facts: dict[str, Any]) -> None:
 
 def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe that all trainers follow."""
-    from edgetune.recipe_file import load_recipe
+    from edgetune.recipe.read import load_recipe
 
     base = "builtin:minilm-l6" if options.task == "classification" else "builtin:smollm2-135m-instruct"
     head = 'head_init = "random"\n' if options.task == "classification" else ""
@@ -73,8 +73,9 @@ def recipe_of(options: argparse.Namespace) -> Any:
 
 def prepared(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Recipe, base, tokenizer and the tokenised rows."""
-    from edgetune.bases import load_tokenizer, resolve_base
-    from edgetune.examples import load_examples
+    from edgetune.data.loaders import load_examples
+    from edgetune.models.load import load_tokenizer
+    from edgetune.models.resolve import resolve_base
 
     recipe = recipe_of(options)
     base = resolve_base(recipe.base)
@@ -85,8 +86,9 @@ def prepared(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 def held_out(options: argparse.Namespace) -> Any:
     """The first rows of the held-out file, tokenised."""
     stage = recipe_of(options).stage[0]
-    from edgetune.bases import load_tokenizer, resolve_base
-    from edgetune.examples import load_examples
+    from edgetune.data.loaders import load_examples
+    from edgetune.models.load import load_tokenizer
+    from edgetune.models.resolve import resolve_base
 
     base = resolve_base(recipe_of(options).base)
     data = replace(stage.data, train=str(options.held_out.resolve()), limit=None)
@@ -101,8 +103,8 @@ def held_out_loss(model: Any, options: argparse.Namespace, pad_id: int) -> float
         return None
     import torch
 
-    from edgetune.batching import collate
-    from edgetune.objectives import sft
+    from edgetune.data.batching import collate
+    from edgetune.objectives.language import sft
 
     model = model.float().eval()
     total, count = 0.0, 0
@@ -117,8 +119,9 @@ def held_out_loss(model: Any, options: argparse.Namespace, pad_id: int) -> float
 def train_ours(options: argparse.Namespace) -> None:
     """edgetune's own loop, as `edgetune train` runs it."""
     import edgetune.training.run as run
-    from edgetune.bases import load_tokenizer, resolve_base
-    from edgetune.progress import Progress
+    from edgetune.core.progress import Progress
+    from edgetune.models.load import load_tokenizer
+    from edgetune.models.resolve import resolve_base
     from edgetune.training import stages
 
     recipe = recipe_of(options)
@@ -206,8 +209,8 @@ def peer_parts(
         DataCollatorWithPadding,
     )
 
-    from edgetune.adapters import adapt
-    from edgetune.bases import load_body
+    from edgetune.adapters.lora import adapt
+    from edgetune.models.load import load_body
 
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.train]
     if options.task == "classification":

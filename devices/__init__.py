@@ -8,9 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "devices":  # a second copy of every module would be made under the bare name
-    raise ImportError("import edgetune.devices, not devices")
-
 if TYPE_CHECKING:
     from edgetune.devices.budget import Budget as Budget
     from edgetune.devices.budget import parse_budget as parse_budget
@@ -19,6 +16,9 @@ if TYPE_CHECKING:
     from edgetune.devices.loader import list_devices as list_devices
     from edgetune.devices.loader import load_device as load_device
 
+
+if __name__ == "devices":  # a second copy of every module would be made under the bare name
+    raise ImportError("import edgetune.devices, not devices")
 HOMES = {
     "Budget": "budget",
     "parse_budget": "budget",

@@ -7,11 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgetune.errors import DeviceError
+from edgetune.core.errors import DeviceError
 
 Budget = dict[str, float]
 """key → limit; an upper limit, for `tokens_per_s` a lower one."""
-
 PERCENTILES = (50, 90, 95, 99)
 TIMED = {
     "ttft": "time to first token of a decoder",

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgetune.core.errors import DeviceError
 from edgetune.devices.budget import Budget, check_budget
 from edgetune.devices.host import probe_host
-from edgetune.errors import DeviceError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
 PROFILES = Path(__file__).parent / "profiles"
 HOST = "host"
 KINDS = ("decoder", "encoder")

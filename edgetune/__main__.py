@@ -1,5 +1,7 @@
 """`python -m edgetune` is the command line."""
 
+from __future__ import annotations
+
 from edgetune.cli import main
 
 if __name__ == "__main__":

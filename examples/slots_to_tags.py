@@ -17,8 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgetune.core.text import entities, split_words
 from edgetune.runtime import Runtime
-from edgetune.words import entities, split_words
 
 ASKED, CAPITAL = "?", "^"
 

@@ -2,73 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
 
 from edgetune import __version__
-from edgetune.bases import Base, load_tokenizer
-from edgetune.errors import OutputError
-from edgetune.export.calibrating import calibrate_base, check_activations, check_quantiser, check_symmetry
-from edgetune.export.companions import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
-from edgetune.export.cost import CostPlan
-from edgetune.export.families import cache_sizes, fixed_length, known_family
-from edgetune.export.graphfile import (
-    BY_SITUATION,
-    DATA,
-    ENGINE,
-    STANDARD,
-    standard_decoder,
-    standard_encoder,
-    write_data,
-    write_graph,
+from edgetune.core.errors import OutputError
+from edgetune.core.files import sha256_file, whole_folder, write_json
+from edgetune.core.progress import Say
+from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.export.bundle_files import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
+from edgetune.export.graph.build import _graph, _trace, _write_graphs
+from edgetune.export.graph.families import known_family
+from edgetune.export.graph.lower import settle
+from edgetune.export.graph.seq2seq import check_seq2seq
+from edgetune.export.graph.trace import Traced
+from edgetune.export.inputs.calibration_text import (
+    calibrate_base,
+    check_activations,
+    check_quantiser,
+    check_symmetry,
 )
-from edgetune.export.half import to_half
-from edgetune.export.layout import simplify
-from edgetune.export.lower import Precision, add_head, lower, settle
-from edgetune.export.names import name_for_people
-from edgetune.export.page import write_page
-from edgetune.export.probe import probe_rows
-from edgetune.export.proof import demand
-from edgetune.export.proving import proof_document, prove_bundle
-from edgetune.export.reference import warning
-from edgetune.export.score_head import add_fixed_score, causal_model, decoder_head, drop_states
-from edgetune.export.seq2seq import check_seq2seq, seq2seq_shape
-from edgetune.export.seq2seq_graphs import placed, write_graphs
-from edgetune.export.seq2seq_trace import trace_seq2seq
-from edgetune.export.situations import ADAPTED, PLAIN, by_situation
-from edgetune.export.sources import Source, base_of, check_sources, read_source
-from edgetune.export.task import ALONE, TaskPlan
-from edgetune.export.token_head import add_token_head
-from edgetune.export.torch_side import as_stored, torch_model
-from edgetune.export.trace import trace_decoder, trace_encoder
-from edgetune.export.traced import Traced
-from edgetune.files import sha256_file, whole_folder, write_json
-from edgetune.heads import RewardModel, SequenceClassifier, has_token_types
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.binding import SITUATIONS
-from edgetune.runtime.manifest import (
-    MANIFEST,
-    REWARD,
-    SCHEMA,
-    TAGGING,
-    AdapterEntry,
-    BaseInfo,
-    FileInfo,
-    GraphInfo,
-    HeadInfo,
-    Manifest,
-    Site,
-)
-from edgetune.runtime.manifest import Precision as PrecisionInfo
-from edgetune.token_classifier import TokenClassifier
-from edgetune.weight_precision import FLOATS, INT4_DECODER
-
-Say = Callable[[str], None]
-LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
+from edgetune.export.inputs.sources import Source, base_of, check_sources, read_source
+from edgetune.export.proof.cost import CostPlan
+from edgetune.export.proof.probe import probe_rows
+from edgetune.export.proof.proof import demand
+from edgetune.export.proof.prove import proof_document, prove_bundle
+from edgetune.export.proof.task_metric import ALONE, TaskPlan
+from edgetune.export.proof.torch_model import as_stored, torch_model, warning
+from edgetune.export.proof_page import write_page
+from edgetune.models.base import Base
+from edgetune.models.load import load_tokenizer
+from edgetune.quantisation.precision import FLOATS, INT4_DECODER, Precision
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import MANIFEST, SCHEMA, AdapterEntry, BaseInfo, FileInfo, Manifest
+from edgetune.runtime.bundle.manifest import Precision as PrecisionInfo
 
 
 def export_bundle(
@@ -184,85 +152,6 @@ def build_base(base: Base, folder: Path, *, precision: Precision, say: Say = lam
     return _build(base, [], folder, mode="separate", precision=precision, say=say)[0]
 
 
-def _graph(
-    base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say, traced: Traced | None = None
-) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision]:
-    """Trace, simplify, quantise; what the runtime must know of the result, and the precision layer by layer."""
-    config, max_length = model.config, _context(base, model)
-    shape: dict[str, Any]
-    if base.kind == "decoder":
-        shape = asdict(cache_sizes(config))
-    elif base.kind == "encoder-decoder":
-        shape = seq2seq_shape(config)
-    else:
-        shape = {"cache_dtype": None, "pooling": base.pooling, "token_type_ids": has_token_types(config)}
-
-    graph = _trace(base, model) if traced is None else traced.copy(lambda: _trace(base, model))
-    say(f"writing weights as {precision.weights}")
-    precision = settle(graph, precision)
-    sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
-    if base.kind == "encoder-decoder":
-        sites = placed(graph, sites)
-    head = decoder_head(config.hidden_size) if base.kind == "decoder" and mode == "separate" else None
-    if isinstance(model, RewardModel):
-        add_fixed_score(graph, model.score.weight)
-    elif base.kind == "decoder" and head is None:
-        drop_states(graph)
-    if base.kind == "encoder":
-        classifier = model.classifier if isinstance(model, SequenceClassifier) else None
-        weights = (classifier.weight.detach(), classifier.bias.detach()) if classifier is not None else (None, None)
-        if isinstance(model, TokenClassifier):
-            add_token_head(graph, model.classifier.weight.detach(), model.classifier.bias.detach())
-        else:
-            head = add_head(graph, *weights, hidden=config.hidden_size)
-    if precision.weights == "fp16":
-        to_half(graph)
-        shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
-    name_for_people(graph.graph)
-    situations = BY_SITUATION if sites and base.kind == "decoder" and precision.weights != "fp16" else None  # fp16 is not for the CPU
-    info = GraphInfo(
-        engine=ENGINE, data=DATA, situations=situations, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
-        **{"standard": STANDARD, **shape},
-    )
-    return graph, info, sites, head, precision
-
-
-def _context(base: Base, model: Any) -> int:
-    return fixed_length(model.config, min(base.max_length, LARGEST_CONTEXT))
-
-
-def _trace(base: Base, model: Any) -> ir.Model:
-    """The base's graph in float, simplified: linear layers that read one input are one product."""
-    body = model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
-    if base.kind == "decoder":
-        graph = trace_decoder(body, max_length=_context(base, model))
-    elif base.kind == "encoder-decoder":
-        graph = trace_seq2seq(body)
-    else:
-        graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=_context(base, model))
-    simplify(graph)
-    return graph
-
-
-def _untouched(sources: Sequence[Source]) -> frozenset[str]:
-    """The output projection gets adapter inputs only when an adapter of this bundle was trained there."""
-    return frozenset({"lm_head"}) - frozenset[str]().union(*(source.modules for source in sources))
-
-
-def _write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], info: GraphInfo, *, base: Base, precision: Precision, mode: str) -> None:
-    note = {"base": base.name, "base_digest": base.digest, "precision": precision.weights, "mode": mode, "edgetune": __version__}
-    if base.kind == "encoder-decoder":
-        write_graphs(graph, folder, sites, note=note)
-        return
-    write_data(graph, folder)
-    write_graph(graph, folder / ENGINE, metadata=note)
-    if info.situations is not None:
-        write_graph(by_situation(graph, sites), folder / info.situations, metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"})
-    standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
-    name_for_people(standard.graph)
-    write_graph(standard, folder / STANDARD, metadata=note)
-
-
 def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) -> AdapterEntry:
     """Copy the PEFT folder, write the same weights for other engines, describe both."""
     place = Path("adapters") / source.name
@@ -289,6 +178,3 @@ def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) 
 def _digests(folder: Path) -> dict[str, FileInfo]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size) for path in files}
-
-
-__all__ = ["build_base", "check_place", "export_bundle"]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.distances import mean_kl
-from edgetune.export.probe import torch_outputs
-from edgetune.shipped_weights import (
+from edgetune.export.proof.distances import mean_kl
+from edgetune.export.proof.probe import torch_outputs
+from edgetune.models.fake_quantise import (
     base_of_model,
     lies_on_grid,
     linear_layers,
@@ -26,7 +26,7 @@ from edgetune.shipped_weights import (
     store,
     stored_bits,
 )
-from edgetune.weight_precision import INT4_DECODER, Precision, named
+from edgetune.quantisation.precision import INT4_DECODER, Precision, named
 
 INT4_BLOCKS, INT8_BLOCKS, MIXED_BLOCK = (128, 64, 32, 16), (128, 32), 32
 NUMBERED = re.compile(r".*\.\d+\.(?P<end>.+)")

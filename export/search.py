@@ -13,25 +13,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune.bases import Base, load_tokenizer
-from edgetune.errors import EdgetuneError, ExportError, ProofError
-from edgetune.export.bundle import Say, check_place, export_bundle
-from edgetune.export.calibrating import check_quantiser
+from edgetune.core.errors import EdgetuneError, ExportError, ProofError
+from edgetune.core.files import whole_folder, write_json
+from edgetune.core.progress import Say
+from edgetune.core.tasks import LOWER_IS_BETTER
+from edgetune.export.bundle import check_place, export_bundle
 from edgetune.export.candidates import Candidate, candidates
-from edgetune.export.cost import CostPlan
-from edgetune.export.lower import Precision
-from edgetune.export.probe import probe_rows
-from edgetune.export.seq2seq import check_seq2seq
-from edgetune.export.sources import Source, base_of, check_sources, read_source
-from edgetune.export.task import TaskPlan, rows_of
-from edgetune.export.torch_side import torch_model
-from edgetune.export.traced import Traced
-from edgetune.export.training_rows import has_recipe
-from edgetune.files import whole_folder, write_json
-from edgetune.metrics import LOWER_IS_BETTER
-from edgetune.runtime.latency import Workload
-from edgetune.runtime.manifest import MANIFEST, Manifest
-from edgetune.runtime.side_by_side import Latency, side_by_side
+from edgetune.export.graph.seq2seq import check_seq2seq
+from edgetune.export.graph.trace import Traced
+from edgetune.export.inputs.calibration_text import check_quantiser, has_recipe
+from edgetune.export.inputs.sources import Source, base_of, check_sources, read_source
+from edgetune.export.proof.cost import CostPlan
+from edgetune.export.proof.probe import probe_rows
+from edgetune.export.proof.task_metric import TaskPlan, rows_of
+from edgetune.export.proof.torch_model import torch_model
+from edgetune.models.base import Base
+from edgetune.models.load import load_tokenizer
+from edgetune.quantisation.precision import Precision
+from edgetune.runtime.bundle.manifest import MANIFEST, Manifest
+from edgetune.runtime.check.latency import Latency, Workload, side_by_side
 
 AUTO_ROWS = {"decoder": 64, "encoder": 1000, "encoder-decoder": 64}
 WITHIN_REACH = 8
@@ -50,7 +50,7 @@ class Trial:
     latency: Latency | None = None
     failed: str = ""
     cost: Mapping[str, Any] | None = None
-    """the base's own metric, see `edgetune.export.cost`"""
+    """the base's own metric, see `edgetune.export.proof.cost`"""
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from edgetune.charts import Point, Series, scatter_chart
+from edgetune.core.files import write_text
 from edgetune.export.search import Found, Trial
-from edgetune.files import write_text
-from edgetune.report import STYLE
+from edgetune.report.charts import Point, Series, scatter_chart
+from edgetune.report.html import STYLE
 
 TRIED, CHOSEN, BOUND = 1, 2, 3  # the page's colours
 SIZE = "MB on disk"

@@ -12,44 +12,44 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from edgetune.runtime.adapters.packing import PackedAdapter as PackedAdapter
+    from edgetune.runtime.adapters.packing import pack_adapter as pack_adapter
+    from edgetune.runtime.bundle.digests import verify_files as verify_files
+    from edgetune.runtime.bundle.manifest import Manifest as Manifest
+    from edgetune.runtime.bundle.manifest import read_manifest as read_manifest
+    from edgetune.runtime.engine.engine import DecoderEngine as DecoderEngine
+    from edgetune.runtime.engine.engine import EncoderEngine as EncoderEngine
+    from edgetune.runtime.generation.settings import GenerationSettings as GenerationSettings
+    from edgetune.runtime.scheduler.requests import GenerationRequest as GenerationRequest
+    from edgetune.runtime.scheduler.scheduler import Scheduler as Scheduler
+    from edgetune.runtime.tasks.answers import Classification as Classification
+    from edgetune.runtime.tasks.answers import Completion as Completion
+    from edgetune.runtime.tasks.runtime import Runtime as Runtime
+    from edgetune.runtime.tasks.tagging import TaggedSpan as TaggedSpan
+    from edgetune.runtime.tasks.tagging import TaggedWord as TaggedWord
+    from edgetune.runtime.tasks.tagging import Tagging as Tagging
+
+
 if __name__ == "runtime":  # a second copy of every module would be made under the bare name
     raise ImportError("import edgetune.runtime, not runtime")
-
-if TYPE_CHECKING:
-    from edgetune.runtime.adapters import PackedAdapter as PackedAdapter
-    from edgetune.runtime.adapters import pack_adapter as pack_adapter
-    from edgetune.runtime.answers import Classification as Classification
-    from edgetune.runtime.answers import Completion as Completion
-    from edgetune.runtime.digests import verify_files as verify_files
-    from edgetune.runtime.engine import DecoderEngine as DecoderEngine
-    from edgetune.runtime.engine import EncoderEngine as EncoderEngine
-    from edgetune.runtime.generation import GenerationSettings as GenerationSettings
-    from edgetune.runtime.manifest import Manifest as Manifest
-    from edgetune.runtime.manifest import read_manifest as read_manifest
-    from edgetune.runtime.runtime import Runtime as Runtime
-    from edgetune.runtime.scheduler import GenerationRequest as GenerationRequest
-    from edgetune.runtime.scheduler import Scheduler as Scheduler
-    from edgetune.runtime.tagging import TaggedSpan as TaggedSpan
-    from edgetune.runtime.tagging import TaggedWord as TaggedWord
-    from edgetune.runtime.tagging import Tagging as Tagging
-
 HOMES = {
-    "Runtime": "runtime",
-    "Completion": "answers",
-    "Classification": "answers",
-    "Tagging": "tagging",
-    "TaggedWord": "tagging",
-    "TaggedSpan": "tagging",
-    "GenerationSettings": "generation",
-    "GenerationRequest": "scheduler",
-    "Scheduler": "scheduler",
-    "DecoderEngine": "engine",
-    "EncoderEngine": "engine",
-    "Manifest": "manifest",
-    "read_manifest": "manifest",
-    "verify_files": "digests",
-    "PackedAdapter": "adapters",
-    "pack_adapter": "adapters",
+    "Runtime": "tasks.runtime",
+    "Completion": "tasks.answers",
+    "Classification": "tasks.answers",
+    "Tagging": "tasks.tagging",
+    "TaggedWord": "tasks.tagging",
+    "TaggedSpan": "tasks.tagging",
+    "GenerationSettings": "generation.settings",
+    "GenerationRequest": "scheduler.requests",
+    "Scheduler": "scheduler.scheduler",
+    "DecoderEngine": "engine.engine",
+    "EncoderEngine": "engine.engine",
+    "Manifest": "bundle.manifest",
+    "read_manifest": "bundle.manifest",
+    "verify_files": "bundle.digests",
+    "PackedAdapter": "adapters.packing",
+    "pack_adapter": "adapters.packing",
 }
 
 

@@ -10,15 +10,16 @@ import pytest
 from click.testing import CliRunner
 from export_helpers import make_adapter
 
-from edgetune.bases import load_body, resolve_base
 from edgetune.cli.export import command
+from edgetune.core.errors import ExportError
 from edgetune.devices.host import saturates_int8
-from edgetune.errors import ExportError
 from edgetune.export.bundle import export_bundle
-from edgetune.export.lower import Precision
+from edgetune.models.fake_quantise import linear_layers
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.precision import Precision
 from edgetune.runtime import Runtime
-from edgetune.runtime.manifest import read_manifest
-from edgetune.shipped_weights import linear_layers
+from edgetune.runtime.bundle.manifest import read_manifest
 
 DYNAMIC = Precision("int8", activations="int8")
 

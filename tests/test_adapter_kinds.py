@@ -13,15 +13,16 @@ from export_helpers import export, make_adapter
 from runtime_helpers import peft_adapter, write_metadata
 from safetensors.torch import load_file, save_file
 
-from edgetune.adapters import load_adapter
-from edgetune.bases import load_body, resolve_base
+from edgetune.adapters.folder import load_adapter
 from edgetune.cli.export import command
-from edgetune.errors import AdapterError, ExportError
-from edgetune.export.combine import Term, combine, resolve_sums
-from edgetune.export.lower import Precision
-from edgetune.export.merging import merge
-from edgetune.runtime.lora import lora_deltas
-from edgetune.runtime.manifest import read_manifest
+from edgetune.core.errors import AdapterError, ExportError
+from edgetune.export.inputs.combine import Term, combine, resolve_sums
+from edgetune.export.proof.torch_model import merge_adapter
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.precision import Precision
+from edgetune.runtime.adapters.lora import lora_deltas
+from edgetune.runtime.bundle.manifest import read_manifest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IDS = torch.arange(3, 40)[None]
@@ -30,7 +31,7 @@ IDS = torch.arange(3, 40)[None]
 def logits(base: Path, adapter: Path, *, merged: bool = False) -> torch.Tensor:
     model = load_adapter(load_body(resolve_base(str(base))), adapter)
     with torch.no_grad():
-        return (merge(model, where="") if merged else model)(IDS).logits
+        return (merge_adapter(model, where="") if merged else model)(IDS).logits
 
 
 def delta(folder: Path, module: str) -> Any:
@@ -168,7 +169,7 @@ def test_unsloths_configuration_and_unstripped_names_are_read(tiny_decoder: Path
     assert torch.equal(logits(tiny_decoder, tmp_path / "a"), before)
     assert lora_deltas(tmp_path / "a").keys() == deltas.keys()
     manifest = export(tmp_path / "bundle", make_adapter(tiny_decoder, tmp_path / "own", rank=2))
-    from edgetune.runtime.adapters import pack_adapter
+    from edgetune.runtime.adapters.packing import pack_adapter
 
     assert pack_adapter(tmp_path / "a", manifest).rank == 4
 

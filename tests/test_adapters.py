@@ -12,17 +12,10 @@ from peft import PeftModel
 from training_helpers import classifier_batch, decoder_batch, parameters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from edgetune.adapters import (
-    AdapterMetadata,
-    adapt,
-    load_adapter,
-    read_metadata,
-    save_adapter,
-    target_names,
-    trainable_parameters,
-)
-from edgetune.errors import AdapterError, RecipeError
-from edgetune.objectives import completion_logits
+from edgetune.adapters.folder import AdapterMetadata, load_adapter, read_metadata, save_adapter
+from edgetune.adapters.lora import adapt, target_names, trainable_parameters
+from edgetune.core.errors import AdapterError, RecipeError
+from edgetune.objectives.language import completion_logits
 
 METADATA = AdapterMetadata(base={"name": "tiny", "digest": "sha256:0"}, task="text-generation")
 

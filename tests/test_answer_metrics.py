@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from edgetune.answer_metrics import rouge_l, slot_f1
+from edgetune.metrics.text import rouge_l, slot_f1
 
 
 def answer(**slots: object) -> str:

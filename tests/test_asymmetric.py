@@ -12,17 +12,18 @@ import torch
 from click.testing import CliRunner
 from export_helpers import export, make_adapter
 
-from edgetune.bases import load_body, resolve_base
 from edgetune.cli.export import command
-from edgetune.errors import ExportError
-from edgetune.export.again import reprove
+from edgetune.core.errors import ExportError
+from edgetune.export.proof.prove import reprove
+from edgetune.models.fake_quantise import round_weights
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.precision import Precision as Chosen
+from edgetune.quantisation.precision import shipped_precision
 from edgetune.runtime import Runtime
-from edgetune.runtime.bundle_diff import diff
-from edgetune.runtime.manifest import Precision, manifest_from_dict, read_manifest
-from edgetune.runtime.trained_for import is_held, other_weights
-from edgetune.shipped_weights import round_weights
-from edgetune.weight_precision import Precision as Chosen
-from edgetune.weight_precision import shipped_precision
+from edgetune.runtime.adapters.packing import is_held, other_weights
+from edgetune.runtime.bundle.diff import diff
+from edgetune.runtime.bundle.manifest import Precision, manifest_from_dict, read_manifest
 
 IDS = [5, 9, 30, 31]
 

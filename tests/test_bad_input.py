@@ -14,7 +14,7 @@ import pytest
 from export_helpers import export, make_adapter
 
 from edgetune.cli import main
-from edgetune.progress import Progress
+from edgetune.core.progress import Progress
 
 Run = Callable[..., tuple[int, str]]
 ROWS = [{"text": f"my {word} {n}", "label": word} for n in range(4) for word in ("card", "light")]

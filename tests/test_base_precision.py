@@ -14,23 +14,23 @@ import torch
 from onnx import numpy_helper
 from training_helpers import intent_recipe, sft_recipe, silent
 
-from edgetune.adapters import read_metadata
-from edgetune.bases import Base, load_body, resolve_base
-from edgetune.errors import ProofError
-from edgetune.export.again import reprove
+from edgetune.adapters.folder import read_metadata
+from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.errors import ProofError
 from edgetune.export.bundle import export_bundle
-from edgetune.export.lower import Precision
-from edgetune.export.proving import prove_bundle
-from edgetune.export.reference import precision_trained_for, reference_base, warning
-from edgetune.export.situations import adapted_graph
-from edgetune.export.sources import read_source
-from edgetune.quantiser import ROUNDING
-from edgetune.runs import load_adapted_model
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.manifest import Manifest, Part, read_manifest
-from edgetune.shipped_weights import stored_bits
+from edgetune.export.graph.adapter_branch import adapted_graph
+from edgetune.export.inputs.sources import read_source
+from edgetune.export.proof.prove import prove_bundle, reprove
+from edgetune.export.proof.torch_model import precision_trained_for, reference_base, warning
+from edgetune.models.base import Base
+from edgetune.models.fake_quantise import stored_bits
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.blocks import ROUNDING
+from edgetune.quantisation.precision import Precision, shipped_precision
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import Manifest, Part, read_manifest
 from edgetune.training import run_recipe
-from edgetune.weight_precision import shipped_precision
 
 
 @dataclass(frozen=True)

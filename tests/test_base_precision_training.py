@@ -15,22 +15,26 @@ from torch import nn
 from training_helpers import intent_recipe, sft_recipe, silent
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from edgetune.adapters import AdapterMetadata, adapt, save_adapter
-from edgetune.bases import Base, load_body, load_tokenizer, resolve_base
-from edgetune.errors import RecipeError
-from edgetune.examples import load_examples
-from edgetune.files import sha256_file
-from edgetune.heads import RewardModel
-from edgetune.masked_lm import load_masked_lm
-from edgetune.quantiser import quantise
-from edgetune.recipe import Parameters
-from edgetune.runs import load_adapted_model
-from edgetune.shipped_weights import round_weights
-from edgetune.training import engine_rollout, run_recipe
-from edgetune.training.engine_rollout import EngineRollout
-from edgetune.training.rewards import reward_notes
-from edgetune.training.succession import Succession
-from edgetune.weight_precision import Precision, shipped_precision
+from edgetune.adapters.folder import AdapterMetadata, save_adapter
+from edgetune.adapters.lora import adapt
+from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.errors import RecipeError
+from edgetune.core.files import sha256_file
+from edgetune.data.loaders import load_examples
+from edgetune.models.base import Base
+from edgetune.models.fake_quantise import round_weights
+from edgetune.models.heads import RewardModel
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.models.masked_lm import load_masked_lm
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.blocks import quantise
+from edgetune.quantisation.precision import Precision, shipped_precision
+from edgetune.recipe.schema import Parameters
+from edgetune.training import run_recipe
+from edgetune.training.reinforcement import engine_rollout
+from edgetune.training.reinforcement.engine_rollout import EngineRollout
+from edgetune.training.reinforcement.rewards import reward_notes
+from edgetune.training.stage_model import Succession
 
 INT4 = {"base_precision": "int4"}
 

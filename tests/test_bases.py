@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 
-from edgetune.bases import BUILTINS, Base, builtin, load_body, load_tokenizer, resolve_base
-from edgetune.errors import BaseModelError, OutputError
-from edgetune.files import sha256_file
+from edgetune.core.errors import BaseModelError, OutputError
+from edgetune.core.files import sha256_file
+from edgetune.models import builtin
+from edgetune.models.base import Base
+from edgetune.models.builtin import BUILTINS
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.models.resolve import resolve_base
 
 MINILM = BUILTINS["builtin:minilm-l6"]
 

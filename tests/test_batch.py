@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from runtime_helpers import decoder_bundle, peft_adapter
 
-from edgetune.runtime import row_bindings
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.arena import CacheArena
-from edgetune.runtime.batch import Batch, BatchRow
-from edgetune.runtime.binding import BoundTensors
-from edgetune.runtime.engine import DecoderEngine
-from edgetune.runtime.manifest import GraphInfo, read_manifest
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import GraphInfo, read_manifest
+from edgetune.runtime.engine import batch as row_bindings
+from edgetune.runtime.engine.batch import Batch, BatchRow
+from edgetune.runtime.engine.engine import DecoderEngine
+from edgetune.runtime.engine.kv_cache import CacheArena
+from edgetune.runtime.engine.session import BoundTensors
 
 STEPS = 6
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from edgetune.batching import (
+from edgetune.data.batching import (
     IGNORE,
     collate,
     epoch_order,

@@ -19,23 +19,24 @@ from onnx import numpy_helper
 from torch import Tensor
 from training_helpers import recipe, sft_recipe, write_rows
 
-from edgetune.bases import load_body, load_tokenizer, resolve_base
-from edgetune.calibration import calibrate
-from edgetune.errors import ExportError
-from edgetune.examples import load_examples
+from edgetune.core.errors import ExportError
+from edgetune.data.loaders import load_examples
 from edgetune.export.bundle import export_bundle
-from edgetune.export.calibrating import check_quantiser, file_rows, recipe_rows
-from edgetune.export.probe import probe_rows
-from edgetune.export.situations import adapted_graph
-from edgetune.export.sources import read_source
-from edgetune.gptq import round_to_inputs
-from edgetune.hqq import half_quadratic_steps
-from edgetune.quantiser import quantise
-from edgetune.recipe_file import to_toml
-from edgetune.runtime.manifest import Manifest, read_manifest
-from edgetune.runtime.trained_for import other_weights
-from edgetune.shipped_weights import round_weights
-from edgetune.weight_precision import Precision, shipped_precision, trained_precision
+from edgetune.export.graph.adapter_branch import adapted_graph
+from edgetune.export.inputs.calibration_text import check_quantiser, file_rows, recipe_rows
+from edgetune.export.inputs.sources import read_source
+from edgetune.export.proof.probe import probe_rows
+from edgetune.models.calibration import calibrate
+from edgetune.models.fake_quantise import round_weights
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.blocks import quantise
+from edgetune.quantisation.gptq import round_to_inputs
+from edgetune.quantisation.hqq import half_quadratic_steps
+from edgetune.quantisation.precision import Precision, shipped_precision, trained_precision
+from edgetune.recipe.read import to_toml
+from edgetune.runtime.adapters.packing import other_weights
+from edgetune.runtime.bundle.manifest import Manifest, read_manifest
 
 
 def correlated(columns: int, count: int = 1000) -> Tensor:

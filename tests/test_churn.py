@@ -11,16 +11,10 @@ from typing import Any
 import pytest
 from runtime_helpers import decoder_bundle, peft_adapter
 
-from edgetune.errors import AdapterError
+from edgetune.core.errors import AdapterError
 from edgetune.runtime import Completion, Runtime
-from edgetune.runtime.scheduler import (
-    Event,
-    FinishedEvent,
-    GenerationRequest,
-    QueueFull,
-    Scheduler,
-    TokenEvent,
-)
+from edgetune.runtime.scheduler.requests import Event, FinishedEvent, GenerationRequest, QueueFull, TokenEvent
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 RANKS = {"m0": 1, "m1": 2, "m2": 4, "m3": 8}
 PROMPTS = [[5, 6, 7], list(range(10, 80)), [300] * 40, [*range(10, 50), 9]]

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from training_helpers import sft_recipe, silent
 
-from edgetune.comparison import FinishedRun, read_runs, render_comparison
-from edgetune.forgetting.compared import Subject, measured, places, plane, shared_sets, task_metric
+from edgetune.report.comparison import FinishedRun, read_runs, render_comparison
+from edgetune.report.forgetting import ComparedRun as Subject
+from edgetune.report.forgetting import measured, places, plane, shared_sets, task_metric
 from edgetune.training import run_recipe
 
 
@@ -120,7 +121,7 @@ def test_a_real_runs_summary_is_what_is_read(tiny_decoder: Path, tmp_path: Path)
     """The names in summary.json are those of `General`."""
     from dataclasses import asdict, fields
 
-    from edgetune.forgetting.measure import General
+    from edgetune.evaluation.forgetting.measure import General
 
     entry = general("lambada", "accuracy", 0.4, 0.1, 0.1)
     assert {field.name for field in fields(General)} == set(entry) and asdict(General(**entry)) == entry

@@ -14,8 +14,8 @@ import pytest
 from training_helpers import sft_recipe, silent
 
 from edgetune.cli import main
-from edgetune.comparison import read_runs, render_comparison, short_names
-from edgetune.errors import InputError
+from edgetune.core.errors import InputError
+from edgetune.report.comparison import read_runs, render_comparison, short_names
 from edgetune.training import run_recipe
 
 

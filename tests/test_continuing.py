@@ -14,11 +14,11 @@ from preference_helpers import prompt_recipe
 from safetensors.torch import load_file
 from training_helpers import intent_recipe, intent_rows, recipe, sft_recipe, silent, write_rows
 
-from edgetune.errors import AdapterError, DataError, EdgetuneError, RecipeError
-from edgetune.files import sha256_file
-from edgetune.progress import Progress
-from edgetune.recipe import Recipe
-from edgetune.recipe_file import load_recipe
+from edgetune.core.errors import AdapterError, DataError, EdgetuneError, RecipeError
+from edgetune.core.files import sha256_file
+from edgetune.core.progress import Progress
+from edgetune.recipe.read import load_recipe
+from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 
 WEIGHTS = "adapter/adapter_model.safetensors"

@@ -15,12 +15,13 @@ from export_helpers import make_adapter
 from seq2seq_helpers import make_seq2seq
 from training_helpers import intent_recipe, silent
 
-from edgetune.bases import load_body, load_tokenizer, resolve_base
 from edgetune.cli.export import command
 from edgetune.export.bundle import export_bundle
-from edgetune.export.cost import CostPlan
-from edgetune.export.lower import Precision
-from edgetune.runtime.manifest import read_manifest
+from edgetune.export.proof.cost import CostPlan
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.precision import Precision
+from edgetune.runtime.bundle.manifest import read_manifest
 from edgetune.training import run_recipe
 
 TEXT = "The quick brown fox jumps over the lazy dog. Turn on the lights in the kitchen, please! " * 30

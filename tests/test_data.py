@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from edgetune.data import is_hub_id, read_rows
-from edgetune.errors import DataError
+from edgetune.core.errors import DataError
+from edgetune.data.rows import read_rows
+from edgetune.recipe.paths import is_hub_id
 
 ROWS = [{"text": "é one, two", "label": "a"}, {"text": 'say "hi"\nnow', "label": "b"}]
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from training_helpers import classifier_batch, decoder_batch
 
-from edgetune.adapters import adapt
-from edgetune.errors import TrainingError
-from edgetune.objectives import Objective, sequence_classification, sft
-from edgetune.recipe import Parameters
-from edgetune.training.device import CPU, choose_device, device_of, to_device
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.precision import choose_precision, has_bf16
+from edgetune.adapters.lora import adapt
+from edgetune.core.errors import TrainingError
+from edgetune.models.torch_device import CPU, choose_device, choose_precision, device_of, has_bf16, to_device
+from edgetune.objectives.language import Objective, sequence_classification, sft
+from edgetune.recipe.schema import Parameters
+from edgetune.training.fast.lora_products import fused_lora
 
 META = torch.device("meta")  # stands in for a GPU: a device that is not the CPU and is on every machine
 

@@ -12,9 +12,9 @@ import pytest
 from runtime_helpers import decoder_bundle
 
 from edgetune.runtime import GenerationRequest, Runtime, Scheduler
-from edgetune.runtime.arena import DeviceArena
-from edgetune.runtime.device_memory import DeviceBlock, DeviceKVCache, Place, view
-from edgetune.runtime.scheduler import Event, FinishedEvent
+from edgetune.runtime.engine.device_memory import DeviceBlock, DeviceKVCache, Place, view
+from edgetune.runtime.engine.kv_cache import DeviceArena
+from edgetune.runtime.scheduler.requests import Event, FinishedEvent
 
 PLACE = Place("cpu")
 PROMPTS = ["hello", "a longer prompt than the others are", "x", "what is this?", "no"]

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from edgetune.cli.devices import command
+from edgetune.core.errors import DeviceError
 from edgetune.devices import host, list_devices, load_device, parse_budget, probe_host
 from edgetune.devices.budget import budget_keys, timed_key
 from edgetune.devices.host import cpu_quota, threads_to_ask_for
 from edgetune.devices.loader import FIGURES, device_from_dict
-from edgetune.errors import DeviceError
 
 OTHERS = [name for name in list_devices() if name != "host"]
 

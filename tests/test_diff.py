@@ -13,9 +13,9 @@ from export_helpers import export, make_adapter, op_counts
 from test_rooms import BLOCKED, python
 
 from edgetune.cli.diff import command
-from edgetune.errors import BundleError
-from edgetune.export.nodes import read_graph
-from edgetune.runtime.bundle_diff import Change, diff
+from edgetune.core.errors import BundleError
+from edgetune.export.graph.onnx_file import read_graph
+from edgetune.runtime.bundle.diff import Change, diff
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_another_version_and_other_figures_change_no_answer(bundles: tuple[Path,
 def test_a_graph_with_other_metadata_is_the_same_graph_where_onnx_can_tell(bundles: tuple[Path, Path], tmp_path: Path) -> None:
     import onnx
 
-    from edgetune.files import sha256_file
+    from edgetune.core.files import sha256_file
 
     copy = edited(bundles[0], tmp_path / "copy")
     graph = onnx.load(str(copy / "engine.onnx"), load_external_data=False)

@@ -19,22 +19,24 @@ from test_families import some
 from training_helpers import intent_recipe, silent
 from transformers import DebertaV2Config
 
-from edgetune.adapters import load_adapter
-from edgetune.bases import load_body, open_folder, resolve_base
+from edgetune.adapters.folder import load_adapter
 from edgetune.cli.verify import command as verify
-from edgetune.errors import ExportError
-from edgetune.export.families import encoder_family
-from edgetune.export.layout import simplify
-from edgetune.export.lower import lower
-from edgetune.export.trace import trace_encoder
-from edgetune.heads import SequenceClassifier
+from edgetune.core.errors import ExportError
+from edgetune.export.graph.families import encoder_family
+from edgetune.export.graph.fuse import simplify
+from edgetune.export.graph.lower import lower
+from edgetune.export.graph.trace import trace_encoder
+from edgetune.models.base import open_folder
+from edgetune.models.fake_quantise import round_weights
+from edgetune.models.heads import SequenceClassifier
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.precision import Precision
 from edgetune.runtime import Runtime
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.engine import EncoderEngine
-from edgetune.shipped_weights import round_weights
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.engine.engine import EncoderEngine
 from edgetune.training import run_recipe
-from edgetune.training.fused_ops import fused_ops
-from edgetune.weight_precision import Precision
+from edgetune.training.fast.fused_layers import fused_ops
 
 NAME = "deberta-v2"
 LENGTHS = (1, 7, 64, 20)  # tokens; the longest is all that the model takes

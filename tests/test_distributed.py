@@ -19,12 +19,12 @@ from process_helpers import command_line_of_rank, free_port, in_processes
 from safetensors.torch import load_file
 from training_helpers import intent_recipe, sft_recipe, silent, write_rows
 
-from edgetune.errors import RecipeError
-from edgetune.files import sha256_file
-from edgetune.recipe import Recipe
-from edgetune.recipe_file import recipe_from_dict, to_toml
+from edgetune.core.errors import RecipeError
+from edgetune.core.files import sha256_file
+from edgetune.recipe.read import recipe_from_dict, to_toml
+from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
-from edgetune.training.distributed import Group, launched
+from edgetune.training.parallel.distributed import Group, launched
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 LENGTH = "def score(prompt, completion, row):\n    return len(completion) / 8\n"
@@ -127,7 +127,7 @@ def stop_after_checkpoint(folder: Path) -> None:
 def dying_rank(rank: int, size: int, port: int, arguments: list[str], log: Path) -> None:
     import signal
 
-    from edgetune.progress import Progress
+    from edgetune.core.progress import Progress
 
     def step(self: Progress, step: int, *args: Any, **kwargs: Any) -> None:
         if step == 5:

@@ -13,11 +13,11 @@ from peft import PeftModel
 from runtime_helpers import ENCODER_ADAPTERS, decoder_bundle, encoder_bundle
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from edgetune.errors import AdapterError, BundleError, InputError
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.binding import BoundTensors
-from edgetune.runtime.engine import DecoderEngine, EncoderEngine
-from edgetune.runtime.manifest import read_manifest
+from edgetune.core.errors import AdapterError, BundleError, InputError
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.engine.engine import DecoderEngine, EncoderEngine
+from edgetune.runtime.engine.session import BoundTensors
 
 TOLERANCE = 2e-3
 
@@ -105,7 +105,7 @@ def greedy(decoder: DecoderEngine, rows: list[list[int]], bound: list[Any], step
 def test_a_long_prompt_goes_through_in_pieces(
     decoder: DecoderEngine, adapters: dict[str | None, Any], monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    monkeypatch.setattr("edgetune.runtime.engine.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("edgetune.runtime.engine.engine.PREFILL_CHUNK", 8)
     row = [3 + (7 * i) % 300 for i in range(length)]
     whole = decoder.logits([[*row, 9]], [adapters["a"]])[0]
     state, logits = decoder.start([row], [adapters["a"]])

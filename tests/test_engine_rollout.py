@@ -12,10 +12,10 @@ import torch
 from preference_helpers import adapted, prompt_recipe, tiny
 from test_reinforcement import VOWELS, records, run
 
-from edgetune.errors import RecipeError
-from edgetune.training.engine_rollout import EngineRollout, check_engine, open_engine
-from edgetune.training.measure import adapter_off
-from edgetune.training.rollout import Answer, Sampling, TorchRollout
+from edgetune.adapters.lora import adapter_off
+from edgetune.core.errors import RecipeError
+from edgetune.training.reinforcement.engine_rollout import EngineRollout, check_engine, open_engine
+from edgetune.training.reinforcement.rollout import Answer, Sampling, TorchRollout
 
 TEXTS = ("Where is my card?", "Turn on the lights in the kitchen, please!", "Hello")
 SAMPLING = Sampling(max_new_tokens=10, temperature=0.8)

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from training_helpers import action_rows, intent_recipe, intent_rows, sft_recipe, silent, write_rows
 
 from edgetune.cli.eval import command
-from edgetune.errors import DataError, InputError
-from edgetune.evaluate import BundleAnswers, evaluate, measure
-from edgetune.prompts import PromptFormat
+from edgetune.core.errors import DataError, InputError
+from edgetune.data.prompts import PromptFormat
+from edgetune.evaluation.answers import BundleAnswers
+from edgetune.evaluation.evaluate import evaluate, measure
+from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.runtime import Runtime
-from edgetune.runtime.manifest import read_manifest
-from edgetune.torch_answers import TorchAnswers
+from edgetune.runtime.bundle.manifest import read_manifest
 from edgetune.training import run_recipe
 
 

@@ -11,12 +11,13 @@ import torch
 from click.testing import CliRunner
 from training_helpers import INTENTS, action_rows, intent_rows, recipe, silent, write_rows
 
-from edgetune.bases import load_body, load_tokenizer, open_folder
 from edgetune.cli.eval import command
-from edgetune.errors import DataError, InputError
-from edgetune.evaluate import evaluate
-from edgetune.evaluate_base import BaseAnswers, Prompting
-from edgetune.evaluate_subjects import is_base
+from edgetune.core.errors import DataError, InputError
+from edgetune.evaluation.base_answers import BaseAnswers, Prompting
+from edgetune.evaluation.evaluate import evaluate
+from edgetune.evaluation.forgetting.subjects import is_base
+from edgetune.models.base import open_folder
+from edgetune.models.load import load_body, load_tokenizer
 from edgetune.training import run_recipe
 
 ASKED = {"prompt": "{{ text }}", "completion": "{{ label }}"}

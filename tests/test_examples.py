@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
-from edgetune.bases import Base, load_tokenizer, resolve_base
-from edgetune.errors import DataError, RecipeError
-from edgetune.examples import IGNORED, ExampleSet, load_examples
-from edgetune.examples.generation import answer_spans
-from edgetune.prompts import chat_text
-from edgetune.recipe import Data, Method, Stage
+from edgetune.core.errors import DataError, RecipeError
+from edgetune.core.tasks import Method
+from edgetune.data.completions import answer_spans
+from edgetune.data.examples import IGNORED, ExampleSet
+from edgetune.data.loaders import load_examples
+from edgetune.data.prompts import chat_text
+from edgetune.models.base import Base
+from edgetune.models.load import load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.recipe.schema import Data, Stage
 
 Load = Callable[..., ExampleSet]
 PAIRS = [{"prompt": f"Turn on light {n}.", "completion": f'{{"level": {n}}}'} for n in range(8)]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from export_helpers import decoder_feed, export, make_adapter, op_counts, plain_session
 
-from edgetune.errors import AdapterError, ExportError, OutputError, ProofError
-from edgetune.export.again import reprove
-from edgetune.runs import load_adapted_model
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.digests import verify_files
-from edgetune.runtime.manifest import read_manifest
+from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.errors import AdapterError, ExportError, OutputError, ProofError
+from edgetune.export.proof.prove import reprove
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.digests import verify_files
+from edgetune.runtime.bundle.manifest import read_manifest
 
 IDS = np.array([[5, 9, 30, 31, 7, 100, 12], [8, 4, 77, 0, 0, 0, 0]], np.int64)
 MASK = np.array([[1] * 7, [1, 1, 1, 0, 0, 0, 0]], np.int64)

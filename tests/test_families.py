@@ -13,16 +13,17 @@ import torch
 from export_helpers import decoder_feed, export, make_adapter, op_counts, plain_session
 from family_helpers import DECODERS, ENCODERS, make_family
 
-from edgetune.adapters import load_adapter
-from edgetune.bases import load_body, resolve_base
-from edgetune.errors import EdgetuneError, ExportError
-from edgetune.export.families import DECODERS as EXPORTED_DECODERS
-from edgetune.export.families import ENCODERS as EXPORTED_ENCODERS
-from edgetune.export.families import decoder_family, fixed_length, known_family
-from edgetune.heads import SequenceClassifier
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.engine import DecoderEngine, DecodeState, EncoderEngine
-from edgetune.runtime.manifest import Manifest
+from edgetune.adapters.folder import load_adapter
+from edgetune.core.errors import EdgetuneError, ExportError
+from edgetune.export.graph.families import DECODERS as EXPORTED_DECODERS
+from edgetune.export.graph.families import ENCODERS as EXPORTED_ENCODERS
+from edgetune.export.graph.families import decoder_family, fixed_length, known_family
+from edgetune.models.heads import SequenceClassifier
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.engine.engine import DecoderEngine, DecodeState, EncoderEngine
 
 LENGTHS = (3, 29, 14)  # tokens; windows are 6
 STEPS = 4

@@ -12,13 +12,14 @@ from family_helpers import DECODERS, ENCODERS, make_family
 from torch import Tensor, nn
 from training_helpers import parameters
 
-from edgetune.adapters import adapt, target_names
-from edgetune.bases import load_body, open_folder
-from edgetune.batching import Batch
-from edgetune.heads import SequenceClassifier
-from edgetune.objectives import completion_logits, sequence_classification, sft
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import fused_ops
+from edgetune.adapters.lora import adapt, target_names
+from edgetune.data.batching import Batch
+from edgetune.models.base import open_folder
+from edgetune.models.heads import SequenceClassifier
+from edgetune.models.load import load_body
+from edgetune.objectives.language import completion_logits, sequence_classification, sft
+from edgetune.training.fast.fused_layers import fused_ops
+from edgetune.training.fast.lora_products import fused_lora
 
 TOKENS = 20  # windows are 6
 

@@ -16,18 +16,18 @@ from runtime_helpers import decoder_bundle
 from scipy.stats import spearmanr
 from training_helpers import intent_recipe, sft_recipe, silent
 
-from edgetune.bases import load_body, load_tokenizer, open_folder
 from edgetune.cli.eval import command
-from edgetune.errors import DataError, InputError
-from edgetune.evaluate_subjects import BundleSubject, base_subject, forgetting, run_subject
-from edgetune.forgetting import compare
-from edgetune.forgetting.intervals import mean, paired_interval, perplexity, spearman
-from edgetune.forgetting.items import Item, Score, beginning, make_item
-from edgetune.forgetting.picture import Change, general_changes, picture, task_changes
-from edgetune.forgetting.scoring import score
-from edgetune.forgetting.tasks import TASKS, Choices, LastWord, Texts, text_measures
-from edgetune.intervals import Z as Z95
-from edgetune.recipe import Forgetting
+from edgetune.core.errors import DataError, InputError
+from edgetune.evaluation.forgetting.likelihood import Item, Score, beginning, make_item, score
+from edgetune.evaluation.forgetting.measure import compare
+from edgetune.evaluation.forgetting.subjects import BundleSubject, base_subject, forgetting, run_subject
+from edgetune.evaluation.forgetting.tasks import TASKS, Choices, LastWord, Texts, text_measures
+from edgetune.metrics.statistics import Z as Z95
+from edgetune.metrics.statistics import mean, paired_interval, perplexity, spearman
+from edgetune.models.base import open_folder
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.recipe.schema import Forgetting
+from edgetune.report.forgetting import Change, general_changes, picture, task_changes
 from edgetune.runtime import Runtime
 from edgetune.training import run_recipe
 

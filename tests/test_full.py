@@ -12,16 +12,17 @@ from export_helpers import export
 from training_helpers import decoder_batch, intent_recipe, intent_rows, recipe, sft_recipe, silent, write_rows
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from edgetune.bases import load_body, resolve_base
-from edgetune.errors import ExportError
-from edgetune.evaluate import evaluate
-from edgetune.export.again import reprove
+from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.errors import ExportError
+from edgetune.evaluation.evaluate import evaluate
 from edgetune.export.bundle import export_bundle
-from edgetune.export.lower import Precision
-from edgetune.objectives import completion_logits
-from edgetune.runs import load_adapted_model
+from edgetune.export.proof.prove import reprove
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.objectives.language import completion_logits
+from edgetune.quantisation.precision import Precision
 from edgetune.runtime import Runtime
-from edgetune.runtime.manifest import read_manifest
+from edgetune.runtime.bundle.manifest import read_manifest
 from edgetune.training import run_recipe
 
 FULL = {"train": "full"}
@@ -73,7 +74,7 @@ def test_it_exports_as_its_own_base_with_proof(full_run: Path, tmp_path: Path) -
     assert proof["passed"] and proof["adapter_kl"] > 0.1  # away from what the base answers
     assert reprove(tmp_path / "bundle", read_manifest(tmp_path / "bundle"), threads=1)["run"].passed
     prompt = "turn on the lights in the hall"
-    from edgetune.torch_answers import TorchAnswers
+    from edgetune.evaluation.torch_answers import TorchAnswers
 
     with Runtime.open(tmp_path / "bundle", threads=1) as runtime:
         assert runtime.generate([prompt])[0].text == TorchAnswers.open(full_run).generate([prompt])[0]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from training_helpers import adapted_decoder
 
-from edgetune.objectives import completion_logits, sft
-from edgetune.training.fused_lora import LoraProducts, fused_lora
-from edgetune.training.precision import autocast, hold_frozen_linears_in_bf16
+from edgetune.models.torch_device import autocast, hold_frozen_linears_in_bf16
+from edgetune.objectives.language import completion_logits, sft
+from edgetune.training.fast.lora_products import LoraProducts, fused_lora
 
 
 def loss_and_gradients(model: Any, batch: Any) -> tuple[float, dict[str, torch.Tensor]]:

@@ -13,11 +13,11 @@ from training_helpers import decoder_batch, parameters
 from transformers import AutoModel
 from transformers.models.llama import modeling_llama
 
-from edgetune.adapters import adapt
-from edgetune.objectives import sft
-from edgetune.training import fused_ops as ops
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import Attention, GatedSiLU, RMSNorm, Rotation, fused_ops
+from edgetune.adapters.lora import adapt
+from edgetune.objectives.language import sft
+from edgetune.training.fast import fused_layers as ops
+from edgetune.training.fast.fused_layers import Attention, GatedSiLU, RMSNorm, Rotation, fused_ops
+from edgetune.training.fast.lora_products import fused_lora
 
 
 def loss_and_gradients(model: Any, batch: Any) -> tuple[float, dict[str, Tensor]]:

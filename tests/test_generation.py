@@ -16,18 +16,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from edgetune.errors import InputError
-from edgetune.runtime.generation import (
-    GenerationSettings,
-    TokenSequence,
-    choose,
-    keep_likely,
-    settings_from,
-    stop_overlap,
-)
-from edgetune.runtime.manifest import TokenizerInfo
-from edgetune.runtime.penalties import Penalties
-from edgetune.runtime.tokenizer import BundleTokenizer
+from edgetune.core.errors import InputError
+from edgetune.runtime.bundle.manifest import TokenizerInfo
+from edgetune.runtime.bundle.tokenizer import BundleTokenizer
+from edgetune.runtime.generation.sampling import Penalties, TokenSequence, choose, keep_likely, stop_overlap
+from edgetune.runtime.generation.settings import GenerationSettings, settings_from
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from gguf import GGUFReader, GGUFWriter
 from runtime_helpers import peft_adapter, write_metadata
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-from edgetune.bases import resolve_base
 from edgetune.cli.export import command
-from edgetune.errors import AdapterError, EdgetuneError, ExportError, OutputError, ProofError
-from edgetune.export import gguf_names
-from edgetune.export.gguf_adapter import export_gguf_adapters
-from edgetune.runtime.lora import lora_deltas
+from edgetune.core.errors import AdapterError, EdgetuneError, ExportError, OutputError, ProofError
+from edgetune.export import gguf as gguf_names
+from edgetune.export.gguf import export_gguf_adapters
+from edgetune.models.resolve import resolve_base
+from edgetune.runtime.adapters.lora import lora_deltas
 
 PATTERNS = {"rank_pattern": {"q_proj": 2, "down_proj": 6}, "alpha_pattern": {"q_proj": 3, "o_proj": 64}}
 

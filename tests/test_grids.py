@@ -17,17 +17,18 @@ from export_helpers import export, make_adapter
 from onnx import numpy_helper
 from torch import Tensor
 
-from edgetune.bases import load_body, resolve_base
-from edgetune.export.lower import lower
-from edgetune.export.proof import BOUNDS
-from edgetune.export.situations import adapted_graph
-from edgetune.export.trace import DOMAIN
-from edgetune.grids import find_grid
-from edgetune.quantiser import quantise
-from edgetune.runtime.engine import DecoderEngine
-from edgetune.runtime.manifest import Manifest
-from edgetune.shipped_weights import quantised_weight
-from edgetune.weight_precision import Precision, shipped_precision
+from edgetune.export.graph.adapter_branch import adapted_graph
+from edgetune.export.graph.lower import lower
+from edgetune.export.graph.symbolic_layers import DOMAIN
+from edgetune.export.proof.proof import BOUNDS
+from edgetune.models.fake_quantise import quantised_weight
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.blocks import quantise
+from edgetune.quantisation.grids import find_grid
+from edgetune.quantisation.precision import Precision, shipped_precision
+from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.engine.engine import DecoderEngine
 
 
 def half(*shape: int, low: float, high: float) -> Tensor:
@@ -205,7 +206,7 @@ def lowered(weight: Tensor, *leading: str) -> bytes:
 
 @pytest.mark.parametrize("leading", [(2, 3), (5,)])
 def test_the_engine_adds_the_offsets_to_inputs_of_any_rank(leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.export.lower.ACCURACY_LEVEL", 1)
+    monkeypatch.setattr("edgetune.export.graph.lower.ACCURACY_LEVEL", 1)
     weight, x = q4_1(48, 96), torch.randn(*leading, 96)
     session = ort.InferenceSession(lowered(weight, *"ab"[: len(leading)]), providers=["CPUExecutionProvider"])
     expected = (x @ quantise(weight, bits=4).dequantise().t()).numpy()
@@ -220,7 +221,7 @@ def test_a_grid_without_offsets_is_one_node() -> None:
 def test_a_tied_table_is_never_given_offsets() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from edgetune.shipped_weights import round_weights
+    from edgetune.models.fake_quantise import round_weights
 
     model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True))
     with torch.no_grad():

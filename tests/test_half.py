@@ -11,10 +11,10 @@ from export_helpers import decoder_feed, export, make_adapter, plain_session
 from onnx import TensorProto
 from test_scheduler import Listener, alone, request
 
-from edgetune.errors import ExportError
+from edgetune.core.errors import ExportError
 from edgetune.runtime import Runtime
-from edgetune.runtime.manifest import Manifest, read_manifest
-from edgetune.runtime.scheduler import Scheduler
+from edgetune.runtime.bundle.manifest import Manifest, read_manifest
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,18 @@ from runtime_helpers import ENCODER_TARGETS, encoder_bundle
 from training_helpers import write_rows
 from transformers import AutoTokenizer, BertForTokenClassification
 
-from edgetune.bases import load_tokenizer, resolve_base
+from edgetune.adapters.runs import load_adapted_model
 from edgetune.cli import main
-from edgetune.errors import AdapterError, DataError, InputError
-from edgetune.evaluate import evaluate
-from edgetune.export.again import reprove
-from edgetune.export.decisions import decide_by
-from edgetune.export.probe import TEXTS, token_outputs, torch_outputs
-from edgetune.export.proof import Outputs, prove
-from edgetune.runs import load_adapted_model
+from edgetune.core.errors import AdapterError, DataError, InputError
+from edgetune.core.text import split_words
+from edgetune.evaluation.evaluate import evaluate
+from edgetune.evaluation.torch_answers import TorchAnswers
+from edgetune.export.proof.probe import TEXTS, decide_by, token_outputs, torch_outputs
+from edgetune.export.proof.proof import Outputs, prove
+from edgetune.export.proof.prove import reprove
+from edgetune.models.load import load_tokenizer
+from edgetune.models.resolve import resolve_base
 from edgetune.runtime import Runtime, pack_adapter, read_manifest
-from edgetune.torch_answers import TorchAnswers
-from edgetune.words import split_words
 
 WORDS = [
     ["Turn", "on", "the", "lights", "in", "the", "kitchen", ",", "please", "!"],

@@ -15,16 +15,17 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from training_helpers import intent_recipe, intent_rows, sft_recipe, silent
 
-from edgetune.bases import load_body, load_tokenizer, open_folder
-from edgetune.errors import RecipeError
-from edgetune.export.proof import Outputs, prove_head
-from edgetune.heads import SequenceClassifier
-from edgetune.recipe import Parameters
-from edgetune.recipe_file import recipe_from_dict
-from edgetune.runs import load_adapted_model
+from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.errors import RecipeError
+from edgetune.export.proof.proof import Outputs, prove_head
+from edgetune.models.base import open_folder
+from edgetune.models.heads import SequenceClassifier
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.recipe.read import recipe_from_dict
+from edgetune.recipe.schema import Parameters
 from edgetune.runtime import Runtime
 from edgetune.training import run_recipe
-from edgetune.training.probe import pooled_features
+from edgetune.training.probes import pooled_features
 
 HEAD = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
 
@@ -62,7 +63,7 @@ def test_the_body_runs_once_over_every_row_however_many_epochs(
 def test_the_loss_on_features_is_the_loss_of_the_whole_model(tiny_encoder: Path, tmp_path: Path) -> None:
     from training_helpers import classifier_batch
 
-    from edgetune.objectives import class_logits
+    from edgetune.objectives.language import class_logits
 
     model, batch = classifier_batch(tiny_encoder, tmp_path)
     features = model.pooled(batch.input_ids, batch.attention_mask)
@@ -120,8 +121,8 @@ def test_a_head_that_was_never_trained_fails_the_proof() -> None:
 
 
 def test_features_are_those_of_the_frozen_body_in_the_order_of_the_rows(tiny_encoder: Path, tmp_path: Path) -> None:
-    from edgetune.examples import load_examples
-    from edgetune.training.features import with_features
+    from edgetune.data.loaders import load_examples
+    from edgetune.training.stage_model import with_features
 
     base = open_folder(tiny_encoder, name="tiny")
     examples = load_examples(intent_recipe(tiny_encoder, tmp_path).stage[0], load_tokenizer(base), base)
@@ -144,7 +145,7 @@ def test_a_method_without_a_task_head_is_refused(tiny_decoder: Path, tmp_path: P
 
 
 def test_the_recorded_recipe_of_a_head_can_be_read_again(tiny_encoder: Path, tmp_path: Path) -> None:
-    from edgetune.recipe_file import load_recipe
+    from edgetune.recipe.read import load_recipe
 
     assert load_recipe(head_run(tiny_encoder, tmp_path) / "recipe.toml").parameters == Parameters(train="head")
     assert recipe_from_dict({"base": "b", "stage": [{"method": "sft", "data": {"train": "x.jsonl"}}]}).parameters.train == "lora"

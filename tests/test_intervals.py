@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from edgetune.intervals import paired_bootstrap, preference_metrics, wilson
+from edgetune.metrics.statistics import paired_bootstrap, preference_metrics, wilson
 
 
 @pytest.mark.parametrize(("hits", "rows"), [(0, 10), (125, 200), (7, 7), (1, 3)])

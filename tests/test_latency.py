@@ -12,10 +12,10 @@ import pytest
 from runtime_helpers import decoder_bundle, encoder_bundle
 
 from edgetune.cli import main
+from edgetune.core.errors import EdgetuneError
 from edgetune.devices import load_device
-from edgetune.errors import EdgetuneError
-from edgetune.runtime.latency import Workload, measure, peak_rss, synthetic_ids
-from edgetune.runtime.verdict import FORMULA, Speed, Verdict, judge, overall, percentile, scale, summary
+from edgetune.runtime.check.latency import Workload, measure, peak_rss, synthetic_ids
+from edgetune.runtime.check.verdict import FORMULA, Speed, Verdict, judge, overall, percentile, scale, summary
 
 
 def test_percentiles_are_those_of_numpy_and_lie_in_their_interval() -> None:

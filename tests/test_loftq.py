@@ -17,18 +17,19 @@ from test_grids import q4_1
 from training_helpers import intent_recipe, sft_recipe, silent
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from edgetune.adapters import adapt
-from edgetune.bases import Base, load_body, resolve_base
-from edgetune.errors import RecipeError
-from edgetune.files import sha256_file
-from edgetune.loftq import start_from_rounding
-from edgetune.mutated_init import adapted_layers
-from edgetune.quantiser import quantise
-from edgetune.recipe import Parameters
-from edgetune.runs import load_adapted_model
-from edgetune.shipped_weights import round_weights
+from edgetune.adapters.first_weights import adapted_layers, start_from_rounding
+from edgetune.adapters.lora import adapt
+from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.errors import RecipeError
+from edgetune.core.files import sha256_file
+from edgetune.models.base import Base
+from edgetune.models.fake_quantise import round_weights
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.blocks import quantise
+from edgetune.quantisation.precision import Precision, shipped_precision
+from edgetune.recipe.schema import Parameters
 from edgetune.training import run_recipe
-from edgetune.weight_precision import Precision, shipped_precision
 
 LOFTQ = {"init": "loftq", "base_precision": "int4", "rank": 4}
 IDS = torch.tensor([[5, 9, 30, 31, 7]])

@@ -10,8 +10,9 @@ from typing import Any
 from runtime_helpers import decoder_bundle
 
 from edgetune.runtime import Runtime
-from edgetune.runtime.lookup import PAUSE, PromptLookup
-from edgetune.runtime.scheduler import FinishedEvent, GenerationRequest, Scheduler
+from edgetune.runtime.generation.prompt_lookup import PAUSE, PromptLookup
+from edgetune.runtime.scheduler.requests import FinishedEvent, GenerationRequest
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 
 def test_what_followed_the_last_three_tokens_is_the_guess() -> None:

@@ -13,11 +13,12 @@ from peft import PeftModel
 from training_helpers import decoder_batch, intent_recipe, sft_recipe, silent
 from transformers import AutoModelForCausalLM
 
-from edgetune.adapters import AdapterMetadata, adapt, save_adapter
-from edgetune.errors import RecipeError
-from edgetune.mutated_init import restore_base, start_of
-from edgetune.objectives import completion_logits
-from edgetune.recipe import Parameters
+from edgetune.adapters.first_weights import restore_base, start_of
+from edgetune.adapters.folder import AdapterMetadata, save_adapter
+from edgetune.adapters.lora import adapt
+from edgetune.core.errors import RecipeError
+from edgetune.objectives.language import completion_logits
+from edgetune.recipe.schema import Parameters
 from edgetune.training import run_recipe
 
 INITS = ["pissa", "pissa_niter_4", "olora"]

@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 from runtime_helpers import decoder_manifest, encoder_manifest
 
-from edgetune.errors import BundleError
-from edgetune.files import sha256_file
-from edgetune.runtime.digests import verify_files
-from edgetune.runtime.manifest import (
-    FileInfo,
-    Manifest,
-    manifest_from_dict,
-    read_manifest,
-)
+from edgetune.core.errors import BundleError
+from edgetune.core.files import sha256_file
+from edgetune.runtime.bundle.digests import verify_files
+from edgetune.runtime.bundle.manifest import FileInfo, Manifest, manifest_from_dict, read_manifest
 
 
 @pytest.mark.parametrize("manifest", [decoder_manifest(), encoder_manifest()])

@@ -12,16 +12,17 @@ import torch
 from training_helpers import intent_recipe, intent_rows, recipe, silent, write_rows
 from transformers import AutoModelForMaskedLM, BertForMaskedLM, DataCollatorForLanguageModeling
 
-from edgetune.bases import load_tokenizer, open_folder
-from edgetune.batching import IGNORE, Batch, collate
-from edgetune.errors import BaseModelError, RecipeError
-from edgetune.examples import load_examples
-from edgetune.masked_lm import exchange_body, load_masked_lm
-from edgetune.masking import Masking
-from edgetune.objectives import masked_lm
-from edgetune.recipe import Recipe
-from edgetune.recipe_file import recipe_from_dict
-from edgetune.runs import load_adapted_model
+from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.errors import BaseModelError, RecipeError
+from edgetune.data.batching import IGNORE, Batch, collate
+from edgetune.data.loaders import load_examples
+from edgetune.data.plain_text import Masking
+from edgetune.models.base import open_folder
+from edgetune.models.load import load_tokenizer
+from edgetune.models.masked_lm import exchange_body, load_masked_lm
+from edgetune.objectives.language import masked_lm
+from edgetune.recipe.read import recipe_from_dict
+from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 
 

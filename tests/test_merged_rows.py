@@ -12,10 +12,10 @@ from export_helpers import export, make_adapter
 from head_helpers import make_head
 from preference_helpers import adapted
 
-from edgetune.adapters import AdapterMetadata, save_adapter
-from edgetune.bases import resolve_base
+from edgetune.adapters.folder import AdapterMetadata, save_adapter
+from edgetune.models.resolve import resolve_base
 from edgetune.runtime import Runtime
-from edgetune.runtime.rows import answer_rows, requests_of
+from edgetune.runtime.tasks.prediction_file import answer_rows, requests_of
 
 PLAIN = {"template": "plain", "system": None}
 ROWS: dict[str, list[dict[str, Any]]] = {

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from edgetune.metrics import accuracy, bleu, exact_match, is_json_task, json_exact_match, json_valid, macro_f1
+from edgetune.metrics.labels import accuracy, macro_f1
+from edgetune.metrics.text import bleu, exact_match, is_json_task, json_exact_match, json_valid
 
 
 def test_accuracy_and_macro_f1_are_scikit_learns() -> None:

@@ -13,7 +13,7 @@ from export_helpers import make_adapter
 from safetensors.torch import load_file, save_file
 
 from edgetune.export.bundle import export_bundle
-from edgetune.export.lower import Precision
+from edgetune.quantisation.precision import Precision
 
 MADE_UP = re.compile(r"node_.*|val_\d+|.*_symbolic.*|getitem.*|\w+_\d+|")
 

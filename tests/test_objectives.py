@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from training_helpers import classifier_batch, decoder_batch
 
-from edgetune.batching import IGNORE
-from edgetune.heads import pool
-from edgetune.objectives import completion_logits, sequence_classification, sft
+from edgetune.data.batching import IGNORE
+from edgetune.models.heads import pool
+from edgetune.objectives.language import completion_logits, sequence_classification, sft
 
 
 def test_sft_loss_and_gradient_are_transformers_own(tiny_decoder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from runtime_helpers import decoder_bundle
 
 from edgetune.devices.paging import _region, large_page_bytes, regions, use_large_pages
 from edgetune.runtime import Runtime
-from edgetune.runtime.binding import SETTLED
+from edgetune.runtime.engine.session import SETTLED
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="proc(5) is Linux's")
 

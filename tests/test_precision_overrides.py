@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edgetune.errors import ExportError
-from edgetune.torch_answers import first_part
-from edgetune.weight_precision import Precision
+from edgetune.core.errors import ExportError
+from edgetune.evaluation.torch_answers import first_part
+from edgetune.quantisation.precision import Precision
 
 
 def test_a_product_of_several_layers_has_one_precision() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
-from edgetune.batching import IGNORE
-from edgetune.policy import (
+from edgetune.data.batching import IGNORE
+from edgetune.objectives.grpo import (
     AnswerBatch,
     AnswerExample,
     collate_answers,
@@ -25,10 +25,10 @@ from edgetune.policy import (
     k3,
     without_flat,
 )
-from edgetune.preference import answer_log_probs, bradley_terry, dpo
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import fused_ops
-from edgetune.training.preference import store_references
+from edgetune.objectives.preference import answer_log_probs, bradley_terry, dpo
+from edgetune.training.dpo_stage import store_references
+from edgetune.training.fast.fused_layers import fused_ops
+from edgetune.training.fast.lora_products import fused_lora
 
 PLAIN = {"report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
 PAIRS = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
@@ -103,8 +103,8 @@ def _values(batch: Any, **changed: Any) -> list[Any]:
 def test_the_stored_reference_is_the_policy_at_the_start(tiny_decoder: Path, tmp_path: Path) -> None:
     from preference_helpers import pair_recipe
 
-    from edgetune.examples import load_examples
-    from edgetune.preference import collate_pairs
+    from edgetune.data.loaders import load_examples
+    from edgetune.objectives.preference import collate_pairs
 
     base, tokenizer = tiny(tiny_decoder)
     pairs: list[Any] = list(load_examples(pair_recipe(tiny_decoder, tmp_path, "dpo").stage[0], tokenizer, base).train)

@@ -9,10 +9,11 @@ import pytest
 from preference_helpers import pair_recipe, pair_rows, prompt_recipe, tiny
 from training_helpers import recipe, write_rows
 
-from edgetune.errors import DataError, RecipeError
-from edgetune.examples import ExampleSet, load_examples
-from edgetune.examples.turns import closing_tokens
-from edgetune.prompts import PromptFormat
+from edgetune.core.errors import DataError, RecipeError
+from edgetune.data.conversations import closing_tokens
+from edgetune.data.examples import ExampleSet
+from edgetune.data.loaders import load_examples
+from edgetune.data.prompts import PromptFormat
 
 ASKED = "<|im_start|>system\nYou are a tiny model.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -140,7 +141,7 @@ def test_settings_of_another_method_are_refused(
 
 
 def test_a_reward_stage_cannot_share_a_recipe_with_a_policy(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.recipe_file import recipe_from_dict
+    from edgetune.recipe.read import recipe_from_dict
 
     stages = [{"method": method, "data": {"train": "rows.jsonl"}} for method in ("sft", "reward")]
     with pytest.raises(RecipeError, match=r'method = "reward" cannot follow "sft".*Split this into two recipes'):

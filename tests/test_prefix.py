@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgetune.errors import InputError
-from edgetune.runtime.arena import CacheArena
-from edgetune.runtime.manifest import GraphInfo
-from edgetune.runtime.memory_plan import plan_cache
-from edgetune.runtime.prefix import BLOCK, PrefixCache
+from edgetune.core.errors import InputError
+from edgetune.runtime.bundle.manifest import GraphInfo
+from edgetune.runtime.engine.kv_cache import BLOCK, CacheArena, PrefixCache, plan_cache
 
 GRAPH = GraphInfo("engine.onnx", None, None, 512, 352, 64, layers=2, kv_heads=2, head_dim=4)
 

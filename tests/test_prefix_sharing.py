@@ -11,15 +11,16 @@ from family_helpers import DECODERS, ENCODERS, make_family
 from test_family_training import body, loss_and_gradients, with_adapter
 from torch import Tensor
 
-from edgetune.bases import load_body, open_folder
-from edgetune.batching import IGNORE, Batch
-from edgetune.heads import RewardModel, SequenceClassifier, unwrapped
-from edgetune.masked_lm import load_masked_lm
-from edgetune.objectives import sft
-from edgetune.training.computing import computing
-from edgetune.training.fused_ops import fused_ops
-from edgetune.training.precision import autocast, hold_frozen_linears_in_bf16
-from edgetune.training.prefix_sharing import (
+from edgetune.data.batching import IGNORE, Batch
+from edgetune.models.base import open_folder
+from edgetune.models.heads import RewardModel, SequenceClassifier, unwrapped
+from edgetune.models.load import load_body
+from edgetune.models.masked_lm import load_masked_lm
+from edgetune.models.torch_device import autocast, hold_frozen_linears_in_bf16
+from edgetune.objectives.language import sft
+from edgetune.training.fast.fused_layers import fused_ops
+from edgetune.training.fast.memory import computing
+from edgetune.training.fast.shared_prefix import (
     SharedPrefixes,
     may_share,
     shared_now,

@@ -13,23 +13,18 @@ from sklearn.metrics import f1_score, mean_squared_error
 from training_helpers import ROOMS, recipe, silent, write_rows
 from transformers import BertForSequenceClassification
 
-from edgetune.bases import load_body, load_tokenizer, open_folder
-from edgetune.batching import Batch
-from edgetune.errors import DataError, RecipeError
-from edgetune.evaluate import evaluate
-from edgetune.examples import load_examples
-from edgetune.examples.targets import collate_targets
-from edgetune.heads import SequenceClassifier
-from edgetune.problems import (
-    decisions,
-    multi_label,
-    multi_label_metrics,
-    regression,
-    regression_metrics,
-    values,
-)
-from edgetune.recipe_file import recipe_from_dict
-from edgetune.runs import load_run
+from edgetune.adapters.runs import load_run
+from edgetune.core.errors import DataError, RecipeError
+from edgetune.data.batching import Batch
+from edgetune.data.labels import collate_targets
+from edgetune.data.loaders import load_examples
+from edgetune.evaluation.evaluate import evaluate
+from edgetune.metrics.labels import multi_label_metrics, regression_metrics
+from edgetune.models.base import open_folder
+from edgetune.models.heads import SequenceClassifier
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.objectives.labels import decisions, multi_label, regression, values
+from edgetune.recipe.read import recipe_from_dict
 from edgetune.training import run_recipe
 from edgetune.training.methods import METHODS, method_of
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from training_helpers import adapted_decoder, decoder_batch
 
-from edgetune import projection
-from edgetune.objectives import completion_logits, sft
-from edgetune.projection import ProjectedCrossEntropy, can_fuse
-from edgetune.training.precision import autocast
+from edgetune.models.torch_device import autocast
+from edgetune.objectives import projection
+from edgetune.objectives.language import completion_logits, sft
+from edgetune.objectives.projection import ProjectedCrossEntropy, can_fuse
 
 
 def gradients_of(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from edgetune.bases import load_tokenizer, resolve_base
-from edgetune.errors import DataError, RecipeError
-from edgetune.prompts import chat_messages, chat_text, prompt_format, render, split_messages
-from edgetune.recipe import Data
+from edgetune.core.errors import DataError, RecipeError
+from edgetune.data.prompts import chat_messages, chat_text, prompt_format, render, split_messages
+from edgetune.models.load import load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.recipe.schema import Data
 
 WHERE = "a.jsonl, line 3"
 

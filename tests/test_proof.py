@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgetune.errors import ProofError
-from edgetune.export.distances import ELEMENTS_AT_ONCE, largest_difference, mean_kl, mean_kls, movement
-from edgetune.export.proof import Outputs, coarsest, demand, prove, top1_agreement
+from edgetune.core.errors import ProofError
+from edgetune.export.proof.distances import ELEMENTS_AT_ONCE, largest_difference, mean_kl, mean_kls, movement
+from edgetune.export.proof.proof import Outputs, demand, prove, top1_agreement
+from edgetune.quantisation.precision import coarsest
 
 rng = np.random.default_rng(0)
 BASE = rng.standard_normal((20, 50)).astype(np.float32)

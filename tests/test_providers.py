@@ -16,11 +16,11 @@ from server_helpers import serve
 
 from edgetune.cli import main
 from edgetune.cli.check import command as check
+from edgetune.core.errors import DeviceError, EdgetuneError, InputError
 from edgetune.devices import load_device
-from edgetune.errors import DeviceError, EdgetuneError, InputError
 from edgetune.runtime import Runtime
-from edgetune.runtime.latency import Workload, measure
-from edgetune.runtime.providers import PROVIDERS, Choice, available, choose, in_use, parse_providers
+from edgetune.runtime.check.latency import Workload, measure
+from edgetune.runtime.engine.providers import PROVIDERS, Choice, available, choose, in_use, parse_providers
 
 MISSING = next(name for name in ("qnn", "directml", "coreml") if name not in available())
 """no machine has all of them: Windows on Arm, Windows, macOS"""
@@ -104,7 +104,7 @@ def test_a_provider_that_does_not_start_is_told_too(tiny_encoder: Path) -> None:
 
 def test_the_nodes_of_a_graph_are_counted(tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device with a provider beside the CPU: the same session, asked to tell."""
-    monkeypatch.setattr("edgetune.runtime.binding.choose", lambda texts: (choose(["cpu"])[0] * 2, []))
+    monkeypatch.setattr("edgetune.runtime.engine.session.choose", lambda texts: (choose(["cpu"])[0] * 2, []))
     with Runtime.open(decoder_bundle(tiny_decoder), threads=1) as runtime:
         assert runtime.providers.nodes["cpu"] > 20
         assert str(runtime.providers) == f"cpu ({runtime.providers.nodes['cpu']} nodes)"

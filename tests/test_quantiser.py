@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgetune.quantiser import ROUNDING, quantise
+from edgetune.quantisation.blocks import ROUNDING, quantise
 
 
 def engine_product(x: np.ndarray, weight: torch.Tensor, *, bits: int, symmetric: bool) -> np.ndarray:

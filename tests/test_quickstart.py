@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from edgetune.adapters.lora import adapter_off
 from edgetune.cli.quickstart import conclude
-from edgetune.data import read_rows
-from edgetune.errors import OutputError
+from edgetune.core.errors import OutputError
+from edgetune.data.rows import read_rows
+from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.quickstart.fewshot import FewShotBase, spread
 from edgetune.quickstart.outcome import Outcome, percent, table_lines
 from edgetune.quickstart.page import render_page
 from edgetune.quickstart.plan import Plan, Task, data_file, embedded_plan
 from edgetune.quickstart.run import run_quickstart
-from edgetune.torch_answers import TorchAnswers
-from edgetune.training.measure import adapter_off
 
 COLUMNS = {"home": {"request", "action"}, "support": {"text", "label"}, "urgency": {"text", "label"}}
 KEYS = ["action", "device", "room", "value"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from edgetune.errors import RecipeError
-from edgetune.recipe import Recipe
-from edgetune.recipe_file import load_recipe, recipe_from_dict, to_toml
+from edgetune.core.errors import RecipeError
+from edgetune.recipe.read import load_recipe, recipe_from_dict, to_toml
+from edgetune.recipe.schema import Recipe
 
 RECIPE = """
 base = "builtin:smollm2-135m-instruct"
@@ -162,7 +162,7 @@ def test_a_syntax_error_has_its_line(tmp_path: Path) -> None:
 def test_every_setting_has_a_help_text() -> None:
     from dataclasses import fields
 
-    from edgetune.recipe import Data, Parameters, Stage
+    from edgetune.recipe.schema import Data, Parameters, Stage
 
     for part in (Recipe, Parameters, Stage, Data):
         assert all(field.metadata["help"] for field in fields(part))

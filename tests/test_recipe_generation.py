@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from edgetune.errors import RecipeError
-from edgetune.recipe import Recipe
-from edgetune.recipe_file import load_recipe, recipe_from_dict, to_toml
-from edgetune.recipe_generation import generation_defaults
+from edgetune.core.errors import RecipeError
+from edgetune.recipe.generation import generation_defaults
+from edgetune.recipe.read import load_recipe, recipe_from_dict, to_toml
+from edgetune.recipe.schema import Recipe
 
 SCHEMA = {"type": "object", "properties": {"intent": {"type": "string"}}}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgetune.reference import page
+from edgetune.recipe.reference_page import page
 
 
 def test_the_page_in_docs_is_the_one_the_code_makes() -> None:

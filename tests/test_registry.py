@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from runtime_helpers import decoder_bundle, peft_adapter
 
-from edgetune.errors import AdapterError
+from edgetune.core.errors import AdapterError
 from edgetune.runtime import Runtime
-from edgetune.runtime.manifest import read_manifest
-from edgetune.runtime.registry import AdapterRegistry
+from edgetune.runtime.adapters.registry import AdapterRegistry
+from edgetune.runtime.bundle.manifest import read_manifest
 
 Open = Callable[..., AdapterRegistry]
 

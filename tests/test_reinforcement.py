@@ -12,10 +12,10 @@ import torch
 from preference_helpers import pair_recipe, prompt_recipe, tiny
 from training_helpers import sft_recipe, silent, write_rows
 
-from edgetune.errors import TrainingError
-from edgetune.export.probe import probe_rows
-from edgetune.files import sha256_file
-from edgetune.runs import load_adapted_model
+from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.errors import TrainingError
+from edgetune.core.files import sha256_file
+from edgetune.export.proof.probe import probe_rows
 from edgetune.training import RunSummary, run_recipe
 
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -151,7 +151,7 @@ def test_a_reward_that_fails_in_the_middle_leaves_nothing_behind(tiny_decoder: P
 
 
 def test_a_dpo_adapter_is_evaluated_as_text_generation(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.evaluate import evaluate
+    from edgetune.evaluation.evaluate import evaluate
 
     run(pair_recipe(tiny_decoder, tmp_path, "dpo", epochs=1), tmp_path / "run")
     rows = [{"prompt": "Hello", "chosen": "Yes", "rejected": "No"}]

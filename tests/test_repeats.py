@@ -10,10 +10,12 @@ import onnx_ir as ir
 import pytest
 from family_helpers import DECODERS, ENCODERS, make_family
 
-from edgetune.bases import Base, load_body, resolve_base
-from edgetune.export import trace
-from edgetune.export.layout import simplify
-from edgetune.export.trace import trace_decoder, trace_encoder
+from edgetune.export.graph import trace
+from edgetune.export.graph.fuse import simplify
+from edgetune.export.graph.trace import trace_decoder, trace_encoder
+from edgetune.models.base import Base
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
 
 SIX = {"num_hidden_layers": 6, "n_layer": 6, "n_layers": 6}
 KINDS = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "no_rope_layers": [1, 1, 0] * 2}

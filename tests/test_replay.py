@@ -11,21 +11,22 @@ import pytest
 import torch
 from training_helpers import action_rows, decoder_batch, intent_recipe, sft_recipe, silent, write_rows
 
-from edgetune.adapters import adapt
-from edgetune.bases import load_tokenizer, open_folder
-from edgetune.batching import Example
-from edgetune.errors import DataError, RecipeError
-from edgetune.examples import load_examples
-from edgetune.files import sha256_file
-from edgetune.objectives import sft
-from edgetune.recipe import Parameters, Recipe, Replay
-from edgetune.recipe_file import recipe_from_dict
+from edgetune.adapters.lora import adapt
+from edgetune.core.errors import DataError, RecipeError
+from edgetune.core.files import sha256_file
+from edgetune.data.batching import Example
+from edgetune.data.loaders import load_examples
+from edgetune.models.base import open_folder
+from edgetune.models.load import load_tokenizer
+from edgetune.objectives.language import sft
+from edgetune.recipe.read import recipe_from_dict
+from edgetune.recipe.schema import Parameters, Recipe, Replay
 from edgetune.training import run_recipe
+from edgetune.training.context import Batching
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
 from edgetune.training.loop import train_stage
 from edgetune.training.replay import ReplayText, load_replay
-from edgetune.training.stage import Batching
 
 GENERAL = [{"text": f"The quick brown fox number {n} jumps over the lazy dog again and again."} for n in range(60)]
 
@@ -72,7 +73,7 @@ def test_a_step_follows_the_weighted_sum_of_both_losses(
         torch.manual_seed(0)
         return adapt(decoder_batch(tiny_decoder, tmp_path)[0], Parameters(), task="text-generation")
 
-    from edgetune.batching import collate
+    from edgetune.data.batching import collate
 
     model = fresh()
     loss = (1 - share) * sft(model, collate(examples, 0))[0] + share * sft(model, text.batch(1))[0]
@@ -101,8 +102,8 @@ def test_a_run_with_replay_repeats_bit_for_bit_and_keeps_the_text_better(tiny_de
     run_recipe(replace(recipe, stage=(replace(recipe.stage[0], replay=None),)), out=tmp_path / "without", progress=silent())
     digests = {name: sha256_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two", "without")}
     assert digests["one"] == digests["two"] != digests["without"]
-    from edgetune.evaluate_subjects import run_subject
-    from edgetune.forgetting.tasks import text_measures
+    from edgetune.evaluation.forgetting.subjects import run_subject
+    from edgetune.evaluation.forgetting.tasks import text_measures
 
     perplexities = []
     for name in ("one", "without"):
@@ -132,7 +133,7 @@ def test_a_bad_row_of_general_text_is_named(tiny_decoder: Path, tmp_path: Path) 
 
 
 def test_the_table_can_be_written_and_read_again(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.recipe_file import load_recipe, to_toml
+    from edgetune.recipe.read import load_recipe, to_toml
 
     recipe = replayed(tiny_decoder, tmp_path, share=0.25)
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))

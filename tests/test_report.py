@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from training_helpers import sft_recipe, silent
 
-from edgetune.charts import Series, line_chart, number, ticks
-from edgetune.progress import Progress, duration
+from edgetune.core.progress import Progress, duration
+from edgetune.report.charts import Series, line_chart, number, ticks
 from edgetune.training import run_recipe
 
 

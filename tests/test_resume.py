@@ -21,14 +21,14 @@ from resume_helpers import WEIGHTS, journal, stopped_at
 from training_helpers import intent_recipe, sft_recipe, silent, write_rows
 
 from edgetune.cli import main
-from edgetune.errors import DataError, RecipeError, TrainingError
-from edgetune.files import clear_interrupted, sha256_file
-from edgetune.progress import Progress
-from edgetune.recipe import Recipe
-from edgetune.recipe_file import to_toml
+from edgetune.core.errors import DataError, RecipeError, TrainingError
+from edgetune.core.files import clear_interrupted, sha256_file
+from edgetune.core.progress import Progress
+from edgetune.models.torch_device import CPU, rng_state, set_rng_state
+from edgetune.recipe.read import to_toml
+from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 from edgetune.training.checkpoint import steps_between
-from edgetune.training.device import CPU, rng_state, set_rng_state
 
 
 def two_stages(one: Recipe) -> Recipe:

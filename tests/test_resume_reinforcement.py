@@ -12,9 +12,9 @@ from preference_helpers import pair_recipe, prompt_recipe
 from resume_helpers import WEIGHTS, journal, stopped_at
 from training_helpers import sft_recipe, silent
 
-from edgetune.errors import DataError
-from edgetune.files import sha256_file
-from edgetune.recipe import Recipe
+from edgetune.core.errors import DataError
+from edgetune.core.files import sha256_file
+from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 
 VOWELS = "def score(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion) / 8\n"

@@ -12,9 +12,9 @@ from test_replay import replayed
 from test_text import text_recipe as packed_recipe
 from training_helpers import intent_recipe, silent, write_rows
 
-from edgetune.errors import DataError
-from edgetune.files import sha256_file
-from edgetune.recipe import Recipe
+from edgetune.core.errors import DataError
+from edgetune.core.files import sha256_file
+from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 
 WEIGHTS = "adapter/adapter_model.safetensors"

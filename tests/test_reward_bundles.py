@@ -17,17 +17,17 @@ from preference_helpers import QUESTIONS, adapted, pair_recipe, pair_rows
 from server_helpers import Running, serve
 from training_helpers import silent, write_rows
 
-from edgetune.adapters import AdapterMetadata, save_adapter
-from edgetune.bases import resolve_base
+from edgetune.adapters.folder import AdapterMetadata, save_adapter
 from edgetune.cli import main
-from edgetune.errors import AdapterError, InputError
-from edgetune.evaluate import evaluate
-from edgetune.export.again import reprove
-from edgetune.prompts import PromptFormat
+from edgetune.core.errors import AdapterError, InputError
+from edgetune.data.prompts import PromptFormat
+from edgetune.evaluation.evaluate import evaluate
+from edgetune.evaluation.torch_answers import TorchAnswers
+from edgetune.export.proof.prove import reprove
+from edgetune.models.resolve import resolve_base
 from edgetune.runtime import GenerationRequest, Runtime, Scheduler, read_manifest
-from edgetune.runtime.events import SchedulerClosed
-from edgetune.runtime.scoring import answered_ids
-from edgetune.torch_answers import TorchAnswers
+from edgetune.runtime.scheduler.requests import SchedulerClosed
+from edgetune.runtime.tasks.scoring import answered_ids
 from edgetune.training import run_recipe
 
 PROMPTS: list[Any] = [*QUESTIONS, [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "So?"}]]
@@ -365,7 +365,7 @@ def test_one_prompt_of_many_answers_is_tokenised_once(server: Running, monkeypat
 
 def test_a_request_for_scores_is_bounded_and_says_what_is_too_long(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"model": "polite", "text_1": QUESTIONS[0], "text_2": ANSWERS}
-    monkeypatch.setattr("edgetune.runtime.server.score_api.SCORE_REQUEST_TOKENS", 60)
+    monkeypatch.setattr("edgetune.runtime.server.endpoints.encode.SCORE_REQUEST_TOKENS", 60)
     error = server.post("/score", body).json()["error"]
     assert "expected at most 60 in all" in error["message"] and error["param"] == "text_2"
     monkeypatch.undo()

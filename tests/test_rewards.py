@@ -12,13 +12,13 @@ from preference_helpers import QUESTIONS, adapted, pair_recipe, pair_rows, promp
 from training_helpers import sft_recipe, silent
 from transformers import AutoModelForSequenceClassification
 
-from edgetune.errors import AdapterError, RecipeError, TrainingError
-from edgetune.recipe_file import load_recipe
-from edgetune.scoring import encode_answered
-from edgetune.torch_answers import TorchAnswers
+from edgetune.adapters.lora import adapter_off
+from edgetune.core.errors import AdapterError, RecipeError, TrainingError
+from edgetune.data.preferences import encode_answered
+from edgetune.evaluation.torch_answers import TorchAnswers
+from edgetune.recipe.read import load_recipe
 from edgetune.training import run_recipe
-from edgetune.training.measure import adapter_off
-from edgetune.training.rewards import Answered, FunctionScorer, load_function, open_rewards
+from edgetune.training.reinforcement.rewards import Answered, FunctionScorer, load_function, open_rewards
 
 ANSWERED = [Answered(question, f"Yes, {question}", {"wanted": "W"}, row) for row, question in enumerate(QUESTIONS, 1)]
 
@@ -139,7 +139,7 @@ def test_an_adapter_that_gives_no_rewards_is_refused(tiny_decoder: Path, tmp_pat
 def test_a_reward_adapter_of_another_base_is_refused(tiny_decoder: Path, tmp_path: Path, reward_run: Path) -> None:
     from dataclasses import replace
 
-    from edgetune.training.rewards import check_rewards
+    from edgetune.training.reinforcement.rewards import check_rewards
 
     base, _ = tiny(tiny_decoder)
     with pytest.raises(AdapterError, match="trained on another base than this policy"):
@@ -149,7 +149,7 @@ def test_a_reward_adapter_of_another_base_is_refused(tiny_decoder: Path, tmp_pat
 def test_a_reward_run_is_evaluated_beside_the_length_baseline(tiny_decoder: Path, tmp_path: Path, reward_run: Path) -> None:
     from training_helpers import write_rows
 
-    from edgetune.evaluate import evaluate
+    from edgetune.evaluation.evaluate import evaluate
 
     result = evaluate(reward_run, write_rows(tmp_path / "pairs.jsonl", pair_rows(6)))
     assert result.task == "reward" and result.rows == 6

@@ -9,10 +9,10 @@ import pytest
 import torch
 from preference_helpers import adapted, tiny
 
-from edgetune.batching import IGNORE, collate
-from edgetune.policy import AnswerExample
-from edgetune.preference import token_log_probs
-from edgetune.training.rollout import Answer, Sampling, TorchRollout, draw, nucleus
+from edgetune.data.batching import IGNORE, collate
+from edgetune.objectives.grpo import AnswerExample
+from edgetune.objectives.preference import token_log_probs
+from edgetune.training.reinforcement.rollout import Answer, Sampling, TorchRollout, draw, nucleus
 
 TEXTS = ("Where is my card?", "Turn on the lights in the kitchen, please!", "Hello")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,19 +13,87 @@ import pytest
 from runtime_helpers import decoder_bundle, encoder_bundle
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"edgetune.errors", "edgetune.files", "edgetune.text_pairs", "edgetune.words"}
-ROOMS = {
-    "edgetune": ROOT / "edgetune",
-    "export": ROOT / "export",
-    "runtime": ROOT / "runtime",
-    "devices": ROOT / "devices",
+# The floors of the house, the ground floor first: each room and the rooms it may import, all of them higher in this table.
+# A room is a folder; files right in `edgetune/` are the room "edgetune".
+FLOORS = {
+    "edgetune": "",
+    "core": "",
+    "quantisation": "core",
+    "models": "core quantisation",
+    "recipe": "core",
+    "data": "core models recipe",
+    "devices": "core",
+    "adapters": "core edgetune models quantisation recipe",
+    "metrics": "core",
+    "objectives": "data models",
+    "runtime.bundle": "core",
+    "runtime.engine": "core devices runtime.bundle",
+    "runtime.generation": "core runtime.bundle",
+    "runtime.adapters": "core runtime.bundle runtime.engine runtime.generation",
+    "runtime.tasks": (
+        "core devices runtime.adapters runtime.bundle runtime.engine runtime.generation"
+    ),
+    "runtime.scheduler": "core runtime.adapters runtime.engine runtime.generation runtime.tasks",
+    "runtime": (
+        "runtime.adapters runtime.bundle runtime.engine runtime.generation runtime.scheduler "
+        "runtime.tasks"
+    ),
+    "evaluation.forgetting": "adapters core data metrics models objectives runtime",
+    "evaluation": "adapters core data evaluation.forgetting metrics models recipe runtime",
+    "export.inputs": (
+        "adapters core data models quantisation recipe runtime.adapters runtime.bundle"
+    ),
+    "export.graph": "core edgetune export.inputs models quantisation runtime.bundle runtime.engine",
+    "export.proof": (
+        "adapters core data evaluation evaluation.forgetting export.inputs metrics models "
+        "quantisation recipe runtime runtime.adapters runtime.bundle runtime.engine "
+        "runtime.tasks"
+    ),
+    "report": "core metrics recipe",
+    "runtime.check": "core devices runtime.tasks",
+    "export": (
+        "adapters core edgetune export.graph export.inputs export.proof models quantisation "
+        "report runtime.adapters runtime.bundle runtime.check"
+    ),
+    "training.fast": "data models objectives",
+    "training.parallel": "core data objectives",
+    "training.reinforcement": (
+        "adapters core data evaluation export export.graph models quantisation recipe "
+        "runtime.adapters runtime.engine training.fast"
+    ),
+    "training": (
+        "adapters core data edgetune evaluation.forgetting metrics models objectives "
+        "quantisation recipe report training.fast training.parallel training.reinforcement"
+    ),
+    "quickstart": (
+        "adapters core data devices evaluation export export.proof models quantisation recipe "
+        "report runtime runtime.bundle runtime.check training"
+    ),
+    "runtime.server.http": (
+        "core edgetune runtime.check runtime.generation runtime.scheduler runtime.tasks"
+    ),
+    "runtime.server.playground": "",
+    "runtime.server.endpoints": (
+        "core runtime.adapters runtime.scheduler runtime.server.http "
+        "runtime.server.playground runtime.tasks"
+    ),
+    "runtime.server": "core runtime.scheduler runtime.server.endpoints runtime.server.http",
+    "cli": (
+        "core data devices edgetune evaluation evaluation.forgetting export export.graph "
+        "export.inputs export.proof metrics models quantisation quickstart recipe report "
+        "runtime.bundle runtime.check runtime.engine runtime.scheduler runtime.server "
+        "runtime.server.http runtime.tasks training training.parallel"
+    ),
+    "__main__": "cli",
+    "devices.profiles": "",
+    "quickstart.data": "",
 }
 THIRD_PARTY = {
     "runtime": {"numpy", "onnxruntime", "safetensors", "tokenizers", "jinja2", "llguidance"},  # the last only where it is asked for
     "devices": {"tomli"},  # tomllib before Python 3.11
+    "core": {"numpy", "jinja2"},
 }
-SERVER, SERVE_EXTRA = ROOT / "runtime" / "server", {"starlette", "uvicorn", "prometheus_client"}
-MAY_CROSS = ("cli", "evaluate", "quickstart", "training/engine_rollout")  # parts of edgetune/ that may import export and runtime
+SERVE_EXTRA = {"starlette", "uvicorn", "prometheus_client"}
 HEAVY = (
     "torch",
     "transformers",
@@ -38,72 +107,72 @@ HEAVY = (
 )
 
 
-def modules(room: str) -> list[Path]:
-    """The room's own files; edgetune/ holds links to the other three."""
-    files = ROOMS[room].rglob("*.py")
-    return [path for path in files if not any(parent.is_symlink() for parent in path.parents)]
+def house() -> dict[str, Path]:
+    """Module name without `edgetune.` → file; the folders that edgetune/ links to are taken as real."""
+    found = {}
+    for folder, _, names in os.walk(ROOT / "edgetune", followlinks=True):
+        for name in names:
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                parts = path.relative_to(ROOT / "edgetune").with_suffix("").parts
+                found[".".join(parts).removesuffix("__init__").rstrip(".") or "edgetune"] = path
+    return found
+
+
+HOUSE = house()
+PACKAGES = {name for name, path in HOUSE.items() if path.name == "__init__.py"}
+
+
+def room_of(module: str) -> str:
+    """The folder that a module lies in; a folder's own file belongs to it, and `python -m edgetune` is a room of its own."""
+    if module in PACKAGES or module == "__main__":
+        return module
+    return module.rpartition(".")[0] or "edgetune"
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module a file imports, at its top or inside functions; for a type checker's eyes only does not count."""
-    tree = ast.parse(path.read_text())
-    unseen = {
-        id(n)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and _only_types(node.test)
-        for n in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in unseen:
-            continue
+    """Every module a file imports, at its top, inside functions or for a type checker's eyes; full names."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             module = node.module or ""
-            yield from (f"{module}.{alias.name}" if module == "edgetune" else module for alias in node.names)
+            inner = [f"{module}.{alias.name}" for alias in node.names]
+            yield from (name if name.removeprefix("edgetune.") in HOUSE else module for name in inner)
 
 
-def _only_types(test: ast.expr) -> bool:
-    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
+def arrows(name: str, path: Path) -> set[str]:
+    """The other rooms that a file imports from."""
+    names = [full for full in imports(path) if full.split(".")[0] == "edgetune"]
+    rooms = {room_of(full.removeprefix("edgetune.")) for full in names}
+    return rooms - {room_of(name)}
 
 
-def room_of(module: str) -> str | None:
-    """The room an import leads to; None outside the house and for the leaves."""
-    parts = module.split(".")
-    if parts[0] != "edgetune" or ".".join(parts[:2]) in LEAVES or parts[1:2] == ["__version__"]:
-        return None
-    return parts[1] if parts[1:2] and parts[1] in ROOMS else "edgetune"
+def test_every_folder_is_a_room_with_one_sentence() -> None:
+    assert set(FLOORS) == {room_of(name) for name in HOUSE}
+    assert not [name for name in PACKAGES if not ast.get_docstring(ast.parse(HOUSE[name].read_text()))]
 
 
-def crossings(room: str) -> set[tuple[str, str]]:
-    """(file, room) of every import that leaves the room."""
-    found = {(str(path.relative_to(ROOT)), room_of(name)) for path in modules(room) for name in imports(path)}
-    return {(path, to) for path, to in found if to not in (None, room)}  # type: ignore[misc]
+def test_a_room_imports_only_rooms_that_stand_before_it() -> None:
+    order = list(FLOORS)
+    back_up = [(room, to) for room, rooms in FLOORS.items() for to in rooms.split() if order.index(to) >= order.index(room)]
+    assert back_up == []
 
 
-def test_devices_imports_nobody() -> None:
-    assert crossings("devices") == set()
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_room_imports_the_rooms_that_the_table_names_and_no_others(room: str) -> None:
+    found = {(name, to) for name, path in HOUSE.items() if room_of(name) == room for to in arrows(name, path)}
+    allowed = set(FLOORS[room].split())
+    assert {(name, to) for name, to in found if to not in allowed} == set()
+    assert allowed - {to for _, to in found} == set(), "the table names rooms that nothing here imports"
 
 
-def test_runtime_imports_only_devices() -> None:
-    assert {to for _, to in crossings("runtime")} <= {"devices"}
-
-
-def test_export_imports_edgetune_and_runtime_but_not_the_command_line() -> None:
-    assert {to for _, to in crossings("export")} <= {"edgetune", "runtime"}
-    names = {name for path in modules("export") for name in imports(path)}
-    assert not any(name.startswith("edgetune.cli") for name in names)
-
-
-def test_edgetune_reaches_the_other_rooms_only_from_its_edges() -> None:
-    strays = {path for path, _ in crossings("edgetune") if not path.removeprefix("edgetune/").startswith(MAY_CROSS)}
-    assert strays == set()
-
-
-def test_leaves_import_nothing_of_the_house_but_errors() -> None:
-    names = {name for leaf in ("errors", "files", "text_pairs", "words") for name in imports(ROOT / "edgetune" / f"{leaf}.py")}
-    assert {name for name in names if name.startswith("edgetune")} <= {"edgetune.errors"}
+def test_no_file_imports_itself_by_a_detour() -> None:
+    ahead = {name: {full.removeprefix("edgetune.") for full in imports(path)} & set(HOUSE) for name, path in HOUSE.items()}
+    while ready := {name for name, others in ahead.items() if not others & set(ahead) - {name}}:
+        ahead = {name: others for name, others in ahead.items() if name not in ready}
+    assert sorted(ahead) == [], "files in or behind a circle"
 
 
 def outside(files: list[Path]) -> set[str]:
@@ -112,15 +181,19 @@ def outside(files: list[Path]) -> set[str]:
     return tops - set(sys.stdlib_module_names) - {"edgetune"}
 
 
+def files_in(*rooms: str) -> list[Path]:
+    """The files of these rooms and of the rooms inside them."""
+    return [path for name, path in HOUSE.items() if name.startswith(rooms)]
+
+
 @pytest.mark.parametrize("room", THIRD_PARTY)
 def test_a_devices_rooms_use_only_what_the_plain_install_brings(room: str) -> None:
-    assert outside([path for path in modules(room) if SERVER not in path.parents]) <= THIRD_PARTY[room]
+    server = set(files_in("runtime.server"))
+    assert outside([path for path in files_in(room) if path not in server]) <= THIRD_PARTY[room]
 
 
 def test_the_server_adds_only_what_its_extra_brings() -> None:
-    assert outside([path for path in modules("runtime") if SERVER in path.parents]) <= {"numpy", *SERVE_EXTRA}
-    names = {name for path in modules("runtime") if SERVER not in path.parents for name in imports(path)}
-    assert not any(name.startswith("edgetune.runtime.server") for name in names)
+    assert outside(files_in("runtime.server")) <= {"numpy", *SERVE_EXTRA}
 
 
 @pytest.mark.parametrize("room", ["export", "runtime", "devices"])
@@ -163,7 +236,7 @@ sys.meta_path.insert(0, Block())
 """
 DEVICE = """
 from edgetune.runtime import Runtime
-from edgetune.runtime.latency import Workload, measure_here
+from edgetune.runtime.check.latency import Workload, measure_here
 decoder, encoder, adapter = sys.argv[1:]
 with Runtime.open(decoder) as runtime:
     runtime.load_adapter('hot', adapter)

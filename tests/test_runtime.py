@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runtime_helpers import decoder_bundle, encoder_bundle, merged_bundle, peft_adapter
 
-from edgetune.errors import AdapterError, BundleError, InputError
+from edgetune.core.errors import AdapterError, BundleError, InputError
 from edgetune.runtime import Runtime
 
 TEXTS = ["Turn on the lights!", "My card has not arrived yet.", "hello"]
@@ -190,7 +190,7 @@ def test_weights_of_another_size_are_found_before_the_engine_reads_them(tiny_dec
     folder = tmp_path / "bundle"
     shutil.copytree(decoder_bundle(tiny_decoder), folder)
     (folder / "model.onnx.data").write_bytes((folder / "model.onnx.data").read_bytes()[:-1])
-    monkeypatch.setattr("edgetune.runtime.binding.open_session", None)
+    monkeypatch.setattr("edgetune.runtime.engine.session.open_session", None)
     with pytest.raises(BundleError, match=r"not as exported: model\.onnx\.data: expected \d+ bytes"):
         Runtime.open(folder)
 

@@ -12,9 +12,10 @@ import torch
 from runtime_helpers import decoder_manifest, encoder_manifest, peft_adapter, write_metadata
 from safetensors.torch import load_file, save_file
 
-from edgetune.errors import AdapterError
-from edgetune.runtime.adapters import PackedAdapter, lora_deltas, pack_adapter
-from edgetune.runtime.manifest import BaseInfo, Manifest
+from edgetune.core.errors import AdapterError
+from edgetune.runtime.adapters.lora import lora_deltas
+from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
+from edgetune.runtime.bundle.manifest import BaseInfo, Manifest
 
 WEIGHTS = "adapter_model.safetensors"
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -15,18 +15,18 @@ import pytest
 from head_helpers import bundle as head_bundle
 from runtime_helpers import decoder_bundle, encoder_bundle, merged_bundle
 
-from edgetune.errors import AdapterError, InputError
+from edgetune.core.errors import AdapterError, InputError
 from edgetune.runtime import Completion, Runtime
-from edgetune.runtime.prefix import BLOCK
-from edgetune.runtime.scheduler import (
+from edgetune.runtime.engine.kv_cache import BLOCK
+from edgetune.runtime.scheduler.requests import (
     Event,
     FailedEvent,
     GenerationRequest,
     QueueFull,
-    Scheduler,
     SchedulerClosed,
     TokenEvent,
 )
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 
 @pytest.fixture(scope="module")

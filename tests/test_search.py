@@ -11,21 +11,22 @@ from click.testing import CliRunner
 from export_helpers import make_adapter
 from training_helpers import intent_recipe, intent_rows, silent, write_rows
 
-from edgetune.bases import load_body, resolve_base
 from edgetune.cli.export import command
-from edgetune.errors import ExportError
+from edgetune.core.errors import ExportError
 from edgetune.export.candidates import candidates, estimated_bytes, kinds
-from edgetune.export.lower import Precision
+from edgetune.export.inputs.sources import read_source
+from edgetune.export.proof.task_metric import TaskPlan
+from edgetune.export.proof.torch_model import torch_model
 from edgetune.export.search import Found, Trial, export_smallest
 from edgetune.export.search_page import render_page, table_lines
-from edgetune.export.sources import read_source
-from edgetune.export.task import TaskPlan
-from edgetune.export.torch_side import torch_model
+from edgetune.models.fake_quantise import linear_layers
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.precision import Precision
 from edgetune.runtime import Runtime
-from edgetune.runtime.digests import verify_files
-from edgetune.runtime.manifest import read_manifest
-from edgetune.runtime.side_by_side import Latency
-from edgetune.shipped_weights import linear_layers
+from edgetune.runtime.bundle.digests import verify_files
+from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.check.latency import Latency
 from edgetune.training import run_recipe
 
 ROW = [5, 9, 30, 31, 7, 100, 12]
@@ -140,7 +141,7 @@ def test_four_bits_are_rounded_more_carefully_where_they_lie_on_no_grid(tiny_dec
 def test_a_size_is_tried_again_only_where_the_bound_is_near(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgetune.export import search
 
-    monkeypatch.setattr("edgetune.export.task.relative_loss", lambda *_, **__: 0.02)
+    monkeypatch.setattr("edgetune.export.proof.task_metric.relative_loss", lambda *_, **__: 0.02)
     monkeypatch.setattr(search, "WITHIN_REACH", 3)
     said: list[str] = []
     with pytest.raises(ExportError, match=r"2\.00% at best"):
@@ -193,7 +194,7 @@ def test_a_bound_that_nothing_keeps_is_an_error_and_leaves_nothing(run: Path, tm
     from edgetune.export import search
 
     monkeypatch.setattr(search, "_candidates", lambda *_, **__: [])
-    monkeypatch.setattr("edgetune.export.task.relative_loss", lambda *_, **__: 0.25)
+    monkeypatch.setattr("edgetune.export.proof.task_metric.relative_loss", lambda *_, **__: 0.25)
     with pytest.raises(ExportError, match=r"no precision keeps within --max-loss 0\.50% .*25\.00% at best"):
         export_smallest([("a", run)], tmp_path / "b", max_loss=0.005, threads=1)
     assert list(tmp_path.iterdir()) == []

@@ -14,16 +14,17 @@ import torch
 from export_helpers import export, make_adapter, op_counts
 from seq2seq_helpers import FAMILIES, TYPES, make_seq2seq, prompts
 
-from edgetune.adapters import load_adapter
-from edgetune.bases import load_body, resolve_base
-from edgetune.errors import EdgetuneError, ExportError, InputError
-from edgetune.export.families import SEQ2SEQ
-from edgetune.export.seq2seq_graphs import ENCODER
-from edgetune.export.situations import adapted_graph
+from edgetune.adapters.folder import load_adapter
+from edgetune.core.errors import EdgetuneError, ExportError, InputError
+from edgetune.export.graph.adapter_branch import adapted_graph
+from edgetune.export.graph.families import SEQ2SEQ
+from edgetune.export.graph.seq2seq import ENCODER
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
 from edgetune.runtime import Runtime
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.manifest import Manifest, manifest_from_dict, read_manifest
-from edgetune.runtime.seq2seq import Seq2SeqEngine
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import Manifest, manifest_from_dict, read_manifest
+from edgetune.runtime.engine.seq2seq import Seq2SeqEngine
 
 LENGTHS = (3, 29, 14)  # tokens of prompts; distances are told apart up to 12
 ANSWERS = (9, 24, 1)  # tokens of given answers
@@ -257,7 +258,7 @@ def test_what_an_export_cannot_do_is_said_before_it_begins(options: Any, message
 
 
 def test_what_is_not_there_is_refused_in_a_line(tiny: Tiny) -> None:
-    from edgetune.evaluate_subjects import BundleSubject
+    from edgetune.evaluation.forgetting.subjects import BundleSubject
     from edgetune.runtime import Scheduler
 
     with Runtime.open(tiny.bundle, threads=1) as runtime:
@@ -276,7 +277,7 @@ def test_what_is_not_there_is_refused_in_a_line(tiny: Tiny) -> None:
 
 
 def test_an_adapter_goes_into_no_gguf_file(tiny: Tiny, tmp_path: Path) -> None:
-    from edgetune.export.gguf_adapter import export_gguf_adapters
+    from edgetune.export.gguf import export_gguf_adapters
 
     with pytest.raises(ExportError, match="t5"):
         export_gguf_adapters([("a", tiny.adapter)], tmp_path / "a.gguf")

@@ -14,9 +14,9 @@ from seq2seq_helpers import make_seq2seq
 from server_helpers import Running, serve
 from test_scheduler import Listener, alone, request
 
-from edgetune.errors import InputError
+from edgetune.core.errors import InputError
 from edgetune.runtime import Runtime
-from edgetune.runtime.scheduler import Scheduler
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 TEXTS = ["Turn on the lights", "My card", "The quick brown fox jumps over the lazy dog.", "a", "please, the kitchen", "What should I do?"]
 ADAPTERS = ["a", None, "b", "a", "b", None]

@@ -13,16 +13,19 @@ from test_base_precision import rounded, stored_weights, train_and_ship
 from test_family_training import loss_and_gradients, with_adapter
 from training_helpers import action_rows, recipe, sft_recipe, silent, write_rows
 
-from edgetune.adapters import target_names
-from edgetune.bases import load_body, load_tokenizer, open_folder, resolve_base
+from edgetune.adapters.lora import target_names
 from edgetune.cli import main
-from edgetune.errors import BaseModelError, DataError, EdgetuneError, RecipeError
-from edgetune.examples import load_examples
-from edgetune.export.seq2seq_graphs import ENCODER
-from edgetune.seq2seq import answer_loss, collate_answers
-from edgetune.shipped_weights import stored_bits
-from edgetune.training.fused_lora import fused_lora
-from edgetune.training.fused_ops import fused_ops
+from edgetune.core.errors import BaseModelError, DataError, EdgetuneError, RecipeError
+from edgetune.data.batching import collate_answers
+from edgetune.data.loaders import load_examples
+from edgetune.export.graph.seq2seq import ENCODER
+from edgetune.models.base import open_folder
+from edgetune.models.fake_quantise import stored_bits
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.objectives.seq2seq import answer_loss
+from edgetune.training.fast.fused_layers import fused_ops
+from edgetune.training.fast.lora_products import fused_lora
 from edgetune.training.run import run_recipe
 
 
@@ -140,7 +143,7 @@ def test_it_trains_in_bf16(t5: Path, tmp_path: Path) -> None:
 
 
 def test_the_loss_goes_through_the_projection_in_pieces_and_its_logits_are_asked_for_only_where_there_are_labels(t5: Path, tmp_path: Path) -> None:
-    from edgetune.projection import can_fuse
+    from edgetune.objectives.projection import can_fuse
 
     model, rows = with_adapter(load_body(resolve_base(str(t5))), "text-generation"), batch(t5, tmp_path)
     assert can_fuse(model)
@@ -182,7 +185,7 @@ def test_a_long_prompt_is_refused_whatever_its_answer(t5: Path, tmp_path: Path) 
 def test_replay_and_forgetting_are_refused(t5: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from edgetune.recipe import Forgetting
+    from edgetune.recipe.schema import Forgetting
 
     with pytest.raises(RecipeError, match=r"stage\[0\]\.replay is general text"):
         run_recipe(sft_recipe(t5, tmp_path, replay={"data": "x.txt"}), out=tmp_path / "run", progress=silent())
@@ -221,8 +224,8 @@ def test_the_digest_tells_scaled_states_from_plain_ones_however_they_are_written
 
 
 def test_a_bare_base_is_asked_by_generating_only(t5: Path, tmp_path: Path) -> None:
-    from edgetune.evaluate import evaluate
-    from edgetune.evaluate_base import Prompting
+    from edgetune.evaluation.base_answers import Prompting
+    from edgetune.evaluation.evaluate import evaluate
 
     data = write_rows(tmp_path / "dev.jsonl", action_rows()[:2])
     assert evaluate(t5, data).rows == 2

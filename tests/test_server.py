@@ -15,9 +15,9 @@ from runtime_helpers import decoder_bundle
 from server_helpers import Running, in_background, serve
 
 from edgetune.runtime import Runtime
-from edgetune.runtime.scheduler import Scheduler
-from edgetune.runtime.server.models_api import model_cards
-from edgetune.runtime.server.service import ServerOptions, Service
+from edgetune.runtime.scheduler.scheduler import Scheduler
+from edgetune.runtime.server.endpoints.models import model_cards
+from edgetune.runtime.server.http.service import ServerOptions, Service
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -10,7 +10,7 @@ import pytest
 from runtime_helpers import decoder_bundle
 from server_helpers import Running, in_background, paced, serve, until
 
-from edgetune.runtime.server.service import WAITS
+from edgetune.runtime.server.http.service import WAITS
 
 PROMPT = {"prompt": "hello", "max_tokens": 6}
 

@@ -18,8 +18,8 @@ from test_providers import MISSING
 
 from edgetune.cli import main
 from edgetune.cli.serve import load_adapters, read_keys
+from edgetune.cli.top import Rates, Reading, Watch, parse, read_metrics, sparkline
 from edgetune.runtime import Runtime
-from edgetune.runtime.server.watch import Rates, Reading, Watch, parse, read_metrics, sparkline
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

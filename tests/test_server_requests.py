@@ -12,7 +12,7 @@ import pytest
 from runtime_helpers import decoder_bundle
 from server_helpers import NEVER_EOS, Running, serve
 
-from edgetune.runtime.server.sampling import settings_of
+from edgetune.runtime.server.http.requests import settings_of
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -11,7 +11,7 @@ import pytest
 from runtime_helpers import decoder_bundle, encoder_bundle
 from server_helpers import Running, serve
 
-from edgetune.runtime.server.openapi import document
+from edgetune.runtime.server.http.openapi import document
 
 hypothesis = pytest.importorskip("hypothesis")
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")

@@ -11,7 +11,7 @@ import pytest
 from runtime_helpers import decoder_bundle
 from server_helpers import Running, serve
 
-from edgetune.runtime.server.tools import CLOSING, OPENING, ToolParser, call_grammar, takes_tools
+from edgetune.runtime.server.http.tools import CLOSING, OPENING, ToolParser, call_grammar, takes_tools
 
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}answer in <tool_call></tool_call>\n{% endif %}"

@@ -13,7 +13,7 @@ from runtime_helpers import decoder_bundle
 from server_helpers import serve
 
 from edgetune.runtime import Runtime
-from edgetune.runtime.scheduler import Scheduler
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import serving

@@ -11,12 +11,12 @@ import onnx
 import pytest
 from export_helpers import decoder_feed, export, make_adapter, op_counts, plain_session
 
-from edgetune.export.situations import adapted_graph
-from edgetune.runtime import binding
-from edgetune.runtime.adapters import pack_adapter
-from edgetune.runtime.binding import SITUATIONS, BoundTensors
-from edgetune.runtime.engine import DecoderEngine
-from edgetune.runtime.manifest import read_manifest
+from edgetune.export.graph.adapter_branch import adapted_graph
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.engine import session as binding
+from edgetune.runtime.engine.engine import DecoderEngine
+from edgetune.runtime.engine.session import SITUATIONS, BoundTensors
 
 PROMPT = [5, 9, 11, 3]
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from runtime_helpers import decoder_bundle, write_metadata
 
-from edgetune.bases import resolve_base
-from edgetune.errors import InputError
+from edgetune.core.errors import InputError
+from edgetune.models.resolve import resolve_base
 from edgetune.runtime import Runtime
-from edgetune.runtime.generation import GenerationSettings, settings_from
-from edgetune.runtime.structured import PackageMissing, constraint_of
+from edgetune.runtime.generation.settings import GenerationSettings, settings_from
+from edgetune.runtime.generation.structured import PackageMissing, constraint_of
 
 SCHEMA = {
     "type": "object",
@@ -121,7 +121,8 @@ def test_an_adapter_brings_its_own_schema(runtime: Runtime, tiny_decoder: Path, 
 
 
 def test_rows_of_different_forms_share_a_batch(runtime: Runtime) -> None:
-    from edgetune.runtime.scheduler import FinishedEvent, GenerationRequest, Scheduler
+    from edgetune.runtime.scheduler.requests import FinishedEvent, GenerationRequest
+    from edgetune.runtime.scheduler.scheduler import Scheduler
 
     done: dict[int, Any] = {}
     forms: list[dict[str, Any]] = [{"schema": SCHEMA}, {"regex": "[0-9]{4}"}, {}]

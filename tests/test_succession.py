@@ -14,18 +14,18 @@ from preference_helpers import pair_recipe, prompt_recipe, tiny
 from resume_helpers import WEIGHTS, journal, stopped_at
 from training_helpers import recipe, sft_recipe, silent, write_rows
 
-from edgetune.errors import InputError, RecipeError
-from edgetune.evaluate_subjects import forgetting
-from edgetune.examples import load_examples
-from edgetune.files import sha256_file
-from edgetune.preference import collate_pairs
-from edgetune.recipe import Parameters, Recipe, Replay
-from edgetune.recipe_file import recipe_from_dict
-from edgetune.runs import load_adapted_model
+from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.errors import InputError, RecipeError
+from edgetune.core.files import sha256_file
+from edgetune.data.loaders import load_examples
+from edgetune.evaluation.forgetting.subjects import forgetting
+from edgetune.objectives.preference import collate_pairs
+from edgetune.recipe.read import recipe_from_dict
+from edgetune.recipe.schema import Parameters, Recipe, Replay
 from edgetune.training import run_recipe
-from edgetune.training.preference import measure_rewards
+from edgetune.training.context import padded_length
 from edgetune.training.replay import load_replay
-from edgetune.training.stage import padded_length
+from edgetune.training.validation import measure_rewards
 
 VOWELS = "def score(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion) / 8\n"
 TEXT = [{"text": f"The quick brown fox number {n} jumps over the lazy dog again and again."} for n in range(30)]

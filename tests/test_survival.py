@@ -10,14 +10,15 @@ import torch
 from export_helpers import export, make_adapter
 from family_helpers import make_family
 
-from edgetune.adapters import load_adapter
-from edgetune.bases import load_body, resolve_base
-from edgetune.errors import ProofError
-from edgetune.export.lower import Precision
-from edgetune.export.proof import with_survival
-from edgetune.export.survival import summary, survival
-from edgetune.quantiser import quantise
-from edgetune.shipped_weights import round_weights
+from edgetune.adapters.folder import load_adapter
+from edgetune.core.errors import ProofError
+from edgetune.export.proof.proof import with_survival
+from edgetune.export.proof.survival import summary, survival
+from edgetune.models.fake_quantise import round_weights
+from edgetune.models.load import load_body
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.blocks import quantise
+from edgetune.quantisation.precision import Precision
 
 INT4 = Precision("int4", overrides={"lm_head": "int8"})
 
@@ -80,7 +81,7 @@ def test_transposed_weights_and_whole_models_are_measured_too(tiny_decoder: Path
 
 
 def test_the_line_and_the_verdict_name_the_weakest_layer(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.export.proof import Proof
+    from edgetune.export.proof.proof import Proof
 
     proof = Proof(1, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ())
     survived = summary(survival(adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / "a")), INT4))
@@ -100,8 +101,8 @@ def test_a_packed_product_survives_as_it_is_stored(tiny_decoder: Path, tmp_path:
 
 
 def test_an_adapted_model_is_rounded_as_its_base_is(tiny_encoder: Path, tmp_path: Path) -> None:
-    from edgetune.export.sources import read_source
-    from edgetune.export.torch_side import torch_model
+    from edgetune.export.inputs.sources import read_source
+    from edgetune.export.proof.torch_model import torch_model
 
     base, plain = resolve_base(str(tiny_encoder)), load_body(resolve_base(str(tiny_encoder)))
     model = torch_model(base, read_source("a", make_adapter(tiny_encoder, tmp_path / "a")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sklearn.metrics import f1_score
 
-from edgetune.tag_metrics import entity_metrics, tag_metrics
+from edgetune.metrics.labels import entity_metrics, tag_metrics
 
 # The example of seqeval's README: one of two entities is found whole (F1 0.50), the macro mean is over MISC and PER.
 EXPECTED = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]

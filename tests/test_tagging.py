@@ -16,16 +16,18 @@ from safetensors.numpy import load_file
 from training_helpers import recipe, silent, write_rows
 from transformers import BertForTokenClassification
 
-from edgetune.bases import load_body, load_tokenizer, open_folder
-from edgetune.errors import DataError, RecipeError
-from edgetune.evaluate import evaluate
-from edgetune.examples import load_examples
-from edgetune.examples.tagging import collate_tagged
-from edgetune.recipe_file import recipe_from_dict, to_toml, tomllib
-from edgetune.token_classifier import TokenClassifier, token_classification, word_logits
-from edgetune.torch_answers import TorchAnswers
+from edgetune.core.errors import DataError, RecipeError
+from edgetune.data.loaders import load_examples
+from edgetune.data.tagging import collate_tagged
+from edgetune.evaluation.evaluate import evaluate
+from edgetune.evaluation.torch_answers import TorchAnswers
+from edgetune.models.base import open_folder
+from edgetune.models.heads import TokenClassifier
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.objectives.labels import token_classification, word_logits
+from edgetune.recipe.read import recipe_from_dict, to_toml, tomllib
 from edgetune.training import run_recipe
-from edgetune.training.tagging import word_states
+from edgetune.training.probes import word_states
 
 TAGS = ("B-room", "I-room", "O")
 

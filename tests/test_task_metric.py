@@ -13,20 +13,21 @@ from export_helpers import make_adapter
 from test_evaluate import with_an_end_token_it_can_say
 from training_helpers import intent_recipe, intent_rows, recipe, sft_recipe, silent, write_rows
 
-from edgetune.bases import load_tokenizer, resolve_base
 from edgetune.cli.export import command
 from edgetune.cli.verify import command as verify
-from edgetune.errors import DataError, InputError
-from edgetune.evaluate import evaluate
-from edgetune.examples import load_examples
+from edgetune.core.errors import DataError, InputError
+from edgetune.data.loaders import load_examples
+from edgetune.evaluation.evaluate import evaluate
 from edgetune.export.bundle import export_bundle
-from edgetune.export.lower import Precision
-from edgetune.export.sources import read_source
-from edgetune.export.task import FREE, TaskPlan, relative_loss, rows_of, task_rows
-from edgetune.export.torch_side import torch_model
-from edgetune.recipe_file import load_recipe
-from edgetune.recipe_generation import FORMS, shaping
-from edgetune.runtime.manifest import Manifest, read_manifest
+from edgetune.export.inputs.sources import read_source
+from edgetune.export.proof.task_metric import FREE, TaskPlan, relative_loss, rows_of, task_rows
+from edgetune.export.proof.torch_model import torch_model
+from edgetune.models.load import load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.precision import Precision
+from edgetune.recipe.generation import FORMS, shaping
+from edgetune.recipe.read import load_recipe
+from edgetune.runtime.bundle.manifest import Manifest, read_manifest
 from edgetune.training import run_recipe
 
 

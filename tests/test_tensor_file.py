@@ -8,8 +8,8 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from edgetune.files import sha256_file
-from edgetune.runtime.tensor_file import TensorFile
+from edgetune.core.files import sha256_file
+from edgetune.runtime.adapters.tensor_file import TensorFile
 
 SHAPES = {"b": (3, 4), "a": (2,), "scalar": (), "empty": (0, 5)}
 

@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from training_helpers import recipe, sft_recipe, silent, write_rows
 
-from edgetune.bases import load_body, load_tokenizer, open_folder
-from edgetune.batching import collate
-from edgetune.errors import DataError
-from edgetune.examples import load_examples
-from edgetune.examples.common import IGNORED
-from edgetune.examples.text import pack
-from edgetune.objectives import sft
-from edgetune.recipe import Recipe
+from edgetune.core.errors import DataError
+from edgetune.data.batching import collate
+from edgetune.data.examples import IGNORED
+from edgetune.data.loaders import load_examples
+from edgetune.data.plain_text import pack
+from edgetune.models.base import open_folder
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.objectives.language import sft
+from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
-from edgetune.training.fused_ops import fused_ops
+from edgetune.training.fast.fused_layers import fused_ops
 
 TEXTS = ["Turn on the lights.", "My card has not arrived yet: what should I do?", "The lazy dog.", "You are helpful."] * 3
 

@@ -18,21 +18,22 @@ from server_helpers import Running, serve
 from training_helpers import silent, write_rows
 from transformers import BertForSequenceClassification
 
-from edgetune.bases import load_body, load_tokenizer, open_folder
-from edgetune.batching import collate
 from edgetune.cli import main
-from edgetune.errors import AdapterError, DataError, InputError, RecipeError
-from edgetune.evaluate import evaluate
-from edgetune.examples import load_examples
-from edgetune.export.again import reprove
-from edgetune.problems import regression
-from edgetune.recipe import Recipe
-from edgetune.recipe_file import recipe_from_dict
+from edgetune.core.errors import AdapterError, DataError, InputError, RecipeError
+from edgetune.core.text import PairIds, lengths_within
+from edgetune.data.batching import collate
+from edgetune.data.loaders import load_examples
+from edgetune.evaluation.evaluate import evaluate
+from edgetune.evaluation.torch_answers import TorchAnswers
+from edgetune.export.proof.prove import reprove
+from edgetune.models.base import open_folder
+from edgetune.models.heads import build_classifier
+from edgetune.models.load import load_body, load_tokenizer
+from edgetune.objectives.labels import regression
+from edgetune.recipe.read import recipe_from_dict
+from edgetune.recipe.schema import Recipe
 from edgetune.runtime import Runtime, Scheduler, pack_adapter, read_manifest
-from edgetune.runtime.tokenizer import BundleTokenizer
-from edgetune.text_pairs import PairIds, lengths_within
-from edgetune.token_classifier import build_classifier
-from edgetune.torch_answers import TorchAnswers
+from edgetune.runtime.bundle.tokenizer import BundleTokenizer
 from edgetune.training import run_recipe
 
 WORDS = ["turn", "on", "the", "lights", "in", "kitchen", "my", "card", "has", "not", "arrived", "yet", "what", "should", "i", "do", "quick", "brown", "fox"]
@@ -104,7 +105,7 @@ def test_the_loss_of_pairs_is_transformers(tiny_encoder: Path, tmp_path: Path) -
     base = open_folder(tiny_encoder, name="tiny")
     tokenizer = load_tokenizer(base)
     examples: list[Any] = load_examples(similar_recipe(tiny_encoder, tmp_path).stage[0], tokenizer, base).train[:6]
-    from edgetune.examples.targets import collate_targets
+    from edgetune.data.labels import collate_targets
 
     batch = collate_targets(examples, tokenizer.pad_token_id)
     torch.manual_seed(0)

@@ -12,11 +12,11 @@ import pytest
 from runtime_helpers import decoder_manifest, encoder_manifest
 from transformers import AutoTokenizer
 
-from edgetune import prompts as training
-from edgetune.errors import BundleError, InputError
-from edgetune.runtime import prompts
-from edgetune.runtime.manifest import TokenizerInfo
-from edgetune.runtime.tokenizer import BundleTokenizer, Detokenizer
+from edgetune.core import templates as prompts
+from edgetune.core.errors import BundleError, InputError
+from edgetune.data import prompts as training
+from edgetune.runtime.bundle.manifest import TokenizerInfo
+from edgetune.runtime.bundle.tokenizer import BundleTokenizer, Detokenizer
 
 TEXTS = [
     "",
@@ -137,7 +137,7 @@ def test_a_row_renders_as_in_training(template: str, row: dict[str, Any]) -> Non
 def test_a_prompt_gets_the_ids_of_training(
     form: dict[str, Any], decoder_tokenizer: BundleTokenizer, tiny_decoder: Path
 ) -> None:
-    examples = pytest.importorskip("edgetune.examples")
+    examples = pytest.importorskip("edgetune.data.loaders")
     reference = AutoTokenizer.from_pretrained(tiny_decoder)
     text = "Turn on the lights"
     if form["template"] == "chat":

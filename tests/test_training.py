@@ -14,21 +14,21 @@ from peft import PeftModel
 from training_helpers import decoder_batch, intent_recipe, sft_recipe, silent, write_rows
 from transformers import AutoModelForCausalLM
 
-from edgetune.adapters import adapt, read_metadata
-from edgetune.batching import Example
-from edgetune.errors import OutputError, TrainingError
-from edgetune.files import sha256_file
-from edgetune.objectives import completion_logits
-from edgetune.recipe import Parameters
-from edgetune.recipe_file import load_recipe
-from edgetune.runs import load_adapted_model, load_run
+from edgetune.adapters.folder import read_metadata
+from edgetune.adapters.lora import adapt
+from edgetune.adapters.runs import load_adapted_model, load_run
+from edgetune.core.errors import OutputError, TrainingError
+from edgetune.core.files import sha256_file
+from edgetune.data.batching import Example
+from edgetune.models.torch_device import choose_precision, hold_frozen_linears_in_bf16
+from edgetune.objectives.language import completion_logits
+from edgetune.recipe.read import load_recipe
+from edgetune.recipe.schema import Parameters
 from edgetune.training import run_recipe
+from edgetune.training.context import Batching
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
-from edgetune.training.loop import total_steps, train_stage
-from edgetune.training.optimizer import build_optimizer, warmup_cosine
-from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
-from edgetune.training.stage import Batching
+from edgetune.training.loop import build_optimizer, total_steps, train_stage, warmup_cosine
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -172,7 +172,7 @@ def test_accumulated_parts_give_the_same_adapter_as_one_pass(
 ) -> None:
     recipe = sft_recipe(tiny_decoder, tmp_path, max_steps=1)
     run_recipe(recipe, out=tmp_path / "whole", progress=silent())
-    monkeypatch.setattr("edgetune.training.stage.MAX_TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr("edgetune.training.context.MAX_TOKENS_AT_ONCE", 64)
     run_recipe(recipe, out=tmp_path / "parts", progress=silent())
     whole, parts = (json.loads((tmp_path / n / "metrics.jsonl").open().readline()) for n in ("whole", "parts"))
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
@@ -180,9 +180,10 @@ def test_accumulated_parts_give_the_same_adapter_as_one_pass(
 
 
 def test_frozen_weights_stay_as_they_were(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.bases import load_tokenizer, open_folder
-    from edgetune.examples import load_examples
-    from edgetune.objectives import sft
+    from edgetune.data.loaders import load_examples
+    from edgetune.models.base import open_folder
+    from edgetune.models.load import load_tokenizer
+    from edgetune.objectives.language import sft
 
     base, stage = open_folder(tiny_decoder, name="tiny"), sft_recipe(tiny_decoder, tmp_path).stage[0]
     examples: list[Example] = list(load_examples(stage, load_tokenizer(base), base).train)
@@ -252,7 +253,7 @@ def test_training_without_validation_rows_measures_its_effect_on_training_rows(t
 
 
 def test_a_bad_row_stops_before_anything_is_written(tiny_encoder: Path, tmp_path: Path) -> None:
-    from edgetune.errors import DataError
+    from edgetune.core.errors import DataError
 
     recipe = intent_recipe(tiny_encoder, tmp_path)
     write_rows(tmp_path / "intents-dev.jsonl", [{"text": "hello", "label": "unseen"}])

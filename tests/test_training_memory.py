@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from edgetune.training import memory
-from edgetune.training.memory import freed_memory_kept
+from edgetune.training.fast import memory
+from edgetune.training.fast.memory import freed_memory_kept
 
 FAULTS = """
 import resource
 import torch
-from edgetune.training.memory import freed_memory_kept
+from edgetune.training.fast.memory import freed_memory_kept
 
 def faults_of_a_second_allocation():
     torch.ones(4 << 20)

@@ -9,7 +9,8 @@ import pytest
 from runtime_helpers import decoder_bundle
 
 from edgetune.runtime import Runtime
-from edgetune.runtime.scheduler import Event, FinishedEvent, GenerationRequest, Scheduler
+from edgetune.runtime.scheduler.requests import Event, FinishedEvent, GenerationRequest
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 CHUNK = 32
 

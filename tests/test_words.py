@@ -9,7 +9,7 @@ import conftest
 import pytest
 from tokenizers import pre_tokenizers, processors
 
-from edgetune.words import Entity, entities, first_subwords, has_entities, join_words, split_words
+from edgetune.core.text import Entity, entities, first_subwords, has_entities, join_words, split_words
 
 SENTENCES = [
     ["Turn", "on", "the", "kitchen", "lights", "!"],

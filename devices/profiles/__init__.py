@@ -1,1 +1,2 @@
 """One TOML a device."""
+

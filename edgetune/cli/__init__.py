@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from edgetune import __version__
-from edgetune.errors import EdgetuneError, ProofError
+from edgetune.core.errors import EdgetuneError, ProofError
 
 COMMANDS = {
     "quickstart": "The whole road on embedded data: train, export, prove, check, predict.",

@@ -8,12 +8,13 @@ from xml.etree import ElementTree
 
 import click
 
-from edgetune.cli.providers import chosen_providers, provider_option
+from edgetune.cli.options import chosen_providers, provider_option
 
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
-    from edgetune.runtime.latency import Workload
-    from edgetune.runtime.verdict import Speed, Verdict
+    from edgetune.runtime.check.latency import Workload
+    from edgetune.runtime.check.verdict import Speed, Verdict
+
 
 EXIT = {"ok": 0, "over": 1, "noisy": 3}
 WORDS = {"ok": "ok", "over": "OVER", "noisy": "too noisy to tell"}
@@ -69,11 +70,11 @@ def command(
     Exit 0: within the budget; 1: a limit is exceeded; 3: too noisy to tell. Without --adapter every adapter of the
     bundle is measured. For another device than the host, times are estimates and say so.
     """
+    from edgetune.core.errors import AdapterError, DeviceError
     from edgetune.devices import load_device, parse_budget
-    from edgetune.errors import AdapterError, DeviceError
-    from edgetune.runtime.latency import Workload, host_speed, measure
-    from edgetune.runtime.manifest import read_manifest
-    from edgetune.runtime.verdict import judge, overall
+    from edgetune.runtime.bundle.manifest import read_manifest
+    from edgetune.runtime.check.latency import Workload, host_speed, measure
+    from edgetune.runtime.check.verdict import judge, overall
 
     manifest = read_manifest(bundle)
     device = load_device(device_name)
@@ -101,7 +102,7 @@ def command(
     _print(measured, verdicts, device, speed, state=state)
     document = _document(workload, measured, verdicts, device, speed, budget=budget, state=state)
     if json_file is not None:
-        from edgetune.files import write_json
+        from edgetune.core.files import write_json
 
         write_json(json_file, document)
     if junit is not None:
@@ -127,7 +128,7 @@ def _print(
     click.echo(f"load {measured['load_ms']:.0f} ms" + (f"; adapters from disk: {loads} ms" if loads else ""))
     click.echo(f"peak memory {measured['peak_rss_mb']:.0f} MB; bundle {measured['bundle_mb']:.1f} MB\n")
     if speed is not None:
-        from edgetune.runtime.verdict import FORMULA
+        from edgetune.runtime.check.verdict import FORMULA
 
         click.echo(
             f"The measurements are of this machine ({speed.gflops:.0f} GFLOP/s, {speed.gb_s:.0f} GB/s), not of"
@@ -167,7 +168,7 @@ def _document(
 
     from edgetune import __version__
     from edgetune.devices import probe_host
-    from edgetune.runtime.verdict import FORMULA
+    from edgetune.runtime.check.verdict import FORMULA
 
     estimated = speed is not None
     host = probe_host() | ({} if speed is None else asdict(speed))
@@ -189,7 +190,7 @@ def _document(
 
 def _write_junit(path: Path, bundle: Path, device: Device, verdicts: list[Verdict]) -> None:
     """One test case a limit; an exceeded one fails, an undecided one is skipped."""
-    from edgetune.files import write_text
+    from edgetune.core.files import write_text
 
     failures = sum(v.state == "over" for v in verdicts)
     skipped = sum(v.state == "noisy" for v in verdicts)

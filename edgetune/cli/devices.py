@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edgetune.devices.loader import Device
 
 
+
 @click.command("devices")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -41,7 +42,7 @@ def _list(devices: list[Device], *, as_json: bool) -> None:
 
 def _available() -> str:
     """The execution providers that can be asked for here."""
-    from edgetune.runtime.providers import available
+    from edgetune.runtime.engine.providers import available
 
     return f"execution providers {', '.join(available())} (--provider)"
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgetune.runtime.bundle_diff import Change, Difference, ReadGraph
-    from edgetune.runtime.side_by_side import Latency
+    from edgetune.runtime.bundle.diff import Change, Difference, ReadGraph
+    from edgetune.runtime.check.latency import Latency
+
 
 WIDTH = 44  # characters of a value
 
@@ -28,8 +29,8 @@ def command(bundle_a: Path, bundle_b: Path, latency: bool, rounds: int, threads:
     Exit 0: nothing differs that an engine reads (base, precision, graph, weights, tokenizer, adapters); 1: something does.
     Measured figures, reports and versions are listed, but do not count. Nodes are compared where onnx is installed.
     """
-    from edgetune.files import write_json
-    from edgetune.runtime.bundle_diff import diff
+    from edgetune.core.files import write_json
+    from edgetune.runtime.bundle.diff import diff
 
     found = diff(bundle_a, bundle_b, read_graph=_reader())
     document: dict[str, Any] = found.to_dict()
@@ -50,7 +51,7 @@ def _reader() -> ReadGraph | None:
     """What opens graph files, where onnx is installed."""
     if any(importlib.util.find_spec(package) is None for package in ("onnx", "onnx_ir")):
         return None
-    from edgetune.export.nodes import read_graph
+    from edgetune.export.graph.onnx_file import read_graph
 
     return read_graph
 
@@ -101,9 +102,8 @@ def _verdict(found: Difference) -> str:
 
 def _measure(a: Path, b: Path, *, rounds: int, threads: int | None) -> dict[str, Latency]:
     """Both with the first adapter that they share, else without."""
-    from edgetune.runtime.latency import Workload
-    from edgetune.runtime.manifest import read_manifest
-    from edgetune.runtime.side_by_side import side_by_side
+    from edgetune.runtime.bundle.manifest import read_manifest
+    from edgetune.runtime.check.latency import Workload, side_by_side
 
     manifests = [read_manifest(folder) for folder in (a, b)]
     others = {entry.name for entry in manifests[1].adapters}

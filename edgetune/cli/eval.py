@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.providers import provider_option
-from edgetune.errors import InputError
+from edgetune.cli.options import provider_option
+from edgetune.core.errors import InputError
 
 if TYPE_CHECKING:
-    from edgetune.evaluate_base import Prompting
+    from edgetune.evaluation.base_answers import Prompting
+
 
 
 @click.command()
@@ -38,7 +39,7 @@ def command(
     forgetting: bool, general: Path | None, limit: int | None, providers: tuple[str, ...], **asked: Any,
 ) -> None:  # fmt: skip
     """Measure a run or a base (in torch) or a bundle (in the runtime) on a data file, or what training forgot."""
-    from edgetune.files import write_json
+    from edgetune.core.files import write_json
 
     if data is None and not forgetting:
         raise InputError("nothing to measure", expected="--data FILE, or --forgetting, or both")
@@ -46,7 +47,7 @@ def command(
     if data is not None:
         found = _measure(folder, data, adapter, skip_invalid, _prompting(asked), providers)
     if forgetting:
-        from edgetune.evaluate_subjects import forgetting as measure_forgetting
+        from edgetune.evaluation.forgetting.subjects import forgetting as measure_forgetting
 
         place = general or _general()
         results = measure_forgetting(folder, place, adapter=adapter, limit=limit, providers=providers, say=click.echo)
@@ -57,7 +58,7 @@ def command(
 
 def _prompting(asked: dict[str, Any]) -> Prompting | None:
     """How a base is asked; None when no such option is given."""
-    from edgetune.evaluate_base import Prompting
+    from edgetune.evaluation.base_answers import Prompting
 
     how = Prompting(**asked)
     return None if how == Prompting() else how
@@ -73,8 +74,8 @@ def _general() -> Path:
 def _measure(
     folder: Path, data: Path, adapter: str | None, skip_invalid: bool, how: Prompting | None, providers: tuple[str, ...]
 ) -> dict[str, Any]:
-    from edgetune.evaluate import evaluate
-    from edgetune.intervals import headline
+    from edgetune.evaluation.evaluate import evaluate
+    from edgetune.metrics.statistics import headline
 
     live = sys.stderr.isatty()
 

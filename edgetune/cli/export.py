@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from edgetune.errors import ExportError
+from edgetune.core.errors import ExportError
 
 BLOCK_SIZE = 32
 
@@ -44,11 +44,10 @@ def command(
         _gguf(adapters, out, base_name)
         return
     from edgetune.export.bundle import export_bundle
-    from edgetune.export.combine import FORM, resolve_sums
-    from edgetune.export.lower import BITS, Precision
-    from edgetune.export.reference import precision_trained_for
-    from edgetune.export.task import TaskPlan
-    from edgetune.weight_precision import FLOATS
+    from edgetune.export.inputs.combine import FORM, resolve_sums
+    from edgetune.export.proof.task_metric import TaskPlan
+    from edgetune.export.proof.torch_model import precision_trained_for
+    from edgetune.quantisation.precision import BITS, FLOATS, Precision
 
     overrides = dict(_pair(text, "--keep", "MODULE=PRECISION") for text in keep)
     for value in overrides.values():
@@ -98,7 +97,7 @@ def _smallest(sources: Sequence[tuple[str, Path]], out: Path, max_loss: str | No
 
 def _cost(general: Path | None, items: int | None) -> Any:
     """On what the precision's cost is taken; None, with a line where nobody asked for that, where the sets are not known."""
-    from edgetune.export.cost import CostPlan
+    from edgetune.export.proof.cost import CostPlan
 
     root = os.environ.get("EDGETUNE_DATASETS")
     if items == 0:
@@ -125,8 +124,8 @@ OF_BUNDLES = ("mode", "precision", "max_loss", "block_size", "asymmetric", "acti
 
 def _gguf(adapters: tuple[str, ...], out: Path, base_name: str | None) -> None:
     """Adapters as GGUF files; what says how a bundle's base is stored would silently do nothing here."""
-    from edgetune.export.combine import FORM, resolve_sums
-    from edgetune.export.gguf_adapter import export_gguf_adapters
+    from edgetune.export.gguf import export_gguf_adapters
+    from edgetune.export.inputs.combine import FORM, resolve_sums
 
     context = click.get_current_context()
     if given := [name for name in OF_BUNDLES if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]:

@@ -13,7 +13,8 @@ def command(names: tuple[str, ...], fetch_all: bool) -> None:
 
     A base may also be a local folder, a .gguf file (or folder#file.gguf), or a hub id.
     """
-    from edgetune.bases import BUILTINS, resolve_base
+    from edgetune.models.builtin import BUILTINS
+    from edgetune.models.resolve import resolve_base
 
     if not names and not fetch_all:
         _list()
@@ -25,7 +26,7 @@ def command(names: tuple[str, ...], fetch_all: bool) -> None:
 
 
 def _list() -> None:
-    from edgetune.bases import BUILTINS, is_cached
+    from edgetune.models.builtin import BUILTINS, is_cached
 
     for builtin in BUILTINS.values():
         click.echo(f"{builtin.name}  [{'in the cache' if is_cached(builtin) else 'not fetched'}]")

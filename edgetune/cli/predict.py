@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.providers import chosen_providers, device_option, provider_option
+from edgetune.cli.options import chosen_providers, device_option, provider_option
 
 if TYPE_CHECKING:
-    from edgetune.runtime.runtime import Runtime
+    from edgetune.runtime.tasks.runtime import Runtime
+
 
 
 @click.command("predict")
@@ -71,7 +72,7 @@ def command(
         raise click.UsageError("give one TEXT, or --input FILE with --output FILE")
     if (source is None) != (output is None):
         raise click.UsageError("--input and --output belong together")
-    from edgetune.runtime.runtime import Runtime
+    from edgetune.runtime.tasks.runtime import Runtime
 
     settings |= {"stop": stop or None, "schema": _text_of(schema), "grammar": _text_of(grammar)}
     chosen = chosen_providers(providers, device_name)
@@ -164,7 +165,7 @@ def _answer_file(
     truncate: bool,
     settings: dict[str, Any],
 ) -> None:
-    from edgetune.runtime.rows import answer_rows, read_rows, requests_of, write_rows
+    from edgetune.runtime.tasks.prediction_file import answer_rows, read_rows, requests_of, write_rows
 
     rows = read_rows(source)
     requests = requests_of(runtime, rows, path=str(source), adapter=adapter, truncate=truncate)

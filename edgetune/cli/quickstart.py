@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.waiting import wait_briefly
+from edgetune.cli.options import wait_briefly
 
 if TYPE_CHECKING:
     from edgetune.quickstart.outcome import Outcome
+
 
 
 @click.command("quickstart")

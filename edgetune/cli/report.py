@@ -12,8 +12,8 @@ import click
 @click.option("--out", default="comparison.html", show_default=True, type=click.Path(path_type=Path), help="The page.")
 def command(runs: tuple[Path, ...], out: Path) -> None:
     """Compare finished runs on one page: results, speed, memory, loss curves, and the settings that differ."""
-    from edgetune.comparison import read_runs, render_comparison
-    from edgetune.files import write_text
+    from edgetune.core.files import write_text
+    from edgetune.report.comparison import read_runs, render_comparison
 
     found = read_runs(runs)
     write_text(out, render_comparison(found))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.providers import chosen_providers, device_option, provider_option
+from edgetune.cli.options import chosen_providers, device_option, provider_option
 
 if TYPE_CHECKING:
-    from edgetune.runtime.runtime import Runtime
+    from edgetune.runtime.tasks.runtime import Runtime
+
 
 KEYS = "EDGETUNE_API_KEYS"
 
@@ -144,11 +145,11 @@ def command(
     under way finish.
     """
     from edgetune.devices.host import share_memory_between_threads
-    from edgetune.runtime.runtime import Runtime
-    from edgetune.runtime.scheduler import Scheduler
-    from edgetune.runtime.server.logs import set_up_logging
-    from edgetune.runtime.server.run import DrainingServer, hosts_of, listen
-    from edgetune.runtime.server.service import ServerOptions, Service
+    from edgetune.runtime.scheduler.scheduler import Scheduler
+    from edgetune.runtime.server.http.logs import set_up_logging
+    from edgetune.runtime.server.http.service import ServerOptions, Service
+    from edgetune.runtime.server.listen import DrainingServer, hosts_of, listen
+    from edgetune.runtime.tasks.runtime import Runtime
 
     named = [_named(text) for text in adapters]
     options = ServerOptions(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgetune.cli.waiting import wait_briefly
+from edgetune.cli.options import wait_briefly
 
 
 @click.command()
@@ -22,14 +22,14 @@ from edgetune.cli.waiting import wait_briefly
 @click.option("--resume", is_flag=True, help="Continue an unfinished run of this recipe from its newest checkpoint.")
 def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool) -> None:
     """Train an adapter as RECIPE (a .toml file) says and write the run folder."""
-    from edgetune.recipe_file import load_recipe
+    from edgetune.recipe.read import load_recipe
 
     settings = load_recipe(recipe, overrides)  # before torch is imported: a typing error shows at once
 
     wait_briefly()
-    from edgetune.intervals import headline
+    from edgetune.metrics.statistics import headline
     from edgetune.training import run_recipe
-    from edgetune.training.distributed import launched
+    from edgetune.training.parallel.distributed import launched
 
     summary = run_recipe(settings, out=out, resume=resume)
     if not launched().leads:

@@ -15,16 +15,16 @@ import click
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
 def command(bundle: Path, parity: bool, task_data: Path | None, task_rows: int | None, threads: int | None) -> int:
     """Check that a bundle is what was exported. Exit 1 when anything differs."""
-    from edgetune.errors import InputError
-    from edgetune.runtime.digests import verify_files
-    from edgetune.runtime.manifest import read_manifest
+    from edgetune.core.errors import InputError
+    from edgetune.runtime.bundle.digests import verify_files
+    from edgetune.runtime.bundle.manifest import read_manifest
 
     if task_data is not None and not parity:
         raise InputError("--task-data needs torch and the base model", fix="Add --parity, or use `edgetune eval` for the bundle alone.")
     if task_rows is not None and task_data is None:
         raise InputError("--task-rows says how many rows of --task-data", fix="Add --task-data FILE: a bundle does not carry its recipe's rows.")
     if task_data is not None:
-        from edgetune.data import read_rows
+        from edgetune.data.rows import read_rows
 
         read_rows(task_data)  # before the proof takes its time
     manifest = read_manifest(bundle)
@@ -41,8 +41,8 @@ def command(bundle: Path, parity: bool, task_data: Path | None, task_rows: int |
 
 
 def _parity(bundle: Path, threads: int | None) -> int:
-    from edgetune.export.again import reprove
-    from edgetune.runtime.manifest import read_manifest
+    from edgetune.export.proof.prove import reprove
+    from edgetune.runtime.bundle.manifest import read_manifest
 
     failed = False
     for name, proof in reprove(bundle, read_manifest(bundle), threads=threads).items():
@@ -52,8 +52,8 @@ def _parity(bundle: Path, threads: int | None) -> int:
 
 
 def _task(bundle: Path, data: Path, rows: int | None, threads: int | None) -> None:
-    from edgetune.export.again import remeasure
-    from edgetune.export.task import TaskPlan
-    from edgetune.runtime.manifest import read_manifest
+    from edgetune.export.proof.prove import remeasure
+    from edgetune.export.proof.task_metric import TaskPlan
+    from edgetune.runtime.bundle.manifest import read_manifest
 
     remeasure(bundle, read_manifest(bundle), TaskPlan(rows, data), threads=threads, say=click.echo)

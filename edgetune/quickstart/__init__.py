@@ -1,1 +1,2 @@
 """The quickstart: the whole road on embedded data and the two built-in bases."""
+

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from edgetune.data import Row
-from edgetune.prompts import render
-from edgetune.torch_answers import TorchAnswers
-from edgetune.training.measure import adapter_off
+from edgetune.adapters.lora import adapter_off
+from edgetune.data.prompts import render
+from edgetune.data.rows import Row
+from edgetune.evaluation.torch_answers import TorchAnswers
 
 
 class FewShotBase:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from edgetune.progress import duration
+from edgetune.core.progress import duration
 
 
 @dataclass(frozen=True)

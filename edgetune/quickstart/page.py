@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from edgetune.charts import Series, line_chart
-from edgetune.progress import duration
-from edgetune.quickstart.bars import Bar, bar_chart
+from edgetune.core.progress import duration
 from edgetune.quickstart.outcome import HEAD, AdapterOutcome, Outcome, counted, percent, table
-from edgetune.report import STYLE
+from edgetune.report.charts import Bar, Series, bar_chart, line_chart
+from edgetune.report.html import STYLE
 
 MORE_STYLE = """
 .name { fill: var(--ink); font-size: 13px; font-weight: 600; } .value { fill: var(--ink); font-size: 12px; }
@@ -174,5 +173,3 @@ def _raw_table(head: Cells, rows: Iterable[Cells], *, kind: str = "") -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from edgetune.recipe import Recipe
-from edgetune.recipe_file import load_recipe
+from edgetune.recipe.read import load_recipe
+from edgetune.recipe.schema import Recipe
 
 DATA = "edgetune.quickstart.data"
 SMOLLM2, MINILM = "builtin:smollm2-135m-instruct", "builtin:minilm-l6"

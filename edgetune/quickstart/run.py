@@ -13,34 +13,34 @@ from typing import Any, TextIO
 
 import torch
 
-from edgetune.bases import resolve_base
-from edgetune.data import read_rows
+from edgetune.core.errors import OutputError
+from edgetune.core.files import output_errors, write_json, write_text
+from edgetune.core.layout import JOURNAL
+from edgetune.core.progress import Progress
+from edgetune.data.rows import read_rows
 from edgetune.devices import load_device
-from edgetune.errors import OutputError
-from edgetune.evaluate import BundleAnswers, measure
+from edgetune.evaluation.answers import BundleAnswers
+from edgetune.evaluation.evaluate import measure
+from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.export.bundle import export_bundle
-from edgetune.export.lower import Precision
-from edgetune.export.task import TaskPlan
-from edgetune.files import output_errors, write_json, write_text
-from edgetune.layout import JOURNAL
-from edgetune.progress import Progress
+from edgetune.export.proof.task_metric import TaskPlan
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.precision import Precision
 from edgetune.quickstart.fewshot import FewShotBase, spread
 from edgetune.quickstart.outcome import AdapterOutcome, Call, Outcome, ShipmentOutcome, Step, counted, percent
 from edgetune.quickstart.page import render_page
 from edgetune.quickstart.plan import Plan, Shipment, Task
 from edgetune.runtime import Runtime
-from edgetune.runtime.latency import Workload, host_speed
-from edgetune.runtime.latency import measure as measure_latency
-from edgetune.runtime.manifest import Manifest
-from edgetune.runtime.verdict import judge, overall
-from edgetune.torch_answers import TorchAnswers
+from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.check.latency import Workload, host_speed
+from edgetune.runtime.check.latency import measure as measure_latency
+from edgetune.runtime.check.verdict import judge, overall
 from edgetune.training import RunSummary, run_recipe
 from edgetune.training.summary import peak_rss_mb
 
 RUNS, BUNDLES, REPORT, RESULTS = "runs", "bundles", "report.html", "results.json"
 ENCODER_TOKENS = 32  # of a request in the latency check, as the profiles' budgets say
 PROBE = "frozen encoder + logistic regression"
-
 Scores = tuple[str, int, str, float, float]  # metric, rows, what the base's is, the base's, torch's
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.errors import DataError, EdgetuneError, OutputError, RecipeError, TrainingError
-from edgetune.files import PARTIAL, clear_interrupted, output_errors, whole_file
-from edgetune.layout import CHECKPOINTS
-from edgetune.recipe import Recipe
-from edgetune.settings import flat, toml_value
+from edgetune.core.errors import DataError, EdgetuneError, OutputError, RecipeError, TrainingError
+from edgetune.core.files import PARTIAL, clear_interrupted, output_errors, whole_file
+from edgetune.core.layout import CHECKPOINTS
+from edgetune.core.settings import flat, toml_value
+from edgetune.recipe.schema import Recipe
 from edgetune.training.learner import Learned
 
 SCHEMA = 2

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgetune.bases import Base, load_tokenizer, resolve_base
-from edgetune.examples import ExampleSet, load_examples
-from edgetune.quantiser import ROUNDING
-from edgetune.recipe import Recipe
-from edgetune.seq2seq import KIND as SEQ2SEQ
-from edgetune.seq2seq import check_recipe
+from edgetune.adapters.warm_start import StartAdapter, read_start
+from edgetune.data.examples import ExampleSet
+from edgetune.data.loaders import load_examples
+from edgetune.models.base import Base
+from edgetune.models.load import load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.quantisation.blocks import ROUNDING
+from edgetune.quantisation.precision import shipped_precision
+from edgetune.recipe.checks import KIND as SEQ2SEQ
+from edgetune.recipe.checks import check_recipe
+from edgetune.recipe.schema import Recipe
 from edgetune.training.checkpoint import origin_of
-from edgetune.training.continuing import StartAdapter, read_start
 from edgetune.training.methods import method_of
+from edgetune.training.reinforcement.rewards import reward_digests
 from edgetune.training.replay import ReplayText, load_replay
-from edgetune.training.rewards import reward_digests
-from edgetune.weight_precision import shipped_precision
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune.intervals import headline
-from edgetune.progress import Progress
+from edgetune.core.progress import Progress
+from edgetune.metrics.statistics import headline
 from edgetune.training.checkpoint import Position
-from edgetune.training.curves import Curves, open_curves
 from edgetune.training.learner import Learned
 
 LOGGED_STEPS = 200  # about this many lines of a stage go to the journal
@@ -106,3 +105,34 @@ class StageLog:
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """The records of a finished run."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+NOT_A_CURVE = ("kind", "stage", "step")
+
+
+class Curves:
+    """Writes every number of a record as a point; a stage's steps are its own, so its curves are called `stage0/…`."""
+
+    def __init__(self, folder: Path, writer: Any) -> None:
+        self.folder, self.writer = folder, writer
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add a record of the journal: `{"kind", "stage", "step"}` and numbers."""
+        for name, value in record.items():
+            if name not in NOT_A_CURVE and isinstance(value, (int, float)):
+                self.writer.add_scalar(f"stage{record['stage']}/{record['kind']}/{name}", value, record["step"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.writer.close()
+
+
+def open_curves(folder: Path) -> Curves | None:
+    """Curves in an empty `folder`; None where TensorBoard is not installed, or too old for torch."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined,unused-ignore]
+    except ImportError:
+        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    return Curves(folder, SummaryWriter(str(folder)))  # type: ignore[no-untyped-call,unused-ignore]

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.batching import Batch
-from edgetune.objectives import Objective
-from edgetune.training.computing import computing
-from edgetune.training.device import device_of, to_device
-from edgetune.training.distributed import Group
-from edgetune.training.precision import Precision, autocast
-from edgetune.training.shares import Shares, Stateful, norm_of
+from edgetune.data.batching import Batch
+from edgetune.models.torch_device import Precision, autocast, device_of, to_device
+from edgetune.objectives.language import Objective
+from edgetune.training.fast.memory import computing
+from edgetune.training.parallel.distributed import Group
+from edgetune.training.parallel.shards import Shares, Stateful, norm_of
 
 ALONE = Group()
 

@@ -12,20 +12,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
-from edgetune.batching import Example, steps, steps_per_epoch
-from edgetune.errors import TrainingError
-from edgetune.objectives import Objective
-from edgetune.recipe import Stage
+from edgetune.core.errors import TrainingError
+from edgetune.data.batching import Example, steps, steps_per_epoch
+from edgetune.models.heads import HEADS, unwrapped
+from edgetune.models.masked_lm import head_parameters
+from edgetune.objectives.language import Objective
+from edgetune.recipe.schema import Stage
 from edgetune.training.checkpoint import Position, State
+from edgetune.training.context import Batching, Experience
+from edgetune.training.fast.memory import freed_memory_kept
 from edgetune.training.journal import StageLog
 from edgetune.training.learner import Learner
-from edgetune.training.memory import freed_memory_kept
-from edgetune.training.optimizer import build_optimizer, set_learning_rate, warmup_cosine
+from edgetune.training.parallel.shards import Stateful
 from edgetune.training.replay import ReplayText
-from edgetune.training.shares import Stateful
-from edgetune.training.stage import Batching, Experience
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
 Save = Callable[[Position, Stateful], None]
@@ -127,3 +129,51 @@ def _check_finite(values: Mapping[str, float], step: int, rows: Sequence[int]) -
             f"the {what} became {value} at step {step}, on rows {shown} of the training file",
             fix='Look at these rows; a lower learning_rate or precision = "fp32" usually helps.',
         )
+
+
+def build_optimizer(
+    model: nn.Module, *, learning_rate: float, head_learning_rate: float | None, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over the weights that learn; no decay on vectors (biases, norms, DoRA magnitudes) nor on the head.
+
+    Each group remembers its peak rate as `peak`, which the schedule scales.
+    """
+    heads = _head_ids(model)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        in_head = not set(HEADS).isdisjoint(name.split(".")) or id(parameter) in heads
+        peak = head_learning_rate if in_head and head_learning_rate is not None else learning_rate
+        decay = weight_decay if parameter.ndim >= 2 and not in_head else 0.0
+        groups.setdefault((peak, decay), []).append(parameter)
+    if not groups:
+        raise TrainingError("no weight of this model learns", fix="Choose other target_modules.")
+    return torch.optim.AdamW(
+        [
+            {"params": params, "lr": peak, "peak": peak, "weight_decay": decay}
+            for (peak, decay), params in groups.items()
+        ],
+        fused=True,
+    )
+
+
+def _head_ids(model: nn.Module) -> set[int]:
+    """The weights of a masked-lm head, which every architecture names differently."""
+    inner = unwrapped(model)
+    return {id(p) for p in head_parameters(inner)} if type(inner).__name__.endswith("ForMaskedLM") else set()
+
+
+def warmup_cosine(step: int, total: int, *, warmup_ratio: float) -> float:
+    """Factor on the peak learning rate at `step` = 0 … total - 1: linear up to 1, then half a cosine towards 0."""
+    warmup = math.ceil(warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Scale every group to `factor` of its peak; returns the first group's rate, for the log."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak"]
+    return float(optimizer.param_groups[0]["lr"])

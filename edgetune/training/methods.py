@@ -6,30 +6,25 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgetune.bases import Base
-from edgetune.batching import collate
-from edgetune.examples.tagging import collate_tagged
-from edgetune.examples.targets import collate_targets
-from edgetune.objectives import Objective, masked_lm, sequence_classification, sft
-from edgetune.policy import grpo
-from edgetune.preference import bradley_terry, collate_pairs, dpo
-from edgetune.problems import decisions, multi_label, regression, values
-from edgetune.recipe import Stage
-from edgetune.seq2seq import KIND as SEQ2SEQ
-from edgetune.seq2seq import answer_logits, answer_loss, both_lengths, collate_answers
-from edgetune.token_classifier import token_classification, word_logits
-from edgetune.training.grpo import check_grpo, collate_prompts, first_tokens, prepare_grpo
-from edgetune.training.measure import (
-    Logits,
-    classes,
-    masked_tokens,
-    measure_classes,
-    measure_completions,
-    next_tokens,
+from edgetune.data.batching import both_lengths, collate, collate_answers
+from edgetune.data.labels import collate_targets
+from edgetune.data.tagging import collate_tagged
+from edgetune.models.base import Base
+from edgetune.objectives.grpo import grpo
+from edgetune.objectives.labels import (
+    decisions,
+    multi_label,
+    regression,
+    token_classification,
+    values,
+    word_logits,
 )
-from edgetune.training.preference import measure_policy, measure_rewards, preferences, prepare_dpo
-from edgetune.training.problems import measure_label_sets, measure_values
-from edgetune.training.stage import (
+from edgetune.objectives.language import Objective, masked_lm, sequence_classification, sft
+from edgetune.objectives.preference import bradley_terry, collate_pairs, dpo
+from edgetune.objectives.seq2seq import answer_logits, answer_loss
+from edgetune.recipe.checks import KIND as SEQ2SEQ
+from edgetune.recipe.schema import Stage
+from edgetune.training.context import (
     Collate,
     Length,
     Measure,
@@ -38,7 +33,22 @@ from edgetune.training.stage import (
     padded_length,
     tokens_of,
 )
-from edgetune.training.tagging import prepare_tagging
+from edgetune.training.dpo_stage import prepare_dpo
+from edgetune.training.grpo_stage import check_grpo, collate_prompts, first_tokens, prepare_grpo
+from edgetune.training.validation import (
+    Logits,
+    classes,
+    masked_tokens,
+    measure_classes,
+    measure_completions,
+    measure_label_sets,
+    measure_policy,
+    measure_rewards,
+    measure_values,
+    next_tokens,
+    preferences,
+    prepare_tagging,
+)
 
 
 @dataclass(frozen=True)
@@ -105,8 +115,6 @@ METHODS = {
         check=check_grpo,
     ),
 }
-
-
 # What sft means to an encoder-decoder; no other method fits one.
 ANSWERS = Method(
     objective=lambda stage: answer_loss,

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune.batching import Batch, Example, collate, steps_per_epoch
-from edgetune.data import read_rows
-from edgetune.errors import DataError, TrainingError
-from edgetune.examples.text import encode_documents, pack, text_rows
-from edgetune.objectives import sft
-from edgetune.prompts import PromptFormat, row_template
-from edgetune.recipe import Stage
+from edgetune.core.errors import DataError, TrainingError
+from edgetune.data.batching import Batch, Example, collate, steps_per_epoch
+from edgetune.data.plain_text import encode_documents, pack, text_rows
+from edgetune.data.prompts import PromptFormat, row_template
+from edgetune.data.rows import read_rows
+from edgetune.objectives.language import sft
+from edgetune.recipe.schema import Stage
+from edgetune.training.context import Length, tokens_of
 from edgetune.training.learner import Learned, Learner
-from edgetune.training.stage import Length, tokens_of
 
 SHORTEST = 32  # tokens of a sequence; below, a step would see too little context to learn from
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from edgetune.errors import RecipeError
-from edgetune.layout import RECIPE, SUMMARY
-from edgetune.progress import Progress
-from edgetune.recipe import Recipe
-from edgetune.recipe_file import load_recipe
+from edgetune.core.errors import RecipeError
+from edgetune.core.layout import RECIPE, SUMMARY
+from edgetune.core.progress import Progress
+from edgetune.models.torch_device import device_of, rng_state, set_rng_state
+from edgetune.recipe.read import load_recipe
+from edgetune.recipe.schema import Recipe
 from edgetune.training.checkpoint import (
     Checkpoints,
     Position,
@@ -27,12 +28,11 @@ from edgetune.training.checkpoint import (
     origin_of,
     restore_weights,
 )
-from edgetune.training.device import device_of, rng_state, set_rng_state
-from edgetune.training.distributed import Group
+from edgetune.training.context import Kept
 from edgetune.training.journal import Journal
 from edgetune.training.loop import StageResult
-from edgetune.training.shares import Stateful
-from edgetune.training.stage import Kept
+from edgetune.training.parallel.distributed import Group
+from edgetune.training.parallel.shards import Stateful
 
 CHOSEN = re.compile(r"threads|device|stage\.\d+\.precision")  # a finished run's recipe says what was chosen for these
 

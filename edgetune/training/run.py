@@ -12,25 +12,25 @@ from typing import Any, cast
 
 import torch
 
-from edgetune.adapters import save_adapter, trainable_parameters
-from edgetune.files import whole_folder, write_json, write_text
-from edgetune.forgetting import compare
-from edgetune.full_model import save_full
-from edgetune.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
-from edgetune.progress import Progress
-from edgetune.recipe import Device, Recipe
-from edgetune.recipe_file import to_toml
-from edgetune.report import write_report
-from edgetune.runs import check_replaceable
+from edgetune.adapters.folder import save_adapter
+from edgetune.adapters.full_model import save_full
+from edgetune.adapters.lora import trainable_parameters
+from edgetune.adapters.runs import check_replaceable
+from edgetune.core.files import whole_folder, write_json, write_text
+from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
+from edgetune.core.progress import Progress
+from edgetune.evaluation.forgetting.measure import compare
+from edgetune.models.torch_device import choose_device, choose_precision, hold_frozen_linears_in_bf16
+from edgetune.recipe.read import to_toml
+from edgetune.recipe.schema import Device, Recipe
+from edgetune.report.run_page import write_report
 from edgetune.training.checkpoint import State, unfinished
-from edgetune.training.device import choose_device
-from edgetune.training.distributed import Group, process_group
 from edgetune.training.inputs import Inputs, read_inputs
 from edgetune.training.journal import Journal
-from edgetune.training.precision import choose_precision, hold_frozen_linears_in_bf16
+from edgetune.training.parallel.distributed import Group, process_group
 from edgetune.training.resume import Course, find_state
+from edgetune.training.stage_model import Succession
 from edgetune.training.stages import Stages, precision_of
-from edgetune.training.succession import Succession
 from edgetune.training.summary import RunSummary, base_precision, closing, metadata, opening, summary_of
 
 
@@ -136,7 +136,7 @@ def _forgetting(succession: Succession, inputs: Inputs, progress: Progress) -> l
     base, wanted = inputs.base, inputs.recipe.forgetting
     if wanted is None:
         return None
-    from edgetune.forgetting.torch_subject import TorchSubject  # which needs this package whole
+    from edgetune.evaluation.forgetting.torch_subject import TorchSubject
 
     subject = TorchSubject(
         inputs.tokenizer, kind=base.kind, limit=base.max_length, pooling=base.pooling, before=succession.before,

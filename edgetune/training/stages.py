@@ -7,23 +7,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune.batching import Batch
-from edgetune.errors import TrainingError
-from edgetune.progress import Progress
-from edgetune.recipe import Stage
+from edgetune.core.errors import TrainingError
+from edgetune.core.progress import Progress
+from edgetune.data.batching import Batch
+from edgetune.models.torch_device import Precision, device_of, generators_untouched
+from edgetune.recipe.schema import Stage
 from edgetune.training.checkpoint import Position, State, steps_between
-from edgetune.training.device import device_of, generators_untouched
-from edgetune.training.distributed import Group
+from edgetune.training.context import Batching, Kept, Prepared, Situation
 from edgetune.training.inputs import Inputs
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
 from edgetune.training.loop import StageResult, total_steps, train_stage
-from edgetune.training.measure import EFFECT_TOKENS, VALIDATION_TOKENS, adapter_effect, batches_for_measuring
 from edgetune.training.methods import method_of
-from edgetune.training.precision import Precision
-from edgetune.training.shares import Stateful
-from edgetune.training.stage import Batching, Kept, Prepared, Situation
-from edgetune.training.succession import Succession
+from edgetune.training.parallel.distributed import Group
+from edgetune.training.parallel.shards import Stateful
+from edgetune.training.stage_model import Succession
+from edgetune.training.validation import (
+    EFFECT_TOKENS,
+    VALIDATION_TOKENS,
+    adapter_effect,
+    batches_for_measuring,
+)
 
 SaveStage = Callable[[Position, Stateful, Kept], None]
 

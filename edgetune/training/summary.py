@@ -13,16 +13,15 @@ from typing import Any
 import torch
 
 from edgetune import __version__
-from edgetune.adapters import AdapterMetadata
-from edgetune.bases import Base
-from edgetune.examples import ExampleSet
-from edgetune.intervals import headline
-from edgetune.progress import duration
-from edgetune.quantiser import ROUNDING
-from edgetune.recipe import Recipe, Stage
-from edgetune.recipe_generation import generation_defaults
-from edgetune.report import what_learns
-from edgetune.training.device import peak_device_mb
+from edgetune.adapters.folder import AdapterMetadata
+from edgetune.core.progress import duration
+from edgetune.data.examples import ExampleSet
+from edgetune.metrics.statistics import headline
+from edgetune.models.base import Base
+from edgetune.models.torch_device import peak_device_mb
+from edgetune.quantisation.blocks import ROUNDING
+from edgetune.recipe.generation import generation_defaults
+from edgetune.recipe.schema import Recipe, Stage, what_learns
 from edgetune.training.inputs import Inputs
 from edgetune.training.loop import StageResult
 from edgetune.training.replay import ReplayText

@@ -14,12 +14,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from edgetune.errors import EdgetuneError
-from edgetune.runtime.server import adapters_api, encoder_api, models_api, openai_api, pages, score_api
-from edgetune.runtime.server.errors import ApiError
-from edgetune.runtime.server.logs import note
+from edgetune.core.errors import EdgetuneError
+from edgetune.runtime.server.endpoints import adapters, encode, generate, models, pages
+from edgetune.runtime.server.http.errors import ApiError
+from edgetune.runtime.server.http.logs import note
+from edgetune.runtime.server.http.service import Service
 from edgetune.runtime.server.middleware import HostCheck, KeyCheck, RequestScope, answer_to, error_response
-from edgetune.runtime.server.service import Service
 
 ROUTES = {
     "/": ("GET", pages.playground),
@@ -27,17 +27,17 @@ ROUTES = {
     "/ready": ("GET", pages.ready),
     "/metrics": ("GET", pages.metrics),
     "/openapi.json": ("GET", pages.openapi),
-    "/v1/models": ("GET", models_api.list_models),
-    "/v1/models/{model:path}": ("GET", models_api.show_model),
-    "/v1/chat/completions": ("POST", openai_api.chat_completions),
-    "/v1/completions": ("POST", openai_api.completions),
-    "/v1/embeddings": ("POST", encoder_api.embeddings),
-    "/score": ("POST", score_api.score),
-    "/pooling": ("POST", score_api.pooling),
-    "/tag": ("POST", encoder_api.tag),
-    "/classify": ("POST", encoder_api.classify),
-    "/v1/load_lora_adapter": ("POST", adapters_api.load_lora_adapter),
-    "/v1/unload_lora_adapter": ("POST", adapters_api.unload_lora_adapter),
+    "/v1/models": ("GET", models.list_models),
+    "/v1/models/{model:path}": ("GET", models.show_model),
+    "/v1/chat/completions": ("POST", generate.chat_completions),
+    "/v1/completions": ("POST", generate.completions),
+    "/v1/embeddings": ("POST", encode.embeddings),
+    "/score": ("POST", encode.score),
+    "/pooling": ("POST", encode.pooling),
+    "/tag": ("POST", encode.tag),
+    "/classify": ("POST", encode.classify),
+    "/v1/load_lora_adapter": ("POST", adapters.load_lora_adapter),
+    "/v1/unload_lora_adapter": ("POST", adapters.unload_lora_adapter),
 }
 
 

@@ -13,12 +13,19 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgetune.runtime.scheduler import QueueFull, SchedulerClosed
-from edgetune.runtime.server.errors import STOPPED, ApiError, AsciiJson, internal, overloaded, unavailable
-from edgetune.runtime.server.exchange import ClientGone
-from edgetune.runtime.server.logs import LOGGER, begin_request, log_error, note, notes
-from edgetune.runtime.server.sampling import error_of
-from edgetune.runtime.server.service import Service
+from edgetune.runtime.scheduler.requests import QueueFull, SchedulerClosed
+from edgetune.runtime.server.http.errors import (
+    STOPPED,
+    ApiError,
+    AsciiJson,
+    internal,
+    overloaded,
+    unavailable,
+)
+from edgetune.runtime.server.http.exchange import ClientGone
+from edgetune.runtime.server.http.logs import LOGGER, begin_request, log_error, note, notes
+from edgetune.runtime.server.http.requests import error_of
+from edgetune.runtime.server.http.service import Service
 
 OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")
 """Reachable without a key: they show nothing of the models."""

@@ -1,1 +1,2 @@
 """Small data sets written for this project; see README.md."""
+

@@ -1,0 +1,1 @@
+"""LoRA put on a model, switched off, and kept on disk."""

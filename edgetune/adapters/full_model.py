@@ -1,0 +1,84 @@
+"""A model whose weights all learned: a base of its own, in a folder that transformers loads.
+
+`model/` holds config, safetensors and the base's tokenizer files, and `edgetune_model.json` says what it was trained to
+do. A classifier's head is no part of a base: it lies beside it as an adapter (`adapter/`) that has nothing but the head.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from edgetune.adapters.folder import AdapterMetadata, save_adapter
+from edgetune.adapters.lora import adapt_head
+from edgetune.core.errors import AdapterError
+from edgetune.core.files import output_errors, write_json
+from edgetune.core.layout import ADAPTER, MODEL
+from edgetune.models.base import Base, digest_of, open_folder
+from edgetune.models.heads import SequenceClassifier
+from edgetune.models.load import quiet
+
+METADATA = "edgetune_model.json"
+SCHEMA = 1
+BESIDE = (  # files of the base that are not the model's own
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "generation_config.json",
+    "1_Pooling/config.json",
+)
+
+
+def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: AdapterMetadata) -> None:
+    """Write `run`/model (and for a classifier `run`/adapter); `final` is the run folder's name once it is complete."""
+    folder = run / MODEL
+    body: Any = model.body if isinstance(model, SequenceClassifier) else model
+    with output_errors(folder), quiet():
+        body.save_pretrained(folder)
+        for name in BESIDE:
+            if (base.folder / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(base.folder / name, folder / name)
+    write_json(folder / METADATA, {"schema": SCHEMA, **asdict(metadata)})
+    if isinstance(model, SequenceClassifier):
+        own = {"name": str(final.absolute() / MODEL), "digest": digest_of(folder)}
+        save_adapter(adapt_head(model), run / ADAPTER, replace(metadata, base=own))
+
+
+def is_full(folder: Path) -> bool:
+    """Whether this is a run whose result is a model and no adapter, or such a model's own folder."""
+    return full_folder(folder) is not None
+
+
+def full_folder(folder: Path) -> Path | None:
+    """The model folder of such a run; None for a run with an adapter and for anything else."""
+    if (folder / MODEL / METADATA).is_file() and not (folder / ADAPTER).is_dir():
+        return folder / MODEL
+    return folder if (folder / METADATA).is_file() else None
+
+
+def read_full(folder: Path) -> tuple[Base, dict[str, Any]]:
+    """The model as a base, and what `edgetune_model.json` says."""
+    path = folder / METADATA
+    try:
+        metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}", fix="Train the model again.") from error
+    if not isinstance(metadata, dict) or (missing := {"base", "task", "labels", "prompt_format"} - set(metadata)):
+        got = f"none for {', '.join(sorted(missing))}" if isinstance(metadata, dict) else type(metadata).__name__
+        raise AdapterError(f"{path} is no model's description", expected="base, task …", got=got, fix="Train the model again.")
+    return open_folder(folder.absolute(), name=str(folder.absolute())), metadata
+
+
+def own_base(adapter: Path, digest: str) -> Base | None:
+    """The model that lies beside an adapter folder, when it is the one of this digest: a run may have been moved."""
+    folder = adapter.parent / MODEL
+    if not (folder / METADATA).is_file():
+        return None
+    base = open_folder(folder.absolute(), name=str(folder.absolute()))
+    return base if base.digest == digest else None

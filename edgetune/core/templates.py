@@ -1,0 +1,178 @@
+"""A row or a conversation → the text the model was trained to continue: prompt formats and chat templates.
+
+The same words as `edgetune/prompts.py` uses for training (a test compares them); here only jinja2 is needed.
+Chat templates come with models from elsewhere, so they run in jinja2's sandbox, set up as transformers does.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from edgetune.core.errors import InputError
+
+Message = Mapping[str, Any]
+
+
+def chat_text(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    special_tokens: Mapping[str, Any],
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Render a conversation as `PreTrainedTokenizer.apply_chat_template(tokenize=False)` does."""
+    from jinja2 import TemplateError
+
+    try:
+        plain = json.loads(json.dumps(list(messages), default=str))  # a template sees JSON types, never live objects
+        return _compiled(template).render(
+            messages=plain,
+            tools=None if tools is None else json.loads(json.dumps(list(tools))),
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **special_tokens,
+        )
+    except (TemplateError, TypeError) as error:
+        raise InputError(f"the chat template refuses these messages: {error}") from error
+    except RecursionError as error:
+        raise InputError("the messages are nested too deeply for the chat template") from error
+
+
+def chat_messages(prompt: str, *, system: str | None) -> list[dict[str, str]]:
+    """One user turn; `system` None leaves the template's own default, a text (also an empty one) replaces it."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def with_system(messages: Sequence[Message], *, system: str | None) -> list[Message]:
+    """A conversation that has no system message of its own gets the one the adapter was trained with."""
+    own = system is None or (messages and messages[0].get("role") == "system")
+    return list(messages) if own else [{"role": "system", "content": system}, *messages]
+
+
+def check_messages(value: Any, *, where: str = "") -> list[Message]:
+    """A row's `messages`: a non-empty list of objects with `role` and `content`."""
+    fits = (
+        isinstance(value, (list, tuple))
+        and value
+        and all(isinstance(m, Mapping) and "role" in m for m in value)
+    )
+    if not fits:
+        raise InputError(
+            "`messages` is no conversation",
+            where=where,
+            expected='[{"role": …, "content": …}, …]',
+            got=repr(value)[:60],
+        )
+    return list(value)
+
+
+def render_columns(template: str, row: Mapping[str, Any], *, where: str = "") -> str:
+    """A recorded prompt template over a row's columns; a column the row lacks is an InputError that names it."""
+    from jinja2 import TemplateError, UndefinedError
+
+    try:
+        return str(_row_template(template).render(dict(row)))
+    except ValueError as error:
+        raise InputError(f"the adapter's prompt {template!r}: {error}", where=where) from error
+    except UndefinedError as error:
+        raise InputError(
+            f"the adapter's prompt {template!r}: {error}", where=where, got=f"columns {', '.join(row)}"
+        ) from error
+    except TemplateError as error:
+        raise InputError(
+            f"the adapter's prompt {template!r} cannot be rendered: {error}", where=where
+        ) from error
+
+
+@functools.lru_cache(maxsize=256)
+def columns_of(template: str) -> tuple[str, ...]:
+    """The columns a template reads, sorted."""
+    from jinja2 import meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return tuple(sorted(meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(template))))
+
+
+@functools.lru_cache(maxsize=256)
+def _row_template(template: str) -> Any:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_printable
+    )
+    environment.filters["tojson"] = _tojson
+    return environment.from_string(template)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> Any:
+    """A chat template, compiled once; trim_blocks and lstrip_blocks as in transformers."""
+    from jinja2 import TemplateSyntaxError, ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise InputError(f"the bundle's chat template is not valid Jinja: {error}") from error
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own filter escapes HTML; a prompt must not."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _printable(value: Any) -> Any:
+    """Python's spelling of null, lists and objects must not end up in a prompt."""
+    if value is None:
+        raise ValueError("a column it uses is null")
+    if isinstance(value, (dict, list, tuple)):
+        raise ValueError("a column it uses is a list or an object; it needs {{ column | tojson }}")
+    return value
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:  # noqa: A002  (templates may call it by keyword)
+    return datetime.now().strftime(format)
+
+
+@functools.lru_cache(maxsize=1)
+def _generation_tag() -> Any:
+    """`{% generation %}…{% endgeneration %}` marks assistant text for training; here it is only its content."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class GenerationTag(Extension):
+        tags = {"generation"}  # noqa: RUF012  (jinja2 reads it as a class attribute)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return GenerationTag

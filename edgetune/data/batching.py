@@ -1,0 +1,224 @@
+"""Examples → batches: rows of like length together, padded to the longest row of the batch, in an order the seed fixes.
+
+The order is a pure function of (lengths, batch size, seed, epoch), so a position in the data is a step number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from edgetune.core.text import second_of
+
+IGNORE = -100  # the label of a position without loss, as in torch's cross entropy
+POOL_BATCHES = 32  # rows are sorted by length within pools of this many batches: < 3 % padding on E2E, order still random
+PADDED_AT_MOST = 2  # of rows that begin alike: attention and the projection still see what they repeat
+
+
+class Example(Protocol):
+    """What batching needs of a tokenised row."""
+
+    @property
+    def input_ids(self) -> list[int]: ...
+    @property
+    def labels(self) -> list[int] | int: ...
+    @property
+    def row(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded rows."""
+
+    input_ids: Tensor  # (batch, seq) int64
+    attention_mask: Tensor  # (batch, seq) int64, 1 where there is a token
+    labels: Tensor  # (batch, seq) with IGNORE where there is no loss, or (batch,) classes
+    rows: tuple[int, ...]  # line numbers in the data file
+    tokens: int  # real tokens, padding not counted
+    targets: int  # positions (or rows) that carry loss
+    position_ids: Tensor | None = None  # (batch, seq), starting again at 0 with each packed document
+    features: Tensor | None = None  # (batch, hidden) pooled states that stand for the tokens
+    token_type_ids: Tensor | None = None  # (batch, seq), 1 from the second text of a row on; None where no row has two
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Every row once, in batches of like length, in a random order of batches.
+
+    Rows are shuffled, cut into pools of POOL_BATCHES batches, and sorted by length within a pool; the last
+    batch of the epoch may be smaller.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    pool = batch_size * POOL_BATCHES
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool):
+        by_length = sorted(order[start : start + pool], key=lambda index: lengths[index])
+        batches += [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def steps(
+    lengths: Sequence[int], batch_size: int, *, seed: int, total: int, start: int = 0, repeat: int = 1
+) -> Iterator[list[int]]:
+    """The rows of steps `start` … `total - 1`, epoch after epoch; `repeat` steps in succession have the same rows."""
+    per_epoch = steps_per_epoch(len(lengths), batch_size)
+    epoch, order = -1, list[list[int]]()
+    for step in range(start, total):
+        batch = step // repeat
+        if batch // per_epoch != epoch:
+            epoch = batch // per_epoch
+            order = epoch_order(lengths, batch_size, seed=seed, epoch=epoch)
+        yield order[batch % per_epoch]
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Optimizer steps that see every row once."""
+    return -(-rows // batch_size)
+
+
+def split(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut one step's rows into parts of at most `max_tokens` padded tokens, for gradient accumulation.
+
+    A row longer than that is a part of its own.
+    """
+    parts: list[list[int]] = []
+    for index in sorted(indices, key=lambda index: lengths[index]):
+        if parts and lengths[index] * (len(parts[-1]) + 1) <= max_tokens:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
+
+
+def split_alike(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """Cut rows of token ids into parts in which those that begin alike stand together: at most `max_tokens` different tokens
+    each (see `training.prefix_sharing`), and PADDED_AT_MOST times as many padded ones.
+
+    A row longer than that is a part of its own.
+    """
+    parts: list[list[int]] = []
+    different = longest = 0
+    before: Sequence[int] = ()
+    for index in sorted(range(len(rows)), key=lambda index: list(rows[index])):
+        row = rows[index]
+        new = len(row) - _in_common(before, row)
+        padded = max(longest, len(row)) * (len(parts[-1]) + 1) if parts else 0
+        if parts and different + new <= max_tokens and padded <= PADDED_AT_MOST * max_tokens:
+            parts[-1].append(index)
+            different, longest = different + new, max(longest, len(row))
+        else:
+            parts.append([index])
+            different, longest = len(row), len(row)
+        before = row
+    return parts
+
+
+def _in_common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two rows begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def in_order_of_length(lengths: Sequence[int], max_tokens: int, *, batch_size: int) -> list[list[int]]:
+    """Batches for measuring: every row once, shortest first, at most `max_tokens` padded tokens each."""
+    parts = split(range(len(lengths)), lengths, max_tokens)
+    return [part[at : at + batch_size] for part in parts for at in range(0, len(part), batch_size)]
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad on the right to the longest of these rows."""
+    longest = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids, dtype=torch.int64)
+        attention_mask[row, : len(example.input_ids)] = 1
+    labels = _collate_labels(examples, longest)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        rows=tuple(example.row for example in examples),
+        tokens=int(attention_mask.sum()),
+        # The label of a row's first token is never predicted: nothing stands before it.
+        targets=int((labels[:, 1:] != IGNORE).sum()) if labels.ndim == 2 else len(examples),
+        position_ids=_collate_positions(examples, longest),
+        features=_collate_features(examples),
+        token_type_ids=token_types([example.input_ids for example in examples], longest),
+    )
+
+
+def token_types(rows: Sequence[Sequence[int]], longest: int) -> Tensor | None:
+    """(rows, longest) int64, 1 at the tokens of second texts; None where no row has two texts."""
+    seconds = [second_of(row) for row in rows]
+    if all(second is None for second in seconds):
+        return None
+    types = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for at, (row, second) in enumerate(zip(rows, seconds, strict=True)):
+        if second is not None:
+            types[at, second : len(row)] = 1
+    return types
+
+
+def _collate_features(examples: Sequence[Example]) -> Tensor | None:
+    features = [feature for example in examples if (feature := getattr(example, "features", None)) is not None]
+    return torch.stack(features) if features else None
+
+
+def _collate_positions(examples: Sequence[Example], longest: int) -> Tensor | None:
+    """None unless an example holds several documents; padding is at position 0."""
+    positions: list[list[int] | None] = [getattr(example, "position_ids", None) for example in examples]
+    if not any(positions):
+        return None
+    padded = torch.zeros((len(examples), longest), dtype=torch.int64)
+    for row, (example, position) in enumerate(zip(examples, positions, strict=True)):
+        length = len(example.input_ids)
+        padded[row, :length] = torch.arange(length) if position is None else torch.tensor(position)
+    return padded
+
+
+def _collate_labels(examples: Sequence[Example], longest: int) -> Tensor:
+    labels = [example.labels for example in examples]
+    classes = [label for label in labels if isinstance(label, int)]
+    if len(classes) == len(labels):
+        return torch.tensor(classes, dtype=torch.int64)
+    padded = torch.full((len(examples), longest), IGNORE, dtype=torch.int64)
+    for row, label in enumerate(labels):
+        if isinstance(label, list):
+            padded[row, : len(label)] = torch.tensor(label, dtype=torch.int64)
+    return padded
+
+
+def both_lengths(example: Any) -> int:
+    """Tokens that an example takes in both halves."""
+    return len(example.input_ids) + answer_length(example)
+
+
+def collate_answers(examples: Sequence[Any], pad_id: int) -> Batch:
+    """Prompts padded on the right to the longest, answers (`labels`) too, with IGNORE."""
+    input_ids = _padded([example.input_ids for example in examples], pad_id)
+    mask = _padded([[1] * len(example.input_ids) for example in examples], 0)
+    labels = _padded([example.labels for example in examples], IGNORE)
+    targets = int((labels != IGNORE).sum())
+    return Batch(
+        input_ids=input_ids, attention_mask=mask, labels=labels, rows=tuple(example.row for example in examples), tokens=int(mask.sum()) + targets,
+        targets=targets,
+    )  # fmt: skip
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
+    for at, row in enumerate(rows):
+        padded[at, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return padded
+
+
+def answer_length(example: Any) -> int:
+    """Tokens of an example's answer."""
+    return len(example.labels)

@@ -1,0 +1,72 @@
+"""What answers an evaluation's questions, and how a bundle does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from edgetune.core.errors import InputError
+from edgetune.core.text import Text
+from edgetune.data.prompts import PromptFormat
+from edgetune.recipe.generation import shaping
+
+Prompt = str | list[dict[str, str]]  # the user's turn, or a conversation
+Advance = Callable[[int, int], None]  # (rows done, rows in all)
+
+
+class Answers(Protocol):
+    """Something that answers: a model in torch or a bundle."""
+
+    task: str
+    labels: tuple[str, ...] | None
+    prompt_format: PromptFormat
+
+    def classify(self, texts: Sequence[Any]) -> list[str]:
+        """The label of each text, or of each pair of them."""
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The completion of each prompt, greedily."""
+
+
+class BundleAnswers:
+    """A bundle's answers with one of its adapters."""
+
+    def __init__(self, runtime: Any, adapter: str | None) -> None:
+        names = tuple(runtime.adapters)
+        if adapter is None and len(names) != 1:
+            raise InputError(
+                "which adapter?", where=str(runtime.folder), expected=f"--adapter with one of {', '.join(names)}"
+            )
+        self.runtime, self.adapter = runtime, adapter if adapter is not None else names[0]
+        packed = runtime.adapter(self.adapter)
+        self.labels = tuple(packed.labels) if packed.labels is not None else None
+        self.task: str = packed.task or "text-generation"
+        self.problem: str = packed.problem
+        self.prompt_format = PromptFormat(**(packed.prompt_format or {}))
+        own = shaping(packed.generation)
+        self.notes = (f"every answer is shaped by the adapter's own {', '.join(own)}, which a run in torch is not",) if own else ()
+
+    def classify(self, texts: Sequence[Text]) -> list[str]:
+        """The label of each text."""
+        return [answer.label for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+
+    def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
+        """The labels of each text whose probability is at least 0.5 (multi-label)."""
+        return [answer.labels for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+
+    def values(self, texts: Sequence[Text]) -> list[float]:
+        """The number of each text (regression)."""
+        return [answer.value for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+
+    def tag(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The tag of every word of each row."""
+        return [answer.tags for answer in self.runtime.tag(rows, adapter=self.adapter, truncate=True)]
+
+    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """A reward adapter's score of each answer."""
+        scores: list[float] = self.runtime.score(list(zip(prompts, completions, strict=True)), adapter=self.adapter, truncate=True)
+        return scores
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The completion of each prompt, greedily, as long as the adapter's own limit allows."""
+        return [answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter, temperature=0.0)]

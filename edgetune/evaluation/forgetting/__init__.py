@@ -1,0 +1,2 @@
+"""General ability before and after training, on the same items."""
+

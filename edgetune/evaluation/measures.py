@@ -1,0 +1,275 @@
+"""A file of questions and the answers to it → metrics, one function a kind of task."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgetune.core.errors import DataError, InputError
+from edgetune.core.tasks import TAGGING
+from edgetune.data.conversations import row_answer, row_prompt
+from edgetune.data.labels import labelled_rows, multi_label_rows, unknown_label, value_rows
+from edgetune.data.plain_text import text_rows
+from edgetune.data.preferences import preference_rows
+from edgetune.data.prompts import PromptFormat, split_messages
+from edgetune.data.rows import Row, Rows
+from edgetune.data.tagging import tagged_rows, unknown_tag
+from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, Prompt
+from edgetune.evaluation.forgetting.measure import Subject
+from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
+from edgetune.evaluation.forgetting.tasks import text_measures
+from edgetune.metrics.labels import accuracy, macro_f1, multi_label_metrics, regression_metrics, tag_metrics
+from edgetune.metrics.statistics import preference_metrics
+from edgetune.metrics.text import (
+    bleu,
+    exact_match,
+    is_json_task,
+    json_exact_match,
+    json_valid,
+    rouge_l,
+    slot_f1,
+)
+
+UNKNOWN = "is not known to the adapter"
+T = TypeVar("T")
+
+
+def measurements_of(task: str, problem: str | None) -> Callable[[Any, Rows, bool, Advance], Measured] | None:
+    """How such a head is measured; None for one that gives a single label."""
+    if task == TAGGING:
+        return measure_tags
+    return {"multi-label": measure_label_sets, "regression": measure_values}.get(problem or "")
+
+
+def measure_tags(answers: Any, source: Rows, skip_invalid: bool, advance: Advance) -> Measured:
+    """Entity F1 and accuracy over the words of all rows."""
+    rows, skipped = tagged_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    known = set(answers.labels or ())
+    for row in rows:
+        if not set(row.tags) <= known:
+            raise unknown_tag(row, source.source, sorted(known), what=UNKNOWN)
+    predicted = _answered(answers.tag, [row.words for row in rows], advance)
+    metrics = tag_metrics(predicted, [row.tags for row in rows], answers.labels or ())
+    predictions = [
+        {"line": row.line, "tokens": row.words, "prediction": tags, "tags": row.tags} for row, tags in zip(rows, predicted, strict=True)
+    ]
+    return metrics, predictions, skipped
+
+
+def measure_label_sets(answers: Any, source: Rows, skip_invalid: bool, advance: Advance) -> Measured:
+    """Micro and macro F1, and the share of rows with exactly the right labels."""
+    rows, skipped = multi_label_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    known = set(answers.labels or ())
+    for row in rows:
+        if not set(row.target) <= known:
+            raise unknown_label(row, source.source, sorted(known), what=UNKNOWN)
+    predicted = _answered(answers.label_sets, [row.text for row in rows], advance)
+    predictions = [
+        {"line": row.line, "prediction": list(labels), "labels": list(row.target)} for row, labels in zip(rows, predicted, strict=True)
+    ]
+    return multi_label_metrics(predicted, [row.target for row in rows]), predictions, skipped
+
+
+def measure_values(answers: Any, source: Rows, skip_invalid: bool, advance: Advance) -> Measured:
+    """Pearson and Spearman correlation, and the mean squared error."""
+    rows, skipped = value_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    predicted = _answered(answers.values, [row.text for row in rows], advance)
+    predictions = [{"line": row.line, "prediction": value, "value": row.target} for row, value in zip(rows, predicted, strict=True)]
+    return regression_metrics(predicted, [row.target for row in rows]), predictions, skipped
+
+
+def _answered(answer: Callable[[Sequence[Any]], list[T]], rows: Sequence[Any], advance: Advance) -> list[T]:
+    found: list[T] = []
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        found += answer(rows[at : at + ROWS_AT_ONCE])
+        advance(len(found), len(rows))
+    return found
+
+
+ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured; `predictions` in the order of the file."""
+
+    source: str
+    adapter: str | None
+    task: str
+    data: str
+    data_digest: str
+    rows: int
+    skipped: int
+    metrics: dict[str, float]
+    seconds: float  # of answering, loading not counted
+    predictions: list[dict[str, Any]]  # {"line", "prediction", "label" | "references"}, of a reward "chosen", "rejected"
+    notes: tuple[str, ...] = ()  # what else shaped the answers, or should have: the adapter's own form and penalties
+
+
+def measure_text(
+    subject: Subject, folder: Path, source: Rows, form: PromptFormat, *, adapter: str | None = None, skip_invalid: bool = False,
+    windows: int | None = None,
+) -> Evaluation:  # fmt: skip
+    """Perplexity and bits per byte of the texts in `source`, with the adapter on; of at most so many windows of 512 tokens."""
+    rows, skipped = text_rows(source, form, skip_invalid=skip_invalid)
+    if subject.texts is None:
+        raise InputError("an encoder predicts no text", where=str(folder), fix="--forgetting measures its embeddings.")
+    started = time.perf_counter()
+    found = text_measures([row.text for row in rows], subject.texts, lambda items: subject.score(items, adapted=True), limit=windows)
+    return Evaluation(
+        source=str(folder), adapter=adapter, task="text-generation", data=source.source, data_digest=source.digest, rows=len(rows),
+        skipped=source.skipped + skipped, metrics={one.metric: one.statistic(one.values) for one in found},
+        seconds=time.perf_counter() - started, predictions=[],
+    )  # fmt: skip
+
+
+def _text_subject(answers: Answers) -> Subject:
+    if isinstance(answers, BundleAnswers):
+        return BundleSubject(answers.runtime, answers.adapter)
+    known: Any = answers
+    return torch_texts(known.model, known.tokenizer)
+
+
+def _check_answers(answers: Answers, folder: Path) -> None:
+    if answers.task == "masked-lm":
+        raise InputError("what masked-lm trained answers nothing by itself", where=str(folder), fix="--forgetting measures its embeddings.")
+
+
+def measure_rows(
+    answers: Answers, folder: Path, source: Rows, *, skip_invalid: bool = False, advance: Advance | None = None, windows: int | None = None
+) -> Evaluation:
+    """The same on rows that are read already; of what learned from text, at most so many `windows` of 512 tokens."""
+    _check_answers(answers, folder)
+    if answers.labels is None and answers.prompt_format.text is not None:
+        adapter = getattr(answers, "adapter", None)
+        return measure_text(
+            _text_subject(answers), folder, source, answers.prompt_format, adapter=adapter, skip_invalid=skip_invalid, windows=windows
+        )
+    started = time.perf_counter()
+    how = _how(answers)
+    metrics, predictions, skipped = how(answers, source, skip_invalid, advance or (lambda done, total: None))
+    return Evaluation(
+        source=str(folder),
+        adapter=getattr(answers, "adapter", None),
+        task=answers.task,
+        data=source.source,
+        data_digest=source.digest,
+        rows=len(predictions),
+        skipped=source.skipped + skipped,
+        metrics=metrics,
+        seconds=time.perf_counter() - started,
+        predictions=predictions,
+        notes=getattr(answers, "notes", ()),
+    )
+
+
+def _how(answers: Answers) -> Callable[..., Measured]:
+    if answers.task == "reward":
+        return _measure_preference
+    if answers.labels is None:
+        return _measure_generation
+    return measurements_of(answers.task, getattr(answers, "problem", None)) or _measure_classification
+
+
+Measured = tuple[dict[str, float], list[dict[str, Any]], int]  # metrics, predictions, rows left out
+
+
+def _measure_classification(answers: Answers, source: Any, skip_invalid: bool, advance: Advance) -> Measured:
+    rows, skipped = labelled_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    known = set(answers.labels or ())
+    for row in rows:
+        if row.label not in known:
+            raise DataError(
+                f'the adapter does not know the label "{row.label}"',
+                where=f"{source.source}, line {row.line}",
+                expected=f"one of {', '.join(sorted(known)[:8])}{' …' if len(known) > 8 else ''}",
+            )
+    predicted: list[str] = []
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        predicted += answers.classify([row.text for row in rows[at : at + ROWS_AT_ONCE]])
+        advance(len(predicted), len(rows))
+    expected = [row.label for row in rows]
+    metrics = {"accuracy": accuracy(predicted, expected), "macro_f1": macro_f1(predicted, expected)}
+    predictions = [
+        {"line": row.line, "prediction": label, "label": row.label} for row, label in zip(rows, predicted, strict=True)
+    ]
+    return metrics, predictions, skipped
+
+
+def _measure_preference(answers: Any, source: Any, skip_invalid: bool, advance: Advance) -> Measured:
+    """How often the chosen answer has the higher reward, beside how often it is the longer one."""
+    rows, skipped = preference_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    scores: list[tuple[float, float]] = []
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[at : at + ROWS_AT_ONCE]
+        prompts = [row.prompt for row in part]
+        rewards = answers.rewards([*prompts, *prompts], [*(row.chosen for row in part), *(row.rejected for row in part)])
+        scores += zip(rewards[: len(part)], rewards[len(part) :], strict=True)
+        advance(len(scores), len(rows))
+    right = [0.5 if chosen == rejected else float(chosen > rejected) for chosen, rejected in scores]
+    metrics = preference_metrics(right, [row.longer for row in rows])
+    predictions = [
+        {"line": row.line, "chosen": chosen, "rejected": rejected} for row, (chosen, rejected) in zip(rows, scores, strict=True)
+    ]
+    return metrics, predictions, skipped
+
+
+def _measure_generation(answers: Answers, source: Any, skip_invalid: bool, advance: Advance) -> Measured:
+    """Rows with the same prompt are one question with several references, as in E2E."""
+    questions, skipped = _questions(source, answers.prompt_format, skip_invalid=skip_invalid)
+    completions: list[str] = []
+    for at in range(0, len(questions), ROWS_AT_ONCE):
+        completions += answers.generate([q.prompt for q in questions[at : at + ROWS_AT_ONCE]])
+        advance(len(completions), len(questions))
+    references = [question.references for question in questions]
+    metrics = {"exact_match": exact_match(completions, references)}
+    if is_json_task(references):
+        metrics["json_exact_match"] = json_exact_match(completions, references)
+        metrics["json_valid"] = json_valid(completions)
+        metrics["slot_f1"] = slot_f1(completions, references)
+    else:
+        metrics["bleu"] = bleu(completions, references)
+        metrics["rouge_l"] = rouge_l(completions, references)
+    predictions = [
+        {"line": question.line, "prediction": completion, "references": question.references}
+        for question, completion in zip(questions, completions, strict=True)
+    ]
+    return metrics, predictions, skipped
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, the line where it first stands, and every completion that the file has for it."""
+
+    line: int
+    prompt: Prompt
+    references: list[str]
+
+
+def _questions(source: Any, form: PromptFormat, *, skip_invalid: bool) -> tuple[list[Question], int]:
+    found: dict[str, Question] = {}
+    skipped = 0
+    for row in source.rows:
+        try:
+            prompt, completion = _prompt_and_completion(row, form, where=f"{source.source}, line {row.line}")
+        except DataError:
+            if not skip_invalid:
+                raise
+            skipped += 1
+            continue
+        question = found.setdefault(json.dumps(prompt), Question(row.line, prompt, []))
+        question.references.append(completion)
+    if not found:
+        raise DataError("no row can be used", where=source.source, got=f"{skipped} invalid rows")
+    return list(found.values()), skipped
+
+
+def _prompt_and_completion(row: Row, form: PromptFormat, *, where: str) -> tuple[Prompt, str]:
+    if form.prompt is None or form.completion is None:
+        return split_messages(row.values, system=form.system, where=where)
+    prompt = row_prompt(form, row.values, where=where)
+    return prompt, row_answer(form.completion, row.values, where=where, field="completion")

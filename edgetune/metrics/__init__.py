@@ -1,0 +1,1 @@
+"""Numbers from answers: pure functions of predictions and references."""

@@ -1,0 +1,102 @@
+"""95 % intervals of shares and of paired differences: the same items before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+T = TypeVar("T")
+Z = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+def wilson(share: float, rows: int) -> tuple[float, float]:
+    """The 95 % score interval of a share over `rows` rows (Wilson 1927). Half counts (ties) make it a little wide."""
+    if rows == 0:
+        return 0.0, 1.0
+    middle = (share + Z**2 / (2 * rows)) / (1 + Z**2 / rows)
+    half = Z / (1 + Z**2 / rows) * math.sqrt(share * (1 - share) / rows + Z**2 / (4 * rows**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_bootstrap(differences: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of paired differences, rows drawn with replacement."""
+    values = np.asarray(differences, np.float64)
+    chosen = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[chosen].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def headline(metrics: Mapping[str, T]) -> dict[str, T]:
+    """The metrics without the ends of their intervals, for a line of text."""
+    return {name: value for name, value in metrics.items() if not name.endswith(("_low", "_high"))}
+
+
+def preference_metrics(right: Sequence[float], longer: Sequence[float]) -> dict[str, float]:
+    """Preference accuracy beside "the longer answer wins", each with its interval, and their difference with one.
+
+    `right` and `longer` hold 1, 0 or ½ (a tie) for each row.
+    """
+    rows = len(right)
+    accuracy, baseline = sum(right) / rows, sum(longer) / rows
+    metrics: dict[str, float] = {}
+    for name, share in (("preference_accuracy", accuracy), ("length_baseline", baseline)):
+        low, high = wilson(share, rows)
+        metrics |= {name: share, f"{name}_low": low, f"{name}_high": high}
+    low, high = paired_bootstrap([a - b for a, b in zip(right, longer, strict=True)])
+    return metrics | {"above_length": accuracy - baseline, "above_length_low": low, "above_length_high": high}
+
+
+Values = npt.NDArray[np.float64]  # (items, columns): what a statistic is computed from
+Statistic = Callable[[Values], float]
+RESAMPLES = 2000
+
+
+def mean(values: Values) -> float:
+    """Of the first column."""
+    return float(values[:, 0].mean())
+
+
+def perplexity(values: Values) -> float:
+    """exp of nats (first column) over tokens (second)."""
+    return math.exp(min(float(values[:, 0].sum() / values[:, 1].sum()), 700.0))
+
+
+def bits_per_byte(values: Values) -> float:
+    """Nats (first column) over bytes (third), in bits."""
+    return float(values[:, 0].sum() / values[:, 2].sum() / math.log(2))
+
+
+def spearman(values: Values) -> float:
+    """Rank correlation of the two columns, equal values sharing their mean rank."""
+    x, y = (_ranks(values[:, column]) for column in (0, 1))
+    x, y = x - x.mean(), y - y.mean()
+    size = math.sqrt(float((x * x).sum() * (y * y).sum()))
+    return float((x * y).sum()) / size if size else 0.0
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    ranks: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[group]
+    return ranks
+
+
+def paired_interval(before: Values, after: Values, statistic: Statistic) -> tuple[float, float]:
+    """The 95 % interval of statistic(after) − statistic(before).
+
+    Of a mean: the normal interval of the paired differences. Of anything else: the percentile bootstrap over items.
+    """
+    if statistic is mean:
+        difference = after[:, 0] - before[:, 0]
+        error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+        centre = float(difference.mean())
+        return centre - Z * error, centre + Z * error
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(0, len(before), (RESAMPLES, len(before)))
+    changes = [statistic(after[rows]) - statistic(before[rows]) for rows in drawn]
+    low, high = np.quantile(changes, [0.025, 0.975])
+    return float(low), float(high)

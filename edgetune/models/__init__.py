@@ -1,0 +1,2 @@
+"""A base model on disk and the torch module made of it."""
+

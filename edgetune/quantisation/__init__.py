@@ -1,0 +1,1 @@
+"""Weights become codes and back: tensors in, tensors out, no model."""

@@ -1,0 +1,1 @@
+"""What a run is told: the recipe, read, checked and written back; no numpy, no torch."""

@@ -1,0 +1,240 @@
+"""Which weights learn: what of `[parameters]` goes together, and with which method. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from edgetune.core.errors import RecipeError
+from edgetune.core.tasks import COLUMNS, KINDS, OWN_SETTINGS
+from edgetune.recipe.paths import split_function
+from edgetune.recipe.schema import Data, Recipe, Stage
+
+if TYPE_CHECKING:
+    from edgetune.recipe.schema import Parameters
+
+
+INIT = re.compile(r"default|gaussian|orthogonal|olora|loftq|pissa(_niter_[1-9]\d*)?")
+UNUSABLE_INITS = {
+    "corda": "it needs calibration data that a recipe has no place for",
+    "eva": "it needs calibration data that a recipe has no place for",
+    "lora_ga": "it needs gradients of calibration data that a recipe has no place for",
+}
+HEADED = ("sequence-classification", "token-classification")  # methods whose task head can be trained alone
+
+
+def check_parameters(parameters: Parameters, *, where: str) -> None:
+    """RecipeError for settings of an adapter where there is none, an unknown `init`, layers that are no range."""
+    if parameters.train == "full" and parameters.base_precision is not None:
+        raise RecipeError(
+            f'parameters.base_precision = "{parameters.base_precision}" has no meaning with train = "full"',
+            where=where,
+            expected="a base that stays as it ships, beside what learns",
+            fix='Remove base_precision, or use parameters.train = "lora".',
+        )
+    if parameters.shard and parameters.train != "full":
+        raise RecipeError(
+            f'parameters.shard has no meaning with train = "{parameters.train}"',
+            where=where,
+            expected='train = "full", whose optimizer state is worth spreading',
+            fix="Remove shard: several processes each keep the frozen base, and an adapter is small.",
+        )
+    if parameters.train != "lora":
+        _check_no_adapter_settings(parameters, where=where)
+    layers = parameters.layers
+    if layers is not None and not (len(layers) == 2 and 0 <= layers[0] <= layers[1]):
+        raise RecipeError(
+            "parameters.layers is no range", where=where, expected="[first, last], counted from 0", got=str(list(layers))
+        )
+    if parameters.start is not None and parameters.init != "default":
+        raise RecipeError(
+            f'parameters.init = "{parameters.init}" has no meaning with parameters.start',
+            where=where,
+            expected="one beginning: the adapter that start names, or a fresh one",
+            fix="Remove one of them.",
+        )
+    if parameters.init == "loftq" and parameters.base_precision is None:
+        raise RecipeError(
+            'parameters.init = "loftq" starts from what rounding the base loses, and this base is not rounded',
+            where=where,
+            expected='base_precision = "int4" or "int8"',
+            got="base_precision not set",
+            fix="Set parameters.base_precision, or remove init.",
+        )
+    if INIT.fullmatch(parameters.init):
+        return
+    reason = UNUSABLE_INITS.get(parameters.init)
+    raise RecipeError(
+        f'parameters.init = "{parameters.init}" ' + ("cannot be used: " + reason if reason else "is not known"),
+        where=where,
+        expected="default, gaussian, orthogonal, olora, pissa, pissa_niter_N or loftq",
+    )
+
+
+def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str) -> None:
+    """RecipeError when a head alone shall learn and the method has none that could, or when the method needs the base
+    unchanged beside what learns and the parameters leave none."""
+    expected = ""
+    if parameters.train == "head" and stage.method not in HEADED:
+        expected = "a method with a task head: " + ", ".join(HEADED)
+    if parameters.train == "full" and stage.method == "reward":
+        expected = "an adapter, which scores answers on the base that it shares with a policy"
+    if parameters.shard and stage.method == "grpo":
+        raise RecipeError(
+            f'parameters.shard does not fit {path}.method = "grpo"', where=where, expected="a policy that is whole where answers are sampled",
+            fix="Remove shard.",
+        )  # fmt: skip
+    if expected:
+        raise RecipeError(
+            f'parameters.train = "{parameters.train}" does not fit {path}.method = "{stage.method}"',
+            where=where,
+            expected=expected,
+            fix='Use parameters.train = "lora".',
+        )
+    key = "train" if parameters.train == "full" else "init" if changes_the_base(parameters.init) else None
+    needed = next(_needs_the_base(stage), None) if stage.method == "grpo" else None
+    if key is not None and needed is not None:
+        setting, fix = needed
+        raise RecipeError(
+            f"{path}.{setting} needs the base as it ships beside the policy",
+            where=where,
+            expected="an adapter that leaves it as it is",
+            got=f'parameters.{key} = "{getattr(parameters, key)}"',
+            fix=f"{fix}, or remove {key}.",
+        )
+
+
+def check_problem(stage: Stage, *, path: str, where: str) -> None:
+    """RecipeError where classes share no probability mass and it shall be spread over them all the same, or where a column
+    of lists is given as a template."""
+    if stage.problem != "single-label" and stage.label_smoothing:
+        raise RecipeError(
+            f'{path}.label_smoothing has no meaning with problem = "{stage.problem}"', where=where, fix="Remove label_smoothing."
+        )
+    if stage.problem != "single-label" and stage.data.label_names:
+        raise RecipeError(
+            f'{path}.data.label_names has no meaning with problem = "{stage.problem}"', where=where, fix="Remove label_names."
+        )
+    if stage.data.text_pair is not None and stage.data.label_names:
+        raise RecipeError(
+            f"{path}.data.label_names has no meaning with text_pair: a label's name is one text", where=where, fix="Remove label_names."
+        )
+    lists = {"tokens": stage.data.tokens, "tags": stage.data.tags} | ({"label": stage.data.label} if stage.problem == "multi-label" else {})
+    for key, value in lists.items():
+        if value is not None and column_name(value) is None:
+            raise RecipeError(f"{path}.data.{key} is no column's name", where=where, expected="the name of a column that holds a list", got=repr(value))
+
+
+def column_name(given: str) -> str | None:
+    """The column that `name` or `{{ name }}` names; None for any other template."""
+    found = re.fullmatch(r"\s*(?:\{\{\s*(\w+)\s*\}\}|([^{}%]+?))\s*", given)
+    return found and (found[1] or found[2])
+
+
+def changes_the_base(init: str) -> bool:
+    """Whether PEFT subtracts the start of the adapter from the base weights while it trains."""
+    return init.startswith(("pissa", "olora"))
+
+
+def check_forgetting(recipe: Recipe, *, where: str) -> None:
+    """RecipeError where general ability shall be measured of something that predicts no text."""
+    if recipe.forgetting is not None and recipe.task == "reward":
+        expected = "a decoder that predicts text, or an encoder"
+        raise RecipeError("[forgetting] has no meaning for reward", where=where, expected=expected, fix="Remove [forgetting].")
+
+
+def _needs_the_base(stage: Stage) -> Iterator[tuple[str, str]]:
+    """The settings of a grpo stage that use the base beside the policy, and what to do without."""
+    if stage.kl and stage.kl_to == "base":
+        yield 'kl_to = "base"', 'Set kl_to = "start" or kl = 0'
+    for name in (stage.reward,) if isinstance(stage.reward, str) else stage.reward or ():
+        if split_function(name) is None:
+            yield f'reward = "{name}"', "Name reward functions, module:function"
+    if stage.rollout == "engine":
+        yield 'rollout = "engine"', 'Set rollout = "torch"'
+
+
+def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
+    default = type(parameters)()
+    for field in dataclasses.fields(parameters):
+        fits_a_head = field.name in ("base_precision", "start") and parameters.train == "head"
+        if field.name not in ("train", "base_precision", "shard") and not fits_a_head and getattr(parameters, field.name) != getattr(default, field.name):
+            raise RecipeError(
+                f'parameters.{field.name} has no meaning with train = "{parameters.train}"',
+                where=where,
+                expected="an adapter's setting only with train = \"lora\"",
+                fix=f"Remove {field.name}.",
+            )
+
+
+def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str) -> None:
+    if previous is not None and not _may_follow(stage, previous):
+        raise RecipeError(
+            f'{path}.method = "{stage.method}" cannot follow "{previous.method}"',
+            where=where,
+            expected="stages of one task, on encoders after masked-lm",
+            fix="Split this into two recipes.",
+        )
+    if stage.data.validation is not None and stage.data.hold_out is not None:
+        what = f"{path}.data has both validation and hold_out"
+        raise RecipeError(what, where=where, fix="Remove one of them.")
+    used = COLUMNS[stage.method]
+    for key in sorted({column for columns in COLUMNS.values() for column in columns} - set(used)):
+        if getattr(stage.data, key) != getattr(Data, key):
+            raise RecipeError(
+                f"{path}.data.{key} has no meaning for {stage.method}",
+                where=where,
+                expected="of these, " + ", ".join(used),
+                fix=f"Remove {key}.",
+            )
+    _check_own_settings(stage, path=path, where=where)
+    check_problem(stage, path=path, where=where)
+
+
+def _check_own_settings(stage: Stage, *, path: str, where: str) -> None:
+    for method, keys in OWN_SETTINGS.items():
+        for key in keys:
+            if method != stage.method and getattr(stage, key) != getattr(Stage, key):
+                raise RecipeError(
+                    f"{path}.{key} has no meaning for {stage.method}",
+                    where=where,
+                    expected=f"only with {method}",
+                    fix=f"Remove {key}.",
+                )
+    if stage.method != "grpo":
+        return
+    if not stage.reward:
+        raise RecipeError(
+            f"{path}.reward is missing",
+            where=where,
+            expected='the run folder of a reward stage, or "module:function"',
+            fix='For example reward = "rewards.py:score".',
+        )
+    count = 1 if isinstance(stage.reward, str) else len(stage.reward)
+    if stage.reward_weights is not None and len(stage.reward_weights) != count:
+        raise RecipeError(
+            f"{path}.reward_weights must weigh each reward",
+            where=where,
+            expected=f"{count} numbers",
+            got=str(len(stage.reward_weights)),
+        )
+
+
+def _may_follow(stage: Stage, previous: Stage) -> bool:
+    """One adapter has one task; on an encoder, text may come first, for its head is not the adapter's."""
+    same = stage.task == previous.task and stage.problem == previous.problem
+    return same or (previous.method == "masked-lm" and KINDS[stage.method] == "encoder")
+
+
+KIND = "encoder-decoder"
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """RecipeError for what an encoder-decoder has no place for, beyond the methods that do not fit it."""
+    if recipe.forgetting is not None:
+        raise RecipeError("[forgetting] measures how a model goes on with a text, which an encoder-decoder does not", fix="Remove [forgetting].")
+    for number, stage in enumerate(recipe.stage):
+        if stage.replay is not None:
+            raise RecipeError(f"stage[{number}].replay is general text to go on with, which an encoder-decoder does not", fix="Remove replay.")

@@ -1,0 +1,94 @@
+"""Where a recipe's files are, and what its `reward` names."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from edgetune.core.errors import RecipeError
+
+
+def data_path(value: str, *, folder: Path, path: str, where: str) -> str:
+    """An absolute path; what looks like a hub id and is no file stays as it is."""
+
+    if not value.strip():
+        raise RecipeError(f"{path} is empty", where=where, expected="a data file or a hub data set id")
+    resolved = absolute(folder, expand(value, path=path, where=where))
+    return value if is_hub_id(value) and not Path(resolved).exists() else resolved
+
+
+def base_path(value: str, folder: Path, *, where: str) -> str:
+    """An absolute path where such a folder or file is; names of built-in and hub bases stay as they are."""
+    if not value.strip():
+        raise RecipeError("base is empty", where=where, expected="builtin:NAME, a folder, a .gguf file or a hub id")
+    if value.startswith("builtin:"):
+        return value
+    value = expand(value, path="base", where=where)
+    location = folder / value.partition("#")[0]
+    return absolute(folder, value) if location.exists() else value
+
+
+def absolute(folder: Path, value: str) -> str:
+    """`value` seen from `folder`, without .. and ."""
+    return os.path.normpath(folder.absolute() / value)
+
+
+def expand(value: str, *, path: str, where: str) -> str:
+    """`$NAME`, `${NAME}` and `~` replaced; an unset variable is an error, not an empty string."""
+
+    def variable(match: re.Match[str]) -> str:
+        name = match.group(1) or match.group(2)
+        if name not in os.environ:
+            raise RecipeError(
+                f"{path} uses ${name}, which is not set",
+                where=where,
+                got=f'"{value}"',
+                fix=f"Set it to a folder: export {name}=/path/to/data",
+            )
+        return os.environ[name]
+
+    value = re.sub(r"\$(?:\{(\w+)\}|(\w+))", variable, value)
+    try:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError as error:
+        raise RecipeError(f"{path}: {error}", where=where, got=f'"{value}"') from error
+
+
+def split_function(value: str) -> tuple[str, str] | None:
+    """(module or .py file, function) of `module:function`; None for a run folder."""
+    place, colon, name = value.rpartition(":")
+    return (place, name) if colon and place and name.isidentifier() else None
+
+
+def locate_reward(value: str, folder: Path) -> str:
+    """The absolute path of what lies beside the recipe (in `folder`) or in the current folder.
+
+    An importable module that is no such file stays as it is written.
+    """
+    function = split_function(value)
+    if function is None:
+        return _absolute(folder if (folder / value).exists() else Path(), value)
+    place, name = function
+    as_file = place if place.endswith(".py") else place.replace(".", "/") + ".py"
+    found = next((at for at in (folder, Path()) if (at / as_file).is_file()), None)
+    return f"{_absolute(found, as_file)}:{name}" if found is not None else value
+
+
+def _absolute(folder: Path, value: str) -> str:
+    return os.path.normpath(folder.absolute() / value)
+
+
+HUB_ID = re.compile(r"(?!\.{1,2}/)[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+
+
+def is_hub_id(source: str) -> bool:
+    """`owner/name` or `owner/name:split` that carries none of the data files' endings."""
+    return HUB_ID.fullmatch(source) is not None and _kind(Path(source)) is None and not source.endswith(".json")
+
+
+def _kind(path: Path) -> str | None:
+    """The format by the ending: `.jsonl` for `rows.jsonl.gz`."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)

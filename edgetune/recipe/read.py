@@ -1,0 +1,144 @@
+"""A TOML file → a checked recipe with absolute paths, and back; `--set key.path=value` changes one setting."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgetune.core import settings
+from edgetune.core.errors import RecipeError
+from edgetune.core.tasks import KINDS
+from edgetune.recipe.checks import _check_stage, check_forgetting, check_parameters, check_trained
+from edgetune.recipe.generation import resolve_generation
+from edgetune.recipe.paths import absolute, base_path, data_path, expand, locate_reward
+from edgetune.recipe.schema import Data, Recipe, Replay, Stage
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file; each override is `key.path=value`, e.g. `stage.0.epochs=2`."""
+    if not path.exists():
+        raise RecipeError("there is no such recipe file", where=str(path), fix="Give the path of a .toml file.")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        raise RecipeError("this is a folder", where=str(path), expected="a .toml file") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe: {error.strerror}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError("not UTF-8 text", where=str(path), got=f"byte {error.start} is invalid") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"not valid TOML: {error}", where=str(path)) from error
+    for setting in overrides:
+        override(values, setting)
+    return recipe_from_dict(values, folder=path.parent, where=str(path))
+
+
+def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, where: str = "recipe") -> Recipe:
+    """Build a recipe from plain values; relative data paths are taken from `folder` (default: the current one)."""
+    folder = folder if folder is not None else Path()
+    recipe = settings.from_dict(Recipe, values, where=where)
+    if not recipe.stage:
+        raise RecipeError("there is no stage", where=where, expected="at least one [[stage]]")
+    check_parameters(recipe.parameters, where=where)
+    check_forgetting(recipe, where=where)
+    for index, stage in enumerate(recipe.stage):
+        check_trained(recipe.parameters, stage, path=f"stage.{index}", where=where)
+        previous = recipe.stage[index - 1] if index else None
+        _check_stage(stage, previous, path=f"stage.{index}", where=where)
+    stages = tuple(
+        replace(
+            _resolve_reward(stage, folder=folder, path=f"stage.{index}.reward", where=where),
+            data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where),
+            replay=_resolve_replay(stage, folder=folder, path=f"stage.{index}.replay", where=where),
+        )
+        for index, stage in enumerate(recipe.stage)
+    )
+    out = expand(recipe.out, path="out", where=where)
+    forgetting = recipe.forgetting
+    if forgetting is not None:
+        general = absolute(folder, expand(forgetting.general, path="forgetting.general", where=where))
+        forgetting = replace(forgetting, general=general)
+    generation = resolve_generation(recipe, folder, where=where)
+    base = base_path(recipe.base, folder, where=where)
+    parameters = recipe.parameters
+    if parameters.start is not None:
+        parameters = replace(parameters, start=absolute(folder, expand(parameters.start, path="parameters.start", where=where)))
+    return replace(recipe, base=base, parameters=parameters, out=out, forgetting=forgetting, generation=generation, stage=stages)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every default written out; reading it again gives an equal recipe."""
+    return settings.to_toml(recipe)
+
+
+def _resolve_reward(stage: Stage, *, folder: Path, path: str, where: str) -> Stage:
+    """Absolute paths of reward runs and of the files that hold reward functions."""
+    if stage.reward is None:
+        return stage
+    given = (stage.reward,) if isinstance(stage.reward, str) else stage.reward
+    found = tuple(locate_reward(expand(value, path=path, where=where), folder) for value in given)
+    return replace(stage, reward=found[0] if isinstance(stage.reward, str) else found)
+
+
+def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:
+    """Absolute data paths; what looks like a hub id and is no file stays as it is."""
+
+    def resolve(key: str, value: str) -> str:
+        return data_path(value, folder=folder, path=f"{path}.{key}", where=where)
+
+    validation = None if data.validation is None else resolve("validation", data.validation)
+    return replace(data, train=resolve("train", data.train), validation=validation)
+
+
+def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Replay | None:
+    if stage.replay is None:
+        return None
+    if stage.task != "text-generation":
+        fix = "Remove replay" + ("; masked-lm may come before this stage instead." if KINDS[stage.method] == "encoder" else ".")
+        raise RecipeError(f"{path} has no meaning for {stage.method}", where=where, expected="a decoder that predicts text", fix=fix)
+    return replace(stage.replay, data=data_path(stage.replay.data, folder=folder, path=f"{path}.data", where=where))
+
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def override(values: dict[str, Any], setting: str) -> None:
+    """Put one `key.path=value` into the plain values; the value is TOML, or else a string."""
+    key, equals, text = setting.partition("=")
+    where = f"--set {setting}"
+    if not equals or not key.strip():
+        raise RecipeError("not a setting", where=where, expected="KEY=VALUE such as stage.0.epochs=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    place: Any = values
+    for part in parents:
+        place = _step(place, part, where=where)
+    if isinstance(place, list):
+        raise RecipeError(f'"{last}" is not a setting', where=where, expected="a key inside it, e.g. stage.0.epochs")
+    if not isinstance(place, dict):
+        raise RecipeError(f'"{parents[-1]}" has no settings inside', where=where)
+    place[last] = value
+
+
+def _step(place: Any, part: str, *, where: str) -> Any:
+    if isinstance(place, list):
+        if not part.isdecimal() or int(part) >= len(place):
+            raise RecipeError(f'no stage "{part}"', where=where, expected=f"a number from 0 to {len(place) - 1}")
+        return place[int(part)]
+    if not isinstance(place, dict):
+        raise RecipeError(f'"{part}" has no settings inside', where=where)
+    return place.setdefault(part, {})

@@ -1,0 +1,1 @@
+"""Measurements become HTML pages; no torch."""

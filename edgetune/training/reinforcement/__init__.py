@@ -1,0 +1,1 @@
+"""Answers are sampled and rewarded."""

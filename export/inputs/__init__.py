@@ -1,0 +1,1 @@
+"""What is exported: runs, adapters and calibration text."""

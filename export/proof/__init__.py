@@ -1,0 +1,1 @@
+"""The bundle equals the model that was trained, in numbers."""

@@ -1,0 +1,121 @@
+"""report.html of a bundle: what it holds and what was proven of it, one self-contained page, in light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from edgetune.core.files import sha256_file, write_text
+from edgetune.report.html import STYLE, figure, words
+from edgetune.runtime.bundle.manifest import FileInfo, Manifest
+
+PAGE = "report.html"
+MORE_STYLE = "td { overflow-wrap: normal; }"  # digests and figures stay in one piece; a wide table scrolls
+Cells = Sequence[str]
+
+
+def write_page(folder: Path, manifest: Manifest) -> dict[str, FileInfo]:
+    """Write the page beside the files that `manifest` lists; its own entry for the manifest."""
+    path = folder / PAGE
+    write_text(path, render_page(manifest))
+    return {PAGE: FileInfo(sha256_file(path), path.stat().st_size)}
+
+
+def render_page(manifest: Manifest) -> str:
+    """The page as HTML."""
+    title = f"Bundle of {manifest.base.name}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(_what(manifest))}</p>",
+        _tiles(manifest),
+        "<h2>Proof: the bundle against torch</h2>" + _proof(manifest),
+        *_cost(manifest),
+        *_task(manifest),
+        *_survival(manifest),
+        "<h2>Adapters</h2>" + _adapters(manifest),
+        "<h2>Files</h2>" + _table(("file", "bytes", "sha256"), _files(manifest)),
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _what(manifest: Manifest) -> str:
+    stored = manifest.precision
+    precision = stored.weights if stored.block_size is None else f"{stored.weights} in blocks of {stored.block_size}"
+    precision += f", activations in {stored.activations}" if stored.activations != "float" else ""
+    kept = ", ".join(f"{name} in {kind}" for name, kind in stored.overrides.items())
+    return f"{manifest.task}, {manifest.mode}, {precision}{f', {kept}' if kept else ''}; base {manifest.base.digest}; edgetune {manifest.edgetune_version}"
+
+
+def _tiles(manifest: Manifest) -> str:
+    proofs = list(manifest.proof["adapters"].values())
+    tiles = [
+        (f"{sum(proof['passed'] for proof in proofs)} of {len(proofs)}", "proofs passed"),
+        (f"{sum(info.bytes for info in manifest.files.values()) / 1e6:,.1f} MB", "on disk"),
+        (f"{manifest.base.parameters / 1e6:,.1f} M", "parameters of the base"),
+        (str(len(manifest.adapters)), "adapters"),
+    ]
+    cells = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _proof(manifest: Manifest) -> str:
+    head = ("adapter", "positions", "max |Δ logit|", "mean KL (nats)", "same best answer", "effect (nats)", "recovered", "direction", "strength", "")
+    rows = [
+        (name, f"{p['positions']:,}", f"{p['max_abs']:.1e}", f"{p['mean_kl']:.2g}", f"{p['top1']:.1%}", f"{p['adapter_kl']:.3g}",
+         f"{p['recovered']:.1%}", f"{p['direction']:.3f}", f"{p['strength']:.2f}", "✓" if p["passed"] else "; ".join(p["failures"]))
+        for name, p in manifest.proof["adapters"].items()
+    ]
+    return _table(head, rows)
+
+
+def _cost(manifest: Manifest) -> Iterable[str]:
+    """What the precision costs the base, apart from any task."""
+    if cost := manifest.quality.get("cost"):
+        row = (cost["task"], words(cost["metric"]), f"{cost['torch']:.4g}", f"{cost['bundle']:.4g}", f"{cost['loss']:+.2%}", str(cost["items"]))
+        yield "<h2>Cost of the precision: the base without adapter</h2>" + _table(("set", "metric", "torch fp32", "bundle", "loss", "items"), [row])
+
+
+def _task(manifest: Manifest) -> Iterable[str]:
+    """Every metric of every adapter that was measured, in torch and in the bundle."""
+    rows = [
+        (name if at == 0 else "", words(metric), figure(metric, result["torch"][metric]), figure(metric, value), _rows(result) if at == 0 else "",
+         f"{result['same']:.1%}" if at == 0 and result["same"] is not None else "")
+        for name, result in manifest.proof.get("task", {}).items()
+        for at, (metric, value) in enumerate(result["bundle"].items())
+    ]
+    if rows:
+        yield "<h2>Task: validation rows</h2>" + _table(("adapter", "metric", "torch", "bundle", "rows", "same answer"), rows)
+
+
+def _rows(result: Mapping[str, Any]) -> str:
+    return f"{result['rows']:,} of {result['found']:,} of {result['data']}"
+
+
+def _survival(manifest: Manifest) -> Iterable[str]:
+    """What rounding left of a merged adapter, layer by layer."""
+    for name, proof in manifest.proof["adapters"].items():
+        if survived := proof.get("survived"):
+            rows = [("all", f"{survived['strength']:.3f}", f"{survived['direction']:.3f}")]
+            rows += [(layer, f"{one['strength']:.3f}", f"{one['direction']:.3f}") for layer, one in survived["layers"].items()]
+            yield f"<h2>{escape(name)}: ΔW after rounding</h2>" + _table(("layer", "strength", "direction"), rows)
+
+
+def _adapters(manifest: Manifest) -> str:
+    rows = [
+        (entry.name, entry.problem or entry.task, str(entry.rank), str(len(entry.labels)) if entry.labels is not None else "–", entry.digest or "–")
+        for entry in manifest.adapters
+    ]
+    return _table(("adapter", "task", "rank in the graph", "labels", "sha256 of its weights"), rows)
+
+
+def _files(manifest: Manifest) -> list[Cells]:
+    return [(path, f"{info.bytes:,}", info.sha256) for path, info in manifest.files.items()]
+
+
+def _table(head: Cells, rows: Iterable[Cells]) -> str:
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

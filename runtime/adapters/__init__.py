@@ -1,0 +1,1 @@
+"""Adapter folders become the tensors a graph takes."""

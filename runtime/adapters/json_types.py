@@ -1,0 +1,140 @@
+"""Whether an adapter's JSON files hold values of the types that everything behind them counts on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edgetune.core.errors import InputError
+from edgetune.core.tasks import PROBLEMS
+from edgetune.runtime.bundle.manifest import WEIGHTS
+
+Check = Callable[[Any], bool]
+Table = Mapping[str, tuple[Check, str]]
+"""field → (whether a value other than null fits, what is expected)"""
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_whole(value) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_regex(value: Any) -> bool:
+    """Also as the end of a module's name, which is how PEFT reads the keys of its patterns."""
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+        re.compile(rf"(.*\.)?({value})$")
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _one_of(*values: str) -> tuple[Check, str]:
+    return lambda value: value in values, " | ".join(values)
+
+
+def _list_of(fits: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _pattern_of(fits: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(_is_regex, value)) and all(map(fits, value.values()))
+
+
+def _either(one: Check, other: Check) -> Check:
+    return lambda value: one(value) or other(value)
+
+
+TEXT, WHOLE, NUMBER, OBJECT = (_is_text, "a text"), (_is_whole, "a whole number"), (_is_number, "a number"), (_is_object, "an object")
+POSITIVE = (_is_positive, "1 or more")
+MODULES = (_either(_is_regex, _list_of(_is_text)), "a valid regular expression or a list of names")
+PEFT: Table = {
+    "r": POSITIVE,
+    "lora_alpha": NUMBER,
+    "rank_pattern": (_pattern_of(_is_positive), "an object: regular expression → 1 or more"),
+    "alpha_pattern": (_pattern_of(_is_number), "an object: regular expression → number"),
+    "target_modules": MODULES,
+    "exclude_modules": MODULES,
+    "modules_to_save": (_list_of(_is_regex), "a list of names"),
+    "layers_to_transform": (_either(_is_whole, _list_of(_is_whole)), "a layer's number or a list of them"),
+    "layers_pattern": (_either(_is_regex, _list_of(_is_regex)), "a valid regular expression or a list of them"),
+}
+OWN: Table = {
+    "base": OBJECT,
+    "files": (lambda value: _is_object(value) and all(map(_is_text, value.values())), "an object: file → sha256"),
+    "task": TEXT,
+    "problem": _one_of(*PROBLEMS),
+    "pooling": TEXT,
+    "labels": (_list_of(_either(_is_text, _is_number)), "a list of texts"),
+    "max_length": POSITIVE,
+    "prompt_format": OBJECT,
+    "generation": OBJECT,
+    "base_precision": OBJECT,
+}
+PROMPT_FORMAT: Table = {
+    "template": _one_of("chat", "plain"),
+    "system": TEXT,
+    "prompt": TEXT,
+    "text": TEXT,
+    "text_pair": TEXT,
+    "tokens": TEXT,
+}
+GENERATION: Table = {
+    **dict.fromkeys(("max_new_tokens", "top_k", "seed", "logprobs"), WHOLE),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"), NUMBER),
+    **dict.fromkeys(("regex", "grammar"), TEXT),
+    "stop": (_either(_is_text, _list_of(_is_text)), "a text or a list of texts"),
+}
+BASE_PRECISION: Table = {
+    "weights": _one_of(*WEIGHTS),
+    "block_size": POSITIVE,
+    "symmetric": (lambda value: isinstance(value, bool), "true or false"),
+    "overrides": (lambda value: _is_object(value) and all(map(_is_text, value.values())), "an object: module → precision"),
+}
+
+
+def wrong_config(config: Mapping[str, Any]) -> list[str]:
+    """A line for each value of `adapter_config.json` that PEFT's LoRA could not have written."""
+    return _wrong(config, PEFT, "")
+
+
+def wrong_metadata(metadata: Mapping[str, Any]) -> list[str]:
+    """A line for each value of `edgetune_adapter.json` of a wrong type or, among the generation defaults, out of range."""
+    from edgetune.runtime.generation.settings import settings_from
+
+    wrong = _wrong(metadata, OWN, "")
+    for name, table in (("prompt_format", PROMPT_FORMAT), ("generation", GENERATION), ("base_precision", BASE_PRECISION)):
+        if _is_object(metadata.get(name)):
+            wrong += _wrong(metadata[name], table, f"{name}.")
+    if not wrong and metadata.get("generation"):
+        try:
+            settings_from(metadata["generation"], {})
+        except (InputError, TypeError, ValueError) as error:
+            wrong.append(f"generation: {error}")
+    return wrong
+
+
+def _wrong(values: Mapping[str, Any], table: Table, where: str) -> list[str]:
+    return [
+        f"{where}{name}: expected {expected}, got {values[name]!r:.60}"
+        for name, (fits, expected) in table.items()
+        if values.get(name) is not None and not fits(values[name])
+    ]

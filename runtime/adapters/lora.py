@@ -1,0 +1,287 @@
+"""A PEFT LoRA folder read with numpy alone: per-module A and scaled B, the task head, and what cannot be used.
+
+Semantics follow PEFT (`peft.utils.get_pattern_key`, `peft.tuners.lora`): scaling = alpha / r, or alpha / sqrt(r)
+with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732); a pattern key is a regular expression on the end of a name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetune.core.arrays import Array
+from edgetune.core.errors import AdapterError, listed
+from edgetune.core.files import sha256_file
+from edgetune.runtime.adapters.json_types import wrong_config, wrong_metadata
+from edgetune.runtime.adapters.tensor_file import TensorFile
+
+CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
+PREFIX = "base_model.model."
+LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+HEAD = re.compile(r"(?P<name>classifier|score)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>weight|bias)")
+COPY = ".base_layer.weight"
+HEAD_NAMES = ("classifier", "score")
+# Configurations whose answer is not W + scaling·BA. Each says what to do instead.
+REFUSED = {
+    "use_dora": "DoRA rescales whole weights, which adapter inputs cannot; train with dora = false",
+    "lora_bias": "the LoRA layers carry biases; train with lora_bias = False",
+    "trainable_token_indices": "trained token embeddings have no graph input; train without trainable tokens",
+    "target_parameters": "adapters on bare parameters have no graph input; target modules instead",
+    "layer_replication": "replicated layers are another base model; merge it in torch and export that",
+    "alora_invocation_tokens": "activated LoRA switches inside a prompt; train plain LoRA",
+    "use_qalora": "QA-LoRA pools its input in groups; train plain LoRA",
+    "use_bdlora": "block-diagonal LoRA has other tensors; train plain LoRA",
+    "arrow_config": "Arrow routes between adapters; export each adapter by itself",
+    "kasa_config": "KaSA changes the base weights; train plain LoRA",
+    "monteclora_config": "MonteCLoRA samples its weights; train plain LoRA",
+}
+# These initialisations subtract the start value from the base weights, so W + scaling·BA is not what was trained.
+REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass
+class LoraFolder:
+    """What a PEFT folder holds. `problems` lists everything that keeps it from being used, one line each."""
+
+    path: Path
+    config: dict[str, Any]
+    metadata: dict[str, Any] | None
+    digest: str | None = None
+    deltas: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    """module → A (r, in) float32 and scaling·B (out, r) float32"""
+    head: dict[str, Array] = field(default_factory=dict)
+    """weight (labels, hidden) and bias (labels,)"""
+    copies: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """module → shape of the frozen base weight that PEFT saves beside an adapter on an output projection"""
+    problems: list[str] = field(default_factory=list)
+    modules: set[str] | None = None
+    """every module the file names, usable or not; None when the file could not be read"""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max((a.shape[0] for a, _ in self.deltas.values()), default=0)
+
+
+def lora_deltas(folder: str | Path, *, base_digest: str | None = None) -> dict[str, tuple[Array, Array]]:
+    """module → (A (r, in), scaling·B (out, r)), float32, so that ΔW = B @ A. Module names as in PEFT's base model.
+
+    AdapterError lists everything that a merge could not take (DoRA, biases, damaged files, another base).
+    """
+    read = read_lora(folder, base_digest=base_digest)
+    refuse_if(read.problems, read.path)
+    return read.deltas
+
+
+def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFolder:
+    """Read a PEFT folder; AdapterError when its JSON files are none of a LoRA's at all, else see `.problems`."""
+    path = Path(folder)
+    config = _read_json(path, CONFIG, required=True)
+    metadata = _read_json(path, METADATA, required=False)
+    refuse_if(wrong_types(config or {}, metadata or {}), path)
+    read = LoraFolder(path=path, config=config or {}, metadata=metadata)
+    read.problems += _config_problems(read.config)
+    weights, place = path / WEIGHTS, len(read.problems)
+    with ThreadPoolExecutor(1) as beside:  # hashing takes half of the time, and another core can do it
+        try:
+            file = TensorFile(weights)
+            digest = beside.submit(file.digest)
+            _sort_tensors(file, read)
+            read.digest = digest.result()
+        except FileNotFoundError:
+            read.problems.append(f"{WEIGHTS}: missing")
+        except ValueError as error:
+            read.problems.append(f"{WEIGHTS}: {error}")
+    if metadata is not None:  # said first: another base explains every other misfit
+        read.problems[place:place] = _metadata_problems(read, metadata, base_digest)
+    return read
+
+
+def wrong_types(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:
+    """A line for each value of a folder's JSON files that nothing could be made of."""
+    own = [f"{METADATA}: {line}" for line in wrong_metadata(metadata)]
+    if config.get("peft_type") != "LORA":
+        return own
+    return [f"{CONFIG}: {line}" for line in wrong_config(config)] + own
+
+
+def refuse_if(problems: Sequence[str], path: Path) -> None:
+    """Raise one AdapterError that says the problem; several stand on a line of their own each."""
+    if problems:
+        what = f"the adapter cannot be used, nothing was loaded: {listed(problems, 'mismatches')}"
+        raise AdapterError(what, where=str(path))
+
+
+def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r (rsLoRA: alpha / sqrt(r)) of one module, with `alpha_pattern` honoured."""
+    alpha = float(_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def rank_of(config: Mapping[str, Any], module: str) -> int:
+    """The rank the configuration gives one module, with `rank_pattern` honoured."""
+    return int(_pattern_value(config.get("rank_pattern"), module, config.get("r", 8)))
+
+
+def is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT would put an adapter on this module (`check_target_module_exists`)."""
+    if _names(config.get("exclude_modules"), module):
+        return False
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.get("modules_to_save") or ()):
+        return False
+    target = config.get("target_modules")
+    if target == "all-linear":
+        return True
+    return _names(target, module) and _layer_is_chosen(config, module)
+
+
+def _layer_is_chosen(config: Mapping[str, Any], module: str) -> bool:
+    """`layers_to_transform`: None, one layer number or a list of them."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == [] or isinstance(config.get("target_modules"), str):
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _names(names: str | Sequence[str] | None, module: str) -> bool:
+    """PEFT's rule: a string is a regular expression on the whole name, a list holds names or their ends."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any] | None:
+    path = folder / name
+    if not path.is_file():
+        if not required:
+            return None
+        inside = folder / "adapter"  # of a run of `edgetune train`
+        fix = f"Give {inside}, or another" if (inside / name).is_file() else "Give a"
+        fix += f" PEFT adapter folder: one with {CONFIG} and {WEIGHTS}."
+        raise AdapterError(
+            f"no {name} here" if folder.is_dir() else "no such folder", where=str(folder), fix=fix
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"not valid JSON: {error}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise AdapterError("not a JSON object", where=str(path), got=type(value).__name__)
+    return value
+
+
+def _config_problems(config: Mapping[str, Any]) -> list[str]:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        return [f"{CONFIG}: peft_type: expected LORA, got {kind}"]
+    problems = [f"{CONFIG}: {key}: {reason}" for key, reason in REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        problems.append(
+            f"{CONFIG}: bias: expected none, got {config['bias']}; trained biases have no graph input"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(REFUSED_INITS):
+        fix = "save it with path_initial_model_for_weight_conversion"
+        problems.append(f"{CONFIG}: init_lora_weights={start} also changed the base weights; {fix}")
+    for name in config.get("modules_to_save") or ():
+        if name not in HEAD_NAMES:
+            problems.append(
+                f"{CONFIG}: modules_to_save: the graph takes no trained {name!r}; only a linear head swaps"
+            )
+    return problems
+
+
+def _metadata_problems(read: LoraFolder, metadata: Mapping[str, Any], base_digest: str | None) -> list[str]:
+    problems = []
+    if metadata.get("schema") != 1:
+        problems.append(f"{METADATA}: schema: expected 1, got {metadata.get('schema')!r}")
+    base = metadata.get("base") or {}
+    if base_digest is not None and base.get("digest") != base_digest:
+        got = f"{base.get('name', '?')} {str(base.get('digest'))[:23]}…"
+        problems.append(f"{METADATA}: base model: expected digest {base_digest[:23]}…, got {got}")
+    for name, expected in (metadata.get("files") or {}).items():
+        file = read.path / Path(name).name
+        if file.name == WEIGHTS and read.digest is None:
+            continue  # missing or damaged: reported by itself
+        if not file.is_file():
+            problems.append(f"{name}: missing")
+            continue
+        got = read.digest if file.name == WEIGHTS and read.digest is not None else sha256_file(file)
+        if got != expected:
+            problems.append(f"{name}: sha256: expected {str(expected)[:16]}…, got {got[:16]}…; copy it again")
+    return problems
+
+
+def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
+    """Put every tensor where it belongs: a delta, the head, or a problem."""
+    sides: dict[str, dict[str, Array]] = {}
+    not_finite = file.not_finite()  # raises where the file cannot be read
+    read.modules = set()
+    for key, tensor in file.tensors.items():
+        name = key.removeprefix(PREFIX)
+        if match := LORA.fullmatch(name):
+            sides.setdefault(match["module"], {})[match["side"]] = tensor
+            read.modules.add(match["module"])
+        elif match := HEAD.fullmatch(name):
+            read.head[match["part"]] = tensor
+        elif name.endswith(COPY):
+            read.copies[name.removesuffix(COPY)] = tensor.shape
+        else:
+            read.problems.append(f"{key} {tensor.shape}: unknown, {_why_unknown(name)}")
+        if key in not_finite:
+            read.problems.append(f"{key}: holds NaN or infinite values")
+    for module, pair in sides.items():
+        problem = _pair_problem(read.config, module, pair)
+        if problem:
+            read.problems.append(problem)
+        else:
+            a, b = pair["A"], pair["B"]
+            scaling = scaling_of(read.config, module, a.shape[0])
+            read.deltas[module] = (a, b * np.float32(scaling))
+
+
+def _pair_problem(config: Mapping[str, Any], module: str, pair: Mapping[str, Array]) -> str | None:
+    for side in "AB":
+        if side not in pair:
+            return f"{module}.lora_{side}.weight: missing"
+        if pair[side].ndim != 2:
+            return f"{module}.lora_{side}.weight: expected 2 dimensions, got {pair[side].shape}; only linear layers"
+    a, b, rank = pair["A"], pair["B"], rank_of(config, module)
+    if a.shape[0] != rank:
+        return f"{module}.lora_A.weight: expected {(rank, a.shape[1])} (rank {rank}), got {a.shape}"
+    if b.shape[1] != rank:
+        return f"{module}.lora_B.weight: expected {(b.shape[0], rank)} (rank {rank}), got {b.shape}"
+    return None
+
+
+def _why_unknown(name: str) -> str:
+    if "lora_magnitude_vector" in name:
+        return "a DoRA magnitude; train with dora = false"
+    if "lora_embedding_" in name or "embed_tokens" in name or "word_embeddings" in name:
+        return "embeddings have no adapter input; target linear layers only"
+    if ".lora_B.bias" in name or name.endswith(".bias"):
+        return "trained biases have no graph input; train with bias = none"
+    if name.startswith(HEAD_NAMES):
+        return "the graph takes one linear head (classifier.weight and classifier.bias)"
+    return "the graph has no input for it"

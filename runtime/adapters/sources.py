@@ -1,0 +1,88 @@
+"""Where adapters are read from: the bundle, a folder of many, or any PEFT folder; checked while they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from edgetune.core.errors import AdapterError, BundleError
+from edgetune.runtime.adapters.lora import CONFIG, METADATA
+from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
+from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
+
+Source = AdapterEntry | Path
+"""A shipped adapter's entry in the manifest, or a PEFT folder."""
+
+
+class AdapterSources:
+    """The files behind adapter names."""
+
+    def __init__(self, folder: Path, manifest: Manifest, many: Path | None) -> None:
+        """`many`: a folder whose sub-folders are adapters; AdapterError when there is none."""
+        self._folder, self._manifest, self._many = folder, manifest, many
+        if many is not None and not many.is_dir():
+            raise AdapterError("no such adapter folder", where=str(many), expected="a folder of PEFT folders")
+
+    def names(self) -> list[str]:
+        """The adapters in the folder of many, as they are there now."""
+        if self._many is None:
+            return []
+        return sorted(path.parent.name for path in self._many.glob(f"*/{CONFIG}"))
+
+    def find(self, name: str) -> Path | None:
+        """An adapter of the folder of many; a name is never a path, so nothing outside can be asked for."""
+        if self._many is None or Path(name).name != name or name in (".", "..") or "\0" in name:
+            return None
+        path = self._many / name
+        return path if (path / CONFIG).is_file() else None
+
+    def folder(self, source: Source | None) -> str | None:
+        """Where a source's files lie; None for an adapter that is merged into the weights."""
+        if isinstance(source, AdapterEntry):
+            return None if source.path is None else str(self._folder / source.path)
+        return None if source is None else str(source)
+
+    def read(self, name: str, source: Source) -> tuple[PackedAdapter, str]:
+        """The packed tensors, and a fingerprint of what they were made from. AdapterError lists every misfit."""
+        if isinstance(source, Path):
+            packed = pack_adapter(source, self._manifest, name=name)
+            return packed, _fingerprint(packed, source)
+        if self._manifest.mode == "merged" or source.path is None:
+            known = _metadata(self._folder, source)
+            return PackedAdapter(name, {}, source.labels, source.rank, source.digest or "", known), source.digest or ""
+        path = self._folder / source.path
+        packed = pack_adapter(path, self._manifest, name=name)
+        if source.digest is not None and packed.digest != source.digest:
+            raise BundleError(
+                f"the adapter {name!r} is not the one the bundle was made with",
+                where=str(path),
+                expected=f"sha256 {source.digest[:16]}…",
+                got=f"{packed.digest[:16]}…",
+            )
+        return packed, _fingerprint(packed, path)
+
+
+def _fingerprint(packed: PackedAdapter, folder: Path) -> str:
+    """The weights' digest and the other files' content: alpha or a label changes answers too."""
+    digest = hashlib.sha256(packed.digest.encode())
+    for name in (CONFIG, METADATA):
+        path = folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def _metadata(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
+    """What a merged adapter's entry says, with its folder's `edgetune_adapter.json` when there is one."""
+    known: dict[str, Any] = {
+        "task": entry.task,
+        "problem": entry.problem,
+        "labels": None if entry.labels is None else list(entry.labels),
+        "prompt_format": entry.prompt_format,
+        "generation": entry.generation,
+    }
+    path = folder / (entry.path or "") / METADATA
+    if entry.path is not None and path.is_file():
+        return {**json.loads(path.read_text(encoding="utf-8")), **known}
+    return known

@@ -1,0 +1,1 @@
+"""A bundle folder is read, checked and compared."""

@@ -1,0 +1,330 @@
+"""`edgetune.json`: what a bundle holds, as frozen dataclasses; the exporter writes it, the runtime reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edgetune.core.errors import BundleError
+from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS
+
+MANIFEST = "edgetune.json"
+SCHEMA = 1
+SCORE = "score"
+"""graph output of a decoder whose head is in the graph: a merged reward, or the graph for other engines"""
+STATES = "last_hidden_state"
+"""graph output: every token's state (encoders), or the states that the logits asked for are made of (decoders)"""
+WEIGHTS = ("fp32", "fp16", "int8", "int4")
+WHERE_SET = {"where_set": True}
+"""metadata of a field that is written only where it says something: readers from before it open all other bundles"""
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """The frozen base model; `digest` is what an adapter must have been trained on."""
+
+    name: str
+    digest: str
+    model_type: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the weights are stored: fp32, int8 or int4 (`block_size` weights share a scale), rounded by rtn, hqq or gptq.
+
+    `activations` int8: what the products of 8-bit layers read is rounded to 8 bits too; their weights have a scale an output.
+    `symmetric` false: a block's zero stands where it costs least, not in the middle.
+    """
+
+    weights: str
+    block_size: int | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    quantiser: str = "rtn"
+    activations: str = "float"
+    symmetric: bool = field(default=True, metadata=WHERE_SET)
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders only.
+
+    `situations` holds the engine's graph twice over the same weights, with adapter inputs and without, and runs the one that fits. Of an
+    encoder-decoder `engine` is the decoder; `encoder` reads the prompt, and an answer begins after `start_token_id`.
+    """
+
+    engine: str
+    standard: str | None
+    data: str | None
+    max_length: int
+    vocab_size: int
+    hidden_size: int
+    layers: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    cache_dtype: str | None = "float32"
+    pooling: str | None = None
+    token_type_ids: bool = False
+    situations: str | None = field(default=None, metadata=WHERE_SET)
+    encoder: str | None = field(default=None, metadata=WHERE_SET)
+    start_token_id: int | None = field(default=None, metadata=WHERE_SET)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of the base inside a packed site: it owns columns start:stop of the site's output."""
+
+    module: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where adapters enter the graph: inputs A (group, in, rank) and B (group, rank, out).
+
+    `graph`: the file whose inputs they are, where that is not the engine.
+    """
+
+    name: str
+    A: str
+    B: str
+    in_features: int
+    out_features: int
+    parts: tuple[Part, ...]
+    graph: str | None = field(default=None, metadata=WHERE_SET)
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """The task head's tensors: weight (group, in, labels) and bias (group, labels).
+
+    Graph inputs of an encoder. A decoder's head reads the last token's state (a reward); the runtime applies it, and so
+    only `standard` has it as inputs.
+    """
+
+    weight: str
+    bias: str
+    in_features: int
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Tokenizer files and the ids that generation needs."""
+
+    file: str
+    chat_template: str | None
+    special_tokens: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    model_max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter that ships in the bundle. `path` is None when it is merged into the graph.
+
+    `problem` of a classification: single-label (also None), multi-label or regression.
+    """
+
+    name: str
+    path: str | None
+    task: str
+    labels: tuple[str, ...] | None
+    prompt_format: dict[str, Any] | None
+    generation: dict[str, Any] | None
+    rank: int
+    digest: str | None
+    onnx_adapter: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Digest (hex sha256) and size of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of `edgetune.json`."""
+
+    schema: int
+    edgetune_version: str
+    task: str
+    base: BaseInfo
+    mode: str
+    precision: Precision
+    graph: GraphInfo
+    sites: tuple[Site, ...]
+    head: HeadInfo | None
+    tokenizer: TokenizerInfo
+    adapters: tuple[AdapterEntry, ...]
+    proof: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileInfo] = field(default_factory=dict)
+
+    @property
+    def is_decoder(self) -> bool:
+        """True for text generation, False for any encoder."""
+        return self.task == GENERATION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object, ready for `write_json`."""
+        value: dict[str, Any] = _plain(self)
+        return value
+
+    def adapter(self, name: str) -> AdapterEntry | None:
+        """The shipped adapter of that name, or None."""
+        return next((entry for entry in self.adapters if entry.name == name), None)
+
+
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "task": (GENERATION, *ENCODER_TASKS),
+    "mode": ("separate", "merged"),
+    "precision.weights": WEIGHTS,
+    "graph.pooling": ("mean", "cls"),
+    "graph.cache_dtype": ("float32", "float16"),
+}
+JSON_NAMES = {"in_features": "in", "out_features": "out"}  # "in" is a Python keyword
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check a bundle's manifest. BundleError names the file, the field, expected and got."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"no {MANIFEST} in this folder",
+            where=str(folder),
+            fix="Give the folder that `edgetune export --out` wrote.",
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"not valid JSON: {error}", where=str(path), fix="Export the bundle again."
+        ) from error
+    return manifest_from_dict(document, where=str(path))
+
+
+def manifest_from_dict(document: Any, *, where: str = MANIFEST) -> Manifest:
+    """Build a Manifest from parsed JSON; BundleError when a field is missing, unknown or of a wrong type."""
+    if not isinstance(document, dict):
+        raise BundleError("a manifest is a JSON object", where=where, got=type(document).__name__)
+    if document.get("schema") != SCHEMA:
+        raise BundleError(
+            "the bundle has another schema version",
+            where=where,
+            expected=str(SCHEMA),
+            got=repr(document.get("schema")),
+            fix="Export it again with this version of edgetune, or upgrade edgetune.",
+        )
+    manifest: Manifest = _build(Manifest, document, path="", where=where)
+    for path, allowed in ALLOWED.items():
+        value: Any = manifest
+        for name in path.split("."):
+            value = getattr(value, name)
+        if value is not None and value not in allowed:
+            raise BundleError(f"unknown {path}", where=where, expected=" | ".join(allowed), got=repr(value))
+    for i, entry in enumerate(manifest.adapters):
+        if entry.problem is not None and entry.problem not in PROBLEMS:
+            raise BundleError(f"unknown adapters[{i}].problem", where=where, expected=" | ".join(PROBLEMS), got=repr(entry.problem))
+    _check_paths(manifest, where)
+    return manifest
+
+
+def _check_paths(manifest: Manifest, where: str) -> None:
+    """A bundle names only files inside itself: a manifest is data from somewhere else."""
+    graph, tokenizer = manifest.graph, manifest.tokenizer
+    paths = [
+        graph.engine,
+        graph.standard,
+        graph.situations,
+        graph.data,
+        graph.encoder,
+        tokenizer.file,
+        tokenizer.chat_template,
+        *manifest.files,
+    ]
+    for entry in manifest.adapters:
+        paths += [entry.path, entry.onnx_adapter]
+    for path in paths:
+        if path is not None and (PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts):
+            raise BundleError("a path leaves the bundle", where=where, got=repr(path))
+
+
+_hints = functools.cache(typing.get_type_hints)  # it compiles every annotation again: most of the time that a manifest took
+
+
+def _build(cls: Any, value: Any, *, path: str, where: str) -> Any:
+    """A dataclass from a JSON object, checked field by field."""
+    if not isinstance(value, dict):
+        raise BundleError(
+            f"{path or 'the manifest'} has a wrong type",
+            where=where,
+            expected="an object",
+            got=type(value).__name__,
+        )
+    hints = _hints(cls)
+    fields = {JSON_NAMES.get(f.name, f.name): f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise BundleError(
+            f"unknown field {path}{unknown[0]}",
+            where=where,
+            fix="The bundle was written by another version of edgetune.",
+        )
+    arguments = {}
+    for key, f in fields.items():
+        if key in value:
+            arguments[f.name] = _convert(hints[f.name], value[key], path=f"{path}{key}", where=where)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise BundleError(f"missing field {path}{key}", where=where, fix="Export the bundle again.")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, *, path: str, where: str) -> Any:
+    """One value checked against its type hint."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        inner = [a for a in arguments if a is not type(None)]
+        return None if value is None else _convert(inner[0], value, path=path, where=where)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path=f"{path}.", where=where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], v, path=f"{path}[{i}]", where=where) for i, v in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {
+            str(k): _convert(arguments[1], v, path=f"{path}[{k!r}]", where=where) for k, v in value.items()
+        }
+    if origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    expected = {tuple: "a list", dict: "an object"}.get(origin or hint, getattr(hint, "__name__", str(hint)))
+    raise BundleError(f"{path} has a wrong type", where=where, expected=expected, got=repr(value)[:80])
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as JSON types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            JSON_NAMES.get(f.name, f.name): _plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("where_set") and getattr(value, f.name) == f.default)
+        }
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

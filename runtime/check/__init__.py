@@ -1,0 +1,1 @@
+"""Latency and memory measured against a budget."""

@@ -1,0 +1,250 @@
+"""Latency and memory of bundles, each in a fresh process, side by side: `python -m edgetune.runtime.check.latency`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetune.core.errors import BundleError, EdgetuneError
+from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.runtime.check.verdict import Speed, summary
+
+WARM_UP = 2
+SWAPS = 50
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured: each adapter in turn, `runs` times, on synthetic token ids (a fixed seed)."""
+
+    bundle: str
+    adapters: tuple[str, ...] = ()
+    """empty: the base model without adapter"""
+    threads: int | None = None
+    runs: int = 20
+    prompt_tokens: int = 256
+    new_tokens: int = 32
+    providers: tuple[str, ...] = ()
+    """execution providers in order of preference; empty: the CPU"""
+
+
+def measure(workload: Workload) -> dict[str, Any]:
+    """Run the workload in a fresh process; times in ms, memory and size in MB (10⁶ bytes), raw samples included.
+
+    Any EdgetuneError of the child is raised here again; BundleError when it dies without one.
+    """
+    command = [sys.executable, "-m", "edgetune.runtime.check.latency", json.dumps(asdict(workload))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 2:
+        raise EdgetuneError(f"\n{done.stderr}".partition("\nedgetune: ")[2].strip())  # log lines may stand before it
+    if done.returncode:
+        reason = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BundleError(f"the measuring process ended with {reason}: {last}", where=workload.bundle)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def measure_here(workload: Workload) -> dict[str, Any]:
+    """The same in this process."""
+    from edgetune.runtime.tasks.runtime import Runtime
+
+    start = time.perf_counter()
+    with Runtime.open(workload.bundle, threads=workload.threads, providers=workload.providers) as runtime:
+        load_ms = (time.perf_counter() - start) * 1e3
+        adapter_load_ms = {
+            name: _timed_ms(lambda name=name: runtime.adapter(name)) for name in workload.adapters
+        }
+        names: list[str | None] = list(workload.adapters) or [None]
+        runs: dict[str | None, list[dict[str, list[float]]]] = {name: [] for name in names}
+        for _ in range(WARM_UP):
+            for name in names:
+                _run(runtime, name, workload, seed=0)
+        for i in range(workload.runs):  # in turn, so that a slow moment of the machine hits all alike
+            for name in names:
+                runs[name].append(_run(runtime, name, workload, seed=i))
+        swap_ms = _swaps(runtime, names)
+        peak_rss_mb = peak_rss()
+        providers = runtime.providers
+    samples = [
+        {"adapter": name, **{key: [run[key] for run in rows] for key in rows[0]}}
+        for name, rows in runs.items()
+    ]
+    return {
+        "providers": {"in_use": list(providers.names), "nodes": dict(providers.nodes), "notes": list(providers.notes)},
+        "load_ms": load_ms,
+        "adapter_load_ms": adapter_load_ms,
+        "peak_rss_mb": peak_rss_mb,
+        "bundle_mb": bundle_size(Path(workload.bundle)) / 1e6,
+        "adapters": [_summaries(row) for row in samples],
+        "swap_ms": summary([swap_ms]) if swap_ms else None,
+        "samples": {"runs": samples, "swap_ms": swap_ms},
+    }
+
+
+def host_speed(threads: int | None = None) -> Speed:
+    """fp32 GFLOP/s of a 1024³ matrix product and GB/s of memory copied (read and written), best of five."""
+    from edgetune.devices.host import usable_cores
+
+    cores = usable_cores()
+    used = min(threads or cores, cores)
+    a = np.random.default_rng(0).random((1024, 1024), np.float32)
+    product_ms = min(_timed_ms(lambda: a @ a) for _ in range(5))
+    gflops = 2 * 1024**3 / product_ms / 1e6 * used / cores  # numpy's product takes every core
+    arrays = [(np.ones(1 << 24, np.float32), np.ones(1 << 24, np.float32)) for _ in range(used)]
+    with ThreadPoolExecutor(used) as pool:
+
+        def copy_all() -> None:
+            list(pool.map(lambda pair: np.copyto(*pair), arrays))
+
+        copy_ms = min(_timed_ms(copy_all) for _ in range(5))
+    return Speed(gflops=gflops, gb_s=used * 2 * arrays[0][0].nbytes / copy_ms / 1e6)
+
+
+def peak_rss() -> float:
+    """Peak resident memory of this process, MB. (ru_maxrss would count the parent's at the time of the fork.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def bundle_size(folder: Path) -> int:
+    """Bytes of every file in the bundle."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def synthetic_ids(count: int, vocab_size: int, *, avoid: Sequence[int], seed: int) -> list[int]:
+    """Random ids without special ones: time does not depend on which tokens they are."""
+    allowed = np.setdiff1d(np.arange(vocab_size), np.array(list(avoid), np.int64))
+    return [int(i) for i in np.random.default_rng(abs(seed)).choice(allowed, count)]
+
+
+def _run(runtime: Any, name: str | None, workload: Workload, *, seed: int) -> dict[str, list[float]]:
+    """One request: TTFT and the time of each further token, or the time of one encoder call or one score; ms."""
+    graph, tokenizer = runtime.manifest.graph, runtime.tokenizer
+    room = graph.max_length - (workload.new_tokens if runtime.manifest.is_decoder else 0)
+    count = max(1, min(workload.prompt_tokens, room))
+    ids = synthetic_ids(count, graph.vocab_size, avoid=sorted(tokenizer.eos_token_ids), seed=seed)
+    tensors = runtime.bound(name)
+    start = time.perf_counter()
+    if not runtime.manifest.is_decoder:
+        ask = runtime.encoder.tokens if runtime.task(name) == TAGGING else runtime.encoder.run
+        ask([ids], [tensors], pad_token_id=tokenizer.pad_token_id)
+        return {"request_ms": [(time.perf_counter() - start) * 1e3]}
+    if runtime.task(name) == REWARD:
+        from edgetune.runtime.tasks.scoring import read_scores
+
+        read_scores(runtime.decoder, [ids], [tensors])
+        return {"request_ms": [(time.perf_counter() - start) * 1e3]}
+    state, logits = runtime.decoder.start([ids], [tensors], capacity=count + workload.new_tokens)
+    token = int(logits[0].argmax())
+    times = [time.perf_counter()]
+    for _ in range(min(workload.new_tokens - 1, state.limit - count)):
+        token = int(state.step([token])[0].argmax())
+        times.append(time.perf_counter())
+    return {"ttft_ms": [(times[0] - start) * 1e3], "tpot_ms": (np.diff(times) * 1e3).tolist()}
+
+
+def _swaps(runtime: Any, names: Sequence[str | None]) -> list[float]:
+    """Times, in ms, to bind another resident adapter's tensors for the next request."""
+    engine = runtime.decoder if runtime.manifest.is_decoder else runtime.encoder
+    if runtime.manifest.mode == "merged" or not runtime.manifest.sites:
+        return []
+    bound = [runtime.bound(name) for name in {*names, None}]
+    halves = [half for half in (engine, getattr(engine, "encoder", None)) if half is not None]
+    bindings = [(half, half.session.io_binding()) for half in halves]
+
+    def swap(i: int) -> None:
+        for half, io in bindings:
+            half.bind_adapters(io, half.group([bound[i % len(bound)]]))
+
+    return [_timed_ms(lambda i=i: swap(i)) for i in range(SWAPS)]
+
+
+def _summaries(row: dict[str, Any]) -> dict[str, Any]:
+    """Percentiles of one adapter's samples."""
+    figures = {
+        key: summary(row[key]) for key in ("ttft_ms", "tpot_ms", "request_ms") if any(row.get(key, []))
+    }
+    if "tpot_ms" in figures:
+        figures["tokens_per_s"] = {"p50": 1e3 / figures["tpot_ms"]["p50"]}
+    return {"adapter": row["adapter"], **figures}
+
+
+def _timed_ms(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def main() -> None:
+    """The child process: workload on the command line, result as JSON on stdout."""
+    values = json.loads(sys.argv[1])
+    try:
+        result = measure_here(Workload(**{**values, **{name: tuple(values[name]) for name in ("adapters", "providers")}}))
+    except EdgetuneError as error:
+        sys.stderr.write(f"edgetune: {error}\n")
+        sys.exit(2)
+    json.dump(result, sys.stdout)
+
+
+FIGURES = ("ttft_ms", "tpot_ms", "request_ms")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Medians over all rounds, ms and MB; `ttft_ms` and `tpot_ms` of decoders, `request_ms` of encoders."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    request_ms: float | None
+    load_ms: float
+    peak_rss_mb: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return asdict(self)
+
+    @property
+    def step_ms(self) -> float:
+        """Time of a further token of a decoder, of a request to an encoder."""
+        value = self.tpot_ms if self.tpot_ms is not None else self.request_ms
+        assert value is not None
+        return value
+
+
+def side_by_side(workloads: Mapping[str, Workload], *, rounds: int = 3) -> dict[str, Latency]:
+    """Measure every workload once a round, every second round backwards; the medians of each."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in workloads}
+    for at in range(rounds):
+        for name in list(workloads)[:: -1 if at % 2 else 1]:
+            results[name].append(measure(workloads[name]))
+    return {name: _medians(found) for name, found in results.items()}
+
+
+def _medians(results: list[dict[str, Any]]) -> Latency:
+    runs = [run for result in results for run in result["samples"]["runs"]]
+    figures = {
+        figure: float(np.median(samples)) if (samples := [x for run in runs for one in run.get(figure, []) for x in one]) else None
+        for figure in FIGURES
+    }
+    load, peak = (float(np.median([result[name] for result in results])) for name in ("load_ms", "peak_rss_mb"))
+    return Latency(**figures, load_ms=load, peak_rss_mb=peak)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Graphs run: sessions, caches and batches."""

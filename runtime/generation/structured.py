@@ -1,0 +1,154 @@
+"""Answers of a given form: a JSON schema, a regular expression or a Lark grammar says which token may come next.
+
+The grammar work is llguidance's (extra `edgetune[structured]`). A mask for the next token is computed in a thread of its
+own as soon as the token before is known, so that it is ready when the engine's step ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.core.errors import EdgetuneError, InputError
+from edgetune.runtime.generation.settings import form_of
+
+if TYPE_CHECKING:
+    from edgetune.runtime.bundle.tokenizer import BundleTokenizer
+    from edgetune.runtime.generation.settings import GenerationSettings
+
+
+Mask = npt.NDArray[np.bool_]
+JSON_DEFAULTS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,16}"}
+"""Room for an indentation, and an end to it: a small model can write blanks until its tokens run out."""
+COMPILED = 64
+"""Grammars that are kept compiled for a tokenizer."""
+
+
+class PackageMissing(EdgetuneError):  # noqa: N818
+    """A request needs an optional package that this machine lacks."""
+
+
+class Constraint:
+    """Which tokens keep one answer in its form. `start` it, then by turns `mask` and `add`."""
+
+    def __init__(self, matcher: Any, vocab_size: int, eos: frozenset[int]) -> None:
+        self._matcher, self._vocab_size, self._eos = matcher, vocab_size, eos
+        self._next: Future[Mask] | None = None
+
+    def start(self) -> None:
+        """Begin to compute the mask of the next token."""
+        self._next = _mask_thread().submit(self._compute)
+
+    def mask(self) -> Mask:
+        """True for each token (vocab,) that may come next; waits for it where it is not ready yet."""
+        if self._next is None:
+            self.start()
+        assert self._next is not None
+        return self._next.result()
+
+    def add(self, token: int) -> None:
+        """Take the chosen token and begin with the next mask. InputError when the grammar became too complex."""
+        self._next = None
+        if token not in self._eos:
+            self._matcher.consume_token(token)
+            self._check()
+            if not self.complete:
+                self.start()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def _compute(self) -> Mask:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        mask: Mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].view(np.bool_)
+        if mask.size < self._vocab_size:
+            mask = np.concatenate([mask, np.zeros(self._vocab_size - mask.size, np.bool_)])
+        return mask
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InputError(f"the answer's form cannot be followed: {_first_line(self._matcher.get_error())}")
+
+
+def constraint_of(settings: GenerationSettings, tokenizer: BundleTokenizer, *, vocab_size: int) -> Constraint | None:
+    """What keeps an answer in the form its settings ask for; None for free text.
+
+    Compiles the grammar at its first use (milliseconds; seconds for a huge one). InputError when it is not valid,
+    PackageMissing without llguidance.
+    """
+    form = form_of(settings)
+    if form is None:
+        return None
+    matcher = _compilers(tokenizer, vocab_size).matcher(*form)
+    constraint = Constraint(matcher, vocab_size, tokenizer.eos_token_ids)
+    constraint.start()
+    return constraint
+
+
+class _Compiler:
+    """llguidance's view of one tokenizer, and the grammars compiled for it."""
+
+    def __init__(self, tokenizer: BundleTokenizer, vocab_size: int) -> None:
+        try:
+            import llguidance
+        except ImportError as error:
+            fix = "Install edgetune[structured] (pip install llguidance)."
+            raise PackageMissing("structured output needs the package llguidance", fix=fix) from error
+        self._guidance = llguidance
+        size = max(vocab_size, tokenizer.tokenizer.get_vocab_size(with_added_tokens=True))
+        eos = sorted(tokenizer.eos_token_ids)
+        try:
+            self._tokenizer = llguidance.LLTokenizer(tokenizer.tokenizer.to_str(), n_vocab=size, eos_token=eos or None)
+        except ValueError as error:  # T5's Metaspace, in llguidance 1.9
+            raise InputError(f"answers of this tokenizer cannot be held to a form: {_first_line(str(error))}", fix="Ask for free text.") from error
+        self._compiled = functools.lru_cache(COMPILED)(self._compile)
+
+    def matcher(self, kind: str, text: str) -> Any:
+        """A matcher at the beginning of an answer."""
+        return self._compiled(kind, text).deep_copy()
+
+    def _compile(self, kind: str, text: str) -> Any:
+        where, matcher_class = f"the {kind} of the answer", self._guidance.LLMatcher
+        try:
+            if kind == "schema":
+                grammar = matcher_class.grammar_from_json_schema(text, defaults=JSON_DEFAULTS)
+            elif kind == "regex":
+                grammar = matcher_class.grammar_from_regex(text)
+            else:
+                grammar = matcher_class.grammar_from_lark(text)
+            matcher = matcher_class(self._tokenizer, grammar, log_level=0)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"cannot be used: {_first_line(str(error))}", where=where) from error
+        if matcher.is_error():
+            raise InputError(f"cannot be used: {_first_line(matcher.get_error())}", where=where)
+        return matcher
+
+
+_known: weakref.WeakKeyDictionary[BundleTokenizer, _Compiler] = weakref.WeakKeyDictionary()
+_known_lock = threading.Lock()
+
+
+def _compilers(tokenizer: BundleTokenizer, vocab_size: int) -> _Compiler:
+    """One compiler a tokenizer: making it takes up to a second."""
+    with _known_lock:
+        if tokenizer not in _known:
+            _known[tokenizer] = _Compiler(tokenizer, vocab_size)
+        return _known[tokenizer]
+
+
+@functools.lru_cache(1)
+def _mask_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="edgetune-masks")
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[0][:200]

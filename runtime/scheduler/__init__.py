@@ -1,0 +1,1 @@
+"""Many callers share one engine."""

@@ -1,0 +1,212 @@
+"""What the worker does with generation requests: one turn admits, runs `chunk` tokens of prompts, and one step of all rows.
+
+A long prompt goes through in pieces of `chunk` tokens with a decode step after each, so the streams that run wait for one
+piece at most; prompts that fit into it whole share it, so that of many that come at once the last waits for fewer steps. Who waits is let in by the fair queue's order and never overtaken by a smaller request, so a large one
+is not starved while memory is short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from edgetune.core.arrays import Float32
+from edgetune.core.errors import InputError
+from edgetune.runtime.engine.batch import Batch, BatchRow
+from edgetune.runtime.engine.engine import DecoderEngine
+from edgetune.runtime.engine.kv_cache import PrefixCache
+from edgetune.runtime.engine.seq2seq import Seq2SeqBatch
+from edgetune.runtime.scheduler.counters import Counters
+from edgetune.runtime.scheduler.requests import Running
+
+
+class DecodeLoop:
+    """Rows under way. Only the worker thread calls it; `next_waiting` hands over a request for which there is room."""
+
+    def __init__(
+        self,
+        engine: DecoderEngine,
+        counters: Counters,
+        *,
+        rows: int,
+        tokens: int,
+        prefix_blocks: int,
+        chunk: int,
+        lookup: int = 0,
+        max_context: int | None = None,
+    ) -> None:
+        """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none."""
+        self.batch = self._new_batch(engine, rows=rows, budget=tokens, max_context=max_context)
+        self.prefixes = PrefixCache(self.batch.arena, blocks=prefix_blocks if self.batch.arena.shares_prefixes else 0)
+        self.counters, self.chunk, self.lookup = counters, chunk, lookup
+        self.filling: Running | None = None
+        self._rows: dict[BatchRow, Running] = {}
+
+    def _new_batch(self, engine: DecoderEngine, *, rows: int, budget: int, max_context: int | None) -> Batch:
+        return Batch(engine, rows=rows, budget=budget, max_context=max_context)
+
+    @property
+    def running(self) -> list[Running]:
+        """Requests that have a row."""
+        return [*self._rows.values(), *([] if self.filling is None else [self.filling])]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values in use: rows and shared prefixes."""
+        return self.batch.arena.reserved * self.batch.arena.token_bytes + self.prefixes.nbytes
+
+    @property
+    def cache_bytes_total(self) -> int:
+        """Memory that keys and values may come to."""
+        return self.batch.arena.budget * self.batch.arena.token_bytes + self.prefixes.limit_bytes
+
+    def turn(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None]) -> None:
+        """One round: let in, prefill `chunk` tokens, decode a step; what was called off meanwhile is in none of them."""
+        self.sweep()
+        left = self.chunk
+        while left > 0:
+            if self.filling is None:
+                self._admit(next_waiting, at_most=None if left == self.chunk else left)
+                self.sweep()  # who waited may be past its deadline
+            if (running := self.filling) is None:
+                break
+            assert running.row is not None
+            before = running.row.length
+            self._guarded([running], partial(self._prefill, left))
+            left -= max(running.row.length - before, 1)
+            self.sweep()
+        if self._rows:
+            self._guarded(list(self._rows.values()), self._step)
+
+    def sweep(self, *, cancel_all: bool = False) -> None:
+        """End what was cancelled or is past its deadline, before anything more is computed for it."""
+        now = time.monotonic()
+        for running in self.running:
+            reason = "cancelled" if cancel_all else running.overdue(now)
+            if reason is not None:
+                self._end(running, reason)
+
+    def _admit(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None], *, at_most: int | None) -> None:
+        """Let the next one in when there is room; with `at_most` only one whose prompt has no more tokens."""
+
+        def fits(waiting: Running) -> bool:
+            short = at_most is None or len(waiting.request.prompt_ids) <= at_most
+            return short and self.batch.has_room(waiting.tokens_needed)
+
+        running = next_waiting(fits)
+        if running is None:
+            return
+        running.started = time.monotonic()
+        try:
+            running.row = self.batch.begin(running.adapter, tokens=running.tokens_needed)
+        except Exception as error:  # it got no row, so nobody else is touched
+            self.counters.ended("failed")
+            running.fail(error)
+            return
+        self.filling = running
+        self._guarded([running], partial(self._begin, running))
+
+    def _begin(self, running: Running) -> None:
+        """Copy what is known of a prompt into its row."""
+        assert running.row is not None
+        prompt = running.request.prompt_ids
+        running.cached = self.prefixes.restore(running.row.slot, running.adapter_key, prompt)
+        running.row.length = running.cached
+        self.counters.started(running)
+
+    def _prefill(self, tokens: int) -> None:
+        running = self.filling
+        assert running is not None and running.row is not None
+        prompt, start = running.request.prompt_ids, time.monotonic()
+        logits = self.batch.prefill(prompt[running.row.length : running.row.length + tokens])
+        if running.row.length == len(prompt):
+            self.filling = None
+            self.batch.join()
+            self._rows[running.row] = running
+            self.prefixes.store(running.row.slot, running.adapter_key, prompt)
+            self._take(running, logits)
+        self.counters.prefilled(time.monotonic() - start)
+
+    def _step(self) -> None:
+        start, rows = time.monotonic(), list(self.batch.decoding)
+        if len(rows) == 1 and self.filling is None and (guess := self._rows[rows[0]].guess(self.lookup)):
+            self._check(self._rows[rows[0]], guess)
+            return
+        logits = self.batch.step([self._rows[row].token for row in rows])
+        self.counters.stepped(len(rows), time.monotonic() - start)
+        for row, own in zip(rows, logits, strict=True):
+            self._take(self._rows[row], own)
+
+    def _check(self, running: Running, guess: list[int]) -> None:
+        """Run a row's next token and what may follow it in one step; keep what it would have chosen by itself."""
+        row, start = running.row, time.monotonic()
+        assert row is not None
+        before = row.length
+        logits = self.batch.check([running.token, *guess])
+        self.counters.stepped(1, time.monotonic() - start)
+        for right, own in enumerate(logits):
+            row.length = before + right + 1
+            self._take(running, own)
+            if row not in self._rows or right == len(guess) or running.token != guess[right]:
+                break
+        self.counters.guessed(len(guess), right)
+        running.tell(guessed=len(guess), right=right)
+
+    def _take(self, running: Running, logits: Float32) -> None:
+        """Choose a row's token; a row whose own settings fail it (a form that cannot be followed) ends alone."""
+        try:
+            running.take(logits)
+        except Exception as error:
+            self._end(running, "failed", error)
+            return
+        self.counters.generated(running)
+        if running.sequence.finish_reason is not None:
+            self._end(running, running.sequence.finish_reason)
+
+    def _end(self, running: Running, reason: str, error: Exception | None = None) -> None:
+        row = running.row
+        assert row is not None
+        if running is self.filling:
+            self.filling = None
+        elif self._rows.pop(row, None) is not None and error is None:  # a conversation may go on from here
+            written = [*running.request.prompt_ids, *running.sequence.tokens][: row.length]
+            self.prefixes.store(row.slot, running.adapter_key, written)
+        self.batch.leave(row)
+        self.counters.ended(reason)
+        if error is None:
+            running.finish(reason)
+        else:
+            running.fail(error)
+
+    def _guarded(self, affected: list[Running], work: Callable[[], None]) -> None:
+        """Do one piece of engine work; when it fails, those it was for fail, and the worker goes on."""
+        try:
+            work()
+        except Exception as error:
+            for running in affected:
+                if running in self.running:
+                    self._end(running, "failed", error)
+
+
+class Seq2SeqLoop(DecodeLoop):
+    """See `DecodeLoop`. A prompt goes through the encoder in one piece, and none is shared: an adapter changes all of it."""
+
+    def __init__(self, engine: Any, counters: Counters, *, lookup: int = 0, prefix_blocks: int = 0, **sizes: Any) -> None:
+        if lookup:
+            raise InputError("an encoder-decoder guesses no tokens", expected="lookup 0", got=str(lookup))
+        super().__init__(engine, counters, lookup=0, prefix_blocks=0, **sizes)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values in use, of prompts and of answers."""
+        batch: Any = self.batch
+        return int(batch.promised) * self.batch.arena.token_bytes
+
+    def _new_batch(self, engine: Any, *, rows: int, budget: int, max_context: int | None) -> Batch:
+        return Seq2SeqBatch(engine, rows=rows, budget=budget, max_context=max_context)
+
+    def _prefill(self, tokens: int) -> None:
+        assert self.filling is not None
+        super()._prefill(max(tokens, len(self.filling.request.prompt_ids)))

@@ -1,0 +1,1 @@
+"""The HTTP paths and what each answers."""

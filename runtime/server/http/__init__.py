@@ -1,0 +1,1 @@
+"""Requests are read and checked, answers written, counted and logged."""

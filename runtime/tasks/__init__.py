@@ -1,0 +1,1 @@
+"""A bundle is opened and answers: texts, labels, tags, scores."""

@@ -1,0 +1,107 @@
+"""What a runtime answers: generated texts and classifications, and how they are made from a row's tokens or logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.runtime.adapters.packing import PackedAdapter
+from edgetune.runtime.generation.sampling import TokenLogprob, TokenSequence, softmax
+
+THRESHOLD, VALUE = 0.5, "value"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated text. `finish_reason`: "stop" (end token or stop text), "length"; from the scheduler also
+    "cancelled" and "deadline". Times in milliseconds."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_ms: float
+    tpot_ms: float | None
+    """Mean time of the tokens after the first; None when there is only one."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    queue_ms: float = 0.0
+    """Time in the scheduler's queue, part of `ttft_ms`."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were there already."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The most likely label, its probability, and every label's.
+
+    Of an adapter for several labels (multi-label) `labels` are those of at least 0.5, which need not include `label`,
+    and each has a probability of its own. Of one for numbers (regression) `value` is the number; `label` is "value",
+    and `score` and `scores` hold the number too.
+    """
+
+    label: str
+    score: float
+    scores: dict[str, float]
+    labels: tuple[str, ...] | None = None
+    value: float | None = None
+
+
+class TextStream:
+    """Pieces of one text as they become certain; `completion` is there after the last."""
+
+    def __init__(self, pieces: Iterator[str | Completion]) -> None:
+        self._pieces = pieces
+        self.completion: Completion | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            if isinstance(piece, Completion):
+                self.completion = piece
+            else:
+                yield piece
+
+
+def classification_of(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -> Classification:
+    """A head's logits (labels,) as probabilities of its labels."""
+    if adapter.problem == "regression":
+        value = float(logits[0])
+        return Classification(label=VALUE, score=value, scores={VALUE: value}, value=value)
+    several = adapter.problem == "multi-label"
+    probabilities = sigmoid(logits) if several else softmax(logits)
+    scores = dict(zip(adapter.labels or (), probabilities.tolist(), strict=True))
+    label = max(scores, key=lambda name: scores[name])
+    labels = tuple(name for name, score in scores.items() if score >= THRESHOLD) if several else None
+    return Classification(label=label, score=scores[label], scores=scores, labels=labels)
+
+
+def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """1 / (1 + exp(-x)), without overflow."""
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64))))
+
+
+def unit_length(pooled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """States (texts, hidden) scaled to length 1."""
+    lengths = np.linalg.norm(pooled, axis=1, keepdims=True)
+    result: npt.NDArray[np.float32] = pooled / np.maximum(lengths, 1e-12)
+    return result
+
+
+def completion_of(row: TokenSequence, prompt_tokens: int, first_s: float, total_s: float) -> Completion:
+    """A finished row, whose first token came after `first_s` and whose last after `total_s` seconds."""
+    count = len(row.tokens)
+    tpot_ms = (total_s - first_s) * 1e3 / (count - 1) if count > 1 else None
+    logprobs = None if row.settings.logprobs is None else tuple(row.logprobs)
+    return Completion(
+        text=row.text,
+        finish_reason=row.finish_reason or "stop",
+        prompt_tokens=prompt_tokens,
+        completion_tokens=count,
+        ttft_ms=first_s * 1e3,
+        tpot_ms=tpot_ms,
+        token_ids=tuple(row.tokens),
+        logprobs=logprobs,
+    )

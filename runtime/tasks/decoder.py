@@ -1,0 +1,206 @@
+"""What an open decoder bundle answers: texts, whole or in pieces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from edgetune.core.errors import InputError
+from edgetune.core.tasks import REWARD
+from edgetune.core.templates import Message, check_messages, with_system
+from edgetune.runtime.engine.engine import DecodeState
+from edgetune.runtime.engine.session import AdapterRow
+from edgetune.runtime.generation.sampling import TokenSequence
+from edgetune.runtime.generation.settings import GenerationSettings, settings_from
+from edgetune.runtime.tasks.answers import Completion, TextStream, completion_of
+from edgetune.runtime.tasks.open_bundle import OpenBundle, batches, bound, each
+from edgetune.runtime.tasks.scoring import Answered, AnswerReader, read_scores, score_batches
+
+Prompt = str | Sequence[Message]
+"""A finished prompt (the user's turn of a chat model), or a conversation."""
+GENERATE_ROWS = 16
+"""Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's list."""
+
+
+class DecoderAnswers(OpenBundle):
+    """Generate, stream and score; one adapter for all rows or one a row."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        adapter: str | None = None,
+        *,
+        adapters: Sequence[str | None] | None = None,
+        n: int = 1,
+        **settings: Any,
+    ) -> list[Completion]:
+        """A completion of each prompt, with one adapter for all or one (or None) a prompt, mixed in a batch.
+
+        `n` completions of each prompt stand one after the other; sampling makes them differ.
+        `settings`: fields of GenerationSettings; what is not given comes from the row's adapter, then the defaults.
+        """
+        if n < 1:
+            raise InputError("n is out of range", expected="1 or more", got=str(n))
+        names = [name for name in self._names(len(prompts), adapter, adapters) for _ in range(n)]
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        ids = [self.prompt_ids(prompt, name) for prompt, name in zip(repeated, names, strict=True)]
+        rows = [
+            self._sequence(row, name, settings, index=i)
+            for i, (row, name) in enumerate(zip(ids, names, strict=True))
+        ]
+        results: list[Completion | None] = [None] * len(rows)
+        with self._held(names) as held:
+            tensors = [bound(found) for found in each(held, names)]
+            for places in batches([len(row) for row in ids], GENERATE_ROWS):
+                batch = [ids[i] for i in places], [tensors[i] for i in places], [rows[i] for i in places]
+                for place, _piece, completion in self._decode(*batch):
+                    if completion is not None:
+                        results[places[place]] = completion
+        return [completion for completion in results if completion is not None]
+
+    def stream(self, prompt: Prompt, adapter: str | None = None, **settings: Any) -> TextStream:
+        """The text of one prompt in pieces, as they become certain."""
+        adapter = self.chosen(adapter)
+        ids = self.prompt_ids(prompt, adapter)
+        sequence = self._sequence(ids, adapter, settings, index=0)
+
+        def pieces() -> Iterator[str | Completion]:
+            with self.registry.lease(adapter) as held:
+                yield ""  # begun at once: the adapter is held from now on, until the stream ends or is dropped
+                for _row, piece, completion in self._decode([ids], [None if held is None else held.bound], [sequence]):
+                    if piece:
+                        yield piece
+                    if completion is not None:
+                        yield completion
+
+        begun = pieces()
+        next(begun)
+        return TextStream(begun)
+
+    def score(
+        self,
+        answers: Sequence[Answered],
+        adapter: str | None = None,
+        *,
+        adapters: Sequence[str | None] | None = None,
+        truncate: bool = False,
+    ) -> list[float]:
+        """The reward of each answer, with one reward adapter for all or one an answer.
+
+        An answer is a conversation that ends with it, a pair (prompt, answer), or a text that is read as it stands.
+        `truncate` keeps the end of what is longer than the context; else that is an InputError.
+        """
+        names = self._names(len(answers), adapter, adapters)
+        for name in {*names}:
+            self.need_scores(name)
+        engine = self._need(self.decoder)
+        readers = {name: AnswerReader(self, name, truncate=truncate) for name in {*names}}
+        ids = [readers[name].ids(answered) for answered, name in zip(answers, names, strict=True)]
+        scores = [0.0] * len(ids)
+        with self._held(names) as held:
+            for places in score_batches([len(row) for row in ids]):
+                found, _ = read_scores(engine, [ids[i] for i in places], [bound(held[names[i]]) for i in places])
+                for i, value in zip(places, found, strict=True):
+                    scores[i] = float(value)
+        return scores
+
+    def need_text(self, name: str | None) -> None:
+        """InputError for an adapter that gives scores instead of text."""
+        if self.task(name) == REWARD:
+            what = f"the adapter {self.chosen(name)!r} gives scores, not text"
+            raise InputError(what, expected="an adapter that generates, or none", fix="Use Runtime.score.")
+
+    def need_scores(self, name: str | None) -> None:
+        """InputError for an adapter that gives no scores."""
+        if self.task(name) != REWARD:
+            what = "no adapter is chosen" if name is None else f"the adapter {name!r} gives no scores"
+            there = ", ".join(entry.name for entry in self.manifest.adapters if entry.task == REWARD)
+            raise InputError(what, expected=there or "an adapter of method reward")
+
+    def prompt_ids(
+        self, prompt: Prompt, adapter: str | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt as the adapter was trained to see it. InputError when it does not fit the context.
+
+        `tools` (OpenAI's objects) reach the chat template of a conversation.
+        """
+        self._need(self.decoder)
+        adapter = self.chosen(adapter)
+        self.need_text(adapter)
+        form = None if adapter is None else self.adapter(adapter).prompt_format
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode_prompt(prompt, form)
+        else:
+            messages = with_system(check_messages(prompt), system=(form or {}).get("system"))
+            ids = self.tokenizer.encode_chat(messages, tools=tools)
+        limit = self.manifest.graph.max_length
+        if not ids:
+            raise InputError("an empty prompt", expected="one token at least")
+        if len(ids) >= limit:
+            expected = f"at most {limit - 1} tokens, so that one can follow"
+            raise InputError(
+                "the prompt is longer than the context", expected=expected, got=f"{len(ids)} tokens"
+            )
+        return ids
+
+    def settings(self, adapter: str | None = None, **given: Any) -> GenerationSettings:
+        """Generation settings: what is given (None: not given), else the adapter's own defaults, else edgetune's."""
+        adapter = self.chosen(adapter)
+        defaults = {} if adapter is None else self.adapter(adapter).generation
+        return settings_from(defaults, given, base=GenerationSettings())
+
+    def sequence(
+        self, ids: Sequence[int], settings: GenerationSettings, *, choice: int = 0, context: int | None = None
+    ) -> TokenSequence:
+        """One answer to be generated; `context`: tokens of prompt and answer, at most (None: the graph's)."""
+        graph = self.manifest.graph
+        before = ids if graph.start_token_id is None else [graph.start_token_id]  # the prompt is another text than the answer
+        return TokenSequence(
+            self.tokenizer,
+            settings,
+            row=choice,
+            limit=(context or graph.max_length) - len(before),
+            prompt_ids=before,
+            vocab_size=graph.vocab_size,
+        )
+
+    def _sequence(
+        self, ids: Sequence[int], name: str | None, settings: Mapping[str, Any], *, index: int
+    ) -> TokenSequence:
+        return self.sequence(ids, self.settings(name, **settings), choice=index)
+
+    def _decode(
+        self, ids: Sequence[Sequence[int]], adapters: Sequence[AdapterRow], rows: Sequence[TokenSequence]
+    ) -> Iterator[tuple[int, str, Completion | None]]:
+        """Generate a batch: (row, new text, the row's completion when it ended). Rows that end leave the batch."""
+        if not ids:
+            return
+        engine = self._need(self.decoder)
+        start = time.perf_counter()
+        capacity = max(len(row) + sequence.limit for row, sequence in zip(ids, rows, strict=True))
+        state, logits = engine.start(ids, adapters, capacity=capacity)
+        live, first = list(range(len(rows))), [0.0] * len(rows)
+        while True:
+            tokens = {i: rows[i].choose(logits[place]) for place, i in enumerate(live)}
+            now = time.perf_counter()
+            for i in live:
+                first[i] = first[i] or now - start
+                piece = rows[i].add(tokens[i])
+                done = (
+                    completion_of(rows[i], len(ids[i]), first[i], now - start)
+                    if rows[i].finish_reason
+                    else None
+                )
+                yield i, piece, done
+            live = self._keep_unfinished(state, live, rows)
+            if not live:
+                return
+            logits = state.step([tokens[i] for i in live])
+
+    @staticmethod
+    def _keep_unfinished(state: DecodeState, live: list[int], rows: Sequence[TokenSequence]) -> list[int]:
+        places = [place for place, i in enumerate(live) if rows[i].finish_reason is None]
+        if places:
+            state.keep(places)
+        return [live[place] for place in places]

@@ -1,0 +1,241 @@
+"""Rows of a `.jsonl` file → requests → answered rows: what `edgetune predict` does with a file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from edgetune.core.errors import AdapterError, InputError
+from edgetune.core.files import whole_file
+from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.core.templates import check_messages, columns_of, render_columns
+from edgetune.core.text import Text
+from edgetune.runtime.tasks.answers import Classification
+from edgetune.runtime.tasks.decoder import Prompt
+from edgetune.runtime.tasks.runtime import Runtime
+from edgetune.runtime.tasks.scoring import Answered, answered_ids, answered_of
+from edgetune.runtime.tasks.tagging import Tagging, Words, check_words, read_words
+
+BATCH = 8
+"""Rows that are answered in one batch."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row made ready: its place (file and line), its adapter, and its prompt or text."""
+
+    where: str
+    row: dict[str, Any]
+    adapter: str | None
+    content: Prompt | Words | Answered | Text  # a list of strings: words to be tagged
+    tokens: int
+    """length of the prompt, by which rows are batched"""
+
+
+def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line, row) of a `.jsonl` or `.jsonl.gz` file. InputError names file, line, expected and got."""
+    if not path.is_file():
+        raise InputError("no such file", where=str(path), expected="a .jsonl file, one JSON object a line")
+    rows = []
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append((number, _row(line, where=f"{path}, line {number}")))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"the file cannot be unpacked: {error}", where=str(path), expected="gzip") from error
+    if not rows:
+        raise InputError("the file has no rows", where=str(path), expected="one JSON object a line")
+    return rows
+
+
+def requests_of(
+    runtime: Runtime,
+    rows: Sequence[tuple[int, dict[str, Any]]],
+    *,
+    path: str,
+    adapter: str | None,
+    truncate: bool = False,
+) -> list[Request]:
+    """Every row checked before the first is answered; `adapter` serves rows that name none."""
+    return [
+        _request(runtime, row, where=f"{path}, line {line}", adapter=adapter, truncate=truncate)
+        for line, row in rows
+    ]
+
+
+def answer_rows(
+    runtime: Runtime, requests: Sequence[Request], *, truncate: bool = False, **settings: Any
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, answered row) in the order of finishing: rows of like length share a batch, whatever their adapter."""
+    kinds = [_kind(runtime, request.adapter) for request in requests]
+    for kind in dict.fromkeys(kinds):  # tagged, classified and embedded (or generated) rows apart
+        order = sorted((i for i, one in enumerate(kinds) if one == kind), key=lambda i: requests[i].tokens)
+        for start in range(0, len(order), BATCH):
+            places = order[start : start + BATCH]
+            batch = [requests[i] for i in places]
+            answers = _answer(runtime, batch, truncate=truncate, settings=settings)
+            for i, request, answer in zip(places, batch, answers, strict=True):
+                yield i, {**request.row, **answer}
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a `.jsonl` (or `.jsonl.gz`) file whole or not at all."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def _row(line: bytes, *, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        shown = line.decode(errors="replace").strip()
+        raise InputError(
+            f"not valid JSON: {error}", where=where, expected="a JSON object", got=repr(shown[:40])
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(
+            "a row is a JSON object", where=where, expected="an object", got=type(value).__name__
+        )
+    return value
+
+
+def _request(
+    runtime: Runtime, row: dict[str, Any], *, where: str, adapter: str | None, truncate: bool
+) -> Request:
+    chosen = row.get("adapter", adapter)
+    if chosen is not None and not isinstance(chosen, str):
+        raise InputError("`adapter` has a wrong type", where=where, expected="a name", got=repr(chosen))
+    try:
+        chosen = runtime.chosen(chosen)
+        form = None if chosen is None else runtime.adapter(chosen).prompt_format
+        if runtime.task(chosen) == REWARD:
+            answered = answered_of(row, form, where=where)
+            content: Prompt | Words | Answered | Text = answered
+            tokens = len(answered_ids(runtime, answered, chosen, truncate=truncate))
+        elif runtime.manifest.is_decoder:
+            prompt = prompt_of(row, form, where=where)
+            content = prompt
+            tokens = len(runtime.prompt_ids(prompt, chosen))
+        elif runtime.task(chosen) == TAGGING:
+            words = words_of(row, form, where=where)
+            content, tokens = words, len(read_words(runtime, words, chosen, truncate=truncate).ids)
+        else:
+            text = text_of(row, form, where=where)
+            content, tokens = text, len(runtime.text_ids(text, chosen, truncate=truncate))
+    except InputError as error:
+        raise (
+            error
+            if error.where
+            else InputError(error.what, where=where, expected=error.expected, got=error.got, fix=error.fix)
+        ) from error
+    except AdapterError as error:
+        if error.where:
+            raise
+        raise AdapterError(error.what, where=where, expected=error.expected, got=error.got) from error
+    return Request(where, row, chosen, content, tokens)
+
+
+def prompt_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Prompt:
+    """A generation row: `messages`, else the columns of the adapter's prompt template, else `prompt`."""
+    if row.get("messages") is not None:
+        return check_messages(row["messages"], where=where)
+    template = (form or {}).get("prompt")
+    if template is not None and set(columns_of(template)) <= set(row):
+        return render_columns(template, row, where=where)
+    return _text(row, "prompt", also=("messages",), template=template, where=where)
+
+
+def text_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Text:
+    """A classification row: the columns of the adapter's text template, else `text`; two texts where it reads two."""
+    first = _column_text(row, "text", form, where=where)
+    return first if (form or {}).get("text_pair") is None else (first, _column_text(row, "text_pair", form, where=where))
+
+
+def _column_text(row: Mapping[str, Any], key: str, form: Mapping[str, Any] | None, *, where: str) -> str:
+    template = (form or {}).get(key)
+    if template is not None and set(columns_of(template)) <= set(row):
+        return render_columns(template, row, where=where)
+    return _text(row, key, also=(), template=template, where=where)
+
+
+def words_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Words:
+    """A row to be tagged: the column of words that the adapter was trained on, else `tokens`, else the plain `text`."""
+    for column in dict.fromkeys([(form or {}).get("tokens") or "tokens", "tokens"]):
+        if row.get(column) is not None:
+            return check_words(row[column], where=where)
+    return _text(row, "text", also=("tokens",), template=None, where=where)
+
+
+def _kind(runtime: Runtime, adapter: str | None) -> str:
+    if (task := runtime.task(adapter)) in (TAGGING, REWARD):
+        return "tag" if task == TAGGING else "score"
+    return "classify" if runtime.labels(adapter) is not None else "other"
+
+
+def _text(row: Mapping[str, Any], key: str, *, also: Sequence[str], template: str | None, where: str) -> str:
+    value = row.get(key)
+    if isinstance(value, str) and value:
+        return value
+    if key in row:
+        raise InputError(
+            f"`{key}` has a wrong value",
+            where=where,
+            expected="a text that is not empty",
+            got=repr(value)[:60],
+        )
+    names = [key, *also, *([f"the columns {', '.join(columns_of(template))}"] if template else [])]
+    raise InputError(
+        f"the row has no `{key}`",
+        where=where,
+        expected=" or ".join(names),
+        got=f"columns {', '.join(row) or 'none'}",
+    )
+
+
+def _answer(
+    runtime: Runtime, batch: Sequence[Request], *, truncate: bool, settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    names, contents = [request.adapter for request in batch], [request.content for request in batch]
+    if _kind(runtime, names[0]) == "score":
+        scores = runtime.score(cast(list[Answered], contents), adapters=names, truncate=truncate)
+        return [{"score": round(score, 6)} for score in scores]
+    if runtime.manifest.is_decoder:
+        done = runtime.generate(cast(list[Prompt], contents), adapters=names, **settings)
+        return [{"completion": c.text, "finish_reason": c.finish_reason} for c in done]
+    if _kind(runtime, names[0]) == "tag":
+        rows: list[Any] = contents
+        tagged = runtime.tag(rows, adapters=names, truncate=truncate)
+        return [_tagged(row, one) for row, one in zip(rows, tagged, strict=True)]
+    texts = cast(list[Text], contents)
+    if all(runtime.labels(name) is not None for name in names):
+        found = runtime.classify(texts, adapters=names, truncate=truncate)
+        return [_classified(c) for c in found]
+    embeddings = runtime.embed(texts, adapters=names, truncate=truncate)
+    return [{"embedding": row.tolist()} for row in embeddings]
+
+
+def _classified(found: Classification) -> dict[str, Any]:
+    """One label with its score; several labels with every label's score; or a number."""
+    if found.value is not None:
+        return {"value": found.value}
+    if found.labels is not None:
+        return {"labels": list(found.labels), "scores": {name: round(score, 6) for name, score in found.scores.items()}}
+    return {"label": found.label, "score": round(found.score, 6)}
+
+
+def _tagged(row: Any, found: Tagging) -> dict[str, Any]:
+    """`tags` and `spans` (characters) of the words, which `tokens` names where a plain text was split, and the entities.
+
+    Spans count in the row's `text`, or in its words with a space between each two.
+    """
+    split = {"tokens": [word.word for word in found.words]} if isinstance(row, str) else {}
+    entities = [{"type": e.type, "text": e.text, "start": e.start, "end": e.end, "score": round(e.score, 6)} for e in found.entities]
+    return {**split, "tags": found.tags, "spans": [[word.start, word.end] for word in found.words], "entities": entities}
