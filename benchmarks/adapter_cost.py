@@ -1,11 +1,13 @@
-"""What adapters cost a decode step: none, one, and a different one for each row; a table, then one JSON line.
+"""What adapters cost a decode step: none, one, and a different one for each row; a table, then one
+JSON line.
 
     python benchmarks/adapter_cost.py --bundle BUNDLE [--plain BUNDLE] [--rows 8] [--threads 1]
 
-One process, one step of each kind in turns, in alternating order. BUNDLE is a decoder's (mode separate); `--plain` is
-the same base without adapter inputs (`edgetune export` without adapters and `--mode merged`), else what is compared
-with is BUNDLE with no adapter active. Adapters are made here: rank 8, all linear layers. On a shared machine read the
-processor time of one thread, which waiting does not count in; on an idle one `--clock wall` with both threads.
+One process, one step of each kind in turns, in alternating order. BUNDLE is a decoder's (mode
+separate); `--plain` is the same base without adapter inputs (`edgetune export` without adapters and
+`--mode merged`), else what is compared with is BUNDLE with no adapter active. Adapters are made
+here: rank 8, all linear layers. On a shared machine read the processor time of one thread, which
+waiting does not count in; on an idle one `--clock wall` with both threads.
 """
 
 from __future__ import annotations
@@ -64,49 +66,100 @@ def measure(steps: dict[str, Step], options: argparse.Namespace) -> dict[str, li
     return taken
 
 
-def kinds(engine: DecoderEngine, plain: DecoderEngine | None, made: list[BoundTensors], options: argparse.Namespace) -> dict[str, Step]:
+def kinds(
+    engine: DecoderEngine,
+    plain: DecoderEngine | None,
+    made: list[BoundTensors],
+    options: argparse.Namespace,
+) -> dict[str, Step]:
     """What is compared."""
     rank_0 = BoundTensors(engine.empty.tensors)
     rank_0.active = True
     found: dict[str, Step] = {}
     for rows in (1, options.rows):
         if plain is not None:
-            found[f"{rows} rows, graph without adapter inputs"] = stepping(plain, [None] * rows, options.past)
+            found[f"{rows} rows, graph without adapter inputs"] = stepping(
+                plain, [None] * rows, options.past
+            )
         found[f"{rows} rows, none active"] = stepping(engine, [None] * rows, options.past)
-        found[f"{rows} rows, rank 0 through the adapters' nodes"] = stepping(engine, [rank_0] * rows, options.past)
+        found[f"{rows} rows, rank 0 through the adapters' nodes"] = stepping(
+            engine, [rank_0] * rows, options.past
+        )
         found[f"{rows} rows, one adapter"] = stepping(engine, made[:1] * rows, options.past)
     found[f"{options.rows} rows, {options.rows} adapters"] = stepping(engine, [*made], options.past)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--plain", type=Path)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--past", type=int, default=256, help="tokens in the cache of each row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=3, help="of each kind in a turn, after one that is not counted")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="of each kind in a turn, after one that is not counted"
+    )
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Runtime.open(options.bundle, threads=options.threads) as runtime:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Runtime.open(options.bundle, threads=options.threads) as runtime,
+    ):
         assert runtime.decoder is not None
         names = make_adapters(Path(folder), runtime.manifest, options.rows)
-        made = [BoundTensors(pack_adapter(Path(folder) / name, runtime.manifest).tensors) for name in names]
+        made = [
+            BoundTensors(pack_adapter(Path(folder) / name, runtime.manifest).tensors)
+            for name in names
+        ]
         plain = Runtime.open(options.plain, threads=options.threads) if options.plain else None
-        taken = measure(kinds(runtime.decoder, None if plain is None else plain.decoder, made, options), options)
-    print("| decode step | fastest, ms | lower quartile | median | against the first of as many rows |\n|---|---|---|---|---|")
+        taken = measure(
+            kinds(runtime.decoder, None if plain is None else plain.decoder, made, options), options
+        )
+    print(
+        "| decode step | fastest, ms | lower quartile | median | against the first of as many rows"
+        " |\n|---|---|---|---|---|"
+    )
     results = {}
     for kind, times in taken.items():
         first = next(other for other in taken if other.split()[0] == kind.split()[0])
-        low, middle, ratio = (float(np.percentile(times, 25)), statistics.median(times), float(np.percentile(times, 25) / np.percentile(taken[first], 25)))
-        results[kind] = {"fastest": min(times), "lower_quartile": low, "median": middle, "ratio": ratio}
+        low, middle, ratio = (
+            float(np.percentile(times, 25)),
+            statistics.median(times),
+            float(np.percentile(times, 25) / np.percentile(taken[first], 25)),
+        )
+        results[kind] = {
+            "fastest": min(times),
+            "lower_quartile": low,
+            "median": middle,
+            "ratio": ratio,
+        }
         print(f"| {kind} | {min(times):.2f} | {low:.2f} | {middle:.2f} | {ratio:.3f} |")
-    shared, mixed = (results[f"{options.rows} rows, {what}"]["lower_quartile"] for what in ("one adapter", f"{options.rows} adapters"))
-    print(f"\n{options.rows} adapters against one shared: {shared / mixed:.3f} of the tokens a second (engine steps only)")
-    asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    print(json.dumps({"benchmark": "adapter_cost", "options": asked, "results": results, "mixed_over_shared": shared / mixed}))
+    shared, mixed = (
+        results[f"{options.rows} rows, {what}"]["lower_quartile"]
+        for what in ("one adapter", f"{options.rows} adapters")
+    )
+    print(
+        f"\n{options.rows} adapters against one shared: {shared / mixed:.3f} of the tokens a second"
+        " (engine steps only)"
+    )
+    asked = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(options).items()
+    }
+    print(
+        json.dumps(
+            {
+                "benchmark": "adapter_cost",
+                "options": asked,
+                "results": results,
+                "mixed_over_shared": shared / mixed,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""Decode and prefill speed of a bundle beside its peers, interleaved in one run; a table, then one JSON line.
+"""Decode and prefill speed of a bundle beside its peers, interleaved in one run; a table, then one
+JSON line.
 
     python benchmarks/decode.py --bundle BUNDLE [--adapter NAME] [--plain BUNDLE]
-                                [--genai FOLDER --genai-python PYTHON] [--llama FILE.gguf --llama-python PYTHON]
+                                [--genai FOLDER --genai-python PYTHON] [--llama FILE.gguf
+                                --llama-python PYTHON]
 
-With --genai also the bundle itself in onnxruntime-genai, with and without the adapter: the same weights in both engines.
+With --genai also the bundle itself in onnxruntime-genai, with and without the adapter: the same
+weights in both engines.
 
-Every engine is a worker process of its own, loaded once and asked in turns, so that a drifting machine hits all alike.
-A round is one prompt of 256 tokens and 128 greedy tokens, batch 1. Medians over rounds; memory is the worker's peak.
-Peers live in their own virtual environments: pip install onnxruntime-genai==0.18.0, llama-cpp-python==0.3.36.
+Every engine is a worker process of its own, loaded once and asked in turns, so that a drifting
+machine hits all alike. A round is one prompt of 256 tokens and 128 greedy tokens, batch 1. Medians
+over rounds; memory is the worker's peak. Peers live in their own virtual environments: pip install
+onnxruntime-genai==0.18.0, llama-cpp-python==0.3.36.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from pathlib import Path
 from typing import Any
 
 PROMPT, NEW = 256, 128
-Round = Callable[[], tuple[float, float]]  # → seconds to the first token, seconds for the other tokens
+Round = Callable[
+    [], tuple[float, float]
+]  # → seconds to the first token, seconds for the other tokens
 
 
 def prompt_ids() -> list[int]:
@@ -34,7 +40,9 @@ def prompt_ids() -> list[int]:
 
 
 def edgetune_rounds(bundle: str, adapter: str, threads: int, *, situations: bool = False) -> Round:
-    """Our runtime's decoder engine, adapter bound or not; `situations`: the graph that `edgetune serve` opens."""
+    """Our runtime's decoder engine, adapter bound or not; `situations`: the graph that `edgetune
+    serve` opens.
+    """
     from edgetune.runtime import Runtime
 
     runtime = Runtime.open(bundle, threads=threads, verify=False, situations=situations)
@@ -57,7 +65,9 @@ def genai_rounds(folder: str, adapter: str, threads: int) -> Round:
     import onnxruntime_genai as og
 
     config = og.Config(folder)
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    config.overlay(
+        json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}})
+    )
     model = og.Model(config)
     adapters = og.Adapters(model)
     if adapter:
@@ -86,7 +96,8 @@ def llama_rounds(file: str, adapter: str, threads: int) -> Round:
     import numpy as np
     from llama_cpp import llama_cpp as library
 
-    # Its AMX buffers crash at the first token on a processor that has AMX (0.3.36, Q4_1); repacking, the other extra, is not for Q4_1.
+    # Its AMX buffers crash at the first token on a processor that has AMX (0.3.36, Q4_1);
+    # repacking, the other extra, is not for Q4_1.
     defaults = library.llama_model_default_params
 
     def without_extra_buffers() -> Any:
@@ -96,7 +107,13 @@ def llama_rounds(file: str, adapter: str, threads: int) -> Round:
 
     library.llama_model_default_params = without_extra_buffers
     model = llama_cpp.Llama(
-        file, n_ctx=PROMPT + NEW + 8, n_threads=threads, n_threads_batch=threads, lora_path=adapter or None, verbose=False, logits_all=False
+        file,
+        n_ctx=PROMPT + NEW + 8,
+        n_threads=threads,
+        n_threads_batch=threads,
+        lora_path=adapter or None,
+        verbose=False,
+        logits_all=False,
     )
 
     def likeliest() -> int:  # `model.scores` holds nothing without logits_all
@@ -117,7 +134,12 @@ def llama_rounds(file: str, adapter: str, threads: int) -> Round:
     return once
 
 
-ENGINES = {"edgetune": edgetune_rounds, "situations": partial(edgetune_rounds, situations=True), "genai": genai_rounds, "llama": llama_rounds}
+ENGINES = {
+    "edgetune": edgetune_rounds,
+    "situations": partial(edgetune_rounds, situations=True),
+    "genai": genai_rounds,
+    "llama": llama_rounds,
+}
 
 
 def worker(engine: str, model: str, adapter: str, threads: int) -> None:
@@ -127,7 +149,12 @@ def worker(engine: str, model: str, adapter: str, threads: int) -> None:
     print(json.dumps({"load_s": time.perf_counter() - loaded}), flush=True)
     for _ in sys.stdin:
         first, rest = once()
-        print(json.dumps({"prefill": PROMPT / first, "decode": (NEW - 1) / rest, "peak_mb": peak_mb()}), flush=True)
+        print(
+            json.dumps(
+                {"prefill": PROMPT / first, "decode": (NEW - 1) / rest, "peak_mb": peak_mb()}
+            ),
+            flush=True,
+        )
 
 
 def peak_mb() -> float:
@@ -139,31 +166,57 @@ def peak_mb() -> float:
 
 def configurations(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """(title, worker command) of everything asked for."""
+
     def command(python: str, engine: str, model: str, adapter: str = "") -> list[str]:
         return [python, __file__, "--worker", engine, model, adapter, str(options.threads)]
 
-    yield "edgetune, adapter inputs, none active", command(sys.executable, "edgetune", options.bundle)
-    yield "edgetune, adapter active", command(sys.executable, "edgetune", options.bundle, options.adapter)
-    yield "edgetune, graph of situations, none active", command(sys.executable, "situations", options.bundle)
+    yield (
+        "edgetune, adapter inputs, none active",
+        command(sys.executable, "edgetune", options.bundle),
+    )
+    yield (
+        "edgetune, adapter active",
+        command(sys.executable, "edgetune", options.bundle, options.adapter),
+    )
+    yield (
+        "edgetune, graph of situations, none active",
+        command(sys.executable, "situations", options.bundle),
+    )
     if options.plain:
         yield "edgetune, no adapter inputs", command(sys.executable, "edgetune", options.plain)
     if options.genai:
-        yield "onnxruntime-genai, its own int4", command(options.genai_python, "genai", options.genai)
-        yield "onnxruntime-genai, this bundle", command(options.genai_python, "genai", options.bundle)
+        yield (
+            "onnxruntime-genai, its own int4",
+            command(options.genai_python, "genai", options.genai),
+        )
+        yield (
+            "onnxruntime-genai, this bundle",
+            command(options.genai_python, "genai", options.bundle),
+        )
     if options.genai and options.adapter:
-        adapter = Path(options.bundle) / "adapters" / options.adapter / f"{options.adapter}.onnx_adapter"
-        yield "onnxruntime-genai, this bundle, adapter active", command(options.genai_python, "genai", options.bundle, str(adapter))
+        adapter = (
+            Path(options.bundle) / "adapters" / options.adapter / f"{options.adapter}.onnx_adapter"
+        )
+        yield (
+            "onnxruntime-genai, this bundle, adapter active",
+            command(options.genai_python, "genai", options.bundle, str(adapter)),
+        )
     if options.llama:
         yield "llama.cpp", command(options.llama_python, "llama", options.llama)
     if options.llama_adapter:
-        yield "llama.cpp, adapter active", command(options.llama_python, "llama", options.llama, options.llama_adapter)
+        yield (
+            "llama.cpp, adapter active",
+            command(options.llama_python, "llama", options.llama, options.llama_adapter),
+        )
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Interleaved rounds → medians by configuration."""
     workers = {}
     for title, command in configurations(options):
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         workers[title] = (process, json.loads(_line(process)), [])
     for round_number in range(options.rounds + 1):  # the first is warm-up
         for process, _, rows in workers.values():
@@ -176,7 +229,12 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for title, (process, loaded, rows) in workers.items():
         process.kill()
         middle = {key: statistics.median(row[key] for row in rows) for key in ("prefill", "decode")}
-        results[title] = {**loaded, **middle, "peak_mb": rows[-1]["peak_mb"], "decode_rounds": [round(row["decode"], 1) for row in rows]}
+        results[title] = {
+            **loaded,
+            **middle,
+            "peak_mb": rows[-1]["peak_mb"],
+            "decode_rounds": [round(row["decode"], 1) for row in rows],
+        }
     return results
 
 
@@ -191,7 +249,9 @@ def _line(process: subprocess.Popen[str]) -> str:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads read from memory: the largest of five passes over 256 MB each."""
+    """Bytes a second that so many threads read from memory: the largest of five passes over 256 MB
+    each.
+    """
     import numpy as np
 
     blocks = [np.ones(1 << 25) for _ in range(threads)]
@@ -200,26 +260,43 @@ def read_bandwidth(threads: int) -> float:
         for _ in range(5):
             started = time.perf_counter()
             list(pool.map(np.max, blocks))
-            fastest = max(fastest, sum(block.nbytes for block in blocks) / (time.perf_counter() - started))
+            fastest = max(
+                fastest, sum(block.nbytes for block in blocks) / (time.perf_counter() - started)
+            )
     return fastest
 
 
 def limit(bundle: str, threads: int) -> dict[str, float]:
-    """What a token must read (every stored weight once, the cache in the middle of the answer), and how many a second memory allows."""
+    """What a token must read (every stored weight once, the cache in the middle of the answer), and
+    how many a second memory allows.
+    """
     from edgetune.runtime.bundle.manifest import read_manifest
 
     graph = read_manifest(bundle).graph
     weights = (Path(bundle) / str(graph.data)).stat().st_size
-    cache = (graph.layers or 0) * 2 * (graph.kv_heads or 0) * (graph.head_dim or 0) * 4 * (PROMPT + NEW // 2)
+    cache = (
+        (graph.layers or 0)
+        * 2
+        * (graph.kv_heads or 0)
+        * (graph.head_dim or 0)
+        * 4
+        * (PROMPT + NEW // 2)
+    )
     bandwidth = read_bandwidth(threads)
-    return {"bytes_per_token": weights + cache, "read_gb_s": bandwidth / 1e9, "tokens_per_s": bandwidth / (weights + cache)}
+    return {
+        "bytes_per_token": weights + cache,
+        "read_gb_s": bandwidth / 1e9,
+        "tokens_per_s": bandwidth / (weights + cache),
+    }
 
 
 def main() -> None:
     if len(sys.argv) > 2 and sys.argv[1] == "--worker":
         worker(*sys.argv[2:5], int(sys.argv[5]))  # type: ignore[misc]
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--adapter", default="")
     for name in ("plain", "genai", "llama", "llama-adapter"):
@@ -231,14 +308,29 @@ def main() -> None:
     options = parser.parse_args()
     bound = limit(options.bundle, options.threads)
     results = measure(options)
-    print(f"{'configuration':<48}{'decode tok/s':>14}{'prefill tok/s':>15}{'peak MB':>9}{'load s':>8}")
-    for title, row in results.items():
-        print(f"{title:<48}{row['decode']:>14.1f}{row['prefill']:>15.0f}{row['peak_mb']:>9.0f}{row['load_s']:>8.2f}")
     print(
-        f"limit: {bound['bytes_per_token'] / 1e6:.0f} MB a token at {bound['read_gb_s']:.1f} GB/s read by {options.threads} threads "
-        f"allow {bound['tokens_per_s']:.0f} tok/s; none active reaches {next(iter(results.values()))['decode'] / bound['tokens_per_s']:.0%}"
+        f"{'configuration':<48}{'decode tok/s':>14}{'prefill tok/s':>15}{'peak MB':>9}{'load s':>8}"
     )
-    print(json.dumps({"benchmark": "decode", "prompt": PROMPT, "new": NEW, "limit": bound, "results": results}))
+    for title, row in results.items():
+        print(
+            f"{title:<48}{row['decode']:>14.1f}{row['prefill']:>15.0f}{row['peak_mb']:>9.0f}{row['load_s']:>8.2f}"
+        )
+    print(
+        f"limit: {bound['bytes_per_token'] / 1e6:.0f} MB a token at {bound['read_gb_s']:.1f} GB/s"
+        f" read by {options.threads} threads allow {bound['tokens_per_s']:.0f} tok/s; none active"
+        f" reaches {next(iter(results.values()))['decode'] / bound['tokens_per_s']:.0%}"
+    )
+    print(
+        json.dumps(
+            {
+                "benchmark": "decode",
+                "prompt": PROMPT,
+                "new": NEW,
+                "limit": bound,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

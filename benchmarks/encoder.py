@@ -1,15 +1,18 @@
-"""One sentence → its embedding: a MiniLM bundle beside sentence-transformers and plain ONNX Runtime; a table, then one JSON line.
+"""One sentence → its embedding: a MiniLM bundle beside sentence-transformers and plain ONNX
+Runtime; a table, then one JSON line.
 
-    python benchmarks/encoder.py --bundle BUNDLE [--adapter NAME] --base FOLDER --peer-python PYTHON [--rounds 20] [--accuracy]
+    python benchmarks/encoder.py --bundle BUNDLE [--adapter NAME] --base FOLDER --peer-python PYTHON
+    [--rounds 20] [--accuracy]
 
-BUNDLE is an encoder's (`edgetune export --precision int8`), FOLDER its base in transformers' files, PYTHON one of an
-environment with `sentence-transformers[onnx]`. The peers share one worker process: sentence-transformers with its ONNX
-backend (the graph is optimum's fp32 export), and the same file in a plain ONNX Runtime session with `tokenizers` and
-mean pooling in numpy. All take the same sentences in turns, every engine on `--threads` threads; times are of one
-sentence at a time, medians over all. "graph" starts from token ids, "whole" from the text.
+BUNDLE is an encoder's (`edgetune export --precision int8`), FOLDER its base in transformers' files,
+PYTHON one of an environment with `sentence-transformers[onnx]`. The peers share one worker process:
+sentence-transformers with its ONNX backend (the graph is optimum's fp32 export), and the same file
+in a plain ONNX Runtime session with `tokenizers` and mean pooling in numpy. All take the same
+sentences in turns, every engine on `--threads` threads; times are of one sentence at a time,
+medians over all. "graph" starts from token ids, "whole" from the text.
 
-`--accuracy` compares the embeddings: Spearman on STS-B's test rows, and Banking77 by a logistic regression (train → test),
-both read from $EDGETUNE_DATASETS.
+`--accuracy` compares the embeddings: Spearman on STS-B's test rows, and Banking77 by a logistic
+regression (train → test), both read from $EDGETUNE_DATASETS.
 """
 
 from __future__ import annotations
@@ -64,9 +67,17 @@ class Peers:
         torch.set_num_threads(threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.model = SentenceTransformer(str(folder), backend="onnx", model_kwargs={"provider": "CPUExecutionProvider", "session_options": options})
+        self.model = SentenceTransformer(
+            str(folder),
+            backend="onnx",
+            model_kwargs={"provider": "CPUExecutionProvider", "session_options": options},
+        )
         self.model.save_pretrained(str(folder.parent / "exported"))
-        self.session = onnxruntime.InferenceSession(str(next((folder.parent / "exported").rglob("*.onnx"))), options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            str(next((folder.parent / "exported").rglob("*.onnx"))),
+            options,
+            providers=["CPUExecutionProvider"],
+        )
         self.names = [value.name for value in self.session.get_inputs()]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
@@ -79,8 +90,15 @@ class Peers:
     def plain(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids → embedding in the plain session."""
         row = np.array([ids], np.int64)
-        feed = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
-        return pooled(self.session.run(None, {name: feed[name] for name in self.names})[0], feed["attention_mask"])
+        feed = {
+            "input_ids": row,
+            "attention_mask": np.ones_like(row),
+            "token_type_ids": np.zeros_like(row),
+        }
+        return pooled(
+            self.session.run(None, {name: feed[name] for name in self.names})[0],
+            feed["attention_mask"],
+        )
 
     def times(self, texts: list[str]) -> dict[str, list[float]]:
         """One turn of each."""
@@ -90,9 +108,13 @@ class Peers:
         features = [self.features(text) for text in texts]
         with torch.no_grad():
             return {
-                "sentence-transformers, whole": timed(lambda text: self.model.encode([text]), texts),
+                "sentence-transformers, whole": timed(
+                    lambda text: self.model.encode([text]), texts
+                ),
                 "sentence-transformers, graph": timed(lambda one: self.model(dict(one)), features),
-                "onnxruntime fp32, whole": timed(lambda text: self.plain(self.tokenizer.encode(text).ids), texts),
+                "onnxruntime fp32, whole": timed(
+                    lambda text: self.plain(self.tokenizer.encode(text).ids), texts
+                ),
                 "onnxruntime fp32, graph": timed(self.plain, ids),
             }
 
@@ -127,10 +149,17 @@ class Ours:
         """One turn of each."""
         runtime, found = self.runtime, {}
         ids = [runtime.text_ids(text) for text in texts]
-        for label, name in {"none active": None, **({"r = 8 active": self.adapter} if self.adapter else {})}.items():
+        for label, name in {
+            "none active": None,
+            **({"r = 8 active": self.adapter} if self.adapter else {}),
+        }.items():
             bound = [runtime.bound(name)]
-            found[f"edgetune, {label}, whole"] = timed(lambda text, name=name: runtime.embed([text], name, normalize=False), texts)
-            found[f"edgetune, {label}, graph"] = timed(lambda row, bound=bound: runtime.encoder.run([row], bound), ids)
+            found[f"edgetune, {label}, whole"] = timed(
+                lambda text, name=name: runtime.embed([text], name, normalize=False), texts
+            )
+            found[f"edgetune, {label}, graph"] = timed(
+                lambda row, bound=bound: runtime.encoder.run([row], bound), ids
+            )
         return found
 
 
@@ -140,7 +169,14 @@ def start_worker(options: argparse.Namespace, folder: Path) -> Any:
     copy.mkdir()
     for file in options.base.iterdir():
         (copy / file.name).symlink_to(file.resolve())
-    command = [str(options.peer_python), __file__, "--worker", str(copy), "--threads", str(options.threads)]
+    command = [
+        str(options.peer_python),
+        __file__,
+        "--worker",
+        str(copy),
+        "--threads",
+        str(options.threads),
+    ]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
     if not worker.stdout.readline():
@@ -166,15 +202,26 @@ def of_length(runtime: Any, tokens: int, count: int) -> list[str]:
 
 
 def accuracy(embed: Callable[[list[str]], np.ndarray]) -> dict[str, float]:
-    """Spearman of the cosine on STS-B (test), and accuracy of a logistic regression on Banking77."""
+    """Spearman of the cosine on STS-B (test), and accuracy of a logistic regression on
+    Banking77.
+    """
     from scipy.stats import spearmanr
     from sklearn.linear_model import LogisticRegression
 
     rows = rows_of("stsb_en/test.jsonl.gz")
-    first, second = (unit(embed([row[side] for row in rows])) for side in ("sentence1", "sentence2"))
-    found = {"stsb_spearman": float(spearmanr((first * second).sum(1), [row["score"] for row in rows]).statistic)}
+    first, second = (
+        unit(embed([row[side] for row in rows])) for side in ("sentence1", "sentence2")
+    )
+    found = {
+        "stsb_spearman": float(
+            spearmanr((first * second).sum(1), [row["score"] for row in rows]).statistic
+        )
+    }
     sides = [rows_of(f"banking77/{side}.jsonl.gz") for side in ("train", "test")]
-    (x, y), (x_test, y_test) = ((unit(embed([row["text"] for row in side])), [row["label"] for row in side]) for side in sides)
+    (x, y), (x_test, y_test) = (
+        (unit(embed([row["text"] for row in side])), [row["label"] for row in side])
+        for side in sides
+    )
     classifier = LogisticRegression(C=10, max_iter=300).fit(x, y)
     return found | {"banking77_accuracy": float(classifier.score(x_test, y_test))}
 
@@ -184,7 +231,9 @@ def unit(array: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--adapter")
     parser.add_argument("--base", type=Path)
@@ -219,23 +268,32 @@ def report(options: argparse.Namespace, worker: Any, folder: Path) -> None:
             for kind, values in take().items():
                 taken.setdefault(kind, []).extend(values)
     medians = {kind: statistics.median(values) for kind, values in taken.items()}
-    print(f"| {len(texts)} sentences of {options.tokens} tokens, {options.threads} threads, {options.rounds} rounds | p50 ms | p95 ms |\n|---|---|---|")
+    print(
+        f"| {len(texts)} sentences of {options.tokens} tokens, {options.threads} threads,"
+        f" {options.rounds} rounds | p50 ms | p95 ms |\n|---|---|---|"
+    )
     for kind, values in taken.items():
         print(f"| {kind} | {medians[kind]:.2f} | {np.percentile(values, 95):.2f} |")
     peers = [kind for kind in medians if not kind.startswith("edgetune")]
     ratios = {
-        f"{mine} / {peer}": medians[mine] / medians[peer] for mine in medians if mine.startswith("edgetune") for peer in peers
+        f"{mine} / {peer}": medians[mine] / medians[peer]
+        for mine in medians
+        if mine.startswith("edgetune")
+        for peer in peers
         if mine.rpartition(",")[2] == peer.rpartition(",")[2]
-    }  # fmt: skip
+    }
     for pair, ratio in ratios.items():
         print(f"{ratio:.2f} x  {pair}")
     result: dict[str, Any] = {"p50_ms": medians, "ratios": ratios}
     if options.accuracy:
+
         def theirs(texts: list[str]) -> np.ndarray:
             return np.asarray(np.load(ask(worker, encode=texts, to=str(folder / "embeddings.npy"))))
 
         result["accuracy"] = {
-            "edgetune": accuracy(lambda texts: ours.runtime.embed(texts, normalize=False, truncate=True)),
+            "edgetune": accuracy(
+                lambda texts: ours.runtime.embed(texts, normalize=False, truncate=True)
+            ),
             "sentence-transformers": accuracy(theirs),
         }
         for side, figures in result["accuracy"].items():

@@ -2,8 +2,8 @@
 
     EDGETUNE_DATASETS=… python benchmarks/perplexity.py BUNDLE [BUNDLE …] [--rows 12] [--torch]
 
-The first rows × 512 tokens of the test text, no overlap, no adapter; `--torch` adds the base in torch fp32.
-A table, then one JSON line.
+The first rows × 512 tokens of the test text, no overlap, no adapter; `--torch` adds the base in
+torch fp32. A table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -65,13 +65,17 @@ def torch_logits(base_name: str) -> Logits:
 
     def once(row: list[int]) -> npt.NDArray[np.float32]:
         with torch.no_grad():
-            return np.asarray(model(input_ids=torch.tensor([row]), use_cache=False).logits[0].numpy())
+            return np.asarray(
+                model(input_ids=torch.tensor([row]), use_cache=False).logits[0].numpy()
+            )
 
     return once
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--torch", action="store_true")
@@ -84,9 +88,16 @@ def main() -> None:
     for bundle in options.bundles:
         results[bundle.name] = perplexity(engine_logits(bundle), rows)
     for name, value in results.items():
-        size = sum(f.stat().st_size for f in (options.bundles[0].parent / name).glob("model.onnx*")) / 1e6
+        size = (
+            sum(f.stat().st_size for f in (options.bundles[0].parent / name).glob("model.onnx*"))
+            / 1e6
+        )
         print(f"{name:<30}{value:>9.2f}{size:>9.1f} MB")
-    print(json.dumps({"benchmark": "perplexity", "rows": options.rows, "length": LENGTH, "results": results}))
+    print(
+        json.dumps(
+            {"benchmark": "perplexity", "rows": options.rows, "length": LENGTH, "results": results}
+        )
+    )
 
 
 if __name__ == "__main__":

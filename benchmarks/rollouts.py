@@ -1,9 +1,11 @@
-"""Rollouts of grpo: torch (bf16 where it is faster) and the exported int8 graph in turns; a table, then one JSON line.
+"""Rollouts of grpo: torch (bf16 where it is faster) and the exported int8 graph in turns; a table,
+then one JSON line.
 
-    python benchmarks/rollouts.py [--base NAME] [--prompts 8] [--group 8] [--new-tokens 64] [--rounds 5] [--threads N]
+    python benchmarks/rollouts.py [--base NAME] [--prompts 8] [--group 8] [--new-tokens 64]
+    [--rounds 5] [--threads N]
 
-Every prompt gets `group` sampled answers of exactly `new-tokens` tokens (no end token), with a rank-8 adapter on all
-linear layers. Wall-clock and processor seconds per round; medians.
+Every prompt gets `group` sampled answers of exactly `new-tokens` tokens (no end token), with a
+rank-8 adapter on all linear layers. Wall-clock and processor seconds per round; medians.
 """
 
 from __future__ import annotations
@@ -35,7 +37,13 @@ PROMPTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default="builtin:smollm2-135m-instruct")
-    for name, default in (("prompts", 8), ("group", 8), ("new-tokens", 64), ("rounds", 5), ("threads", torch.get_num_threads())):
+    for name, default in (
+        ("prompts", 8),
+        ("group", 8),
+        ("new-tokens", 64),
+        ("rounds", 5),
+        ("threads", torch.get_num_threads()),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -49,19 +57,35 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     processor: dict[str, list[float]] = {}
     with open_engine(base, model, end=-1, say=print) as engine:
-        rollouts: dict[str, Rollout] = {f"torch {precision}": TorchRollout(end=-1, pad_id=0, precision=precision), "engine int8": engine}
+        rollouts: dict[str, Rollout] = {
+            f"torch {precision}": TorchRollout(end=-1, pad_id=0, precision=precision),
+            "engine int8": engine,
+        }
         for number in range(args.rounds):
             for name, rollout in rollouts.items():
                 wall, cpu = time.perf_counter(), time.process_time()
-                rollout(model, prompts, count=args.group, sampling=Sampling(args.new_tokens), seed=number)
+                rollout(
+                    model,
+                    prompts,
+                    count=args.group,
+                    sampling=Sampling(args.new_tokens),
+                    seed=number,
+                )
                 seconds.setdefault(name, []).append(time.perf_counter() - wall)
                 processor.setdefault(name, []).append(time.process_time() - cpu)
     tokens = args.prompts * args.group * args.new_tokens
-    print(f"\n{args.prompts} prompts x {args.group} answers x {args.new_tokens} tokens, {args.threads} threads, medians of {args.rounds}")
+    print(
+        f"\n{args.prompts} prompts x {args.group} answers x {args.new_tokens} tokens,"
+        f" {args.threads} threads, medians of {args.rounds}"
+    )
     result = {}
     for name in seconds:
         wall, cpu = statistics.median(seconds[name]), statistics.median(processor[name])
-        result[name] = {"seconds": wall, "processor_seconds": cpu, "tokens_per_second": tokens / wall}
+        result[name] = {
+            "seconds": wall,
+            "processor_seconds": cpu,
+            "tokens_per_second": tokens / wall,
+        }
         print(f"{name:14}{wall:8.2f} s {cpu:8.2f} s processor {tokens / wall:8.0f} tokens/s")
     print(json.dumps({"settings": vars(args), "rollouts": result}))
 

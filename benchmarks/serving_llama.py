@@ -1,9 +1,10 @@
-"""llama.cpp on the load of `serving.py llama`: requests of different adapters, one after the other, as its server does them.
+"""llama.cpp on the load of `serving.py llama`: requests of different adapters, one after the other,
+as its server does them.
 
-Its batches share one set of adapters, so requests that differ in theirs wait for each other. Run by serving.py in
-llama-cpp-python's environment: python serving_llama.py MODEL.gguf THREADS ADAPTER.gguf …; every line read is a round of
-JSON {"prompts": [token ids of a request each], "new": tokens of an answer}, request i with adapter i; every line written
-is the seconds it took.
+Its batches share one set of adapters, so requests that differ in theirs wait for each other. Run by
+serving.py in llama-cpp-python's environment: python serving_llama.py MODEL.gguf THREADS
+ADAPTER.gguf …; every line read is a round of JSON {"prompts": [token ids of a request each], "new":
+tokens of an answer}, request i with adapter i; every line written is the seconds it took.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ def main() -> None:
     import numpy as np
 
     file, threads, *paths = sys.argv[1:]
-    model: Any = llama_cpp.Llama(file, n_ctx=1024, n_threads=int(threads), n_threads_batch=int(threads), verbose=False)
-    adapters = [llama_cpp.llama_adapter_lora_init(model._model.model, path.encode()) for path in paths]
+    model: Any = llama_cpp.Llama(
+        file, n_ctx=1024, n_threads=int(threads), n_threads_batch=int(threads), verbose=False
+    )
+    adapters = [
+        llama_cpp.llama_adapter_lora_init(model._model.model, path.encode()) for path in paths
+    ]
     if not all(adapters):
         raise SystemExit("llama.cpp does not load an adapter")
     end = model.token_eos()
@@ -33,7 +38,9 @@ def main() -> None:
             raise SystemExit("llama.cpp does not take an adapter")
 
     def likeliest() -> int:
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model._ctx.ctx, -1), shape=(model.n_vocab(),))
+        logits = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits_ith(model._ctx.ctx, -1), shape=(model.n_vocab(),)
+        )
         logits[end] = -np.inf  # as in the other engine: every answer has all its tokens
         return int(logits.argmax())
 

@@ -1,5 +1,5 @@
-"""What the serving benchmark's sections share: adapters made on the spot, timed requests to the scheduler and over HTTP,
-a server process, rows of a table."""
+"""What the serving benchmark's sections share: adapters made on the spot, timed requests to the
+scheduler and over HTTP, a server process, rows of a table."""
 
 from __future__ import annotations
 
@@ -33,15 +33,22 @@ from edgetune.runtime.scheduler.requests import (
 )
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
-WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "edgetune_adapter.json"
+WEIGHTS, CONFIG, METADATA = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "edgetune_adapter.json",
+)
 
 
-# ------------------------------------------------------------------------------------------------------- the table
+# --------------------------------------------------------------------------------
+# the table
 
 
 @dataclass(frozen=True)
 class Row:
-    """A measured value beside its target (None: for comparison only); `at_least`: the target is a lower bound."""
+    """A measured value beside its target (None: for comparison only); `at_least`: the target is a
+    lower bound.
+    """
 
     title: str
     value: float
@@ -61,7 +68,9 @@ class Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
-    return "\n".join(["| measure | measured | to reach |", "|---|---|---|", *(row.line() for row in rows)])
+    return "\n".join(
+        ["| measure | measured | to reach |", "|---|---|---|", *(row.line() for row in rows)]
+    )
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -72,17 +81,32 @@ def percentile(values: Sequence[float], share: float) -> float:
 def memory_mb(pid: int | str = "self") -> float:
     """Resident memory of a process, 10⁶ bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024 / 1e6
+    return (
+        int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+        * 1024
+        / 1e6
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- adapters
+# --------------------------------------------------------------------------------
+# adapters
 
 
-def make_adapters(out: Path, manifest: Manifest, count: int, *, source: Path | None = None, rank: int = 8, strength: float = 0.05) -> list[str]:
-    """Write `count` PEFT folders (`a0`, `a1`, …) that differ, as edgetune writes them, hashes included; their names.
+def make_adapters(
+    out: Path,
+    manifest: Manifest,
+    count: int,
+    *,
+    source: Path | None = None,
+    rank: int = 8,
+    strength: float = 0.05,
+) -> list[str]:
+    """Write `count` PEFT folders (`a0`, `a1`, …) that differ, as edgetune writes them, hashes
+    included; their names.
 
-    With `source` they are that adapter with noise of a tenth of each tensor's spread; else they are random on every
-    linear layer, and `strength` is the spread of B (0.05 changes the answers of SmolLM2 beyond recognition).
+    With `source` they are that adapter with noise of a tenth of each tensor's spread; else they are
+    random on every linear layer, and `strength` is the spread of B (0.05 changes the answers of
+    SmolLM2 beyond recognition).
     """
     from safetensors.numpy import load_file, save_file
 
@@ -91,15 +115,29 @@ def make_adapters(out: Path, manifest: Manifest, count: int, *, source: Path | N
     for seed, name in enumerate(names):
         random_numbers = np.random.default_rng(seed)
         tensors = {key: _noisy(random_numbers, array) for key, array in given.items()}
-        for part, width in [] if given else [(part, site.in_features) for site in manifest.sites for part in site.parts]:
+        for part, width in (
+            []
+            if given
+            else [(part, site.in_features) for site in manifest.sites for part in site.parts]
+        ):
             key = f"base_model.model.{part.module}"
-            tensors[f"{key}.lora_A.weight"] = (random_numbers.standard_normal((rank, width)) * width**-0.5).astype(np.float32)
-            tensors[f"{key}.lora_B.weight"] = (random_numbers.standard_normal((part.stop - part.start, rank)) * strength).astype(np.float32)
+            tensors[f"{key}.lora_A.weight"] = (
+                random_numbers.standard_normal((rank, width)) * width**-0.5
+            ).astype(np.float32)
+            tensors[f"{key}.lora_B.weight"] = (
+                random_numbers.standard_normal((part.stop - part.start, rank)) * strength
+            ).astype(np.float32)
         folder = out / name
         folder.mkdir(parents=True)
         save_file(tensors, folder / WEIGHTS)
         modules = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors})
-        plain = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules, "task_type": "CAUSAL_LM"}
+        plain = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "target_modules": modules,
+            "task_type": "CAUSAL_LM",
+        }
         config = plain if source is None else json.loads((source / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps(config))
         (folder / METADATA).write_text(json.dumps(_metadata(folder, manifest)))
@@ -107,7 +145,9 @@ def make_adapters(out: Path, manifest: Manifest, count: int, *, source: Path | N
 
 
 def _noisy(random_numbers: np.random.Generator, array: Any) -> Any:
-    return (array + 0.1 * array.std() * random_numbers.standard_normal(array.shape)).astype(array.dtype)
+    return (array + 0.1 * array.std() * random_numbers.standard_normal(array.shape)).astype(
+        array.dtype
+    )
 
 
 def _metadata(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -120,14 +160,19 @@ def _metadata(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "prompt_format": None,
         "generation": None,
         "max_length": 256,
-        "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (WEIGHTS, CONFIG)},
+        "files": {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in (WEIGHTS, CONFIG)
+        },
         "metrics": {},
         "edgetune_version": "0.1.0",
     }
 
 
 def linked(out: Path, made: Path, names: Sequence[str], count: int) -> list[str]:
-    """`count` adapter folders (`n0`, …) whose files are hard links to those of a few: hundreds without the disk."""
+    """`count` adapter folders (`n0`, …) whose files are hard links to those of a few: hundreds
+    without the disk.
+    """
     for k in range(count):
         (out / f"n{k}").mkdir(parents=True)
         for name in (WEIGHTS, CONFIG, METADATA):
@@ -135,12 +180,15 @@ def linked(out: Path, made: Path, names: Sequence[str], count: int) -> list[str]
     return [f"n{k}" for k in range(count)]
 
 
-# -------------------------------------------------------------------------------------------------------- requests
+# --------------------------------------------------------------------------------
+# requests
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request that is sent `at` seconds after the round's start, whatever the others do (open loop)."""
+    """A request that is sent `at` seconds after the round's start, whatever the others do (open
+    loop).
+    """
 
     adapter: str | None
     ids: list[int]
@@ -165,7 +213,9 @@ class Prompts:
 
     def __call__(self, tokens: int) -> list[int]:
         """Token ids above the special ones."""
-        return [self._random.randrange(self._vocabulary // 8, self._vocabulary) for _ in range(tokens)]
+        return [
+            self._random.randrange(self._vocabulary // 8, self._vocabulary) for _ in range(tokens)
+        ]
 
 
 def no_end(runtime: Runtime) -> dict[int, float]:
@@ -175,7 +225,11 @@ def no_end(runtime: Runtime) -> dict[int, float]:
 
 def by_python(scheduler: Scheduler, jobs: Sequence[Job]) -> list[Answer]:
     """Send the jobs through the scheduler of this process."""
-    answers, left, bias = [Answer() for _ in jobs], threading.Semaphore(0), no_end(scheduler.runtime)
+    answers, left, bias = (
+        [Answer() for _ in jobs],
+        threading.Semaphore(0),
+        no_end(scheduler.runtime),
+    )
     failures: list[Exception] = []
     start = time.perf_counter()
 
@@ -208,12 +262,17 @@ def by_python(scheduler: Scheduler, jobs: Sequence[Job]) -> list[Answer]:
 def request_bytes(path: str, body: Any) -> bytes:
     """A POST as it goes over the wire; `body` is JSON, or bytes that pretend to be."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection:"
+        f" close\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
     return head.encode() + data
 
 
 def by_http(port: int, jobs: Sequence[Job], bias: dict[int, float]) -> list[Answer]:
-    """Send the jobs to a server: one thread, one selector, no parsing but of the last event, to take little of the cores."""
+    """Send the jobs to a server: one thread, one selector, no parsing but of the last event, to
+    take little of the cores.
+    """
     answers, picked = [Answer() for _ in jobs], selectors.DefaultSelector()
     waiting = sorted(range(len(jobs)), key=lambda i: jobs[i].at)[::-1]
     received: dict[int, bytearray] = {}
@@ -237,7 +296,10 @@ def by_http(port: int, jobs: Sequence[Job], bias: dict[int, float]) -> list[Answ
             if not answers[i].first and b"data: " in received[i]:
                 answers[i].first = time.perf_counter() - start - jobs[i].at
             if not data:
-                answers[i].end, answers[i].tokens = time.perf_counter() - start, _tokens(received[i])
+                answers[i].end, answers[i].tokens = (
+                    time.perf_counter() - start,
+                    _tokens(received[i]),
+                )
                 picked.unregister(stream)
                 stream.close()
     return answers
@@ -257,11 +319,14 @@ def _body(job: Job, bias: dict[int, float]) -> dict[str, Any]:
 def _tokens(received: bytearray) -> int:
     events = [part for part in received.split(b"data: ") if b'"completion_tokens"' in part]
     if not events:
-        raise SystemExit(f"the server did not answer to the end: {received[:300].decode(errors='replace')}")
+        raise SystemExit(
+            f"the server did not answer to the end: {received[:300].decode(errors='replace')}"
+        )
     return int(json.loads(events[-1].split(b"\n")[0])["usage"]["completion_tokens"])
 
 
-# ---------------------------------------------------------------------------------------------------------- server
+# --------------------------------------------------------------------------------
+# server
 
 
 class Server:
@@ -272,14 +337,32 @@ class Server:
 
     def errors(self) -> list[str]:
         """Lines of its log of level error."""
-        return [line for line in self.log.read_text().splitlines() if '"level": "error"' in line or "Traceback" in line]
+        return [
+            line
+            for line in self.log.read_text().splitlines()
+            if '"level": "error"' in line or "Traceback" in line
+        ]
 
 
 @contextmanager
 def served(bundle: Path, log: Path, *options: str) -> Iterator[Server]:
     """Serve until the block ends; it must end by itself after SIGTERM, with exit status 0."""
-    command = [sys.executable, "-m", "edgetune", "serve", str(bundle), "--port", "0", "--model-name", "base", *options]
-    with log.open("w") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "edgetune",
+        "serve",
+        str(bundle),
+        "--port",
+        "0",
+        "--model-name",
+        "base",
+        *options,
+    ]
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as process,
+    ):
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -303,7 +386,9 @@ def _until_ready(port: int) -> None:
     for _ in range(600):
         try:
             with socket.create_connection(("127.0.0.1", port)) as stream:
-                stream.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                stream.sendall(
+                    b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                )
                 if b" 200 " in stream.recv(100):
                     return
         except OSError:

@@ -1,12 +1,14 @@
-"""The serving benchmark's soak: mixed load on a real server while adapters come and go, every answer checked.
+"""The serving benchmark's soak: mixed load on a real server while adapters come and go, every
+answer checked.
 
-A check is a prompt whose first greedy tokens under one adapter are nobody else's, neither another adapter's nor the
-base's, and are chosen with a margin, so that rounding in another batch cannot turn them: a graph whose activations are
-rounded to 8 bits answers otherwise in another batch (sums of two threads in another order, rounded to another step: up
-to 0.6 standard deviations of the logits measured with SmolLM2 int4 and these adapters). It was computed before, alone
-in the engine; an answer that is not it is counted apart when it is the one of another adapter. Requests come at random
-times, whether others have ended or not; beside them two clients of their own load adapters under one name, exchange
-them while a stream runs, and unload them again.
+A check is a prompt whose first greedy tokens under one adapter are nobody else's, neither another
+adapter's nor the base's, and are chosen with a margin, so that rounding in another batch cannot
+turn them: a graph whose activations are rounded to 8 bits answers otherwise in another batch (sums
+of two threads in another order, rounded to another step: up to 0.6 standard deviations of the
+logits measured with SmolLM2 int4 and these adapters). It was computed before, alone in the engine;
+an answer that is not it is counted apart when it is the one of another adapter. Requests come at
+random times, whether others have ended or not; beside them two clients of their own load adapters
+under one name, exchange them while a stream runs, and unload them again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from serving_load import Prompts, Row, Server, make_adapters, memory_mb, request
 from edgetune.runtime import Runtime
 
 ADAPTERS, STRENGTH, MARGIN, LEAST, MOST, LONG = 8, 0.2, 0.6, 1, 3, 48
-"""adapters and their strength; lead of the first choice; tokens of a check; tokens of a stream that may be left early"""
+"""adapters and their strength; lead of the first choice; tokens of a check; tokens of a stream that
+may be left early
+"""
 OUTSTANDING, CHURNERS = 64, 2
 SHARES = {"check": 0.65, "vanish": 0.15, "malformed": 0.15, "look": 0.05}
 
@@ -50,10 +54,12 @@ class Check:
 
 
 def greedy(runtime: Runtime, name: str | None, ids: list[int]) -> tuple[list[int], list[float]]:
-    """The first tokens of the answer, alone in the engine, and by how many standard deviations of the logits
-    each was ahead of the second choice."""
+    """The first tokens of the answer, alone in the engine, and by how many standard deviations of
+    the logits each was ahead of the second choice."""
     assert runtime.decoder is not None
-    state, logits = runtime.decoder.start([ids], [runtime.bound(name)], capacity=len(ids) + MOST + 1)
+    state, logits = runtime.decoder.start(
+        [ids], [runtime.bound(name)], capacity=len(ids) + MOST + 1
+    )
     tokens, margins = list[int](), list[float]()
     while len(tokens) < MOST:
         second, first = np.partition(logits[0], -2)[-2:]
@@ -65,9 +71,16 @@ def greedy(runtime: Runtime, name: str | None, ids: list[int]) -> tuple[list[int
     return tokens, margins
 
 
-def find_checks(runtime: Runtime, names: list[str], *, each: int = 3, tries: int = 200) -> dict[str, list[Check]]:
-    """`each` checks an adapter, from random prompts. SystemExit when an adapter has none: they are too much alike."""
-    prompts, lengths = Prompts(runtime.manifest.graph.vocab_size, seed=1), (8, 24, 40, min(96, runtime.manifest.graph.max_length // 2))
+def find_checks(
+    runtime: Runtime, names: list[str], *, each: int = 3, tries: int = 200
+) -> dict[str, list[Check]]:
+    """`each` checks an adapter, from random prompts. SystemExit when an adapter has none: they are
+    too much alike.
+    """
+    prompts, lengths = (
+        Prompts(runtime.manifest.graph.vocab_size, seed=1),
+        (8, 24, 40, min(96, runtime.manifest.graph.max_length // 2)),
+    )
     found: dict[str, list[Check]] = {name: [] for name in names}
     for attempt in range(tries):
         if all(len(checks) >= each for checks in found.values()):
@@ -80,11 +93,18 @@ def find_checks(runtime: Runtime, names: list[str], *, each: int = 3, tries: int
             if len(found[name]) >= each or new < min(LEAST, len(tokens)):
                 continue
             text = text_of(runtime, name, ids, tokens[:new])
-            others = frozenset(text_of(runtime, name, ids, other[:new]) for of, (other, _) in answers.items() if of != name)
+            others = frozenset(
+                text_of(runtime, name, ids, other[:new])
+                for of, (other, _) in answers.items()
+                if of != name
+            )
             if text not in others and text.strip("\ufffd"):
                 found[name].append(Check(name, ids, new, text, others))
     if not all(found.values()):
-        raise SystemExit(f"no checks for {[name for name in names if not found[name]]}: their answers are not their own")
+        raise SystemExit(
+            f"no checks for {[name for name in names if not found[name]]}: their answers are not"
+            " their own"
+        )
     return found
 
 
@@ -98,7 +118,8 @@ def text_of(runtime: Runtime, name: str | None, ids: list[int], tokens: list[int
     return sequence.text
 
 
-# ------------------------------------------------------------------------------------------------------ the clients
+# --------------------------------------------------------------------------------
+# the clients
 
 
 class Stream:
@@ -162,32 +183,54 @@ class Load:
     def ended(self, stream: Stream) -> tuple[int, bytes]:
         """The rest of an answer; its status is counted."""
         status, body = stream.rest()
-        self.count(f"status {status // 100}xx", body[:300].decode(errors="replace") if status >= 500 else "")
+        self.count(
+            f"status {status // 100}xx",
+            body[:300].decode(errors="replace") if status >= 500 else "",
+        )
         return status, body
 
     def check(self, chance: random.Random, check: Check, model: str | None = None) -> None:
         """Ask what only one adapter answers so, whole or as a stream."""
-        body = {"model": model or check.adapter, "prompt": check.ids, "max_tokens": check.new, "temperature": 0}
+        body = {
+            "model": model or check.adapter,
+            "prompt": check.ids,
+            "max_tokens": check.new,
+            "temperature": 0,
+        }
         stream = chance.random() < 0.5
         status, answer = self.post("/v1/completions", {**body, "stream": stream})
         if status == 200:
-            self.judge(streamed_text(answer) if stream else json.loads(answer)["choices"][0]["text"], check, exact=True)
+            self.judge(
+                streamed_text(answer) if stream else json.loads(answer)["choices"][0]["text"],
+                check,
+                exact=True,
+            )
         elif status == 429:
             self.count("refused, queue full")
         else:
             self.count("unexpected status", f"{status} for {body['model']}: {answer[:200]!r}")
 
     def judge(self, text: str, check: Check, *, exact: bool) -> None:
-        """Count an answer as right or wrong; of a longer one the beginning (but for half a character)."""
+        """Count an answer as right or wrong; of a longer one the beginning (but for half a
+        character).
+        """
         right = text == check.text if exact else text.startswith(check.text.rstrip("\ufffd"))
         said = "right" if right else "wrong, another adapter's" if text in check.others else "wrong"
         self.count(said, "" if right else f"{check.adapter}: expected {check.text!r}, got {text!r}")
 
     def vanish(self, chance: random.Random) -> None:
-        """Go away in the middle of a stream, before its first token, or before the request is complete."""
+        """Go away in the middle of a stream, before its first token, or before the request is
+        complete.
+        """
         check = self.any_check(chance)
-        data = request_bytes("/v1/completions", {"model": check.adapter, "prompt": check.ids, "max_tokens": LONG, "stream": True})
-        stream = Stream(self.server.port, data if chance.random() < 0.85 else data[: chance.randrange(1, len(data))])
+        data = request_bytes(
+            "/v1/completions",
+            {"model": check.adapter, "prompt": check.ids, "max_tokens": LONG, "stream": True},
+        )
+        stream = Stream(
+            self.server.port,
+            data if chance.random() < 0.85 else data[: chance.randrange(1, len(data))],
+        )
         for _ in range(chance.choice((0, 1, 1, 2, 4))):
             try:
                 if not stream.some(timeout_s=2.0):
@@ -215,9 +258,21 @@ class Load:
                 ("/v1/completions", {**good, "temperature": "hot"}),
                 ("/v1/completions", {**good, "no_such_field": 1}),
                 ("/v1/completions", {**good, "guided_regex": "("}),
-                ("/v1/completions", {**good, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}}),
+                (
+                    "/v1/completions",
+                    {
+                        **good,
+                        "response_format": {
+                            "type": "json_schema",
+                            "json_schema": {"name": "x", "schema": {"type": 7}},
+                        },
+                    },
+                ),
                 ("/v1/chat/completions", {"model": "a0", "messages": []}),
-                ("/v1/chat/completions", {"model": "a0", "messages": [{"role": "nobody", "content": "x"}]}),
+                (
+                    "/v1/chat/completions",
+                    {"model": "a0", "messages": [{"role": "nobody", "content": "x"}]},
+                ),
                 ("/v1/load_lora_adapter", {"lora_name": "bad", "lora_path": "/etc"}),
                 ("/v1/load_lora_adapter", {"lora_name": "bad", "lora_path": "nowhere"}),
                 ("/v1/unload_lora_adapter", {"lora_name": "nobody"}),
@@ -225,7 +280,10 @@ class Load:
             ]
         )
         status, answer = self.post(path, body)
-        self.count("malformed, refused" if 400 <= status < 500 else "malformed, not refused", f"{path} {str(body)[:80]}: {status} {answer[:80]!r}" if status < 400 else "")
+        self.count(
+            "malformed, refused" if 400 <= status < 500 else "malformed, not refused",
+            f"{path} {str(body)[:80]}: {status} {answer[:80]!r}" if status < 400 else "",
+        )
 
     def look(self, chance: random.Random) -> None:
         """What a monitor reads."""
@@ -235,7 +293,9 @@ class Load:
             self.count("unexpected status", f"{status} for {path}")
 
     def any_check(self, chance: random.Random) -> Check:
-        """Of any adapter; those of small numbers are asked for more often, so that some stay and some are evicted."""
+        """Of any adapter; those of small numbers are asked for more often, so that some stay and
+        some are evicted.
+        """
         names = list(self.checks)
         return chance.choice(self.checks[names[min(int(chance.expovariate(0.5)), len(names) - 1)]])
 
@@ -247,12 +307,16 @@ class Load:
             if kind == "check":
                 self.check(chance, self.any_check(chance))
             else:
-                {"vanish": self.vanish, "malformed": self.malformed, "look": self.look}[kind](chance)
+                {"vanish": self.vanish, "malformed": self.malformed, "look": self.look}[kind](
+                    chance
+                )
         except (OSError, ValueError, LookupError) as error:
             self.count("broken", f"{kind}: {type(error).__name__}: {error}")
 
     def churn(self, name: str, over: threading.Event) -> None:
-        """Load adapters under a name that is always another's, exchange them under a running stream, unload them."""
+        """Load adapters under a name that is always another's, exchange them under a running
+        stream, unload them.
+        """
         chance = random.Random(name)
         while not over.wait(1.0):
             try:
@@ -261,15 +325,29 @@ class Load:
                 self.count("broken", f"churn: {type(error).__name__}: {error}")
 
     def _churn_once(self, name: str, chance: random.Random) -> None:
-        first, second = (chance.choice(self.checks[adapter]) for adapter in chance.sample(list(self.checks), 2))
+        first, second = (
+            chance.choice(self.checks[adapter]) for adapter in chance.sample(list(self.checks), 2)
+        )
         self.expect("/v1/load_lora_adapter", {"lora_name": name, "lora_path": first.adapter}, 200)
         self.check(chance, first, name)
-        running = Stream(self.server.port, request_bytes("/v1/completions", {"model": name, "prompt": first.ids, "max_tokens": LONG, "stream": True}))
+        running = Stream(
+            self.server.port,
+            request_bytes(
+                "/v1/completions",
+                {"model": name, "prompt": first.ids, "max_tokens": LONG, "stream": True},
+            ),
+        )
         running.some()
         if not running.received.startswith(b"HTTP/1.1 200"):
             running.rest()
-            self.count("refused, queue full" if b" 429 " in running.received[:20] else "unexpected status")
-        self.expect("/v1/load_lora_adapter", {"lora_name": name, "lora_path": second.adapter, "load_inplace": True}, 200)
+            self.count(
+                "refused, queue full" if b" 429 " in running.received[:20] else "unexpected status"
+            )
+        self.expect(
+            "/v1/load_lora_adapter",
+            {"lora_name": name, "lora_path": second.adapter, "load_inplace": True},
+            200,
+        )
         self.check(chance, second, name)
         if running.received.startswith(b"HTTP/1.1 200"):
             self.judge(streamed_text(self.ended(running)[1]), first, exact=False)
@@ -281,11 +359,16 @@ class Load:
         """A request that must have this status."""
         found, answer = self.post(path, body)
         if found != status:
-            self.count("unexpected status", f"{found} instead of {status} for {path} {body}: {answer[:200]!r}")
+            self.count(
+                "unexpected status",
+                f"{found} instead of {status} for {path} {body}: {answer[:200]!r}",
+            )
 
 
 def dispatch(load: Load, *, rate: float, seconds: float, sample: Callable[[float], None]) -> None:
-    """Requests at exponential intervals; one that finds too many outstanding is not sent, and counted."""
+    """Requests at exponential intervals; one that finds too many outstanding is not sent, and
+    counted.
+    """
     chance, start, outstanding = random.Random(0), time.monotonic(), set[Future[None]]()
     due, sampled = 0.0, -1.0
     with ThreadPoolExecutor(OUTSTANDING) as pool:
@@ -306,7 +389,9 @@ def dispatch(load: Load, *, rate: float, seconds: float, sample: Callable[[float
 
 
 def soak(options: argparse.Namespace, work: Path) -> list[Row]:
-    """Mixed load for `--minutes`; prints what was counted, and examples of what should not have been."""
+    """Mixed load for `--minutes`; prints what was counted, and examples of what should not have
+    been.
+    """
     library, seconds = work / "library", options.minutes * 60
     library.mkdir()
     with Runtime.open(options.bundle, threads=options.threads, adapter_folder=library) as runtime:
@@ -314,16 +399,39 @@ def soak(options: argparse.Namespace, work: Path) -> list[Row]:
         checks = find_checks(runtime, names)
         adapter_mb = runtime.adapter(names[0]).nbytes / 1e6
     limit = f"{3.5 * adapter_mb:.6f}"  # three and a half of eight adapters: evictions all the time
-    flags = ["--adapter-library", str(library), "--adapter-folder", str(library), "--adapter-memory-mb", limit]
-    flags += ["--threads", str(options.threads), "--max-rows", "8", "--max-queue", "32", "--cache-mb", "200"]
+    flags = [
+        "--adapter-library",
+        str(library),
+        "--adapter-folder",
+        str(library),
+        "--adapter-memory-mb",
+        limit,
+    ]
+    flags += [
+        "--threads",
+        str(options.threads),
+        "--max-rows",
+        "8",
+        "--max-queue",
+        "32",
+        "--cache-mb",
+        "200",
+    ]
     memory: list[tuple[float, float]] = []
     with served(options.bundle, work / "server.log", *flags) as server:
         load, over = Load(server, checks, library), threading.Event()
-        churners = [threading.Thread(target=load.churn, args=(f"hot{k}", over)) for k in range(CHURNERS)]
+        churners = [
+            threading.Thread(target=load.churn, args=(f"hot{k}", over)) for k in range(CHURNERS)
+        ]
         for thread in churners:
             thread.start()
         try:
-            dispatch(load, rate=options.load, seconds=seconds, sample=lambda now: memory.append((now, memory_mb(server.process.pid))))
+            dispatch(
+                load,
+                rate=options.load,
+                seconds=seconds,
+                sample=lambda now: memory.append((now, memory_mb(server.process.pid))),
+            )
         finally:
             over.set()
             for thread in churners:
@@ -333,18 +441,31 @@ def soak(options: argparse.Namespace, work: Path) -> list[Row]:
     seen = load.seen
     wrong = seen["wrong"] + seen["wrong, another adapter's"]
     print("\nsoak: " + ", ".join(f"{what} {count}" for what, count in sorted(seen.items())))
-    print(f"server options: {' '.join(flags[4:])}; checks of {sum(map(len, checks.values()))} prompts")
+    print(
+        f"server options: {' '.join(flags[4:])}; checks of {sum(map(len, checks.values()))} prompts"
+    )
     print("\n".join([*load.examples, *errors[:5]]))
-    early, late = (median(mb for at, mb in memory if low <= at / seconds < high) for low, high in ((0.2, 0.4), (0.8, 1.01)))
+    early, late = (
+        median(mb for at, mb in memory if low <= at / seconds < high)
+        for low, high in ((0.2, 0.4), (0.8, 1.01))
+    )
     return [
         Row("answers checked", seen["right"] + wrong, "", 1, at_least=True),
         Row("answers of the wrong adapter, or else wrong", wrong, "", 0),
         Row("status 5xx", seen["status 5xx"], "", 0),
-        Row("unexpected statuses, broken connections", seen["unexpected status"] + seen["broken"], "", 0),
+        Row(
+            "unexpected statuses, broken connections",
+            seen["unexpected status"] + seen["broken"],
+            "",
+            0,
+        ),
         Row("malformed requests not refused", seen["malformed, not refused"], "", 0),
         Row("error lines in the server's log", len(errors), "", 0),
         Row("requests still in the server after the last client left", left, "", 0),
-        Row("adapters loaded, exchanged under a stream, unloaded", seen["loaded, exchanged, unloaded"]),
+        Row(
+            "adapters loaded, exchanged under a stream, unloaded",
+            seen["loaded, exchanged, unloaded"],
+        ),
         Row("memory of the server, 20 to 40 % of the time", early, "MB"),
         Row("memory of the server, last fifth", late, "MB"),
         Row("memory growth between them", 100 * (late / early - 1), "%", 2),

@@ -1,15 +1,19 @@
-"""Training speed beside TRL's trainers and transformers' Trainer: same rows, batch size, rate, threads; a table, then one JSON line.
+"""Training speed beside TRL's trainers and transformers' Trainer: same rows, batch size, rate,
+threads; a table, then one JSON line.
 
-    python benchmarks/training.py sft --data $EDGETUNE_DATASETS/e2e_nlg/train.jsonl.gz --held-out $EDGETUNE_DATASETS/e2e_nlg/dev.jsonl.gz
-    python benchmarks/training.py classification --data $EDGETUNE_DATASETS/banking77/train.jsonl.gz
-    python benchmarks/training.py dpo --data $EDGETUNE_DATASETS/instruct_mix/llmfs_preference_politeness.jsonl.gz --rows 200
+    python benchmarks/training.py sft --data $EDGETUNE_DATASETS/e2e_nlg/train.jsonl.gz --held-out
+    $EDGETUNE_DATASETS/e2e_nlg/dev.jsonl.gz python benchmarks/training.py classification --data
+    $EDGETUNE_DATASETS/banking77/train.jsonl.gz python benchmarks/training.py dpo --data
+    $EDGETUNE_DATASETS/instruct_mix/llmfs_preference_politeness.jsonl.gz --rows 200
 
-Each trainer is a process of its own that trains on; they take turns, so that a machine that drifts drifts for all.
-`--held-out` (sft only) is a file of rows that none trains on. Heads start at random.
-Real tokens are counted, padding is not, and a prompt once for each of its answers. The first turn warms up; for dpo the
-reference's answers are part of it (TRL: `precompute_ref_log_probs`). `held-out loss` is measured by the same fp32 code on
-the same rows after the same number of steps. bf16 autocast for all, or with `--precision fp32` none; the peers once more with
-`group_by_length` where they have it. `peak` is a matrix product of the model's shapes, measured in the same turns.
+Each trainer is a process of its own that trains on; they take turns, so that a machine that drifts
+drifts for all. `--held-out` (sft only) is a file of rows that none trains on. Heads start at
+random. Real tokens are counted, padding is not, and a prompt once for each of its answers. The
+first turn warms up; for dpo the reference's answers are part of it (TRL:
+`precompute_ref_log_probs`). `held-out loss` is measured by the same fp32 code on the same rows
+after the same number of steps. bf16 autocast for all, or with `--precision fp32` none; the peers
+once more with `group_by_length` where they have it. `peak` is a matrix product of the model's
+shapes, measured in the same turns.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ TRAINERS = {
     "classification": ("edgetune", "trainer", "trainer, grouped by length"),
     "dpo": ("edgetune", "trl"),
 }
-FLOPS_A_PARAMETER = 4  # forward, and the gradient of the input: frozen weights need no gradient of their own
+# forward, and the gradient of the input: frozen weights need no gradient of their own
+FLOPS_A_PARAMETER = 4
 
 
 class Worker:
@@ -44,8 +49,10 @@ class Worker:
         ]
         self.process = subprocess.Popen(
             [sys.executable, __file__, options.task, f"--worker={name}", *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def turn(self) -> dict[str, Any]:
         """Let it go on, and wait for its report."""
@@ -77,7 +84,8 @@ def compare(options: argparse.Namespace) -> None:
         for name, worker in workers.items():
             turns[name].append(worker.turn())
             print(
-                f"turn {round_ + 1}/{options.rounds}  {name}: {turns[name][-1]['tokens'] / turns[name][-1]['seconds']:.0f} tok/s",
+                f"turn {round_ + 1}/{options.rounds}  {name}:"
+                f" {turns[name][-1]['tokens'] / turns[name][-1]['seconds']:.0f} tok/s",
                 file=sys.stderr,
             )
         peaks.append(ceiling.turn()["gflops"])
@@ -89,17 +97,21 @@ def compare(options: argparse.Namespace) -> None:
     }
     limit = peak * 1e9 / (FLOPS_A_PARAMETER * matrix_parameters(options))
     print(
-        f"matrix products alone: {peak:.0f} GFLOP/s in {options.precision}, {limit:.0f} tok/s for this model\n"
+        f"matrix products alone: {peak:.0f} GFLOP/s in {options.precision}, {limit:.0f} tok/s for"
+        " this model\n"
     )
     print(
-        "| trainer | real tok/s | edgetune's ratio | of the peak | loss, first turn | last turn | held-out loss | peak MB |"
+        "| trainer | real tok/s | edgetune's ratio | of the peak | loss, first turn | last turn |"
+        " held-out loss | peak MB |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
         held = ends[name]["held_out"]
         print(
-            f"| {name} | {speeds[name]:.0f} | {speeds[names[0]] / speeds[name]:.2f} | {speeds[name] / limit:.0%} | {turns[name][0]['loss']:.3f} "
-            f"| {turns[name][-1]['loss']:.3f} | {'–' if held is None else f'{held:.4f}'} | {ends[name]['mb']:.0f} |"
+            f"| {name} | {speeds[name]:.0f} | {speeds[names[0]] / speeds[name]:.2f} |"
+            f" {speeds[name] / limit:.0%} | {turns[name][0]['loss']:.3f} |"
+            f" {turns[name][-1]['loss']:.3f} | {'–' if held is None else f'{held:.4f}'} |"
+            f" {ends[name]['mb']:.0f} |"
         )
     print(
         json.dumps(
@@ -115,7 +127,9 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def matrix_parameters(options: argparse.Namespace) -> float:
-    """Weights that a token is multiplied with, once each (the output projection for the labelled tokens only)."""
+    """Weights that a token is multiplied with, once each (the output projection for the labelled
+    tokens only).
+    """
     if options.task == "classification":
         return 6 * (4 * 384 * 384 + 2 * 384 * 1536)
     layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
@@ -127,7 +141,9 @@ def labelled_share(options: argparse.Namespace) -> float:
     from edgetune.data.batching import IGNORE
 
     rows = prepared(options)[3].train[:500]
-    pairs = [(row.rejected_labels, row.rejected_ids) for row in rows if hasattr(row, "rejected_ids")]
+    pairs = [
+        (row.rejected_labels, row.rejected_ids) for row in rows if hasattr(row, "rejected_ids")
+    ]
     parts = [*((row.labels, row.input_ids) for row in rows), *pairs]
     return sum(sum(label != IGNORE for label in labels) for labels, _ in parts) / sum(
         len(ids) for _, ids in parts

@@ -1,4 +1,6 @@
-"""The workers of `benchmarks/training.py`: edgetune's loop, TRL's and transformers' trainers, bare matrix products, each in turns."""
+"""The workers of `benchmarks/training.py`: edgetune's loop, TRL's and transformers' trainers, bare
+matrix products, each in turns.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,19 @@ from typing import Any
 FORMS = {
     "sft": 'prompt = "{{ mr }}"\ncompletion = "{{ ref }}"\nsystem = ""',
     "classification": 'text = "text"\nlabel = "label"',
-    "dpo": 'prompt = "{{ instruction }}{% if input %}\\n{{ input }}{% endif %}"\nsystem = ""\nskip_invalid = true',
+    "dpo": (
+        'prompt = "{{ instruction }}{% if input %}\\n{{ input }}{% endif %}"\nsystem ='
+        ' ""\nskip_invalid = true'
+    ),
 }
 METHODS = {"sft": "sft", "classification": "sequence-classification", "dpo": "dpo"}
 ROWS_HELD_OUT = 64
 
 
 class Turns:
-    """A trainer calls `counted` after every step; every `steps` steps it reports and waits until it may go on."""
+    """A trainer calls `counted` after every step; every `steps` steps it reports and waits until it
+    may go on.
+    """
 
     def __init__(self, steps: int) -> None:
         self.steps, self.losses, self.tokens, self.done = steps, list[float](), 0, 0
@@ -57,15 +64,20 @@ def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe that all trainers follow."""
     from edgetune.recipe.read import load_recipe
 
-    base = "builtin:minilm-l6" if options.task == "classification" else "builtin:smollm2-135m-instruct"
+    base = (
+        "builtin:minilm-l6" if options.task == "classification" else "builtin:smollm2-135m-instruct"
+    )
     head = 'head_init = "random"\n' if options.task == "classification" else ""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.toml")
         path.write_text(
-            f'base = "{base}"\nout = "{folder}/run"\nthreads = {options.threads}\n'
-            f'[parameters]\nrank = 8\nalpha = 16\ntarget_modules = "all-linear"\n'
-            f'[[stage]]\nmethod = "{METHODS[options.task]}"\nepochs = 1\nbatch_size = {options.batch_size}\nmax_steps = {options.steps * options.rounds}\n'
-            f'learning_rate = 2e-4\nmax_length = 256\nprecision = "{options.precision}"\n{head}[stage.data]\ntrain = "{options.data.resolve()}"\nlimit = {options.rows}\n{FORMS[options.task]}\n',
+            f'base = "{base}"\nout = "{folder}/run"\nthreads ='
+            f" {options.threads}\n[parameters]\nrank = 8\nalpha = 16\ntarget_modules ="
+            f' "all-linear"\n[[stage]]\nmethod = "{METHODS[options.task]}"\nepochs = 1\nbatch_size'
+            f" = {options.batch_size}\nmax_steps = {options.steps * options.rounds}\nlearning_rate"
+            " = 2e-4\nmax_length = 256\nprecision ="
+            f' "{options.precision}"\n{head}[stage.data]\ntrain = "{options.data.resolve()}"\nlimit'
+            f" = {options.rows}\n{FORMS[options.task]}\n",
             encoding="utf-8",
         )
         return load_recipe(path)
@@ -80,7 +92,12 @@ def prepared(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     recipe = recipe_of(options)
     base = resolve_base(recipe.base)
     tokenizer = load_tokenizer(base)
-    return recipe, base, tokenizer, load_examples(recipe.stage[0], tokenizer, base, None, seed=recipe.seed)
+    return (
+        recipe,
+        base,
+        tokenizer,
+        load_examples(recipe.stage[0], tokenizer, base, None, seed=recipe.seed),
+    )
 
 
 def held_out(options: argparse.Namespace) -> Any:
@@ -98,7 +115,9 @@ def held_out(options: argparse.Namespace) -> Any:
 
 
 def held_out_loss(model: Any, options: argparse.Namespace, pad_id: int) -> float | None:
-    """Mean next-token loss over the held-out rows, plain forward in fp32; None without such rows."""
+    """Mean next-token loss over the held-out rows, plain forward in fp32; None without such
+    rows.
+    """
     if options.held_out is None:
         return None
     import torch
@@ -188,13 +207,23 @@ def train_theirs(options: argparse.Namespace) -> None:
             "logging_strategy": "no",
             "disable_tqdm": True,
             "seed": 0,
-            **({"train_sampling_strategy": "group_by_length"} if options.worker.endswith("length") else {}),
+            **(
+                {"train_sampling_strategy": "group_by_length"}
+                if options.worker.endswith("length")
+                else {}
+            ),
         }
         kind, arguments = peer_trainer(options, common, beta=recipe.stage[0].beta)
-        own = {"processing_class": tokenizer} if options.worker == "trl" else {"data_collator": collator}
+        own = (
+            {"processing_class": tokenizer}
+            if options.worker == "trl"
+            else {"data_collator": collator}
+        )
         seen = {"tokens": 0, "loss": 0.0}
         callback = counting_callback(turns, seen)
-        counting(kind, seen)(model=model, args=arguments, train_dataset=rows, callbacks=[callback], **own).train()
+        counting(kind, seen)(
+            model=model, args=arguments, train_dataset=rows, callbacks=[callback], **own
+        ).train()
     say({"held_out": held_out_loss(model, options, tokenizer.pad_token_id), "mb": peak_mb()})
 
 
@@ -214,26 +243,48 @@ def peer_parts(
 
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.train]
     if options.task == "classification":
-        plain = AutoModelForSequenceClassification.from_pretrained(base.folder, num_labels=len(examples.labels))
-        return adapt_classifier(plain, recipe.parameters), Dataset.from_list(rows), DataCollatorWithPadding(tokenizer)
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            base.folder, num_labels=len(examples.labels)
+        )
+        return (
+            adapt_classifier(plain, recipe.parameters),
+            Dataset.from_list(rows),
+            DataCollatorWithPadding(tokenizer),
+        )
     model = adapt(load_body(base), recipe.parameters, task="text-generation")
     if options.task == "dpo":
-        return model, Dataset.from_list([texts_of(example, tokenizer) for example in examples.train]), None
-    return model, Dataset.from_list(rows), DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+        return (
+            model,
+            Dataset.from_list([texts_of(example, tokenizer) for example in examples.train]),
+            None,
+        )
+    return (
+        model,
+        Dataset.from_list(rows),
+        DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+    )
 
 
-def peer_trainer(options: argparse.Namespace, common: dict[str, Any], *, beta: float) -> tuple[type[Any], Any]:
+def peer_trainer(
+    options: argparse.Namespace, common: dict[str, Any], *, beta: float
+) -> tuple[type[Any], Any]:
     """The trainer's class and its arguments."""
     if options.task == "dpo":
         from trl import DPOConfig, DPOTrainer
 
-        settings = {"gradient_checkpointing": False, "max_length": 256, "precompute_ref_log_probs": True}
+        settings = {
+            "gradient_checkpointing": False,
+            "max_length": 256,
+            "precompute_ref_log_probs": True,
+        }
         return DPOTrainer, DPOConfig(**common, **settings, beta=beta)
     if options.worker == "trl":
         from trl import SFTConfig, SFTTrainer
 
         settings = {"gradient_checkpointing": False, "max_length": None}
-        return SFTTrainer, SFTConfig(**common, **settings, dataset_kwargs={"skip_prepare_dataset": True})
+        return SFTTrainer, SFTConfig(
+            **common, **settings, dataset_kwargs={"skip_prepare_dataset": True}
+        )
     from transformers import Trainer, TrainingArguments
 
     return Trainer, TrainingArguments(**common)
@@ -265,13 +316,19 @@ def counting_callback(turns: Turns, seen: dict[str, float]) -> Any:
 
 
 def texts_of(pair: Any, tokenizer: Any) -> dict[str, str]:
-    """A pair as TRL reads it: the prompt with its template, and two answers without the end that TRL adds itself."""
+    """A pair as TRL reads it: the prompt with its template, and two answers without the end that
+    TRL adds itself.
+    """
     prompt = next(at for at, label in enumerate(pair.labels) if label >= 0)
     chosen, rejected = (
         tokenizer.decode(ids[prompt:]).removesuffix(tokenizer.eos_token)
         for ids in (pair.input_ids, pair.rejected_ids)
     )
-    return {"prompt": tokenizer.decode(pair.input_ids[:prompt]), "chosen": chosen, "rejected": rejected}
+    return {
+        "prompt": tokenizer.decode(pair.input_ids[:prompt]),
+        "chosen": chosen,
+        "rejected": rejected,
+    }
 
 
 def adapt_classifier(model: Any, parameters: Any) -> Any:
@@ -279,9 +336,18 @@ def adapt_classifier(model: Any, parameters: Any) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=parameters.rank, lora_alpha=parameters.alpha,
-        target_modules=["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
-    )  # fmt: skip
+        task_type=TaskType.SEQ_CLS,
+        r=parameters.rank,
+        lora_alpha=parameters.alpha,
+        target_modules=[
+            "query",
+            "key",
+            "value",
+            "attention.output.dense",
+            "intermediate.dense",
+            "output.dense",
+        ],
+    )
     return get_peft_model(model, config)
 
 
@@ -316,4 +382,7 @@ def multiply(options: argparse.Namespace) -> None:
             return
 
 
-WORK: dict[str, Callable[[argparse.Namespace], None]] = {"edgetune": train_ours, "multiply": multiply}
+WORK: dict[str, Callable[[argparse.Namespace], None]] = {
+    "edgetune": train_ours,
+    "multiply": multiply,
+}

@@ -1,4 +1,5 @@
-"""Device profiles (one TOML a device), their budgets, and a probe of this machine; standard library only.
+"""Device profiles (one TOML a device), their budgets, and a probe of this machine; standard library
+only.
 
 The names below are imported when they are first used, so that `import edgetune.devices` is quick.
 """

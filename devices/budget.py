@@ -42,7 +42,9 @@ def budget_keys() -> dict[str, str]:
 def timed_key(key: str) -> tuple[str, int] | None:
     """`ttft_p90_ms` → ("ttft", 90), `ttft_ms` → ("ttft", 95); None for the other keys."""
     match = TIMED_KEY.fullmatch(key)
-    return None if match is None else (match["metric"], int(match["percentile"] or DEFAULT_PERCENTILE))
+    return (
+        None if match is None else (match["metric"], int(match["percentile"] or DEFAULT_PERCENTILE))
+    )
 
 
 def check_budget(values: Mapping[str, Any], *, where: str) -> Budget:
@@ -51,10 +53,19 @@ def check_budget(values: Mapping[str, Any], *, where: str) -> Budget:
     for key, value in values.items():
         if key not in known:
             short = [k for k in known if timed_key(k) is None or "_p" not in k]
-            raise DeviceError(f"unknown budget key {key!r}", where=where, expected=", ".join(short), got=key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise DeviceError(
-                f"the limit of {key} is wrong", where=where, expected="a number above 0", got=repr(value)
+                f"unknown budget key {key!r}", where=where, expected=", ".join(short), got=key
+            )
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
+        ):
+            raise DeviceError(
+                f"the limit of {key} is wrong",
+                where=where,
+                expected="a number above 0",
+                got=repr(value),
             )
     return {key: float(value) for key, value in values.items()}
 
@@ -68,7 +79,9 @@ def parse_budget(pairs: Iterable[str]) -> Budget:
             values[key.strip()] = float(text)
         except ValueError as error:
             fix = "For example --budget ttft_ms=500."
-            raise DeviceError("a budget is key=number", where="--budget", got=pair, fix=fix) from error
+            raise DeviceError(
+                "a budget is key=number", where="--budget", got=pair, fix=fix
+            ) from error
         if not separator:
             raise DeviceError("a budget is key=number", where="--budget", got=pair)
     return check_budget(values, where="--budget")

@@ -1,4 +1,6 @@
-"""Device profiles: TOML files with hardware figures, where each was read, and a budget for each kind of model."""
+"""Device profiles: TOML files with hardware figures, where each was read, and a budget for each
+kind of model.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Device:
-    """One device. Bandwidth and arithmetic are peaks on paper; None on the host, where they are measured."""
+    """One device. Bandwidth and arithmetic are peaks on paper; None on the host, where they are
+    measured.
+    """
 
     name: str
     title: str
@@ -76,7 +80,9 @@ def list_devices() -> list[str]:
 
 
 def load_device(name: str) -> Device:
-    """A shipped profile by name, or a TOML file of one's own by path. DeviceError names what is wrong."""
+    """A shipped profile by name, or a TOML file of one's own by path. DeviceError names what is
+    wrong.
+    """
     path = PROFILES / f"{name}.toml"
     if name.endswith(".toml"):
         path = Path(name)
@@ -87,11 +93,15 @@ def load_device(name: str) -> Device:
             if near
             else "Or give the path of a profile of your own, ending in .toml."
         )
-        raise DeviceError(f"unknown device {name!r}", expected=" | ".join(list_devices()), got=name, fix=fix)
+        raise DeviceError(
+            f"unknown device {name!r}", expected=" | ".join(list_devices()), got=name, fix=fix
+        )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DeviceError(f"the profile cannot be read: {error.strerror}", where=str(path)) from error
+        raise DeviceError(
+            f"the profile cannot be read: {error.strerror}", where=str(path)
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DeviceError(f"not valid TOML: {error}", where=str(path)) from error
     if values.get("name") == HOST:
@@ -101,12 +111,17 @@ def load_device(name: str) -> Device:
 
 
 def device_from_dict(values: Mapping[str, Any], *, where: str) -> Device:
-    """Check a profile's table; unknown keys, missing figures and figures without a source are refused."""
+    """Check a profile's table; unknown keys, missing figures and figures without a source are
+    refused.
+    """
     fields = {f.name: f for f in dataclasses.fields(Device)}
     known = {*fields, "source"} - {"sources"}
     if unknown := sorted(set(values) - known):
         raise DeviceError(
-            f"unknown key {unknown[0]!r}", where=where, expected=", ".join(sorted(known)), got=unknown[0]
+            f"unknown key {unknown[0]!r}",
+            where=where,
+            expected=", ".join(sorted(known)),
+            got=unknown[0],
         )
     required = [
         n
@@ -124,22 +139,36 @@ def device_from_dict(values: Mapping[str, Any], *, where: str) -> Device:
     tables = isinstance(budget, dict) and all(isinstance(table, dict) for table in budget.values())
     if not tables or set(budget) - set(KINDS):
         raise DeviceError(
-            "budgets are tables", where=where, expected="[budget.decoder], [budget.encoder]", got=str(budget)
+            "budgets are tables",
+            where=where,
+            expected="[budget.decoder], [budget.encoder]",
+            got=str(budget),
         )
-    limits = {kind: check_budget(table, where=f"{where}, budget.{kind}") for kind, table in budget.items()}
+    limits = {
+        kind: check_budget(table, where=f"{where}, budget.{kind}") for kind, table in budget.items()
+    }
     plain = {k: v for k, v in values.items() if k not in ("source", "budget")}
     for name in ("features", "providers"):
         plain[name] = tuple(plain.get(name, ()))
         if wrong := [value for value in plain[name] if not isinstance(value, str)]:
-            raise DeviceError(f"{name} is wrong", where=where, expected="a list of strings", got=repr(wrong[0]))
+            raise DeviceError(
+                f"{name} is wrong", where=where, expected="a list of strings", got=repr(wrong[0])
+            )
     device = Device(**plain, budget=limits, sources=sources)
     _check_figures(device, where=where)
     return device
 
 
 TYPES: dict[str, type | tuple[type, ...]] = {
-    "name": str, "title": str, "arch": str, "cpu": str, "notes": str, "features": (list, tuple), "providers": (list, tuple), "source": (list, tuple)
-}  # fmt: skip
+    "name": str,
+    "title": str,
+    "arch": str,
+    "cpu": str,
+    "notes": str,
+    "features": (list, tuple),
+    "providers": (list, tuple),
+    "source": (list, tuple),
+}
 FIGURES = ("cores", "clock_ghz", "fp32_flops_per_cycle", "memory_mb", "memory_bandwidth_gb_s")
 
 
@@ -151,15 +180,23 @@ def _check_figures(device: Device, *, where: str) -> None:
         if value is None and device.is_host:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise DeviceError(f"{name} is wrong", where=where, expected="a number above 0", got=repr(value))
+            raise DeviceError(
+                f"{name} is wrong", where=where, expected="a number above 0", got=repr(value)
+            )
         if name in FIGURES and name not in sourced and not device.is_host:
             raise DeviceError(
-                f"{name} has no source", where=where, fix=f'Add a [[source]] with figures = ["{name}"].'
+                f"{name} has no source",
+                where=where,
+                fix=f'Add a [[source]] with figures = ["{name}"].',
             )
 
 
 def _source(entry: Any, *, where: str) -> Source:
     try:
-        return Source(figures=tuple(entry["figures"]), url=str(entry["url"]), read=str(entry["read"]))
+        return Source(
+            figures=tuple(entry["figures"]), url=str(entry["url"]), read=str(entry["read"])
+        )
     except (KeyError, TypeError) as error:
-        raise DeviceError("a source has figures, url and read", where=where, got=repr(entry)[:80]) from error
+        raise DeviceError(
+            "a source has figures, url and read", where=where, got=repr(entry)[:80]
+        ) from error

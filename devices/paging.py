@@ -1,8 +1,9 @@
 """How the memory of this process lies in pages: large ones for weights that every token reads.
 
-A request to Linux that changes no content and may be refused; elsewhere it does nothing. SmolLM2 int4 on two cores decodes
-11 to 18 % faster on large pages (`benchmarks/RESULTS.md`). Advice that drops pages (MADV_DONTNEED on the weights' file while it is
-read) has no place here: ONNX Runtime unmaps pieces of the file meanwhile, and what comes to lie there would lose its content.
+A request to Linux that changes no content and may be refused; elsewhere it does nothing. SmolLM2
+int4 on two cores decodes 11 to 18 % faster on large pages (`benchmarks/RESULTS.md`). Advice that
+drops pages (MADV_DONTNEED on the weights' file while it is read) has no place here: ONNX Runtime
+unmaps pieces of the file meanwhile, and what comes to lie there would lose its content.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-MAPS, LARGE_PAGE = Path("/proc/self/maps"), Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+MAPS, LARGE_PAGE = (
+    Path("/proc/self/maps"),
+    Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"),
+)
 COLLAPSE = 25  # of madvise(2), since Linux 6.1
 
 
@@ -28,7 +32,9 @@ class Region(NamedTuple):
 
 
 def use_large_pages() -> threading.Thread | None:
-    """Move this process's larger stretches of memory to large pages, in a thread; None where the system has none."""
+    """Move this process's larger stretches of memory to large pages, in a thread; None where the
+    system has none.
+    """
     size = large_page_bytes()
     if size is None:
         return None
@@ -74,4 +80,6 @@ def _advise(region: Region, advice: int) -> None:
     if sys.platform != "linux":
         return
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(region.start), ctypes.c_size_t(region.stop - region.start), advice)
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(region.start), ctypes.c_size_t(region.stop - region.start), advice
+        )

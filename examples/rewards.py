@@ -1,7 +1,8 @@
 """Reward functions for grpo recipes: (prompt, completion, row) → a number, the higher the better.
 
-`prompt` is what the user said (the recipe's `prompt` template filled in), `completion` the sampled answer as text,
-`row` all columns of the data row. A function must return a finite number for every completion, also for an empty one.
+`prompt` is what the user said (the recipe's `prompt` template filled in), `completion` the sampled
+answer as text, `row` all columns of the data row. A function must return a finite number for every
+completion, also for an empty one.
 """
 
 import json
@@ -9,7 +10,9 @@ import re
 
 
 def exact_json(prompt: str, completion: str, row: dict) -> float:
-    """1 for JSON that equals the row's `json`; for other valid JSON objects up to 0.5, by the share of right pairs; else 0."""
+    """1 for JSON that equals the row's `json`; for other valid JSON objects up to 0.5, by the share
+    of right pairs; else 0.
+    """
     wanted = json.loads(row["json"])
     try:
         got = json.loads(completion)
@@ -24,7 +27,9 @@ def exact_json(prompt: str, completion: str, row: dict) -> float:
 
 
 def facts_told(prompt: str, completion: str, row: dict) -> float:
-    """The share of the facts in the row's `mr` (E2E's "name[Aromi], area[riverside]") that the text tells; 0 for a copy of the `mr`."""
+    """The share of the facts in the row's `mr` (E2E's "name[Aromi], area[riverside]") that the text
+    tells; 0 for a copy of the `mr`.
+    """
     if "[" in completion:
         return 0.0
     facts = re.findall(r"(\w+(?: \w+)?)\[(.*?)\]", row["mr"])
@@ -46,8 +51,24 @@ OTHER_WORDS = {  # in the data set's own sentences
     "cheap": ["low price", "low-price", "inexpensive", "low cost", "low-cost"],
     "moderate": ["mid price", "average price", "medium price"],
     "high": ["expensive", "well rated", "excellent"],
-    "5 out of 5": ["5-star", "5 star", "five star", "five-star", "five out of five", "5/5", "5 of 5"],
-    "3 out of 5": ["3-star", "3 star", "three star", "three-star", "three out of five", "3/5", "3 of 5"],
+    "5 out of 5": [
+        "5-star",
+        "5 star",
+        "five star",
+        "five-star",
+        "five out of five",
+        "5/5",
+        "5 of 5",
+    ],
+    "3 out of 5": [
+        "3-star",
+        "3 star",
+        "three star",
+        "three-star",
+        "three out of five",
+        "3/5",
+        "3 of 5",
+    ],
     "1 out of 5": ["1-star", "1 star", "one star", "one-star", "one out of five", "1/5", "1 of 5"],
     "city centre": ["city center", "centre of the city", "center of the city"],
     "riverside": ["river"],

@@ -1,12 +1,15 @@
-"""Rows with an intent and slots become words and tags, for a tagger: a request is understood in one pass of an encoder.
+"""Rows with an intent and slots become words and tags, for a tagger: a request is understood in one
+pass of an encoder.
 
-    python examples/slots_to_tags.py $EDGETUNE_DATASETS/snips_slots/train.jsonl.gz snips-tags-train.jsonl
-    python examples/slots_to_tags.py bundles/snips-tags slots --ask "Play some 1959 songs on Iheart"
+    python examples/slots_to_tags.py $EDGETUNE_DATASETS/snips_slots/train.jsonl.gz
+    snips-tags-train.jsonl python examples/slots_to_tags.py bundles/snips-tags slots --ask "Play
+    some 1959 songs on Iheart"
 
-The words are the request's with "?" before them, and "^" before each that begins with a capital letter: MiniLM's tokenizer
-makes all letters small, and names in requests are known by their capitals. The tag of "?" is the intent, the others mark
-slots by B- and I-. Where a sentence's entities are all right its JSON is, so `exact_match` of the tags is at most that of the
-JSON, which `understand` reads on the device, without torch.
+The words are the request's with "?" before them, and "^" before each that begins with a capital
+letter: MiniLM's tokenizer makes all letters small, and names in requests are known by their
+capitals. The tag of "?" is the intent, the others mark slots by B- and I-. Where a sentence's
+entities are all right its JSON is, so `exact_match` of the tags is at most that of the JSON, which
+`understand` reads on the device, without torch.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ ASKED, CAPITAL = "?", "^"
 
 
 def request_words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """What the tagger reads of a request, and the characters of the text that each word stands for."""
+    """What the tagger reads of a request, and the characters of the text that each word
+    stands for.
+    """
     words, spans = [ASKED], [(0, 0)]
     for start, end in split_words(text):
         if text[start].isupper():
@@ -34,20 +39,31 @@ def request_words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def tagged(row: dict[str, Any]) -> dict[str, list[str]]:
-    """A row {"text", "intent", "slots"} → its words and their tags. ValueError where a slot begins or ends inside a word."""
+    """A row {"text", "intent", "slots"} → its words and their tags. ValueError where a slot begins
+    or ends inside a word.
+    """
     words, spans = request_words(row["text"])
     tags = ["B-" + row["intent"], *["O"] * (len(words) - 1)]
     for slot in row["slots"]:
-        inside = [at for at, (start, end) in enumerate(spans) if start < slot["end"] and end > slot["start"]]
+        inside = [
+            at
+            for at, (start, end) in enumerate(spans)
+            if start < slot["end"] and end > slot["start"]
+        ]
         if not inside or spans[inside[0]][0] < slot["start"] or spans[inside[-1]][1] > slot["end"]:
-            raise ValueError(f'the slot {slot["slot"]} = "{slot["value"]}" begins or ends inside a word of "{row["text"]}"')
+            raise ValueError(
+                f'the slot {slot["slot"]} = "{slot["value"]}" begins or ends inside a word of'
+                f' "{row["text"]}"'
+            )
         for at in inside:
             tags[at] = ("B-" if at == inside[0] else "I-") + slot["slot"]
     return {"tokens": words, "tags": tags}
 
 
 def understand(runtime: Runtime, adapter: str, text: str) -> dict[str, Any]:
-    """A request → {"intent": …, slot: value, …}; a slot that occurs twice holds a list, intent is None where none was seen."""
+    """A request → {"intent": …, slot: value, …}; a slot that occurs twice holds a list, intent is
+    None where none was seen.
+    """
     words, spans = request_words(text)
     (tagging,) = runtime.tag([words], adapter)
     found: dict[str, Any] = {"intent": None}
@@ -57,7 +73,9 @@ def understand(runtime: Runtime, adapter: str, text: str) -> dict[str, Any]:
             continue
         value = text[spans[entity.start][0] : spans[entity.end - 1][1]]
         known = found.get(entity.type)
-        found[entity.type] = value if known is None else [*(known if isinstance(known, list) else [known]), value]
+        found[entity.type] = (
+            value if known is None else [*(known if isinstance(known, list) else [known]), value]
+        )
     return found
 
 
@@ -72,14 +90,23 @@ def convert(source: Path, out: Path) -> None:
                 made.append(tagged(row))
             except ValueError:
                 inside += 1
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
-    print(f"{len(made)} rows written to {out}; {inside} left out, whose slots begin or end inside a word")
+    out.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8"
+    )
+    print(
+        f"{len(made)} rows written to {out}; {inside} left out, whose slots begin or end inside a"
+        " word"
+    )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="rows with text, intent and slots; or a bundle, with --ask")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", type=Path, help="rows with text, intent and slots; or a bundle, with --ask"
+    )
     parser.add_argument("out", help="the file to write; with --ask the adapter's name")
     parser.add_argument("--ask", metavar="REQUEST", help="understand this request")
     options = parser.parse_args()

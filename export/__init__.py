@@ -1,6 +1,7 @@
 """Base + adapters → bundle: traced graph, quantised weights, adapter files, proof, manifest.
 
-`export_bundle` writes one; `reprove` repeats the proof of one. See `edgetune.export.bundle` and `edgetune.export.proof.prove`.
+`export_bundle` writes one; `reprove` repeats the proof of one. See `edgetune.export.bundle` and
+`edgetune.export.proof.prove`.
 """
 
 from __future__ import annotations

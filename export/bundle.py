@@ -1,4 +1,6 @@
-"""Adapters → a bundle folder: graph, quantised weights, adapter files, tokenizer, proof, manifest. Whole or not at all."""
+"""Adapters → a bundle folder: graph, quantised weights, adapter files, tokenizer, proof, manifest.
+Whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,16 @@ from edgetune.core.errors import OutputError
 from edgetune.core.files import sha256_file, whole_folder, write_json
 from edgetune.core.progress import Say
 from edgetune.core.tasks import REWARD, TAGGING
-from edgetune.export.bundle_files import copy_adapter, copy_tokenizer, write_genai_config, write_onnx_adapter
+from edgetune.export.bundle_files import (
+    copy_adapter,
+    copy_tokenizer,
+    write_genai_config,
+    write_onnx_adapter,
+)
 from edgetune.export.graph.build import _graph, _trace, _write_graphs
 from edgetune.export.graph.families import known_family
 from edgetune.export.graph.lower import settle
-from edgetune.export.graph.seq2seq import check_seq2seq
+from edgetune.export.graph.seq2seq_files import check_seq2seq
 from edgetune.export.graph.trace import Traced
 from edgetune.export.inputs.calibration_text import (
     calibrate_base,
@@ -35,29 +42,49 @@ from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
 from edgetune.quantisation.precision import FLOATS, INT4_DECODER, Precision
 from edgetune.runtime.adapters.packing import pack_adapter
-from edgetune.runtime.bundle.manifest import MANIFEST, SCHEMA, AdapterEntry, BaseInfo, FileInfo, Manifest
+from edgetune.runtime.bundle.manifest import (
+    MANIFEST,
+    SCHEMA,
+    AdapterEntry,
+    BaseInfo,
+    FileInfo,
+    Manifest,
+)
 from edgetune.runtime.bundle.manifest import Precision as PrecisionInfo
 
 
 def export_bundle(
-    adapters: Sequence[tuple[str, Path]], out: Path, *, mode: str = "separate", precision: Precision | None = None,
-    base_name: str | None = None, threads: int | None = None, calibration: Path | None = None, say: Say = lambda line: None,
-    task: TaskPlan | None = None, traced: Traced | None = None, cost: CostPlan | None = None,
-) -> Manifest:  # fmt: skip
+    adapters: Sequence[tuple[str, Path]],
+    out: Path,
+    *,
+    mode: str = "separate",
+    precision: Precision | None = None,
+    base_name: str | None = None,
+    threads: int | None = None,
+    calibration: Path | None = None,
+    say: Say = lambda line: None,
+    task: TaskPlan | None = None,
+    traced: Traced | None = None,
+    cost: CostPlan | None = None,
+) -> Manifest:
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
-    `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given: on a few of its recipe's
-    validation rows. `cost` says where WikiText-2 and STS-B are, on which the precision's cost is taken; not given: it is not.
-    `calibration`: text for the quantiser gptq; not given: the training rows of the runs. `traced` keeps the
-    graph for further bundles of the same model. ProofError when the proof fails; then, as after any error, nothing is left at
-    `out` that was not there before.
+    `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given:
+    on a few of its recipe's validation rows. `cost` says where WikiText-2 and STS-B are, on which
+    the precision's cost is taken; not given: it is not. `calibration`: text for the quantiser gptq;
+    not given: the training rows of the runs. `traced` keeps the graph for further bundles of the
+    same model. ProofError when the proof fails; then, as after any error, nothing is left at `out`
+    that was not there before.
     """
     precision = precision or Precision()
     check_place(out)
     (task or TaskPlan()).check()
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
-        say(f"{sources[0].name}: all its weights were trained, so it is the bundle's base and nothing swaps it")
+        say(
+            f"{sources[0].name}: all its weights were trained, so it is the bundle's base and"
+            " nothing swaps it"
+        )
         mode = "merged"
     check_sources(sources, mode, precision, base_name)
     swaps = not any(source.is_model or source.config.get("use_dora") for source in sources)
@@ -71,16 +98,44 @@ def export_bundle(
     if base.kind != "encoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
     with whole_folder(out) as folder:
-        manifest, rows = _build(base, sources, folder, mode=mode, precision=precision, calibration=calibration, say=say, traced=traced)
+        manifest, rows = _build(
+            base,
+            sources,
+            folder,
+            mode=mode,
+            precision=precision,
+            calibration=calibration,
+            say=say,
+            traced=traced,
+        )
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
-        demand(proofs, where=str(out), merged=manifest.mode == "merged" and precision.weights not in FLOATS)
-        results = (task or TaskPlan()).measure(folder, manifest, base, sources, load=torch_model, threads=threads, say=say)
-        found = None if cost is None else cost.measure(folder, manifest, base, lambda: as_stored(base, sources, mode), threads=threads, say=say)
+        demand(
+            proofs,
+            where=str(out),
+            merged=manifest.mode == "merged" and precision.weights not in FLOATS,
+        )
+        results = (task or TaskPlan()).measure(
+            folder, manifest, base, sources, load=torch_model, threads=threads, say=say
+        )
+        found = (
+            None
+            if cost is None
+            else cost.measure(
+                folder,
+                manifest,
+                base,
+                lambda: as_stored(base, sources, mode),
+                threads=threads,
+                say=say,
+            )
+        )
         if found is not None:
             manifest = replace(manifest, quality={**manifest.quality, "cost": found.to_dict()})
-        document = proof_document(proofs, rows, precision) | {"task": {name: result.to_dict() for name, result in results.items()}}
+        document = proof_document(proofs, rows, precision) | {
+            "task": {name: result.to_dict() for name, result in results.items()}
+        }
         manifest = replace(manifest, proof=document, files=_digests(folder))
         manifest = replace(manifest, files=manifest.files | write_page(folder, manifest))
         write_json(folder / MANIFEST, manifest.to_dict())
@@ -88,47 +143,97 @@ def export_bundle(
 
 
 def check_place(out: Path) -> None:
-    """A bundle may replace a bundle, never another folder of the user's; inside another one it would go with it."""
-    if (around := next((folder for folder in out.absolute().parents if (folder / MANIFEST).is_file()), None)) is not None:
-        raise OutputError("this place is inside another bundle", where=str(out), got=str(around), fix="Choose another --out: exporting that one again would take this one away.")
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    """A bundle may replace a bundle, never another folder of the user's; inside another one it
+    would go with it.
+    """
+    if (
+        around := next(
+            (folder for folder in out.absolute().parents if (folder / MANIFEST).is_file()), None
+        )
+    ) is not None:
         raise OutputError(
-            "there is something else at this place", where=str(out), expected=f"a new or empty folder, or a bundle (with {MANIFEST})",
-            got="another folder" if out.is_dir() else "a file", fix="Choose another --out.",
-        )  # fmt: skip
+            "this place is inside another bundle",
+            where=str(out),
+            got=str(around),
+            fix="Choose another --out: exporting that one again would take this one away.",
+        )
+    if (
+        out.exists()
+        and not (out / MANIFEST).is_file()
+        and not (out.is_dir() and not any(out.iterdir()))
+    ):
+        raise OutputError(
+            "there is something else at this place",
+            where=str(out),
+            expected=f"a new or empty folder, or a bundle (with {MANIFEST})",
+            got="another folder" if out.is_dir() else "a file",
+            fix="Choose another --out.",
+        )
 
 
 def _build(
-    base: Base, sources: Sequence[Source], folder: Path, *, mode: str, precision: Precision, say: Say, calibration: Path | None = None,
+    base: Base,
+    sources: Sequence[Source],
+    folder: Path,
+    *,
+    mode: str,
+    precision: Precision,
+    say: Say,
+    calibration: Path | None = None,
     traced: Traced | None = None,
 ) -> tuple[Manifest, dict[str, list[list[int]]]]:
-    """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each adapter."""
+    """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each
+    adapter.
+    """
     tokenizer = load_tokenizer(base)
     say(f"tracing {base.name} ({base.model_type})")
     model = as_stored(base, sources, mode)
     if precision.quantiser == "gptq":
-        if set(precision.overrides) - set(INT4_DECODER):  # whoever calibrates must know what layers of one product are stored in
+        if set(precision.overrides) - set(
+            INT4_DECODER
+        ):  # whoever calibrates must know what layers of one product are stored in
             precision = settle(_trace(base, model), precision)
         calibrate_base(model, base, sources, tokenizer, precision, file=calibration, say=say)
         traced = None  # a graph kept from before has the weights as they were
-    graph, info, sites, head, precision = _graph(base, model, sources, mode=mode, precision=precision, say=say, traced=traced)
+    graph, info, sites, head, precision = _graph(
+        base, model, sources, mode=mode, precision=precision, say=say, traced=traced
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
     del model
     _write_graphs(graph, folder, sites, info, base=base, precision=precision, mode=mode)
     files = copy_tokenizer(base, tokenizer, folder)
-    if base.kind == "decoder" and not (mode == "merged" and sources[0].task == REWARD):  # a merged reward only scores
+    if base.kind == "decoder" and not (
+        mode == "merged" and sources[0].task == REWARD
+    ):  # a merged reward only scores
         write_genai_config(config, files, folder, max_length=info.max_length)
     manifest = Manifest(
-        schema=SCHEMA, edgetune_version=__version__, task=_task(base, sources),
-        base=BaseInfo(base.name, base.digest, base.model_type, parameters), mode=mode,
+        schema=SCHEMA,
+        edgetune_version=__version__,
+        task=_task(base, sources),
+        base=BaseInfo(base.name, base.digest, base.model_type, parameters),
+        mode=mode,
         precision=PrecisionInfo(
-            precision.weights, None if precision.weights in FLOATS or precision.activations == "int8" else precision.block_size,
-            dict(precision.overrides), precision.quantiser, precision.activations, precision.symmetric,
+            precision.weights,
+            (
+                None
+                if precision.weights in FLOATS or precision.activations == "int8"
+                else precision.block_size
+            ),
+            dict(precision.overrides),
+            precision.quantiser,
+            precision.activations,
+            precision.symmetric,
         ),
-        graph=info, sites=tuple(sites), head=head, tokenizer=files, adapters=(),
-    )  # fmt: skip
-    for line in filter(None, (warning(source.name, source.metadata, manifest) for source in sources)):
+        graph=info,
+        sites=tuple(sites),
+        head=head,
+        tokenizer=files,
+        adapters=(),
+    )
+    for line in filter(
+        None, (warning(source.name, source.metadata, manifest) for source in sources)
+    ):
         say(line)
     entries = [_add_adapter(source, folder, manifest, say=say) for source in sources]
     manifest = replace(manifest, adapters=tuple(entries))
@@ -139,15 +244,23 @@ def _build(
 
 
 def _task(base: Base, sources: Sequence[Source]) -> str:
-    """What the bundle is for: of an encoder, tagging only where none of its adapters does anything else."""
+    """What the bundle is for: of an encoder, tagging only where none of its adapters does anything
+    else.
+    """
     if base.kind != "encoder":
         return "text-generation"
-    return TAGGING if sources and all(source.task == TAGGING for source in sources) else "sequence-classification"
+    return (
+        TAGGING
+        if sources and all(source.task == TAGGING for source in sources)
+        else "sequence-classification"
+    )
 
 
-def build_base(base: Base, folder: Path, *, precision: Precision, say: Say = lambda line: None) -> Manifest:
-    """A bundle of the base alone with inputs for any adapter, without proof and without `edgetune.json`: for this
-    process to use, as the rollouts of grpo do. It is not for a device.
+def build_base(
+    base: Base, folder: Path, *, precision: Precision, say: Say = lambda line: None
+) -> Manifest:
+    """A bundle of the base alone with inputs for any adapter, without proof and without
+    `edgetune.json`: for this process to use, as the rollouts of grpo do. It is not for a device.
     """
     return _build(base, [], folder, mode="separate", precision=precision, say=say)[0]
 
@@ -158,11 +271,20 @@ def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) 
     if not source.is_model:
         copy_adapter(source.folder, folder / place)
     entry = AdapterEntry(
-        name=source.name, path=str(place), problem=source.problem,
-        task=source.task or (manifest.task if manifest.is_decoder else "sequence-classification"), labels=source.labels, prompt_format=source.metadata.get("prompt_format"),
-        generation=source.metadata.get("generation"), rank=int(source.config.get("r", 0)),
-        digest=None if source.is_model else sha256_file(source.folder / "adapter_model.safetensors"), onnx_adapter=None, metrics=dict(source.metadata.get("metrics") or {}),
-    )  # fmt: skip
+        name=source.name,
+        path=str(place),
+        problem=source.problem,
+        task=source.task or (manifest.task if manifest.is_decoder else "sequence-classification"),
+        labels=source.labels,
+        prompt_format=source.metadata.get("prompt_format"),
+        generation=source.metadata.get("generation"),
+        rank=int(source.config.get("r", 0)),
+        digest=(
+            None if source.is_model else sha256_file(source.folder / "adapter_model.safetensors")
+        ),
+        onnx_adapter=None,
+        metrics=dict(source.metadata.get("metrics") or {}),
+    )
     if manifest.mode == "merged":
         return replace(entry, path=None)
     packed = pack_adapter(source.folder, manifest, name=source.name)
@@ -177,4 +299,7 @@ def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) 
 
 def _digests(folder: Path) -> dict[str, FileInfo]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size) for path in files}
+    return {
+        path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size)
+        for path in files
+    }

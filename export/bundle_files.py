@@ -1,4 +1,6 @@
-"""The files beside the graph: tokenizer, onnxruntime-genai's configuration, and each adapter for other engines."""
+"""The files beside the graph: tokenizer, onnxruntime-genai's configuration, and each adapter for
+other engines.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ from edgetune.models.base import Base
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.bundle.manifest import TokenizerInfo
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -32,12 +39,24 @@ def copy_tokenizer(base: Base, tokenizer: Any, folder: Path) -> TokenizerInfo:
     if not template.exists() and isinstance(tokenizer.chat_template, str):
         template.write_text(tokenizer.chat_template, encoding="utf-8")
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    ends = [tokenizer.eos_token_id, *_listed(config.get("eos_token_id")), *_listed(_generation_config(base).get("eos_token_id"))]
+    ends = [
+        tokenizer.eos_token_id,
+        *_listed(config.get("eos_token_id")),
+        *_listed(_generation_config(base).get("eos_token_id")),
+    ]
     return TokenizerInfo(
         file="tokenizer.json",
         chat_template=template.name if template.exists() else None,
-        special_tokens={name: getattr(tokenizer, name) for name in SPECIAL_TOKENS if getattr(tokenizer, name, None)},
-        eos_token_ids=tuple(sorted({int(token) for token in ends if token is not None})) if base.kind != "encoder" else (),
+        special_tokens={
+            name: getattr(tokenizer, name)
+            for name in SPECIAL_TOKENS
+            if getattr(tokenizer, name, None)
+        },
+        eos_token_ids=(
+            tuple(sorted({int(token) for token in ends if token is not None}))
+            if base.kind != "encoder"
+            else ()
+        ),
         pad_token_id=tokenizer.pad_token_id,
         model_max_length=base.max_length,
     )
@@ -53,7 +72,9 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def write_genai_config(config: Any, tokenizer: TokenizerInfo, folder: Path, *, max_length: int) -> None:
+def write_genai_config(
+    config: Any, tokenizer: TokenizerInfo, folder: Path, *, max_length: int
+) -> None:
     """`genai_config.json`, so that onnxruntime-genai opens this folder as it is."""
     ends, sizes = list(tokenizer.eos_token_ids), cache_sizes(config)
     decoder = {
@@ -70,7 +91,11 @@ def write_genai_config(config: Any, tokenizer: TokenizerInfo, folder: Path, *, m
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },
-        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
     }
     model = {
         "bos_token_id": config.bos_token_id if config.bos_token_id is not None else ends[0],
@@ -81,7 +106,15 @@ def write_genai_config(config: Any, tokenizer: TokenizerInfo, folder: Path, *, m
         "vocab_size": config.vocab_size,
         "decoder": decoder,
     }
-    search = {"do_sample": False, "max_length": max_length, "num_beams": 1, "past_present_share_buffer": True, "temperature": 1.0, "top_k": 1, "top_p": 1.0}
+    search = {
+        "do_sample": False,
+        "max_length": max_length,
+        "num_beams": 1,
+        "past_present_share_buffer": True,
+        "temperature": 1.0,
+        "top_k": 1,
+        "top_p": 1.0,
+    }
     write_json(folder / "genai_config.json", {"model": model, "search": search})
 
 
@@ -94,15 +127,25 @@ def copy_adapter(source: Path, target: Path) -> None:
 
 
 def write_onnx_adapter(packed: PackedAdapter, path: Path) -> None:
-    """The packed tensors in ONNX Runtime's own adapter format, for `LoraAdapter` in any language."""
+    """The packed tensors in ONNX Runtime's own adapter format, for `LoraAdapter` in any
+    language.
+    """
     form = ort.AdapterFormat()
     form.set_adapter_version(1)
     form.set_model_version(1)
-    form.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in packed.tensors.items()})
+    form.set_parameters(
+        {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            for name, array in packed.tensors.items()
+        }
+    )
     try:
         form.export_adapter(str(path))
     except RuntimeError as error:  # ONNX Runtime's own words name neither the reason nor the place
         free = shutil.disk_usage(path.parent).free
         raise OutputError(
-            f"ONNX Runtime cannot write {path.name}", expected=f"{packed.nbytes} free bytes", got=str(free), fix="Choose another --out or free the place."
+            f"ONNX Runtime cannot write {path.name}",
+            expected=f"{packed.nbytes} free bytes",
+            got=str(free),
+            fix="Choose another --out or free the place.",
         ) from error

@@ -1,7 +1,10 @@
-"""A LoRA adapter as a GGUF file that llama.cpp loads beside its own GGUF of the same base (`llama-cli --lora FILE`)."""
+"""A LoRA adapter as a GGUF file that llama.cpp loads beside its own GGUF of the same base
+(`llama-cli --lora FILE`).
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,20 +18,22 @@ import numpy.typing as npt
 from edgetune.adapters.lora import ALL_LINEAR, target_names
 from edgetune.core.errors import AdapterError, ExportError, OutputError, ProofError, listed
 from edgetune.core.files import whole_file
-from edgetune.export.graph.families import cache_sizes
+from edgetune.core.progress import Say
+from edgetune.export.gguf_names import Place, architecture, place_of
 from edgetune.export.inputs.sources import Source, base_of, check_names, read_source
 from edgetune.models.base import Base, weight_files
 from edgetune.models.gguf import SOURCE
 from edgetune.runtime.adapters.lora import CONFIG, LoraFolder, is_target, read_lora, refuse_if
 
 Array = npt.NDArray[Any]
-Say = Callable[[str], None]
 CLOSE = 1e-4  # of a product's largest value: float32 sums in another order
 
 
 @dataclass(frozen=True)
 class Delta:
-    """ΔW = B A of one linear layer `module`, and its place in llama.cpp. A (r, in), B (out, r) with scaling folded in."""
+    """ΔW = B A of one linear layer `module`, and its place in llama.cpp. A (r, in), B (out, r) with
+    scaling folded in.
+    """
 
     module: str
     a: Array
@@ -38,12 +43,17 @@ class Delta:
 
 
 def export_gguf_adapters(
-    adapters: Sequence[tuple[str, Path]], out: Path, *, base_name: str | None = None, say: Say = lambda line: None
+    adapters: Sequence[tuple[str, Path]],
+    out: Path,
+    *,
+    base_name: str | None = None,
+    say: Say = lambda line: None,
 ) -> list[Path]:
-    """Write adapters (name, run folder or PEFT folder) as GGUF files: one to `out` (NAME.gguf), several into the folder `out`.
+    """Write adapters (name, run folder or PEFT folder) as GGUF files: one to `out` (NAME.gguf),
+    several into the folder `out`.
 
-    ExportError or AdapterError names everything that such a file cannot express; ProofError where the written file does
-    not compute what the adapter does. Nothing is left behind then.
+    ExportError or AdapterError names everything that such a file cannot express; ProofError where
+    the written file does not compute what the adapter does. Nothing is left behind then.
     """
     files = _files([name for name, _ in adapters], out)
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
@@ -52,32 +62,59 @@ def export_gguf_adapters(
     base = base_of(sources, base_name)
     if base.kind == "encoder":
         raise ExportError(
-            f"llama.cpp takes adapters for decoders only, and {base.name} is an encoder", where="--format gguf-adapter",
-            got=base.model_type, fix="Export a bundle: it holds the encoder, its adapters and their heads.",
-        )  # fmt: skip
+            f"llama.cpp takes adapters for decoders only, and {base.name} is an encoder",
+            where="--format gguf-adapter",
+            got=base.model_type,
+            fix="Export a bundle: it holds the encoder, its adapters and their heads.",
+        )
     architecture(base.model_type)
     found = [(source, *_deltas(source, base)) for source in sources]
     with ExitStack() as written:  # every file gets its name when all are proven
         for source, deltas, read in found:
             if source.metadata.get("base_precision"):
-                say(f"adapter {source.name}: it was trained for the {source.metadata['base_precision']['weights']} base; llama.cpp has the weights of its own file")
+                say(
+                    f"adapter {source.name}: it was trained for the"
+                    f" {source.metadata['base_precision']['weights']} base; llama.cpp has the"
+                    " weights of its own file"
+                )
             partial = written.enter_context(whole_file(files[source.name]))
             _write(partial, deltas, read, source=source, base=base)
-            _prove(partial, deltas, base, say=lambda line, name=source.name: say(f"adapter {name}: {line}"))  # type: ignore[misc]
+            _prove(
+                partial,
+                deltas,
+                base,
+                say=functools.partial(_about, say, source.name),
+            )
     return list(files.values())
+
+
+def _about(say: Say, name: str, line: str) -> None:
+    say(f"adapter {name}: {line}")
 
 
 def _files(names: Sequence[str], out: Path) -> dict[str, Path]:
     check_names(names)
     if not names:
-        raise ExportError("there is no adapter to export", expected="--adapter NAME=RUN, once or several times")
+        raise ExportError(
+            "there is no adapter to export", expected="--adapter NAME=RUN, once or several times"
+        )
     single = out.suffix == ".gguf"
     if single and len(names) > 1:
-        raise ExportError("one GGUF file holds one adapter", where=str(out), got=", ".join(names), fix="Give --out a folder: each becomes NAME.gguf in it.")
+        raise ExportError(
+            "one GGUF file holds one adapter",
+            where=str(out),
+            got=", ".join(names),
+            fix="Give --out a folder: each becomes NAME.gguf in it.",
+        )
     files = {name: out if single else out / f"{name}.gguf" for name in names}
     for path in files.values():
         if path.exists() and not _is_adapter(path):
-            raise OutputError("there is something else at this place", where=str(path), expected="a new file, or a GGUF adapter", fix="Choose another --out.")
+            raise OutputError(
+                "there is something else at this place",
+                where=str(path),
+                expected="a new file, or a GGUF adapter",
+                fix="Choose another --out.",
+            )
     return files
 
 
@@ -95,38 +132,66 @@ def _is_adapter(path: Path) -> bool:
 def _check_kind(source: Source) -> None:
     where = str(source.folder)
     if source.is_model:
-        raise ExportError("all weights of this run were trained: it is a model, not an adapter", where=where, fix="Convert RUN/model with llama.cpp's convert_hf_to_gguf.py.")
+        raise ExportError(
+            "all weights of this run were trained: it is a model, not an adapter",
+            where=where,
+            fix="Convert RUN/model with llama.cpp's convert_hf_to_gguf.py.",
+        )
     if source.labels is not None or source.task not in (None, "text-generation"):
-        raise ExportError("a GGUF adapter holds no task head", where=where, got=str(source.task), fix="Export a bundle: its adapters keep their heads.")
+        raise ExportError(
+            "a GGUF adapter holds no task head",
+            where=where,
+            got=str(source.task),
+            fix="Export a bundle: its adapters keep their heads.",
+        )
 
 
 def _deltas(source: Source, base: Base) -> tuple[list[Delta], LoraFolder]:
-    """The adapter's layers with their places; AdapterError lists everything that has none, has another shape, or is missing."""
+    """The adapter's layers with their places; AdapterError lists everything that has none, has
+    another shape, or is missing.
+    """
     read = read_lora(source.folder, base_digest=base.digest if source.metadata else None)
     problems = list(read.problems)
     if read.head:
         problems.append("it has a task head, which a GGUF adapter cannot hold")
     model, found = _skeleton(base), []
     shapes = _shapes(model)
-    short = {name.partition(".")[2]: name for name in shapes}  # saved from the model without its output projection
+    short = {
+        name.partition(".")[2]: name for name in shapes
+    }  # saved from the model without its output projection
     for given, (a, b) in read.deltas.items():
         module = given if given in shapes else short.get(given, given)
         place = place_of(module, model.config) if module in shapes else None
         if module not in shapes:
             problems.append(f"{given}: {base.name} has no such linear layer")
         elif shapes[module] != (b.shape[0], a.shape[1]):
-            problems.append(f"{given}: the base's weight is {shapes[module]} (out, in), the adapter's change is {(b.shape[0], a.shape[1])}")
+            problems.append(
+                f"{given}: the base's weight is {shapes[module]} (out, in), the adapter's change is"
+                f" {(b.shape[0], a.shape[1])}"
+            )
         elif place is None:
             problems.append(f"{given}: llama.cpp has no name for this layer")
-        elif model.get_submodule(module) is model.get_output_embeddings() and model.config.tie_word_embeddings:
-            problems.append(f"{given}: llama.cpp has no weight of its own for an output projection that is tied to the embedding")
+        elif (
+            model.get_submodule(module) is model.get_output_embeddings()
+            and model.config.tie_word_embeddings
+        ):
+            problems.append(
+                f"{given}: llama.cpp has no weight of its own for an output projection that is tied"
+                " to the embedding"
+            )
         else:
             found.append(Delta(module, a, b, place, _is_transposed(model, module)))
     names = {short.get(name, name) for name in read.modules or ()} | set(read.modules or ())
     wanted = [name for name in target_names(model, ALL_LINEAR) if is_target(read.config, name)]
-    problems += [f"{name}: missing, {CONFIG} targets this module" for name in wanted if name not in names]
+    problems += [
+        f"{name}: missing, {CONFIG} targets this module" for name in wanted if name not in names
+    ]
     if problems:
-        raise AdapterError(f"a GGUF adapter cannot hold this adapter, nothing was written: {listed(problems, 'reasons')}", where=str(source.folder))
+        raise AdapterError(
+            "a GGUF adapter cannot hold this adapter, nothing was written:"
+            f" {listed(problems, 'reasons')}",
+            where=str(source.folder),
+        )
     refuse_if([] if found else ["it has no low-rank weights"], source.folder)
     return found, read
 
@@ -144,9 +209,19 @@ def _skeleton(base: Base) -> Any:
 def _shapes(model: Any) -> dict[str, tuple[int, int]]:
     """Path → (out, in) of every linear layer, the output projection too."""
     output = model.get_output_embeddings()
-    names = [*target_names(model, ALL_LINEAR), *(name for name, module in model.named_modules() if module is output)]
+    names = [
+        *target_names(model, ALL_LINEAR),
+        *(name for name, module in model.named_modules() if module is output),
+    ]
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}
-    return {name: (int(shape[1]), int(shape[0])) if _is_transposed(model, name) else (int(shape[0]), int(shape[1])) for name, shape in shapes.items()}
+    return {
+        name: (
+            (int(shape[1]), int(shape[0]))
+            if _is_transposed(model, name)
+            else (int(shape[0]), int(shape[1]))
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _is_transposed(model: Any, module: str) -> bool:
@@ -154,7 +229,9 @@ def _is_transposed(model: Any, module: str) -> bool:
     return type(model.get_submodule(module)).__name__ == "Conv1D"
 
 
-def _write(path: Path, deltas: Sequence[Delta], read: LoraFolder, *, source: Source, base: Base) -> None:
+def _write(
+    path: Path, deltas: Sequence[Delta], read: LoraFolder, *, source: Source, base: Base
+) -> None:
     from gguf import GGUFWriter, Keys, LlamaFileType
 
     alpha = float(read.config.get("lora_alpha", 8))
@@ -168,9 +245,14 @@ def _write(path: Path, deltas: Sequence[Delta], read: LoraFolder, *, source: Sou
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_string("edgetune.base_digest", base.digest)
     if source.metadata.get("prompt_format"):
-        writer.add_string("edgetune.prompt_format", json.dumps(source.metadata["prompt_format"], ensure_ascii=False))
+        writer.add_string(
+            "edgetune.prompt_format",
+            json.dumps(source.metadata["prompt_format"], ensure_ascii=False),
+        )
     for delta in deltas:
-        factor = delta.a.shape[0] / alpha if alpha else 1.0  # alpha 0 means a scale of 1 to llama.cpp
+        factor = (
+            delta.a.shape[0] / alpha if alpha else 1.0
+        )  # alpha 0 means a scale of 1 to llama.cpp
         b = (delta.place.reordered(delta.b).astype(np.float64) * factor).astype(np.float32)
         writer.add_tensor(f"{delta.place.tensor}.lora_a", np.ascontiguousarray(delta.a))
         writer.add_tensor(f"{delta.place.tensor}.lora_b", np.ascontiguousarray(b))
@@ -181,7 +263,9 @@ def _write(path: Path, deltas: Sequence[Delta], read: LoraFolder, *, source: Sou
 
 
 def _prove(path: Path, deltas: Sequence[Delta], base: Base, *, say: Say) -> None:
-    """Multiply a vector as llama.cpp does, from the written file, and compare with W₀x + ΔWx; ProofError where they differ."""
+    """Multiply a vector as llama.cpp does, from the written file, and compare with W₀x + ΔWx;
+    ProofError where they differ.
+    """
     from gguf import GGUFReader, Keys
 
     reader = GGUFReader(path)
@@ -191,22 +275,43 @@ def _prove(path: Path, deltas: Sequence[Delta], base: Base, *, say: Say) -> None
     generator, wrong = np.random.default_rng(0), []
     for delta in deltas:
         x = generator.standard_normal((delta.a.shape[1],)).astype(np.float32)
-        a, b = tensors.pop(f"{delta.place.tensor}.lora_a"), tensors.pop(f"{delta.place.tensor}.lora_b")
+        a, b = (
+            tensors.pop(f"{delta.place.tensor}.lora_a"),
+            tensors.pop(f"{delta.place.tensor}.lora_b"),
+        )
         scale = alpha.contents() / b.shape[1] if alpha is not None and alpha.contents() else 1.0
         pairs = [(scale * (b @ (a @ x)), delta.place.reordered(delta.b @ (delta.a @ x)))]
         if theirs is not None:
             weight, own = theirs(delta.place.tensor), ours(delta.module)
-            pairs.append((np.full(1, np.inf) if weight is None else weight @ x, delta.place.reordered((own.T if delta.transposed else own) @ x)))
-        if not all(np.abs(got - expected).max() <= CLOSE * max(np.abs(expected).max(), 1e-9) for got, expected in pairs):
+            pairs.append(
+                (
+                    np.full(1, np.inf) if weight is None else weight @ x,
+                    delta.place.reordered((own.T if delta.transposed else own) @ x),
+                )
+            )
+        if not all(
+            np.abs(got - expected).max() <= CLOSE * max(np.abs(expected).max(), 1e-9)
+            for got, expected in pairs
+        ):
             wrong.append(delta.module)
     if wrong or tensors:
-        raise ProofError(f"the GGUF adapter does not compute what was trained: {', '.join([*wrong, *tensors][:3])}", where=str(base.folder))
-    checked = "its tensors" if theirs is None else f"its tensors and the weights of {base.name}'s own GGUF file"
+        raise ProofError(
+            "the GGUF adapter does not compute what was trained:"
+            f" {', '.join([*wrong, *tensors][:3])}",
+            where=str(base.folder),
+        )
+    checked = (
+        "its tensors"
+        if theirs is None
+        else f"its tensors and the weights of {base.name}'s own GGUF file"
+    )
     say(f"proof: passed; {len(deltas)} layers as in torch, from {checked}")
 
 
 def _own_weights(base: Base) -> Callable[[str], Array | None] | None:
-    """The weights of the GGUF file that the base was converted from, dequantised one at a time; None where it was not."""
+    """The weights of the GGUF file that the base was converted from, dequantised one at a time;
+    None where it was not.
+    """
     if not (base.folder / SOURCE).is_file():
         return None
     from gguf import GGUFReader
@@ -251,43 +356,3 @@ ARCHITECTURES = {
     "smollm3": "smollm3",
 }
 ROTATES_PAIRS = frozenset({"llama", "mistral", "smollm3"})
-
-
-@dataclass(frozen=True)
-class Place:
-    """A linear layer in llama.cpp: the name of its weight there, and which row of ours each of its rows is (None: the same)."""
-
-    tensor: str
-    rows: Rows | None
-
-    def reordered(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(out, …) in our order → in llama.cpp's."""
-        return matrix if self.rows is None else matrix[self.rows]
-
-
-def architecture(model_type: str) -> str:
-    """llama.cpp's name; ExportError for a family it does not have."""
-    if model_type not in ARCHITECTURES:
-        raise ExportError(f"llama.cpp has no decoder family {model_type!r}", where="--format gguf-adapter", expected=f"one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[model_type]
-
-
-def place_of(module: str, config: Any) -> Place | None:
-    """Where llama.cpp has the linear layer `module` (its path in transformers); None where it has none of that name."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    wanted = architecture(config.model_type)
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == wanted)
-    name = get_tensor_name_map(arch, int(config.num_hidden_layers)).get_name(module)
-    return None if name is None else Place(f"{name}.weight", _rows(module.rpartition(".")[2], config))
-
-
-def _rows(kind: str, config: Any) -> Rows | None:
-    sizes, heads = cache_sizes(config), int(config.num_attention_heads)
-    if config.model_type in ROTATES_PAIRS and kind in ("q_proj", "k_proj"):
-        count = heads if kind == "q_proj" else sizes.kv_heads
-        rows = np.arange(count * sizes.head_dim).reshape(count, 2, sizes.head_dim // 2)
-        return rows.swapaxes(1, 2).reshape(-1)
-    if config.model_type == "gpt_neox" and kind == "query_key_value":  # head by head q, k, v → all q, all k, all v
-        return np.arange(heads * 3 * sizes.head_dim).reshape(heads, 3, sizes.head_dim).swapaxes(0, 1).reshape(-1)
-    return None

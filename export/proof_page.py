@@ -1,4 +1,6 @@
-"""report.html of a bundle: what it holds and what was proven of it, one self-contained page, in light and dark."""
+"""report.html of a bundle: what it holds and what was proven of it, one self-contained page, in
+light and dark.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from edgetune.report.html import STYLE, figure, words
 from edgetune.runtime.bundle.manifest import FileInfo, Manifest
 
 PAGE = "report.html"
-MORE_STYLE = "td { overflow-wrap: normal; }"  # digests and figures stay in one piece; a wide table scrolls
+# digests and figures stay in one piece; a wide table scrolls
+MORE_STYLE = "td { overflow-wrap: normal; }"
 Cells = Sequence[str]
 
 
@@ -37,16 +40,31 @@ def render_page(manifest: Manifest) -> str:
         "<h2>Adapters</h2>" + _adapters(manifest),
         "<h2>Files</h2>" + _table(("file", "bytes", "sha256"), _files(manifest)),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>{escape(title)}</title>'
+    )
+    return (
+        "<!doctype html>\n<html"
+        f' lang="en"><head>{head}<style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
 
 
 def _what(manifest: Manifest) -> str:
     stored = manifest.precision
-    precision = stored.weights if stored.block_size is None else f"{stored.weights} in blocks of {stored.block_size}"
+    precision = (
+        stored.weights
+        if stored.block_size is None
+        else f"{stored.weights} in blocks of {stored.block_size}"
+    )
     precision += f", activations in {stored.activations}" if stored.activations != "float" else ""
     kept = ", ".join(f"{name} in {kind}" for name, kind in stored.overrides.items())
-    return f"{manifest.task}, {manifest.mode}, {precision}{f', {kept}' if kept else ''}; base {manifest.base.digest}; edgetune {manifest.edgetune_version}"
+    return (
+        f"{manifest.task}, {manifest.mode}, {precision}{f', {kept}' if kept else ''}; base"
+        f" {manifest.base.digest}; edgetune {manifest.edgetune_version}"
+    )
 
 
 def _tiles(manifest: Manifest) -> str:
@@ -57,15 +75,39 @@ def _tiles(manifest: Manifest) -> str:
         (f"{manifest.base.parameters / 1e6:,.1f} M", "parameters of the base"),
         (str(len(manifest.adapters)), "adapters"),
     ]
-    cells = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
+    cells = "".join(
+        f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>'
+        for big, small in tiles
+    )
     return f'<div class="tiles">{cells}</div>'
 
 
 def _proof(manifest: Manifest) -> str:
-    head = ("adapter", "positions", "max |Δ logit|", "mean KL (nats)", "same best answer", "effect (nats)", "recovered", "direction", "strength", "")
+    head = (
+        "adapter",
+        "positions",
+        "max |Δ logit|",
+        "mean KL (nats)",
+        "same best answer",
+        "effect (nats)",
+        "recovered",
+        "direction",
+        "strength",
+        "",
+    )
     rows = [
-        (name, f"{p['positions']:,}", f"{p['max_abs']:.1e}", f"{p['mean_kl']:.2g}", f"{p['top1']:.1%}", f"{p['adapter_kl']:.3g}",
-         f"{p['recovered']:.1%}", f"{p['direction']:.3f}", f"{p['strength']:.2f}", "✓" if p["passed"] else "; ".join(p["failures"]))
+        (
+            name,
+            f"{p['positions']:,}",
+            f"{p['max_abs']:.1e}",
+            f"{p['mean_kl']:.2g}",
+            f"{p['top1']:.1%}",
+            f"{p['adapter_kl']:.3g}",
+            f"{p['recovered']:.1%}",
+            f"{p['direction']:.3f}",
+            f"{p['strength']:.2f}",
+            "✓" if p["passed"] else "; ".join(p["failures"]),
+        )
         for name, p in manifest.proof["adapters"].items()
     ]
     return _table(head, rows)
@@ -74,20 +116,37 @@ def _proof(manifest: Manifest) -> str:
 def _cost(manifest: Manifest) -> Iterable[str]:
     """What the precision costs the base, apart from any task."""
     if cost := manifest.quality.get("cost"):
-        row = (cost["task"], words(cost["metric"]), f"{cost['torch']:.4g}", f"{cost['bundle']:.4g}", f"{cost['loss']:+.2%}", str(cost["items"]))
-        yield "<h2>Cost of the precision: the base without adapter</h2>" + _table(("set", "metric", "torch fp32", "bundle", "loss", "items"), [row])
+        row = (
+            cost["task"],
+            words(cost["metric"]),
+            f"{cost['torch']:.4g}",
+            f"{cost['bundle']:.4g}",
+            f"{cost['loss']:+.2%}",
+            str(cost["items"]),
+        )
+        yield "<h2>Cost of the precision: the base without adapter</h2>" + _table(
+            ("set", "metric", "torch fp32", "bundle", "loss", "items"), [row]
+        )
 
 
 def _task(manifest: Manifest) -> Iterable[str]:
     """Every metric of every adapter that was measured, in torch and in the bundle."""
     rows = [
-        (name if at == 0 else "", words(metric), figure(metric, result["torch"][metric]), figure(metric, value), _rows(result) if at == 0 else "",
-         f"{result['same']:.1%}" if at == 0 and result["same"] is not None else "")
+        (
+            name if at == 0 else "",
+            words(metric),
+            figure(metric, result["torch"][metric]),
+            figure(metric, value),
+            _rows(result) if at == 0 else "",
+            f"{result['same']:.1%}" if at == 0 and result["same"] is not None else "",
+        )
         for name, result in manifest.proof.get("task", {}).items()
         for at, (metric, value) in enumerate(result["bundle"].items())
     ]
     if rows:
-        yield "<h2>Task: validation rows</h2>" + _table(("adapter", "metric", "torch", "bundle", "rows", "same answer"), rows)
+        yield "<h2>Task: validation rows</h2>" + _table(
+            ("adapter", "metric", "torch", "bundle", "rows", "same answer"), rows
+        )
 
 
 def _rows(result: Mapping[str, Any]) -> str:
@@ -99,13 +158,24 @@ def _survival(manifest: Manifest) -> Iterable[str]:
     for name, proof in manifest.proof["adapters"].items():
         if survived := proof.get("survived"):
             rows = [("all", f"{survived['strength']:.3f}", f"{survived['direction']:.3f}")]
-            rows += [(layer, f"{one['strength']:.3f}", f"{one['direction']:.3f}") for layer, one in survived["layers"].items()]
-            yield f"<h2>{escape(name)}: ΔW after rounding</h2>" + _table(("layer", "strength", "direction"), rows)
+            rows += [
+                (layer, f"{one['strength']:.3f}", f"{one['direction']:.3f}")
+                for layer, one in survived["layers"].items()
+            ]
+            yield f"<h2>{escape(name)}: ΔW after rounding</h2>" + _table(
+                ("layer", "strength", "direction"), rows
+            )
 
 
 def _adapters(manifest: Manifest) -> str:
     rows = [
-        (entry.name, entry.problem or entry.task, str(entry.rank), str(len(entry.labels)) if entry.labels is not None else "–", entry.digest or "–")
+        (
+            entry.name,
+            entry.problem or entry.task,
+            str(entry.rank),
+            str(len(entry.labels)) if entry.labels is not None else "–",
+            entry.digest or "–",
+        )
         for entry in manifest.adapters
     ]
     return _table(("adapter", "task", "rank in the graph", "labels", "sha256 of its weights"), rows)
@@ -117,5 +187,9 @@ def _files(manifest: Manifest) -> list[Cells]:
 
 def _table(head: Cells, rows: Iterable[Cells]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    )

@@ -1,4 +1,6 @@
-"""Adapters of every kind and of other tools: added up, merged by PEFT, or refused with the reason; never half used."""
+"""Adapters of every kind and of other tools: added up, merged by PEFT, or refused with the reason;
+never half used.
+"""
 
 from __future__ import annotations
 
@@ -40,31 +42,70 @@ def delta(folder: Path, module: str) -> Any:
 
 
 def test_a_sum_of_adapters_is_the_sum_of_their_changes(tiny_decoder: Path, tmp_path: Path) -> None:
-    peft_adapter(tiny_decoder, tmp_path / "a", seed=1, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3})
-    peft_adapter(tiny_decoder, tmp_path / "b", seed=2, r=7, use_rslora=True, target_modules=["q_proj", "up_proj"])
+    peft_adapter(
+        tiny_decoder,
+        tmp_path / "a",
+        seed=1,
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"down_proj": 3},
+    )
+    peft_adapter(
+        tiny_decoder,
+        tmp_path / "b",
+        seed=2,
+        r=7,
+        use_rslora=True,
+        target_modules=["q_proj", "up_proj"],
+    )
     combine([Term("a", tmp_path / "a", 1.0), Term("b", tmp_path / "b", -0.5)], tmp_path / "ab")
     for module in {*lora_deltas(tmp_path / "a"), *lora_deltas(tmp_path / "b")}:
         expected = delta(tmp_path / "a", module) - 0.5 * delta(tmp_path / "b", module)
-        torch.testing.assert_close(torch.tensor(delta(tmp_path / "ab", module)), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(delta(tmp_path / "ab", module)),
+            torch.tensor(expected),
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
-def test_peft_opens_the_sum_and_answers_as_with_the_summed_weights(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_peft_opens_the_sum_and_answers_as_with_the_summed_weights(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     for i, name in enumerate("ab"):
-        peft_adapter(tiny_decoder, tmp_path / name, seed=i, r=3 + i, target_modules=["q_proj", "down_proj"] if i else ["q_proj", "v_proj"])
+        peft_adapter(
+            tiny_decoder,
+            tmp_path / name,
+            seed=i,
+            r=3 + i,
+            target_modules=["q_proj", "down_proj"] if i else ["q_proj", "v_proj"],
+        )
     combine([Term("a", tmp_path / "a", 0.7), Term("b", tmp_path / "b", 0.5)], tmp_path / "ab")
     model = load_body(resolve_base(str(tiny_decoder)))
     with torch.no_grad():
         for name, weight in (("a", 0.7), ("b", 0.5)):
             for module in lora_deltas(tmp_path / name):
-                model.get_submodule(module).weight += weight * torch.tensor(delta(tmp_path / name, module))
+                model.get_submodule(module).weight += weight * torch.tensor(
+                    delta(tmp_path / name, module)
+                )
         expected = model(IDS).logits
-    torch.testing.assert_close(logits(tiny_decoder, tmp_path / "ab"), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(tiny_decoder, tmp_path / "ab"), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_export_takes_sums_of_names_and_of_folders(tiny_decoder: Path, tmp_path: Path) -> None:
     for i, name in enumerate("ab"):
         make_adapter(tiny_decoder, tmp_path / name, seed=i, rank=2 + i)
-    options = ["--adapter", f"a={tmp_path / 'a'}", "--adapter", f"ab=a+0.5*{tmp_path / 'b'}", "--precision", "fp32", "--out", str(tmp_path / "bundle")]
+    options = [
+        "--adapter",
+        f"a={tmp_path / 'a'}",
+        "--adapter",
+        f"ab=a+0.5*{tmp_path / 'b'}",
+        "--precision",
+        "fp32",
+        "--out",
+        str(tmp_path / "bundle"),
+    ]
     result = CliRunner().invoke(command, [*options, "--threads", "1"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     manifest = read_manifest(tmp_path / "bundle")
@@ -81,7 +122,9 @@ def test_export_takes_sums_of_names_and_of_folders(tiny_decoder: Path, tmp_path:
         ("a+", "'' is neither"),
     ],
 )
-def test_a_sum_that_cannot_be_read_says_where(tiny_decoder: Path, tmp_path: Path, value: str, message: str) -> None:
+def test_a_sum_that_cannot_be_read_says_where(
+    tiny_decoder: Path, tmp_path: Path, value: str, message: str
+) -> None:
     peft_adapter(tiny_decoder, tmp_path / "a", target_modules=["q_proj"])
     with pytest.raises(ExportError, match=message):
         resolve_sums([("a", str(tmp_path / "a")), ("s", value)], tmp_path / "sums")
@@ -89,17 +132,24 @@ def test_a_sum_that_cannot_be_read_says_where(tiny_decoder: Path, tmp_path: Path
 
 def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a+b").mkdir()
-    assert resolve_sums([("x", str(tmp_path / "a+b"))], tmp_path / "sums") == [("x", tmp_path / "a+b")]
+    assert resolve_sums([("x", str(tmp_path / "a+b"))], tmp_path / "sums") == [
+        ("x", tmp_path / "a+b")
+    ]
 
 
-def test_heads_and_other_bases_are_not_added(tiny_encoder: Path, tiny_decoder: Path, tmp_path: Path) -> None:
+def test_heads_and_other_bases_are_not_added(
+    tiny_encoder: Path, tiny_decoder: Path, tmp_path: Path
+) -> None:
     peft_adapter(tiny_encoder, tmp_path / "head", labels=3, target_modules=["query"])
     with pytest.raises(AdapterError, match="task head cannot be added"):
         combine([Term("h", tmp_path / "head", 1.0)], tmp_path / "out")
     for name, digest in (("a", "a" * 64), ("b", "b" * 64)):
         peft_adapter(tiny_decoder, tmp_path / name, target_modules=["q_proj"])
         write_metadata(tmp_path / name, base={"name": name, "digest": f"sha256:{digest}"})
-    with pytest.raises(AdapterError, match=r"different bases cannot be added.*expected a sha256:aaa.*got b sha256:bbb"):
+    with pytest.raises(
+        AdapterError,
+        match=r"different bases cannot be added.*expected a sha256:aaa.*got b sha256:bbb",
+    ):
         combine([Term(n, tmp_path / n, 1.0) for n in "ab"], tmp_path / "out")
     peft_adapter(tiny_decoder, tmp_path / "dora", use_dora=True, target_modules=["q_proj"])
     with pytest.raises(AdapterError, match="DoRA"):
@@ -115,24 +165,49 @@ MERGEABLE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MERGEABLE)
-def test_what_inputs_cannot_express_is_refused_early_and_merges(name: str, tiny_decoder: Path, tmp_path: Path) -> None:
+def test_what_inputs_cannot_express_is_refused_early_and_merges(
+    name: str, tiny_decoder: Path, tmp_path: Path
+) -> None:
     expected = peft_adapter(tiny_decoder, tmp_path / "a", **MERGEABLE[name])
     with torch.no_grad():
         torch.testing.assert_close(logits(tiny_decoder, tmp_path / "a"), expected(IDS).logits)
-    with pytest.raises(AdapterError, match=r"adapter inputs cannot take this adapter(.|\n)*--mode merged"):
+    with pytest.raises(
+        AdapterError, match=r"adapter inputs cannot take this adapter(.|\n)*--mode merged"
+    ):
         from edgetune.export.bundle import export_bundle
 
         export_bundle([("a", tmp_path / "a")], tmp_path / "bundle", base_name=str(tiny_decoder))
-    torch.testing.assert_close(logits(tiny_decoder, tmp_path / "a", merged=True), expected(IDS).logits, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        logits(tiny_decoder, tmp_path / "a", merged=True),
+        expected(IDS).logits,
+        atol=2e-3,
+        rtol=1e-3,
+    )
 
 
-def test_an_adapter_on_the_output_projection_gets_inputs_there(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_the_output_projection_gets_inputs_there(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     from edgetune.export.bundle import export_bundle
 
     peft_adapter(tiny_decoder, tmp_path / "a", target_modules=["q_proj", "lm_head"])
-    manifest = export_bundle([("a", tmp_path / "a")], tmp_path / "bundle", base_name=str(tiny_decoder), threads=1, precision=Precision("fp32"))
-    torch.testing.assert_close(logits(tiny_decoder, tmp_path / "a", merged=True), logits(tiny_decoder, tmp_path / "a"), atol=2e-3, rtol=1e-3)
-    assert "lm_head" in {site.name for site in manifest.sites} and manifest.proof["adapters"]["a"]["max_abs"] <= 1e-3
+    manifest = export_bundle(
+        [("a", tmp_path / "a")],
+        tmp_path / "bundle",
+        base_name=str(tiny_decoder),
+        threads=1,
+        precision=Precision("fp32"),
+    )
+    torch.testing.assert_close(
+        logits(tiny_decoder, tmp_path / "a", merged=True),
+        logits(tiny_decoder, tmp_path / "a"),
+        atol=2e-3,
+        rtol=1e-3,
+    )
+    assert (
+        "lm_head" in {site.name for site in manifest.sites}
+        and manifest.proof["adapters"]["a"]["max_abs"] <= 1e-3
+    )
 
 
 def test_a_merge_that_peft_refuses_is_one_line(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -140,7 +215,9 @@ def test_a_merge_that_peft_refuses_is_one_line(tiny_decoder: Path, tmp_path: Pat
 
     peft_adapter(tiny_decoder, tmp_path / "a", lora_bias=True)
     with pytest.raises(ExportError, match=r"PEFT cannot merge this adapter: .*lora_bias"):
-        export_bundle([("a", tmp_path / "a")], tmp_path / "bundle", mode="merged", base_name=str(tiny_decoder))
+        export_bundle(
+            [("a", tmp_path / "a")], tmp_path / "bundle", mode="merged", base_name=str(tiny_decoder)
+        )
 
 
 def test_a_copy_of_another_embedding_is_refused(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -158,14 +235,30 @@ UNSLOTH_TARGETS = (
 )
 
 
-def test_unsloths_configuration_and_unstripped_names_are_read(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_unsloths_configuration_and_unstripped_names_are_read(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     peft_adapter(tiny_decoder, tmp_path / "a")
     before, deltas = logits(tiny_decoder, tmp_path / "a"), lora_deltas(tmp_path / "a")
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
-    extra = {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers", "unsloth_fixed": True}}
-    (tmp_path / "a" / CONFIG).write_text(json.dumps({**config, **extra, "target_modules": UNSLOTH_TARGETS, "task_type": "CAUSAL_LM"}))
-    tensors = {name.replace(".weight", ".default.weight"): tensor for name, tensor in load_file(tmp_path / "a" / WEIGHTS).items()}
-    save_file({name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}, tmp_path / "a" / WEIGHTS)
+    extra = {
+        "auto_mapping": {
+            "base_model_class": "LlamaForCausalLM",
+            "parent_library": "transformers",
+            "unsloth_fixed": True,
+        }
+    }
+    (tmp_path / "a" / CONFIG).write_text(
+        json.dumps({**config, **extra, "target_modules": UNSLOTH_TARGETS, "task_type": "CAUSAL_LM"})
+    )
+    tensors = {
+        name.replace(".weight", ".default.weight"): tensor
+        for name, tensor in load_file(tmp_path / "a" / WEIGHTS).items()
+    }
+    save_file(
+        {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()},
+        tmp_path / "a" / WEIGHTS,
+    )
     assert torch.equal(logits(tiny_decoder, tmp_path / "a"), before)
     assert lora_deltas(tmp_path / "a").keys() == deltas.keys()
     manifest = export(tmp_path / "bundle", make_adapter(tiny_decoder, tmp_path / "own", rank=2))

@@ -38,9 +38,15 @@ def shake(model: Any) -> None:
 def test_only_the_adapter_learns(tiny_decoder: Path, tmp_path: Path) -> None:
     model, batch = adapted_decoder(tiny_decoder, tmp_path, rank=4)
     completion_logits(model, batch)[0].sum().backward()
-    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert with_gradient == {name for name, parameter in model.named_parameters() if "lora_" in name}
-    assert trainable_parameters(model) == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    with_gradient = {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    assert with_gradient == {
+        name for name, parameter in model.named_parameters() if "lora_" in name
+    }
+    assert trainable_parameters(model) == sum(
+        p.numel() for n, p in model.named_parameters() if "lora_" in n
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,14 +73,18 @@ def test_a_saved_adapter_gives_the_same_logits_in_peft(
         assert (completion_logits(theirs, batch)[0] - expected).abs().max() > 1e-3
 
 
-def test_a_saved_adapter_loads_here_with_the_same_logits(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_loads_here_with_the_same_logits(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     model, batch = adapted_decoder(tiny_decoder, tmp_path, rank=3)
     save_adapter(model, tmp_path / "adapter", METADATA)
     loaded = load_adapter(decoder_batch(tiny_decoder, tmp_path)[0], tmp_path / "adapter")
     assert torch.equal(completion_logits(loaded, batch)[0], completion_logits(model, batch)[0])
 
 
-def test_the_classifier_loads_every_key_in_transformers_own_classifier(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_the_classifier_loads_every_key_in_transformers_own_classifier(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
     model, _ = classifier_batch(tiny_encoder, tmp_path)
     adapted = adapt(model, parameters(rank=2), task="sequence-classification")
     shake(adapted)
@@ -85,10 +95,14 @@ def test_the_classifier_loads_every_key_in_transformers_own_classifier(tiny_enco
     learnt = [name for name in ours if "lora_" in name or "modules_to_save" in name]
     assert len(learnt) == 2 * 6 * 2 + 2
     assert all(torch.equal(ours[name], others[name]) for name in learnt)
-    assert {name for name in others if "lora_" in name} == {name for name in ours if "lora_" in name}
+    assert {name for name in others if "lora_" in name} == {
+        name for name in ours if "lora_" in name
+    }
 
 
-def test_all_linear_leaves_out_pooler_head_and_output_projection(tiny_decoder: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+def test_all_linear_leaves_out_pooler_head_and_output_projection(
+    tiny_decoder: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
     encoder = target_names(classifier_batch(tiny_encoder, tmp_path)[0], "all-linear")
     decoder = target_names(decoder_batch(tiny_decoder, tmp_path)[0], "all-linear")
     assert len(encoder) == 2 * 6 and all(name.startswith("bert.encoder.layer.") for name in encoder)
@@ -116,7 +130,9 @@ def test_the_same_weights_give_the_same_bytes(tiny_decoder: Path, tmp_path: Path
         save_adapter(model, tmp_path / name, METADATA)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"]
-    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+    assert all(
+        (tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files
+    )
 
 
 def test_the_metadata_says_base_task_and_hashes(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -127,7 +143,11 @@ def test_the_metadata_says_base_task_and_hashes(tiny_decoder: Path, tmp_path: Pa
     assert metadata["base"] == {"name": "tiny", "digest": "sha256:0"}
     assert set(metadata["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["r"], config["peft_type"]) == ("tiny", 2, "LORA")
+    assert (config["base_model_name_or_path"], config["r"], config["peft_type"]) == (
+        "tiny",
+        2,
+        "LORA",
+    )
 
 
 def test_a_flipped_byte_is_found(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -153,7 +173,14 @@ def test_tensors_that_do_not_fit_are_all_listed(tiny_decoder: Path, tmp_path: Pa
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(AdapterError) as caught:
         load_adapter(decoder_batch(tiny_decoder, tmp_path)[0], tmp_path / "adapter")
-    assert all(word in str(caught.value) for word in (f"missing {names[0]}", "unknown base_model.model.surprise", f"{names[1]} has shape"))
+    assert all(
+        word in str(caught.value)
+        for word in (
+            f"missing {names[0]}",
+            "unknown base_model.model.surprise",
+            f"{names[1]} has shape",
+        )
+    )
 
 
 def test_a_folder_without_edgetunes_file_is_refused(tmp_path: Path) -> None:

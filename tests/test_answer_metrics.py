@@ -16,7 +16,9 @@ def answer(**slots: object) -> str:
 def test_slots_are_counted_over_all_rows() -> None:
     predictions = [answer(year="1959", service="Spotify"), answer(artist="Bach")]
     references = [[answer(year="1959", service="Iheart", genre="pop")], [answer(artist="Bach")]]
-    assert slot_f1(predictions, references) == pytest.approx(2 * 2 / (3 + 4))  # 2 hits of 3 found and 4 wanted
+    assert slot_f1(predictions, references) == pytest.approx(
+        2 * 2 / (3 + 4)
+    )  # 2 hits of 3 found and 4 wanted
 
 
 def test_the_intent_is_no_slot_and_the_order_is_free() -> None:
@@ -26,8 +28,16 @@ def test_the_intent_is_no_slot_and_the_order_is_free() -> None:
 
 def test_lists_and_objects_inside_are_paths() -> None:
     reference = '{"items": [{"name": "tea", "count": 2}, {"name": "cake", "count": 1}]}'
-    assert slot_f1(['{"items": [{"name": "cake", "count": 1}, {"name": "tea", "count": 2}]}'], [[reference]]) == 1.0
-    assert slot_f1(['{"items": [{"name": "tea", "count": 2}]}'], [[reference]]) == pytest.approx(2 * 2 / (2 + 4))
+    assert (
+        slot_f1(
+            ['{"items": [{"name": "cake", "count": 1}, {"name": "tea", "count": 2}]}'],
+            [[reference]],
+        )
+        == 1.0
+    )
+    assert slot_f1(['{"items": [{"name": "tea", "count": 2}]}'], [[reference]]) == pytest.approx(
+        2 * 2 / (2 + 4)
+    )
     assert slot_f1(['{"count": 2}'], [['{"count": "2"}']]) == 0.0  # a number is no string
 
 
@@ -43,8 +53,16 @@ def test_the_nearest_reference_counts() -> None:
     ("prediction", "reference", "expected"),
     [
         # the quick brown jumps the: 5 words of 9 and 8
-        ("The quick brown fox jumps over the lazy dog", "The quick brown dog jumps on the log.", 2 * 5 / (9 + 8)),
-        ("police killed the gunman", "police kill the gunman", 3 / 4),  # Lin 2004, section 3.1: S2 is 3/4
+        (
+            "The quick brown fox jumps over the lazy dog",
+            "The quick brown dog jumps on the log.",
+            2 * 5 / (9 + 8),
+        ),
+        (
+            "police killed the gunman",
+            "police kill the gunman",
+            3 / 4,
+        ),  # Lin 2004, section 3.1: S2 is 3/4
         ("the gunman kill police", "police kill the gunman", 2 / 4),  # and S3 is 2/4
         ("Hello, WORLD!", "hello world", 1.0),
         ("café", "caf", 1.0),  # letters beyond a-z part words, as in rouge_score
@@ -52,7 +70,9 @@ def test_the_nearest_reference_counts() -> None:
         ("...", "...", 0.0),
     ],
 )
-def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(prediction: str, reference: str, expected: float) -> None:
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(
+    prediction: str, reference: str, expected: float
+) -> None:
     assert rouge_l([prediction], [[reference]]) == pytest.approx(expected)
 
 

@@ -13,8 +13,16 @@ augment_slots = pytest.importorskip("augment_slots")
 
 
 def row(text: str, intent: str, **slots: str) -> dict[str, object]:
-    found = [{"slot": n, "value": v, "start": text.index(v), "end": text.index(v) + len(v)} for n, v in slots.items()]
-    return {"text": text, "intent": intent, "slots": found, "json": augment_slots.target(intent, found)}
+    found = [
+        {"slot": n, "value": v, "start": text.index(v), "end": text.index(v) + len(v)}
+        for n, v in slots.items()
+    ]
+    return {
+        "text": text,
+        "intent": intent,
+        "slots": found,
+        "json": augment_slots.target(intent, found),
+    }
 
 
 ROWS = [
@@ -31,7 +39,10 @@ def test_every_made_row_holds_its_values_where_it_says() -> None:
     for each in made:
         for slot in each["slots"]:
             assert each["text"][slot["start"] : slot["end"]] == slot["value"]
-        assert json.loads(each["json"]) == {"intent": each["intent"], **{s["slot"]: s["value"] for s in each["slots"]}}
+        assert json.loads(each["json"]) == {
+            "intent": each["intent"],
+            **{s["slot"]: s["value"] for s in each["slots"]},
+        }
 
 
 def test_values_are_swapped_within_slot_and_intent() -> None:

@@ -1,4 +1,6 @@
-"""What a user can get wrong, on the command line: one clear line, the right exit code, nothing half-written."""
+"""What a user can get wrong, on the command line: one clear line, the right exit code, nothing
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command; its exit code and the last line of its stderr, which is the only one about the mistake."""
+    """Run a command; its exit code and the last line of its stderr, which is the only one about the
+    mistake.
+    """
 
     def call(*arguments: object) -> tuple[int, str]:
         with pytest.raises(SystemExit) as stop:
             main([str(argument) for argument in arguments])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("edgetune: ")]
+        lines = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("edgetune: ")
+        ]
         assert len(lines) == 1
         return int(stop.value.code or 0), lines[0].removeprefix("edgetune: ")
 
@@ -78,7 +84,10 @@ BAD_RECIPES: dict[str, tuple[bytes | None, str]] = {
     "empty": (b"", 'the key "base" is missing. Add it: base = …'),
     "garbage": (b"\x93\x00\xff", "not UTF-8 text"),
     "no TOML": (b"base : x", "not valid TOML"),
-    "unknown key": (b'base = "x"\nlerning_rate = 3\n[[stage]]\n', 'unknown key "lerning_rate" (expected one of base,'),
+    "unknown key": (
+        b'base = "x"\nlerning_rate = 3\n[[stage]]\n',
+        'unknown key "lerning_rate" (expected one of base,',
+    ),
 }
 
 
@@ -114,11 +123,26 @@ def test_a_wrong_setting_is_named(setting: str, run: Run, work: Path) -> None:
 
 
 BAD_ROWS: dict[str, tuple[Any, str]] = {
-    "no column": ({"text": "x"}, 'line 9: there is no column "label" (expected for the label, {{ label }}, got the columns text)'),
-    "wrong type": ({"text": 3, "label": "card"}, 'line 9: the column "text" has the wrong type (expected a string, got int 3)'),
-    "null": ({"text": None, "label": "card"}, 'line 9: the column "text" has the wrong type (expected a string, got null)'),
+    "no column": (
+        {"text": "x"},
+        (
+            'line 9: there is no column "label" (expected for the label, {{ label }}, got the'
+            " columns text)"
+        ),
+    ),
+    "wrong type": (
+        {"text": 3, "label": "card"},
+        'line 9: the column "text" has the wrong type (expected a string, got int 3)',
+    ),
+    "null": (
+        {"text": None, "label": "card"},
+        'line 9: the column "text" has the wrong type (expected a string, got null)',
+    ),
     "no object": ([1], "line 9: the row is not an object"),
-    "half a character": ({"text": "\ud800", "label": "card"}, "line 9: the text is not valid Unicode"),
+    "half a character": (
+        {"text": "\ud800", "label": "card"},
+        "line 9: the text is not valid Unicode",
+    ),
 }
 
 
@@ -128,11 +152,24 @@ def test_a_bad_training_row_is_named_with_its_line(name: str, run: Run, work: Pa
     rows(work / "train.jsonl", *ROWS, row)
     before = files(work)
     code, line = run("train", work / "recipe.toml")
-    assert (code, line.startswith(f"{work / 'train.jsonl'}, {message}"), files(work)) == (2, True, before)
+    assert (code, line.startswith(f"{work / 'train.jsonl'}, {message}"), files(work)) == (
+        2,
+        True,
+        before,
+    )
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "there is no such data file"), (b"", "the file is empty"), (b"\xff\xfe\x00", "not UTF-8 text")])
-def test_a_data_file_that_cannot_be_read_is_named(content: bytes | None, message: str, run: Run, work: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such data file"),
+        (b"", "the file is empty"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
+    ],
+)
+def test_a_data_file_that_cannot_be_read_is_named(
+    content: bytes | None, message: str, run: Run, work: Path
+) -> None:
     (work / "train.jsonl").unlink()
     if content is not None:
         (work / "train.jsonl").write_bytes(content)
@@ -144,25 +181,50 @@ def test_a_label_unseen_in_training_is_named(run: Run, work: Path) -> None:
     held_out = rows(work / "dev.jsonl", ROWS[0], {"text": "x", "label": "weather"})
     code, line = run("train", work / "recipe.toml", "--set", f"stage.0.data.validation={held_out}")
     assert code == 2
-    assert line.startswith(f'{held_out}, line 2: the label "weather" does not occur in the training rows (expected one of card, light)')
+    assert line.startswith(
+        f'{held_out}, line 2: the label "weather" does not occur in the training rows (expected one'
+        " of card, light)"
+    )
 
 
-def test_a_training_row_longer_than_the_context_is_named(run: Run, work: Path, tiny_decoder: Path) -> None:
-    rows(work / "train.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "~" * 600, "completion": "b"})
-    code, line = run("train", work / "recipe.toml", "--set", f"base={tiny_decoder}", "--set", "stage.0.method=sft")
+def test_a_training_row_longer_than_the_context_is_named(
+    run: Run, work: Path, tiny_decoder: Path
+) -> None:
+    rows(
+        work / "train.jsonl",
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "~" * 600, "completion": "b"},
+    )
+    code, line = run(
+        "train",
+        work / "recipe.toml",
+        "--set",
+        f"base={tiny_decoder}",
+        "--set",
+        "stage.0.method=sft",
+    )
     assert code == 2
-    assert "train.jsonl, line 2: prompt and completion are too long (expected at most 256 tokens" in line
+    assert (
+        "train.jsonl, line 2: prompt and completion are too long (expected at most 256 tokens"
+        in line
+    )
 
 
 def test_a_text_longer_than_the_positions_is_named(run: Run, bundle: Path) -> None:
     code, line = run("predict", bundle, "card " * 300, "--adapter", "topics")
     assert code == 2
-    assert line.startswith("the text is longer than the model's positions (expected at most 128 tokens, got")
+    assert line.startswith(
+        "the text is longer than the model's positions (expected at most 128 tokens, got"
+    )
 
 
 def test_an_unknown_adapter_is_named_by_every_command(run: Run, bundle: Path, work: Path) -> None:
     message = "unknown adapter 'nosuch' (expected topics"
-    for command in (("predict", bundle, "x"), ("check", bundle), ("eval", bundle, "--data", work / "train.jsonl")):
+    for command in (
+        ("predict", bundle, "x"),
+        ("check", bundle),
+        ("eval", bundle, "--data", work / "train.jsonl"),
+    ):
         code, line = run(*command, "--adapter", "nosuch")
         assert (code, line.startswith(message)) == (2, True)
 
@@ -176,7 +238,16 @@ def test_a_place_that_cannot_be_written_is_named(
     commands: dict[str, tuple[object, ...]] = {
         "train": ("train", work / "recipe.toml", "--out", out),
         "export": ("export", "--adapter", f"topics={topics}", "--out", out),
-        "predict": ("predict", bundle, "--input", work / "train.jsonl", "--output", out, "--adapter", "topics"),
+        "predict": (
+            "predict",
+            bundle,
+            "--input",
+            work / "train.jsonl",
+            "--output",
+            out,
+            "--adapter",
+            "topics",
+        ),
     }
     if place.startswith("/proc") and not Path("/proc/self").is_dir():
         pytest.skip("no /proc here")
@@ -192,7 +263,16 @@ def test_a_full_disk_is_said_and_nothing_is_left(
     commands: dict[str, tuple[object, ...]] = {
         "train": ("train", work / "recipe.toml", "--out", out),
         "export": ("export", "--adapter", f"topics={topics}", "--out", out),
-        "predict": ("predict", bundle, "--input", work / "train.jsonl", "--output", out, "--adapter", "topics"),
+        "predict": (
+            "predict",
+            bundle,
+            "--input",
+            work / "train.jsonl",
+            "--output",
+            out,
+            "--adapter",
+            "topics",
+        ),
     }
 
     def full(path: Path, content: bytes) -> int:
@@ -200,7 +280,11 @@ def test_a_full_disk_is_said_and_nothing_is_left(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     code, line = run(*commands[command])
-    assert (code, ": the disk is full. Nothing was left behind" in line, ".partial" in line) == (2, True, False)
+    assert (code, ": the disk is full. Nothing was left behind" in line, ".partial" in line) == (
+        2,
+        True,
+        False,
+    )
     assert files(work) == before
 
 
@@ -213,9 +297,16 @@ def test_a_flipped_byte_in_a_bundle_is_found(name: str, run: Run, bundle: Path, 
     flip(copy / name)
     code, line = run("verify", copy)
     assert (code, line.startswith(f"{copy}/{name}: expected sha256 ")) == (1, True)
-    for command in (("predict", copy, "x"), ("check", copy), ("eval", copy, "--data", work / "train.jsonl")):
+    for command in (
+        ("predict", copy, "x"),
+        ("check", copy),
+        ("eval", copy, "--data", work / "train.jsonl"),
+    ):
         code, line = run(*command, "--adapter", "topics")
-        assert (code, f"the bundle is not as exported: {name}: expected sha256" in line) == (2, True)
+        assert (code, f"the bundle is not as exported: {name}: expected sha256" in line) == (
+            2,
+            True,
+        )
         assert line.endswith("Copy the bundle again, or export it again.")
 
 
@@ -255,20 +346,34 @@ def test_an_adapter_with_a_garbage_description_is_refused(
 ) -> None:
     copy = shutil.copytree(topics, work / "mine")
     (copy / name).write_bytes(content)
-    for command in (("export", "--adapter", f"mine={copy}", "--out", work / "out"), ("eval", copy, "--data", work / "train.jsonl")):
+    for command in (
+        ("export", "--adapter", f"mine={copy}", "--out", work / "out"),
+        ("eval", copy, "--data", work / "train.jsonl"),
+    ):
         code, line = run(*command)
         assert (code, str(copy) in line, (work / "out").exists()) == (2, True, False)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0", b"\x05\0\0\0\0\0\0\0[1,2]", b'\x08\0\0\0\0\0\0\0{"a":{}}'])
-def test_a_base_with_truncated_weights_is_refused(content: bytes, run: Run, work: Path, tiny_encoder: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x08\0\0\0\0\0\0\0", b"\x05\0\0\0\0\0\0\0[1,2]", b'\x08\0\0\0\0\0\0\0{"a":{}}'],
+)
+def test_a_base_with_truncated_weights_is_refused(
+    content: bytes, run: Run, work: Path, tiny_encoder: Path
+) -> None:
     base = shutil.copytree(tiny_encoder, work / "base")
     (base / "model.safetensors").write_bytes(content)
     code, line = run("train", work / "recipe.toml", "--set", f"base={base}")
-    assert (code, line.startswith(f"{base / 'model.safetensors'}: "), line.endswith("again.")) == (2, True, True)
+    assert (code, line.startswith(f"{base / 'model.safetensors'}: "), line.endswith("again.")) == (
+        2,
+        True,
+        True,
+    )
 
 
-def test_ctrl_c_during_training_leaves_the_older_run(run: Run, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_during_training_leaves_the_older_run(
+    run: Run, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (work / "run").mkdir()
     (work / "run" / "summary.json").write_text("the older run")
 
@@ -283,25 +388,40 @@ def test_ctrl_c_during_training_leaves_the_older_run(run: Run, work: Path, monke
 
 def test_export_needs_an_adapter(run: Run, tmp_path: Path) -> None:
     code, line = run("export", "--out", tmp_path / "out")
-    assert (code, line) == (2, "there is no adapter to export (expected --adapter NAME=RUN, once or several times, or --base NAME for a base alone)")
+    assert (code, line) == (
+        2,
+        (
+            "there is no adapter to export (expected --adapter NAME=RUN, once or several times, or"
+            " --base NAME for a base alone)"
+        ),
+    )
 
 
-def test_a_bundle_is_no_adapter_and_an_adapter_no_bundle(run: Run, bundle: Path, topics: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_no_adapter_and_an_adapter_no_bundle(
+    run: Run, bundle: Path, topics: Path, tmp_path: Path
+) -> None:
     code, line = run("export", "--adapter", f"a={bundle}", "--out", tmp_path / "out")
     assert (code, "got a bundle; its adapters are in its folder adapters" in line) == (2, True)
     for command in (("predict", topics, "x"), ("verify", topics), ("check", topics)):
         code, line = run(*command)
-        assert (code, line.startswith(f"{topics}: no edgetune.json in this folder. Give the folder that")) == (2, True)
+        assert (
+            code,
+            line.startswith(f"{topics}: no edgetune.json in this folder. Give the folder that"),
+        ) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["../../mine", "a/b", ".hidden", "a b"])
-def test_an_adapters_name_stays_inside_the_bundle(name: str, run: Run, topics: Path, tmp_path: Path) -> None:
+def test_an_adapters_name_stays_inside_the_bundle(
+    name: str, run: Run, topics: Path, tmp_path: Path
+) -> None:
     code, line = run("export", "--adapter", f"{name}={topics}", "--out", tmp_path / "out")
     assert (code, "cannot be an adapter's name" in line, files(tmp_path)) == (2, True, set())
 
 
 def test_a_kept_module_that_is_not_there_is_refused(run: Run, topics: Path, tmp_path: Path) -> None:
-    code, line = run("export", "--adapter", f"a={topics}", "--out", tmp_path / "out", "--keep", "nosuch=fp32")
+    code, line = run(
+        "export", "--adapter", f"a={topics}", "--out", tmp_path / "out", "--keep", "nosuch=fp32"
+    )
     assert code == 2
     assert line.startswith("--keep: no module is called 'nosuch' (expected dense, key, ")
     assert files(tmp_path) == set()
@@ -312,12 +432,17 @@ def test_a_kept_module_that_is_not_there_is_refused(run: Run, topics: Path, tmp_
     [
         (("--budget", "nonsense"), "--budget: a budget is key=number (got nonsense)"),
         (("--budget", "ttft_ms=inf"), "--budget: the limit of ttft_ms is wrong"),
-        (("--budget", "ttft_ms=5", "--runs", 3), "--budget: this bundle has no ttft_ms, so its limit cannot be checked"),
+        (
+            ("--budget", "ttft_ms=5", "--runs", 3),
+            "--budget: this bundle has no ttft_ms, so its limit cannot be checked",
+        ),
         (("--device", "raspbery-pi-5"), "unknown device 'raspbery-pi-5' (expected host"),
         (("--device", "nosuch.toml"), "nosuch.toml: the profile cannot be read"),
     ],
 )
-def test_a_wrong_check_is_named(arguments: tuple[object, ...], message: str, run: Run, bundle: Path) -> None:
+def test_a_wrong_check_is_named(
+    arguments: tuple[object, ...], message: str, run: Run, bundle: Path
+) -> None:
     code, line = run("check", bundle, *arguments)
     assert (code, line.startswith(message)) == (2, True)
 
@@ -334,5 +459,15 @@ def test_a_bundle_inside_another_is_refused(run: Run, topics: Path, bundle: Path
 
 
 def test_a_block_size_without_scales_is_refused(run: Run, topics: Path, tmp_path: Path) -> None:
-    code, line = run("export", "--adapter", f"a={topics}", "--out", tmp_path / "out", "--precision", "fp32", "--block-size", 64)
+    code, line = run(
+        "export",
+        "--adapter",
+        f"a={topics}",
+        "--out",
+        tmp_path / "out",
+        "--precision",
+        "fp32",
+        "--block-size",
+        64,
+    )
     assert (code, line.startswith("--block-size says which weights share a scale")) == (2, True)

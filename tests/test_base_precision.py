@@ -1,4 +1,6 @@
-"""Adapters trained for the base that ships: torch learns on exactly the weights that the bundle holds."""
+"""Adapters trained for the base that ships: torch learns on exactly the weights that the bundle
+holds.
+"""
 
 from __future__ import annotations
 
@@ -47,20 +49,30 @@ class Shipped:
 def train_and_ship(recipe: Any, folder: Path) -> Shipped:
     run_recipe(recipe, out=folder / "run", progress=silent())
     said: list[str] = []
-    manifest = export_bundle([("a", folder / "run")], folder / "bundle", precision=Precision("int4"), threads=1, say=said.append)
+    manifest = export_bundle(
+        [("a", folder / "run")],
+        folder / "bundle",
+        precision=Precision("int4"),
+        threads=1,
+        say=said.append,
+    )
     return Shipped(Path(recipe.base), folder / "run", folder / "bundle", manifest, said)
 
 
 @pytest.fixture(scope="module")
 def decoder(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
     folder = tmp_path_factory.mktemp("decoder")
-    return train_and_ship(sft_recipe(tiny_decoder, folder, parameters={"base_precision": "int4"}), folder)
+    return train_and_ship(
+        sft_recipe(tiny_decoder, folder, parameters={"base_precision": "int4"}), folder
+    )
 
 
 @pytest.fixture(scope="module")
 def encoder(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
     folder = tmp_path_factory.mktemp("encoder")
-    return train_and_ship(intent_recipe(tiny_encoder, folder, parameters={"base_precision": "int4"}), folder)
+    return train_and_ship(
+        intent_recipe(tiny_encoder, folder, parameters={"base_precision": "int4"}), folder
+    )
 
 
 @pytest.fixture(params=["decoder", "encoder"])
@@ -74,13 +86,19 @@ def rounded(folder: Path, weights: str = "int4") -> Base:
     return replace(base, precision=shipped_precision(weights, base.kind))
 
 
-def stored_weights(bundle: Path, manifest: Manifest, graph_file: str = "engine.onnx") -> dict[str, torch.Tensor]:
-    """Module → the weight (out, in) that the bytes of the file mean, read without edgetune's quantiser."""
+def stored_weights(
+    bundle: Path, manifest: Manifest, graph_file: str = "engine.onnx"
+) -> dict[str, torch.Tensor]:
+    """Module → the weight (out, in) that the bytes of the file mean, read without edgetune's
+    quantiser.
+    """
     model = onnx.load(str(bundle / graph_file))
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     graph = adapted_graph(model)
     sites = {f"{site.name}.adapted": site.parts for site in manifest.sites}
-    parts = {node.input[0]: sites[node.name] for node in graph.node if node.name in sites}  # by the result an adapter is added to
+    parts = {
+        node.input[0]: sites[node.name] for node in graph.node if node.name in sites
+    }  # by the result an adapter is added to
     found: dict[str, torch.Tensor] = {}
     for node in graph.node:
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
@@ -89,7 +107,9 @@ def stored_weights(bundle: Path, manifest: Manifest, graph_file: str = "engine.o
             for part in parts.get(node.output[0], (Part("lm_head", 0, len(weight)),)):
                 found[part.module] = weight[part.start : part.stop]
         elif node.op_type == "GatherBlockQuantized":
-            found[node.name] = values_of(arrays[node.input[0]], arrays[node.input[2]], sizes["bits"])
+            found[node.name] = values_of(
+                arrays[node.input[0]], arrays[node.input[2]], sizes["bits"]
+            )
     return found
 
 
@@ -105,10 +125,16 @@ def values_of(packed: np.ndarray, scales: np.ndarray, bits: int) -> torch.Tensor
 def test_training_sees_bit_for_bit_what_the_file_holds(shipped: Shipped) -> None:
     base = rounded(shipped.base)
     model, stored = load_body(base), stored_weights(shipped.bundle, shipped.manifest)
-    assert stored.keys() == {name for name, bits in stored_bits(model, base.precision).items() if bits}  # type: ignore[arg-type]
-    assert all(torch.equal(model.get_submodule(name).weight, weight) for name, weight in stored.items())
+    assert stored.keys() == {
+        name for name, bits in stored_bits(model, base.precision).items() if bits
+    }  # type: ignore[arg-type]
+    assert all(
+        torch.equal(model.get_submodule(name).weight, weight) for name, weight in stored.items()
+    )
     plain = dict(load_body(resolve_base(str(shipped.base))).state_dict())
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])}
+    changed = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])
+    }
     assert changed == {f"{name}.weight" for name in stored}
 
 
@@ -122,18 +148,31 @@ def against_the_plain_base(shipped: Shipped) -> float:
     source = read_source("a", shipped.run)
     source = replace(source, metadata={**source.metadata, "base_precision": None})
     rows = shipped.manifest.proof["probe"]
-    return prove_bundle(shipped.bundle, shipped.manifest, resolve_base(str(shipped.base)), [source], rows, threads=1)["a"].mean_kl
+    return prove_bundle(
+        shipped.bundle, shipped.manifest, resolve_base(str(shipped.base)), [source], rows, threads=1
+    )["a"].mean_kl
 
 
 def test_the_proof_is_the_same_when_it_is_repeated(shipped: Shipped) -> None:
     again = reprove(shipped.bundle, read_manifest(shipped.bundle), threads=1)["a"]
-    assert again.passed and again.mean_kl == pytest.approx(shipped.manifest.proof["adapters"]["a"]["mean_kl"], rel=1e-3)
+    assert again.passed and again.mean_kl == pytest.approx(
+        shipped.manifest.proof["adapters"]["a"]["mean_kl"], rel=1e-3
+    )
 
 
 def test_the_run_says_what_it_was_trained_for(decoder: Shipped) -> None:
-    expected = {"weights": "int4", "block_size": 32, "symmetric": True, "overrides": {"lm_head": "int8"}, "rounding": ROUNDING}
+    expected = {
+        "weights": "int4",
+        "block_size": 32,
+        "symmetric": True,
+        "overrides": {"lm_head": "int8"},
+        "rounding": ROUNDING,
+    }
     assert json.loads((decoder.run / "summary.json").read_text())["base_precision"] == expected
-    assert json.loads((decoder.run / "adapter/edgetune_adapter.json").read_text())["base_precision"] == expected
+    assert (
+        json.loads((decoder.run / "adapter/edgetune_adapter.json").read_text())["base_precision"]
+        == expected
+    )
     assert 'base_precision = "int4"' in (decoder.run / "recipe.toml").read_text()
     assert not [line for line in decoder.said if line.startswith("adapter a:")]
 
@@ -141,22 +180,44 @@ def test_the_run_says_what_it_was_trained_for(decoder: Shipped) -> None:
 def test_what_a_run_is_measured_on_has_these_weights_too(shipped: Shipped) -> None:
     model, _, _ = load_adapted_model(shipped.run)
     inner = model.get_base_model()
-    held = {name.replace(".base_layer", ""): tensor for name, tensor in getattr(inner, "body", inner).state_dict().items()}
+    held = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in getattr(inner, "body", inner).state_dict().items()
+    }
     expected = load_body(rounded(shipped.base)).state_dict()
-    assert expected.keys() <= held.keys() and all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+    assert expected.keys() <= held.keys() and all(
+        torch.equal(held[name], tensor) for name, tensor in expected.items()
+    )
 
 
-def test_other_weights_than_those_it_learned_on_are_told_in_a_line(encoder: Shipped, tmp_path: Path) -> None:
+def test_other_weights_than_those_it_learned_on_are_told_in_a_line(
+    encoder: Shipped, tmp_path: Path
+) -> None:
     said: list[str] = []
-    manifest = export_bundle([("a", encoder.run)], tmp_path / "b", precision=Precision("int8"), threads=1, say=said.append)
+    manifest = export_bundle(
+        [("a", encoder.run)],
+        tmp_path / "b",
+        precision=Precision("int8"),
+        threads=1,
+        say=said.append,
+    )
     assert_told(said)
     assert manifest.proof["adapters"]["a"]["passed"]
 
 
-def test_merged_into_weights_on_the_grid_it_is_told_and_may_not_survive(decoder: Shipped, tmp_path: Path) -> None:
+def test_merged_into_weights_on_the_grid_it_is_told_and_may_not_survive(
+    decoder: Shipped, tmp_path: Path
+) -> None:
     said: list[str] = []
     with pytest.raises(ProofError, match=r"rounding leaves \d+% of ΔW.*--mode separate"):
-        export_bundle([("a", decoder.run)], tmp_path / "b", mode="merged", precision=Precision("int4"), threads=1, say=said.append)
+        export_bundle(
+            [("a", decoder.run)],
+            tmp_path / "b",
+            mode="merged",
+            precision=Precision("int4"),
+            threads=1,
+            say=said.append,
+        )
     assert_told(said)
     assert not (tmp_path / "b").exists()
 
@@ -170,25 +231,42 @@ def test_merged_into_fp32_nothing_is_rounded_again(decoder: Shipped) -> None:
     metadata = read_metadata(decoder.run / "adapter")
     merged = replace(decoder.manifest, mode="merged")
     assert "rounded once more, to int4" in warning("a", metadata, merged)
-    assert warning("a", metadata, replace(merged, precision=replace(merged.precision, weights="fp32"))) == ""
+    assert (
+        warning("a", metadata, replace(merged, precision=replace(merged.precision, weights="fp32")))
+        == ""
+    )
     assert reference_base(rounded(decoder.base), metadata, merged) == rounded(decoder.base)
 
 
 def test_another_rounding_than_todays_is_told(decoder: Shipped) -> None:
     metadata = read_metadata(decoder.run / "adapter")
     older = {**metadata, "base_precision": {**metadata["base_precision"], "rounding": 0}}
-    assert "another version of edgetune" in warning("a", older, decoder.manifest) and warning("a", metadata, decoder.manifest) == ""
+    assert (
+        "another version of edgetune" in warning("a", older, decoder.manifest)
+        and warning("a", metadata, decoder.manifest) == ""
+    )
 
 
 def test_a_device_that_loads_it_into_another_bundle_is_told(decoder: Shipped) -> None:
     assert pack_adapter(decoder.run / "adapter", decoder.manifest).notes == ()
-    other = replace(decoder.manifest, precision=replace(decoder.manifest.precision, weights="int8", overrides={}))
+    other = replace(
+        decoder.manifest,
+        precision=replace(decoder.manifest.precision, weights="int8", overrides={}),
+    )
     (note,) = pack_adapter(decoder.run / "adapter", other).notes
-    assert note.startswith("it was trained for the int4 (blocks of 32, lm_head int8) base, but this one is int8 (blocks of 32);")
+    assert note.startswith(
+        "it was trained for the int4 (blocks of 32, lm_head int8) base, but this one is int8"
+        " (blocks of 32);"
+    )
 
 
-@pytest.mark.parametrize(("recorded", "expected"), [(["int4", "int4"], "int4"), (["int4", None], None), (["int4", "int8"], None), ([], None)])
-def test_an_export_follows_what_all_adapters_were_trained_for(tmp_path: Path, recorded: list[str | None], expected: str | None) -> None:
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [(["int4", "int4"], "int4"), (["int4", None], None), (["int4", "int8"], None), ([], None)],
+)
+def test_an_export_follows_what_all_adapters_were_trained_for(
+    tmp_path: Path, recorded: list[str | None], expected: str | None
+) -> None:
     for at, weights in enumerate(recorded):
         (tmp_path / str(at) / "adapter").mkdir(parents=True)
         text = json.dumps({"base_precision": weights and {"weights": weights}})
@@ -198,4 +276,7 @@ def test_an_export_follows_what_all_adapters_were_trained_for(tmp_path: Path, re
 
 def test_a_folder_that_says_nothing_leaves_the_default(tmp_path: Path) -> None:
     (tmp_path / "edgetune_adapter.json").write_text("not json")
-    assert precision_trained_for([tmp_path]) is None and precision_trained_for([tmp_path / "none"]) is None
+    assert (
+        precision_trained_for([tmp_path]) is None
+        and precision_trained_for([tmp_path / "none"]) is None
+    )

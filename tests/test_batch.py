@@ -38,7 +38,9 @@ def adapters(
     peft_adapter(tiny_decoder, small, seed=5, r=1, target_modules=["o_proj"])
     folders = {"a": folder / "adapters" / "a", "b": folder / "adapters" / "b", "c": small}
     manifest = read_manifest(folder)
-    return {None: None} | {n: BoundTensors(pack_adapter(f, manifest).tensors) for n, f in folders.items()}
+    return {None: None} | {
+        n: BoundTensors(pack_adapter(f, manifest).tensors) for n, f in folders.items()
+    }
 
 
 def alone(decoder: DecoderEngine, prompt: list[int], adapter: Any) -> list[int]:
@@ -51,9 +53,13 @@ def alone(decoder: DecoderEngine, prompt: list[int], adapter: Any) -> list[int]:
 
 
 class Mix:
-    """Requests that are let into a batch at random steps, in pieces of random length, and leave when they are done."""
+    """Requests that are let into a batch at random steps, in pieces of random length, and leave
+    when they are done.
+    """
 
-    def __init__(self, batch: Batch, rng: random.Random, requests: list[tuple[list[int], Any, int]]) -> None:
+    def __init__(
+        self, batch: Batch, rng: random.Random, requests: list[tuple[list[int], Any, int]]
+    ) -> None:
         self.batch, self.rng, self.waiting = batch, rng, list(enumerate(requests))
         self.rows: dict[int, tuple[BatchRow, int]] = {}
         self.tokens: list[list[int]] = [[] for _ in requests]
@@ -98,21 +104,31 @@ class Mix:
             self.batch.leave(row)
 
 
-def test_200_random_mixes_give_each_rows_own_tokens(decoder: DecoderEngine, adapters: dict[str | None, Any]) -> None:
+def test_200_random_mixes_give_each_rows_own_tokens(
+    decoder: DecoderEngine, adapters: dict[str | None, Any]
+) -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 352) for _ in range(rng.randrange(1, 30))] for _ in range(24)]
-    expected = {(p, name): alone(decoder, prompts[p], adapters[name]) for p in range(24) for name in adapters}
+    expected = {
+        (p, name): alone(decoder, prompts[p], adapters[name])
+        for p in range(24)
+        for name in adapters
+    }
     batch = Batch(decoder, rows=4, budget=4 * 64)
     for mix in range(200):
         names = rng.choices(list(adapters), k=rng.randrange(2, 7))
         chosen = [(rng.randrange(24), name, rng.randrange(1, STEPS + 1)) for name in names]
         requests = [(prompts[p], adapters[name], steps) for p, name, steps in chosen]
         got = Mix(batch, rng, requests).run()
-        assert got == [expected[p, name][:steps] for p, name, steps in chosen], f"mix {mix}: {chosen}"
+        assert got == [expected[p, name][:steps] for p, name, steps in chosen], (
+            f"mix {mix}: {chosen}"
+        )
         assert batch.rows == batch.arena.reserved == 0
 
 
-def test_rows_of_one_adapter_bind_its_own_tensors(decoder: DecoderEngine, adapters: dict[str | None, Any]) -> None:
+def test_rows_of_one_adapter_bind_its_own_tensors(
+    decoder: DecoderEngine, adapters: dict[str | None, Any]
+) -> None:
     batch = Batch(decoder, rows=2, budget=128)
     for _ in range(2):
         batch.begin(adapters["a"], tokens=64)
@@ -154,7 +170,9 @@ def test_bindings_of_unloaded_adapters_go_and_others_are_bounded(
     batch, tensors = Batch(decoder, rows=2, budget=128), adapters["a"].tensors
     _, expected = first_step(batch, adapters["a"])
     for scale in (1, 0, 1, 0, 1):  # new tensors may lie where the old ones lay, and have their id
-        _, logits = first_step(batch, BoundTensors({name: scale * array for name, array in tensors.items()}))
+        _, logits = first_step(
+            batch, BoundTensors({name: scale * array for name, array in tensors.items()})
+        )
         assert np.array_equal(logits, expected) == bool(scale)
     gone = BoundTensors(tensors)
     first_step(batch, gone)
@@ -189,7 +207,9 @@ def test_memory_of_ended_rows_goes_back_when_the_budget_needs_it(decoder: Decode
     assert batch.arena.reserved == 50
     batch.arena.trim()
     assert batch.arena.touched == [50, 0, 0]
-    np.testing.assert_allclose(batch.step([10])[0], decoder.logits([[7, 8, 9, 10]])[0][-1], atol=1e-5)
+    np.testing.assert_allclose(
+        batch.step([10])[0], decoder.logits([[7, 8, 9, 10]])[0][-1], atol=1e-5
+    )
 
 
 def resident_mb() -> float:

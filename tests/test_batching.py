@@ -1,4 +1,6 @@
-"""Batches: every row once, like lengths together, no padding beyond the longest, an order that the seed fixes."""
+"""Batches: every row once, like lengths together, no padding beyond the longest, an order that the
+seed fixes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Requests, cancellations and adapters that come and go, all at once: no answer is another adapter's."""
+"""Requests, cancellations and adapters that come and go, all at once: no answer is another
+adapter's.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from runtime_helpers import decoder_bundle, peft_adapter
 
 from edgetune.core.errors import AdapterError
 from edgetune.runtime import Completion, Runtime
-from edgetune.runtime.scheduler.requests import Event, FinishedEvent, GenerationRequest, QueueFull, TokenEvent
+from edgetune.runtime.scheduler.requests import (
+    Event,
+    FinishedEvent,
+    GenerationRequest,
+    QueueFull,
+    TokenEvent,
+)
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
 RANKS = {"m0": 1, "m1": 2, "m2": 4, "m3": 8}
@@ -25,7 +33,9 @@ STEPS = 6
 def many(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("churn")
     for seed, (name, rank) in enumerate(RANKS.items()):
-        peft_adapter(tiny_decoder, folder / name, seed=seed, r=rank, target_modules=["q_proj", "down_proj"])
+        peft_adapter(
+            tiny_decoder, folder / name, seed=seed, r=rank, target_modules=["q_proj", "down_proj"]
+        )
     return folder
 
 
@@ -39,7 +49,9 @@ def runtime(tiny_decoder: Path, many: Path) -> Iterator[Runtime]:
 class Client:
     """Sends requests one after the other and compares each answer with its adapter's own."""
 
-    def __init__(self, scheduler: Scheduler, expected: dict[Any, tuple[int, ...]], seed: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, expected: dict[Any, tuple[int, ...]], seed: int
+    ) -> None:
         self.scheduler, self.expected, self.rng = scheduler, expected, random.Random(seed)
         self.compared, self.wrong, self.unknown = 0, 0, 0
 
@@ -75,12 +87,18 @@ class Client:
         return last[0].completion
 
 
-def test_no_answer_is_another_adapters_while_adapters_come_and_go(runtime: Runtime, many: Path) -> None:
+def test_no_answer_is_another_adapters_while_adapters_come_and_go(
+    runtime: Runtime, many: Path
+) -> None:
     expected = {
-        (p, name): runtime_answer(runtime, ids, name) for p, ids in enumerate(PROMPTS) for name in (*RANKS, None)
+        (p, name): runtime_answer(runtime, ids, name)
+        for p, ids in enumerate(PROMPTS)
+        for name in (*RANKS, None)
     }
     assert len({expected[0, name] for name in (*RANKS, None)}) > 3  # the adapters do differ
-    with Scheduler(runtime, max_rows=5, max_queue=8, cache_mb=0.4, prefill_chunk=32, lookup=2) as scheduler:
+    with Scheduler(
+        runtime, max_rows=5, max_queue=8, cache_mb=0.4, prefill_chunk=32, lookup=2
+    ) as scheduler:
         clients = [Client(scheduler, expected, seed) for seed in range(6)]
         threads = [threading.Thread(target=client) for client in clients]
         for thread in threads:

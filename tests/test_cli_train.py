@@ -1,4 +1,6 @@
-"""`edgetune train` and `edgetune models` on the command line: exit codes, one line for each mistake, nothing half-written."""
+"""`edgetune train` and `edgetune models` on the command line: exit codes, one line for each
+mistake, nothing half-written.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ def test_models_lists_what_is_in_the_cache(
     monkeypatch.setenv("EDGETUNE_CACHE", str(tmp_path))
     assert run("models") == 0
     output = capsys.readouterr().out
-    assert "builtin:smollm2-135m-instruct  [not fetched]" in output and "builtin:minilm-l6  [not fetched]" in output
+    assert (
+        "builtin:smollm2-135m-instruct  [not fetched]" in output
+        and "builtin:minilm-l6  [not fetched]" in output
+    )
 
 
 def test_models_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:

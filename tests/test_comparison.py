@@ -40,7 +40,10 @@ def table(page: str, title: str) -> list[list[str]]:
     found = re.search(rf"<h2>{title}</h2><div class=\"wide\">(<table>.*?</table>)", page)
     assert found is not None
     rows = re.findall(r"<tr>(.*?)</tr>", found.group(1))
-    return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row)] for row in rows]
+    return [
+        [re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row)]
+        for row in rows
+    ]
 
 
 def test_the_settings_that_differ_stand_side_by_side(page: str) -> None:
@@ -56,7 +59,10 @@ def test_the_settings_that_differ_stand_side_by_side(page: str) -> None:
 def test_the_results_are_those_of_the_summaries(page: str, runs: list[Path]) -> None:
     heads, *rows = table(page, "Results")
     for run, cells in zip(runs, rows, strict=True):
-        summary, row = json.loads((run / "summary.json").read_text()), dict(zip(heads, cells, strict=True))
+        summary, row = (
+            json.loads((run / "summary.json").read_text()),
+            dict(zip(heads, cells, strict=True)),
+        )
         assert row["loss"] == f"{summary['metrics']['loss']:.4g}"
         assert row["tokens/s"] == f"{summary['tokens_per_second']:,.0f}"
         assert row["peak memory"] == f"{summary['peak_rss_mb']:,.0f} MB"
@@ -72,12 +78,16 @@ def test_the_best_of_a_metric_is_bold(page: str, runs: list[Path]) -> None:
 def test_the_loss_curves_lie_over_each_other(page: str) -> None:
     pictures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
     assert [
-        re.sub(r"<span.*", "", re.findall(r"<figcaption>(.*?)</figcaption>", picture)[0]) for picture in pictures
+        re.sub(r"<span.*", "", re.findall(r"<figcaption>(.*?)</figcaption>", picture)[0])
+        for picture in pictures
     ] == ["Training loss", "Training loss by time", "Validation loss", "Validation token accuracy"]
     for picture in pictures:
         lines = list(ET.fromstring(re.findall(r"<svg.*?</svg>", picture)[0]).iter("polyline"))
         assert [line.attrib["class"] for line in lines] == ["line c1", "line c2"]
-        ends = [[tuple(map(float, p.split(","))) for p in line.attrib["points"].split()] for line in lines]
+        ends = [
+            [tuple(map(float, p.split(","))) for p in line.attrib["points"].split()]
+            for line in lines
+        ]
         assert all(0 <= x <= 460 and 0 <= y <= 260 for points in ends for x, y in points)
         if "time" not in picture:
             assert ends[1][-1][0] > ends[0][-1][0]  # two stages end further to the right than one
@@ -85,19 +95,31 @@ def test_the_loss_curves_lie_over_each_other(page: str) -> None:
 
 def test_an_interval_stands_behind_its_figure(runs: list[Path]) -> None:
     first, other = read_runs(runs)
-    metrics = {"preference_accuracy": 0.7, "preference_accuracy_low": 0.6, "preference_accuracy_high": 0.8, "reward": 1.0}
+    metrics = {
+        "preference_accuracy": 0.7,
+        "preference_accuracy_low": 0.6,
+        "preference_accuracy_high": 0.8,
+        "reward": 1.0,
+    }
     record = {"kind": "validation", "stage": 0, "step": 6, **metrics}
     better = {**metrics, "preference_accuracy": 0.75, "reward": 0.5}
     shown = render_comparison(
         [
-            replace(first, summary={**first.summary, "metrics": metrics}, records=[*first.records, record]),
+            replace(
+                first,
+                summary={**first.summary, "metrics": metrics},
+                records=[*first.records, record],
+            ),
             replace(other, summary={**other.summary, "metrics": better}),
         ]
     )
     heads, row, _ = table(shown, "Results")
     assert heads[:4] == ["run", "preference accuracy", "reward", "training loss"]
     assert row[1] == "70.00 % (60.00 % to 80.00 %)"
-    assert '<td class="number best">75.00 % (60.00 % to 80.00 %)</td><td class="number">0.5</td>' in shown
+    assert (
+        '<td class="number best">75.00 % (60.00 % to 80.00 %)</td><td class="number">0.5</td>'
+        in shown
+    )
     assert "Validation preference accuracy<" in shown and "accuracy low" not in shown
 
 
@@ -117,7 +139,10 @@ def test_a_run_is_shown_once(runs: list[Path]) -> None:
 
 
 def test_what_is_no_run_is_named(tmp_path: Path, runs: list[Path]) -> None:
-    with pytest.raises(InputError, match=r"nothing: this is not a finished run \(expected recipe\.toml, summary\.json"):
+    with pytest.raises(
+        InputError,
+        match=r"nothing: this is not a finished run \(expected recipe\.toml, summary\.json",
+    ):
         read_runs([runs[0], tmp_path / "nothing"])
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -129,12 +154,16 @@ def test_what_is_no_run_is_named(tmp_path: Path, runs: list[Path]) -> None:
 
 def test_the_command_writes_the_page_without_torch(runs: list[Path], tmp_path: Path) -> None:
     code = (
-        "import sys; from edgetune.cli import cli\n"
-        f"cli.main(['report', {str(runs[0])!r}, {str(runs[1])!r}, '--out', {str(tmp_path / 'page.html')!r}], standalone_mode=False)\n"
-        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+        f"import sys; from edgetune.cli import cli\ncli.main(['report', {str(runs[0])!r},"
+        f" {str(runs[1])!r}, '--out', {str(tmp_path / 'page.html')!r}],"
+        " standalone_mode=False)\nassert not {'torch', 'transformers', 'peft'} &"
+        " set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"2 runs compared in {tmp_path / 'page.html'}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"2 runs compared in {tmp_path / 'page.html'}\n",
+    ), done.stderr
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 

@@ -27,8 +27,12 @@ def test_tensorboard_gets_the_records_of_before_and_after_a_resume(tmp_path: Pat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     before = [{"kind": "train", "stage": 0, "step": 1, "loss": 2.0}]
-    for _ in range(2):  # the second begins with an empty folder, not with the first one's points again
-        journal = Journal(tmp_path / "metrics.jsonl", records=before, curves=tmp_path / "tensorboard")
+    for _ in range(
+        2
+    ):  # the second begins with an empty folder, not with the first one's points again
+        journal = Journal(
+            tmp_path / "metrics.jsonl", records=before, curves=tmp_path / "tensorboard"
+        )
         journal.write(kind="train", stage=0, step=2, loss=1.0)
         journal.write(kind="validation", stage=0, step=2, accuracy=0.5)
         journal.close()
@@ -41,8 +45,13 @@ def test_tensorboard_gets_the_records_of_before_and_after_a_resume(tmp_path: Pat
 
 
 def test_a_journal_continues_with_the_records_of_its_checkpoint(tmp_path: Path) -> None:
-    path, before = tmp_path / "metrics.jsonl", [{"kind": "train", "stage": 0, "step": 1, "loss": 2.0}]
-    path.write_text('{"kind": "train", "step": 9}\n')  # written after the checkpoint by a process that was killed
+    path, before = (
+        tmp_path / "metrics.jsonl",
+        [{"kind": "train", "stage": 0, "step": 1, "loss": 2.0}],
+    )
+    path.write_text(
+        '{"kind": "train", "step": 9}\n'
+    )  # written after the checkpoint by a process that was killed
     Journal(path, records=before).write(kind="train", stage=0, step=2, loss=1 / 3)
     assert path.read_text().splitlines() == [
         '{"kind": "train", "stage": 0, "step": 1, "loss": 2.0}',

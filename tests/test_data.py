@@ -17,15 +17,23 @@ ROWS = [{"text": "é one, two", "label": "a"}, {"text": 'say "hi"\nnow', "label"
 
 
 def write_jsonl(path: Path) -> None:
-    path.write_text('{"text": "é one, two", "label": "a"}\n\n{"text": "say \\"hi\\"\\nnow", "label": "b"}\n')
+    path.write_text(
+        '{"text": "é one, two", "label": "a"}\n\n{"text": "say \\"hi\\"\\nnow", "label": "b"}\n'
+    )
 
 
 def write_csv(path: Path) -> None:
-    path.write_text('\ufefftext,label\r\n"é one, two",a\r\n"say ""hi""\nnow",b\r\n', encoding="utf-8", newline="")
+    path.write_text(
+        '\ufefftext,label\r\n"é one, two",a\r\n"say ""hi""\nnow",b\r\n',
+        encoding="utf-8",
+        newline="",
+    )
 
 
 def write_tsv(path: Path) -> None:
-    path.write_text('text\tlabel\né one, two\ta\n"say ""hi""\nnow"\tb\n', encoding="utf-8", newline="")
+    path.write_text(
+        'text\tlabel\né one, two\ta\n"say ""hi""\nnow"\tb\n', encoding="utf-8", newline=""
+    )
 
 
 def write_parquet(path: Path) -> None:
@@ -72,13 +80,29 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
-    "invalid json": ("a.jsonl", b'{"a": 1}\n{"a": }\n', r"a\.jsonl, line 2: not valid JSON at column 7.*skip_invalid"),
-    "not an object": ("a.jsonl", b"[1]\n", r"line 1: the row is not an object \(expected a JSON object.*got '\[1\]'"),
-    "empty": ("a.jsonl", b"", r"a\.jsonl: the file is empty \(expected at least one row, got 0 bytes\)"),
+    "invalid json": (
+        "a.jsonl",
+        b'{"a": 1}\n{"a": }\n',
+        r"a\.jsonl, line 2: not valid JSON at column 7.*skip_invalid",
+    ),
+    "not an object": (
+        "a.jsonl",
+        b"[1]\n",
+        r"line 1: the row is not an object \(expected a JSON object.*got '\[1\]'",
+    ),
+    "empty": (
+        "a.jsonl",
+        b"",
+        r"a\.jsonl: the file is empty \(expected at least one row, got 0 bytes\)",
+    ),
     "blank": ("a.jsonl", b"\n \n", r"there are no rows in this file"),
     "blank text": ("a.txt", b" \n", r"there are no rows in this file"),
     "header only": ("a.csv", b"text,label\n", r"there are no rows in this file"),
-    "ragged": ("a.csv", b"text,label\na,b\nc\n", r"line 3: wrong number of fields \(expected 2 \(text, label\), got 1\)"),
+    "ragged": (
+        "a.csv",
+        b"text,label\na,b\nc\n",
+        r"line 3: wrong number of fields \(expected 2 \(text, label\), got 1\)",
+    ),
     "quoting": ("a.csv", b'text,label\na,"b\n', r"damaged table"),
     "column twice": ("a.csv", b"text,text\na,b\n", r'line 1: the column "text" appears twice'),
     "column without name": ("a.tsv", b"text\t\na\tb\n", r"line 1: a column has no name"),
@@ -86,12 +110,18 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "no gzip": ("a.jsonl.gz", b'{"a": 1}\n', r"damaged gzip file"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], r"damaged gzip file"),
     "no parquet": ("a.parquet", b"PAR1 and more", r"not a readable Parquet file"),
-    "kind": ("a.json", b"[]", r"unknown kind of data file \(expected one of \.jsonl \.csv .*name it \.jsonl"),
+    "kind": (
+        "a.json",
+        b"[]",
+        r"unknown kind of data file \(expected one of \.jsonl \.csv .*name it \.jsonl",
+    ),
 }
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_gives_one_clear_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_bad_file_gives_one_clear_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         read_rows(tmp_path / name)
@@ -125,9 +155,17 @@ def test_skip_invalid_does_not_accept_a_file_without_rows(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [("owner/name", True), ("owner/name:test", True), ("data/train.jsonl", False), ("../data/set", False),
-     ("/abs/path", False), ("a/b/c", False), ("data/rows.csv.gz", False), ("data/rows.json", False)],
-)  # fmt: skip
+    [
+        ("owner/name", True),
+        ("owner/name:test", True),
+        ("data/train.jsonl", False),
+        ("../data/set", False),
+        ("/abs/path", False),
+        ("a/b/c", False),
+        ("data/rows.csv.gz", False),
+        ("data/rows.json", False),
+    ],
+)
 def test_hub_ids_are_told_from_paths(source: str, expected: Any) -> None:
     assert is_hub_id(source) is expected
 
@@ -138,6 +176,8 @@ def test_offline_a_hub_data_set_gives_one_line(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"cannot be loaded as a hub data set .*give a local file") as caught:
+    with pytest.raises(
+        DataError, match=r"cannot be loaded as a hub data set .*give a local file"
+    ) as caught:
         read_rows("nobody/no-such-data")
     assert "\n" not in str(caught.value)

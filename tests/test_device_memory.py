@@ -1,4 +1,6 @@
-"""A cache in a device's memory answers as one in arrays: here on the processor's memory, by the very ways a GPU's goes."""
+"""A cache in a device's memory answers as one in arrays: here on the processor's memory, by the
+very ways a GPU's goes.
+"""
 
 from __future__ import annotations
 
@@ -49,17 +51,26 @@ def test_a_slot_is_copied_in_every_layer_and_in_half_precision_too() -> None:
     for dtype in (np.float32, np.float16):
         block = DeviceBlock(Place("cpu", dtype=dtype), (3, 4, 2, 5, 2))
         for i, side in enumerate(block.views(0, 4)):
-            side.update_inplace(np.full((4, 2, 5, 2), i, dtype) + np.arange(4, dtype=dtype)[:, None, None, None])
+            side.update_inplace(
+                np.full((4, 2, 5, 2), i, dtype) + np.arange(4, dtype=dtype)[:, None, None, None]
+            )
         block.copy(3, 1)
-        assert (block.dtype, block.itemsize) == (np.dtype(dtype), np.dtype(dtype).itemsize)  # what sizes shared prefixes and metrics
-        assert [side.numpy()[:, 0, 0, 0].tolist() for side in block.views(0, 4)] == [[i, i + 3, i + 2, i + 3] for i in range(3)]
+        assert (block.dtype, block.itemsize) == (
+            np.dtype(dtype),
+            np.dtype(dtype).itemsize,
+        )  # what sizes shared prefixes and metrics
+        assert [side.numpy()[:, 0, 0, 0].tolist() for side in block.views(0, 4)] == [
+            [i, i + 3, i + 2, i + 3] for i in range(3)
+        ]
 
 
 def test_generate_gives_the_same_tokens_while_rows_leave(tiny_decoder: Path) -> None:
     bundle, found = decoder_bundle(tiny_decoder), []
     for place in (None, PLACE):
         with opened(bundle, place) as runtime:
-            done = runtime.generate(PROMPTS, adapters=ADAPTERS, max_new_tokens=12, stop=[" ", "e"], logprobs=0)
+            done = runtime.generate(
+                PROMPTS, adapters=ADAPTERS, max_new_tokens=12, stop=[" ", "e"], logprobs=0
+            )
             found.append([(c.token_ids, c.finish_reason) for c in done])
     assert found[0] == found[1]
     assert len({len(tokens) for tokens, _ in found[0]}) > 1  # they do leave at different times
@@ -79,7 +90,10 @@ def test_a_repeated_prompt_goes_on_from_the_copied_cache(tiny_decoder: Path) -> 
 def test_the_scheduler_gives_the_same_tokens_while_rows_join_and_leave(tiny_decoder: Path) -> None:
     bundle, found = decoder_bundle(tiny_decoder), []
     for place in (None, PLACE):
-        with opened(bundle, place) as runtime, Scheduler(runtime, max_rows=3, prefill_chunk=4) as scheduler:
+        with (
+            opened(bundle, place) as runtime,
+            Scheduler(runtime, max_rows=3, prefill_chunk=4) as scheduler,
+        ):
             assert scheduler._loop is not None
             assert isinstance(scheduler._loop.batch.arena, DeviceArena) == (place is not None)
             found.append(answers(runtime, scheduler))
@@ -91,11 +105,17 @@ def answers(runtime: Runtime, scheduler: Scheduler) -> list[tuple[int, ...]]:
     events: dict[int, list[Event]] = {i: [] for i in range(len(PROMPTS))}
     tickets = []
     for i, (prompt, name) in enumerate(zip(PROMPTS, ADAPTERS, strict=True)):
-        request = GenerationRequest(runtime.prompt_ids(prompt, name), name, runtime.settings(name, max_new_tokens=4 + 3 * i))
+        request = GenerationRequest(
+            runtime.prompt_ids(prompt, name), name, runtime.settings(name, max_new_tokens=4 + 3 * i)
+        )
         tickets.append(scheduler.submit(request, events[i].append))
     for ticket in tickets:
         assert ticket.wait(30)
-    return [last.completion.token_ids for (*_, last) in events.values() if isinstance(last, FinishedEvent)]
+    return [
+        last.completion.token_ids
+        for (*_, last) in events.values()
+        if isinstance(last, FinishedEvent)
+    ]
 
 
 def test_a_device_arena_stays_within_its_budget(tiny_decoder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Device profiles: every figure has a source, every mistake in one is named, and the host describes itself."""
+"""Device profiles: every figure has a source, every mistake in one is named, and the host describes
+itself.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_every_figure_has_a_source_with_a_page_and_what_it_says(name: str) -> No
 @pytest.mark.parametrize("name", list_devices())
 def test_every_profile_limits_both_kinds_of_model(name: str) -> None:
     device = load_device(name)
-    assert {"ttft_ms", "tpot_ms", "peak_rss_mb", "load_ms", "bundle_mb"} <= set(device.budget["decoder"])
+    assert {"ttft_ms", "tpot_ms", "peak_rss_mb", "load_ms", "bundle_mb"} <= set(
+        device.budget["decoder"]
+    )
     assert {"request_ms", "peak_rss_mb", "load_ms", "bundle_mb"} <= set(device.budget["encoder"])
 
 
@@ -91,7 +95,9 @@ def test_a_mistake_in_a_profile_is_named(values: dict[str, Any], message: str) -
 
 
 def test_a_profile_of_ones_own_is_loaded_by_path(tmp_path: Path) -> None:
-    text = (Path(load_device.__code__.co_filename).parent / "profiles" / "raspberry-pi-5.toml").read_text()
+    text = (
+        Path(load_device.__code__.co_filename).parent / "profiles" / "raspberry-pi-5.toml"
+    ).read_text()
     (tmp_path / "mine.toml").write_text(text.replace('"raspberry-pi-5"', '"mine"'))
     assert load_device(str(tmp_path / "mine.toml")).name == "mine"
     with pytest.raises(DeviceError, match="cannot be read"):
@@ -99,12 +105,32 @@ def test_a_profile_of_ones_own_is_loaded_by_path(tmp_path: Path) -> None:
 
 
 def test_budgets_on_the_command_line() -> None:
-    assert parse_budget(["ttft_ms=500", "tpot_p99_ms = 20.5"]) == {"ttft_ms": 500, "tpot_p99_ms": 20.5}
-    assert set(budget_keys()) >= {"ttft_ms", "ttft_p50_ms", "request_p99_ms", "swap_ms", "tokens_per_s"}
+    assert parse_budget(["ttft_ms=500", "tpot_p99_ms = 20.5"]) == {
+        "ttft_ms": 500,
+        "tpot_p99_ms": 20.5,
+    }
+    assert set(budget_keys()) >= {
+        "ttft_ms",
+        "ttft_p50_ms",
+        "request_p99_ms",
+        "swap_ms",
+        "tokens_per_s",
+    }
     assert timed_key("ttft_ms") == ("ttft", 95)
 
 
-@pytest.mark.parametrize("pair", ["ttft_ms", "ttft_ms=fast", "speed=3", "ttft_ms=0", "ttft_ms=nan", "ttft_ms=inf", "ttft_p42_ms=3"])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "ttft_ms",
+        "ttft_ms=fast",
+        "speed=3",
+        "ttft_ms=0",
+        "ttft_ms=nan",
+        "ttft_ms=inf",
+        "ttft_p42_ms=3",
+    ],
+)
 def test_a_wrong_budget_is_refused(pair: str) -> None:
     with pytest.raises(DeviceError):
         parse_budget([pair])
@@ -119,7 +145,9 @@ def test_the_command_lists_and_shows() -> None:
 
 
 @pytest.mark.parametrize(("usable", "installed", "wanted"), [(1, 4, 1), (3, 4, 3), (4, 4, 0)])
-def test_an_engine_takes_no_core_that_this_process_may_not_use(usable: int, installed: int, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_takes_no_core_that_this_process_may_not_use(
+    usable: int, installed: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(host, "usable_cores", lambda: usable)
     monkeypatch.setattr("os.cpu_count", lambda: installed)
     assert threads_to_ask_for() == wanted

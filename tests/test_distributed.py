@@ -49,7 +49,9 @@ def train_together(recipe: Recipe, folder: Path, *options: str, size: int = 2) -
     (folder / "recipe.toml").write_text(to_toml(recipe))
     arguments, port = ["train", str(folder / "recipe.toml"), *options], free_port()
     logs = [folder / f"rank{rank}.log" for rank in range(size)]
-    codes = in_processes(command_line_of_rank, [(r, size, port, arguments, logs[r]) for r in range(size)])
+    codes = in_processes(
+        command_line_of_rank, [(r, size, port, arguments, logs[r]) for r in range(size)]
+    )
     texts = [log.read_text() for log in logs]
     assert codes == [0] * size, texts
     return texts
@@ -58,14 +60,18 @@ def train_together(recipe: Recipe, folder: Path, *options: str, size: int = 2) -
 @pytest.fixture
 def calm_encoder(tiny_encoder: Path, tmp_path: Path) -> Path:
     """The tiny encoder without dropout: each process draws its own."""
-    config = json.loads((shutil.copytree(tiny_encoder, tmp_path / "base") / "config.json").read_text())
+    config = json.loads(
+        (shutil.copytree(tiny_encoder, tmp_path / "base") / "config.json").read_text()
+    )
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     return tmp_path / "base"
 
 
 @pytest.mark.parametrize("kind", ["sft", "sequence-classification", "reward", "dpo"])
-def test_two_processes_train_as_one_does(kind: str, tiny_decoder: Path, calm_encoder: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does(
+    kind: str, tiny_decoder: Path, calm_encoder: Path, tmp_path: Path
+) -> None:
     """Batches of 5 of 12 rows: shares of 3 and 2, and of 1 and 1 at the end of an epoch."""
     settings: dict[str, Any] = {"batch_size": 5, "learning_rate": 1e-3}
     if kind == "sft":
@@ -85,7 +91,9 @@ def test_two_processes_train_as_one_does(kind: str, tiny_decoder: Path, calm_enc
 
 
 def test_a_process_without_rows_waits_for_the_others(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = replace(sft_recipe(tiny_decoder, tmp_path, batch_size=1, max_steps=3), out=str(tmp_path / "two"))
+    recipe = replace(
+        sft_recipe(tiny_decoder, tmp_path, batch_size=1, max_steps=3), out=str(tmp_path / "two")
+    )
     train_together(recipe, tmp_path)
     run_recipe(recipe, out=tmp_path / "one", progress=silent())
     assert_same_training(tmp_path / "two", tmp_path / "one")
@@ -102,9 +110,20 @@ def test_two_processes_resume_with_the_dropout_of_each(tiny_decoder: Path, tmp_p
     assert sha256_file(tmp_path / "two" / WEIGHTS) == sha256_file(tmp_path / "whole" / WEIGHTS)
 
 
-def test_two_processes_resume_grpo_with_the_samples_of_each(tiny_decoder: Path, tmp_path: Path) -> None:
-    """Two prompts and one in turn: in every other rollout the second process has none. Step 5 learns from samples of 4."""
-    settings: dict[str, Any] = {"copies": 1, "batch_size": 3, "epochs": 2, "iterations": 3, "group_size": 2, "kl": 0.0}
+def test_two_processes_resume_grpo_with_the_samples_of_each(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    """Two prompts and one in turn: in every other rollout the second process has none. Step 5
+    learns from samples of 4.
+    """
+    settings: dict[str, Any] = {
+        "copies": 1,
+        "batch_size": 3,
+        "epochs": 2,
+        "iterations": 3,
+        "group_size": 2,
+        "kl": 0.0,
+    }
     recipe = replace(prompt_recipe(tiny_decoder, tmp_path, LENGTH, **settings), checkpoint_every=4)
     train_together(replace(recipe, out=str(tmp_path / "whole")), tmp_path)
     (tmp_path / "recipe.toml").write_text(to_toml(replace(recipe, out=str(tmp_path / "two"))))
@@ -112,7 +131,9 @@ def test_two_processes_resume_grpo_with_the_samples_of_each(tiny_decoder: Path, 
     first, _ = train_together(replace(recipe, out=str(tmp_path / "two")), tmp_path, "--resume")
     assert "resumed at stage 0, step 4" in first
     assert sha256_file(tmp_path / "two" / WEIGHTS) == sha256_file(tmp_path / "whole" / WEIGHTS)
-    steps = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert all(math.isfinite(step["reward"]) for step in steps if step["kind"] == "train")
 
 
@@ -142,7 +163,9 @@ def test_a_loss_that_is_no_number_stops_every_process(tiny_decoder: Path, tmp_pa
     (tmp_path / "recipe.toml").write_text(to_toml(replace(recipe, out=str(tmp_path / "run"))))
     port, logs = free_port(), [tmp_path / f"{rank}.log" for rank in range(2)]
     arguments = ["train", str(tmp_path / "recipe.toml")]
-    assert in_processes(command_line_of_rank, [(r, 2, port, arguments, logs[r]) for r in range(2)]) == [2, 2]
+    assert in_processes(
+        command_line_of_rank, [(r, 2, port, arguments, logs[r]) for r in range(2)]
+    ) == [2, 2]
     assert all("at step 2, on rows" in log.read_text() for log in logs)
     assert not (tmp_path / "run").exists()
 
@@ -163,7 +186,9 @@ def test_shares_are_the_whole_and_alike() -> None:
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ],
 )
-def test_launchers_say_who_a_process_is(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers_say_who_a_process_is(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert launched() == Group()
     for name, value in zip(names, ("3", "4", "1"), strict=True):
         monkeypatch.setenv(name, value)
@@ -173,15 +198,31 @@ def test_launchers_say_who_a_process_is(names: tuple[str, ...], monkeypatch: pyt
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_launchers_start_it(launcher: str, tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = replace(sft_recipe(tiny_decoder, tmp_path, learning_rate=1e-3), out=str(tmp_path / "two"))
+    recipe = replace(
+        sft_recipe(tiny_decoder, tmp_path, learning_rate=1e-3), out=str(tmp_path / "two")
+    )
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
     program, port = shutil.which(launcher, path=str(Path(sys.executable).parent)), str(free_port())
     assert program is not None
     options = {
         "torchrun": ["--nproc_per_node", "2", "--master_port", port],
-        "accelerate": ["launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port],
+        "accelerate": [
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            port,
+        ],
     }
-    command = [program, *options[launcher], "-m", "edgetune", "train", str(tmp_path / "recipe.toml")]
+    command = [
+        program,
+        *options[launcher],
+        "-m",
+        "edgetune",
+        "train",
+        str(tmp_path / "recipe.toml"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("loss ") == 1
@@ -197,12 +238,24 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["sft", "sequence-classification"])
-def test_two_processes_that_share_the_weights_train_as_one_does(kind: str, tiny_decoder: Path, calm_encoder: Path, tmp_path: Path) -> None:
-    """All weights, each process with a share of them; batches of 5 of 12 rows, and with replay beside sft."""
-    settings: dict[str, Any] = {"batch_size": 5, "learning_rate": 1e-3, "parameters": {"train": "full", "shard": True}}
+def test_two_processes_that_share_the_weights_train_as_one_does(
+    kind: str, tiny_decoder: Path, calm_encoder: Path, tmp_path: Path
+) -> None:
+    """All weights, each process with a share of them; batches of 5 of 12 rows, and with replay
+    beside sft.
+    """
+    settings: dict[str, Any] = {
+        "batch_size": 5,
+        "learning_rate": 1e-3,
+        "parameters": {"train": "full", "shard": True},
+    }
     if kind == "sft":
-        text = write_rows(tmp_path / "text.jsonl", [{"text": "The quick brown fox jumps over the lazy dog. " * 6}])
-        recipe = sft_recipe(tiny_decoder, tmp_path, replay={"data": str(text), "share": 0.3}, **settings)
+        text = write_rows(
+            tmp_path / "text.jsonl", [{"text": "The quick brown fox jumps over the lazy dog. " * 6}]
+        )
+        recipe = sft_recipe(
+            tiny_decoder, tmp_path, replay={"data": str(text), "share": 0.3}, **settings
+        )
     else:
         recipe = intent_recipe(calm_encoder, tmp_path, **settings)
     recipe = replace(recipe, checkpoint_every=4, out=str(tmp_path / "two"))
@@ -213,13 +266,25 @@ def test_two_processes_that_share_the_weights_train_as_one_does(kind: str, tiny_
     ours, theirs = weights_of(tmp_path / "two"), weights_of(tmp_path / "one")
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        if not name.endswith("key.bias"):  # softmax does not see it: AdamW makes steps of the noise in its gradient
+        if not name.endswith(
+            "key.bias"
+        ):  # softmax does not see it: AdamW makes steps of the noise in its gradient
             torch.testing.assert_close(tensor, theirs[name], atol=5e-5, rtol=0)
-    assert json.loads((tmp_path / "two" / "summary.json").read_text())["metrics"] == pytest.approx(summary.metrics, rel=1e-4)
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["metrics"] == pytest.approx(
+        summary.metrics, rel=1e-4
+    )
 
 
-def test_processes_that_share_the_weights_resume_to_the_same_bits(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = sft_recipe(tiny_decoder, tmp_path, batch_size=1, max_steps=6, parameters={"train": "full", "shard": True})
+def test_processes_that_share_the_weights_resume_to_the_same_bits(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    recipe = sft_recipe(
+        tiny_decoder,
+        tmp_path,
+        batch_size=1,
+        max_steps=6,
+        parameters={"train": "full", "shard": True},
+    )
     recipe = replace(recipe, checkpoint_every=4, out=str(tmp_path / "two"))
     train_together(replace(recipe, out=str(tmp_path / "whole")), tmp_path)
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
@@ -231,9 +296,18 @@ def test_processes_that_share_the_weights_resume_to_the_same_bits(tiny_decoder: 
 
 @pytest.mark.parametrize(
     ("method", "parameters", "message"),
-    [("sft", {"shard": True}, 'shard has no meaning with train = "lora"'), ("grpo", {"train": "full", "shard": True}, "shard does not fit")],
+    [
+        ("sft", {"shard": True}, 'shard has no meaning with train = "lora"'),
+        ("grpo", {"train": "full", "shard": True}, "shard does not fit"),
+    ],
 )
-def test_only_all_weights_are_shared(method: str, parameters: dict[str, Any], message: str, tiny_decoder: Path, tmp_path: Path) -> None:
-    stage = {"method": method, "data": {"train": "rows.jsonl"}, **({"reward": "a:b", "kl": 0.0} if method == "grpo" else {})}
+def test_only_all_weights_are_shared(
+    method: str, parameters: dict[str, Any], message: str, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    stage = {
+        "method": method,
+        "data": {"train": "rows.jsonl"},
+        **({"reward": "a:b", "kl": 0.0} if method == "grpo" else {}),
+    }
     with pytest.raises(RecipeError, match=message):
         recipe_from_dict({"base": str(tiny_decoder), "parameters": parameters, "stage": [stage]})

@@ -1,4 +1,6 @@
-"""The engine's outputs are torch's, with any mix of adapters and lengths in one batch, whole or token by token."""
+"""The engine's outputs are torch's, with any mix of adapters and lengths in one batch, whole or
+token by token.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def encoder(tiny_encoder: Path) -> EncoderEngine:
 @pytest.fixture(scope="module")
 def adapters(tiny_decoder: Path) -> dict[str | None, BoundTensors | None]:
     folder = decoder_bundle(tiny_decoder)
-    packed = {name: pack_adapter(folder / "adapters" / name, read_manifest(folder)) for name in "ab"}
+    packed = {
+        name: pack_adapter(folder / "adapters" / name, read_manifest(folder)) for name in "ab"
+    }
     return {None: None, **{name: BoundTensors(p.tensors) for name, p in packed.items()}}
 
 
@@ -68,7 +72,9 @@ def test_packed_tensors_can_be_given_as_they_are(
 ) -> None:
     row = random_rows(1, seed=1)
     packed = adapters["b"].tensors
-    np.testing.assert_array_equal(decoder.logits(row, [packed])[0], decoder.logits(row, [adapters["b"]])[0])
+    np.testing.assert_array_equal(
+        decoder.logits(row, [packed])[0], decoder.logits(row, [adapters["b"]])[0]
+    )
 
 
 def test_chosen_positions_are_those_of_all(decoder: DecoderEngine) -> None:
@@ -92,7 +98,9 @@ def test_token_by_token_gives_the_logits_of_one_prefill(
         logits = state.step([row[cut + step] for row, cut in zip(rows, cuts, strict=True)])
 
 
-def greedy(decoder: DecoderEngine, rows: list[list[int]], bound: list[Any], steps: int) -> list[list[int]]:
+def greedy(
+    decoder: DecoderEngine, rows: list[list[int]], bound: list[Any], steps: int
+) -> list[list[int]]:
     state, logits = decoder.start(rows, bound, capacity=64)
     tokens = []
     for _ in range(steps):
@@ -103,7 +111,10 @@ def greedy(decoder: DecoderEngine, rows: list[list[int]], bound: list[Any], step
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 33])
 def test_a_long_prompt_goes_through_in_pieces(
-    decoder: DecoderEngine, adapters: dict[str | None, Any], monkeypatch: pytest.MonkeyPatch, length: int
+    decoder: DecoderEngine,
+    adapters: dict[str | None, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
 ) -> None:
     monkeypatch.setattr("edgetune.runtime.engine.engine.PREFILL_CHUNK", 8)
     row = [3 + (7 * i) % 300 for i in range(length)]
@@ -143,7 +154,10 @@ def test_rows_that_end_leave_the_others_as_they_were(
 def test_two_states_at_once_do_not_disturb_each_other(
     decoder: DecoderEngine, adapters: dict[str | None, Any]
 ) -> None:
-    alone = [greedy(decoder, [[5, 6, 7]], [adapters["a"]], 4)[0], greedy(decoder, [[9]], [None], 4)[0]]
+    alone = [
+        greedy(decoder, [[5, 6, 7]], [adapters["a"]], 4)[0],
+        greedy(decoder, [[9]], [None], 4)[0],
+    ]
     first, second = decoder.start([[5, 6, 7]], [adapters["a"]]), decoder.start([[9]])
     tokens: list[list[int]] = [[], []]
     logits = [first[1], second[1]]
@@ -169,7 +183,10 @@ def test_the_cache_says_when_it_is_full(decoder: DecoderEngine) -> None:
         ([[1], []], "row 1: an empty prompt"),
         (
             [[1] * 257],
-            r"row 0: the prompt is longer than the context \(expected at most 256 tokens, got 257\)",
+            (
+                r"row 0: the prompt is longer than the context \(expected at most 256 tokens, got"
+                r" 257\)"
+            ),
         ),
         ([[352]], r"a token id outside the vocabulary \(expected ids below 352, got 352\)"),
     ],
@@ -201,10 +218,15 @@ def test_a_damaged_graph_is_named(tiny_decoder: Path, tmp_path: Path) -> None:
 def head_tensors(tiny_encoder: Path) -> dict[str | None, Any]:
     folder = encoder_bundle(tiny_encoder)
     manifest = read_manifest(folder)
-    return {name: pack_adapter(folder / "adapters" / name, manifest).tensors for name in ENCODER_ADAPTERS}
+    return {
+        name: pack_adapter(folder / "adapters" / name, manifest).tensors
+        for name in ENCODER_ADAPTERS
+    }
 
 
-def test_classifiers_of_different_labels_share_a_batch(encoder: EncoderEngine, tiny_encoder: Path) -> None:
+def test_classifiers_of_different_labels_share_a_batch(
+    encoder: EncoderEngine, tiny_encoder: Path
+) -> None:
     packed, names = head_tensors(tiny_encoder), ["intent", "mood", "mood"]
     rows = [[2, 10, 11, 12, 3], [2, 20, 3], [2, 30, 31, 3]]
     logits, _ = encoder.run(rows, [packed[name] for name in names])
@@ -214,27 +236,38 @@ def test_classifiers_of_different_labels_share_a_batch(encoder: EncoderEngine, t
 
 def torch_scores(base: Path, name: str, row: list[int]) -> np.ndarray:
     """Mean pooling and the adapter's head, by PEFT on transformers' own body."""
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(ENCODER_ADAPTERS[name]))
-    adapted: Any = PeftModel.from_pretrained(model, base.parent / f"{base.name}-adapter-{name}").eval()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=len(ENCODER_ADAPTERS[name])
+    )
+    adapted: Any = PeftModel.from_pretrained(
+        model, base.parent / f"{base.name}-adapter-{name}"
+    ).eval()
     inner = adapted.base_model.model
     with torch.no_grad():
         pooled = inner.bert(input_ids=torch.tensor([row])).last_hidden_state.mean(1)
         return inner.classifier(pooled)[0].numpy()
 
 
-def test_without_adapter_an_encoder_gives_pooled_states(encoder: EncoderEngine, tiny_encoder: Path) -> None:
+def test_without_adapter_an_encoder_gives_pooled_states(
+    encoder: EncoderEngine, tiny_encoder: Path
+) -> None:
     rows = [[2, 10, 11, 12, 3], [2, 20, 3]]
     logits, pooled = encoder.run(rows)
     assert [row.shape for row in logits] == [(0,), (0,)]
     model = AutoModel.from_pretrained(tiny_encoder)
     with torch.no_grad():
-        expected = [model(input_ids=torch.tensor([row])).last_hidden_state[0].mean(0).numpy() for row in rows]
+        expected = [
+            model(input_ids=torch.tensor([row])).last_hidden_state[0].mean(0).numpy()
+            for row in rows
+        ]
     np.testing.assert_allclose(pooled, expected, atol=TOLERANCE)
 
 
 def test_a_text_that_is_too_long_for_an_encoder_is_named(encoder: EncoderEngine) -> None:
     with pytest.raises(
         InputError,
-        match=r"row 0: a text of a length the model cannot take \(expected 1 to 128 tokens, got 129\)",
+        match=(
+            r"row 0: a text of a length the model cannot take \(expected 1 to 128 tokens, got 129\)"
+        ),
     ):
         encoder.run([[5] * 129])

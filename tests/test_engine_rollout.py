@@ -1,4 +1,6 @@
-"""Rollouts by the exported graph: the torch policy's answers, with its adapter, and what they teach."""
+"""Rollouts by the exported graph: the torch policy's answers, with its adapter, and what they
+teach.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def policy(tiny_decoder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def engine(tiny_decoder: Path, policy: Any) -> Iterator[EngineRollout]:
-    with open_engine(tiny(tiny_decoder)[0], policy, end=2, say=lambda line: None, precision="fp32") as rollout:
+    with open_engine(
+        tiny(tiny_decoder)[0], policy, end=2, say=lambda line: None, precision="fp32"
+    ) as rollout:
         yield rollout
 
 
@@ -36,18 +40,27 @@ def both(engine: EngineRollout, policy: Any, base: Path, **settings: Any) -> lis
     prompts = tiny(base)[1](list(TEXTS))["input_ids"]
     sampling = settings.pop("sampling", SAMPLING)
     exact = TorchRollout(end=engine.end, pad_id=2, precision="fp32")
-    pair = [roll(policy, prompts, count=3, sampling=sampling, seed=4, **settings) for roll in (engine, exact)]
+    pair = [
+        roll(policy, prompts, count=3, sampling=sampling, seed=4, **settings)
+        for roll in (engine, exact)
+    ]
     return [[answer for group in groups for answer in group] for groups in pair]
 
 
-def test_it_draws_the_torch_policys_answers(engine: EngineRollout, policy: Any, tiny_decoder: Path) -> None:
+def test_it_draws_the_torch_policys_answers(
+    engine: EngineRollout, policy: Any, tiny_decoder: Path
+) -> None:
     ours, theirs = both(engine, policy, tiny_decoder)
-    assert [a.ids for a in ours] == [a.ids for a in theirs] and len({tuple(a.ids) for a in ours}) == 9
+    assert [a.ids for a in ours] == [a.ids for a in theirs] and len(
+        {tuple(a.ids) for a in ours}
+    ) == 9
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.log_probs == pytest.approx(other.log_probs, abs=1e-4)
 
 
-def test_rows_that_end_leave_the_others_as_they_are(engine: EngineRollout, policy: Any, tiny_decoder: Path) -> None:
+def test_rows_that_end_leave_the_others_as_they_are(
+    engine: EngineRollout, policy: Any, tiny_decoder: Path
+) -> None:
     free, _ = both(engine, policy, tiny_decoder)
     engine.end = free[0].ids[2]
     try:
@@ -57,7 +70,9 @@ def test_rows_that_end_leave_the_others_as_they_are(engine: EngineRollout, polic
     assert [(a.ids, a.ended) for a in ours] == [(a.ids, a.ended) for a in theirs]
 
 
-def test_it_follows_the_weights_and_the_switch(engine: EngineRollout, policy: Any, tiny_decoder: Path) -> None:
+def test_it_follows_the_weights_and_the_switch(
+    engine: EngineRollout, policy: Any, tiny_decoder: Path
+) -> None:
     on, _ = both(engine, policy, tiny_decoder)
     with adapter_off(policy):
         off, exact = both(engine, policy, tiny_decoder)
@@ -72,7 +87,13 @@ def test_it_follows_the_weights_and_the_switch(engine: EngineRollout, policy: An
 
 
 def test_grpo_learns_from_it(tiny_decoder: Path, tmp_path: Path) -> None:
-    settings = {"epochs": 8, "group_size": 16, "kl": 0.01, "learning_rate": 5e-2, "validate_every": 8}
+    settings = {
+        "epochs": 8,
+        "group_size": 16,
+        "kl": 0.01,
+        "learning_rate": 5e-2,
+        "validate_every": 8,
+    }
     recipe = prompt_recipe(tiny_decoder, tmp_path, VOWELS, rollout="engine", **settings)
     run(recipe, tmp_path / "run")
     steps = records(tmp_path / "run", "train")
@@ -88,5 +109,7 @@ def test_a_family_that_cannot_be_exported_is_refused_before_training(tiny_decode
 def test_dora_is_refused(tiny_decoder: Path, tmp_path: Path) -> None:
     recipe = prompt_recipe(tiny_decoder, tmp_path, VOWELS, rollout="engine")
     dora = replace(recipe, parameters=replace(recipe.parameters, dora=True))
-    with pytest.raises(RecipeError, match=r"DoRA cannot go into the engine's adapter inputs.*rollout = .torch"):
+    with pytest.raises(
+        RecipeError, match=r"DoRA cannot go into the engine's adapter inputs.*rollout = .torch"
+    ):
         run(dora, tmp_path / "run")

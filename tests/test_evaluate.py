@@ -1,4 +1,6 @@
-"""`edgetune eval` on runs: labels, completions, several references, refusals; the runtime's answers through a stand-in seam."""
+"""`edgetune eval` on runs: labels, completions, several references, refusals; the runtime's answers
+through a stand-in seam.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from edgetune.training import run_recipe
 @pytest.fixture(scope="module")
 def intent_run(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("intents")
-    run_recipe(intent_recipe(tiny_encoder, folder, epochs=10), out=folder / "run", progress=silent())
+    run_recipe(
+        intent_recipe(tiny_encoder, folder, epochs=10), out=folder / "run", progress=silent()
+    )
     return folder / "run"
 
 
@@ -40,7 +44,9 @@ def action_run(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def with_an_end_token_it_can_say(base: Path, folder: Path) -> Path:
-    """The tiny decoder's end token is its padding token too, so torch made its embedding, and its logit, zero."""
+    """The tiny decoder's end token is its padding token too, so torch made its embedding, and its
+    logit, zero.
+    """
     shutil.copytree(base, folder)
     tensors = load_file(folder / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
@@ -92,7 +98,12 @@ def test_rows_with_one_prompt_are_one_question_with_several_references(tmp_path:
 def test_json_answers_match_whatever_the_order_of_keys(tmp_path: Path) -> None:
     rows = [{"q": '{"b":1,"a":2}', "a": '{"a": 2, "b": 1}'}]
     result = measure(Parrot(), Path("parrot"), write_rows(tmp_path / "rows.jsonl", rows))
-    assert result.metrics == {"exact_match": 0.0, "json_exact_match": 1.0, "json_valid": 1.0, "slot_f1": 1.0}
+    assert result.metrics == {
+        "exact_match": 0.0,
+        "json_exact_match": 1.0,
+        "json_valid": 1.0,
+        "slot_f1": 1.0,
+    }
 
 
 def test_text_answers_get_bleu(tmp_path: Path) -> None:
@@ -122,27 +133,49 @@ def test_a_run_has_no_adapters_to_choose_from(intent_run: Path, tmp_path: Path) 
 
 def test_the_command_prints_metrics_and_writes_json(intent_run: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", intent_rows())
-    result = CliRunner().invoke(command, [str(intent_run), "--data", str(rows), "--json", str(tmp_path / "out.json")])
+    result = CliRunner().invoke(
+        command, [str(intent_run), "--data", str(rows), "--json", str(tmp_path / "out.json")]
+    )
     assert result.exit_code == 0, result.output
     assert "accuracy" in result.output and "1.0000" in result.output
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["metrics"]["accuracy"] == 1.0 and len(written["predictions"]) == 12
 
 
-def test_each_side_says_whether_the_adapters_own_form_shaped_its_answers(action_run: Path, tiny_decoder: Path, tmp_path: Path) -> None:
-    own = {"max_new_tokens": 4, "regex": "[ab]+", "repetition_penalty": 1.0, "presence_penalty": 0.5}
+def test_each_side_says_whether_the_adapters_own_form_shaped_its_answers(
+    action_run: Path, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    own = {
+        "max_new_tokens": 4,
+        "regex": "[ab]+",
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.5,
+    }
     run = TorchAnswers.open(action_run)
     assert run.notes == ()
     (freely,) = TorchAnswers(run.model, run.tokenizer, {**run.metadata, "generation": own}).notes
-    assert freely == "torch answers freely: the adapter's own regex, presence_penalty shapes answers in a bundle only"
+    assert (
+        freely
+        == "torch answers freely: the adapter's own regex, presence_penalty shapes answers in a"
+        " bundle only"
+    )
     peft_adapter(tiny_decoder, tmp_path / "held")
     bundle = decoder_bundle(tiny_decoder)
-    write_metadata(tmp_path / "held", base={"name": "tiny", "digest": read_manifest(bundle).base.digest}, generation=own)
+    write_metadata(
+        tmp_path / "held",
+        base={"name": "tiny", "digest": read_manifest(bundle).base.digest},
+        generation=own,
+    )
     with Runtime.open(bundle, threads=1) as runtime:
         runtime.load_adapter("held", tmp_path / "held")
         held = BundleAnswers(runtime, "held")
         assert set(held.generate(["hello"])[0]) <= {"a", "b"}
-    assert held.notes == ("every answer is shaped by the adapter's own regex, presence_penalty, which a run in torch is not",)
+    assert held.notes == (
+        (
+            "every answer is shaped by the adapter's own regex, presence_penalty, which a run in"
+            " torch is not"
+        ),
+    )
 
 
 def test_a_run_takes_no_execution_providers(action_run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Bundles of the tiny models: what is in them, that they answer as torch, and that a failed proof leaves nothing."""
+"""Bundles of the tiny models: what is in them, that they answer as torch, and that a failed proof
+leaves nothing.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,21 @@ def topics(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_decoder_bundle_holds_exactly_these_files(bundle: Path) -> None:
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    adapter = {"adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json", "chat.onnx_adapter"}
-    graph = {"edgetune.json", "engine.onnx", "situations.onnx", "model.onnx", "model.onnx.data", "genai_config.json", "report.html"}
+    adapter = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "edgetune_adapter.json",
+        "chat.onnx_adapter",
+    }
+    graph = {
+        "edgetune.json",
+        "engine.onnx",
+        "situations.onnx",
+        "model.onnx",
+        "model.onnx.data",
+        "genai_config.json",
+        "report.html",
+    }
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert files == graph | tokenizer | {f"adapters/chat/{name}" for name in adapter}
 
@@ -52,7 +67,10 @@ def test_a_decoder_bundle_holds_exactly_these_files(bundle: Path) -> None:
 def test_the_manifest_knows_every_file_and_the_proof(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     assert verify_files(bundle, manifest) == []
-    assert manifest.proof["adapters"]["chat"]["passed"] and manifest.proof["adapters"]["chat"]["max_abs"] <= 1e-3
+    assert (
+        manifest.proof["adapters"]["chat"]["passed"]
+        and manifest.proof["adapters"]["chat"]["max_abs"] <= 1e-3
+    )
 
 
 def test_the_proof_can_be_repeated_from_the_bundle_alone(bundle: Path) -> None:
@@ -64,26 +82,38 @@ def test_the_proof_can_be_repeated_from_the_bundle_alone(bundle: Path) -> None:
     [
         {"rank": 1},
         {"rslora": True},
-        {"rank_pattern": {"q_proj": 2, "down_proj": 6}, "alpha_pattern": {"q_proj": 3, "o_proj": 64}},
+        {
+            "rank_pattern": {"q_proj": 2, "down_proj": 6},
+            "alpha_pattern": {"q_proj": 3, "o_proj": 64},
+        },
         {"target_modules": ("q_proj", "v_proj")},
         {"target_modules": ("up_proj",)},
     ],
     ids=["rank 1", "rsLoRA", "rank and alpha patterns", "only q and v", "only up"],
 )
-def test_every_kind_of_lora_answers_as_torch(tiny_decoder: Path, tmp_path: Path, parameters: dict[str, object]) -> None:
+def test_every_kind_of_lora_answers_as_torch(
+    tiny_decoder: Path, tmp_path: Path, parameters: dict[str, object]
+) -> None:
     adapter = make_adapter(tiny_decoder, tmp_path / "a", **parameters)
     manifest = export(tmp_path / "bundle", adapter)
     assert manifest.proof["adapters"]["a"]["max_abs"] <= 1e-3
 
 
 def test_several_adapters_share_one_base(tiny_decoder: Path, tmp_path: Path) -> None:
-    adapters = [make_adapter(tiny_decoder, tmp_path / name, seed=i, rank=2 + i) for i, name in enumerate("abc")]
+    adapters = [
+        make_adapter(tiny_decoder, tmp_path / name, seed=i, rank=2 + i)
+        for i, name in enumerate("abc")
+    ]
     manifest = export(tmp_path / "bundle", *adapters)
     assert [entry.name for entry in manifest.adapters] == ["a", "b", "c"]
-    assert [entry.rank for entry in manifest.adapters] == [6, 9, 12] or all(entry.rank >= 2 for entry in manifest.adapters)
+    assert [entry.rank for entry in manifest.adapters] == [6, 9, 12] or all(
+        entry.rank >= 2 for entry in manifest.adapters
+    )
 
 
-def test_a_merged_bundle_has_no_adapter_inputs_and_answers_as_torch(chat: Path, tmp_path: Path) -> None:
+def test_a_merged_bundle_has_no_adapter_inputs_and_answers_as_torch(
+    chat: Path, tmp_path: Path
+) -> None:
     manifest = export(tmp_path / "merged", chat, mode="merged")
     assert manifest.sites == () and manifest.proof["adapters"]["chat"]["max_abs"] <= 1e-3
     assert reprove(tmp_path / "merged", manifest)["chat"].passed
@@ -91,34 +121,55 @@ def test_a_merged_bundle_has_no_adapter_inputs_and_answers_as_torch(chat: Path, 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("mode", ["separate", "merged"])
-def test_quantised_decoders_keep_the_adapter(tiny_decoder: Path, tmp_path: Path, precision: str, mode: str) -> None:
-    adapter = make_adapter(tiny_decoder, tmp_path / "a", strength=0.5 if mode == "separate" else 0.1)
-    manifest = export(tmp_path / "bundle", adapter, precision=precision, mode=mode, overrides={"lm_head": "int8", "down_proj": "int8"})
+def test_quantised_decoders_keep_the_adapter(
+    tiny_decoder: Path, tmp_path: Path, precision: str, mode: str
+) -> None:
+    adapter = make_adapter(
+        tiny_decoder, tmp_path / "a", strength=0.5 if mode == "separate" else 0.1
+    )
+    manifest = export(
+        tmp_path / "bundle",
+        adapter,
+        precision=precision,
+        mode=mode,
+        overrides={"lm_head": "int8", "down_proj": "int8"},
+    )
     assert manifest.proof["adapters"]["a"]["recovered"] > 0.5
     if mode == "merged":
-        assert manifest.proof["adapters"]["a"]["survived"]["strength"] == pytest.approx(1.0, abs=0.1)
+        assert manifest.proof["adapters"]["a"]["survived"]["strength"] == pytest.approx(
+            1.0, abs=0.1
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("mode", ["separate", "merged"])
-def test_encoders_with_their_head_answer_as_torch(topics: Path, tmp_path: Path, precision: str, mode: str) -> None:
+def test_encoders_with_their_head_answer_as_torch(
+    topics: Path, tmp_path: Path, precision: str, mode: str
+) -> None:
     manifest = export(tmp_path / "bundle", topics, precision=precision, mode=mode)
     assert manifest.proof["adapters"]["topics"]["passed"]
     assert manifest.adapters[0].labels == ("low", "high", "none")
 
 
-def test_a_dead_adapter_fails_the_proof_and_leaves_nothing(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_a_dead_adapter_fails_the_proof_and_leaves_nothing(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     adapter = make_adapter(tiny_decoder, tmp_path / "dead", strength=0.0)
     with pytest.raises(ProofError, match="changes nothing even in torch"):
         export(tmp_path / "bundle", adapter)
     assert {path.name for path in tmp_path.iterdir()} == {"dead"}
 
 
-def test_dora_is_refused_as_input_with_the_reason_and_merges(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_dora_is_refused_as_input_with_the_reason_and_merges(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     adapter = make_adapter(tiny_decoder, tmp_path / "dora", dora=True)
     with pytest.raises(ExportError, match="--mode merged"):
         export(tmp_path / "bundle", adapter)
-    assert export(tmp_path / "merged", adapter, mode="merged").proof["adapters"]["dora"]["max_abs"] <= 1e-3
+    assert (
+        export(tmp_path / "merged", adapter, mode="merged").proof["adapters"]["dora"]["max_abs"]
+        <= 1e-3
+    )
 
 
 def test_an_adapter_of_another_base_is_refused(chat: Path, topics: Path, tmp_path: Path) -> None:
@@ -156,7 +207,10 @@ def test_plain_onnx_runtime_runs_the_base_and_the_adapter(bundle: Path, chat: Pa
     for run_options, context in ((options, None), (None, model.disable_adapter())):
         logits = session.run(["logits"], feed, run_options)[0][:, 0]
         with torch.no_grad(), context or torch.no_grad():
-            expected = [model(torch.tensor([IDS[i][MASK[i] == 1].tolist()])).logits[0, -1].numpy() for i in (0, 1)]
+            expected = [
+                model(torch.tensor([IDS[i][MASK[i] == 1].tolist()])).logits[0, -1].numpy()
+                for i in (0, 1)
+            ]
         assert np.abs(logits - np.stack(expected)).max() < 1e-3
 
 
@@ -166,25 +220,42 @@ def test_the_standard_graph_goes_on_from_its_own_cache(bundle: Path) -> None:
     first = decoder_feed(manifest, IDS[:1, :4], MASK[:1, :4])
     names = [value.name for value in session.get_outputs()]
     results = dict(zip(names, session.run(None, first), strict=True))
-    cache = {name.replace("present", "past_key_values"): value for name, value in results.items() if name.startswith("present")}
+    cache = {
+        name.replace("present", "past_key_values"): value
+        for name, value in results.items()
+        if name.startswith("present")
+    }
     for i in range(4, 7):
         feed = {"input_ids": IDS[:1, i : i + 1], "attention_mask": MASK[:1, : i + 1], **cache}
         results = dict(zip(names, session.run(None, feed), strict=True))
-        cache = {name.replace("present", "past_key_values"): value for name, value in results.items() if name.startswith("present")}
+        cache = {
+            name.replace("present", "past_key_values"): value
+            for name, value in results.items()
+            if name.startswith("present")
+        }
     assert np.abs(results["logits"] - whole).max() < 1e-4
 
 
 def test_the_graph_has_no_reshapes_and_one_attention_a_layer(bundle: Path) -> None:
     kinds = op_types(bundle)
-    assert kinds.count("GroupQueryAttention") == 2 and not {"Reshape", "Transpose", "Sigmoid"} & set(kinds)
-    assert kinds.count("SkipSimplifiedLayerNormalization") == 4 and kinds.count("MatMul") == 2 * 4 * 3 + 1
+    assert kinds.count("GroupQueryAttention") == 2 and not {
+        "Reshape",
+        "Transpose",
+        "Sigmoid",
+    } & set(kinds)
+    assert (
+        kinds.count("SkipSimplifiedLayerNormalization") == 4
+        and kinds.count("MatMul") == 2 * 4 * 3 + 1
+    )
 
 
 def test_a_tied_embedding_is_stored_once(chat: Path, bundle: Path, tmp_path: Path) -> None:
     manifest = export(tmp_path / "int8", chat, precision="int8")
     embedding = manifest.graph.vocab_size * manifest.graph.hidden_size
     body = manifest.base.parameters - embedding
-    assert (tmp_path / "int8" / "model.onnx.data").stat().st_size < 1.25 * (embedding + body) + 2 * 256 * 16 * 4 + 60 * 4096
+    assert (tmp_path / "int8" / "model.onnx.data").stat().st_size < 1.25 * (
+        embedding + body
+    ) + 2 * 256 * 16 * 4 + 60 * 4096
 
 
 def odd_decoder(tiny_decoder: Path, folder: Path, *, tied: bool) -> Path:
@@ -200,7 +271,9 @@ def odd_decoder(tiny_decoder: Path, folder: Path, *, tied: bool) -> Path:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_odd_width_keeps_its_embedding_in_fp32(tiny_decoder: Path, tmp_path: Path, tied: bool) -> None:
+def test_an_odd_width_keeps_its_embedding_in_fp32(
+    tiny_decoder: Path, tmp_path: Path, tied: bool
+) -> None:
     adapter = make_adapter(odd_decoder(tiny_decoder, tmp_path / "odd", tied=tied), tmp_path / "a")
     manifest = export(tmp_path / "bundle", adapter, precision="int8")
     assert manifest.proof["adapters"]["a"]["passed"]
@@ -214,8 +287,14 @@ def op_types(bundle: Path) -> list[str]:
 def last_outputs_that_nobody_reads(bundle: Path) -> list[str]:
     """OpenVINO refuses a skip-norm that names more outputs than are read."""
     graph = onnx.load(bundle / "engine.onnx", load_external_data=False).graph
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    return [node.output[-1] for node in graph.node if node.op_type.startswith("Skip") and node.output[-1] not in read]
+    read = {name for node in graph.node for name in node.input} | {
+        value.name for value in graph.output
+    }
+    return [
+        node.output[-1]
+        for node in graph.node
+        if node.op_type.startswith("Skip") and node.output[-1] not in read
+    ]
 
 
 def test_an_embedding_is_kept_as_it_is_asked_for(topics: Path, tmp_path: Path) -> None:
@@ -226,7 +305,9 @@ def test_an_embedding_is_kept_as_it_is_asked_for(topics: Path, tmp_path: Path) -
     assert last_outputs_that_nobody_reads(tmp_path / "int8") == []
 
 
-def test_an_encoder_read_at_its_first_token_answers_as_torch(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_an_encoder_read_at_its_first_token_answers_as_torch(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
     base = shutil.copytree(tiny_encoder, tmp_path / "base")
     shutil.rmtree(base / "1_Pooling")
     manifest = export(tmp_path / "bundle", make_adapter(base, tmp_path / "a"))
@@ -241,7 +322,9 @@ def test_a_bundle_behind_a_link_is_replaced_and_the_link_stays(chat: Path, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
 
 
-def test_a_four_bit_decoder_keeps_its_output_projection_in_eight(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_a_four_bit_decoder_keeps_its_output_projection_in_eight(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     adapter = make_adapter(tiny_decoder, tmp_path / "a", strength=0.5)
     manifest = export(tmp_path / "bundle", adapter, precision="int4")
     assert manifest.precision.overrides == {"lm_head": "int8"}
@@ -250,8 +333,15 @@ def test_a_four_bit_decoder_keeps_its_output_projection_in_eight(tiny_decoder: P
 def test_genai_config_names_the_graph_as_it_is(bundle: Path) -> None:
     config = json.loads((bundle / "genai_config.json").read_text())["model"]
     inputs = {value.name for value in plain_session(bundle).get_inputs()}
-    assert config["decoder"]["filename"] == "model.onnx" and config["decoder"]["num_hidden_layers"] == 2
-    assert {config["decoder"]["inputs"]["past_key_names"] % 1, "attention_mask", "input_ids"} <= inputs
+    assert (
+        config["decoder"]["filename"] == "model.onnx"
+        and config["decoder"]["num_hidden_layers"] == 2
+    )
+    assert {
+        config["decoder"]["inputs"]["past_key_names"] % 1,
+        "attention_mask",
+        "input_ids",
+    } <= inputs
 
 
 def test_onnx_adapter_and_peft_folder_hold_the_same_tensors(bundle: Path, chat: Path) -> None:

@@ -1,4 +1,6 @@
-"""Every supported family, tiny and random: the bundle answers as torch, however the text reaches it."""
+"""Every supported family, tiny and random: the bundle answers as torch, however the text reaches
+it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from edgetune.runtime.engine.engine import DecoderEngine, DecodeState, EncoderEn
 
 LENGTHS = (3, 29, 14)  # tokens; windows are 6
 STEPS = 4
-# Families whose code is another's, and merged exports of all but one of a kind, run with the slow tests.
+# Families whose code is another's, and merged exports of all but one of a kind, run with the slow
+# tests.
 COPIES = {"bert", "camembert", "gemma", "llama", "qwen2", "smollm3", "xlm-roberta"}
 MERGED = {"gpt2", "phi3", "modernbert"}
 
@@ -65,7 +68,9 @@ def open_family(name: str, like: Path, folder: Path) -> Exported:
     model: Any = load_body(base)
     if base.kind == "encoder":
         model = SequenceClassifier(model, labels=3, pooling=base.pooling or "mean")
-    engine = (DecoderEngine if base.kind == "decoder" else EncoderEngine)(folder / "bundle", manifest, threads=1)
+    engine = (DecoderEngine if base.kind == "decoder" else EncoderEngine)(
+        folder / "bundle", manifest, threads=1
+    )
     tensors = pack_adapter(adapter, manifest).tensors
     return Exported(manifest, folder / "bundle", engine, tensors, load_adapter(model, adapter))
 
@@ -86,16 +91,27 @@ def rows(vocabulary: int) -> list[list[int]]:
 
 
 def test_padded_rows_with_and_without_adapter_then_decode(decoder: Exported) -> None:
-    texts, adapters = rows(decoder.manifest.graph.vocab_size), [decoder.tensors, None, decoder.tensors]
+    texts, adapters = (
+        rows(decoder.manifest.graph.vocab_size),
+        [decoder.tensors, None, decoder.tensors],
+    )
     state, logits = decoder.engine.start([row[:-STEPS] or row[:1] for row in texts], adapters)
     done = [max(1, len(row) - STEPS) for row in texts]
-    expected = [decoder.torch_logits(row, adapter=adapter is not None) for row, adapter in zip(texts, adapters, strict=True)]
+    expected = [
+        decoder.torch_logits(row, adapter=adapter is not None)
+        for row, adapter in zip(texts, adapters, strict=True)
+    ]
     for step in range(STEPS):
         for i, length in enumerate(done):
             assert np.abs(logits[i] - expected[i][length - 1]).max() < 1e-3, (i, step)
         state.keep([i for i, length in enumerate(done) if length < len(texts[i])])
         texts, expected, done = (
-            [value for value, row, length in zip(values, texts, done, strict=True) if length < len(row)] for values in (texts, expected, done)
+            [
+                value
+                for value, row, length in zip(values, texts, done, strict=True)
+                if length < len(row)
+            ]
+            for values in (texts, expected, done)
         )
         logits = state.step([row[length] for row, length in zip(texts, done, strict=True)])
         done = [length + 1 for length in done]
@@ -116,7 +132,9 @@ def test_plain_onnx_runtime_answers_as_torch_from_an_attention_mask(decoder: Exp
     mask = np.zeros_like(ids)
     for i, row in enumerate(texts):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    logits = plain_session(decoder.folder).run(["logits"], decoder_feed(decoder.manifest, ids, mask))[0][:, 0]
+    logits = plain_session(decoder.folder).run(
+        ["logits"], decoder_feed(decoder.manifest, ids, mask)
+    )[0][:, 0]
     for i, row in enumerate(texts):
         assert np.abs(logits[i] - decoder.torch_logits(row, adapter=False)[-1]).max() < 1e-3
 
@@ -125,7 +143,13 @@ def test_the_proof_passes_and_attention_is_one_node_a_layer(decoder: Exported) -
     proof = next(iter(decoder.manifest.proof["adapters"].values()))
     counts = op_counts(decoder.folder)
     assert proof["passed"] and proof["max_abs"] <= 1e-3
-    assert counts["GroupQueryAttention"] == 2 and not {"Transpose", "Softmax", "Sigmoid", "Pow", "Concat"} & set(counts)
+    assert counts["GroupQueryAttention"] == 2 and not {
+        "Transpose",
+        "Softmax",
+        "Sigmoid",
+        "Pow",
+        "Concat",
+    } & set(counts)
 
 
 def test_padded_texts_with_and_without_adapter(encoder: Exported) -> None:
@@ -135,7 +159,15 @@ def test_padded_texts_with_and_without_adapter(encoder: Exported) -> None:
     for i, row in enumerate(texts):
         if i == 1:
             continue
-        assert np.abs(logits[i] - encoder.model(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64))[0].detach().numpy()).max() < 1e-3
+        assert (
+            np.abs(
+                logits[i]
+                - encoder.model(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64))[0]
+                .detach()
+                .numpy()
+            ).max()
+            < 1e-3
+        )
         assert np.abs(pooled[i] - encoder.torch_pooled(row)).max() < 1e-3
     alone, _ = encoder.engine.run(texts[1:2], [head])
     assert np.abs(alone[0] - logits[1]).max() < 1e-4
@@ -145,12 +177,20 @@ def test_an_encoders_proof_passes_and_attention_is_one_node_a_layer(encoder: Exp
     proof = next(iter(encoder.manifest.proof["adapters"].values()))
     counts = op_counts(encoder.folder)
     assert proof["passed"] and proof["max_abs"] <= 1e-3
-    own = {"Transpose", "Reshape"} if encoder.manifest.base.model_type == "deberta-v2" else set()  # scores of positions, head by head
-    assert counts["MultiHeadAttention"] == 2 and not {"Transpose", "Softmax", "Reshape"} - own & set(counts)
+    own = (
+        {"Transpose", "Reshape"} if encoder.manifest.base.model_type == "deberta-v2" else set()
+    )  # scores of positions, head by head
+    assert counts["MultiHeadAttention"] == 2 and not {
+        "Transpose",
+        "Softmax",
+        "Reshape",
+    } - own & set(counts)
 
 
 @pytest.mark.parametrize("name", some([*DECODERS, *ENCODERS], fast=MERGED))
-def test_merged_into_the_weights_it_answers_as_torch(name: str, tiny_decoder: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+def test_merged_into_the_weights_it_answers_as_torch(
+    name: str, tiny_decoder: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
     base = make_family(name, tiny_decoder if name in DECODERS else tiny_encoder, tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "a", strength=0.1)
     manifest = export(tmp_path / "bundle", adapter, mode="merged")
@@ -158,7 +198,9 @@ def test_merged_into_the_weights_it_answers_as_torch(name: str, tiny_decoder: Pa
 
 
 def test_the_tests_cover_exactly_what_is_supported() -> None:
-    assert DECODERS.keys() == EXPORTED_DECODERS.keys() and ENCODERS.keys() == EXPORTED_ENCODERS.keys()
+    assert (
+        DECODERS.keys() == EXPORTED_DECODERS.keys() and ENCODERS.keys() == EXPORTED_ENCODERS.keys()
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), [("bloom", "decoder"), ("deberta", "encoder")])
@@ -167,12 +209,16 @@ def test_another_family_is_refused_by_name_with_the_list(name: str, kind: str) -
         known_family(name, kind=kind)
 
 
-def test_an_unsupported_family_is_refused_before_it_is_traced(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_an_unsupported_family_is_refused_before_it_is_traced(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     from edgetune.export.bundle import export_bundle
 
     base = make_family("llama", tiny_decoder, tmp_path / "base")
     text = (base / "config.json").read_text()
-    (base / "config.json").write_text(text.replace('"llama"', '"bloom"').replace("LlamaFor", "BloomFor"))
+    (base / "config.json").write_text(
+        text.replace('"llama"', '"bloom"').replace("LlamaFor", "BloomFor")
+    )
     with pytest.raises(EdgetuneError, match=r"'bloom' cannot be exported.*llama"):
         export_bundle([], tmp_path / "out", base_name=str(base))
     assert not (tmp_path / "out").exists()
@@ -190,7 +236,10 @@ def test_a_rotation_that_changes_with_the_length_limits_the_context() -> None:
 
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     long = Phi3Config(
-        hidden_size=64, num_attention_heads=4, max_position_embeddings=512, original_max_position_embeddings=128,
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        original_max_position_embeddings=128,
         rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
-    )  # fmt: skip
+    )
     assert fixed_length(long, 512) == 128 and fixed_length(LlamaConfig(), 512) == 512

@@ -1,4 +1,6 @@
-"""Forgetting: log-likelihoods against transformers, the metrics by hand, intervals, runs, bundles, and the picture."""
+"""Forgetting: log-likelihoods against transformers, the metrics by hand, intervals, runs, bundles,
+and the picture.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from edgetune.cli.eval import command
 from edgetune.core.errors import DataError, InputError
 from edgetune.evaluation.forgetting.likelihood import Item, Score, beginning, make_item, score
 from edgetune.evaluation.forgetting.measure import compare
-from edgetune.evaluation.forgetting.subjects import BundleSubject, base_subject, forgetting, run_subject
+from edgetune.evaluation.forgetting.subjects import (
+    BundleSubject,
+    base_subject,
+    forgetting,
+    run_subject,
+)
 from edgetune.evaluation.forgetting.tasks import TASKS, Choices, LastWord, Texts, text_measures
 from edgetune.metrics.statistics import Z as Z95
 from edgetune.metrics.statistics import mean, paired_interval, perplexity, spearman
@@ -31,7 +38,11 @@ from edgetune.report.forgetting import Change, general_changes, picture, task_ch
 from edgetune.runtime import Runtime
 from edgetune.training import run_recipe
 
-QUESTION = {"query": "Question: what is brown?", "choices": ["the fox", "a dog", "the lights are on"], "gold": 0}
+QUESTION = {
+    "query": "Question: what is brown?",
+    "choices": ["the fox", "a dog", "the lights are on"],
+    "gold": 0,
+}
 
 
 def write_gz(path: Path, rows: list[dict[str, object]]) -> None:
@@ -43,13 +54,24 @@ def write_gz(path: Path, rows: list[dict[str, object]]) -> None:
 def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small sets under the real names."""
     folder = tmp_path_factory.mktemp("data") / "general_ability"
-    questions = [{**QUESTION, "query": f"Question {n}: what is brown?", "gold": n % 3} for n in range(12)]
+    questions = [
+        {**QUESTION, "query": f"Question {n}: what is brown?", "gold": n % 3} for n in range(12)
+    ]
     for name in ("piqa", "hellaswag", "arc_easy"):
         write_gz(folder / TASKS[name].file, [*questions])
     words = [{"context": f"The quick brown {n}", "continuation": "fox"} for n in range(8)]
     write_gz(folder / TASKS["lambada"].file, [*words])
-    (folder / TASKS["wikitext2"].file).write_bytes(gzip.compress(b"The quick brown fox jumps over the lazy dog. " * 40))
-    pairs = [{"sentence1": a, "sentence2": b, "score": s} for a, b, s in (("a dog", "the dog", 4.0), ("lights", "a card", 0.5), ("fox", "the fox", 4.5))]
+    (folder / TASKS["wikitext2"].file).write_bytes(
+        gzip.compress(b"The quick brown fox jumps over the lazy dog. " * 40)
+    )
+    pairs = [
+        {"sentence1": a, "sentence2": b, "score": s}
+        for a, b, s in (
+            ("a dog", "the dog", 4.0),
+            ("lights", "a card", 0.5),
+            ("fox", "the fox", 4.5),
+        )
+    ]
     write_gz(folder.parent / "stsb_en" / "test.jsonl.gz", [*pairs])
     return folder
 
@@ -57,18 +79,26 @@ def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tiny_decoder: Path, general: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    recipe = replace(sft_recipe(tiny_decoder, folder, epochs=4), forgetting=Forgetting(general=str(general), limit=6))
+    recipe = replace(
+        sft_recipe(tiny_decoder, folder, epochs=4),
+        forgetting=Forgetting(general=str(general), limit=6),
+    )
     run_recipe(recipe, out=folder / "run", progress=silent())
     return folder / "run"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_log_likelihoods_are_those_of_each_choice_by_itself(tiny_decoder: Path, attention: str) -> None:
+def test_log_likelihoods_are_those_of_each_choice_by_itself(
+    tiny_decoder: Path, attention: str
+) -> None:
     model = load_body(open_folder(tiny_decoder, name="tiny"))
     model.set_attn_implementation(attention)
     torch.manual_seed(0)
     items = [
-        Item(torch.randint(3, 300, (n,)).tolist(), [torch.randint(3, 300, (k,)).tolist() for k in sizes])
+        Item(
+            torch.randint(3, 300, (n,)).tolist(),
+            [torch.randint(3, 300, (k,)).tolist() for k in sizes],
+        )
         for n, sizes in ((7, (3, 1, 5)), (20, (2,)), (1, (4, 4, 4, 2)))
     ]
     for item, scores in zip(items, score(model, items), strict=True):
@@ -94,7 +124,11 @@ def test_items_are_cut_as_lm_evaluation_harness_cuts_them() -> None:
 
     item = make_item("ab ", ["cd", "e"], encode, start=[1], limit=100)
     assert item == Item([1, 97, 98], [[32, 99, 100], [32, 101]])  # the space goes with what follows
-    assert make_item("abcdef", ["xy"], encode, start=[], limit=5).context == [100, 101, 102]  # the beginning is lost
+    assert make_item("abcdef", ["xy"], encode, start=[], limit=5).context == [
+        100,
+        101,
+        102,
+    ]  # the beginning is lost
     with pytest.raises(DataError, match="nothing to score"):
         make_item("", ["x"], encode, start=[], limit=5)
 
@@ -108,7 +142,13 @@ def scorer(table: dict[str, float]):  # type: ignore[no-untyped-def]
     """Scores by a choice's text, which the ids spell."""
 
     def found(items: list[Item]) -> list[list[Score]]:
-        return [[Score(table["".join(map(chr, choice))], table["".join(map(chr, choice))] > -2) for choice in item.choices] for item in items]
+        return [
+            [
+                Score(table["".join(map(chr, choice))], table["".join(map(chr, choice))] > -2)
+                for choice in item.choices
+            ]
+            for item in items
+        ]
 
     return found
 
@@ -118,26 +158,49 @@ TEXTS = Texts(lambda text: [ord(letter) for letter in text], [], 100)
 
 def test_accuracy_takes_the_sum_and_accuracy_norm_the_mean_per_character(tmp_path: Path) -> None:
     write_gz(tmp_path / "set.jsonl.gz", [{"query": "q", "choices": ["a", "aaaa"], "gold": 1}])
-    measured = Choices("set.jsonl.gz", between=":").measure(tmp_path / "set.jsonl.gz", TEXTS, scorer({" a": -2.0, " aaaa": -3.0}), limit=None)
-    assert {one.metric: one.statistic(one.values) for one in measured} == {"accuracy": 0.0, "accuracy_norm": 1.0}
+    measured = Choices("set.jsonl.gz", between=":").measure(
+        tmp_path / "set.jsonl.gz", TEXTS, scorer({" a": -2.0, " aaaa": -3.0}), limit=None
+    )
+    assert {one.metric: one.statistic(one.values) for one in measured} == {
+        "accuracy": 0.0,
+        "accuracy_norm": 1.0,
+    }
 
 
 def test_a_last_word_counts_when_every_token_is_the_likeliest(tmp_path: Path) -> None:
-    write_gz(tmp_path / "set.jsonl.gz", [{"context": "q", "continuation": "a"}, {"context": "q", "continuation": "b"}])
-    measured = LastWord("set.jsonl.gz").measure(tmp_path / "set.jsonl.gz", TEXTS, scorer({" a": -1.0, " b": -3.0}), limit=None)
-    assert {one.metric: one.statistic(one.values) for one in measured} == {"accuracy": 0.5, "perplexity": pytest.approx(np.exp(2))}
+    write_gz(
+        tmp_path / "set.jsonl.gz",
+        [{"context": "q", "continuation": "a"}, {"context": "q", "continuation": "b"}],
+    )
+    measured = LastWord("set.jsonl.gz").measure(
+        tmp_path / "set.jsonl.gz", TEXTS, scorer({" a": -1.0, " b": -3.0}), limit=None
+    )
+    assert {one.metric: one.statistic(one.values) for one in measured} == {
+        "accuracy": 0.5,
+        "perplexity": pytest.approx(np.exp(2)),
+    }
 
 
 def test_perplexity_and_bits_per_byte_are_transformers_loss(tiny_decoder: Path) -> None:
     subject = base_subject(open_folder(tiny_decoder, name="tiny"))
-    model, tokenizer = load_body(open_folder(tiny_decoder, name="tiny")), load_tokenizer(open_folder(tiny_decoder, name="tiny"))
+    model, tokenizer = (
+        load_body(open_folder(tiny_decoder, name="tiny")),
+        load_tokenizer(open_folder(tiny_decoder, name="tiny")),
+    )
     text = "My card has not arrived yet: what should I do? Ünïcode"
     assert subject.texts is not None
-    found = {m.metric: m.statistic(m.values) for m in text_measures([text], subject.texts, lambda items: subject.score(items, adapted=True))}
+    found = {
+        m.metric: m.statistic(m.values)
+        for m in text_measures(
+            [text], subject.texts, lambda items: subject.score(items, adapted=True)
+        )
+    }
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     loss = model(input_ids=ids, labels=ids).loss.item()
     assert found["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
-    assert found["bits_per_byte"] == pytest.approx(loss * (ids.shape[1] - 1) / len(text.encode()) / np.log(2), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(
+        loss * (ids.shape[1] - 1) / len(text.encode()) / np.log(2), rel=1e-5
+    )
 
 
 def test_windows_predict_every_token_once(tiny_decoder: Path) -> None:
@@ -177,19 +240,33 @@ def test_equal_answers_have_no_interval() -> None:
 
 def test_spearman_is_scipys_ties_included() -> None:
     values = np.random.default_rng(0).integers(0, 6, (40, 2)).astype(np.float64)
-    assert spearman(values) == pytest.approx(spearmanr(values[:, 0], values[:, 1]).statistic, abs=1e-12)
+    assert spearman(values) == pytest.approx(
+        spearmanr(values[:, 0], values[:, 1]).statistic, abs=1e-12
+    )
 
 
 def test_a_run_says_what_it_forgot(run: Path, general: Path) -> None:
     results = json.loads((run / "summary.json").read_text())["forgetting"]
     assert {(r["task"], r["metric"]) for r in results} == {
-        ("wikitext2", "perplexity"), ("wikitext2", "bits_per_byte"), ("lambada", "accuracy"), ("lambada", "perplexity"),
-        *((name, metric) for name in ("piqa", "hellaswag", "arc_easy") for metric in ("accuracy", "accuracy_norm")),
-    }  # fmt: skip
+        ("wikitext2", "perplexity"),
+        ("wikitext2", "bits_per_byte"),
+        ("lambada", "accuracy"),
+        ("lambada", "perplexity"),
+        *(
+            (name, metric)
+            for name in ("piqa", "hellaswag", "arc_easy")
+            for metric in ("accuracy", "accuracy_norm")
+        ),
+    }
     perplexities = next(r for r in results if r["task"] == "wikitext2")
-    assert perplexities["after"] != perplexities["before"] and perplexities["low"] <= perplexities["change"] <= perplexities["high"]
+    assert (
+        perplexities["after"] != perplexities["before"]
+        and perplexities["low"] <= perplexities["change"] <= perplexities["high"]
+    )
     again = forgetting(run, general, limit=6, tasks=("wikitext2",))[0]
-    assert (again.before, again.after) == pytest.approx((perplexities["before"], perplexities["after"]), rel=1e-4)
+    assert (again.before, again.after) == pytest.approx(
+        (perplexities["before"], perplexities["after"]), rel=1e-4
+    )
 
 
 def test_the_report_shows_gain_against_loss(run: Path) -> None:
@@ -198,7 +275,9 @@ def test_the_report_shows_gain_against_loss(run: Path) -> None:
     assert "task token_accuracy" in page
 
 
-def test_before_is_the_base_and_after_the_merged_model(run: Path, general: Path, tiny_decoder: Path) -> None:
+def test_before_is_the_base_and_after_the_merged_model(
+    run: Path, general: Path, tiny_decoder: Path
+) -> None:
     alone = forgetting(tiny_decoder, general, limit=6, tasks=("lambada",))
     both = forgetting(run, general, limit=6, tasks=("lambada",))
     assert [r.before for r in alone] == pytest.approx([r.before for r in both], rel=1e-4)
@@ -214,7 +293,9 @@ def test_a_bundle_gives_the_figures_of_the_run(run: Path, general: Path, tmp_pat
         found = compare(BundleSubject(runtime, None), general, limit=6)
     assert [r.task for r in found] == [r.task for r in expected]
     for one, other in zip(found, expected, strict=True):
-        assert (one.before, one.after) == pytest.approx((other.before, other.after), rel=1e-3, abs=1e-3)
+        assert (one.before, one.after) == pytest.approx(
+            (other.before, other.after), rel=1e-3, abs=1e-3
+        )
 
 
 def test_encoders_are_measured_by_sts_b(tiny_encoder: Path, general: Path, tmp_path: Path) -> None:
@@ -227,26 +308,46 @@ def test_encoders_are_measured_by_sts_b(tiny_encoder: Path, general: Path, tmp_p
     assert alone.before == pytest.approx(result["before"], abs=1e-6)
 
 
-def test_all_weights_are_compared_with_the_base_they_came_from(tiny_decoder: Path, general: Path, tmp_path: Path) -> None:
+def test_all_weights_are_compared_with_the_base_they_came_from(
+    tiny_decoder: Path, general: Path, tmp_path: Path
+) -> None:
     recipe = sft_recipe(tiny_decoder, tmp_path, epochs=1, parameters={"train": "full"})
     recipe = replace(recipe, forgetting=Forgetting(general=str(general), tasks=("lambada",)))
     run_recipe(recipe, out=tmp_path / "run", progress=silent())
-    before = [r["before"] for r in json.loads((tmp_path / "run" / "summary.json").read_text())["forgetting"]]
+    before = [
+        r["before"]
+        for r in json.loads((tmp_path / "run" / "summary.json").read_text())["forgetting"]
+    ]
     found = forgetting(tmp_path / "run", general, limit=200, tasks=("lambada",))
     assert [r.before for r in found] == pytest.approx(before, rel=1e-5)
-    assert [r.before for r in forgetting(tiny_decoder, general, tasks=("lambada",))] == pytest.approx(before, rel=1e-5)
+    assert [
+        r.before for r in forgetting(tiny_decoder, general, tasks=("lambada",))
+    ] == pytest.approx(before, rel=1e-5)
     assert found[1].after != pytest.approx(found[1].before)
 
 
-def test_a_folder_without_sets_and_an_unknown_task_are_refused(tiny_decoder: Path, general: Path, tmp_path: Path) -> None:
+def test_a_folder_without_sets_and_an_unknown_task_are_refused(
+    tiny_decoder: Path, general: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="no general-ability set"):
         forgetting(tiny_decoder, tmp_path)
     with pytest.raises(DataError, match=r'no general task "winograd".*expected wikitext2'):
         forgetting(tiny_decoder, general, tasks=("winograd",))
 
 
-def test_the_command_prints_and_writes_what_was_forgotten(run: Path, general: Path, tmp_path: Path) -> None:
-    arguments = [str(run), "--forgetting", "--general", str(general), "--limit", "4", "--json", str(tmp_path / "out.json")]
+def test_the_command_prints_and_writes_what_was_forgotten(
+    run: Path, general: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        str(run),
+        "--forgetting",
+        "--general",
+        str(general),
+        "--limit",
+        "4",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
     assert "→" in result.output and "wikitext2 perplexity" in result.output
@@ -258,36 +359,86 @@ def test_the_provider_that_is_asked_for_runs_the_bundle_and_no_run_or_base(
 ) -> None:
     asked: list[object] = []
     opened = Runtime.open
-    monkeypatch.setattr(Runtime, "open", lambda folder, **options: asked.append(options["providers"]) or opened(folder, **options))
-    arguments = ["--forgetting", "--general", str(general), "--limit", "2", "--provider", "cpu", "--adapter", "nobody"]
+    monkeypatch.setattr(
+        Runtime,
+        "open",
+        lambda folder, **options: asked.append(options["providers"]) or opened(folder, **options),
+    )
+    arguments = [
+        "--forgetting",
+        "--general",
+        str(general),
+        "--limit",
+        "2",
+        "--provider",
+        "cpu",
+        "--adapter",
+        "nobody",
+    ]
     result = CliRunner().invoke(command, [str(decoder_bundle(tiny_decoder)), *arguments])
     assert "unknown adapter" in str(result.exception) and asked == [("cpu",)]
     for target in (run, tiny_decoder):
         result = CliRunner().invoke(command, [str(target), *arguments])
-        assert isinstance(result.exception, InputError) and "--provider chooses what runs a bundle" in str(result.exception)
+        assert isinstance(
+            result.exception, InputError
+        ) and "--provider chooses what runs a bundle" in str(result.exception)
 
 
 def test_nothing_to_measure_is_refused(run: Path) -> None:
     result = CliRunner().invoke(command, [str(run)])
-    assert isinstance(result.exception, InputError) and "--data FILE, or --forgetting" in str(result.exception)
+    assert isinstance(result.exception, InputError) and "--data FILE, or --forgetting" in str(
+        result.exception
+    )
 
 
 def test_the_picture_turns_losses_so_that_right_is_better_and_stays_in_its_frame() -> None:
     results = [
-        {"task": "wikitext2", "metric": "perplexity", "before": 20.0, "after": 25.0, "change": 5.0, "low": 4.0, "high": 6.0},
-        {"task": "piqa", "metric": "accuracy", "before": 0.6, "after": 0.5, "change": -0.1, "low": -0.2, "high": 0.0},
+        {
+            "task": "wikitext2",
+            "metric": "perplexity",
+            "before": 20.0,
+            "after": 25.0,
+            "change": 5.0,
+            "low": 4.0,
+            "high": 6.0,
+        },
+        {
+            "task": "piqa",
+            "metric": "accuracy",
+            "before": 0.6,
+            "after": 0.5,
+            "change": -0.1,
+            "low": -0.2,
+            "high": 0.0,
+        },
     ]
     changes = general_changes(results)
-    assert [(c.value, c.low, c.high) for c in changes] == [pytest.approx((-25, -30, -20)), pytest.approx((-10, -20, 0))]
+    assert [(c.value, c.low, c.high) for c in changes] == [
+        pytest.approx((-25, -30, -20)),
+        pytest.approx((-10, -20, 0)),
+    ]
     gains = task_changes({"loss": 1.0, "accuracy": 0.9}, {"loss": 2.0, "accuracy": 0.5})
     assert gains == [Change("task accuracy", pytest.approx(40.0))]
-    after = {"loss": 0.2, "preference_accuracy": 0.9, "preference_accuracy_low": 0.8, "length_baseline": 0.6, "margin": 3.0}
-    preferred = task_changes(after, after | {"loss": 0.7, "preference_accuracy": 0.5, "margin": 0.0})
+    after = {
+        "loss": 0.2,
+        "preference_accuracy": 0.9,
+        "preference_accuracy_low": 0.8,
+        "length_baseline": 0.6,
+        "margin": 3.0,
+    }
+    preferred = task_changes(
+        after, after | {"loss": 0.7, "preference_accuracy": 0.5, "margin": 0.0}
+    )
     assert preferred == [Change("task preference_accuracy", pytest.approx(40.0))]
     figure = picture(gains, changes)
     root = ET.fromstring(figure[figure.index("<svg") : figure.index("</svg>") + 6])
     _, _, width, height = map(float, root.attrib["viewBox"].split())
     for bar in root.iter("rect"):
-        assert 0 <= float(bar.attrib["x"]) <= float(bar.attrib["x"]) + float(bar.attrib["width"]) <= width
+        assert (
+            0
+            <= float(bar.attrib["x"])
+            <= float(bar.attrib["x"]) + float(bar.attrib["width"])
+            <= width
+        )
         assert 0 <= float(bar.attrib["y"]) <= height
     assert picture(gains, []) == ""

@@ -18,11 +18,18 @@ def loss_and_gradients(model: Any, batch: Any) -> tuple[float, dict[str, torch.T
     model.zero_grad()
     loss, _ = sft(model, batch)
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
-@pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 3.0}}])
-def test_loss_and_gradients_are_pefts(tiny_decoder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rslora": True}, {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 3.0}}],
+)
+def test_loss_and_gradients_are_pefts(
+    tiny_decoder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     model, batch = adapted_decoder(tiny_decoder, tmp_path, **settings)
     expected_loss, expected = loss_and_gradients(model, batch)
     with fused_lora(model, "fp32") as layers:
@@ -47,7 +54,10 @@ def test_in_bf16_it_is_as_near_to_fp32_as_autocast(tiny_decoder: Path, tmp_path:
 
 def test_the_function_passes_torchs_gradient_check() -> None:
     torch.manual_seed(0)
-    x, w, c, a, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, 5), (4, 5), (4,), (2, 5), (4, 2)))
+    x, w, c, a, b = (
+        torch.randn(*shape, dtype=torch.float64)
+        for shape in ((2, 3, 5), (4, 5), (4,), (2, 5), (4, 2))
+    )
     inputs = tuple(t.requires_grad_() for t in (x, a, b))
 
     def product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -85,14 +95,29 @@ def test_afterwards_the_layers_are_pefts_again(tiny_decoder: Path, tmp_path: Pat
 def test_layers_that_read_different_x_are_on_their_own(tiny_decoder: Path, tmp_path: Path) -> None:
     model, _ = adapted_decoder(tiny_decoder, tmp_path)
     block = model.get_base_model().model.layers[0].self_attn
-    first, second = torch.randn(2, 3, block.q_proj.in_features), torch.randn(2, 3, block.q_proj.in_features)
-    expected = [block.q_proj(first), block.k_proj(second), block.v_proj(second), block.q_proj(second)]
+    first, second = (
+        torch.randn(2, 3, block.q_proj.in_features),
+        torch.randn(2, 3, block.q_proj.in_features),
+    )
+    expected = [
+        block.q_proj(first),
+        block.k_proj(second),
+        block.v_proj(second),
+        block.q_proj(second),
+    ]
     with fused_lora(model, "fp32"):
-        given = [block.q_proj(first), block.k_proj(second), block.v_proj(second), block.q_proj(second)]
+        given = [
+            block.q_proj(first),
+            block.k_proj(second),
+            block.v_proj(second),
+            block.q_proj(second),
+        ]
     torch.testing.assert_close(given, expected)
 
 
-def test_an_x_that_was_changed_in_place_is_computed_anew(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_an_x_that_was_changed_in_place_is_computed_anew(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     model, _ = adapted_decoder(tiny_decoder, tmp_path)
     block = model.get_base_model().model.layers[0].self_attn
     x = torch.randn(2, 3, block.q_proj.in_features)

@@ -1,4 +1,6 @@
-"""The fused parts of a layer against transformers' own: loss and gradients, and what is left alone."""
+"""The fused parts of a layer against transformers' own: loss and gradients, and what is left
+alone.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def loss_and_gradients(model: Any, batch: Any) -> tuple[float, dict[str, Tensor]
     model.zero_grad()
     loss, _ = sft(model, batch)
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def test_loss_and_gradients_are_transformers(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -75,7 +79,9 @@ def test_padding_is_never_attended_to_by_an_encoder(tiny_encoder: Path) -> None:
     with fused_ops(model):
         result = model(input_ids=ids, attention_mask=mask).last_hidden_state
     for row, length in enumerate((4, 7, 9)):
-        torch.testing.assert_close(result[row, :length], expected[row, :length], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            result[row, :length], expected[row, :length], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_long_rows_go_to_torchs_attention(
@@ -89,7 +95,9 @@ def test_long_rows_go_to_torchs_attention(
         torch.testing.assert_close(model(input_ids=batch.input_ids).logits, expected)
 
 
-def test_a_module_that_computes_something_else_is_left_alone(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_a_module_that_computes_something_else_is_left_alone(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     class OneMoreRMSNorm(modeling_llama.LlamaRMSNorm):
         def forward(self, hidden_states: Tensor) -> Tensor:
             return super().forward(hidden_states) + hidden_states

@@ -1,4 +1,6 @@
-"""Choosing tokens agrees with transformers' samplers; texts end where they should and never leak a stop text."""
+"""Choosing tokens agrees with transformers' samplers; texts end where they should and never leak a
+stop text.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ from transformers import (
 from edgetune.core.errors import InputError
 from edgetune.runtime.bundle.manifest import TokenizerInfo
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer
-from edgetune.runtime.generation.sampling import Penalties, TokenSequence, choose, keep_likely, stop_overlap
+from edgetune.runtime.generation.sampling import (
+    Penalties,
+    TokenSequence,
+    choose,
+    keep_likely,
+    stop_overlap,
+)
 from edgetune.runtime.generation.settings import GenerationSettings, settings_from
 
 
@@ -31,7 +39,9 @@ def tokenizer(tiny_decoder: Path) -> BundleTokenizer:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (5, 1.0), (7, 0.5), (1, 1.0), (0, 0.01), (400, 0.99)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0.9), (5, 1.0), (7, 0.5), (1, 1.0), (0, 0.01), (400, 0.99)]
+)
 def test_the_kept_tokens_are_those_of_transformers(seed: int, top_k: int, top_p: float) -> None:
     logits = np.random.default_rng(seed).normal(size=100).astype(np.float32) * 3
     expected = torch.tensor(logits)[None]
@@ -39,7 +49,9 @@ def test_the_kept_tokens_are_those_of_transformers(seed: int, top_k: int, top_p:
         expected = TopKLogitsWarper(top_k)(torch.zeros(1, 1), expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(torch.zeros(1, 1), expected)
-    np.testing.assert_array_equal(keep_likely(logits, top_k=top_k, top_p=top_p), expected[0].numpy())
+    np.testing.assert_array_equal(
+        keep_likely(logits, top_k=top_k, top_p=top_p), expected[0].numpy()
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -51,7 +63,9 @@ def test_min_p_keeps_the_tokens_of_transformers(seed: int, min_p: float) -> None
     np.testing.assert_array_equal(kept, expected[0].numpy())
 
 
-def shifted(logits: np.ndarray, prompt: list[int], answer: list[int], **settings: Any) -> np.ndarray:
+def shifted(
+    logits: np.ndarray, prompt: list[int], answer: list[int], **settings: Any
+) -> np.ndarray:
     penalties = Penalties(settings_from({}, settings), prompt, vocab_size=len(logits))
     for token in answer:
         penalties.add(token)
@@ -61,14 +75,23 @@ def shifted(logits: np.ndarray, prompt: list[int], answer: list[int], **settings
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
 def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     logits = np.random.default_rng(0).normal(size=50).astype(np.float32)
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[3, 4, 5, 5, 9]]), torch.tensor(logits)[None])
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([[3, 4, 5, 5, 9]]), torch.tensor(logits)[None]
+    )
     got = shifted(logits, [3, 4], [5, 5, 9], repetition_penalty=penalty)
     np.testing.assert_allclose(got, expected[0].numpy(), rtol=1e-6)
 
 
 def test_frequency_presence_and_bias_are_taken_as_openai_says() -> None:
     logits = np.zeros(10, np.float32)
-    got = shifted(logits, [1, 1], [2, 3, 3], frequency_penalty=0.5, presence_penalty=0.25, logit_bias={"3": 2, 7: -100})
+    got = shifted(
+        logits,
+        [1, 1],
+        [2, 3, 3],
+        frequency_penalty=0.5,
+        presence_penalty=0.25,
+        logit_bias={"3": 2, 7: -100},
+    )
     np.testing.assert_allclose(got, [0, 0, -0.75, 2 - 1.25, 0, 0, 0, -100, 0, 0])
     assert not logits.any()
 
@@ -81,7 +104,9 @@ def test_a_bias_outside_the_vocabulary_is_named() -> None:
 def test_log_probabilities_are_those_of_the_raw_logits(tokenizer: BundleTokenizer) -> None:
     logits = np.random.default_rng(0).normal(size=352).astype(np.float32) * 4
     expected = torch.log_softmax(torch.tensor(logits), 0).numpy()
-    sequence = TokenSequence(tokenizer, GenerationSettings(logprobs=3, logit_bias=((7, 100.0),)), vocab_size=352)
+    sequence = TokenSequence(
+        tokenizer, GenerationSettings(logprobs=3, logit_bias=((7, 100.0),)), vocab_size=352
+    )
     token = sequence.choose(logits)
     found = sequence.logprobs[0]
     assert (token, found.token_id, found.token) == (7, 7, tokenizer.token_text(7))
@@ -129,7 +154,9 @@ def test_the_same_seed_gives_the_same_tokens_and_rows_differ(tokenizer: BundleTo
     assert draw(0) != draw(1)
 
 
-def run(tokenizer: BundleTokenizer, ids: list[int], **settings: Any) -> tuple[list[str], TokenSequence]:
+def run(
+    tokenizer: BundleTokenizer, ids: list[int], **settings: Any
+) -> tuple[list[str], TokenSequence]:
     sequence, pieces = TokenSequence(tokenizer, settings_from({}, settings)), []
     for token in ids:
         pieces.append(sequence.add(token))
@@ -169,7 +196,9 @@ def test_the_held_end_is_the_longest_possible_beginning() -> None:
 
 
 def test_a_callers_settings_win_over_the_adapters() -> None:
-    settings = settings_from({"max_new_tokens": 7, "top_k": 3, "other": 1}, {"top_k": 9, "temperature": None})
+    settings = settings_from(
+        {"max_new_tokens": 7, "top_k": 3, "other": 1}, {"top_k": 9, "temperature": None}
+    )
     assert (settings.max_new_tokens, settings.top_k, settings.temperature) == (7, 9, 0.0)
 
 

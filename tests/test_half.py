@@ -1,4 +1,6 @@
-"""Bundles in fp16: what is stored and computed in it, and that the CPU's engine answers as torch."""
+"""Bundles in fp16: what is stored and computed in it, and that the CPU's engine answers as
+torch.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def proven(bundle: Path) -> tuple[Manifest, dict[str, object]]:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_it_answers_as_torch_within_what_eleven_bits_leave(kind: str, request: pytest.FixtureRequest) -> None:
+def test_it_answers_as_torch_within_what_eleven_bits_leave(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     manifest, proof = proven(request.getfixturevalue(kind))
     assert proof["passed"] and 0 < proof["mean_kl"] < 1e-4  # type: ignore[operator]
     assert (manifest.precision.weights, manifest.precision.block_size) == ("fp16", None)
@@ -49,11 +53,28 @@ def test_it_answers_as_torch_within_what_eleven_bits_leave(kind: str, request: p
 def test_every_weight_and_every_step_is_fp16(kind: str, request: pytest.FixtureRequest) -> None:
     bundle = request.getfixturevalue(kind)
     graph = onnx.load(str(bundle / "engine.onnx"), load_external_data=False).graph
-    assert not [weight.name for weight in graph.initializer if weight.data_type == TensorProto.FLOAT]
-    to = [attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute if attribute.name == "to"]
-    assert to.count(TensorProto.FLOAT) == sum(value.type.tensor_type.elem_type == TensorProto.FLOAT for value in graph.output)
-    assert not [value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT]
-    kinds = {value.name.partition(".")[0]: value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]}
+    assert not [
+        weight.name for weight in graph.initializer if weight.data_type == TensorProto.FLOAT
+    ]
+    to = [
+        attribute.i
+        for node in graph.node
+        if node.op_type == "Cast"
+        for attribute in node.attribute
+        if attribute.name == "to"
+    ]
+    assert to.count(TensorProto.FLOAT) == sum(
+        value.type.tensor_type.elem_type == TensorProto.FLOAT for value in graph.output
+    )
+    assert not [
+        value.name
+        for value in graph.value_info
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT
+    ]
+    kinds = {
+        value.name.partition(".")[0]: value.type.tensor_type.elem_type
+        for value in [*graph.input, *graph.output]
+    }
     assert kinds["logits"] == TensorProto.FLOAT
     if kind == "decoder":
         assert kinds["present"] == kinds["past_key_values"] == TensorProto.FLOAT16
@@ -61,7 +82,10 @@ def test_every_weight_and_every_step_is_fp16(kind: str, request: pytest.FixtureR
 
 def test_the_data_take_half(decoder: Path, tiny_decoder: Path) -> None:
     manifest = read_manifest(decoder)
-    assert manifest.files["model.onnx.data"].bytes < 2.2 * manifest.base.parameters + 60 * 4096 + 2 * 256 * 16 * 2
+    assert (
+        manifest.files["model.onnx.data"].bytes
+        < 2.2 * manifest.base.parameters + 60 * 4096 + 2 * 256 * 16 * 2
+    )
 
 
 def test_runtime_and_scheduler_keep_the_cache_in_it_and_agree(decoder: Path) -> None:
@@ -73,16 +97,26 @@ def test_runtime_and_scheduler_keep_the_cache_in_it_and_agree(decoder: Path) -> 
             for ids, listener in zip(prompts, listeners, strict=True):
                 scheduler.submit(request(runtime, ids, "chat", max_new_tokens=6), listener)
             assert [list(listener.done().token_ids) for listener in listeners] == expected
-            assert scheduler._loop is not None and scheduler._loop.batch.arena.memory.dtype == np.float16
+            assert (
+                scheduler._loop is not None
+                and scheduler._loop.batch.arena.memory.dtype == np.float16
+            )
 
 
 def test_plain_onnx_runtime_opens_the_standard_graph(decoder: Path) -> None:
     manifest, ids = read_manifest(decoder), np.array([[5, 9, 30]], np.int64)
-    feed = {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in decoder_feed(manifest, ids, np.ones_like(ids)).items()}
+    feed = {
+        name: value.astype(np.float16) if value.dtype == np.float32 else value
+        for name, value in decoder_feed(manifest, ids, np.ones_like(ids)).items()
+    }
     session = plain_session(decoder)
     names = [value.name for value in session.get_outputs()]
     found = dict(zip(names, session.run(None, feed), strict=True))
-    assert found["logits"].dtype == np.float32 and found["present.0.key"].dtype == np.float16 and np.isfinite(found["logits"]).all()
+    assert (
+        found["logits"].dtype == np.float32
+        and found["present.0.key"].dtype == np.float16
+        and np.isfinite(found["logits"]).all()
+    )
 
 
 def test_layers_of_other_precisions_are_refused(tiny_decoder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,10 @@ def test_the_bootstrap_is_near_the_normal_interval() -> None:
 
 def test_accuracy_stands_beside_the_length_baseline() -> None:
     metrics = preference_metrics([1.0, 1.0, 0.5, 0.0], [1.0, 0.0, 0.5, 0.0])
-    assert (metrics["preference_accuracy"], metrics["length_baseline"], metrics["above_length"]) == (0.625, 0.375, 0.25)
+    assert (
+        metrics["preference_accuracy"],
+        metrics["length_baseline"],
+        metrics["above_length"],
+    ) == (0.625, 0.375, 0.25)
     for name in ("preference_accuracy", "length_baseline", "above_length"):
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"]

@@ -1,4 +1,6 @@
-"""Latency: percentiles and verdicts are right, undecided is said, an estimate is labelled; the child measures."""
+"""Latency: percentiles and verdicts are right, undecided is said, an estimate is labelled; the
+child measures.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from edgetune.cli import main
 from edgetune.core.errors import EdgetuneError
 from edgetune.devices import load_device
 from edgetune.runtime.check.latency import Workload, measure, peak_rss, synthetic_ids
-from edgetune.runtime.check.verdict import FORMULA, Speed, Verdict, judge, overall, percentile, scale, summary
+from edgetune.runtime.check.verdict import (
+    FORMULA,
+    Speed,
+    Verdict,
+    judge,
+    overall,
+    percentile,
+    scale,
+    summary,
+)
 
 
 def test_percentiles_are_those_of_numpy_and_lie_in_their_interval() -> None:
@@ -37,7 +48,12 @@ def test_the_interval_covers_the_true_median_about_as_often_as_it_says() -> None
 
 def measured(tpot: list[list[float]], **figures: Any) -> dict[str, Any]:
     runs = [{"adapter": "a", "tpot_ms": tpot}]
-    return {"load_ms": 100.0, "adapter_load_ms": {}, **figures, "samples": {"runs": runs, "swap_ms": []}}
+    return {
+        "load_ms": 100.0,
+        "adapter_load_ms": {},
+        **figures,
+        "samples": {"runs": runs, "swap_ms": []},
+    }
 
 
 STEADY = [[10.0, 10.1, 9.9, 10.0]] * 8
@@ -62,7 +78,10 @@ def test_tokens_per_second_is_a_lower_limit() -> None:
 
 
 def test_limits_on_what_a_bundle_does_not_do_are_left_out() -> None:
-    assert judge(measured(STEADY), {"request_ms": 1, "swap_ms": 1, "peak_rss_mb": 1}, device=HOST) == []
+    assert (
+        judge(measured(STEADY), {"request_ms": 1, "swap_ms": 1, "peak_rss_mb": 1}, device=HOST)
+        == []
+    )
 
 
 def test_one_exceeded_limit_outweighs_an_undecided_one() -> None:
@@ -81,7 +100,10 @@ def test_another_device_is_estimated_by_the_stated_formula() -> None:
     assert scale("tpot_ms", pi, Speed(gflops=102.912, gb_s=34.371)) == pytest.approx(3.0)
     assert scale("peak_rss_mb", pi, speed) is None
     found = judge(
-        measured(STEADY, peak_rss_mb=80.0), {"tpot_ms": 60, "peak_rss_mb": 100}, device=pi, host=speed
+        measured(STEADY, peak_rss_mb=80.0),
+        {"tpot_ms": 60, "peak_rss_mb": 100},
+        device=pi,
+        host=speed,
     )
     assert [(v.basis, v.state) for v in found] == [("estimate", "ok"), ("measured", "ok")]
     assert found[0].value == pytest.approx(20.2, rel=0.01)
@@ -92,7 +114,9 @@ def test_another_device_is_estimated_by_the_stated_formula() -> None:
 def test_an_estimate_close_to_the_limit_cannot_be_told() -> None:
     speed = Speed(gflops=205.824, gb_s=22.914)
     assert (
-        judge(measured(STEADY), {"tpot_ms": 22}, device=load_device("raspberry-pi-5"), host=speed)[0].state
+        judge(measured(STEADY), {"tpot_ms": 22}, device=load_device("raspberry-pi-5"), host=speed)[
+            0
+        ].state
         == "noisy"
     )
 
@@ -124,7 +148,9 @@ def check(*arguments: object) -> int:
     return int(stop.value.code or 0)
 
 
-def test_check_writes_json_and_junit_and_exits_by_the_verdict(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_check_writes_json_and_junit_and_exits_by_the_verdict(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     bundle, document, junit = decoder_bundle(tiny_decoder), tmp_path / "c.json", tmp_path / "c.xml"
     loose = [
         "--budget",
@@ -152,7 +178,9 @@ def test_check_exits_1_over_budget(tiny_encoder: Path, tmp_path: Path) -> None:
     bundle, junit = encoder_bundle(tiny_encoder), tmp_path / "c.xml"
     assert check(bundle, "--adapter", "mood", "--budget", "bundle_mb=0.001", "--junit", junit) == 1
     failed = [
-        case.get("name") for case in ElementTree.parse(junit).getroot() if case.find("failure") is not None
+        case.get("name")
+        for case in ElementTree.parse(junit).getroot()
+        if case.find("failure") is not None
     ]
     assert failed == ["bundle_mb"]
 
@@ -168,6 +196,8 @@ def test_check_says_when_its_verdict_is_an_estimate(
     assert "The measurements are of this machine" in capsys.readouterr().out
 
 
-def test_check_names_an_unknown_adapter(tiny_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_names_an_unknown_adapter(
+    tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert check(encoder_bundle(tiny_encoder), "--adapter", "zz") == 2
     assert "unknown adapter 'zz' (expected intent, mood)" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""`init = "loftq"`: the adapter starts with the rank-r part of what rounding the base loses, on the base that ships."""
+"""`init = "loftq"`: the adapter starts with the rank-r part of what rounding the base loses, on the
+base that ships.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +46,29 @@ def started(folder: Path, weights: str = "int4", **settings: Any) -> tuple[PeftM
     """The rounded base with LoftQ's adapter, and the base as it is."""
     base, original = rounded(folder, weights), load_body(resolve_base(str(folder)))
     torch.manual_seed(0)
-    model = adapt(load_body(base), Parameters(**{"init": "loftq", "base_precision": weights, "rank": 4, **settings}), task="text-generation")
+    model = adapt(
+        load_body(base),
+        Parameters(**{"init": "loftq", "base_precision": weights, "rank": 4, **settings}),
+        task="text-generation",
+    )
     assert base.precision is not None
     start_from_rounding(model, original, base.precision)
     return model, original
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])
-@pytest.mark.parametrize("more", [{}, {"rslora": True, "alpha": 3.0}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}}], ids=["plain", "rslora", "patterns"])
-def test_it_starts_with_the_truncated_svd_of_the_rounding_error(tiny_decoder: Path, weights: str, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"rslora": True, "alpha": 3.0},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}},
+    ],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_it_starts_with_the_truncated_svd_of_the_rounding_error(
+    tiny_decoder: Path, weights: str, more: dict[str, Any]
+) -> None:
     model, original = started(tiny_decoder, weights, **more)
     layers = dict(adapted_layers(model))
     assert len(layers) == 14
@@ -63,7 +79,10 @@ def test_it_starts_with_the_truncated_svd_of_the_rounding_error(tiny_decoder: Pa
         u, s, v = torch.linalg.svd((weight - stored).double())
         rank = layer.r["default"]
         expected = (u[:, :rank] * s[:rank]) @ v[:rank]
-        start = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        start = (
+            layer.scaling["default"]
+            * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        )
         assert (start - expected).abs().max() < 1e-5
         assert (start - expected).norm() < 1e-4 * expected.norm()
         assert (weight - stored - start).norm() < 0.98 * (weight - stored).norm()
@@ -81,24 +100,36 @@ def test_the_base_with_it_answers_nearer_to_the_base_as_it_is(tiny_decoder: Path
 def test_the_magnitudes_of_dora_are_those_of_the_sum(tiny_decoder: Path) -> None:
     plain, with_magnitudes = started(tiny_decoder)[0], started(tiny_decoder, dora=True)[0]
     with torch.no_grad():
-        torch.testing.assert_close(with_magnitudes(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            with_magnitudes(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_weight_that_lies_transposed_starts_the_same_way(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    )
     torch.nn.init.normal_(model.transformer.h[0].mlp.c_fc.weight)
     model.save_pretrained(tmp_path)
     original, precision = GPT2LMHeadModel.from_pretrained(tmp_path), Precision("int4")
     round_weights(model, precision)
-    adapted = adapt(model, Parameters(rank=32, init="loftq", base_precision="int4", target_modules=("c_fc",)), task="text-generation")
+    adapted = adapt(
+        model,
+        Parameters(rank=32, init="loftq", base_precision="int4", target_modules=("c_fc",)),
+        task="text-generation",
+    )
     start_from_rounding(adapted, original, precision)
     with torch.no_grad():  # of full rank it makes up for all of it
         weight = adapted.merge_and_unload().transformer.h[0].mlp.c_fc.weight
-        torch.testing.assert_close(weight, original.transformer.h[0].mlp.c_fc.weight, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            weight, original.transformer.h[0].mlp.c_fc.weight, atol=1e-5, rtol=1e-5
+        )
 
 
-def test_layers_whose_grid_is_kept_start_as_ever_and_a_base_of_such_is_refused(tiny_decoder: Path) -> None:
+def test_layers_whose_grid_is_kept_start_as_ever_and_a_base_of_such_is_refused(
+    tiny_decoder: Path,
+) -> None:
     on_grid = load_body(rounded(tiny_decoder))  # what int4 stored already
     with torch.no_grad():  # a grid that is kept but for a fiftieth of a step
         on_grid.get_submodule("model.layers.0.mlp.up_proj").weight.copy_(q4_1(128, 64))
@@ -117,13 +148,22 @@ def test_layers_whose_grid_is_kept_start_as_ever_and_a_base_of_such_is_refused(t
         assert bool(layer.lora_B["default"].weight.any()) == (name == changed)
 
 
-def test_a_trained_one_loads_in_peft_and_exports_with_proof(tiny_decoder: Path, tmp_path: Path) -> None:
-    run_recipe(sft_recipe(tiny_decoder, tmp_path, parameters=LOFTQ), out=tmp_path / "run", progress=silent())
+def test_a_trained_one_loads_in_peft_and_exports_with_proof(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    run_recipe(
+        sft_recipe(tiny_decoder, tmp_path, parameters=LOFTQ),
+        out=tmp_path / "run",
+        progress=silent(),
+    )
     config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert (config["init_lora_weights"], config["r"]) == (True, 4)
     base = AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.float32)
     round_weights(base, shipped_precision("int4", "decoder"))
-    theirs, (ours, _, _) = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).eval(), load_adapted_model(tmp_path / "run")
+    theirs, (ours, _, _) = (
+        PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).eval(),
+        load_adapted_model(tmp_path / "run"),
+    )
     with torch.no_grad():
         assert torch.equal(theirs(input_ids=IDS).logits, ours(input_ids=IDS).logits)
     proof = export(tmp_path / "bundle", tmp_path / "run", precision="int4").proof["adapters"]["run"]
@@ -136,18 +176,26 @@ def test_an_encoder_starts_there_too(tiny_encoder: Path, tmp_path: Path) -> None
     plain = replace(recipe, parameters=replace(recipe.parameters, init="default"))
     run_recipe(plain, out=tmp_path / "plain", progress=silent())
     assert sha256_file(tmp_path / "run" / WEIGHTS) != sha256_file(tmp_path / "plain" / WEIGHTS)
-    assert export(tmp_path / "bundle", tmp_path / "run", precision="int4").proof["adapters"]["run"]["passed"]
+    assert export(tmp_path / "bundle", tmp_path / "run", precision="int4").proof["adapters"]["run"][
+        "passed"
+    ]
 
 
-def test_killed_and_resumed_it_ends_with_the_same_adapter(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = replace(sft_recipe(tiny_decoder, tmp_path, parameters={**LOFTQ, "dropout": 0.2}), checkpoint_every=2)
+def test_killed_and_resumed_it_ends_with_the_same_adapter(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    recipe = replace(
+        sft_recipe(tiny_decoder, tmp_path, parameters={**LOFTQ, "dropout": 0.2}), checkpoint_every=2
+    )
     run_recipe(recipe, out=tmp_path / "whole", progress=silent())
     stopped_at(3, recipe, tmp_path / "run")
     run_recipe(recipe, out=tmp_path / "run", progress=silent(), resume=True)
     assert sha256_file(tmp_path / "run" / WEIGHTS) == sha256_file(tmp_path / "whole" / WEIGHTS)
 
 
-def test_without_a_rounded_base_it_is_refused_with_what_to_set(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_without_a_rounded_base_it_is_refused_with_what_to_set(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match=r"not rounded.*Set parameters\.base_precision"):
         sft_recipe(tiny_decoder, tmp_path, parameters={"init": "loftq"})
 

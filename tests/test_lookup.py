@@ -37,7 +37,9 @@ def test_wrong_guesses_make_it_pause() -> None:
     assert lookup.guess(2)
 
 
-def answers(runtime: Runtime, cases: list[tuple[list[int], str | None]], **options: Any) -> tuple[list[Any], Any]:
+def answers(
+    runtime: Runtime, cases: list[tuple[list[int], str | None]], **options: Any
+) -> tuple[list[Any], Any]:
     done: queue.Queue[Any] = queue.Queue()
     found = []
     with Scheduler(runtime, max_rows=2, **options) as scheduler:
@@ -57,7 +59,10 @@ def test_answers_are_those_without_guessing_in_fewer_steps(tiny_decoder: Path) -
         cases = [(ids, rng.choice(["a", "b", None])) for ids in prompts]
         # what a model says is repeated in the next prompt, as in extraction
         first, _ = answers(runtime, cases)
-        cases = [([*done.token_ids, *ids, *ids], name) for (ids, name), done in zip(cases, first, strict=True)]
+        cases = [
+            ([*done.token_ids, *ids, *ids], name)
+            for (ids, name), done in zip(cases, first, strict=True)
+        ]
         plain, slow = answers(runtime, cases)
         guessed, fast = answers(runtime, cases, lookup=4)
     assert [c.token_ids for c in guessed] == [c.token_ids for c in plain]

@@ -1,4 +1,6 @@
-"""LoRA's layer range and initialisations; those that change the base are saved for the base as it ships."""
+"""LoRA's layer range and initialisations; those that change the base are saved for the base as it
+ships.
+"""
 
 from __future__ import annotations
 
@@ -40,16 +42,25 @@ def disturb(model: PeftModel) -> None:
 
 
 @pytest.mark.parametrize("init", [*INITS, "gaussian", "orthogonal"])
-def test_at_the_start_the_model_answers_as_the_base(tiny_decoder: Path, tmp_path: Path, init: str) -> None:
+def test_at_the_start_the_model_answers_as_the_base(
+    tiny_decoder: Path, tmp_path: Path, init: str
+) -> None:
     model, batch = adapted(tiny_decoder, tmp_path, rank=4, init=init)
     base, _ = decoder_batch(tiny_decoder, tmp_path)
-    torch.testing.assert_close(completion_logits(model, batch)[0], completion_logits(base, batch)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        completion_logits(model, batch)[0], completion_logits(base, batch)[0], atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize(
     "more",
-    [{}, {"rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}}, {"dora": True}],
+    [
+        {},
+        {"rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}},
+        {"dora": True},
+    ],
     ids=["plain", "rslora", "patterns", "dora"],
 )
 def test_the_base_with_the_saved_adapter_is_the_trained_model(
@@ -61,17 +72,28 @@ def test_the_base_with_the_saved_adapter_is_the_trained_model(
     trained = completion_logits(model, batch)[0]
     restore_base(model, start)
     torch.testing.assert_close(completion_logits(model, batch)[0], trained, atol=1e-4, rtol=1e-4)
-    save_adapter(model, tmp_path / "adapter", AdapterMetadata(base={"name": "tiny", "digest": "-"}, task="text-generation"))
+    save_adapter(
+        model,
+        tmp_path / "adapter",
+        AdapterMetadata(base={"name": "tiny", "digest": "-"}, task="text-generation"),
+    )
     fresh = AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(completion_logits(theirs, batch)[0], trained, atol=1e-4, rtol=1e-4)
     with model.disable_adapter():
         off = completion_logits(model, batch)[0]
-    torch.testing.assert_close(off, completion_logits(decoder_batch(tiny_decoder, tmp_path)[0], batch)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        off,
+        completion_logits(decoder_batch(tiny_decoder, tmp_path)[0], batch)[0],
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_a_pissa_run_on_one_layer_exports_with_proof(tiny_encoder: Path, tmp_path: Path) -> None:
-    recipe = intent_recipe(tiny_encoder, tmp_path, epochs=3, parameters={"rank": 2, "init": "pissa", "layers": [1, 1]})
+    recipe = intent_recipe(
+        tiny_encoder, tmp_path, epochs=3, parameters={"rank": 2, "init": "pissa", "layers": [1, 1]}
+    )
     summary = run_recipe(recipe, out=tmp_path / "run", progress=silent())
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["init_lora_weights"]) == (4, True)
@@ -81,7 +103,9 @@ def test_a_pissa_run_on_one_layer_exports_with_proof(tiny_encoder: Path, tmp_pat
 
 def test_only_the_chosen_layers_learn(tiny_decoder: Path, tmp_path: Path) -> None:
     model, _ = adapted(tiny_decoder, tmp_path, layers=(1, 1))
-    layers = {name.split("layers.")[1][0] for name, p in model.named_parameters() if p.requires_grad}
+    layers = {
+        name.split("layers.")[1][0] for name, p in model.named_parameters() if p.requires_grad
+    }
     assert layers == {"1"}
 
 

@@ -1,4 +1,6 @@
-"""`edgetune.json` reads back as it was written; a bundle that is damaged or of another schema is named precisely."""
+"""`edgetune.json` reads back as it was written; a bundle that is damaged or of another schema is
+named precisely.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ def test_a_manifest_survives_json(manifest: Manifest) -> None:
 def test_sites_use_the_words_in_and_out() -> None:
     site = decoder_manifest().to_dict()["sites"][0]
     assert (site["in"], site["out"]) == (64, 128)
-    assert site["parts"][1] == {"module": "model.layers.0.self_attn.k_proj", "start": 64, "stop": 96}
+    assert site["parts"][1] == {
+        "module": "model.layers.0.self_attn.k_proj",
+        "start": 64,
+        "stop": 96,
+    }
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -37,10 +43,16 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(surprise=1), "unknown field surprise"),
         (
             changed(task="poetry"),
-            "unknown task (expected text-generation | sequence-classification | token-classification, got 'poetry')",
+            (
+                "unknown task (expected text-generation | sequence-classification |"
+                " token-classification, got 'poetry')"
+            ),
         ),
         (changed(sites=[{"name": "x"}]), "missing field sites[0].A"),
-        (changed(base={"name": "x", "digest": 3}), "base.digest has a wrong type (expected str, got 3)"),
+        (
+            changed(base={"name": "x", "digest": 3}),
+            "base.digest has a wrong type (expected str, got 3)",
+        ),
         (changed(files={"../out": {"sha256": "0", "bytes": 1}}), "a path leaves the bundle"),
         ([], "a manifest is a JSON object"),
     ],
@@ -66,7 +78,8 @@ def test_verify_lists_every_file_that_differs(tmp_path: Path) -> None:
     for name in ("good", "flipped", "short"):
         (tmp_path / name).write_bytes(b"12345678")
     files = {
-        name: FileInfo(sha256_file(tmp_path / "good"), 8) for name in ("good", "flipped", "short", "gone")
+        name: FileInfo(sha256_file(tmp_path / "good"), 8)
+        for name in ("good", "flipped", "short", "gone")
     }
     (tmp_path / "flipped").write_bytes(b"12345679")
     (tmp_path / "short").write_bytes(b"1234")

@@ -32,7 +32,9 @@ def encoder_with_head(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("tiny-masked-lm")
     torch.manual_seed(1)
     model = BertForMaskedLM.from_pretrained(tiny_encoder)
-    torch.manual_seed(1)  # again: transformers draws what is missing in another order in each process
+    torch.manual_seed(
+        1
+    )  # again: transformers draws what is missing in another order in each process
     torch.nn.init.normal_(model.cls.predictions.transform.dense.weight, std=0.2)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -43,7 +45,9 @@ def encoder_with_head(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFacto
 def text_recipe(base: Path, folder: Path, **stage: Any) -> Recipe:
     rows = [{"text": row["text"]} for row in intent_rows()]
     train = write_rows(folder / "text.jsonl", rows)
-    return recipe(base, "masked-lm", train, write_rows(folder / "text-dev.jsonl", rows[:6]), **stage)
+    return recipe(
+        base, "masked-lm", train, write_rows(folder / "text-dev.jsonl", rows[:6]), **stage
+    )
 
 
 def batch_of(base_folder: Path, folder: Path, **stage: Any) -> tuple[Batch, Any]:
@@ -63,25 +67,35 @@ def test_the_shares_are_those_of_transformers_collator(tiny_encoder: Path) -> No
     masked = Masking(4, 320, seed=0)(batch, step=1)
     tokenizer = load_tokenizer(open_folder(tiny_encoder, name="tiny"))
     torch.manual_seed(0)
-    theirs = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)([{"input_ids": row} for row in batch.input_ids])
+    theirs = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)(
+        [{"input_ids": row} for row in batch.input_ids]
+    )
 
     def shares(input_ids: torch.Tensor, labels: torch.Tensor) -> list[float]:
         chosen = labels != IGNORE
         hidden = (input_ids == tokenizer.mask_token_id) & chosen
         kept = (input_ids == batch.input_ids) & chosen
-        return [x.sum().item() / y.sum().item() for x, y in ((chosen, torch.ones_like(chosen)), (hidden, chosen), (kept, chosen))]
+        return [
+            x.sum().item() / y.sum().item()
+            for x, y in ((chosen, torch.ones_like(chosen)), (hidden, chosen), (kept, chosen))
+        ]
 
     ours = shares(masked.input_ids, masked.labels)
     assert ours == pytest.approx([0.15, 0.8, 0.1 + 0.1 / 320], abs=0.012)
     assert ours == pytest.approx(shares(theirs["input_ids"], theirs["labels"]), abs=0.02)
-    random = masked.input_ids[(masked.labels != IGNORE) & (masked.input_ids != batch.input_ids) & (masked.input_ids != 4)]
+    random = masked.input_ids[
+        (masked.labels != IGNORE) & (masked.input_ids != batch.input_ids) & (masked.input_ids != 4)
+    ]
     assert random.min() < 10 and random.max() >= 310  # from the whole vocabulary
 
 
 def test_masks_follow_from_seed_step_and_row_whatever_the_batch() -> None:
     batch, masking = long_batch(), Masking(4, 320, seed=0)
     one = masking(batch, step=3)
-    half = replace(batch, **{k: getattr(batch, k)[32:] for k in ("input_ids", "attention_mask", "labels", "rows")})
+    half = replace(
+        batch,
+        **{k: getattr(batch, k)[32:] for k in ("input_ids", "attention_mask", "labels", "rows")},
+    )
     assert torch.equal(masking(half, step=3).input_ids, one.input_ids[32:])
     assert not torch.equal(masking(batch, step=4).labels, one.labels)
     assert not torch.equal(Masking(4, 320, seed=1)(batch, step=3).labels, one.labels)
@@ -102,17 +116,23 @@ def test_loss_and_gradient_are_transformers_own(encoder_with_head: Path, tmp_pat
     batch = masking(batch, 1)
     model, fresh = load_masked_lm(open_folder(encoder_with_head, name="tiny"), seed=0)
     reference = AutoModelForMaskedLM.from_pretrained(encoder_with_head, dtype=torch.float32).eval()
-    theirs = reference(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    theirs = reference(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss
     theirs.backward()
     ours, count = masked_lm(model, batch)
     ours.backward()
     assert not fresh and count == batch.targets > 0
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
-    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+    for (name, parameter), other in zip(
+        model.named_parameters(), reference.parameters(), strict=True
+    ):
         torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_a_batch_without_hidden_tokens_has_no_loss_and_no_gradient(encoder_with_head: Path, tmp_path: Path) -> None:
+def test_a_batch_without_hidden_tokens_has_no_loss_and_no_gradient(
+    encoder_with_head: Path, tmp_path: Path
+) -> None:
     batch, _ = batch_of(encoder_with_head, tmp_path)
     model, _ = load_masked_lm(open_folder(encoder_with_head, name="tiny"), seed=0)
     loss, count = masked_lm(model, replace(batch, labels=torch.full_like(batch.labels, IGNORE)))
@@ -126,12 +146,16 @@ def test_a_new_head_is_drawn_with_the_seed_and_tied_to_the_body_it_gets(tiny_enc
     weights = [model.cls.predictions.transform.dense.weight for model in (one, two, other)]
     assert fresh and torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     expected = torch.empty(64, 64).normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(weights[0], expected)  # whatever else was drawn before, in this process or another
+    assert torch.equal(
+        weights[0], expected
+    )  # whatever else was drawn before, in this process or another
     exchange_body(one, two.bert)
     assert one.cls.predictions.decoder.weight is two.bert.embeddings.word_embeddings.weight
 
 
-def test_long_documents_are_cut_into_pieces_and_not_shortened(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_long_documents_are_cut_into_pieces_and_not_shortened(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
     base = open_folder(tiny_encoder, name="tiny")
     tokenizer = load_tokenizer(base)
     text = " ".join(row["text"] for row in intent_rows())
@@ -143,22 +167,33 @@ def test_long_documents_are_cut_into_pieces_and_not_shortened(tiny_encoder: Path
     assert kept == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_masked_lm_learns_with_the_checkpoints_head(encoder_with_head: Path, tmp_path: Path) -> None:
-    summary = run_recipe(text_recipe(encoder_with_head, tmp_path, epochs=20), out=tmp_path / "run", progress=silent())
-    assert summary.base_metrics is not None and summary.metrics["loss"] < 0.85 * summary.base_metrics["loss"]
+def test_masked_lm_learns_with_the_checkpoints_head(
+    encoder_with_head: Path, tmp_path: Path
+) -> None:
+    summary = run_recipe(
+        text_recipe(encoder_with_head, tmp_path, epochs=20), out=tmp_path / "run", progress=silent()
+    )
+    assert (
+        summary.base_metrics is not None
+        and summary.metrics["loss"] < 0.85 * summary.base_metrics["loss"]
+    )
     model, _, metadata = load_adapted_model(tmp_path / "run")
     assert metadata["task"] == "masked-lm" and metadata["generation"] is None
     assert not any("cls" in name for name, p in model.named_parameters() if "lora" in name)
 
 
 def test_a_new_head_learns_and_is_not_compared_with(tiny_encoder: Path, tmp_path: Path) -> None:
-    summary = run_recipe(text_recipe(tiny_encoder, tmp_path, epochs=20), out=tmp_path / "run", progress=silent())
+    summary = run_recipe(
+        text_recipe(tiny_encoder, tmp_path, epochs=20), out=tmp_path / "run", progress=silent()
+    )
     assert summary.base_metrics is None and summary.metrics["loss"] < 5.6  # a guess: ln 320 = 5.77
     tensors = json.loads((tmp_path / "run" / "summary.json").read_text())["trainable_parameters"]
     assert tensors > 64 * 64  # the head's transform learns too
 
 
-def test_text_first_and_then_labels_make_one_adapter_with_one_head(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_text_first_and_then_labels_make_one_adapter_with_one_head(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
     labelled = intent_recipe(tiny_encoder, tmp_path, epochs=8, learning_rate=1e-3)
     both = replace(labelled, stage=(*text_recipe(tiny_encoder, tmp_path).stage, *labelled.stage))
     summary = run_recipe(both, out=tmp_path / "run", progress=silent())
@@ -169,17 +204,27 @@ def test_text_first_and_then_labels_make_one_adapter_with_one_head(tiny_encoder:
     assert model.get_base_model().classifier.weight.shape == (3, 64)
 
 
-def test_the_head_is_fitted_to_the_features_after_the_text(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_the_head_is_fitted_to_the_features_after_the_text(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
     labelled = intent_recipe(tiny_encoder, tmp_path, max_steps=1, learning_rate=1e-6)
     text = text_recipe(tiny_encoder, tmp_path, epochs=10).stage
     run_recipe(labelled, out=tmp_path / "alone", progress=silent())
-    run_recipe(replace(labelled, stage=(*text, *labelled.stage)), out=tmp_path / "after", progress=silent())
-    alone, after = (load_adapted_model(tmp_path / n)[0].get_base_model().classifier.weight for n in ("alone", "after"))
+    run_recipe(
+        replace(labelled, stage=(*text, *labelled.stage)), out=tmp_path / "after", progress=silent()
+    )
+    alone, after = (
+        load_adapted_model(tmp_path / n)[0].get_base_model().classifier.weight
+        for n in ("alone", "after")
+    )
     assert (alone - after).norm() > 0.01 * alone.norm()
 
 
 def test_labels_cannot_come_before_text() -> None:
-    stages = [{"method": name, "data": {"train": "x.jsonl"}} for name in ("sequence-classification", "masked-lm")]
+    stages = [
+        {"method": name, "data": {"train": "x.jsonl"}}
+        for name in ("sequence-classification", "masked-lm")
+    ]
     with pytest.raises(RecipeError, match='"masked-lm" cannot follow "sequence-classification"'):
         recipe_from_dict({"base": "b", "stage": stages})
 

@@ -1,4 +1,6 @@
-"""Rows that name no adapter get a merged bundle's own one: its labels, its head and its prompt template."""
+"""Rows that name no adapter get a merged bundle's own one: its labels, its head and its prompt
+template.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,13 @@ FORMS = {
     "single": {**PLAIN, "text": "They said {{ said }}"},
     "pairs": {**PLAIN, "text": "{{ one }}", "text_pair": "{{ other }}"},
 }
-GAINED = {"text": "completion", "reward": "score", "single": "label", "pairs": "label", "parts": "tags"}
+GAINED = {
+    "text": "completion",
+    "reward": "score",
+    "single": "label",
+    "pairs": "label",
+    "parts": "tags",
+}
 
 
 def merged(kind: str, base: Path, folder: Path) -> Path:
@@ -41,38 +49,64 @@ def merged(kind: str, base: Path, folder: Path) -> Path:
         make_head(base, adapter)
     elif kind == "reward":
         found = resolve_base(str(base))
-        metadata = AdapterMetadata(base={"name": found.name, "digest": found.digest}, task="reward", max_length=64)
+        metadata = AdapterMetadata(
+            base={"name": found.name, "digest": found.digest}, task="reward", max_length=64
+        )
         save_adapter(adapted(base, task="reward", noise=0.2), adapter, metadata)
     else:
         make_adapter(base, adapter)
     if kind in FORMS:
         metadata_file = adapter / "edgetune_adapter.json"
-        metadata_file.write_text(json.dumps({**json.loads(metadata_file.read_text()), "prompt_format": FORMS[kind]}))
+        metadata_file.write_text(
+            json.dumps({**json.loads(metadata_file.read_text()), "prompt_format": FORMS[kind]})
+        )
     export(folder / "bundle", adapter, mode="merged")
     return folder / "bundle"
 
 
-def answered(runtime: Runtime, rows: list[dict[str, Any]], adapter: str | None) -> list[dict[str, Any]]:
+def answered(
+    runtime: Runtime, rows: list[dict[str, Any]], adapter: str | None
+) -> list[dict[str, Any]]:
     """The rows with their answers, in their order."""
     requests = requests_of(runtime, list(enumerate(rows, 1)), path="rows", adapter=adapter)
-    return [row for _, row in sorted(answer_rows(runtime, requests, **({"max_new_tokens": 4} if runtime.decoder else {})), key=lambda pair: pair[0])]
+    return [
+        row
+        for _, row in sorted(
+            answer_rows(runtime, requests, **({"max_new_tokens": 4} if runtime.decoder else {})),
+            key=lambda pair: pair[0],
+        )
+    ]
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_rows_of_a_merged_bundle_need_no_adapter(kind: str, tiny_decoder: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+def test_rows_of_a_merged_bundle_need_no_adapter(
+    kind: str, tiny_decoder: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
     base = tiny_decoder if kind in ("text", "reward") else tiny_encoder
     with Runtime.open(merged(kind, base, tmp_path), threads=1) as runtime:
         named = answered(runtime, ROWS[kind], kind)
         assert answered(runtime, ROWS[kind], None) == named
-        assert answered(runtime, [{**row, "adapter": None} for row in ROWS[kind]], None) == [{**row, "adapter": None} for row in named]
+        assert answered(runtime, [{**row, "adapter": None} for row in ROWS[kind]], None) == [
+            {**row, "adapter": None} for row in named
+        ]
         assert all(GAINED[kind] in row for row in named)
-        contents: list[Any] = [request.content for request in requests_of(runtime, list(enumerate(ROWS[kind], 1)), path="rows", adapter=None)]
+        contents: list[Any] = [
+            request.content
+            for request in requests_of(
+                runtime, list(enumerate(ROWS[kind], 1)), path="rows", adapter=None
+            )
+        ]
         if kind == "text":
-            mixed, alone = (runtime.generate(contents, **how, max_new_tokens=4) for how in ({"adapters": [None, kind]}, {}))  # type: ignore[arg-type]
+            mixed, alone = (
+                runtime.generate(contents, **how, max_new_tokens=4)
+                for how in ({"adapters": [None, kind]}, {})
+            )  # type: ignore[arg-type]
             assert [one.text for one in mixed] == [one.text for one in alone]
             assert runtime.prompt_ids(contents[0]) == runtime.prompt_ids(contents[0], kind)
         elif kind == "reward":
-            np.testing.assert_array_equal(runtime.score(contents, adapters=[None, kind]), runtime.score(contents))
+            np.testing.assert_array_equal(
+                runtime.score(contents, adapters=[None, kind]), runtime.score(contents)
+            )
         elif kind == "parts":
             assert runtime.tag(contents, adapters=[None, kind]) == runtime.tag(contents)
         else:

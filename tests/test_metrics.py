@@ -46,5 +46,13 @@ def test_a_json_task_is_one_whose_references_all_are_json() -> None:
 
 
 def test_bleu_is_sacrebleus_with_several_references() -> None:
-    assert bleu(["the cat sat on the mat"], [["a cat sat", "the cat sat on the mat"]]) == pytest.approx(100.0)
-    assert bleu(["the cat sat on the mat", "hello there my friend"], [["no"], ["x", "hello there my friend"]]) < 100
+    assert bleu(
+        ["the cat sat on the mat"], [["a cat sat", "the cat sat on the mat"]]
+    ) == pytest.approx(100.0)
+    assert (
+        bleu(
+            ["the cat sat on the mat", "hello there my friend"],
+            [["no"], ["x", "hello there my friend"]],
+        )
+        < 100
+    )

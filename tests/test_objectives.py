@@ -16,7 +16,9 @@ from edgetune.objectives.language import completion_logits, sequence_classificat
 
 def test_sft_loss_and_gradient_are_transformers_own(tiny_decoder: Path, tmp_path: Path) -> None:
     model, batch = decoder_batch(tiny_decoder, tmp_path)
-    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    theirs = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss
     theirs.backward()
     weight = model.model.layers[0].self_attn.q_proj.weight
     expected, weight.grad = weight.grad.clone(), None
@@ -27,7 +29,9 @@ def test_sft_loss_and_gradient_are_transformers_own(tiny_decoder: Path, tmp_path
     assert targets == batch.targets == int((batch.labels[:, 1:] != IGNORE).sum())
 
 
-def test_the_projection_runs_only_where_there_are_labels(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_the_projection_runs_only_where_there_are_labels(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     model, batch = decoder_batch(tiny_decoder, tmp_path)
     seen: list[torch.Size] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
@@ -36,7 +40,9 @@ def test_the_projection_runs_only_where_there_are_labels(tiny_decoder: Path, tmp
     assert logits.shape == (len(targets), model.config.vocab_size)
 
 
-def test_the_projection_sees_all_positions_again_afterwards(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_the_projection_sees_all_positions_again_afterwards(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     model, batch = decoder_batch(tiny_decoder, tmp_path)
     completion_logits(model, batch)
     assert model(input_ids=batch.input_ids).logits.shape[:2] == batch.input_ids.shape
@@ -54,9 +60,15 @@ def test_classification_loss_is_cross_entropy_of_the_full_forward(
     tiny_encoder: Path, tmp_path: Path, smoothing: float
 ) -> None:
     model, batch = classifier_batch(tiny_encoder, tmp_path)
-    hidden = model.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-    rows = [h[:n].mean(0) for h, n in zip(hidden, batch.attention_mask.sum(1).tolist(), strict=True)]
-    expected = F.cross_entropy(model.classifier(torch.stack(rows)), batch.labels, label_smoothing=smoothing)
+    hidden = model.body(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask
+    ).last_hidden_state
+    rows = [
+        h[:n].mean(0) for h, n in zip(hidden, batch.attention_mask.sum(1).tolist(), strict=True)
+    ]
+    expected = F.cross_entropy(
+        model.classifier(torch.stack(rows)), batch.labels, label_smoothing=smoothing
+    )
     loss, count = sequence_classification(model, batch, label_smoothing=smoothing)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert count == len(batch.rows)

@@ -17,7 +17,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="proc(5) is Linux's")
 
 
 def pages_kb(address: int, kind: str) -> int:
-    """Of the mapping that begins at an address: what is in memory ("Rss"), what was written to ("Anonymous")."""
+    """Of the mapping that begins at an address: what is in memory ("Rss"), what was written to
+    ("Anonymous").
+    """
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     for line in lines:
         if line.startswith(f"{address:08x}-"):
@@ -26,7 +28,10 @@ def pages_kb(address: int, kind: str) -> int:
 
 
 def test_a_region_knows_its_file_even_with_spaces_in_its_name() -> None:
-    assert _region("7f00-7f10 r--p 00001000 fd:00 42   /a folder/model.onnx.data").file == "/a folder/model.onnx.data"
+    assert (
+        _region("7f00-7f10 r--p 00001000 fd:00 42   /a folder/model.onnx.data").file
+        == "/a folder/model.onnx.data"
+    )
 
 
 def test_memory_of_the_process_itself_has_no_file() -> None:
@@ -47,7 +52,9 @@ def test_large_pages_hold_what_small_ones_held() -> None:
 
 @linux
 def test_this_process_is_mapped() -> None:
-    assert any(region.file.endswith((".so", ".so.6")) or "python" in region.file for region in regions())
+    assert any(
+        region.file.endswith((".so", ".so.6")) or "python" in region.file for region in regions()
+    )
 
 
 @linux
@@ -62,5 +69,8 @@ def test_the_engine_writes_nothing_into_the_file_it_maps(tiny_decoder: Path) -> 
 
 def test_answers_stay_the_same_when_memory_moves(tiny_decoder: Path) -> None:
     with Runtime.open(decoder_bundle(tiny_decoder)) as runtime:
-        before, after = (runtime.generate(["dim the lights"], adapter="a", max_new_tokens=2 * SETTLED)[0] for _ in range(2))
+        before, after = (
+            runtime.generate(["dim the lights"], adapter="a", max_new_tokens=2 * SETTLED)[0]
+            for _ in range(2)
+        )
         assert before.token_ids == after.token_ids

@@ -14,7 +14,9 @@ def test_a_product_of_several_layers_has_one_precision() -> None:
     assert Precision("int4", overrides={"q_proj": "int8"}).bits(packed) == 8
     assert Precision("int4", overrides={"q_proj": "int8", "v_proj": "int8"}).bits(packed) == 8
     assert Precision("int4", overrides={"o_proj": "int8"}).bits(packed) == 4
-    with pytest.raises(ExportError, match=r"k_proj, q_proj, v_proj are one product here .*got int4 and int8"):
+    with pytest.raises(
+        ExportError, match=r"k_proj, q_proj, v_proj are one product here .*got int4 and int8"
+    ):
         Precision("int4", overrides={"q_proj": "int8", "v_proj": "int4"}).bits(packed)
 
 
@@ -26,7 +28,9 @@ def test_what_is_decided_for_a_product_is_said_of_each_of_its_layers() -> None:
     products = [*layers("q_proj", "k_proj", "v_proj"), *layers("o_proj")]
     settled = Precision("int4", overrides={"q_proj": "int8"}).settled(products)
     assert settled.overrides == {"q_proj": "int8", "k_proj": "int8", "v_proj": "int8"}
-    assert all(settled.bits([path]) == settled.bits(modules) for modules in products for path in modules)
+    assert all(
+        settled.bits([path]) == settled.bits(modules) for modules in products for path in modules
+    )
 
 
 def test_an_override_of_one_layer_spreads_by_whole_paths() -> None:
@@ -37,8 +41,12 @@ def test_an_override_of_one_layer_spreads_by_whole_paths() -> None:
 
 
 def test_an_embedding_of_that_name_keeps_what_it_had() -> None:
-    settled = Precision("int8", overrides={"query": "fp32"}).settled([["a.query", "a.table"]], others=["table"])
-    assert settled.overrides == {"query": "fp32", "a.table": "fp32"} and settled.bits(["table"]) == 8
+    settled = Precision("int8", overrides={"query": "fp32"}).settled(
+        [["a.query", "a.table"]], others=["table"]
+    )
+    assert (
+        settled.overrides == {"query": "fp32", "a.table": "fp32"} and settled.bits(["table"]) == 8
+    )
 
 
 def test_without_packed_overrides_nothing_is_added() -> None:
@@ -46,6 +54,9 @@ def test_without_packed_overrides_nothing_is_added() -> None:
     assert stored.settled([*layers("q_proj", "k_proj"), ["lm_head"]], others=["embed"]) == stored
 
 
-@pytest.mark.parametrize(("text", "stops", "expected"), [("a.b;c", [";", "."], "a"), ("abc", [";"], "abc"), ("abc", (), "abc")])
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [("a.b;c", [";", "."], "a"), ("abc", [";"], "abc"), ("abc", (), "abc")],
+)
 def test_a_text_ends_at_the_first_stop_string(text: str, stops: list[str], expected: str) -> None:
     assert first_part(text, stops) == expected

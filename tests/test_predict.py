@@ -1,4 +1,6 @@
-"""`edgetune predict`: rows in, rows out; what is wrong with a row is one line and nothing is written."""
+"""`edgetune predict`: rows in, rows out; what is wrong with a row is one line and nothing is
+written.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_one_text_is_streamed(run: Run, tiny_decoder: Path) -> None:
     bundle = decoder_bundle(tiny_decoder)
-    code, out, _ = run("predict", bundle, "hello", "--adapter", "a", "--max-new-tokens", 6, "--threads", 2)
+    code, out, _ = run(
+        "predict", bundle, "hello", "--adapter", "a", "--max-new-tokens", 6, "--threads", 2
+    )
     with Runtime.open(bundle, threads=2) as runtime:
         assert (code, out) == (0, runtime.generate(["hello"], "a", max_new_tokens=6)[0].text + "\n")
 
@@ -56,12 +60,22 @@ def test_rows_keep_their_fields_and_order_and_choose_their_adapter(
     source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     bundle = decoder_bundle(tiny_decoder)
     code, _, _ = run(
-        "predict", bundle, "--input", source, "--output", output, "--adapter", "a", "--max-new-tokens", 5
+        "predict",
+        bundle,
+        "--input",
+        source,
+        "--output",
+        output,
+        "--adapter",
+        "a",
+        "--max-new-tokens",
+        5,
     )
     answered = read(output)
     assert code == 0
     assert [
-        {k: v for k, v in row.items() if k not in ("completion", "finish_reason")} for row in answered
+        {k: v for k, v in row.items() if k not in ("completion", "finish_reason")}
+        for row in answered
     ] == rows
     with Runtime.open(bundle) as runtime:
         prompts = [rows[0]["prompt"], "hello", "hello", "Ask: why?", "hello"]
@@ -69,11 +83,16 @@ def test_rows_keep_their_fields_and_order_and_choose_their_adapter(
     assert [row["completion"] for row in answered] == [c.text for c in expected]
 
 
-def test_a_base_that_embeds_because_nobody_chose_an_adapter_says_so(run: Run, tiny_encoder: Path, tmp_path: Path) -> None:
+def test_a_base_that_embeds_because_nobody_chose_an_adapter_says_so(
+    run: Run, tiny_encoder: Path, tmp_path: Path
+) -> None:
     bundle = encoder_bundle(tiny_encoder)
     _, out, err = run("predict", bundle, "lights")
     assert len(out.split()) == 64
-    assert err.splitlines()[-1] == "note: without --adapter this is the base model's embedding; adapters here: intent, mood"
+    assert (
+        err.splitlines()[-1]
+        == "note: without --adapter this is the base model's embedding; adapters here: intent, mood"
+    )
     source = write(tmp_path / "in.jsonl", [{"text": "lights"}, {"text": "card", "adapter": None}])
     _, _, err = run("predict", bundle, "--input", source, "--output", tmp_path / "out.jsonl")
     assert err.startswith("note: without --adapter 1 of 2 rows get the base model's embedding")
@@ -95,7 +114,9 @@ def test_texts_get_label_and_score(run: Run, tiny_encoder: Path, tmp_path: Path)
         "--adapter",
         "intent",
     )
-    answered = [json.loads(line) for line in gzip.decompress(output.read_bytes()).decode().splitlines()]
+    answered = [
+        json.loads(line) for line in gzip.decompress(output.read_bytes()).decode().splitlines()
+    ]
     assert code == 0
     assert answered[0]["label"] in ("lights", "card", "other")
     assert answered[1]["label"] in ("calm", "upset")
@@ -111,20 +132,43 @@ def test_one_text_is_classified(run: Run, tiny_encoder: Path) -> None:
 def test_a_peft_folder_can_be_the_adapter(run: Run, tiny_decoder: Path, tmp_path: Path) -> None:
     peft_adapter(tiny_decoder, tmp_path / "mine", seed=5)
     code, out, err = run(
-        "predict", decoder_bundle(tiny_decoder), "x", "--adapter", tmp_path / "mine", "--max-new-tokens", 3
+        "predict",
+        decoder_bundle(tiny_decoder),
+        "x",
+        "--adapter",
+        tmp_path / "mine",
+        "--max-new-tokens",
+        3,
     )
     assert (code, bool(out)) == (0, True)
     assert "note: no edgetune_adapter.json" in err
 
 
-def test_a_run_folder_is_told_where_its_adapter_is(run: Run, tiny_decoder: Path, tmp_path: Path) -> None:
+def test_a_run_folder_is_told_where_its_adapter_is(
+    run: Run, tiny_decoder: Path, tmp_path: Path
+) -> None:
     peft_adapter(tiny_decoder, tmp_path / "run" / "adapter", seed=5)
     code, _, err = run("predict", decoder_bundle(tiny_decoder), "x", "--adapter", tmp_path / "run")
-    assert (code, f"Give {tmp_path / 'run' / 'adapter'}, or another PEFT adapter folder" in err) == (2, True)
+    assert (
+        code,
+        f"Give {tmp_path / 'run' / 'adapter'}, or another PEFT adapter folder" in err,
+    ) == (2, True)
 
 
-def test_settings_of_generation_are_refused_where_nothing_is_generated(run: Run, tiny_encoder: Path) -> None:
-    code, out, err = run("predict", encoder_bundle(tiny_encoder), "lights", "--adapter", "mood", "--temperature", 1, "--stop", "x")
+def test_settings_of_generation_are_refused_where_nothing_is_generated(
+    run: Run, tiny_encoder: Path
+) -> None:
+    code, out, err = run(
+        "predict",
+        encoder_bundle(tiny_encoder),
+        "lights",
+        "--adapter",
+        "mood",
+        "--temperature",
+        1,
+        "--stop",
+        "x",
+    )
     assert (code, out) == (2, "")
     assert "--temperature, --stop say how a text is generated, and mood generates none" in err
 
@@ -134,18 +178,30 @@ BAD_ROWS: list[tuple[str, str]] = [
     ("[1]", "line 2: a row is a JSON object (expected an object, got list)"),
     (
         '{"other": 1}',
-        "line 2: the row has no `prompt` (expected prompt or messages or the columns question, got columns other)",
+        (
+            "line 2: the row has no `prompt` (expected prompt or messages or the columns question,"
+            " got columns other)"
+        ),
     ),
-    ('{"prompt": 3}', "line 2: `prompt` has a wrong value (expected a text that is not empty, got 3)"),
+    (
+        '{"prompt": 3}',
+        "line 2: `prompt` has a wrong value (expected a text that is not empty, got 3)",
+    ),
     ('{"prompt": ""}', "line 2: `prompt` has a wrong value"),
     ('{"messages": "hi"}', "line 2: `messages` is no conversation"),
     ('{"prompt": "x", "adapter": "zz"}', "line 2: unknown adapter 'zz' (expected a, b, got zz)"),
-    ('{"prompt": "x", "adapter": 3}', "line 2: `adapter` has a wrong type (expected a name, got 3)"),
+    (
+        '{"prompt": "x", "adapter": 3}',
+        "line 2: `adapter` has a wrong type (expected a name, got 3)",
+    ),
     (
         json.dumps({"prompt": "~" * 400}),
         "line 2: the prompt is longer than the context (expected at most 255 tokens",
     ),
-    ('{"question": null}', "line 2: the adapter's prompt 'Ask: {{ question }}': a column it uses is null"),
+    (
+        '{"question": null}',
+        "line 2: the adapter's prompt 'Ask: {{ question }}': a column it uses is null",
+    ),
 ]
 
 
@@ -156,7 +212,14 @@ def test_a_bad_row_is_one_line_and_nothing_is_written(
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "fine"}\n' + row + "\n")
     code, _, err = run(
-        "predict", decoder_bundle(tiny_decoder), "--input", source, "--output", output, "--adapter", "a"
+        "predict",
+        decoder_bundle(tiny_decoder),
+        "--input",
+        source,
+        "--output",
+        output,
+        "--adapter",
+        "a",
     )
     assert code == 2
     assert f"{source}, {message}" in err
@@ -175,7 +238,12 @@ def test_a_missing_or_empty_file_is_one_line(
     if content is not None:
         source.write_text(content)
     code, _, err = run(
-        "predict", decoder_bundle(tiny_decoder), "--input", source, "--output", tmp_path / "out.jsonl"
+        "predict",
+        decoder_bundle(tiny_decoder),
+        "--input",
+        source,
+        "--output",
+        tmp_path / "out.jsonl",
     )
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"{source}: {message}" in err
@@ -187,7 +255,14 @@ def test_an_output_place_that_cannot_be_written_is_one_line(
     source = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
     output = source / "out.jsonl"
     code, _, err = run(
-        "predict", decoder_bundle(tiny_decoder), "--input", source, "--output", output, "--max-new-tokens", 2
+        "predict",
+        decoder_bundle(tiny_decoder),
+        "--input",
+        source,
+        "--output",
+        output,
+        "--max-new-tokens",
+        2,
     )
     assert (code, len(err.splitlines())) == (2, 1)
     assert "a part of the path is a file" in err

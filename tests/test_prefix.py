@@ -1,4 +1,6 @@
-"""Known beginnings are found by adapter and tokens; the ends of what was not asked for the longest go first."""
+"""Known beginnings are found by adapter and tokens; the ends of what was not asked for the longest
+go first.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_the_longest_known_beginning_is_copied() -> None:
     prefixes.store(0, "a", tokens(3 * BLOCK + 5))
     assert prefixes.restore(1, "a", [*tokens(2 * BLOCK), 999, *tokens(BLOCK)]) == 2 * BLOCK
     copied = prefixes.arena.memory[:, 1]
-    np.testing.assert_array_equal(copied[:, :, : 2 * BLOCK], prefixes.arena.memory[:, 0, :, : 2 * BLOCK])
+    np.testing.assert_array_equal(
+        copied[:, :, : 2 * BLOCK], prefixes.arena.memory[:, 0, :, : 2 * BLOCK]
+    )
     assert not copied[:, :, 2 * BLOCK :].any()
     assert prefixes.hit_tokens == 2 * BLOCK
 
@@ -74,7 +78,9 @@ def test_no_pool_keeps_nothing() -> None:
 
 
 def test_memory_is_divided_between_rows_and_prefixes() -> None:
-    plan = plan_cache(GRAPH, rows=4, cache_mb=0.128 * 4 / 3)  # a token: 4 sides of 2 heads of 4 floats, 128 bytes
+    plan = plan_cache(
+        GRAPH, rows=4, cache_mb=0.128 * 4 / 3
+    )  # a token: 4 sides of 2 heads of 4 floats, 128 bytes
     assert plan.tokens == 1000
     assert plan.prefix_blocks == 10
     assert plan_cache(GRAPH, rows=4, cache_mb=1000).tokens == 4 * 512
@@ -82,5 +88,7 @@ def test_memory_is_divided_between_rows_and_prefixes() -> None:
 
 
 def test_too_little_memory_names_the_least() -> None:
-    with pytest.raises(InputError, match=r"cache_mb is too small \(expected at least 0\.0109, got 0\.001\)"):
+    with pytest.raises(
+        InputError, match=r"cache_mb is too small \(expected at least 0\.0109, got 0\.001\)"
+    ):
         plan_cache(GRAPH, rows=4, cache_mb=0.001)

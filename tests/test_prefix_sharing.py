@@ -1,4 +1,6 @@
-"""Rows that begin alike: each distinct token goes through the layers once, and loss and gradients stay the padded batch's."""
+"""Rows that begin alike: each distinct token goes through the layers once, and loss and gradients
+stay the padded batch's.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from edgetune.training.fast.shared_prefix import (
 )
 
 WINDOW = 6  # of the tiny families that have one
-PADDED = ("gemma2", "opt")  # eager attention because of its soft-cap; positions that come out of a mask
+# eager attention because of its soft-cap; positions that come out of a mask
+PADDED = ("gemma2", "opt")
 
 
 def rows_of(rows: list[list[int]], *, labels_from: int = 0) -> Batch:
@@ -38,7 +41,14 @@ def rows_of(rows: list[list[int]], *, labels_from: int = 0) -> Batch:
     ids = torch.tensor([row + [2] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     labels = ids.masked_fill((mask == 0) | (torch.arange(longest) < labels_from), IGNORE)
-    return Batch(ids, mask, labels, rows=tuple(range(len(rows))), tokens=int(mask.sum()), targets=int((labels[:, 1:] != IGNORE).sum()))
+    return Batch(
+        ids,
+        mask,
+        labels,
+        rows=tuple(range(len(rows))),
+        tokens=int(mask.sum()),
+        targets=int((labels[:, 1:] != IGNORE).sum()),
+    )
 
 
 def alike(vocabulary: int, *, prompt: int, answers: tuple[int, ...], seed: int = 0) -> Batch:
@@ -54,7 +64,9 @@ def tokens_computed(model: Any, run: Any) -> list[int]:
     """The tokens that each call of the embedding saw while `run` ran."""
     seen: list[int] = []
     embedding = unwrapped(model).get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].numel()))
+    hook = embedding.register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].numel())
+    )
     try:
         run()
     finally:
@@ -65,11 +77,22 @@ def tokens_computed(model: Any, run: Any) -> list[int]:
 def test_every_distinct_beginning_stands_once() -> None:
     batch = rows_of([[7, 8, 9], [7, 8, 5, 6], [3], [7, 8, 9], [7, 8, 9, 4]])
     shared = shared_prefixes(batch.input_ids, batch.attention_mask.sum(1))
-    assert sorted(zip(shared.position_ids[0].tolist(), shared.input_ids[0].tolist(), strict=True)) == [
-        (0, 3), (0, 7), (1, 8), (2, 5), (2, 9), (3, 4), (3, 6),
-    ]  # fmt: skip
+    assert sorted(
+        zip(shared.position_ids[0].tolist(), shared.input_ids[0].tolist(), strict=True)
+    ) == [
+        (0, 3),
+        (0, 7),
+        (1, 8),
+        (2, 5),
+        (2, 9),
+        (3, 4),
+        (3, 6),
+    ]
     real = batch.attention_mask.bool()
-    assert torch.equal(shared.spread(shared.input_ids[0][:, None].float())[real][:, 0].long(), batch.input_ids[real])
+    assert torch.equal(
+        shared.spread(shared.input_ids[0][:, None].float())[real][:, 0].long(),
+        batch.input_ids[real],
+    )
     assert torch.equal(shared.gathered(batch.input_ids[..., None])[:, 0], shared.input_ids[0])
 
 
@@ -83,7 +106,9 @@ def test_gradients_of_a_shared_token_add_up() -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_loss_and_gradients_are_those_of_the_padded_rows(name: str, tiny_decoder: Path, tmp_path: Path) -> None:
+def test_loss_and_gradients_are_those_of_the_padded_rows(
+    name: str, tiny_decoder: Path, tmp_path: Path
+) -> None:
     model = with_adapter(body(name, tiny_decoder, tmp_path / "base"), "text-generation")
     batch = alike(model.config.vocab_size, prompt=3, answers=(3, 2, 1, 3))
     assert batch.input_ids.shape[1] == WINDOW
@@ -97,9 +122,13 @@ def test_loss_and_gradients_are_those_of_the_padded_rows(name: str, tiny_decoder
     run()  # whether a model can share is found out once
     computed = tokens_computed(model, run)
     shared = max(computed) < batch.tokens - 6
-    assert shared == (unwrapped(model).config.model_type not in PADDED), f"{computed} of {batch.tokens} tokens computed"
+    assert shared == (unwrapped(model).config.model_type not in PADDED), (
+        f"{computed} of {batch.tokens} tokens computed"
+    )
     for loss, gradients in losses:
-        assert loss == pytest.approx(expected_loss, abs=1e-5) and gradients.keys() == expected.keys()
+        assert (
+            loss == pytest.approx(expected_loss, abs=1e-5) and gradients.keys() == expected.keys()
+        )
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[parameter], atol=2e-5, rtol=1e-4)
 
@@ -162,13 +191,17 @@ def test_an_encoder_never_shares(name: str, tiny_encoder: Path, tmp_path: Path) 
 
 
 def shares(model: Any, batch: Batch) -> bool:
-    """Whether fewer tokens than the batch's padded ones go through the layers; the logits must be those without."""
+    """Whether fewer tokens than the batch's padded ones go through the layers; the logits must be
+    those without.
+    """
     model.eval()
     with torch.no_grad():
         expected = model(input_ids=batch.input_ids, use_cache=False).logits
         got: list[Tensor] = []
         with computing(model, batch, "fp32"):
-            computed = tokens_computed(model, lambda: got.append(model(input_ids=batch.input_ids, use_cache=False).logits))
+            computed = tokens_computed(
+                model, lambda: got.append(model(input_ids=batch.input_ids, use_cache=False).logits)
+            )
     real = batch.attention_mask.bool()
     torch.testing.assert_close(got[0][real], expected[real], atol=2e-5, rtol=1e-4)
     return computed[-1] < batch.input_ids.numel()
@@ -185,19 +218,30 @@ def test_rows_beyond_a_window_stay_padded(tiny_decoder: Path, tmp_path: Path) ->
 def test_rows_unlike_each_other_stay_padded(tiny_decoder: Path, tmp_path: Path) -> None:
     model = body("llama", tiny_decoder, tmp_path / "base")
     assert shares(model, rows_of([[5, 6, 7, 8], [5, 6, 7, 9]]))
-    assert not shares(model, rows_of([[5, *range(6, 17)], [5, *range(26, 37)]])), "one token of 24 is not worth it"
+    assert not shares(model, rows_of([[5, *range(6, 17)], [5, *range(26, 37)]])), (
+        "one token of 24 is not worth it"
+    )
 
 
-def test_a_model_that_gives_something_else_stays_padded(tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, other = body("llama", tiny_decoder, tmp_path / "base"), body("llama", tiny_decoder, tmp_path / "other")
+def test_a_model_that_gives_something_else_stays_padded(
+    tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = (
+        body("llama", tiny_decoder, tmp_path / "base"),
+        body("llama", tiny_decoder, tmp_path / "other"),
+    )
     batch = alike(model.config.vocab_size, prompt=20, answers=(3, 2))
     with monkeypatch.context() as patch:
-        patch.setattr(SharedPrefixes, "gathered", lambda _self, x: x.flatten(0, 1)[: x.shape[1]])  # attention gone wrong
+        patch.setattr(
+            SharedPrefixes, "gathered", lambda _self, x: x.flatten(0, 1)[: x.shape[1]]
+        )  # attention gone wrong
         assert not shares(model, batch)
     assert shares(other, batch)
 
 
-def test_attention_of_another_kind_knows_nothing_of_the_rows(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_attention_of_another_kind_knows_nothing_of_the_rows(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     model = body("llama", tiny_decoder, tmp_path / "base")
     batch = alike(model.config.vocab_size, prompt=20, answers=(3, 2))
     assert worth_sharing(model, batch) is None  # outside `fused_ops`
@@ -213,7 +257,9 @@ def test_a_pass_over_other_rows_inside_is_left_alone(tiny_decoder: Path, tmp_pat
     with torch.no_grad():
         expected = model(input_ids=other, use_cache=False).logits
         with computing(model, batch, "fp32"):
-            torch.testing.assert_close(model(input_ids=other, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                model(input_ids=other, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4
+            )
 
 
 def test_an_error_inside_leaves_nothing_behind(tiny_decoder: Path, tmp_path: Path) -> None:

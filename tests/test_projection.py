@@ -1,4 +1,6 @@
-"""The loss in pieces against cross entropy of all logits: value, gradients, and when it must not be used."""
+"""The loss in pieces against cross entropy of all logits: value, gradients, and when it must not be
+used.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,33 @@ def gradients_of(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_function_passes_torchs_gradient_check(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+def test_the_function_passes_torchs_gradient_check(
+    monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
     monkeypatch.setattr(projection, "ROWS_AT_ONCE", 3)  # 7 rows: the last piece is smaller
     torch.manual_seed(0)
-    hidden, weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randn(11, 5, dtype=torch.float64)
-    offset, targets = torch.randn(11, dtype=torch.float64) if bias else None, torch.randint(0, 11, (7,))
+    hidden, weight = (
+        torch.randn(7, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(11, 5, dtype=torch.float64),
+    )
+    offset, targets = (
+        torch.randn(11, dtype=torch.float64) if bias else None,
+        torch.randint(0, 11, (7,)),
+    )
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
         return ProjectedCrossEntropy.apply(hidden, weight, offset, targets)
 
-    torch.testing.assert_close(loss(hidden).double(), F.cross_entropy(F.linear(hidden, weight, offset), targets), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        loss(hidden).double(),
+        F.cross_entropy(F.linear(hidden, weight, offset), targets),
+        atol=1e-6,
+        rtol=1e-6,
+    )
     (ours,) = torch.autograd.grad(loss(hidden), hidden)
-    (theirs,) = torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight, offset), targets), hidden)
+    (theirs,) = torch.autograd.grad(
+        F.cross_entropy(F.linear(hidden, weight, offset), targets), hidden
+    )
     torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-6)
 
 
@@ -59,7 +76,9 @@ def test_in_bf16_the_loss_is_autocasts(tiny_decoder: Path, tmp_path: Path) -> No
     model, batch = adapted_decoder(tiny_decoder, tmp_path)
     with autocast("bf16"):
         logits, targets = completion_logits(model, batch)
-        assert sft(model, batch)[0].item() == pytest.approx(F.cross_entropy(logits, targets).item(), abs=1e-4)
+        assert sft(model, batch)[0].item() == pytest.approx(
+            F.cross_entropy(logits, targets).item(), abs=1e-4
+        )
 
 
 def test_the_projection_works_as_before_afterwards(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -74,7 +93,9 @@ def test_a_projection_that_learns_is_left_alone(tiny_decoder: Path, tmp_path: Pa
     assert not can_fuse(model)  # all weights learn
 
 
-def test_logits_that_are_more_than_the_projection_are_left_alone(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_logits_that_are_more_than_the_projection_are_left_alone(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     model, batch = adapted_decoder(tiny_decoder, tmp_path)
     body = model.get_base_model()
     forward = body.forward

@@ -21,16 +21,29 @@ def data(**values: Any) -> Data:
 
 
 def test_columns_by_convention_become_explicit_templates() -> None:
-    form = prompt_format(data(), method="sft", chat_template=None, columns={"prompt": "", "completion": ""})
-    assert (form.template, form.prompt, form.completion) == ("plain", "{{ prompt }}", "{{ completion }}")
-    form = prompt_format(data(label="intent"), method="sequence-classification", chat_template=None, columns={})
+    form = prompt_format(
+        data(), method="sft", chat_template=None, columns={"prompt": "", "completion": ""}
+    )
+    assert (form.template, form.prompt, form.completion) == (
+        "plain",
+        "{{ prompt }}",
+        "{{ completion }}",
+    )
+    form = prompt_format(
+        data(label="intent"), method="sequence-classification", chat_template=None, columns={}
+    )
     assert (form.text, form.label) == ("{{ text }}", "{{ intent }}")
 
 
 def test_auto_uses_the_chat_template_when_there_is_one() -> None:
     columns = {"prompt": "", "completion": ""}
-    assert prompt_format(data(), method="sft", chat_template="{{ x }}", columns=columns).template == "chat"
-    plain = prompt_format(data(template="plain"), method="sft", chat_template="{{ x }}", columns=columns)
+    assert (
+        prompt_format(data(), method="sft", chat_template="{{ x }}", columns=columns).template
+        == "chat"
+    )
+    plain = prompt_format(
+        data(template="plain"), method="sft", chat_template="{{ x }}", columns=columns
+    )
     assert plain.template == "plain"
 
 
@@ -40,7 +53,10 @@ def test_auto_uses_the_chat_template_when_there_is_one() -> None:
         ({"template": "chat"}, "tokenizer has no chat template"),
         ({"system": "Be brief."}, "data.system needs a chat template"),
         ({"prompt": "{{ mr"}, r"data.prompt is not a valid Jinja template"),
-        ({"prompt": "Answer this:"}, r"data.prompt uses no column of the row .*Write \{\{ column \}\}"),
+        (
+            {"prompt": "Answer this:"},
+            r"data.prompt uses no column of the row .*Write \{\{ column \}\}",
+        ),
     ],
 )
 def test_a_format_that_cannot_work_is_refused(values: dict[str, Any], message: str) -> None:
@@ -57,10 +73,26 @@ def test_a_template_is_filled_from_the_row() -> None:
 @pytest.mark.parametrize(
     ("template", "row", "message"),
     [
-        ("{{ mr }}", {"ref": 1}, r'line 3: there is no column "mr" \(expected for the prompt, .*got the columns ref\)'),
-        ("x {{ mr.name }}", {"mr": {}}, r"data.prompt cannot be rendered: .*has no attribute 'name'"),
-        ("{{ mr }}", {"mr": 5}, r'the column "mr" has the wrong type \(expected a string, got int 5\)'),
-        ("{{ mr }}", {"mr": None}, r'the column "mr" has the wrong type \(expected a string, got null\)'),
+        (
+            "{{ mr }}",
+            {"ref": 1},
+            r'line 3: there is no column "mr" \(expected for the prompt, .*got the columns ref\)',
+        ),
+        (
+            "x {{ mr.name }}",
+            {"mr": {}},
+            r"data.prompt cannot be rendered: .*has no attribute 'name'",
+        ),
+        (
+            "{{ mr }}",
+            {"mr": 5},
+            r'the column "mr" has the wrong type \(expected a string, got int 5\)',
+        ),
+        (
+            "{{ mr }}",
+            {"mr": None},
+            r'the column "mr" has the wrong type \(expected a string, got null\)',
+        ),
         ("x {{ mr }}", {"mr": None}, r"a column it uses is null"),
         ("x {{ mr }}", {"mr": [1]}, r"write \{\{ column \| tojson \}\}"),
         ("{{ mr }}", {"mr": " \n"}, r"the prompt is empty"),
@@ -84,7 +116,9 @@ def test_system_none_leaves_the_default_and_empty_replaces_it(tiny_decoder: Path
     tokenizer = load_tokenizer(resolve_base(str(tiny_decoder)))
     default = chat_text(tokenizer, chat_messages("hi", system=None))
     empty = chat_text(tokenizer, chat_messages("hi", system=""))
-    assert default.startswith("<|im_start|>system\nYou are a tiny model.<|im_end|>\n<|im_start|>user\nhi")
+    assert default.startswith(
+        "<|im_start|>system\nYou are a tiny model.<|im_end|>\n<|im_start|>user\nhi"
+    )
     assert empty.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nhi")
     assert empty.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
@@ -101,9 +135,18 @@ def test_messages_are_split_before_the_last_answer() -> None:
     [
         (None, 'the column "messages" cannot be used'),
         ([{"role": "user", "content": "a"}], 'the column "messages" cannot be used'),
-        ([{"role": "user", "content": "a"}, {"role": "assistant"}], r"messages\[1\] cannot be used"),
-        ([{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}], r"messages\[0\] cannot be used"),
-        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "the last message is no answer"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant"}],
+            r"messages\[1\] cannot be used",
+        ),
+        (
+            [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}],
+            r"messages\[0\] cannot be used",
+        ),
+        (
+            [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+            "the last message is no answer",
+        ),
     ],
 )
 def test_messages_that_cannot_be_used_are_named(messages: Any, message: str) -> None:

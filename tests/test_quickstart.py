@@ -23,7 +23,11 @@ from edgetune.quickstart.page import render_page
 from edgetune.quickstart.plan import Plan, Task, data_file, embedded_plan
 from edgetune.quickstart.run import run_quickstart
 
-COLUMNS = {"home": {"request", "action"}, "support": {"text", "label"}, "urgency": {"text", "label"}}
+COLUMNS = {
+    "home": {"request", "action"},
+    "support": {"text", "label"},
+    "urgency": {"text", "label"},
+}
 KEYS = ["action", "device", "room", "value"]
 
 
@@ -31,13 +35,17 @@ KEYS = ["action", "device", "room", "value"]
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_every_row_has_the_columns_as_filled_strings(name: str, part: str) -> None:
     for row in rows_of(name, part):
-        assert set(row) == COLUMNS[name] and all(isinstance(value, str) and value.strip() for value in row.values())
+        assert set(row) == COLUMNS[name] and all(
+            isinstance(value, str) and value.strip() for value in row.values()
+        )
 
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_no_text_is_in_train_and_test_nor_twice(name: str) -> None:
     column = "request" if name == "home" else "text"
-    train, test = ([plain(row[column]) for row in rows_of(name, part)] for part in ("train", "test"))
+    train, test = (
+        [plain(row[column]) for row in rows_of(name, part)] for part in ("train", "test")
+    )
     assert not set(train) & set(test)
     assert len(set(train)) == len(train) and len(set(test)) == len(test)
 
@@ -47,7 +55,9 @@ def test_labels_are_balanced_and_the_same_in_both_files(name: str) -> None:
     for part in ("train", "test"):
         labels = [row["label"] for row in rows_of(name, part)]
         assert len({labels.count(label) for label in labels}) == 1
-    assert {row["label"] for row in rows_of(name, "train")} == {row["label"] for row in rows_of(name, "test")}
+    assert {row["label"] for row in rows_of(name, "train")} == {
+        row["label"] for row in rows_of(name, "test")
+    }
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -56,29 +66,51 @@ def test_actions_are_flat_json_with_keys_in_order(part: str) -> None:
         action = json.loads(row["action"])
         assert json.dumps(action) == row["action"]
         assert list(action) == [key for key in KEYS if key in action] and "action" in action
-        assert all(isinstance(value, int if key == "value" and action["action"] != "play" else str) for key, value in action.items())
+        assert all(
+            isinstance(value, int if key == "value" and action["action"] != "play" else str)
+            for key, value in action.items()
+        )
 
 
 def test_the_calls_are_in_no_data_file() -> None:
     for task in embedded_plan().tasks:
-        known = {plain(next(iter(row.values()))) for part in ("train", "test") for row in rows_of(task.name, part)}
+        known = {
+            plain(next(iter(row.values())))
+            for part in ("train", "test")
+            for row in rows_of(task.name, part)
+        }
         assert not known & {plain(call) for call in task.calls}
 
 
 def test_the_recipes_read_the_installed_data() -> None:
     for task in embedded_plan().tasks:
         data = task.recipe.stage[0].data
-        assert Path(data.train) == data_file(f"{task.name}_train.jsonl") and Path(data.validation or "") == task.test
+        assert (
+            Path(data.train) == data_file(f"{task.name}_train.jsonl")
+            and Path(data.validation or "") == task.test
+        )
 
 
 @pytest.fixture(scope="module")
 def plan(tiny_decoder: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """The embedded plan on tiny bases, a few steps and rows; fp32, because random weights do not survive rounding."""
-    limits = ["stage.0.max_steps=4", "stage.0.data.limit=48", "stage.0.learning_rate=1e-2", "threads=1"]
-    plan = embedded_plan(decoder=str(tiny_decoder), encoder=str(tiny_encoder), overrides=[*limits, "stage.0.precision=fp32"])
+    """The embedded plan on tiny bases, a few steps and rows; fp32, because random weights do not
+    survive rounding.
+    """
+    limits = [
+        "stage.0.max_steps=4",
+        "stage.0.data.limit=48",
+        "stage.0.learning_rate=1e-2",
+        "threads=1",
+    ]
+    plan = embedded_plan(
+        decoder=str(tiny_decoder),
+        encoder=str(tiny_encoder),
+        overrides=[*limits, "stage.0.precision=fp32"],
+    )
     folder = tmp_path_factory.mktemp("quickstart-data")
     shipments = tuple(
-        replace(s, precision="fp32", tasks=tuple(shortened(task, folder) for task in s.tasks)) for s in plan.shipments
+        replace(s, precision="fp32", tasks=tuple(shortened(task, folder) for task in s.tasks))
+        for s in plan.shipments
     )
     return replace(plan, shipments=shipments, requests=3, prompt_tokens=16, new_tokens=4)
 
@@ -94,10 +126,18 @@ def outcome(plan: Plan, out: Path) -> Outcome:
 
 
 def test_the_road_leads_to_runs_bundles_results_and_a_report(outcome: Outcome, out: Path) -> None:
-    assert {path.name for path in out.iterdir()} == {"runs", "bundles", "results.json", "report.html"}
+    assert {path.name for path in out.iterdir()} == {
+        "runs",
+        "bundles",
+        "results.json",
+        "report.html",
+    }
     assert {path.name for path in (out / "runs").iterdir()} == {"home", "support", "urgency"}
     assert {path.name for path in (out / "bundles").iterdir()} == {"smollm2", "minilm"}
-    assert json.loads((out / "results.json").read_text())["shipments"][1]["adapters"][0]["name"] == "support"
+    assert (
+        json.loads((out / "results.json").read_text())["shipments"][1]["adapters"][0]["name"]
+        == "support"
+    )
 
 
 def test_every_adapter_is_proved_measured_and_called(outcome: Outcome) -> None:
@@ -117,7 +157,9 @@ def test_the_table_has_a_row_for_each_adapter(outcome: Outcome) -> None:
 
 def test_the_page_is_self_contained_and_shows_every_adapter(outcome: Outcome) -> None:
     page = render_page(outcome)
-    assert not re.search(r"(?:src|href)=|@import|url\(", page) and "prefers-color-scheme: dark" in page
+    assert (
+        not re.search(r"(?:src|href)=|@import|url\(", page) and "prefers-color-scheme: dark" in page
+    )
     for adapter in outcome.shipments[1].adapters:
         assert f"{adapter.name}: loss" in page and percent(adapter.bundle_score) in page
 
@@ -156,7 +198,9 @@ def test_the_shared_prefix_changes_no_answer(plan: Plan, outcome: Outcome, out: 
 @pytest.mark.slow
 def test_the_real_road_keeps_what_the_readme_says(tmp_path: Path) -> None:
     outcome = run_quickstart(embedded_plan(), tmp_path / "out", stream=io.StringIO())
-    home, support, urgency = [adapter for shipment in outcome.shipments for adapter in shipment.adapters]
+    home, support, urgency = [
+        adapter for shipment in outcome.shipments for adapter in shipment.adapters
+    ]
     assert home.bundle_score >= 0.8 > 0.4 > home.base_score
     assert support.bundle_score > support.base_score and urgency.bundle_score > urgency.base_score
     assert outcome.peak_rss_mb < 4000
@@ -173,7 +217,10 @@ def plain(text: str) -> str:
 def shortened(task: Task, folder: Path) -> Task:
     """The task measured on the first six held-out rows, with one short example for the base."""
     test = folder / f"{task.name}.jsonl"
-    test.write_text("".join(task.test.read_text(encoding="utf-8").splitlines(keepends=True)[:6]), encoding="utf-8")
+    test.write_text(
+        "".join(task.test.read_text(encoding="utf-8").splitlines(keepends=True)[:6]),
+        encoding="utf-8",
+    )
     stage = task.recipe.stage[0]
     stage = replace(stage, data=replace(stage.data, validation=str(test)))
     return replace(task, test=test, recipe=replace(task.recipe, stage=(stage,)), shots=1)
@@ -182,10 +229,15 @@ def shortened(task: Task, folder: Path) -> Task:
 @torch.no_grad()
 def slow_answer(base: FewShotBase, question: str) -> str:
     """Without cache, batch and padding: one forward pass over the whole text for each token."""
-    ids = [*base.prefix, *base.tokenizer(base.SHOT.format(question), add_special_tokens=False)["input_ids"]]
+    ids = [
+        *base.prefix,
+        *base.tokenizer(base.SHOT.format(question), add_special_tokens=False)["input_ids"],
+    ]
     start = len(ids)
     with adapter_off(base.model):
-        while len(ids) - start < base.max_new_tokens and (len(ids) == start or ids[-1] not in base.ends):
+        while len(ids) - start < base.max_new_tokens and (
+            len(ids) == start or ids[-1] not in base.ends
+        ):
             ids.append(int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     text: str = base.tokenizer.decode(ids[start:], skip_special_tokens=True)
     return text.strip().split("\n", 1)[0]

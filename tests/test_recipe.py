@@ -20,7 +20,11 @@ rank = 4
 rank_pattern = {"q_proj" = 2}
 [[stage]]
 method = "sft"
-data = { train = "train.jsonl", validation = "dev.jsonl.gz", prompt = "{{ mr }}\\n", completion = "ref", system = "" }
+data.train = "train.jsonl"
+data.validation = "dev.jsonl.gz"
+data.prompt = "{{ mr }}\\n"
+data.completion = "ref"
+data.system = ""
 learning_rate = 1
 [[stage]]
 method = "sft"
@@ -57,7 +61,12 @@ def test_toml_with_every_default_reads_back_equal(recipe_file: Path, tmp_path: P
 
 def test_toml_names_every_setting(recipe_file: Path) -> None:
     text = to_toml(load_recipe(recipe_file))
-    for name in ("dropout = 0.0", "warmup_ratio = 0.05", "skip_invalid = false", "# threads is not set"):
+    for name in (
+        "dropout = 0.0",
+        "warmup_ratio = 0.05",
+        "skip_invalid = false",
+        "# threads is not set",
+    ):
         assert name in text
 
 
@@ -75,13 +84,20 @@ def test_data_paths_are_relative_to_the_recipe(recipe_file: Path) -> None:
 
 def test_variables_in_paths_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_DATA", "/somewhere")
-    recipe = recipe_from_dict(stage(data={"train": "$SOME_DATA/a.jsonl", "validation": "${SOME_DATA}/b.csv"}))
-    assert (recipe.stage[0].data.train, recipe.stage[0].data.validation) == ("/somewhere/a.jsonl", "/somewhere/b.csv")
+    recipe = recipe_from_dict(
+        stage(data={"train": "$SOME_DATA/a.jsonl", "validation": "${SOME_DATA}/b.csv"})
+    )
+    assert (recipe.stage[0].data.train, recipe.stage[0].data.validation) == (
+        "/somewhere/a.jsonl",
+        "/somewhere/b.csv",
+    )
 
 
 def test_an_unset_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOME_DATA", raising=False)
-    with pytest.raises(RecipeError, match=r"stage\.0\.data\.train uses \$SOME_DATA, which is not set"):
+    with pytest.raises(
+        RecipeError, match=r"stage\.0\.data\.train uses \$SOME_DATA, which is not set"
+    ):
         recipe_from_dict(stage(data={"train": "$SOME_DATA/a.jsonl"}))
 
 
@@ -93,15 +109,26 @@ def test_a_hub_data_set_stays_as_it_is() -> None:
 def test_a_local_base_is_relative_to_the_recipe(recipe_file: Path) -> None:
     (recipe_file.parent / "model").mkdir()
     assert load_recipe(recipe_file, ["base=model"]).base == str(recipe_file.parent / "model")
-    assert load_recipe(recipe_file, ["base=model#a.gguf"]).base == str(recipe_file.parent / "model#a.gguf")
+    assert load_recipe(recipe_file, ["base=model#a.gguf"]).base == str(
+        recipe_file.parent / "model#a.gguf"
+    )
 
 
 def test_set_changes_one_value(recipe_file: Path) -> None:
-    recipe = load_recipe(recipe_file, ["stage.0.epochs=2", "parameters.rank=16", "base=builtin:minilm-l6"])
-    assert (recipe.stage[0].epochs, recipe.parameters.rank, recipe.base) == (2.0, 16, "builtin:minilm-l6")
+    recipe = load_recipe(
+        recipe_file, ["stage.0.epochs=2", "parameters.rank=16", "base=builtin:minilm-l6"]
+    )
+    assert (recipe.stage[0].epochs, recipe.parameters.rank, recipe.base) == (
+        2.0,
+        16,
+        "builtin:minilm-l6",
+    )
     unchanged = load_recipe(recipe_file)
     assert recipe.stage[1] == unchanged.stage[1]
-    assert replace(recipe, base=unchanged.base, parameters=unchanged.parameters, stage=unchanged.stage) == unchanged
+    assert (
+        replace(recipe, base=unchanged.base, parameters=unchanged.parameters, stage=unchanged.stage)
+        == unchanged
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,13 +138,22 @@ def test_set_changes_one_value(recipe_file: Path) -> None:
         ("stage.epochs=2", r'"epochs" is not a setting'),
         ("epochs", r"not a setting \(expected KEY=VALUE"),
         ("parameters.ranc=4", r'unknown key "parameters.ranc".*Did you mean "rank"\?'),
-        ("parameters.rank=four", r'parameters.rank has a wrong value \(expected an integer, got "four"\)'),
+        (
+            "parameters.rank=four",
+            r'parameters.rank has a wrong value \(expected an integer, got "four"\)',
+        ),
         ("parameters.rank=true", r"expected an integer, got true"),
         ("parameters.rank=0", r"out of range \(expected at least 1, got 0\)"),
         ("parameters.rank_pattern={q=0}", r"out of range \(expected at least 1"),
         ("parameters.dropout=1.0", r"expected at least 0 and less than 1"),
         ("stage.0.learning_rate=nan", r"expected a number"),
-        ("stage.0.method=dpo", r"stage.0.data.completion has no meaning for dpo \(expected of these, prompt, chosen, rej"),
+        (
+            "stage.0.method=dpo",
+            (
+                r"stage.0.data.completion has no meaning for dpo \(expected of these, prompt,"
+                r" chosen, rej"
+            ),
+        ),
         ("stage.0.method=stf", r'Did you mean "sft"\?'),
         ("parameters.train=full", r'parameters.rank has no meaning with train = "full"'),
         ("parameters.target_modules=[1]", r"expected a string or a list of strings"),
@@ -126,7 +162,9 @@ def test_set_changes_one_value(recipe_file: Path) -> None:
         ("base.name=x", r'"base" has no settings inside'),
     ],
 )
-def test_a_wrong_setting_gives_one_clear_line(recipe_file: Path, override: str, message: str) -> None:
+def test_a_wrong_setting_gives_one_clear_line(
+    recipe_file: Path, override: str, message: str
+) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(recipe_file, [override])
     assert "\n" not in str(caught.value)

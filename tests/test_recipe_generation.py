@@ -25,7 +25,9 @@ def recipe(folder: Path, *, method: str = "sft", **generation: Any) -> Recipe:
 
 
 def test_what_is_set_goes_with_the_adapter(tmp_path: Path) -> None:
-    found = generation_defaults(recipe(tmp_path, schema="schema.json", temperature=0.5, stop=["\n"]), 40)
+    found = generation_defaults(
+        recipe(tmp_path, schema="schema.json", temperature=0.5, stop=["\n"]), 40
+    )
     assert found == {"max_new_tokens": 40, "schema": SCHEMA, "temperature": 0.5, "stop": ["\n"]}
     found = generation_defaults(recipe(tmp_path, grammar="yes.lark", max_new_tokens=3), 40)
     assert found == {"max_new_tokens": 3, "grammar": 'start: "yes"'}
@@ -33,7 +35,9 @@ def test_what_is_set_goes_with_the_adapter(tmp_path: Path) -> None:
 
 def test_without_the_section_only_the_length_is_recorded(tmp_path: Path) -> None:
     stage = [{"method": "sft", "data": {"train": "rows.jsonl"}}]
-    assert generation_defaults(recipe_from_dict({"base": "b", "stage": stage}, folder=tmp_path), 40) == {"max_new_tokens": 40}
+    assert generation_defaults(
+        recipe_from_dict({"base": "b", "stage": stage}, folder=tmp_path), 40
+    ) == {"max_new_tokens": 40}
 
 
 def test_the_written_recipe_reads_back_from_anywhere(tmp_path: Path) -> None:
@@ -47,14 +51,25 @@ def test_the_written_recipe_reads_back_from_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("generation", "message"),
     [
-        ({"schema": "missing.json"}, r"generation\.schema cannot be read.*expected a JSON schema file"),
+        (
+            {"schema": "missing.json"},
+            r"generation\.schema cannot be read.*expected a JSON schema file",
+        ),
         ({"schema": "yes.lark"}, r"generation\.schema cannot be read"),
         ({"schema": "list.json"}, "generation.schema is no JSON object"),
-        ({"schema": "schema.json", "regex": "a"}, r"an answer has one form \(expected one of schema, regex, grammar"),
-        ({"method": "sequence-classification"}, r"\[generation\] has no meaning for sequence-classification"),
+        (
+            {"schema": "schema.json", "regex": "a"},
+            r"an answer has one form \(expected one of schema, regex, grammar",
+        ),
+        (
+            {"method": "sequence-classification"},
+            r"\[generation\] has no meaning for sequence-classification",
+        ),
         ({"beams": 2}, "beams"),
     ],
 )
-def test_what_cannot_be_used_is_named(tmp_path: Path, generation: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_used_is_named(
+    tmp_path: Path, generation: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(tmp_path, **generation)

@@ -8,4 +8,6 @@ from edgetune.recipe.reference_page import page
 
 
 def test_the_page_in_docs_is_the_one_the_code_makes() -> None:
-    assert (Path(__file__).parent.parent / "docs" / "recipe.md").read_text(encoding="utf-8") == page()
+    assert (Path(__file__).parent.parent / "docs" / "recipe.md").read_text(
+        encoding="utf-8"
+    ) == page()

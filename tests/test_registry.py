@@ -1,4 +1,6 @@
-"""Adapters are read when they are needed, kept while they are used, and forgotten by least recent use."""
+"""Adapters are read when they are needed, kept while they are used, and forgotten by least recent
+use.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def folders(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture
 def registry(tiny_decoder: Path, folders: Path) -> Open:
     bundle = decoder_bundle(tiny_decoder)
-    return lambda **options: AdapterRegistry(bundle, read_manifest(bundle), adapter_folder=folders, **options)
+    return lambda **options: AdapterRegistry(
+        bundle, read_manifest(bundle), adapter_folder=folders, **options
+    )
 
 
 def resident(registry: AdapterRegistry) -> list[str]:
@@ -85,7 +89,9 @@ def test_nobody_changes_an_adapter_between_its_look_up_and_its_count(
     assert free == [False, False]
 
 
-def test_a_pin_made_while_the_successor_is_read_is_kept(registry: Open, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pin_made_while_the_successor_is_read_is_kept(
+    registry: Open, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = registry()
     read = known._sources.read
 
@@ -112,7 +118,9 @@ def test_what_is_pinned_or_in_use_is_not_evicted(registry: Open) -> None:
     assert known.statuses()[2].pinned
 
 
-def test_an_adapter_read_again_must_be_the_same(registry: Open, folders: Path, tmp_path: Path) -> None:
+def test_an_adapter_read_again_must_be_the_same(
+    registry: Open, folders: Path, tmp_path: Path
+) -> None:
     shutil.copytree(folders / "m0", tmp_path / "x")
     known = registry(memory_mb=1e-6)
     known.load("x", tmp_path / "x")
@@ -126,7 +134,9 @@ def test_an_adapter_read_again_must_be_the_same(registry: Open, folders: Path, t
 def test_an_adapter_in_use_is_not_unloaded_unless_asked(registry: Open) -> None:
     known = registry()
     lease = known.acquire("a")
-    with pytest.raises(AdapterError, match=r"'a' is in use \(expected no request that uses it, got 1\)"):
+    with pytest.raises(
+        AdapterError, match=r"'a' is in use \(expected no request that uses it, got 1\)"
+    ):
         known.unload("a", in_use="refuse")
     with pytest.raises(AdapterError, match="is in use"):
         known.unload("a", in_use="wait", timeout_s=0.01)
@@ -153,7 +163,9 @@ def test_unloading_waits_for_the_last_user_and_lets_nobody_new_in(registry: Open
     assert not waiting.is_alive()
 
 
-def test_an_unload_that_gives_up_leaves_alone_who_took_its_name(registry: Open, folders: Path) -> None:
+def test_an_unload_that_gives_up_leaves_alone_who_took_its_name(
+    registry: Open, folders: Path
+) -> None:
     for then in ("loaded", "unloaded"):
         known = registry()
         lease = known.acquire("a")
@@ -181,7 +193,9 @@ def test_a_name_can_be_loaded_again_after_it_was_unloaded(registry: Open, folder
         known.load("m0", folders / "m2")
 
 
-def test_an_adapter_that_does_not_fit_is_not_counted(registry: Open, folders: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_not_counted(
+    registry: Open, folders: Path, tmp_path: Path
+) -> None:
     shutil.copytree(folders / "m0", tmp_path / "bad")
     (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"damaged")
     known = registry()

@@ -1,4 +1,6 @@
-"""reward, dpo and grpo from recipe to run folder on a tiny model: they learn, repeat, and follow one another."""
+"""reward, dpo and grpo from recipe to run folder on a tiny model: they learn, repeat, and follow
+one another.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from edgetune.export.proof.probe import probe_rows
 from edgetune.training import RunSummary, run_recipe
 
 WEIGHTS = "adapter/adapter_model.safetensors"
-VOWELS = "def score(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion) / 8\n"
+VOWELS = (
+    "def score(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion) / 8\n"
+)
 
 
 def run(recipe: Any, out: Path) -> RunSummary:
@@ -27,7 +31,11 @@ def run(recipe: Any, out: Path) -> RunSummary:
 
 
 def records(out: Path, kind: str) -> list[dict[str, Any]]:
-    return [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+    return [
+        r
+        for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if r["kind"] == kind
+    ]
 
 
 def test_reward_accuracy_rises(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -47,7 +55,9 @@ def test_the_probe_is_a_reward_before_training(tiny_decoder: Path, tmp_path: Pat
 
 
 def test_the_dpo_margin_rises_from_zero(tiny_decoder: Path, tmp_path: Path) -> None:
-    summary = run(pair_recipe(tiny_decoder, tmp_path, "dpo", epochs=6, learning_rate=3e-3), tmp_path / "run")
+    summary = run(
+        pair_recipe(tiny_decoder, tmp_path, "dpo", epochs=6, learning_rate=3e-3), tmp_path / "run"
+    )
     assert summary.base_metrics is not None
     assert summary.base_metrics["margin"] == pytest.approx(0.0, abs=1e-4)
     assert summary.base_metrics["preference_accuracy"] == 0.5
@@ -56,10 +66,22 @@ def test_the_dpo_margin_rises_from_zero(tiny_decoder: Path, tmp_path: Path) -> N
 
 
 def test_grpo_raises_the_reward(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = prompt_recipe(tiny_decoder, tmp_path, VOWELS, epochs=8, group_size=16, kl=0.01, learning_rate=5e-2, validate_every=8)
+    recipe = prompt_recipe(
+        tiny_decoder,
+        tmp_path,
+        VOWELS,
+        epochs=8,
+        group_size=16,
+        kl=0.01,
+        learning_rate=5e-2,
+        validate_every=8,
+    )
     summary = run(recipe, tmp_path / "run")
     steps = records(tmp_path / "run", "train")
-    assert summary.base_metrics is not None and summary.metrics["reward"] > summary.base_metrics["reward"]
+    assert (
+        summary.base_metrics is not None
+        and summary.metrics["reward"] > summary.base_metrics["reward"]
+    )
     first, last = (sum(step["reward"] for step in part) / 3 for part in (steps[:3], steps[-3:]))
     assert last > first + 0.1
     facts = {"reward", "reward_std", "kl", "completion_length", "flat_groups", "ended"}
@@ -69,14 +91,23 @@ def test_grpo_raises_the_reward(tiny_decoder: Path, tmp_path: Path) -> None:
 
 def test_a_trained_reward_adapter_scores_the_policy(tiny_decoder: Path, tmp_path: Path) -> None:
     run(pair_recipe(tiny_decoder, tmp_path, "reward", epochs=3), tmp_path / "reward")
-    summary = run(prompt_recipe(tiny_decoder, tmp_path, "reward", epochs=8, kl=0.0, group_size=16, learning_rate=5e-2), tmp_path / "run")
+    summary = run(
+        prompt_recipe(
+            tiny_decoder, tmp_path, "reward", epochs=8, kl=0.0, group_size=16, learning_rate=5e-2
+        ),
+        tmp_path / "run",
+    )
     steps = records(tmp_path / "run", "train")
     assert sum(s["reward"] for s in steps[-3:]) > sum(s["reward"] for s in steps[:3])
     assert "kl" not in steps[0] and summary.task == "text-generation"
     model, _, metadata = load_adapted_model(tmp_path / "run")
-    assert list(model.peft_config) == ["default"] and metadata["generation"] == {"max_new_tokens": 8}
+    assert list(model.peft_config) == ["default"] and metadata["generation"] == {
+        "max_new_tokens": 8
+    }
     base, tokenizer = tiny(tiny_decoder)
-    rows = probe_rows(tmp_path / "run" / "adapter", tokenizer, base)  # what an export compares torch and engine on
+    rows = probe_rows(
+        tmp_path / "run" / "adapter", tokenizer, base
+    )  # what an export compares torch and engine on
     assert [tokenizer.decode(row)[-20:] for row in rows] == ["<|im_start|>assistant\n"[-20:]] * 2
 
 
@@ -84,13 +115,19 @@ def test_steps_on_the_same_samples_move_the_ratio(tiny_decoder: Path, tmp_path: 
     recipe = prompt_recipe(tiny_decoder, tmp_path, VOWELS, epochs=2, iterations=3, kl=0.0)
     run(recipe, tmp_path / "run")
     steps = records(tmp_path / "run", "train")
-    assert len(steps) == 6 and [round(step["epoch"], 3) for step in steps[:3]] == [0.333, 0.667, 1.0]
+    assert len(steps) == 6 and [round(step["epoch"], 3) for step in steps[:3]] == [
+        0.333,
+        0.667,
+        1.0,
+    ]
     assert len({step["reward"] for step in steps[:3]}) == 1  # one rollout
     assert steps[0]["loss"] == pytest.approx(0.0, abs=1e-6) and steps[2]["loss"] < -0.01
 
 
 @pytest.mark.parametrize("method", ["reward", "dpo", "grpo"])
-def test_the_same_seed_gives_the_same_adapter_bit_for_bit(tiny_decoder: Path, tmp_path: Path, method: str) -> None:
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit(
+    tiny_decoder: Path, tmp_path: Path, method: str
+) -> None:
     settings: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-3}
     recipe = (
         prompt_recipe(tiny_decoder, tmp_path, VOWELS, **settings)
@@ -107,20 +144,25 @@ def test_the_same_seed_gives_the_same_adapter_bit_for_bit(tiny_decoder: Path, tm
 def test_sft_then_dpo_then_grpo_make_one_adapter(tiny_decoder: Path, tmp_path: Path) -> None:
     sft = sft_recipe(tiny_decoder, tmp_path, epochs=3)
     dpo = pair_recipe(tiny_decoder, tmp_path, "dpo", epochs=1, learning_rate=1e-3)
-    grpo = prompt_recipe(tiny_decoder, tmp_path, VOWELS, epochs=1, kl_to="start", learning_rate=1e-3)
+    grpo = prompt_recipe(
+        tiny_decoder, tmp_path, VOWELS, epochs=1, kl_to="start", learning_rate=1e-3
+    )
     recipe = replace(sft, stage=(*sft.stage, *dpo.stage, *grpo.stage))
     summary = run(recipe, tmp_path / "run")
     assert [stage["method"] for stage in summary.stages] == ["sft", "dpo", "grpo"]
     steps = records(tmp_path / "run", "train")
     first = {stage: next(step for step in steps if step["stage"] == stage) for stage in (0, 1, 2)}
-    # Each stage's reference is the policy it starts from, not the base, from which sft has moved far away.
+    # Each stage's reference is the policy it starts from, not the base, from which sft has moved
+    # far away.
     assert first[1]["loss"] == pytest.approx(0.6931472, abs=1e-5)
     assert first[2]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert summary.effect["mean_kl"] > 0.01
     assert load_adapted_model(tmp_path / "run")[2]["task"] == "text-generation"
 
 
-def test_kl_to_the_base_sees_what_an_earlier_stage_trained(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_kl_to_the_base_sees_what_an_earlier_stage_trained(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     sft = sft_recipe(tiny_decoder, tmp_path, epochs=3)
     grpo = prompt_recipe(tiny_decoder, tmp_path, VOWELS, epochs=1)
     run(replace(sft, stage=(*sft.stage, *grpo.stage)), tmp_path / "run")
@@ -128,7 +170,9 @@ def test_kl_to_the_base_sees_what_an_earlier_stage_trained(tiny_decoder: Path, t
     assert first["kl"] > 0.1
 
 
-@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"parameters": {"rank": 2, "dropout": 0.1}}])
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bf16"}, {"parameters": {"rank": 2, "dropout": 0.1}}]
+)
 def test_reward_and_dpo_train_in_bf16_and_with_dropout(
     tiny_decoder: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
@@ -139,13 +183,22 @@ def test_reward_and_dpo_train_in_bf16_and_with_dropout(
 
 def test_grpo_trains_in_bf16_with_a_reward_adapter(tiny_decoder: Path, tmp_path: Path) -> None:
     run(pair_recipe(tiny_decoder, tmp_path, "reward", epochs=1), tmp_path / "reward")
-    recipe = prompt_recipe(tiny_decoder, tmp_path, "reward", precision="bf16", iterations=2, loss_type="dapo")
+    recipe = prompt_recipe(
+        tiny_decoder, tmp_path, "reward", precision="bf16", iterations=2, loss_type="dapo"
+    )
     assert run(recipe, tmp_path / "run").effect["mean_kl"] > 0
 
 
-def test_a_reward_that_fails_in_the_middle_leaves_nothing_behind(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = prompt_recipe(tiny_decoder, tmp_path, "def score(prompt, completion, row):\n    return float('nan')\n")
-    with pytest.raises(TrainingError, match=r"scoring\.py|score, row \d of the data file: the reward function returned nan"):
+def test_a_reward_that_fails_in_the_middle_leaves_nothing_behind(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    recipe = prompt_recipe(
+        tiny_decoder, tmp_path, "def score(prompt, completion, row):\n    return float('nan')\n"
+    )
+    with pytest.raises(
+        TrainingError,
+        match=r"scoring\.py|score, row \d of the data file: the reward function returned nan",
+    ):
         run(recipe, tmp_path / "out" / "run")
     assert list((tmp_path / "out").iterdir()) == []
 

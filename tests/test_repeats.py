@@ -1,4 +1,6 @@
-"""Layers that are alike are traced twice and copied: the graph is the one of the model traced whole."""
+"""Layers that are alike are traced twice and copied: the graph is the one of the model traced
+whole.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,18 @@ from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
 
 SIX = {"num_hidden_layers": 6, "n_layer": 6, "n_layers": 6}
-KINDS = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "no_rope_layers": [1, 1, 0] * 2}
-COPIES = {"bert", "camembert", "gemma", "mistral", "qwen2", "xlm-roberta"}  # of another family's code
+KINDS = {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "no_rope_layers": [1, 1, 0] * 2,
+}
+COPIES = {
+    "bert",
+    "camembert",
+    "gemma",
+    "mistral",
+    "qwen2",
+    "xlm-roberta",
+}  # of another family's code
 
 
 def six_layers(name: str, request: Any, folder: Path, **more: Any) -> Base:
@@ -35,22 +47,32 @@ def six_layers(name: str, request: Any, folder: Path, **more: Any) -> Base:
 def graph_of(base: Base) -> list[str]:
     """Every node of the simplified graph, values by number, weights by their numbers."""
     model = load_body(base)
-    graph = trace_decoder(model, max_length=32) if base.kind == "decoder" else trace_encoder(model, pooling="mean", max_length=32)
+    graph = (
+        trace_decoder(model, max_length=32)
+        if base.kind == "decoder"
+        else trace_encoder(model, pooling="mean", max_length=32)
+    )
     simplify(graph)
     return lines(graph.graph)
 
 
 def lines(graph: ir.Graph) -> list[str]:
-    numbers: dict[Any, str] = {None: "-"} | {value: str(value.name) for value in [*graph.inputs, *graph.outputs]}
+    numbers: dict[Any, str] = {None: "-"} | {
+        value: str(value.name) for value in [*graph.inputs, *graph.outputs]
+    }
 
     def named(value: Any) -> str:
         if value is not None and value.is_initializer():
-            return f"{value.const_value.numpy().astype(np.float64).ravel()[:8].tolist()} {value.shape} {value.dtype}"
+            return (
+                f"{value.const_value.numpy().astype(np.float64).ravel()[:8].tolist()} {value.shape}"
+                f" {value.dtype}"
+            )
         return numbers.setdefault(value, f"#{len(numbers)}")
 
     return [
-        f"{node.op_type} {[named(x) for x in node.inputs]} {sorted((k, str(a.value)) for k, a in node.attributes.items())} → "
-        f"{[(named(x), str(x.shape), x.dtype) for x in node.outputs]}"
+        f"{node.op_type} {[named(x) for x in node.inputs]}"
+        f" {sorted((k, str(a.value)) for k, a in node.attributes.items())} →"
+        f" {[(named(x), str(x.shape), x.dtype) for x in node.outputs]}"
         for node in graph
     ]
 
@@ -62,13 +84,23 @@ def whole(base: Base, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return graph_of(base)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in COPIES else []) for name in [*DECODERS, *ENCODERS]])
-def test_copied_layers_give_the_graph_of_a_whole_trace(name: str, request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in COPIES else [])
+        for name in [*DECODERS, *ENCODERS]
+    ],
+)
+def test_copied_layers_give_the_graph_of_a_whole_trace(
+    name: str, request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = six_layers(name, request, tmp_path)
     assert graph_of(base) == whole(base, monkeypatch)
 
 
-def test_most_layers_are_not_traced(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_layers_are_not_traced(
+    request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     base, calls, forward = six_layers("llama", request, tmp_path), [], LlamaMLP.forward
@@ -77,12 +109,18 @@ def test_most_layers_are_not_traced(request: Any, tmp_path: Path, monkeypatch: p
     assert len(calls) == 2
 
 
-def test_layers_that_look_at_their_own_number_are_traced_one_by_one(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_look_at_their_own_number_are_traced_one_by_one(
+    request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     forward = LlamaDecoderLayer.forward
     monkeypatch.setattr(
-        LlamaDecoderLayer, "forward", lambda self, hidden, *args, **options: forward(self, hidden, *args, **options) * (1 + self.self_attn.layer_idx)
+        LlamaDecoderLayer,
+        "forward",
+        lambda self, hidden, *args, **options: (
+            forward(self, hidden, *args, **options) * (1 + self.self_attn.layer_idx)
+        ),
     )
     base = six_layers("llama", request, tmp_path)
     found = graph_of(base)
@@ -90,8 +128,13 @@ def test_layers_that_look_at_their_own_number_are_traced_one_by_one(request: Any
     assert sum(line.startswith("GroupQueryAttention") for line in found) == 6
 
 
-def test_layers_with_attributes_of_their_own_are_not_alike(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_with_attributes_of_their_own_are_not_alike(
+    request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = six_layers("gpt2", request, tmp_path, scale_attn_by_inverse_layer_idx=True)
     found = graph_of(base)
     assert found == whole(base, monkeypatch)
-    assert len({line.split("'scale'")[1] for line in found if line.startswith("GroupQueryAttention")}) == 6
+    assert (
+        len({line.split("'scale'")[1] for line in found if line.startswith("GroupQueryAttention")})
+        == 6
+    )

@@ -31,7 +31,13 @@ def test_the_page_follows_light_and_dark(page: str) -> None:
 
 
 def test_the_page_shows_losses_metrics_and_learning_rate(page: str) -> None:
-    for words in ("training", "validation", "Learning rate", "Validation perplexity", "mean KL divergence"):
+    for words in (
+        "training",
+        "validation",
+        "Learning rate",
+        "Validation perplexity",
+        "mean KL divergence",
+    ):
         assert words in page
 
 
@@ -47,7 +53,10 @@ def test_every_picture_is_well_formed_and_inside_its_frame(page: str) -> None:
         root = ET.fromstring(picture)
         _, _, width, height = map(float, root.attrib["viewBox"].split())
         points = [p for line in root.iter("polyline") for p in line.attrib["points"].split()]
-        assert points and all(0 <= float(x) <= width and 0 <= float(y) <= height for x, y in (p.split(",") for p in points))
+        assert points and all(
+            0 <= float(x) <= width and 0 <= float(y) <= height
+            for x, y in (p.split(",") for p in points)
+        )
 
 
 def test_a_chart_without_points_is_left_out() -> None:
@@ -66,7 +75,13 @@ def test_names_are_escaped() -> None:
 def test_ticks_are_round_and_cover_the_range() -> None:
     assert ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(0.13, 0.87, 5)[0] <= 0.13 and ticks(0.13, 0.87, 5)[-1] >= 0.87
-    assert [number(v) for v in (0, 0.0002, 0.25, 1500, 2e6)] == ["0", "2e-4", "0.25", "1,500", "2e6"]
+    assert [number(v) for v in (0, 0.0002, 0.25, 1500, 2e6)] == [
+        "0",
+        "2e-4",
+        "0.25",
+        "1,500",
+        "2e6",
+    ]
 
 
 class Terminal(io.StringIO):

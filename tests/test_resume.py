@@ -1,4 +1,6 @@
-"""A run that is killed and resumed ends with the same adapter, bit for bit, as one that never was."""
+"""A run that is killed and resumed ends with the same adapter, bit for bit, as one that never
+was.
+"""
 
 from __future__ import annotations
 
@@ -70,14 +72,18 @@ def test_killed_at_random_steps_and_resumed_it_ends_with_the_same_adapter(
     task: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     whole, out = request.getfixturevalue(task), tmp_path / "out" / "run"
-    steps = random.Random(task).sample(range(1, 5), 2)  # of each life; the second begins at the newest checkpoint
+    steps = random.Random(task).sample(
+        range(1, 5), 2
+    )  # of each life; the second begins at the newest checkpoint
     for life, step in enumerate(steps):
         assert in_process(train_until_killed, whole.recipe, out, STARTS, step, bool(life)) == KILLED
         assert not (out / "adapter").exists() and not (out / "summary.json").exists()
     run_recipe(whole.recipe, out=out, progress=silent(), resume=True)
     assert sha256_file(out / WEIGHTS) == whole.digest
     assert journal(out) == journal(whole.run)
-    assert [path.name for path in out.parent.iterdir()] == ["run"] and not (out / "checkpoints").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["run"] and not (
+        out / "checkpoints"
+    ).exists()
 
 
 @pytest.mark.parametrize(
@@ -110,12 +116,20 @@ def test_stopped_at_any_step_of_either_stage_it_goes_on_bit_for_bit(
     summary = run_recipe(generation.recipe, out=tmp_path / "run", progress=silent(), resume=True)
     assert sha256_file(tmp_path / "run" / WEIGHTS) == generation.digest
     before = json.loads((generation.run / "summary.json").read_text())["stages"]
-    assert [(s["steps"], s["tokens"]) for s in summary.stages] == [(s["steps"], s["tokens"]) for s in before]
+    assert [(s["steps"], s["tokens"]) for s in summary.stages] == [
+        (s["steps"], s["tokens"]) for s in before
+    ]
 
 
-def test_at_most_n_checkpoints_are_kept_and_the_older_run_stays_whole(generation: Whole, tmp_path: Path) -> None:
+def test_at_most_n_checkpoints_are_kept_and_the_older_run_stays_whole(
+    generation: Whole, tmp_path: Path
+) -> None:
     shutil.copytree(generation.run, tmp_path / "run")
-    stopped_at(6, replace(generation.recipe, seed=1, checkpoint_every=1, keep_checkpoints=3), tmp_path / "run")
+    stopped_at(
+        6,
+        replace(generation.recipe, seed=1, checkpoint_every=1, keep_checkpoints=3),
+        tmp_path / "run",
+    )
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} - {"tensorboard"}
     assert names == {"metrics.jsonl", *(f"stage-0-step-0000000{step}.pt" for step in (3, 4, 5))}
     assert sha256_file(tmp_path / "run" / WEIGHTS) == generation.digest
@@ -125,10 +139,16 @@ def test_a_new_run_beside_an_unfinished_one_says_so_and_replaces_its_checkpoints
     generation: Whole, tmp_path: Path
 ) -> None:
     stopped_at(8, generation.recipe, tmp_path / "run")
-    said = stopped_at(2, replace(generation.recipe, seed=1), tmp_path / "run")  # before its first checkpoint
-    assert "checkpoints of an unfinished run" in said and "--resume would continue the old one" in said
+    said = stopped_at(
+        2, replace(generation.recipe, seed=1), tmp_path / "run"
+    )  # before its first checkpoint
+    assert (
+        "checkpoints of an unfinished run" in said and "--resume would continue the old one" in said
+    )
     stopped_at(3, replace(generation.recipe, seed=1), tmp_path / "run")
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("*.pt")] == ["stage-0-step-00000002.pt"]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("*.pt")] == [
+        "stage-0-step-00000002.pt"
+    ]
 
 
 def test_with_nothing_to_resume_it_says_so_and_begins(generation: Whole, tmp_path: Path) -> None:
@@ -140,48 +160,80 @@ def test_with_nothing_to_resume_it_says_so_and_begins(generation: Whole, tmp_pat
 
 def test_a_finished_run_is_not_trained_again(generation: Whole) -> None:
     before, said = (generation.run / WEIGHTS).stat().st_mtime_ns, io.StringIO()
-    stages = tuple(replace(stage, precision="auto") for stage in generation.recipe.stage)  # it chose then
+    stages = tuple(
+        replace(stage, precision="auto") for stage in generation.recipe.stage
+    )  # it chose then
     open_recipe = replace(generation.recipe, threads=None, stage=stages)
     summary = run_recipe(open_recipe, out=generation.run, progress=Progress(said), resume=True)
-    assert f"nothing to resume: {generation.run} is finished\n" in said.getvalue() and summary.metrics
+    assert (
+        f"nothing to resume: {generation.run} is finished\n" in said.getvalue() and summary.metrics
+    )
     assert "begins" not in said.getvalue()
     assert (generation.run / WEIGHTS).stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match=r"seed = 0\b.*seed = 1\b"):
-        run_recipe(replace(generation.recipe, seed=1), out=generation.run, progress=silent(), resume=True)
+        run_recipe(
+            replace(generation.recipe, seed=1), out=generation.run, progress=silent(), resume=True
+        )
 
 
-def test_another_recipe_or_other_data_is_refused_by_name(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_another_recipe_or_other_data_is_refused_by_name(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     recipe = two_stages(sft_recipe(tiny_decoder, tmp_path))
     stopped_at(8, recipe, tmp_path / "run")
     faster = replace(recipe, stage=(recipe.stage[0], replace(recipe.stage[1], learning_rate=0.5)))
-    with pytest.raises(RecipeError, match=r"\(expected stage\.1\.learning_rate = 0\.003, got stage\.1\.learning_rate = 0\.5\)"):
+    with pytest.raises(
+        RecipeError,
+        match=r"\(expected stage\.1\.learning_rate = 0\.003, got stage\.1\.learning_rate = 0\.5\)",
+    ):
         run_recipe(faster, out=tmp_path / "run", progress=silent(), resume=True)
     rows = (tmp_path / "actions.jsonl").read_text()
     write_rows(tmp_path / "actions.jsonl", [json.loads(line) for line in rows.splitlines()][1:])
-    with pytest.raises(DataError, match=r"the data that the run began with \(expected stage\.0\.data\.train = sha256:"):
+    with pytest.raises(
+        DataError,
+        match=r"the data that the run began with \(expected stage\.0\.data\.train = sha256:",
+    ):
         run_recipe(recipe, out=tmp_path / "run", progress=silent(), resume=True)
     (tmp_path / "moved.jsonl").write_text(rows)  # the same rows in another place are the same data
-    moved = tuple(replace(s, data=replace(s.data, train=str(tmp_path / "moved.jsonl"))) for s in recipe.stage)
-    run_recipe(replace(recipe, stage=moved, keep_checkpoints=1), out=tmp_path / "run", progress=silent(), resume=True)
+    moved = tuple(
+        replace(s, data=replace(s.data, train=str(tmp_path / "moved.jsonl"))) for s in recipe.stage
+    )
+    run_recipe(
+        replace(recipe, stage=moved, keep_checkpoints=1),
+        out=tmp_path / "run",
+        progress=silent(),
+        resume=True,
+    )
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(generation: Whole, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    generation: Whole, tmp_path: Path
+) -> None:
     stopped_at(6, generation.recipe, tmp_path / "run")
     newest, said = tmp_path / "run" / "checkpoints" / "stage-0-step-00000004.pt", io.StringIO()
     newest.write_bytes(newest.read_bytes()[:-2000])
     run_recipe(generation.recipe, out=tmp_path / "run", progress=Progress(said), resume=True)
-    assert f"{newest} is damaged" in said.getvalue() and "resumed at stage 0, step 2" in said.getvalue()
+    assert (
+        f"{newest} is damaged" in said.getvalue()
+        and "resumed at stage 0, step 2" in said.getvalue()
+    )
     assert sha256_file(tmp_path / "run" / WEIGHTS) == generation.digest
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = sft_recipe(tiny_decoder, tmp_path, epochs=10, warmup_ratio=0.2, learning_rate=1e30, max_grad_norm=1e30)
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    recipe = sft_recipe(
+        tiny_decoder, tmp_path, epochs=10, warmup_ratio=0.2, learning_rate=1e30, max_grad_norm=1e30
+    )
     with pytest.raises(TrainingError) as stopped:
         run_recipe(replace(recipe, checkpoint_every=1), out=tmp_path / "run", progress=silent())
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))
     step = int(checkpoints[-1].stem.rsplit("-", 1)[1])
     assert f"at step {step + 1}, on rows " in str(stopped.value)
-    assert f"The checkpoint of stage 0, step {step} is kept in {checkpoints[-1].parent}" in str(stopped.value)
+    assert f"The checkpoint of stage 0, step {step} is kept in {checkpoints[-1].parent}" in str(
+        stopped.value
+    )
     weights = torch.load(checkpoints[-1], weights_only=True)["weights"]
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
@@ -218,11 +270,17 @@ def test_the_command_line_killed_from_outside_resumes(
     generation: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     longer = replace(generation.recipe.stage[0], epochs=10.0, validate_every=30)
-    recipe = replace(generation.recipe, out=str(tmp_path / "run"), stage=(longer,), checkpoint_every=5)
+    recipe = replace(
+        generation.recipe, out=str(tmp_path / "run"), stage=(longer,), checkpoint_every=5
+    )
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
     command = [sys.executable, "-m", "edgetune", "train", str(tmp_path / "recipe.toml")]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "run" / "checkpoints").glob("stage-*.pt")) and process.poll() is None:
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+    while (
+        not list((tmp_path / "run" / "checkpoints").glob("stage-*.pt")) and process.poll() is None
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == KILLED

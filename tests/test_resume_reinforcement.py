@@ -1,4 +1,6 @@
-"""dpo and grpo refer to the policy at the start of their stage, also where they go on in the middle of it."""
+"""dpo and grpo refer to the policy at the start of their stage, also where they go on in the middle
+of it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from edgetune.core.files import sha256_file
 from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 
-VOWELS = "def score(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion) / 8\n"
+VOWELS = (
+    "def score(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion) / 8\n"
+)
 
 
 def after_sft(base: Path, folder: Path, second: Recipe) -> Recipe:
@@ -27,7 +31,9 @@ def after_sft(base: Path, folder: Path, second: Recipe) -> Recipe:
 
 
 def assert_it_goes_on(recipe: Recipe, folder: Path, *, stop: int, stage: int, step: int) -> None:
-    """Stopped at its `stop`-th step and resumed at `step` of `stage`, it ends as the run that nobody stopped."""
+    """Stopped at its `stop`-th step and resumed at `step` of `stage`, it ends as the run that
+    nobody stopped.
+    """
     run_recipe(recipe, out=folder / "whole", progress=silent())
     stopped_at(stop, recipe, folder / "run")
     newest = max(path.name for path in (folder / "run" / "checkpoints").glob("*.pt"))
@@ -43,7 +49,9 @@ def test_dpo_keeps_the_log_probabilities_of_the_policy_it_started_from(
     tiny_decoder: Path, tmp_path: Path, stop: int, step: int
 ) -> None:
     dpo = pair_recipe(tiny_decoder, tmp_path, "dpo", epochs=2, learning_rate=5e-3)
-    assert_it_goes_on(after_sft(tiny_decoder, tmp_path, dpo), tmp_path, stop=stop, stage=1, step=step)
+    assert_it_goes_on(
+        after_sft(tiny_decoder, tmp_path, dpo), tmp_path, stop=stop, stage=1, step=step
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,14 +63,20 @@ def test_dpo_keeps_the_log_probabilities_of_the_policy_it_started_from(
         {"kl": 0.0},
     ],
 )
-def test_grpo_keeps_its_start_and_its_samples(tiny_decoder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_grpo_keeps_its_start_and_its_samples(
+    tiny_decoder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     epochs = 4 // settings.get("iterations", 1)
     grpo = prompt_recipe(tiny_decoder, tmp_path, VOWELS, batch_size=2, epochs=epochs, **settings)
     assert_it_goes_on(after_sft(tiny_decoder, tmp_path, grpo), tmp_path, stop=8, stage=1, step=3)
 
 
-def test_a_reward_function_that_was_edited_is_another_run(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = replace(prompt_recipe(tiny_decoder, tmp_path, VOWELS, batch_size=2, epochs=2), checkpoint_every=1)
+def test_a_reward_function_that_was_edited_is_another_run(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    recipe = replace(
+        prompt_recipe(tiny_decoder, tmp_path, VOWELS, batch_size=2, epochs=2), checkpoint_every=1
+    )
     stopped_at(2, recipe, tmp_path / "run")
     file = tmp_path / "scoring.py"
     file.write_text(VOWELS.replace("/ 8", "/ 9"), encoding="utf-8")
@@ -71,12 +85,18 @@ def test_a_reward_function_that_was_edited_is_another_run(tiny_decoder: Path, tm
 
 
 def test_a_reward_adapter_moves_no_generator(tiny_decoder: Path, tmp_path: Path) -> None:
-    """PEFT draws the weights of an adapter before it loads them; the dropout after that must be the same."""
-    run_recipe(pair_recipe(tiny_decoder, tmp_path, "reward"), out=tmp_path / "reward", progress=silent())
+    """PEFT draws the weights of an adapter before it loads them; the dropout after that must be the
+    same.
+    """
+    run_recipe(
+        pair_recipe(tiny_decoder, tmp_path, "reward"), out=tmp_path / "reward", progress=silent()
+    )
     grpo = prompt_recipe(tiny_decoder, tmp_path, "reward", batch_size=2, epochs=4)
     assert_it_goes_on(after_sft(tiny_decoder, tmp_path, grpo), tmp_path, stop=8, stage=1, step=3)
 
 
 def test_a_reward_stage_goes_on(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = pair_recipe(tiny_decoder, tmp_path, "reward", epochs=2, parameters={"rank": 2, "dropout": 0.2})
+    recipe = pair_recipe(
+        tiny_decoder, tmp_path, "reward", epochs=2, parameters={"rank": 2, "dropout": 0.2}
+    )
     assert_it_goes_on(replace(recipe, checkpoint_every=3), tmp_path, stop=5, stage=0, step=3)

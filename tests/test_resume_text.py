@@ -32,10 +32,17 @@ def recipe_of(kind: str, decoder: Path, encoder: Path, folder: Path) -> Recipe:
     return replace(task, stage=(*text, *task.stage), checkpoint_every=2)
 
 
-@pytest.mark.parametrize("kind", ["masked-lm, then labels", "causal-lm, then sft with replay and pissa"])
+@pytest.mark.parametrize(
+    "kind", ["masked-lm, then labels", "causal-lm, then sft with replay and pissa"]
+)
 @pytest.mark.parametrize("stop", [3, 7, 11], ids=lambda step: f"stopped at step {step}")
 def test_a_stopped_run_resumes_to_the_same_adapter(
-    kind: str, stop: int, tiny_decoder: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    stop: int,
+    tiny_decoder: Path,
+    tiny_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = recipe_of(kind, tiny_decoder, tiny_encoder, tmp_path)
     run_recipe(recipe, out=tmp_path / "whole", progress=silent())
@@ -54,7 +61,9 @@ def test_a_stopped_run_resumes_to_the_same_adapter(
     assert sha256_file(tmp_path / "run" / WEIGHTS) == sha256_file(tmp_path / "whole" / WEIGHTS)
 
 
-def test_other_general_text_is_other_data(tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_general_text_is_other_data(
+    tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = replace(replayed(tiny_decoder, tmp_path, share=0.3), checkpoint_every=1)
     progress = silent()
 

@@ -28,10 +28,14 @@ def prompts(tiny_decoder: Path) -> list[list[int]]:
     return ids
 
 
-def roll(policy: Any, prompts: list[list[int]], end: int = 2, **settings: Any) -> list[list[Answer]]:
+def roll(
+    policy: Any, prompts: list[list[int]], end: int = 2, **settings: Any
+) -> list[list[Answer]]:
     count, seed = settings.pop("count", 1), settings.pop("seed", 0)
     sampling = Sampling(**{"max_new_tokens": 12, **settings})
-    return TorchRollout(end=end, pad_id=2, precision="fp32")(policy, prompts, count=count, sampling=sampling, seed=seed)
+    return TorchRollout(end=end, pad_id=2, precision="fp32")(
+        policy, prompts, count=count, sampling=sampling, seed=seed
+    )
 
 
 def test_greedy_answers_are_those_of_generate(policy: Any, prompts: list[list[int]]) -> None:
@@ -39,12 +43,19 @@ def test_greedy_answers_are_those_of_generate(policy: Any, prompts: list[list[in
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt])
         expected = policy.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=2
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=2,
+            eos_token_id=2,
         )
         assert answer.ids == expected[0, len(prompt) :].tolist()
 
 
-def test_a_row_that_ends_leaves_the_others_as_they_are(policy: Any, prompts: list[list[int]]) -> None:
+def test_a_row_that_ends_leaves_the_others_as_they_are(
+    policy: Any, prompts: list[list[int]]
+) -> None:
     free = roll(policy, prompts, temperature=0.0, end=-1)
     end = free[0][0].ids[3]  # a token that the first answer reaches early
     assert free[0][0].ids.index(end) <= 3
@@ -62,7 +73,9 @@ def test_the_log_probabilities_are_those_of_one_forward_pass(
 ) -> None:
     answers = roll(policy, prompts, temperature=temperature, count=2, seed=3)
     for prompt, group in zip(prompts, answers, strict=True):
-        rows = [AnswerExample(prompt + a.ids, [IGNORE] * len(prompt) + a.ids, 0, 0.0) for a in group]
+        rows = [
+            AnswerExample(prompt + a.ids, [IGNORE] * len(prompt) + a.ids, 0, 0.0) for a in group
+        ]
         with torch.no_grad():
             expected, _ = token_log_probs(policy, collate(rows, 2), temperature=temperature)
         got = torch.tensor([x for answer in group for x in answer.log_probs])
@@ -93,6 +106,10 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
     probabilities = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.05, 0.9, 0.03, 0.02]])
-    torch.testing.assert_close(nucleus(probabilities, 0.7), torch.tensor([[0.5, 0.0, 0.3, 0.0], [0.0, 0.9, 0.0, 0.0]]))
-    tokens, _ = draw(probabilities.log().repeat(500, 1), Sampling(1, top_p=0.7), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        nucleus(probabilities, 0.7), torch.tensor([[0.5, 0.0, 0.3, 0.0], [0.0, 0.9, 0.0, 0.0]])
+    )
+    tokens, _ = draw(
+        probabilities.log().repeat(500, 1), Sampling(1, top_p=0.7), torch.Generator().manual_seed(0)
+    )
     assert set(tokens[::2].tolist()) == {0, 2} and set(tokens[1::2].tolist()) == {1}

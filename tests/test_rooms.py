@@ -1,4 +1,6 @@
-"""The rooms of the house: who may import whom, and that the device needs neither torch nor its friends."""
+"""The rooms of the house: who may import whom, and that the device needs neither torch nor its
+friends.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import pytest
 from runtime_helpers import decoder_bundle, encoder_bundle
 
 ROOT = Path(__file__).parent.parent
-# The floors of the house, the ground floor first: each room and the rooms it may import, all of them higher in this table.
-# A room is a folder; files right in `edgetune/` are the room "edgetune".
+# The floors of the house, the ground floor first: each room and the rooms it may import, all of
+# them higher in this table. A room is a folder; files right in `edgetune/` are the room "edgetune".
 FLOORS = {
     "edgetune": "",
     "core": "",
@@ -89,7 +91,14 @@ FLOORS = {
     "quickstart.data": "",
 }
 THIRD_PARTY = {
-    "runtime": {"numpy", "onnxruntime", "safetensors", "tokenizers", "jinja2", "llguidance"},  # the last only where it is asked for
+    "runtime": {
+        "numpy",
+        "onnxruntime",
+        "safetensors",
+        "tokenizers",
+        "jinja2",
+        "llguidance",
+    },  # the last only where it is asked for
     "devices": {"tomli"},  # tomllib before Python 3.11
     "core": {"numpy", "jinja2"},
 }
@@ -108,7 +117,9 @@ HEAVY = (
 
 
 def house() -> dict[str, Path]:
-    """Module name without `edgetune.` → file; the folders that edgetune/ links to are taken as real."""
+    """Module name without `edgetune.` → file; the folders that edgetune/ links to are taken as
+    real.
+    """
     found = {}
     for folder, _, names in os.walk(ROOT / "edgetune", followlinks=True):
         for name in names:
@@ -124,14 +135,18 @@ PACKAGES = {name for name, path in HOUSE.items() if path.name == "__init__.py"}
 
 
 def room_of(module: str) -> str:
-    """The folder that a module lies in; a folder's own file belongs to it, and `python -m edgetune` is a room of its own."""
+    """The folder that a module lies in; a folder's own file belongs to it, and `python -m edgetune`
+    is a room of its own.
+    """
     if module in PACKAGES or module == "__main__":
         return module
     return module.rpartition(".")[0] or "edgetune"
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module a file imports, at its top, inside functions or for a type checker's eyes; full names."""
+    """Every module a file imports, at its top, inside functions or for a type checker's eyes; full
+    names.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -139,7 +154,9 @@ def imports(path: Path) -> Iterator[str]:
             assert node.level == 0, f"{path}: a relative import"
             module = node.module or ""
             inner = [f"{module}.{alias.name}" for alias in node.names]
-            yield from (name if name.removeprefix("edgetune.") in HOUSE else module for name in inner)
+            yield from (
+                name if name.removeprefix("edgetune.") in HOUSE else module for name in inner
+            )
 
 
 def arrows(name: str, path: Path) -> set[str]:
@@ -151,25 +168,42 @@ def arrows(name: str, path: Path) -> set[str]:
 
 def test_every_folder_is_a_room_with_one_sentence() -> None:
     assert set(FLOORS) == {room_of(name) for name in HOUSE}
-    assert not [name for name in PACKAGES if not ast.get_docstring(ast.parse(HOUSE[name].read_text()))]
+    assert not [
+        name for name in PACKAGES if not ast.get_docstring(ast.parse(HOUSE[name].read_text()))
+    ]
 
 
 def test_a_room_imports_only_rooms_that_stand_before_it() -> None:
     order = list(FLOORS)
-    back_up = [(room, to) for room, rooms in FLOORS.items() for to in rooms.split() if order.index(to) >= order.index(room)]
+    back_up = [
+        (room, to)
+        for room, rooms in FLOORS.items()
+        for to in rooms.split()
+        if order.index(to) >= order.index(room)
+    ]
     assert back_up == []
 
 
 @pytest.mark.parametrize("room", FLOORS)
 def test_a_room_imports_the_rooms_that_the_table_names_and_no_others(room: str) -> None:
-    found = {(name, to) for name, path in HOUSE.items() if room_of(name) == room for to in arrows(name, path)}
+    found = {
+        (name, to)
+        for name, path in HOUSE.items()
+        if room_of(name) == room
+        for to in arrows(name, path)
+    }
     allowed = set(FLOORS[room].split())
     assert {(name, to) for name, to in found if to not in allowed} == set()
-    assert allowed - {to for _, to in found} == set(), "the table names rooms that nothing here imports"
+    assert allowed - {to for _, to in found} == set(), (
+        "the table names rooms that nothing here imports"
+    )
 
 
 def test_no_file_imports_itself_by_a_detour() -> None:
-    ahead = {name: {full.removeprefix("edgetune.") for full in imports(path)} & set(HOUSE) for name, path in HOUSE.items()}
+    ahead = {
+        name: {full.removeprefix("edgetune.") for full in imports(path)} & set(HOUSE)
+        for name, path in HOUSE.items()
+    }
     while ready := {name for name, others in ahead.items() if not others & set(ahead) - {name}}:
         ahead = {name: others for name, others in ahead.items() if name not in ready}
     assert sorted(ahead) == [], "files in or behind a circle"
@@ -213,13 +247,31 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("code", ["import edgetune.runtime", "import edgetune.devices", "import edgetune"])
+@pytest.mark.parametrize(
+    "code", ["import edgetune.runtime", "import edgetune.devices", "import edgetune"]
+)
 def test_importing_a_room_loads_nothing_heavy(code: str) -> None:
-    assert not loaded_by(code) & {*HEAVY, "onnxruntime", "numpy", "tokenizers", "jinja2", "llguidance"}
+    assert not loaded_by(code) & {
+        *HEAVY,
+        "onnxruntime",
+        "numpy",
+        "tokenizers",
+        "jinja2",
+        "llguidance",
+    }
 
 
 @pytest.mark.parametrize(
-    "arguments", ["'--help'", "'predict', '--help'", "'serve', '--help'", "'top', '--help'", "'check', '--help'", "'diff', '--help'", "'devices', '--help'"]
+    "arguments",
+    [
+        "'--help'",
+        "'predict', '--help'",
+        "'serve', '--help'",
+        "'top', '--help'",
+        "'check', '--help'",
+        "'diff', '--help'",
+        "'devices', '--help'",
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: str) -> None:
     code = f"from edgetune.cli import cli\ncli.main([{arguments}], standalone_mode=False)"
@@ -240,7 +292,7 @@ from edgetune.runtime.check.latency import Workload, measure_here
 decoder, encoder, adapter = sys.argv[1:]
 with Runtime.open(decoder) as runtime:
     runtime.load_adapter('hot', adapter)
-    answers = runtime.generate(['hello', 'hello', 'hello'], adapters=['a', 'hot', None], max_new_tokens=4)
+    answers = runtime.generate(['hello'] * 3, adapters=['a', 'hot', None], max_new_tokens=4)
     assert answers[0].text == answers[1].text != answers[2].text
     assert ''.join(runtime.stream('hello', 'b', max_new_tokens=4))
 with Runtime.open(encoder) as runtime:

@@ -1,4 +1,6 @@
-"""A bundle opened for answers: adapters load, swap and leave; what is wrong is said; nothing needs torch."""
+"""A bundle opened for answers: adapters load, swap and leave; what is wrong is said; nothing needs
+torch.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,16 @@ def test_one_batch_serves_mixed_adapters_as_each_alone(runtime: Runtime) -> None
     names = ["a", "b", None]
     together = runtime.generate(TEXTS, adapters=names, max_new_tokens=8)
     alone = [
-        runtime.generate([text], name, max_new_tokens=8)[0] for text, name in zip(TEXTS, names, strict=True)
+        runtime.generate([text], name, max_new_tokens=8)[0]
+        for text, name in zip(TEXTS, names, strict=True)
     ]
     assert [c.text for c in together] == [c.text for c in alone]
     assert len({c.text for c in together}) == 3
 
 
-def test_a_long_list_is_answered_in_batches_and_in_order(runtime: Runtime, classifier: Runtime) -> None:
+def test_a_long_list_is_answered_in_batches_and_in_order(
+    runtime: Runtime, classifier: Runtime
+) -> None:
     prompts = [f"{'very ' * (i % 5)}long {i}" for i in range(37)]
     together = runtime.generate(prompts, "a", max_new_tokens=3)
     assert together[30].text == runtime.generate([prompts[30]], "a", max_new_tokens=3)[0].text
@@ -99,7 +104,11 @@ def test_unloading_lets_a_running_text_finish(runtime: Runtime) -> None:
 
 
 def test_an_unknown_adapter_is_answered_with_those_there_are(runtime: Runtime) -> None:
-    for call in (runtime.unload_adapter, runtime.adapter, lambda name: runtime.generate(["x"], name)):
+    for call in (
+        runtime.unload_adapter,
+        runtime.adapter,
+        lambda name: runtime.generate(["x"], name),
+    ):
         with pytest.raises(AdapterError, match=r"unknown adapter 'zz' \(expected a, b, got zz\)"):
             call("zz")
 
@@ -112,7 +121,8 @@ def test_a_taken_name_is_refused(runtime: Runtime, tiny_decoder: Path, tmp_path:
 
 def test_a_prompt_longer_than_the_context_names_tokens_and_limit(runtime: Runtime) -> None:
     with pytest.raises(
-        InputError, match=r"longer than the context \(expected at most 255 tokens.*, got 300 tokens\)"
+        InputError,
+        match=r"longer than the context \(expected at most 255 tokens.*, got 300 tokens\)",
     ):
         runtime.generate(["~" * 300], "a")
 
@@ -143,7 +153,9 @@ def test_embeddings_have_length_one_and_change_with_the_adapter(classifier: Runt
 
 def test_long_texts_are_truncated_only_when_asked(classifier: Runtime) -> None:
     text = "card " * 200
-    with pytest.raises(InputError, match=r"longer than the model's positions \(expected at most 128 tokens"):
+    with pytest.raises(
+        InputError, match=r"longer than the model's positions \(expected at most 128 tokens"
+    ):
         classifier.classify([text], "intent")
     assert classifier.classify([text], "intent", truncate=True)
     assert len(classifier.text_ids(text, "intent", truncate=True)) == 16
@@ -167,7 +179,10 @@ def test_a_merged_bundle_answers_as_the_adapter_it_holds(
     merged = Runtime.open(merged_bundle(tiny_decoder), threads=2)
     expected = runtime.generate(TEXTS, "a", max_new_tokens=4)
     assert merged.adapters == ("a",)
-    for got in (merged.generate(TEXTS, max_new_tokens=4), merged.generate(TEXTS, "a", max_new_tokens=4)):
+    for got in (
+        merged.generate(TEXTS, max_new_tokens=4),
+        merged.generate(TEXTS, "a", max_new_tokens=4),
+    ):
         assert [c.text for c in got] == [c.text for c in expected]
     with pytest.raises(AdapterError, match="merged into its weights"):
         merged.load_adapter("new", tmp_path)
@@ -176,7 +191,9 @@ def test_a_merged_bundle_answers_as_the_adapter_it_holds(
 @pytest.mark.parametrize(
     "file", ["model.onnx.data", "tokenizer.json", "adapters/a/adapter_model.safetensors"]
 )
-def test_a_flipped_byte_anywhere_is_found_at_open(file: str, tiny_decoder: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_anywhere_is_found_at_open(
+    file: str, tiny_decoder: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(decoder_bundle(tiny_decoder), folder)
     content = bytearray((folder / file).read_bytes())
@@ -186,12 +203,16 @@ def test_a_flipped_byte_anywhere_is_found_at_open(file: str, tiny_decoder: Path,
         Runtime.open(folder)
 
 
-def test_weights_of_another_size_are_found_before_the_engine_reads_them(tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_another_size_are_found_before_the_engine_reads_them(
+    tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(decoder_bundle(tiny_decoder), folder)
     (folder / "model.onnx.data").write_bytes((folder / "model.onnx.data").read_bytes()[:-1])
     monkeypatch.setattr("edgetune.runtime.engine.session.open_session", None)
-    with pytest.raises(BundleError, match=r"not as exported: model\.onnx\.data: expected \d+ bytes"):
+    with pytest.raises(
+        BundleError, match=r"not as exported: model\.onnx\.data: expected \d+ bytes"
+    ):
         Runtime.open(folder)
 
 

@@ -1,4 +1,6 @@
-"""PEFT folders become graph inputs: PEFT's own delta weights are the reference; what does not fit is refused, all of it."""
+"""PEFT folders become graph inputs: PEFT's own delta weights are the reference; what does not fit
+is refused, all of it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 def reference_deltas(model: Any) -> dict[str, np.ndarray]:
     """Module → ΔW (out, in) as PEFT computes it."""
     layers = {
-        n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight") and "default" in m.lora_A
+        n: m
+        for n, m in model.named_modules()
+        if hasattr(m, "get_delta_weight") and "default" in m.lora_A
     }
     return {
         n.removeprefix("base_model.model."): m.get_delta_weight("default").detach().numpy()
@@ -50,7 +54,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "r": 9},
     "rank_pattern": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 6}},
     "alpha_pattern": {"alpha_pattern": {"^model.layers.0.self_attn.k_proj": 32, "up_proj": 1}},
-    "both patterns": {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 5}, "use_rslora": True},
+    "both patterns": {
+        "rank_pattern": {"v_proj": 3},
+        "alpha_pattern": {"v_proj": 5},
+        "use_rslora": True,
+    },
     "partial targets": {"target_modules": ["q_proj", "up_proj"]},
     "a regex": {"target_modules": r"model\.layers\.0\..*(v|down)_proj"},
     "one layer": {"target_modules": ["o_proj", "k_proj"], "layers_to_transform": [1]},
@@ -58,7 +66,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_inputs_hold_the_delta_weights_of_peft(name: str, tiny_decoder: Path, tmp_path: Path) -> None:
+def test_packed_inputs_hold_the_delta_weights_of_peft(
+    name: str, tiny_decoder: Path, tmp_path: Path
+) -> None:
     model = peft_adapter(tiny_decoder, tmp_path, **CONFIGS[name])
     expected = reference_deltas(model)
     got = packed_deltas(pack_adapter(tmp_path, decoder_manifest()), decoder_manifest())
@@ -80,7 +90,9 @@ def test_half_precision_files_are_read(
     dtype: torch.dtype, tolerance: float, tiny_decoder: Path, tmp_path: Path
 ) -> None:
     expected = reference_deltas(peft_adapter(tiny_decoder, tmp_path))
-    save_file({k: v.to(dtype) for k, v in load_file(tmp_path / WEIGHTS).items()}, tmp_path / WEIGHTS)
+    save_file(
+        {k: v.to(dtype) for k, v in load_file(tmp_path / WEIGHTS).items()}, tmp_path / WEIGHTS
+    )
     got = packed_deltas(pack_adapter(tmp_path, decoder_manifest()), decoder_manifest())
     for module in expected:
         np.testing.assert_allclose(got[module], expected[module], atol=tolerance)
@@ -97,7 +109,9 @@ def test_the_classifier_head_is_packed_with_its_labels(tiny_encoder: Path, tmp_p
     assert packed.notes == ()
 
 
-def test_a_foreign_folder_is_fitted_by_shape_and_that_is_said(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_a_foreign_folder_is_fitted_by_shape_and_that_is_said(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
     peft_adapter(tiny_encoder, tmp_path, labels=3, target_modules=["query", "value"])
     packed = pack_adapter(tmp_path, encoder_manifest())
     assert packed.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
@@ -130,9 +144,15 @@ def test_every_mismatch_is_listed_with_both_shapes(tiny_decoder: Path, tmp_path:
     assert len(lines) == 4
 
 
-def test_a_module_that_the_configuration_targets_must_be_there(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_a_module_that_the_configuration_targets_must_be_there(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     peft_adapter(tiny_decoder, tmp_path, target_modules=["q_proj", "o_proj"])
-    tensors = {k: v for k, v in load_file(tmp_path / WEIGHTS).items() if "layers.1.self_attn.o_proj" not in k}
+    tensors = {
+        k: v
+        for k, v in load_file(tmp_path / WEIGHTS).items()
+        if "layers.1.self_attn.o_proj" not in k
+    }
     save_file(tensors, tmp_path / WEIGHTS)
     lines = refusal(tmp_path, decoder_manifest())
     assert len(lines) == 1
@@ -171,15 +191,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "LoRA biases": ({"lora_bias": True}, "lora_bias"),
     "trained biases": ({"bias": "all"}, "bias: expected none, got all"),
     "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "embeddings have no adapter input"),
+    "embeddings": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        "embeddings have no adapter input",
+    ),
     "the output layer": ({"target_modules": ["q_proj", "lm_head"]}, "no adapter input for lm_head"),
-    "a saved norm": ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "takes no trained 'norm'"),
+    "a saved norm": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+        "takes no trained 'norm'",
+    ),
     "pissa": ({"init_lora_weights": "pissa"}, "also changed the base weights"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_graph_cannot_take_is_refused_by_name(name: str, tiny_decoder: Path, tmp_path: Path) -> None:
+def test_what_the_graph_cannot_take_is_refused_by_name(
+    name: str, tiny_decoder: Path, tmp_path: Path
+) -> None:
     config, expected = REFUSED[name]
     peft_adapter(tiny_decoder, tmp_path, **config)
     assert any(expected in line for line in refusal(tmp_path, decoder_manifest()))
@@ -228,7 +256,10 @@ def test_another_pooling_and_another_task_are_refused(tiny_encoder: Path, tmp_pa
     peft_adapter(tiny_encoder, tmp_path, labels=2, target_modules=["query"])
     write_metadata(tmp_path, task="reward", labels=["a", "b", "c"], pooling="cls")
     lines = refusal(tmp_path, encoder_manifest())
-    assert "edgetune_adapter.json: task: expected sequence-classification or token-classification, got reward" in lines
+    assert (
+        "edgetune_adapter.json: task: expected sequence-classification or token-classification, got"
+        " reward" in lines
+    )
     assert "edgetune_adapter.json: pooling: expected mean, got cls" in lines
     assert any("classifier.weight: expected (3, 64), got (2, 64)" in line for line in lines)
 
@@ -248,4 +279,6 @@ def test_another_kind_of_peft_is_refused(tiny_decoder: Path, tmp_path: Path) -> 
     peft_adapter(tiny_decoder, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
-    assert refusal(tmp_path, decoder_manifest()) == ["adapter_config.json: peft_type: expected LORA, got IA3"]
+    assert refusal(tmp_path, decoder_manifest()) == [
+        "adapter_config.json: peft_type: expected LORA, got IA3"
+    ]

@@ -1,4 +1,6 @@
-"""Requests that share the engine get the answers they would get alone, in time, and exactly one last event."""
+"""Requests that share the engine get the answers they would get alone, in time, and exactly one
+last event.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def classifier(tiny_encoder: Path) -> Iterator[Runtime]:
         yield opened
 
 
-def request(runtime: Runtime, ids: list[int], adapter: str | None = None, **options: Any) -> GenerationRequest:
+def request(
+    runtime: Runtime, ids: list[int], adapter: str | None = None, **options: Any
+) -> GenerationRequest:
     own = {key: options.pop(key) for key in ("deadline", "choice") if key in options}
     return GenerationRequest(ids, adapter, runtime.settings(adapter, **options), **own)
 
@@ -66,7 +70,9 @@ class Listener:
 
 
 def alone(runtime: Runtime, ids: list[int], adapter: str | None, steps: int) -> list[int]:
-    state, logits = runtime.decoder.start([ids], [runtime.bound(adapter)], capacity=len(ids) + steps)  # type: ignore[union-attr]
+    state, logits = runtime.decoder.start(
+        [ids], [runtime.bound(adapter)], capacity=len(ids) + steps
+    )  # type: ignore[union-attr]
     tokens = []
     while True:
         tokens.append(int(logits[0].argmax()))
@@ -81,7 +87,9 @@ def random_ids(rng: random.Random, longest: int = 60) -> list[int]:
 
 def test_requests_from_many_threads_get_the_answers_they_would_get_alone(runtime: Runtime) -> None:
     rng = random.Random(0)
-    cases = [(random_ids(rng), rng.choice(["a", "b", None]), rng.randrange(1, 9)) for _ in range(40)]
+    cases = [
+        (random_ids(rng), rng.choice(["a", "b", None]), rng.randrange(1, 9)) for _ in range(40)
+    ]
     listeners = [Listener() for _ in cases]
     with Scheduler(runtime, max_rows=5, prefill_chunk=16) as scheduler:
 
@@ -111,9 +119,17 @@ def test_a_shared_beginning_is_computed_once(runtime: Runtime) -> None:
     rng = random.Random(1)
     system = [rng.randrange(3, 352) for _ in range(2 * BLOCK + 5)]
     with Scheduler(runtime) as scheduler:
-        for adapter, tail, cached in [("a", 3, 0), ("a", 2, 2), ("b", 3, 0), ("a", 1, 2), (None, 1, 0)]:
+        for adapter, tail, cached in [
+            ("a", 3, 0),
+            ("a", 2, 2),
+            ("b", 3, 0),
+            ("a", 1, 2),
+            (None, 1, 0),
+        ]:
             ids = [*system, *([7] * tail)]
-            scheduler.submit(request(runtime, ids, adapter, max_new_tokens=5), listener := Listener())
+            scheduler.submit(
+                request(runtime, ids, adapter, max_new_tokens=5), listener := Listener()
+            )
             completion = listener.done()
             assert completion.cached_tokens == cached * BLOCK
             assert list(completion.token_ids) == alone(runtime, ids, adapter, 5)
@@ -157,7 +173,9 @@ def test_memory_bounds_how_many_run_and_nobody_is_lost(runtime: Runtime) -> None
             scheduler.submit(request(runtime, ids, adapter, max_new_tokens=9), listener)
         for (ids, adapter), listener in zip(cases, listeners, strict=True):
             assert list(listener.done().token_ids) == alone(runtime, ids, adapter, 9)
-        with pytest.raises(InputError, match=r"longer than the context \(expected at most 145 tokens"):
+        with pytest.raises(
+            InputError, match=r"longer than the context \(expected at most 145 tokens"
+        ):
             scheduler.submit(request(runtime, [5] * 200), print)
 
 
@@ -169,7 +187,9 @@ def test_a_cancelled_request_frees_its_row_and_says_so(runtime: Runtime) -> None
             seen.set()
             listener(event)
 
-        ticket = scheduler.submit(request(runtime, [5], max_new_tokens=200, logit_bias={2: -100}), on_event)
+        ticket = scheduler.submit(
+            request(runtime, [5], max_new_tokens=200, logit_bias={2: -100}), on_event
+        )
         scheduler.submit(request(runtime, [6], max_new_tokens=2), second := Listener())
         assert seen.wait(30)
         ticket.cancel()
@@ -203,7 +223,9 @@ def test_a_full_queue_refuses_and_a_closed_one_too(runtime: Runtime) -> None:
     listeners = [Listener(), Listener()]
     for listener in listeners:
         scheduler.submit(request(runtime, [5], max_new_tokens=2), listener)
-    with pytest.raises(QueueFull, match=r"the queue is full \(expected at most 2 waiting, got one more\)") as full:
+    with pytest.raises(
+        QueueFull, match=r"the queue is full \(expected at most 2 waiting, got one more\)"
+    ) as full:
         scheduler.submit(request(runtime, [5]), print)
     assert full.value.retry_after_s >= 1
     assert scheduler.stats().requests_total == {"refused": 1}
@@ -245,7 +267,9 @@ def test_a_listener_that_fails_ends_only_its_own_request(runtime: Runtime, caplo
         raise RuntimeError("the client went away")
 
     with Scheduler(runtime) as scheduler:
-        ticket = scheduler.submit(request(runtime, [5], max_new_tokens=200, logit_bias={2: -100}), broken)
+        ticket = scheduler.submit(
+            request(runtime, [5], max_new_tokens=200, logit_bias={2: -100}), broken
+        )
         scheduler.submit(request(runtime, [6], max_new_tokens=3), listener := Listener())
         assert listener.done().completion_tokens == 3
         assert ticket.wait(30)
@@ -253,12 +277,16 @@ def test_a_listener_that_fails_ends_only_its_own_request(runtime: Runtime, caplo
 
 
 @pytest.mark.parametrize("prompt", [[], [999], [5] * 256])
-def test_a_prompt_that_cannot_be_run_is_refused_at_once(runtime: Runtime, prompt: list[int]) -> None:
+def test_a_prompt_that_cannot_be_run_is_refused_at_once(
+    runtime: Runtime, prompt: list[int]
+) -> None:
     with pytest.raises(InputError):
         Scheduler(runtime).submit(request(runtime, prompt), print)
 
 
-def test_the_same_seed_gives_the_same_answer_beside_other_rows_and_choices_differ(runtime: Runtime) -> None:
+def test_the_same_seed_gives_the_same_answer_beside_other_rows_and_choices_differ(
+    runtime: Runtime,
+) -> None:
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 4}
     expected = runtime.generate(["hello"], **settings)[0].text
     with Scheduler(runtime) as scheduler:
@@ -271,9 +299,14 @@ def test_the_same_seed_gives_the_same_answer_beside_other_rows_and_choices_diffe
     assert texts[1] != expected
 
 
-def test_a_merged_bundle_answers_with_the_adapter_it_holds(runtime: Runtime, tiny_decoder: Path) -> None:
+def test_a_merged_bundle_answers_with_the_adapter_it_holds(
+    runtime: Runtime, tiny_decoder: Path
+) -> None:
     ids = runtime.prompt_ids("hello there", "a")
-    with Runtime.open(merged_bundle(tiny_decoder), threads=1) as merged, Scheduler(merged) as scheduler:
+    with (
+        Runtime.open(merged_bundle(tiny_decoder), threads=1) as merged,
+        Scheduler(merged) as scheduler,
+    ):
         listeners = [Listener(), Listener()]
         for name, listener in zip((None, "a"), listeners, strict=True):
             scheduler.submit(request(merged, ids, name, max_new_tokens=6), listener)
@@ -281,7 +314,9 @@ def test_a_merged_bundle_answers_with_the_adapter_it_holds(runtime: Runtime, tin
             assert list(listener.done().token_ids) == alone(runtime, ids, "a", 6)
 
 
-def test_a_request_that_cannot_begin_fails_alone(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_cannot_begin_fails_alone(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Scheduler(runtime, max_rows=1) as scheduler:
         assert scheduler._loop is not None
         bindings, arena = scheduler._loop.batch._bindings, scheduler._loop.batch.arena
@@ -303,12 +338,19 @@ def test_a_request_that_cannot_begin_fails_alone(runtime: Runtime, monkeypatch: 
         scheduler.submit(request(runtime, [5, 6, 7], "a", max_new_tokens=3), listener := Listener())
         with pytest.raises(ZeroDivisionError):
             listener.done()
-        assert (arena.reserved, scheduler._loop.batch.rows, scheduler.stats().requests_total["failed"]) == (0, 0, 2)
+        assert (
+            arena.reserved,
+            scheduler._loop.batch.rows,
+            scheduler.stats().requests_total["failed"],
+        ) == (0, 0, 2)
 
 
 def test_a_shorter_context_is_kept(runtime: Runtime) -> None:
     with Scheduler(runtime, max_context=20) as scheduler:
-        scheduler.submit(request(runtime, [5] * 15, max_new_tokens=50, logit_bias={2: -100}), listener := Listener())
+        scheduler.submit(
+            request(runtime, [5] * 15, max_new_tokens=50, logit_bias={2: -100}),
+            listener := Listener(),
+        )
         completion = listener.done()
         with pytest.raises(InputError, match="expected at most 19 tokens"):
             scheduler.submit(request(runtime, [5] * 20), print)
@@ -330,7 +372,10 @@ def test_texts_of_many_callers_share_batches(classifier: Runtime) -> None:
     futures = [scheduler.classify([text, text], name) for text, name in asked]
     embedded = scheduler.embed(TEXTS)
     runs = []
-    run, classifier.encoder.run = classifier.encoder.run, lambda *a, **k: runs.append(len(a[0])) or run(*a, **k)  # type: ignore[union-attr, method-assign, func-returns-value]
+    run, classifier.encoder.run = (
+        classifier.encoder.run,
+        lambda *a, **k: runs.append(len(a[0])) or run(*a, **k),
+    )  # type: ignore[union-attr, method-assign, func-returns-value]
     try:
         with scheduler:
             for (text, name), future in zip(asked, futures, strict=True):
@@ -381,7 +426,9 @@ def test_labels_are_of_the_adapter_whose_logits_they_name(
 ) -> None:
     bundle = encoder_bundle(tiny_encoder)
     with Runtime.open(bundle, threads=1) as runtime, Scheduler(runtime) as scheduler:
-        expected = {name: runtime.classify(TEXTS[:1], name)[0].scores for name in ("intent", "mood")}
+        expected = {
+            name: runtime.classify(TEXTS[:1], name)[0].scores for name in ("intent", "mood")
+        }
         encoder = runtime.encoder
         assert encoder is not None
         owner, hook = (runtime, "text_ids") if shared else (encoder, "run")
@@ -392,7 +439,11 @@ def test_labels_are_of_the_adapter_whose_logits_they_name(
             return call(*arguments, **options)
 
         monkeypatch.setattr(owner, hook, replace_meanwhile)
-        asked = scheduler.classify(TEXTS[:1], "intent").result(60) if shared else runtime.classify(TEXTS[:1], "intent")
+        asked = (
+            scheduler.classify(TEXTS[:1], "intent").result(60)
+            if shared
+            else runtime.classify(TEXTS[:1], "intent")
+        )
         assert asked[0].scores == pytest.approx(expected["mood" if shared else "intent"], abs=1e-5)
 
 

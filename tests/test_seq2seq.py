@@ -1,4 +1,6 @@
-"""Encoder-decoders of the T5 family, tiny and random: the bundle answers as torch, however a batch is made up."""
+"""Encoder-decoders of the T5 family, tiny and random: the bundle answers as torch, however a batch
+is made up.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ COPIES = {"mt5"}  # transformers' code is T5's, copied
 
 
 def some(names: Any) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in COPIES else []) for name in names]
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name in COPIES else []) for name in names
+    ]
 
 
 @dataclass
@@ -47,11 +51,19 @@ class Exported:
     tensors: Any
     model: Any
 
-    def torch_logits(self, prompt: list[int], answer: list[int], *, adapter: bool = True) -> np.ndarray:
+    def torch_logits(
+        self, prompt: list[int], answer: list[int], *, adapter: bool = True
+    ) -> np.ndarray:
         """Logits (len + 1, vocab) of the answer's tokens and of the one after."""
         with torch.no_grad(), self.model.disable_adapter() if not adapter else torch.no_grad():
             given = torch.tensor([[START, *answer]])
-            return self.model(input_ids=torch.tensor([prompt]), decoder_input_ids=given, use_cache=False).logits[0].numpy()
+            return (
+                self.model(
+                    input_ids=torch.tensor([prompt]), decoder_input_ids=given, use_cache=False
+                )
+                .logits[0]
+                .numpy()
+            )
 
 
 @pytest.fixture(scope="module", params=some(FAMILIES))
@@ -62,7 +74,9 @@ def family(request: Any, tmp_path_factory: Any) -> Iterator[Exported]:
     manifest = export(folder / "bundle", adapter)
     engine = Seq2SeqEngine(folder / "bundle", manifest, threads=1)
     model = load_adapter(load_body(resolve_base(str(base))), adapter)
-    yield Exported(manifest, folder / "bundle", base, engine, pack_adapter(adapter, manifest).tensors, model)
+    yield Exported(
+        manifest, folder / "bundle", base, engine, pack_adapter(adapter, manifest).tensors, model
+    )
 
 
 def answers(vocabulary: int) -> list[list[int]]:
@@ -70,10 +84,18 @@ def answers(vocabulary: int) -> list[list[int]]:
     return [numbers.integers(3, vocabulary, length).tolist() for length in ANSWERS]
 
 
-def test_padded_prompts_with_and_without_adapter_are_answered_token_by_token(family: Exported) -> None:
-    texts, given = prompts(family.manifest.graph.vocab_size, LENGTHS), answers(family.manifest.graph.vocab_size)
+def test_padded_prompts_with_and_without_adapter_are_answered_token_by_token(
+    family: Exported,
+) -> None:
+    texts, given = (
+        prompts(family.manifest.graph.vocab_size, LENGTHS),
+        answers(family.manifest.graph.vocab_size),
+    )
     adapters = [family.tensors, None, family.tensors]
-    expected = [family.torch_logits(*pair, adapter=tensors is not None) for *pair, tensors in zip(texts, given, adapters, strict=True)]
+    expected = [
+        family.torch_logits(*pair, adapter=tensors is not None)
+        for *pair, tensors in zip(texts, given, adapters, strict=True)
+    ]
     state, logits = family.engine.start(texts, adapters)
     live = [0, 1, 2]
     for step in range(max(ANSWERS) + 1):
@@ -87,18 +109,25 @@ def test_padded_prompts_with_and_without_adapter_are_answered_token_by_token(fam
         logits = state.step([given[row][step] for row in live])
 
 
-def test_given_answers_go_through_the_decoder_at_once_and_then_on_through_the_cache(family: Exported) -> None:
+def test_given_answers_go_through_the_decoder_at_once_and_then_on_through_the_cache(
+    family: Exported,
+) -> None:
     vocabulary = family.manifest.graph.vocab_size
     texts, given = prompts(vocabulary, LENGTHS), answers(vocabulary)
     adapters = [None, family.tensors, family.tensors]
     state, found = family.engine.answer_logits(texts, given, adapters)
     for i in range(3):
-        assert np.abs(found[i] - family.torch_logits(texts[i], given[i], adapter=i > 0)).max() < 1e-3
+        assert (
+            np.abs(found[i] - family.torch_logits(texts[i], given[i], adapter=i > 0)).max() < 1e-3
+        )
     for step in range(STEPS):  # rows stand at different places now
         given = [[*answer, 7 + step] for answer in given]
         logits = state.step([answer[-1] for answer in given])
         for i in range(3):
-            assert np.abs(logits[i] - family.torch_logits(texts[i], given[i], adapter=i > 0)[-1]).max() < 1e-3
+            assert (
+                np.abs(logits[i] - family.torch_logits(texts[i], given[i], adapter=i > 0)[-1]).max()
+                < 1e-3
+            )
 
 
 def test_rows_that_are_repeated_go_on_as_the_first(family: Exported) -> None:
@@ -106,15 +135,29 @@ def test_rows_that_are_repeated_go_on_as_the_first(family: Exported) -> None:
     state, _ = family.engine.start(texts, [family.tensors, None])
     logits = state.repeat(2).step([5, 6, 5, 6])
     for place, (row, token) in enumerate([(0, 5), (0, 6), (1, 5), (1, 6)]):
-        assert np.abs(logits[place] - family.torch_logits(texts[row], [token], adapter=row == 0)[-1]).max() < 1e-3
+        assert (
+            np.abs(
+                logits[place] - family.torch_logits(texts[row], [token], adapter=row == 0)[-1]
+            ).max()
+            < 1e-3
+        )
 
 
 def test_the_proof_passes_and_attention_is_one_node_a_layer(family: Exported) -> None:
     proof = family.manifest.proof["adapters"]["a"]
     decoder = op_counts(family.folder)
-    encoder = [node.op_type for node in adapted_graph(onnx.load(str(family.folder / ENCODER), load_external_data=False)).node]
+    encoder = [
+        node.op_type
+        for node in adapted_graph(
+            onnx.load(str(family.folder / ENCODER), load_external_data=False)
+        ).node
+    ]
     assert proof["passed"] and proof["max_abs"] <= 1e-3
-    assert decoder["GroupQueryAttention"] == 3 and decoder["MultiHeadAttention"] == 3 and encoder.count("MultiHeadAttention") == 2
+    assert (
+        decoder["GroupQueryAttention"] == 3
+        and decoder["MultiHeadAttention"] == 3
+        and encoder.count("MultiHeadAttention") == 2
+    )
     assert not {"Softmax", "Pow", "Log", "Sqrt"} & {*encoder, *decoder}
 
 
@@ -124,7 +167,9 @@ def test_a_mixed_batch_is_answered_as_transformers_generates(family: Exported) -
         got = runtime.generate(texts, adapters=["a", None, "a"], max_new_tokens=12)
         ids = [runtime.tokenizer.encode(text) for text in texts]
     for row, completion, adapter in zip(ids, got, (True, False, True), strict=True):
-        assert list(completion.token_ids) == greedy(family, row, len(completion.token_ids), adapter=adapter)
+        assert list(completion.token_ids) == greedy(
+            family, row, len(completion.token_ids), adapter=adapter
+        )
 
 
 def greedy(family: Exported, prompt: list[int], count: int, *, adapter: bool) -> list[int]:
@@ -162,7 +207,9 @@ def tiny(tmp_path_factory: Any) -> Tiny:
     folder = tmp_path_factory.mktemp("seq2seq-int8")
     base = make_seq2seq("t5", folder / "base")
     adapter = make_adapter(base, folder / "a", strength=0.1)
-    return Tiny(base, adapter, folder / "bundle", export(folder / "bundle", adapter, precision="int8"))
+    return Tiny(
+        base, adapter, folder / "bundle", export(folder / "bundle", adapter, precision="int8")
+    )
 
 
 def test_a_base_alone_is_a_bundle_that_takes_adapters(tiny: Tiny, tmp_path: Path) -> None:
@@ -172,21 +219,31 @@ def test_a_base_alone_is_a_bundle_that_takes_adapters(tiny: Tiny, tmp_path: Path
     assert manifest.adapters == () and manifest.proof["adapters"]["(base)"]["max_abs"] <= 1e-3
     with Runtime.open(tmp_path / "base", threads=1) as runtime:
         runtime.load_adapter("mine", tiny.adapter)
-        plain, adapted = (runtime.generate(["Turn on the lights"], adapter=name, max_new_tokens=8)[0].token_ids for name in (None, "mine"))
+        plain, adapted = (
+            runtime.generate(["Turn on the lights"], adapter=name, max_new_tokens=8)[0].token_ids
+            for name in (None, "mine")
+        )
     assert plain != adapted
 
 
 def test_the_weights_of_both_graphs_are_stored_once(tiny: Tiny, tmp_path: Path) -> None:
     manifest = export(tmp_path / "fp32", tiny.adapter)
-    assert manifest.files["model.onnx.data"].bytes < 4 * manifest.base.parameters * 1.05 + 4096 * 60  # each begins at a page
+    assert (
+        manifest.files["model.onnx.data"].bytes < 4 * manifest.base.parameters * 1.05 + 4096 * 60
+    )  # each begins at a page
     assert {info.graph for info in manifest.sites} == {None, ENCODER}
     assert "standard" not in manifest.files and {"engine.onnx", ENCODER} < manifest.files.keys()
 
 
 def test_int8_holds_and_its_tied_embedding_is_the_output_projection(tiny: Tiny) -> None:
     model = onnx.load(str(tiny.bundle / "engine.onnx"), load_external_data=False)
-    projection = [node for node in adapted_graph(model).node if node.op_type == "MatMulNBits"][-1].input[1]
-    places = {one.name: {entry.key: entry.value for entry in one.external_data} for one in model.graph.initializer}
+    projection = [node for node in adapted_graph(model).node if node.op_type == "MatMulNBits"][
+        -1
+    ].input[1]
+    places = {
+        one.name: {entry.key: entry.value for entry in one.external_data}
+        for one in model.graph.initializer
+    }
     assert tiny.manifest.proof["adapters"]["a"]["passed"]
     assert places["shared.weight"]["offset"] == places[projection]["offset"]
 
@@ -194,7 +251,13 @@ def test_int8_holds_and_its_tied_embedding_is_the_output_projection(tiny: Tiny) 
 def test_sampling_repeats_with_its_seed_and_several_answers_differ(tiny: Tiny) -> None:
     with Runtime.open(tiny.bundle, threads=1) as runtime:
         first, second = (
-            [one.token_ids for one in runtime.generate(["Turn on"], adapter="a", n=3, temperature=2.0, seed=4, max_new_tokens=8)] for _ in range(2)
+            [
+                one.token_ids
+                for one in runtime.generate(
+                    ["Turn on"], adapter="a", n=3, temperature=2.0, seed=4, max_new_tokens=8
+                )
+            ]
+            for _ in range(2)
         )
         streamed = "".join(runtime.stream("Turn on", adapter="a", max_new_tokens=8))
         whole = runtime.generate(["Turn on"], adapter="a", max_new_tokens=8)[0].text
@@ -214,7 +277,9 @@ def test_an_adapter_of_peft_alone_loads_hot(tiny: Tiny, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=2, target_modules="all-linear", init_lora_weights=False
+    )
     model = get_peft_model(load_body(resolve_base(str(tiny.base))), config).eval()
     model.save_pretrained(tmp_path / "other")
     manifest = export(tmp_path / "fp32", tiny.adapter)
@@ -224,8 +289,16 @@ def test_an_adapter_of_peft_alone_loads_hot(tiny: Tiny, tmp_path: Path) -> None:
         engine: Any = runtime.decoder
         _, (logits,) = engine.answer_logits([ids], [[5, 6]], [runtime.bound("other")])
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[START, 5, 6]])).logits[0].numpy()
-    assert np.abs(logits - expected).max() < 1e-3 and "could not be checked" in notes[0] and manifest.graph.encoder == ENCODER
+        expected = (
+            model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[START, 5, 6]]))
+            .logits[0]
+            .numpy()
+        )
+    assert (
+        np.abs(logits - expected).max() < 1e-3
+        and "could not be checked" in notes[0]
+        and manifest.graph.encoder == ENCODER
+    )
 
 
 def test_a_manifest_from_before_encoder_decoders_still_opens(tiny: Tiny) -> None:
@@ -249,9 +322,15 @@ def test_an_encoder_outside_the_bundle_is_refused(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"precision": "fp16"}, "overflow in fp16"), ({"precision": "int4", "quantiser": "gptq"}, "gptq does not read prompts")]
+    ("options", "message"),
+    [
+        ({"precision": "fp16"}, "overflow in fp16"),
+        ({"precision": "int4", "quantiser": "gptq"}, "gptq does not read prompts"),
+    ],
 )
-def test_what_an_export_cannot_do_is_said_before_it_begins(options: Any, message: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_what_an_export_cannot_do_is_said_before_it_begins(
+    options: Any, message: str, tiny: Tiny, tmp_path: Path
+) -> None:
     with pytest.raises(ExportError, match=message):
         export(tmp_path / "out", tiny.adapter, **options)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
-"""Encoder-decoders behind the scheduler and over HTTP: rows join, step together and leave, and answer as they would alone."""
+"""Encoder-decoders behind the scheduler and over HTTP: rows join, step together and leave, and
+answer as they would alone.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from edgetune.core.errors import InputError
 from edgetune.runtime import Runtime
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
-TEXTS = ["Turn on the lights", "My card", "The quick brown fox jumps over the lazy dog.", "a", "please, the kitchen", "What should I do?"]
+TEXTS = [
+    "Turn on the lights",
+    "My card",
+    "The quick brown fox jumps over the lazy dog.",
+    "a",
+    "please, the kitchen",
+    "What should I do?",
+]
 ADAPTERS = ["a", None, "b", "a", "b", None]
 
 
@@ -27,7 +36,10 @@ def bundle(tmp_path_factory: Any) -> Path:
     """Two adapters of different rank on one base."""
     folder = tmp_path_factory.mktemp("served")
     base = make_seq2seq("flan-t5", folder / "base")
-    adapters = [make_adapter(base, folder / name, seed=i, rank=rank) for i, (name, rank) in enumerate((("a", 4), ("b", 2)))]
+    adapters = [
+        make_adapter(base, folder / name, seed=i, rank=rank)
+        for i, (name, rank) in enumerate((("a", 4), ("b", 2)))
+    ]
     export(folder / "bundle", *adapters)
     return folder / "bundle"
 
@@ -59,7 +71,12 @@ def test_many_callers_at_once_get_their_own_answers(runtime: Runtime) -> None:
 
         def ask(i: int, adapter: str | None, count: int) -> None:
             listener = Listener()
-            scheduler.submit(request(runtime, runtime.tokenizer.encode(TEXTS[i % 5]), adapter, max_new_tokens=count), listener)
+            scheduler.submit(
+                request(
+                    runtime, runtime.tokenizer.encode(TEXTS[i % 5]), adapter, max_new_tokens=count
+                ),
+                listener,
+            )
             found[i] = list(listener.done().token_ids)
 
         threads = [threading.Thread(target=ask, args=job) for job in jobs]
@@ -76,7 +93,9 @@ def test_a_row_that_is_called_off_leaves_the_others_alone(runtime: Runtime) -> N
     ids = runtime.tokenizer.encode(TEXTS[2])
     with Scheduler(runtime, max_rows=2) as scheduler:
         first, second = Listener(), Listener()
-        ticket = scheduler.submit(request(runtime, ids, "a", max_new_tokens=2000, logit_bias=((1, -100.0),)), first)
+        ticket = scheduler.submit(
+            request(runtime, ids, "a", max_new_tokens=2000, logit_bias=((1, -100.0),)), first
+        )
         scheduler.submit(request(runtime, ids, "b", max_new_tokens=20), second)
         first.events.get(timeout=60)
         ticket.cancel()
@@ -92,7 +111,12 @@ def test_memory_bounds_prompt_and_answer_together_and_nobody_starves(runtime: Ru
             scheduler.submit(request(runtime, [5] * 150, None), Listener())
         listeners = [Listener() for _ in range(3)]
         for listener in listeners:
-            scheduler.submit(request(runtime, [5] * 148 + [1], None, max_new_tokens=500, logit_bias=((1, -100.0),)), listener)
+            scheduler.submit(
+                request(
+                    runtime, [5] * 148 + [1], None, max_new_tokens=500, logit_bias=((1, -100.0),)
+                ),
+                listener,
+            )
         assert [len(listener.done().token_ids) for listener in listeners] == [149] * 3
 
 
@@ -105,16 +129,28 @@ def server(bundle: Path) -> Iterator[Running]:
 def test_completions_over_http_are_the_runtimes(server: Running) -> None:
     client = server.client()
     for text, adapter in zip(TEXTS, ADAPTERS, strict=True):
-        got = client.completions.create(model=adapter or "tiny", prompt=text, max_tokens=9, temperature=0)
+        got = client.completions.create(
+            model=adapter or "tiny", prompt=text, max_tokens=9, temperature=0
+        )
         expected = server.runtime.generate([text], adapter=adapter, max_new_tokens=9)[0]
-        assert got.choices[0].text == expected.text and got.usage.prompt_tokens == expected.prompt_tokens  # type: ignore[union-attr]
+        assert (
+            got.choices[0].text == expected.text
+            and got.usage.prompt_tokens == expected.prompt_tokens
+        )  # type: ignore[union-attr]
 
 
 def test_a_completion_is_streamed(server: Running) -> None:
-    pieces = server.client().completions.create(model="a", prompt=TEXTS[0], max_tokens=9, temperature=0, stream=True)
-    assert "".join(piece.choices[0].text for piece in pieces) == server.runtime.generate(TEXTS[:1], adapter="a", max_new_tokens=9)[0].text
+    pieces = server.client().completions.create(
+        model="a", prompt=TEXTS[0], max_tokens=9, temperature=0, stream=True
+    )
+    assert (
+        "".join(piece.choices[0].text for piece in pieces)
+        == server.runtime.generate(TEXTS[:1], adapter="a", max_new_tokens=9)[0].text
+    )
 
 
 def test_a_conversation_needs_a_chat_template(server: Running) -> None:
-    answer = server.post("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "hello"}]})
+    answer = server.post(
+        "/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "hello"}]}
+    )
     assert answer.status_code == 400 and "chat template" in answer.json()["error"]["message"]

@@ -1,4 +1,6 @@
-"""`edgetune serve` seen by OpenAI's official client: the answers are the runtime's own, whole or streamed."""
+"""`edgetune serve` seen by OpenAI's official client: the answers are the runtime's own, whole or
+streamed.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def server(tiny_decoder: Path) -> Iterator[Running]:
 def test_models_lists_the_base_and_its_adapters_with_their_parent(server: Running) -> None:
     found = {model.id: model.model_extra or {} for model in server.client().models.list()}
     assert list(found) == ["tiny", "a", "b"]
-    assert {name: extra["parent"] for name, extra in found.items()} == {"tiny": None, "a": "tiny", "b": "tiny"}
+    assert {name: extra["parent"] for name, extra in found.items()} == {
+        "tiny": None,
+        "a": "tiny",
+        "b": "tiny",
+    }
     assert found["a"]["prompt_template"] == "plain"
 
 
@@ -41,13 +47,19 @@ def test_a_broken_folder_does_not_hide_the_other_models(tiny_decoder: Path, tmp_
         shutil.copytree(bundle / "adapters" / "a", tmp_path / name)
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({**config, **change}))
-    (tmp_path / "form" / "edgetune_adapter.json").write_text('{"schema": 1, "prompt_format": "chat"}')
+    (tmp_path / "form" / "edgetune_adapter.json").write_text(
+        '{"schema": 1, "prompt_format": "chat"}'
+    )
     with Runtime.open(bundle, threads=1, adapter_folder=tmp_path) as runtime:
         service = Service(runtime, Scheduler(runtime), ServerOptions(model_name="tiny"))
         cards = {card["id"]: card for card in model_cards(service)}
         service.stop()
     assert list(cards) == ["tiny", "a", "b", "fine", "form", "ranks"]
-    assert (cards["fine"]["rank"], "rank" in cards["ranks"], "rank" in cards["form"]) == (cards["a"]["rank"], False, False)
+    assert (cards["fine"]["rank"], "rank" in cards["ranks"], "rank" in cards["form"]) == (
+        cards["a"]["rank"],
+        False,
+        False,
+    )
 
 
 def test_one_model_is_shown(server: Running) -> None:
@@ -70,9 +82,14 @@ def test_a_stream_joins_to_the_whole_answer_and_ends_with_its_usage(server: Runn
     whole = client.chat.completions.create(model="a", messages=HELLO, max_tokens=8)  # type: ignore[arg-type]
     options = {"include_usage": True}
     chunks = list(
-        client.chat.completions.create(model="a", messages=HELLO, max_tokens=8, stream=True, stream_options=options)  # type: ignore[call-overload]
+        client.chat.completions.create(
+            model="a", messages=HELLO, max_tokens=8, stream=True, stream_options=options
+        )  # type: ignore[call-overload]
     )
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+        == whole.choices[0].message.content
+    )
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].choices == []
@@ -80,14 +97,21 @@ def test_a_stream_joins_to_the_whole_answer_and_ends_with_its_usage(server: Runn
 
 
 def test_a_stream_is_events_of_json_and_ends_with_done(server: Running) -> None:
-    answer = server.post("/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 3, "stream": True})
+    answer = server.post(
+        "/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 3, "stream": True}
+    )
     events = answer.text.split("\n\n")
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert events[-2:] == ["data: [DONE]", ""]
-    assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events[:-2])
+    assert all(
+        json.loads(event.removeprefix("data: "))["object"] == "text_completion"
+        for event in events[:-2]
+    )
 
 
-def test_a_submission_that_takes_long_holds_up_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submission_that_takes_long_holds_up_nobody(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scheduler, begun, go_on = server.service.scheduler, threading.Event(), threading.Event()
     submit = scheduler.submit
 
@@ -108,7 +132,10 @@ def test_a_submission_that_takes_long_holds_up_nobody(server: Running, monkeypat
 
 
 def test_a_name_that_has_no_utf8_is_not_found_either(server: Running) -> None:
-    for path, asked in (("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": HELLO})):
+    for path, asked in (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": HELLO}),
+    ):
         body = json.dumps({"model": "\ud800", **asked})
         answer = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")

@@ -1,4 +1,6 @@
-"""vLLM's adapter endpoints: what loads answers at once, what does not fit is refused, nothing outside is touched."""
+"""vLLM's adapter endpoints: what loads answers at once, what does not fit is refused, nothing
+outside is touched.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def allowed(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Path) -> Pat
     (root / "linked").symlink_to(shipped / "a")
     shutil.copytree(shipped / "a", root / "links-inside")
     (root / "links-inside" / "adapter_model.safetensors").unlink()
-    (root / "links-inside" / "adapter_model.safetensors").symlink_to(shipped / "a" / "adapter_model.safetensors")
+    (root / "links-inside" / "adapter_model.safetensors").symlink_to(
+        shipped / "a" / "adapter_model.safetensors"
+    )
     (root / "file").write_text("x")
     return root
 
@@ -38,17 +42,25 @@ def server(tiny_decoder: Path, allowed: Path) -> Iterator[Running]:
 
 
 def load(server: Running, name: str, path: object, **more: object) -> tuple[int, str]:
-    answer = server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **more})
-    return answer.status_code, answer.text if answer.status_code == 200 else answer.json()["error"]["code"]
+    answer = server.post(
+        "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **more}
+    )
+    return answer.status_code, (
+        answer.text if answer.status_code == 200 else answer.json()["error"]["code"]
+    )
 
 
 def unload(server: Running, name: str, **how: object) -> tuple[int, str]:
     answer = server.post("/v1/unload_lora_adapter", {"lora_name": name, **how})
-    return answer.status_code, answer.text if answer.status_code == 200 else answer.json()["error"]["code"]
+    return answer.status_code, (
+        answer.text if answer.status_code == 200 else answer.json()["error"]["code"]
+    )
 
 
 def text_of(server: Running, model: str) -> str:
-    return str(server.post("/v1/completions", {"model": model, **PROMPT}).json()["choices"][0]["text"])
+    return str(
+        server.post("/v1/completions", {"model": model, **PROMPT}).json()["choices"][0]["text"]
+    )
 
 
 def test_an_adapter_is_loaded_answers_and_is_unloaded(server: Running, allowed: Path) -> None:
@@ -78,7 +90,17 @@ def test_loading_in_place_changes_the_answers_of_the_same_name(server: Running) 
     assert unload(server, "swap")[0] == 200
 
 
-OUTSIDE = ["..", "../x", "team/../../x", "/etc", "/", "linked", "links-inside", "team/first\0", "second/../second"]
+OUTSIDE = [
+    "..",
+    "../x",
+    "team/../../x",
+    "/etc",
+    "/",
+    "linked",
+    "links-inside",
+    "team/first\0",
+    "second/../second",
+]
 
 
 @pytest.mark.parametrize("path", OUTSIDE)
@@ -100,7 +122,9 @@ def test_a_sibling_with_the_same_beginning_is_outside(server: Running, allowed: 
         (".", (403, "forbidden_path")),
     ],
 )
-def test_a_folder_that_is_no_adapter_is_refused(path: str, expected: tuple[int, str], server: Running) -> None:
+def test_a_folder_that_is_no_adapter_is_refused(
+    path: str, expected: tuple[int, str], server: Running
+) -> None:
     assert load(server, "bad", path) == expected
     assert "bad" not in [model.id for model in server.client().models.list()]
 
@@ -149,7 +173,10 @@ def test_unloads_that_wait_are_few_and_keep_nobody_else_waiting(server: Running)
     for name in names:
         assert load(server, name, "team/first")[0] == 200
     leases = [server.runtime.registry.acquire(name) for name in names]
-    waiting = [in_background(lambda name=name: unload(server, name, in_use="wait")) for name in names[:WAITS]]  # type: ignore[misc]
+    waiting = [
+        in_background(lambda name=name: unload(server, name, in_use="wait"))
+        for name in names[:WAITS]
+    ]  # type: ignore[misc]
     until(lambda: not any(server.runtime.registry.knows(name) for name in names[:WAITS]))
     assert unload(server, names[-1], in_use="wait") == (429, "queue_full")
     assert server.runtime.registry.knows(names[-1]) and not any(one.done() for one in waiting)
@@ -160,7 +187,9 @@ def test_unloads_that_wait_are_few_and_keep_nobody_else_waiting(server: Running)
     assert unload(server, names[-1], in_use="wait")[0] == 200
 
 
-def test_without_an_allowed_folder_nothing_loads_or_unloads(tiny_decoder: Path, allowed: Path) -> None:
+def test_without_an_allowed_folder_nothing_loads_or_unloads(
+    tiny_decoder: Path, allowed: Path
+) -> None:
     with serve(decoder_bundle(tiny_decoder)) as closed:
         assert load(closed, "mine", allowed / "second") == (403, "adapter_loading_disabled")
         assert unload(closed, "a") == (403, "adapter_loading_disabled")

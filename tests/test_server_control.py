@@ -1,4 +1,6 @@
-"""The server under pressure: clients that leave, full queues, deadlines, draining, keys, foreign hosts."""
+"""The server under pressure: clients that leave, full queues, deadlines, draining, keys, foreign
+hosts.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ SHORT = {"model": "a", "prompt": "x", "max_tokens": 2}
 
 @pytest.fixture(scope="module")
 def server(tiny_decoder: Path) -> Iterator[Running]:
-    options = {"api_keys": (), "allowed_hosts": ("127.0.0.1",), "cors_origins": ("https://example.org",)}
+    options = {
+        "api_keys": (),
+        "allowed_hosts": ("127.0.0.1",),
+        "cors_origins": ("https://example.org",),
+    }
     with serve(decoder_bundle(tiny_decoder), scheduler={"max_queue": 3}, **options) as running:
         yield running
 
@@ -73,7 +79,9 @@ def test_a_full_queue_is_429_with_the_time_to_wait(server: Running) -> None:
 
 def test_several_prompts_are_queued_all_or_none(server: Running) -> None:
     with paced(server):
-        waiting = in_background(lambda: server.post("/v1/completions", {**SHORT, "prompt": ["x", "y"]}))
+        waiting = in_background(
+            lambda: server.post("/v1/completions", {**SHORT, "prompt": ["x", "y"]})
+        )
         until(lambda: server.service.scheduler.stats().waiting == 2)
         refused = server.post("/v1/completions", {**SHORT, "n": 2})
     assert refused.status_code == 429
@@ -92,7 +100,10 @@ def test_a_deadline_that_passes_is_408(server: Running) -> None:
         until(lambda: server.service.scheduler.stats().waiting == 1)
         while not late.done():
             pace.step()
-    assert (late.result().status_code, late.result().json()["error"]["code"]) == (408, "deadline_exceeded")
+    assert (late.result().status_code, late.result().json()["error"]["code"]) == (
+        408,
+        "deadline_exceeded",
+    )
 
 
 def test_a_deadline_that_passes_mid_stream_is_an_error_event(server: Running) -> None:
@@ -125,15 +136,24 @@ def test_sigterm_lets_the_answer_under_way_finish(tiny_decoder: Path) -> None:
             until(lambda: own.running() == 2)
             own.server.handle_exit(15, None)
             pace.step()
-            with pytest.raises(httpx.TransportError):  # refused, or an idle connection that is closed
+            with pytest.raises(
+                httpx.TransportError
+            ):  # refused, or an idle connection that is closed
                 while True:
                     own.get("/health")
         assert len(answer.result(20).json()["choices"]) == 1
 
 
-def test_what_the_drain_has_no_time_for_ends_with_an_error_in_openais_form(tiny_decoder: Path) -> None:
+def test_what_the_drain_has_no_time_for_ends_with_an_error_in_openais_form(
+    tiny_decoder: Path,
+) -> None:
     with serve(decoder_bundle(tiny_decoder), drain_s=1.0) as own, paced(own) as pace:
-        stream = in_background(lambda: own.post("/v1/completions", {**SHORT, "stream": True, "max_tokens": 60, "logit_bias": {str(NEVER_EOS): -100}}))
+        stream = in_background(
+            lambda: own.post(
+                "/v1/completions",
+                {**SHORT, "stream": True, "max_tokens": 60, "logit_bias": {str(NEVER_EOS): -100}},
+            )
+        )
         until(lambda: own.running() == 2)
         for _ in range(4):
             pace.step()
@@ -155,20 +175,28 @@ def test_a_web_page_that_points_its_name_here_is_refused(server: Running) -> Non
 
 def test_only_the_allowed_origin_may_read_answers(server: Running) -> None:
     def allowed(origin: str) -> str | None:
-        return server.get("/v1/models", headers={"Origin": origin}).headers.get("access-control-allow-origin")
+        return server.get("/v1/models", headers={"Origin": origin}).headers.get(
+            "access-control-allow-origin"
+        )
 
     assert allowed("https://example.org") == "https://example.org"
     assert allowed("https://evil.example") is None
 
 
 def test_a_form_from_another_site_is_no_json(server: Running) -> None:
-    answer = server.http.post("/v1/completions", content="{}", headers={"Content-Type": "text/plain"})
+    answer = server.http.post(
+        "/v1/completions", content="{}", headers={"Content-Type": "text/plain"}
+    )
     assert answer.status_code == 415
 
 
 def test_keys_open_the_models_but_the_probes_need_none(tiny_decoder: Path) -> None:
     with serve(decoder_bundle(tiny_decoder), api_keys=("first", "second")) as own:
-        assert [model.id for model in own.client(api_key="second").models.list()] == ["tiny", "a", "b"]
+        assert [model.id for model in own.client(api_key="second").models.list()] == [
+            "tiny",
+            "a",
+            "b",
+        ]
         with pytest.raises(openai.AuthenticationError) as caught:
             own.client(api_key="third").models.list()
         assert caught.value.code == "invalid_api_key"
@@ -178,8 +206,12 @@ def test_keys_open_the_models_but_the_probes_need_none(tiny_decoder: Path) -> No
 
 
 def test_a_request_id_comes_back_and_a_strange_one_is_replaced(server: Running) -> None:
-    assert server.get("/health", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
-    assert len(server.get("/health", headers={"X-Request-ID": "a b\tc"}).headers["x-request-id"]) == 32
+    assert (
+        server.get("/health", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
+    )
+    assert (
+        len(server.get("/health", headers={"X-Request-ID": "a b\tc"}).headers["x-request-id"]) == 32
+    )
 
 
 def test_metrics_count_requests_tokens_and_adapters(server: Running) -> None:

@@ -30,7 +30,9 @@ def test_every_labels_probability_is_in_the_answer(server: Running, model: str) 
     for row, found in zip(answer["data"], expected, strict=True):
         np.testing.assert_allclose(row["probs"], list(found.scores.values()), atol=1e-5)
         assert row["num_classes"] == len(found.scores)
-    assert answer["usage"]["total_tokens"] == sum(len(server.runtime.text_ids(text, model)) for text in TEXTS)
+    assert answer["usage"]["total_tokens"] == sum(
+        len(server.runtime.text_ids(text, model)) for text in TEXTS
+    )
 
 
 def test_one_text_is_a_list_of_one(server: Running) -> None:
@@ -45,23 +47,44 @@ def test_embeddings_are_the_runtimes_as_numbers_and_as_bytes(server: Running, mo
     for form in ("float", "base64"):
         answer = client.embeddings.create(model=model, input=TEXTS, encoding_format=form)  # type: ignore[arg-type]
         found = [row.embedding for row in answer.data]
-        found = [np.frombuffer(base64.b64decode(v), "<f4") if isinstance(v, str) else v for v in found]
+        found = [
+            np.frombuffer(base64.b64decode(v), "<f4") if isinstance(v, str) else v for v in found
+        ]
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_long_text_is_cut_only_when_asked(server: Running) -> None:
     body = {"model": "intent", "input": "lights " * 200}
     refused = server.post("/classify", body)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (
+        400,
+        "context_length_exceeded",
+    )
     assert "truncate_prompt_tokens" in refused.json()["error"]["message"]
-    assert server.post("/classify", {**body, "truncate_prompt_tokens": -1}).json()["usage"]["prompt_tokens"] == 16
+    assert (
+        server.post("/classify", {**body, "truncate_prompt_tokens": -1}).json()["usage"][
+            "prompt_tokens"
+        ]
+        == 16
+    )
 
 
-@pytest.mark.parametrize(("path", "model"), [("/classify", "intent"), ("/v1/embeddings", "intent"), ("/tag", "rooms")])
-def test_the_servers_own_limit_holds_for_every_text(path: str, model: str, heads: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads.service, "options", replace(heads.service.options, max_prompt_tokens=4))
-    refused = heads.post(path, {"model": model, "input": ["on", "turn on the lights in every room of the house"]})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+@pytest.mark.parametrize(
+    ("path", "model"), [("/classify", "intent"), ("/v1/embeddings", "intent"), ("/tag", "rooms")]
+)
+def test_the_servers_own_limit_holds_for_every_text(
+    path: str, model: str, heads: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        heads.service, "options", replace(heads.service.options, max_prompt_tokens=4)
+    )
+    refused = heads.post(
+        path, {"model": model, "input": ["on", "turn on the lights in every room of the house"]}
+    )
+    assert (refused.status_code, refused.json()["error"]["code"]) == (
+        400,
+        "context_length_exceeded",
+    )
     assert "at most 4" in refused.json()["error"]["message"]
 
 
@@ -71,11 +94,17 @@ def test_the_servers_own_limit_holds_for_every_text(path: str, model: str, heads
         ("/classify", {"model": "tiny", "input": "x"}, "no_labels"),
         ("/classify", {"model": "intent", "input": []}, "array_below_min_length"),
         ("/classify", {"model": "intent", "input": [1]}, "invalid_type"),
-        ("/v1/embeddings", {"model": "tiny", "input": "x", "dimensions": 3}, "unsupported_parameter"),
+        (
+            "/v1/embeddings",
+            {"model": "tiny", "input": "x", "dimensions": 3},
+            "unsupported_parameter",
+        ),
         ("/v1/completions", {"model": "intent", "prompt": "x"}, "wrong_task"),
     ],
 )
-def test_what_does_not_fit_is_refused(path: str, body: dict[str, object], code: str, server: Running) -> None:
+def test_what_does_not_fit_is_refused(
+    path: str, body: dict[str, object], code: str, server: Running
+) -> None:
     answer = server.post(path, body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
 
@@ -93,14 +122,18 @@ def heads(tiny_encoder: Path) -> Iterator[Running]:
 def test_words_are_tagged_with_their_places_and_entities(heads: Running) -> None:
     rows = ["Turn on the lights in the kitchen!", ["the", "kitchen", "!"]]
     for row in rows:
-        answer = heads.post("/tag", {"model": "rooms", "input": row if isinstance(row, str) else [row]}).json()
+        answer = heads.post(
+            "/tag", {"model": "rooms", "input": row if isinstance(row, str) else [row]}
+        ).json()
         (expected,) = heads.runtime.tag([row], "rooms")
         (found,) = answer["data"]
         assert found["text"] == expected.text
         assert [(w["word"], w["tag"], w["start"], w["end"]) for w in found["words"]] == [
             (w.word, w.tag, w.start, w.end) for w in expected.words
         ]
-        assert [(e["type"], e["text"]) for e in found["entities"]] == [(e.type, e.text) for e in expected.entities]
+        assert [(e["type"], e["text"]) for e in found["entities"]] == [
+            (e.type, e.text) for e in expected.entities
+        ]
         assert answer["usage"]["prompt_tokens"] > 2
 
 
@@ -108,10 +141,16 @@ def test_several_labels_and_numbers_have_fields_of_their_own(heads: Running) -> 
     (several,) = heads.post("/classify", {"model": "topics", "input": "lights"}).json()["data"]
     (number,) = heads.post("/classify", {"model": "warmth", "input": "lights"}).json()["data"]
     assert several["labels"] == list(heads.runtime.classify(["lights"], "topics")[0].labels or ())
-    assert number["value"] == pytest.approx(heads.runtime.classify(["lights"], "warmth")[0].value, abs=1e-5)
+    assert number["value"] == pytest.approx(
+        heads.runtime.classify(["lights"], "warmth")[0].value, abs=1e-5
+    )
 
 
-@pytest.mark.parametrize(("path", "model", "code"), [("/tag", "intent", "no_tags"), ("/classify", "rooms", "no_labels")])
-def test_a_tagger_and_a_classifier_are_not_confused(path: str, model: str, code: str, heads: Running) -> None:
+@pytest.mark.parametrize(
+    ("path", "model", "code"), [("/tag", "intent", "no_tags"), ("/classify", "rooms", "no_labels")]
+)
+def test_a_tagger_and_a_classifier_are_not_confused(
+    path: str, model: str, code: str, heads: Running
+) -> None:
     answer = heads.post(path, {"model": model, "input": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)

@@ -1,4 +1,6 @@
-"""The playground in a real Chromium: it answers, compares, classifies, loads adapters, and works by keyboard alone."""
+"""The playground in a real Chromium: it answers, compares, classifies, loads adapters, and works by
+keyboard alone.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,10 @@ def opened(browser: Any) -> Iterator[Any]:
         tab.set_default_timeout(20_000)
         tab.complaints, tab.asked = [], []
         tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
-        tab.on("console", lambda line: tab.complaints.append(line.text) if line.type == "error" else None)
+        tab.on(
+            "console",
+            lambda line: tab.complaints.append(line.text) if line.type == "error" else None,
+        )
         tab.on("request", lambda request: tab.asked.append(request.url))
         tab.goto(server.url)
         tab.wait_for_selector("#model-a option", state="attached")
@@ -79,7 +84,9 @@ def answered(tab: Any) -> None:
     tab.wait_for_selector("#run:not([disabled])")
 
 
-def test_two_answers_stand_side_by_side_and_are_the_servers_own(decoder: Running, opened: Any) -> None:
+def test_two_answers_stand_side_by_side_and_are_the_servers_own(
+    decoder: Running, opened: Any
+) -> None:
     tab = opened(decoder)
     tab.check("#compare")
     tab.select_option("#model-a", "a")
@@ -88,9 +95,11 @@ def test_two_answers_stand_side_by_side_and_are_the_servers_own(decoder: Running
     tab.click("#run")
     answered(tab)
     (plain,) = decoder.client().completions.create(model="a", prompt="hello").choices
-    (chat,) = decoder.client().chat.completions.create(
-        model="b", messages=[{"role": "user", "content": "hello"}]
-    ).choices
+    (chat,) = (
+        decoder.client()
+        .chat.completions.create(model="b", messages=[{"role": "user", "content": "hello"}])
+        .choices
+    )
     texts = [node.text_content() for node in tab.query_selector_all(".answer")]
     assert texts == [plain.text, chat.message.content]
     assert tab.locator("#latency-table tbody tr").count() == 2
@@ -111,7 +120,9 @@ def test_the_keyboard_alone_reaches_and_runs_everything(decoder: Running, opened
     reached = []
     for _ in range(6):
         tab.keyboard.press("Tab")
-        reached.append(tab.locator(":focus").get_attribute("id") or tab.locator(":focus").text_content())
+        reached.append(
+            tab.locator(":focus").get_attribute("id") or tab.locator(":focus").text_content()
+        )
     assert reached[:3] == ["run", "compare", "Settings"]
     assert "model-a" in reached
     tab.focus("#prompt")
@@ -170,11 +181,15 @@ def test_classes_are_shown_as_bars(tiny_encoder: Path, opened: Any) -> None:
 
 def test_dark_and_light_differ_and_every_control_has_a_name(decoder: Running, opened: Any) -> None:
     tabs = [opened(decoder, color_scheme=scheme) for scheme in ("light", "dark")]
-    colours = [tab.locator("body").evaluate("node => getComputedStyle(node).backgroundColor") for tab in tabs]
+    colours = [
+        tab.locator("body").evaluate("node => getComputedStyle(node).backgroundColor")
+        for tab in tabs
+    ]
     assert colours[0] != colours[1]
     unnamed = tabs[0].evaluate(
         """() => [...document.querySelectorAll("input, select, textarea, button")].filter((node) =>
-          !(node.labels && node.labels.length) && !node.getAttribute("aria-label") && !node.textContent.trim()
+          !(node.labels && node.labels.length) && !node.getAttribute("aria-label")
+          && !node.textContent.trim()
         ).map((node) => node.outerHTML)"""
     )
     assert unnamed == []

@@ -1,4 +1,6 @@
-"""Schemathesis over `/openapi.json`: whatever fits the document or does not, the server answers as the document says."""
+"""Schemathesis over `/openapi.json`: whatever fits the document or does not, the server answers as
+the document says.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,18 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: 
 
 CASES = [
     *((path, GenerationMode.POSITIVE) for path in document()["paths"]),
-    *((path, GenerationMode.NEGATIVE) for path, methods in document()["paths"].items() if "post" in methods),
+    *(
+        (path, GenerationMode.NEGATIVE)
+        for path, methods in document()["paths"].items()
+        if "post" in methods
+    ),
 ]
 
 
 @pytest.fixture(scope="module", params=["decoder", "encoder"])
-def server(request: Any, tiny_decoder: Path, tiny_encoder: Path, tmp_path_factory: Any) -> Iterator[Running]:
+def server(
+    request: Any, tiny_decoder: Path, tiny_encoder: Path, tmp_path_factory: Any
+) -> Iterator[Running]:
     kind = request.param
     bundle = decoder_bundle(tiny_decoder) if kind == "decoder" else encoder_bundle(tiny_encoder)
     allowed = tmp_path_factory.mktemp("allowed")
@@ -42,8 +50,12 @@ def operations(server: Running) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("path", "mode"), CASES)
-def test_every_answer_is_one_the_document_names(path: str, mode: Any, operations: dict[str, Any]) -> None:
-    """Requests that fit may still be refused (a prompt too long, a token that is none), but never by a 5xx."""
+def test_every_answer_is_one_the_document_names(
+    path: str, mode: Any, operations: dict[str, Any]
+) -> None:
+    """Requests that fit may still be refused (a prompt too long, a token that is none), but never
+    by a 5xx.
+    """
     limits = hypothesis.settings(
         max_examples=15,
         deadline=None,

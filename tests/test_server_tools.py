@@ -11,12 +11,19 @@ import pytest
 from runtime_helpers import decoder_bundle
 from server_helpers import Running, serve
 
-from edgetune.runtime.server.http.tools import CLOSING, OPENING, ToolParser, call_grammar, takes_tools
+from edgetune.runtime.server.http.tools import (
+    CLOSING,
+    OPENING,
+    ToolParser,
+    call_grammar,
+    takes_tools,
+)
 
 TEMPLATE = (
-    "{% if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}answer in <tool_call></tool_call>\n{% endif %}"
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
+    "{% if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}answer in"
+    " <tool_call></tool_call>\n{% endif %}{% for message in messages %}{{ message.role }}: {{"
+    " message.content }}{% for call in message.tool_calls or [] %}<tool_call>{{ call.function |"
+    " tojson }}</tool_call>{% endfor %}\n{% endfor %}"
 )
 LIGHTS = {
     "type": "function",
@@ -41,7 +48,9 @@ def server(tiny_decoder: Path) -> Iterator[Running]:
 
 
 def asked(server: Running, **more: Any) -> Any:
-    return server.client().chat.completions.create(model="tiny", messages=HELLO, tools=[LIGHTS], max_tokens=90, **more)
+    return server.client().chat.completions.create(
+        model="tiny", messages=HELLO, tools=[LIGHTS], max_tokens=90, **more
+    )
 
 
 def test_a_required_call_fits_the_tools_schema(server: Running) -> None:
@@ -64,7 +73,11 @@ def test_a_streamed_call_is_the_same(server: Running) -> None:
 
 
 def test_tools_and_their_results_reach_the_template(server: Running) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "lights", "arguments": '{"on": true}'}}
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "lights", "arguments": '{"on": true}'},
+    }
     told = [
         *HELLO,
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -72,7 +85,10 @@ def test_tools_and_their_results_reach_the_template(server: Running) -> None:
     ]
     body = {"model": "tiny", "messages": told, "tools": [LIGHTS], "max_tokens": 1}
     read = server.post("/v1/chat/completions", body).json()["usage"]["prompt_tokens"]
-    text = 'lights answer in <tool_call></tool_call>\nuser: onassistant: <tool_call>{"name": "lights", "arguments": {"on": true}}</tool_call>tool: done'
+    text = (
+        'lights answer in <tool_call></tool_call>\nuser: onassistant: <tool_call>{"name": "lights",'
+        ' "arguments": {"on": true}}</tool_call>tool: done'
+    )
     assert read == len(server.runtime.tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -107,11 +123,16 @@ def test_arguments_in_a_pit_are_the_requests_doing(depth: int, server: Running) 
 
 def test_a_template_without_tools_is_said_so(tiny_decoder: Path) -> None:
     with serve(decoder_bundle(tiny_decoder)) as plain:
-        answer = plain.post("/v1/chat/completions", {"model": "tiny", "messages": HELLO, "tools": [LIGHTS]})
+        answer = plain.post(
+            "/v1/chat/completions", {"model": "tiny", "messages": HELLO, "tools": [LIGHTS]}
+        )
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_parameter")
 
 
-TEXT = 'Well. <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\nand <tool_call>no</tool_call> <tool'
+TEXT = (
+    'Well. <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\nand'
+    " <tool_call>no</tool_call> <tool"
+)
 
 
 def test_calls_are_found_however_the_text_is_cut() -> None:

@@ -1,4 +1,6 @@
-"""The serving benchmark on the tiny bundle: its checks can fail, both ways answer in full, its tables are complete."""
+"""The serving benchmark on the tiny bundle: its checks can fail, both ways answer in full, its
+tables are complete.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_equal_adapters_have_no_checks(runtime: Runtime, library: Path) -> None:
     runtime.unload_adapter("twin")
 
 
-def test_the_soak_counts_right_and_wrong_answers_of_a_real_server(tiny_decoder: Path, runtime: Runtime, library: Path) -> None:
+def test_the_soak_counts_right_and_wrong_answers_of_a_real_server(
+    tiny_decoder: Path, runtime: Runtime, library: Path
+) -> None:
     checks = serving_soak.find_checks(runtime, ["a0", "a1"], each=1)
     with serve(decoder_bundle(tiny_decoder), adapter_folders=(library,)) as running:
         for name in checks:
@@ -73,14 +77,21 @@ def test_the_soak_counts_right_and_wrong_answers_of_a_real_server(tiny_decoder: 
         assert serving_soak._left_running(load) == 0
 
 
-def test_both_ways_answer_with_all_tokens(tiny_decoder: Path, runtime: Runtime, library: Path) -> None:
-    jobs = [serving_load.Job(name, [20, 21, 22 + i], 12, at=0.01 * i) for i, name in enumerate(("a0", None, "a1"))]
+def test_both_ways_answer_with_all_tokens(
+    tiny_decoder: Path, runtime: Runtime, library: Path
+) -> None:
+    jobs = [
+        serving_load.Job(name, [20, 21, 22 + i], 12, at=0.01 * i)
+        for i, name in enumerate(("a0", None, "a1"))
+    ]
     with Scheduler(runtime) as scheduler:
         answers = serving_load.by_python(scheduler, jobs)
     with serve(decoder_bundle(tiny_decoder), model_name="base") as running:
         for name in ("a0", "a1"):
             running.runtime.load_adapter(name, library / name)
-        answers += serving_load.by_http(running.http.base_url.port or 0, jobs, serving_load.no_end(runtime))
+        answers += serving_load.by_http(
+            running.http.base_url.port or 0, jobs, serving_load.no_end(runtime)
+        )
     assert [answer.tokens for answer in answers] == [12] * 6
     assert all(answer.first > 0 and answer.first <= answer.end for answer in answers)
 
@@ -88,19 +99,33 @@ def test_both_ways_answer_with_all_tokens(tiny_decoder: Path, runtime: Runtime, 
 def test_tables_say_what_was_measured_and_json_comes_last(
     tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = "--threads 1 --rounds 1 --prompt 4 --new 4 --samples 10 --adapters 12 --adapter-memory-mb 0.3"
-    command = ["serving.py", "streams", "swap", "--bundle", str(decoder_bundle(tiny_decoder)), *size.split()]
+    size = (
+        "--threads 1 --rounds 1 --prompt 4 --new 4 --samples 10 --adapters 12"
+        " --adapter-memory-mb 0.3"
+    )
+    command = [
+        "serving.py",
+        "streams",
+        "swap",
+        "--bundle",
+        str(decoder_bundle(tiny_decoder)),
+        *size.split(),
+    ]
     monkeypatch.setattr(sys, "argv", command)
     serving.main()
     lines = capsys.readouterr().out.splitlines()
     results = json.loads(lines[-1])["results"]
-    assert len([line for line in lines if line.startswith("| ") and "| measure |" not in line]) == sum(map(len, results.values()))
+    assert len(
+        [line for line in lines if line.startswith("| ") and "| measure |" not in line]
+    ) == sum(map(len, results.values()))
     assert results["streams"]["8 streams, 8 adapters, with prompts"] > 0
     assert any("12 adapters registered" in title for title in results["swap"])
 
 
 def test_a_value_is_held_to_its_bound() -> None:
     row = serving_load.Row
-    assert row("a", 0.8, "x", 0.9, at_least=True).line().endswith("| **0.80 x** | ≥ 0.9 x: missed |")
+    assert (
+        row("a", 0.8, "x", 0.9, at_least=True).line().endswith("| **0.80 x** | ≥ 0.9 x: missed |")
+    )
     assert row("a", 0.8, "x", 0.9).line().endswith("| **0.80 x** | ≤ 0.9 x: met |")
     assert row("a", 3.0).line() == "| a | 3 | – |"

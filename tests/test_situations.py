@@ -1,4 +1,6 @@
-"""A decoder's engine graph skips its adapter nodes when no adapter is active, and answers the same."""
+"""A decoder's engine graph skips its adapter nodes when no adapter is active, and answers the
+same.
+"""
 
 from __future__ import annotations
 
@@ -58,13 +60,23 @@ def test_the_plain_branch_has_none_of_the_adapters_nodes(bundle: Path) -> None:
 
 
 def test_both_branches_read_the_same_weights(bundle: Path) -> None:
-    weights = [[node.input[1] for node in branch_of(bundle, name).node if node.op_type == "MatMulNBits"] for name in ("then_branch", "else_branch")]
+    weights = [
+        [node.input[1] for node in branch_of(bundle, name).node if node.op_type == "MatMulNBits"]
+        for name in ("then_branch", "else_branch")
+    ]
     assert weights[0] == weights[1] and len(weights[0]) == len(read_manifest(bundle).sites) + 1
 
 
-def test_without_an_adapter_the_logits_are_those_of_rank_0_bit_for_bit(engine: DecoderEngine, bundle: Path) -> None:
+def test_without_an_adapter_the_logits_are_those_of_rank_0_bit_for_bit(
+    engine: DecoderEngine, bundle: Path
+) -> None:
     site = read_manifest(bundle).sites[0]
-    zeros = BoundTensors({site.A: np.zeros((1, site.in_features, 1), np.float32), site.B: np.zeros((1, 1, site.out_features), np.float32)})
+    zeros = BoundTensors(
+        {
+            site.A: np.zeros((1, site.in_features, 1), np.float32),
+            site.B: np.zeros((1, 1, site.out_features), np.float32),
+        }
+    )
     assert zeros.active and not engine.empty.active
     for got, expected in zip(tokens(engine, [None]), tokens(engine, [zeros]), strict=True):
         assert np.array_equal(got, expected)
@@ -75,18 +87,32 @@ def test_the_graph_of_one_situation_answers_the_same_and_is_what_is_opened_unles
 ) -> None:
     manifest, opened = read_manifest(bundle), list[str]()
     real = binding.open_session
-    monkeypatch.setattr(binding, "open_session", lambda path, **options: opened.append(path.name) or real(path, **options))
+    monkeypatch.setattr(
+        binding,
+        "open_session",
+        lambda path, **options: opened.append(path.name) or real(path, **options),
+    )
     plain = DecoderEngine(bundle, manifest, threads=1)
     for chosen in (None, adapter):
         for got, expected in zip(tokens(plain, [chosen]), tokens(engine, [chosen]), strict=True):
             assert np.array_equal(got, expected)
     DecoderEngine(bundle, manifest, threads=1, providers=["cpu"], situations=True)
     DecoderEngine(bundle, manifest, threads=1, providers=["cuda", "cpu"], situations=True)
-    DecoderEngine(bundle, replace(manifest, graph=replace(manifest.graph, situations=None)), threads=1, situations=True)
-    assert opened == ["engine.onnx", "situations.onnx", "engine.onnx", "engine.onnx"] and manifest.graph.situations in manifest.files
+    DecoderEngine(
+        bundle,
+        replace(manifest, graph=replace(manifest.graph, situations=None)),
+        threads=1,
+        situations=True,
+    )
+    assert (
+        opened == ["engine.onnx", "situations.onnx", "engine.onnx", "engine.onnx"]
+        and manifest.graph.situations in manifest.files
+    )
 
 
-def test_a_row_without_adapter_answers_the_same_beside_one_with(engine: DecoderEngine, adapter: BoundTensors) -> None:
+def test_a_row_without_adapter_answers_the_same_beside_one_with(
+    engine: DecoderEngine, adapter: BoundTensors
+) -> None:
     alone = [tokens(engine, [chosen]) for chosen in (None, adapter)]
     assert not np.allclose(alone[0][-1], alone[1][-1], atol=1e-3)
     for step, logits in enumerate(tokens(engine, [None, adapter])):
@@ -94,10 +120,14 @@ def test_a_row_without_adapter_answers_the_same_beside_one_with(engine: DecoderE
 
 
 def maker_of(output: str, graph: onnx.GraphProto) -> str:
-    return next(node.op_type for node in graph.node if node.output[0].removeprefix("adapted.") == output)
+    return next(
+        node.op_type for node in graph.node if node.output[0].removeprefix("adapted.") == output
+    )
 
 
-def test_an_engine_of_before_that_knows_situations_runs(engine: DecoderEngine, adapter: BoundTensors, bundle: Path, tmp_path: Path) -> None:
+def test_an_engine_of_before_that_knows_situations_runs(
+    engine: DecoderEngine, adapter: BoundTensors, bundle: Path, tmp_path: Path
+) -> None:
     shutil.copytree(bundle, tmp_path / "old")
     (tmp_path / "old" / "situations.onnx").replace(tmp_path / "old" / "engine.onnx")
     old = DecoderEngine(tmp_path / "old", read_manifest(bundle), threads=1)
@@ -107,16 +137,30 @@ def test_an_engine_of_before_that_knows_situations_runs(engine: DecoderEngine, a
 
 
 def test_the_logits_are_made_alike_in_every_graph(bundle: Path) -> None:
-    graphs = [adapted_graph(onnx.load(str(bundle / name), load_external_data=False)) for name in ("engine.onnx", "situations.onnx", "model.onnx")]
-    assert len({maker_of("logits", graph) for graph in graphs}) == 1 and len(graphs[0].node) == len(graphs[1].node)
+    graphs = [
+        adapted_graph(onnx.load(str(bundle / name), load_external_data=False))
+        for name in ("engine.onnx", "situations.onnx", "model.onnx")
+    ]
+    assert len({maker_of("logits", graph) for graph in graphs}) == 1 and len(graphs[0].node) == len(
+        graphs[1].node
+    )
 
 
-def test_a_caller_that_knows_no_situations_gets_the_base_by_rank_0(engine: DecoderEngine, bundle: Path) -> None:
+def test_a_caller_that_knows_no_situations_gets_the_base_by_rank_0(
+    engine: DecoderEngine, bundle: Path
+) -> None:
     manifest = read_manifest(bundle)
     feed = decoder_feed(manifest, np.array([PROMPT]), np.ones((1, len(PROMPT)), np.int64))
     expected = plain_session(bundle).run(["logits"], feed)[0]
     del feed["attention_mask"]
-    feed = {name: np.zeros((1, 2, 8, 16), np.float32) if name.startswith("past") else array for name, array in feed.items()}
-    feed |= {"seqlens_k": np.array([3], np.int32), "total_sequence_length": np.array(4, np.int32), "logits_index": np.array([[3]])}
+    feed = {
+        name: np.zeros((1, 2, 8, 16), np.float32) if name.startswith("past") else array
+        for name, array in feed.items()
+    }
+    feed |= {
+        "seqlens_k": np.array([3], np.int32),
+        "total_sequence_length": np.array(4, np.int32),
+        "logits_index": np.array([[3]]),
+    }
     got = engine.session.run(["logits"], feed | engine.empty.tensors)[0]
     assert np.allclose(got, expected, atol=1e-5)

@@ -21,7 +21,10 @@ from edgetune.runtime.generation.structured import PackageMissing, constraint_of
 
 SCHEMA = {
     "type": "object",
-    "properties": {"intent": {"enum": ["lights", "card"]}, "level": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "properties": {
+        "intent": {"enum": ["lights", "card"]},
+        "level": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
     "required": ["intent", "level"],
     "additionalProperties": False,
 }
@@ -39,7 +42,11 @@ def answers(runtime: Runtime, **settings: Any) -> list[Any]:
 
 def fits(text: str) -> bool:
     value = json.loads(text)
-    return set(value) == {"intent", "level"} and value["intent"] in ("lights", "card") and 0 <= value["level"] <= 9
+    return (
+        set(value) == {"intent", "level"}
+        and value["intent"] in ("lights", "card")
+        and 0 <= value["level"] <= 9
+    )
 
 
 def test_a_json_schema_is_kept_by_every_sample(runtime: Runtime) -> None:
@@ -50,9 +57,14 @@ def test_a_json_schema_is_kept_by_every_sample(runtime: Runtime) -> None:
 
 
 def test_openais_response_format_is_understood(runtime: Runtime) -> None:
-    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA}}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA},
+    }
     assert fits(answers(runtime, response_format=form)[0].text)
-    empty = runtime.generate(["x"], response_format={"type": "json_object"}, logit_bias={"0": 0}, max_new_tokens=200)[0]
+    empty = runtime.generate(
+        ["x"], response_format={"type": "json_object"}, logit_bias={"0": 0}, max_new_tokens=200
+    )[0]
     if empty.finish_reason == "stop":
         assert isinstance(json.loads(empty.text), dict)
     with pytest.raises(InputError, match="unknown response_format"):
@@ -77,7 +89,9 @@ def test_a_grammar_is_kept(runtime: Runtime) -> None:
 def test_greedy_answers_take_the_likeliest_token_that_is_allowed(runtime: Runtime) -> None:
     ids = runtime.prompt_ids("hello")
     logits = runtime.decoder.logits([ids])[0][-1]  # type: ignore[union-attr]
-    allowed = [token for token in range(352) if re.fullmatch("[0-9]", runtime.tokenizer.token_text(token))]
+    allowed = [
+        token for token in range(352) if re.fullmatch("[0-9]", runtime.tokenizer.token_text(token))
+    ]
     done = runtime.generate(["hello"], regex="[0-9]")[0]
     assert done.text == runtime.tokenizer.token_text(allowed[int(np.argmax(logits[allowed]))])
 
@@ -89,23 +103,37 @@ def test_greedy_answers_take_the_likeliest_token_that_is_allowed(runtime: Runtim
         ({"schema": {"type": "wat"}}, "the schema of the answer: cannot be used"),
         ({"regex": "(["}, "the regex of the answer: cannot be used"),
         ({"grammar": "start: nothing"}, "the grammar of the answer: cannot be used"),
-        ({"regex": "a", "schema": "{}"}, r"an answer has one form \(expected one of schema, regex, grammar, got schema and regex"),
+        (
+            {"regex": "a", "schema": "{}"},
+            (
+                r"an answer has one form \(expected one of schema, regex, grammar, got schema and"
+                r" regex"
+            ),
+        ),
     ],
 )
-def test_a_form_that_cannot_be_used_is_named_in_one_line(runtime: Runtime, given: dict[str, Any], message: str) -> None:
+def test_a_form_that_cannot_be_used_is_named_in_one_line(
+    runtime: Runtime, given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message) as error:
         runtime.generate(["hello"], **given)
     assert "\n" not in str(error.value)
 
 
-def test_without_the_package_its_name_is_said(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_its_name_is_said(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     fresh = type(runtime.tokenizer)(runtime.folder, runtime.manifest)
-    with pytest.raises(PackageMissing, match=r"needs the package llguidance\. Install edgetune\[structured\]"):
+    with pytest.raises(
+        PackageMissing, match=r"needs the package llguidance\. Install edgetune\[structured\]"
+    ):
         constraint_of(GenerationSettings(regex="a"), fresh, vocab_size=352)
 
 
-def test_an_adapter_brings_its_own_schema(runtime: Runtime, tiny_decoder: Path, tmp_path: Path) -> None:
+def test_an_adapter_brings_its_own_schema(
+    runtime: Runtime, tiny_decoder: Path, tmp_path: Path
+) -> None:
     import shutil
 
     shutil.copytree(decoder_bundle(tiny_decoder) / "adapters" / "a", tmp_path / "x")

@@ -1,4 +1,6 @@
-"""Methods of both kinds together: text, answers and preferences in one run, with an adapter or with all weights."""
+"""Methods of both kinds together: text, answers and preferences in one run, with an adapter or with
+all weights.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,26 @@ from edgetune.training.context import padded_length
 from edgetune.training.replay import load_replay
 from edgetune.training.validation import measure_rewards
 
-VOWELS = "def score(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion) / 8\n"
-TEXT = [{"text": f"The quick brown fox number {n} jumps over the lazy dog again and again."} for n in range(30)]
+VOWELS = (
+    "def score(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion) / 8\n"
+)
+TEXT = [
+    {"text": f"The quick brown fox number {n} jumps over the lazy dog again and again."}
+    for n in range(30)
+]
 FULL = {"train": "full"}
 
 
 def all_four(base: Path, folder: Path) -> Recipe:
-    text = recipe(base, "causal-lm", write_rows(folder / "text.jsonl", TEXT), None, epochs=1, max_length=64)
+    text = recipe(
+        base, "causal-lm", write_rows(folder / "text.jsonl", TEXT), None, epochs=1, max_length=64
+    )
     sft = sft_recipe(base, folder, epochs=2)
     dpo = pair_recipe(base, folder, "dpo", epochs=1, learning_rate=1e-3)
     grpo = prompt_recipe(base, folder, VOWELS, epochs=1, kl_to="start", learning_rate=1e-3)
-    return replace(text, stage=(*text.stage, *sft.stage, *dpo.stage, *grpo.stage), checkpoint_every=1)
+    return replace(
+        text, stage=(*text.stage, *sft.stage, *dpo.stage, *grpo.stage), checkpoint_every=1
+    )
 
 
 def with_parameters(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
@@ -50,8 +61,14 @@ def first_steps(run: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("parameters", [{"rank": 4}, FULL], ids=["lora", "full"])
-def test_text_then_answers_then_preferences_then_rewards(tiny_decoder: Path, tmp_path: Path, parameters: dict[str, Any]) -> None:
-    summary = run_recipe(with_parameters(all_four(tiny_decoder, tmp_path), parameters), out=tmp_path / "run", progress=silent())
+def test_text_then_answers_then_preferences_then_rewards(
+    tiny_decoder: Path, tmp_path: Path, parameters: dict[str, Any]
+) -> None:
+    summary = run_recipe(
+        with_parameters(all_four(tiny_decoder, tmp_path), parameters),
+        out=tmp_path / "run",
+        progress=silent(),
+    )
     assert [stage["method"] for stage in summary.stages] == ["causal-lm", "sft", "dpo", "grpo"]
     first = first_steps(tmp_path / "run")
     # Each reference is the policy at the start of its stage.
@@ -62,10 +79,14 @@ def test_text_then_answers_then_preferences_then_rewards(tiny_decoder: Path, tmp
     assert (tmp_path / "run" / "model").is_dir() == (parameters is FULL)
 
 
-def test_a_run_of_all_four_that_was_killed_twice_ends_the_same(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_a_run_of_all_four_that_was_killed_twice_ends_the_same(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     whole = all_four(tiny_decoder, tmp_path)
     run_recipe(whole, out=tmp_path / "whole", progress=silent())
-    before_dpo = sum(record["kind"] == "train" and record["stage"] < 2 for record in journal(tmp_path / "whole"))
+    before_dpo = sum(
+        record["kind"] == "train" and record["stage"] < 2 for record in journal(tmp_path / "whole")
+    )
     stopped_at(before_dpo + 2, whole, tmp_path / "resumed")  # in the middle of dpo
     stopped_at(2, whole, tmp_path / "resumed", resume=True)
     run_recipe(whole, out=tmp_path / "resumed", progress=silent(), resume=True)
@@ -74,7 +95,9 @@ def test_a_run_of_all_four_that_was_killed_twice_ends_the_same(tiny_decoder: Pat
 
 
 def test_dpo_of_all_weights_is_compared_with_the_base(tiny_decoder: Path, tmp_path: Path) -> None:
-    dpo = with_parameters(pair_recipe(tiny_decoder, tmp_path, "dpo", epochs=4, learning_rate=1e-3), FULL)
+    dpo = with_parameters(
+        pair_recipe(tiny_decoder, tmp_path, "dpo", epochs=4, learning_rate=1e-3), FULL
+    )
     summary = run_recipe(dpo, out=tmp_path / "run", progress=silent())
     assert summary.base_metrics is not None
     assert summary.base_metrics["margin"] == pytest.approx(0.0, abs=1e-4)
@@ -82,31 +105,56 @@ def test_dpo_of_all_weights_is_compared_with_the_base(tiny_decoder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["reward", "dpo"])
-def test_a_start_out_of_the_base_is_saved_for_the_base_as_it_ships(tiny_decoder: Path, tmp_path: Path, method: str) -> None:
-    pairs = with_parameters(pair_recipe(tiny_decoder, tmp_path, method, learning_rate=1e-3), {"rank": 4, "init": "pissa"})
+def test_a_start_out_of_the_base_is_saved_for_the_base_as_it_ships(
+    tiny_decoder: Path, tmp_path: Path, method: str
+) -> None:
+    pairs = with_parameters(
+        pair_recipe(tiny_decoder, tmp_path, method, learning_rate=1e-3),
+        {"rank": 4, "init": "pissa"},
+    )
     summary = run_recipe(pairs, out=tmp_path / "run", progress=silent())
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 8
     if method == "dpo":
-        assert summary.base_metrics is not None and summary.base_metrics["margin"] == pytest.approx(0.0, abs=1e-4)
+        assert summary.base_metrics is not None and summary.base_metrics["margin"] == pytest.approx(
+            0.0, abs=1e-4
+        )
         return
     base, tokenizer = tiny(tiny_decoder)
     batch: Any = load_examples(pairs.stage[0], tokenizer, base).validation
-    found = measure_rewards(load_adapted_model(tmp_path / "run")[0], [collate_pairs(batch, 0)], precision="fp32")
+    found = measure_rewards(
+        load_adapted_model(tmp_path / "run")[0], [collate_pairs(batch, 0)], precision="fp32"
+    )
     assert found["loss"] == pytest.approx(summary.metrics["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
-def test_general_text_is_replayed_in_reinforcement_too(tiny_decoder: Path, tmp_path: Path, method: str) -> None:
+def test_general_text_is_replayed_in_reinforcement_too(
+    tiny_decoder: Path, tmp_path: Path, method: str
+) -> None:
     text = Replay(data=str(write_rows(tmp_path / "general.jsonl", TEXT)), share=0.3)
-    made = pair_recipe(tiny_decoder, tmp_path, "dpo") if method == "dpo" else prompt_recipe(tiny_decoder, tmp_path, VOWELS)
+    made = (
+        pair_recipe(tiny_decoder, tmp_path, "dpo")
+        if method == "dpo"
+        else prompt_recipe(tiny_decoder, tmp_path, VOWELS)
+    )
     stage = replace(made.stage[0], replay=text)
     run_recipe(replace(made, stage=(stage,)), out=tmp_path / "run", progress=silent())
-    assert all(record["replay_loss"] > 0 for record in journal(tmp_path / "run") if record["kind"] == "train")
+    assert all(
+        record["replay_loss"] > 0
+        for record in journal(tmp_path / "run")
+        if record["kind"] == "train"
+    )
     base, tokenizer = tiny(tiny_decoder)
     examples: Any = load_examples(stage, tokenizer, base).train
-    found = load_replay(stage, examples, tokenizer, limit=128, pad_id=0, seed=0, length=padded_length)
+    found = load_replay(
+        stage, examples, tokenizer, limit=128, pad_id=0, seed=0, length=padded_length
+    )
     answers = stage.group_size if method == "grpo" else 1
-    step = answers * sum(example.padded_length for example in examples) / (len(examples) / stage.batch_size)
+    step = (
+        answers
+        * sum(example.padded_length for example in examples)
+        / (len(examples) / stage.batch_size)
+    )
     assert found is not None
     assert found.batch(1).tokens / (found.batch(1).tokens + step) == pytest.approx(0.3, abs=0.07)
 
@@ -120,15 +168,23 @@ def grpo_values(**settings: Any) -> dict[str, Any]:
     ("settings", "message"),
     [
         ({}, 'kl_to = "base" needs the base as it ships .* Set kl_to = "start" or kl = 0'),
-        ({"kl": 0.0, "reward": ["rewards:score", "runs/hh"]}, r'reward = ".*runs/hh" needs the base as it ships'),
-        ({"kl_to": "start", "rollout": "engine"}, 'rollout = "engine" needs the base as it ships .* Set rollout = "torch"'),
+        (
+            {"kl": 0.0, "reward": ["rewards:score", "runs/hh"]},
+            r'reward = ".*runs/hh" needs the base as it ships',
+        ),
+        (
+            {"kl_to": "start", "rollout": "engine"},
+            'rollout = "engine" needs the base as it ships .* Set rollout = "torch"',
+        ),
     ],
 )
 def test_grpo_that_needs_the_base_is_refused_where_training_changes_it(
     parameters: dict[str, str], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        recipe_from_dict({"base": "b", "parameters": parameters, "stage": [grpo_values(**settings)]})
+        recipe_from_dict(
+            {"base": "b", "parameters": parameters, "stage": [grpo_values(**settings)]}
+        )
     recipe_from_dict({"base": "b", "stage": [grpo_values(**settings)]})
     recipe_from_dict({"base": "b", "parameters": parameters, "stage": [grpo_values(kl_to="start")]})
 
@@ -136,8 +192,14 @@ def test_grpo_that_needs_the_base_is_refused_where_training_changes_it(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"parameters": {"train": "full"}}, r'train = "full" does not fit stage\.0\.method = "reward"'),
-        ({"parameters": {"train": "head"}}, r'train = "head" does not fit stage\.0\.method = "reward"'),
+        (
+            {"parameters": {"train": "full"}},
+            r'train = "full" does not fit stage\.0\.method = "reward"',
+        ),
+        (
+            {"parameters": {"train": "head"}},
+            r'train = "head" does not fit stage\.0\.method = "reward"',
+        ),
         ({"forgetting": {"general": "general"}}, r"\[forgetting\] has no meaning for reward"),
         ({"replay": {"data": "general.txt"}}, r"stage\.0\.replay has no meaning for reward"),
     ],
@@ -162,7 +224,10 @@ def test_a_reward_has_an_adapter_and_no_text(values: dict[str, Any], message: st
     ],
 )
 def test_what_may_follow_what(methods: tuple[str, ...], possible: bool) -> None:
-    stages = [grpo_values() if method == "grpo" else {"method": method, "data": {"train": "x.jsonl"}} for method in methods]
+    stages = [
+        grpo_values() if method == "grpo" else {"method": method, "data": {"train": "x.jsonl"}}
+        for method in methods
+    ]
     if possible:
         assert len(recipe_from_dict({"base": "b", "stage": stages}).stage) == len(methods)
         return
@@ -171,6 +236,10 @@ def test_what_may_follow_what(methods: tuple[str, ...], possible: bool) -> None:
 
 
 def test_what_a_reward_forgets_cannot_be_measured(tiny_decoder: Path, tmp_path: Path) -> None:
-    run_recipe(pair_recipe(tiny_decoder, tmp_path, "reward", max_steps=1), out=tmp_path / "run", progress=silent())
+    run_recipe(
+        pair_recipe(tiny_decoder, tmp_path, "reward", max_steps=1),
+        out=tmp_path / "run",
+        progress=silent(),
+    )
     with pytest.raises(InputError, match="a reward predicts no text"):
         forgetting(tmp_path / "run", tmp_path)

@@ -25,7 +25,9 @@ INT4 = Precision("int4", overrides={"lm_head": "int8"})
 
 @pytest.fixture(scope="module")
 def on_the_grid(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny decoder with its linear layers already rounded to 4 bits, as a base out of a 4-bit file has them."""
+    """The tiny decoder with its linear layers already rounded to 4 bits, as a base out of a 4-bit
+    file has them.
+    """
     folder = tmp_path_factory.mktemp("grid") / "base"
     shutil.copytree(tiny_decoder, folder)
     model = load_body(resolve_base(str(tiny_decoder)))
@@ -38,19 +40,32 @@ def adapted(base: Path, adapter: Path) -> torch.nn.Module:
     return load_adapter(load_body(resolve_base(str(base))), adapter)
 
 
-def test_each_layers_figures_are_those_of_the_definition(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_each_layers_figures_are_those_of_the_definition(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     model = adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / "a", strength=0.05))
     found = survival(model, INT4)["model.layers.1.mlp.up_proj"]
     layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
     weight, change = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
     shipped = quantise(weight + change, bits=4).dequantise() - quantise(weight, bits=4).dequantise()
-    assert found.strength == pytest.approx(float((shipped * change).sum() / change.square().sum()), rel=1e-4)
-    assert found.direction == pytest.approx(float(torch.cosine_similarity(shipped.flatten(), change.flatten(), dim=0)), rel=1e-4)
+    assert found.strength == pytest.approx(
+        float((shipped * change).sum() / change.square().sum()), rel=1e-4
+    )
+    assert found.direction == pytest.approx(
+        float(torch.cosine_similarity(shipped.flatten(), change.flatten(), dim=0)), rel=1e-4
+    )
 
 
-def test_a_larger_change_and_more_bits_keep_the_direction(tiny_decoder: Path, tmp_path: Path) -> None:
-    small, large = (adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / str(s), strength=s)) for s in (0.01, 0.3))
-    at_4, at_8 = (summary(survival(small, Precision(name)))["direction"] for name in ("int4", "int8"))
+def test_a_larger_change_and_more_bits_keep_the_direction(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    small, large = (
+        adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / str(s), strength=s))
+        for s in (0.01, 0.3)
+    )
+    at_4, at_8 = (
+        summary(survival(small, Precision(name)))["direction"] for name in ("int4", "int8")
+    )
     assert at_4 < summary(survival(large, INT4))["direction"] and at_4 < at_8
     assert summary(survival(small, Precision("int8")))["strength"] == pytest.approx(1.0, abs=0.1)
     assert survival(small, Precision("fp32")) == {}
@@ -62,37 +77,70 @@ def test_a_base_on_the_grid_takes_a_small_change_away(on_the_grid: Path, tmp_pat
     assert summary(survival(adapted(on_the_grid, adapter), Precision("int8")))["strength"] > 0.7
 
 
-def test_an_export_that_lost_the_adapter_fails_with_the_remedies(on_the_grid: Path, tmp_path: Path) -> None:
+def test_an_export_that_lost_the_adapter_fails_with_the_remedies(
+    on_the_grid: Path, tmp_path: Path
+) -> None:
     adapter = make_adapter(on_the_grid, tmp_path / "a", strength=0.005)
-    with pytest.raises(ProofError, match=r"rounding leaves \d+% of ΔW, bound 50%, least in model\.layers.*--precision int8.*--mode separate"):
+    with pytest.raises(
+        ProofError,
+        match=(
+            r"rounding leaves \d+% of ΔW, bound 50%, least in model\.layers.*--precision"
+            r" int8.*--mode separate"
+        ),
+    ):
         export(tmp_path / "bundle", adapter, precision="int4", mode="merged")
     assert not (tmp_path / "bundle").exists()
 
 
-def test_transposed_weights_and_whole_models_are_measured_too(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_transposed_weights_and_whole_models_are_measured_too(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     base = make_family("gpt2", tiny_decoder, tmp_path / "base")
     model = adapted(base, make_adapter(base, tmp_path / "a", strength=0.2))
     layers = survival(model, Precision("int8"))
-    plain, merged = load_body(resolve_base(str(base))), adapted(base, tmp_path / "a").merge_and_unload()
+    plain, merged = (
+        load_body(resolve_base(str(base))),
+        adapted(base, tmp_path / "a").merge_and_unload(),
+    )
     whole = survival(plain, Precision("int8"), trained=merged)
     assert layers.keys() == whole.keys() and len(layers) == 8
     for name, layer in layers.items():
-        assert layer.strength == pytest.approx(whole[name].strength, abs=1e-3) and layer.strength == pytest.approx(1.0, abs=0.05)
+        assert layer.strength == pytest.approx(
+            whole[name].strength, abs=1e-3
+        ) and layer.strength == pytest.approx(1.0, abs=0.05)
 
 
-def test_the_line_and_the_verdict_name_the_weakest_layer(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_the_line_and_the_verdict_name_the_weakest_layer(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     from edgetune.export.proof.proof import Proof
 
     proof = Proof(1, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ())
-    survived = summary(survival(adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / "a")), INT4))
-    assert with_survival(proof, survived, least=0.5).passed and survived["weakest"] in with_survival(proof, survived, least=0.5).line()
+    survived = summary(
+        survival(adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / "a")), INT4)
+    )
+    assert (
+        with_survival(proof, survived, least=0.5).passed
+        and survived["weakest"] in with_survival(proof, survived, least=0.5).line()
+    )
     assert not with_survival(proof, {**survived, "strength": 0.2}, least=0.5).passed
 
 
 def test_a_packed_product_survives_as_it_is_stored(tiny_decoder: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_decoder, tmp_path / "a", strength=0.3)
-    manifest = export(tmp_path / "bundle", adapter, precision="int4", mode="merged", overrides={"lm_head": "int8", "q_proj": "int8"})
-    assert manifest.precision.overrides == {"lm_head": "int8", "q_proj": "int8", "k_proj": "int8", "v_proj": "int8"}
+    manifest = export(
+        tmp_path / "bundle",
+        adapter,
+        precision="int4",
+        mode="merged",
+        overrides={"lm_head": "int8", "q_proj": "int8"},
+    )
+    assert manifest.precision.overrides == {
+        "lm_head": "int8",
+        "q_proj": "int8",
+        "k_proj": "int8",
+        "v_proj": "int8",
+    }
     layers = manifest.proof["adapters"]["a"]["survived"]["layers"]
     at_8 = survival(adapted(tiny_decoder, adapter), Precision("int8"))
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -114,4 +162,7 @@ def test_an_adapted_model_is_rounded_as_its_base_is(tiny_encoder: Path, tmp_path
         path = name.removeprefix("base_model.model.bert.").replace(".base_layer", "")
         expected = rounded[path] if path in rounded else before[name]
         assert torch.equal(weight, expected), name
-    assert not torch.equal(rounded["embeddings.word_embeddings.weight"], before["base_model.model.bert.embeddings.word_embeddings.weight"])
+    assert not torch.equal(
+        rounded["embeddings.word_embeddings.weight"],
+        before["base_model.model.bert.embeddings.word_embeddings.weight"],
+    )

@@ -7,22 +7,30 @@ from sklearn.metrics import f1_score
 
 from edgetune.metrics.labels import entity_metrics, tag_metrics
 
-# The example of seqeval's README: one of two entities is found whole (F1 0.50), the macro mean is over MISC and PER.
+# The example of seqeval's README: one of two entities is found whole (F1 0.50), the macro mean is
+# over MISC and PER.
 EXPECTED = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
 PREDICTED = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
 
 
 def test_the_example_of_seqeval() -> None:
     assert entity_metrics(PREDICTED, EXPECTED) == {
-        "entity_f1": 0.5, "macro_entity_f1": 0.5, "entity_precision": 0.5, "entity_recall": 0.5
-    }  # fmt: skip
-    assert tag_metrics(PREDICTED, EXPECTED, ["B-MISC", "I-MISC", "B-PER", "I-PER", "O"])["token_accuracy"] == pytest.approx(0.8)
+        "entity_f1": 0.5,
+        "macro_entity_f1": 0.5,
+        "entity_precision": 0.5,
+        "entity_recall": 0.5,
+    }
+    assert tag_metrics(PREDICTED, EXPECTED, ["B-MISC", "I-MISC", "B-PER", "I-PER", "O"])[
+        "token_accuracy"
+    ] == pytest.approx(0.8)
 
 
 def test_a_type_counts_as_much_as_another_in_the_macro_mean() -> None:
     expected, predicted = [["B-a"], ["B-a"], ["B-a"], ["B-b"]], [["B-a"], ["B-a"], ["B-a"], ["B-c"]]
     metrics = entity_metrics(predicted, expected)
-    assert metrics["entity_f1"] == pytest.approx(0.75) and metrics["macro_entity_f1"] == pytest.approx(1 / 3)
+    assert metrics["entity_f1"] == pytest.approx(0.75) and metrics[
+        "macro_entity_f1"
+    ] == pytest.approx(1 / 3)
 
 
 def test_a_right_boundary_with_a_wrong_type_is_wrong() -> None:
@@ -30,12 +38,19 @@ def test_a_right_boundary_with_a_wrong_type_is_wrong() -> None:
 
 
 def test_without_entities_nothing_is_found() -> None:
-    assert entity_metrics([["O"]], [["O"]]) == dict.fromkeys(("entity_f1", "macro_entity_f1", "entity_precision", "entity_recall"), 0.0)
+    assert entity_metrics([["O"]], [["O"]]) == dict.fromkeys(
+        ("entity_f1", "macro_entity_f1", "entity_precision", "entity_recall"), 0.0
+    )
 
 
 def test_a_sentence_is_right_with_all_its_entities_and_no_others() -> None:
     expected = [["B-a", "I-a", "O"], ["O", "O"], ["B-a"], ["O", "B-a"]]
-    predicted = [["I-a", "I-a", "O"], ["O", "O"], ["B-b"], ["B-a", "B-a"]]  # the first is the same entity in another notation
+    predicted = [
+        ["I-a", "I-a", "O"],
+        ["O", "O"],
+        ["B-b"],
+        ["B-a", "B-a"],
+    ]  # the first is the same entity in another notation
     assert tag_metrics(predicted, expected, ["B-a", "B-b", "I-a", "O"])["exact_match"] == 0.5
 
 
@@ -43,4 +58,8 @@ def test_classes_of_words_have_accuracy_and_macro_f1() -> None:
     expected, predicted = [["NOUN", "VERB", "NOUN"], ["DET"]], [["NOUN", "NOUN", "NOUN"], ["DET"]]
     metrics = tag_metrics(predicted, expected, ["DET", "NOUN", "VERB"])
     flat = [[tag for row in rows for tag in row] for rows in (expected, predicted)]
-    assert metrics == {"token_accuracy": 0.75, "exact_match": 0.5, "macro_f1": pytest.approx(f1_score(*flat, average="macro"))}
+    assert metrics == {
+        "token_accuracy": 0.75,
+        "exact_match": 0.5,
+        "macro_f1": pytest.approx(f1_score(*flat, average="macro")),
+    }

@@ -1,4 +1,6 @@
-"""A safetensors file read at once: the library's values for every dtype, damage found, NaN and infinity named."""
+"""A safetensors file read at once: the library's values for every dtype, damage found, NaN and
+infinity named.
+"""
 
 from pathlib import Path
 
@@ -41,8 +43,14 @@ def test_float32_as_the_library_reads_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_values_that_are_not_finite_are_named(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = {"nan": torch.tensor([1.0, float("nan")]), "inf": torch.tensor([float("inf"), -float("inf")]), "fine": torch.ones(2)}
-    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    tensors = {
+        "nan": torch.tensor([1.0, float("nan")]),
+        "inf": torch.tensor([float("inf"), -float("inf")]),
+        "fine": torch.ones(2),
+    }
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in tensors.items()}, tmp_path / "x.safetensors"
+    )
     assert TensorFile(tmp_path / "x.safetensors").not_finite() == {"nan", "inf"}
 
 

@@ -24,17 +24,27 @@ from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 from edgetune.training.fast.fused_layers import fused_ops
 
-TEXTS = ["Turn on the lights.", "My card has not arrived yet: what should I do?", "The lazy dog.", "You are helpful."] * 3
+TEXTS = [
+    "Turn on the lights.",
+    "My card has not arrived yet: what should I do?",
+    "The lazy dog.",
+    "You are helpful.",
+] * 3
 
 
 def text_recipe(base: Path, folder: Path, **stage: object) -> Recipe:
-    train = write_rows(folder / "text.jsonl", [{"text": f"{text} {i}"} for i, text in enumerate(TEXTS)])
+    train = write_rows(
+        folder / "text.jsonl", [{"text": f"{text} {i}"} for i, text in enumerate(TEXTS)]
+    )
     held_out = write_rows(folder / "text-dev.jsonl", [{"text": text} for text in TEXTS[:4]])
     return recipe(base, "causal-lm", train, held_out, **{"max_length": 64, **stage})
 
 
 def test_sequences_are_full_and_predict_every_token_but_a_documents_first_once() -> None:
-    documents = [(line, list(range(100 * line, 100 * line + length))) for line, length in enumerate((5, 30, 2, 9, 17), 1)]
+    documents = [
+        (line, list(range(100 * line, 100 * line + length)))
+        for line, length in enumerate((5, 30, 2, 9, 17), 1)
+    ]
     packed = pack(documents, 8)
     assert all(len(example.input_ids) >= 7 for example in packed[:-1])
     predicted = [label for example in packed for label in example.labels if label != IGNORED]  # type: ignore[union-attr]
@@ -42,7 +52,7 @@ def test_sequences_are_full_and_predict_every_token_but_a_documents_first_once()
 
 
 def test_a_piece_starts_at_position_0_without_label() -> None:
-    (first, second) = pack([(1, [10, 11, 12]), (2, [20, 21, 22, 23, 24, 25, 26])], 8)
+    first, second = pack([(1, [10, 11, 12]), (2, [20, 21, 22, 23, 24, 25, 26])], 8)
     assert first.input_ids == [10, 11, 12, 20, 21, 22, 23, 24]
     assert first.position_ids == [0, 1, 2, 0, 1, 2, 3, 4]
     assert first.labels == [IGNORED, 11, 12, IGNORED, 21, 22, 23, 24]
@@ -50,12 +60,17 @@ def test_a_piece_starts_at_position_0_without_label() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "as in training"])
-def test_packed_loss_and_gradient_are_those_of_the_documents_one_by_one(tiny_decoder: Path, attention: str) -> None:
+def test_packed_loss_and_gradient_are_those_of_the_documents_one_by_one(
+    tiny_decoder: Path, attention: str
+) -> None:
     model = load_body(open_folder(tiny_decoder, name="tiny"))
     if attention != "as in training":
         model.set_attn_implementation(attention)
     torch.manual_seed(0)
-    documents = [(line, torch.randint(3, 300, (length,)).tolist()) for line, length in enumerate((9, 20, 6, 27, 2))]
+    documents = [
+        (line, torch.randint(3, 300, (length,)).tolist())
+        for line, length in enumerate((9, 20, 6, 27, 2))
+    ]
     batch = collate(pack(documents, 32), pad_id=0)
     weight = model.model.layers[0].self_attn.q_proj.weight
     with fused_ops(model) if attention == "as in training" else contextlib.nullcontext():
@@ -65,7 +80,9 @@ def test_packed_loss_and_gradient_are_those_of_the_documents_one_by_one(tiny_dec
     total, pieces = torch.zeros(()), []
     for ids, positions in zip(batch.input_ids, batch.position_ids, strict=True):  # type: ignore[arg-type]
         starts = [i for i, position in enumerate(positions) if position == 0]
-        pieces += [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True) if b - a > 1]
+        pieces += [
+            ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True) if b - a > 1
+        ]
     for piece in pieces:
         logits = model(input_ids=piece[None]).logits[0, :-1]
         total = total + F.cross_entropy(logits, piece[1:], reduction="sum")
@@ -77,7 +94,9 @@ def test_packed_loss_and_gradient_are_those_of_the_documents_one_by_one(tiny_dec
 
 def test_no_token_is_padding_but_in_the_last_sequence(tiny_decoder: Path, tmp_path: Path) -> None:
     base = open_folder(tiny_decoder, name="tiny")
-    examples = load_examples(text_recipe(tiny_decoder, tmp_path).stage[0], load_tokenizer(base), base)
+    examples = load_examples(
+        text_recipe(tiny_decoder, tmp_path).stage[0], load_tokenizer(base), base
+    )
     lengths = [len(example.input_ids) for example in examples.train]
     assert len(lengths) == 3 and min(lengths[:-1]) >= 63
     end = load_tokenizer(base).eos_token_id
@@ -93,7 +112,9 @@ def test_a_text_file_is_one_document(tiny_decoder: Path, tmp_path: Path) -> None
 
 
 def test_causal_lm_learns_the_text(tiny_decoder: Path, tmp_path: Path) -> None:
-    summary = run_recipe(text_recipe(tiny_decoder, tmp_path, epochs=10), out=tmp_path / "run", progress=silent())
+    summary = run_recipe(
+        text_recipe(tiny_decoder, tmp_path, epochs=10), out=tmp_path / "run", progress=silent()
+    )
     assert summary.base_metrics is not None
     assert summary.metrics["loss"] < 0.7 * summary.base_metrics["loss"]
     adapter = json.loads((tmp_path / "run" / "adapter" / "edgetune_adapter.json").read_text())
@@ -113,5 +134,7 @@ def test_an_empty_text_is_refused_with_its_line(tiny_decoder: Path, tmp_path: Pa
     train = write_rows(tmp_path / "bad.jsonl", [{"text": "fine"}, {"text": "  "}])
     base = open_folder(tiny_decoder, name="tiny")
     stage = recipe(tiny_decoder, "causal-lm", train, None).stage[0]
-    with pytest.raises(DataError, match=r"bad\.jsonl, line 2.*the text is empty|the text is empty.*line 2"):
+    with pytest.raises(
+        DataError, match=r"bad\.jsonl, line 2.*the text is empty|the text is empty.*line 2"
+    ):
         load_examples(stage, load_tokenizer(base), base)

@@ -38,12 +38,25 @@ CONVERSATIONS = [
     ],
 ]
 TEMPLATES = {
-    "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
-    "trimmed blocks": "  {% for m in messages %}\n    {% if m.role %}\n{{ m['content'] }}\n  {% endif %}\n{% endfor %}\n",
+    "loop controls": (
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{%"
+        " endfor %}"
+    ),
+    "trimmed blocks": (
+        "  {% for m in messages %}\n    {% if m.role %}\n{{ m['content'] }}\n  {% endif %}\n{%"
+        " endfor %}\n"
+    ),
     "tojson": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
-    "generation tag": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-    "special tokens": "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
-    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "generation tag": (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    ),
+    "special tokens": (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    ),
+    "namespace": (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor"
+        " %}{{ ns.n }}"
+    ),
     "strftime": "{{ strftime_now('%Y') }}{{ messages[0].content }}",
 }
 
@@ -52,7 +65,12 @@ def info(folder: Path) -> TokenizerInfo:
     reference = AutoTokenizer.from_pretrained(folder)
     template = "chat_template.jinja" if reference.chat_template else None
     return TokenizerInfo(
-        "tokenizer.json", template, dict(reference.special_tokens_map), (2,), reference.pad_token_id, 256
+        "tokenizer.json",
+        template,
+        dict(reference.special_tokens_map),
+        (2,),
+        reference.pad_token_id,
+        256,
     )
 
 
@@ -88,7 +106,9 @@ def test_conversations_get_the_ids_of_transformers(
     messages: list[dict[str, str]], decoder_tokenizer: BundleTokenizer, tiny_decoder: Path
 ) -> None:
     reference = AutoTokenizer.from_pretrained(tiny_decoder)
-    expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    expected = reference.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     assert decoder_tokenizer.encode_chat(messages) == expected
 
 
@@ -96,7 +116,9 @@ def test_conversations_get_the_ids_of_transformers(
 def test_templates_render_as_in_transformers(name: str, tiny_decoder: Path) -> None:
     reference = AutoTokenizer.from_pretrained(tiny_decoder)
     for messages in CONVERSATIONS:
-        expected = reference.apply_chat_template(messages, chat_template=TEMPLATES[name], tokenize=False)
+        expected = reference.apply_chat_template(
+            messages, chat_template=TEMPLATES[name], tokenize=False
+        )
         got = prompts.chat_text(
             TEMPLATES[name],
             messages,
@@ -128,11 +150,18 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("template", "row"), ROWS)
 def test_a_row_renders_as_in_training(template: str, row: dict[str, Any]) -> None:
-    assert prompts.render_columns(template, row) == training.render(template, row, where="", field="prompt")
+    assert prompts.render_columns(template, row) == training.render(
+        template, row, where="", field="prompt"
+    )
 
 
 @pytest.mark.parametrize(
-    "form", [{"template": "chat", "system": None}, {"template": "chat", "system": ""}, {"template": "plain"}]
+    "form",
+    [
+        {"template": "chat", "system": None},
+        {"template": "chat", "system": ""},
+        {"template": "plain"},
+    ],
 )
 def test_a_prompt_gets_the_ids_of_training(
     form: dict[str, Any], decoder_tokenizer: BundleTokenizer, tiny_decoder: Path
@@ -154,7 +183,9 @@ def test_a_prompt_gets_the_ids_of_training(
         ({"a": [1]}, "is a list or an object"),
     ],
 )
-def test_a_row_without_its_column_is_refused_with_its_place(row: dict[str, Any], message: str) -> None:
+def test_a_row_without_its_column_is_refused_with_its_place(
+    row: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message) as caught:
         prompts.render_columns("{{ a }}", row, where="rows.jsonl, line 3")
     assert str(caught.value).startswith("rows.jsonl, line 3: ")
@@ -162,7 +193,12 @@ def test_a_row_without_its_column_is_refused_with_its_place(row: dict[str, Any],
 
 def test_saved_padding_and_truncation_are_switched_off(tiny_encoder: Path, tmp_path: Path) -> None:
     document = json.loads((tiny_encoder / "tokenizer.json").read_text())
-    document["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    document["truncation"] = {
+        "direction": "Right",
+        "max_length": 8,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     tokenizer = BundleTokenizer(tmp_path, encoder_manifest(tokenizer=info(tiny_encoder)))
     assert len(tokenizer.encode("one two three four five six seven")) > 8
@@ -208,7 +244,10 @@ def test_random_tokens_stream_as_they_decode(decoder_tokenizer: BundleTokenizer)
 
 def test_a_conversation_gets_the_trained_system_message_unless_it_has_one() -> None:
     user = {"role": "user", "content": "hi"}
-    assert prompts.with_system([user], system="be brief")[0] == {"role": "system", "content": "be brief"}
+    assert prompts.with_system([user], system="be brief")[0] == {
+        "role": "system",
+        "content": "be brief",
+    }
     assert prompts.with_system([user], system=None) == [user]
     own = [{"role": "system", "content": "mine"}, user]
     assert prompts.with_system(own, system="be brief") == own

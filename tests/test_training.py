@@ -35,18 +35,30 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 
 def test_a_run_folder_holds_everything_and_nothing_else(tiny_decoder: Path, tmp_path: Path) -> None:
     run_recipe(sft_recipe(tiny_decoder, tmp_path), out=tmp_path / "out" / "run", progress=silent())
-    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    files = {name for name in files if not name.startswith("run/tensorboard/")}  # where it is installed
+    files = {
+        str(path.relative_to(tmp_path / "out"))
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    files = {
+        name for name in files if not name.startswith("run/tensorboard/")
+    }  # where it is installed
     adapter = {"adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"}
-    expected = {"recipe.toml", "metrics.jsonl", "summary.json", "report.html"} | {f"adapter/{name}" for name in adapter}
+    expected = {"recipe.toml", "metrics.jsonl", "summary.json", "report.html"} | {
+        f"adapter/{name}" for name in adapter
+    }
     assert files == {f"run/{name}" for name in expected}
 
 
 def test_sft_learns_and_the_adapter_has_an_effect(tiny_decoder: Path, tmp_path: Path) -> None:
-    summary = run_recipe(sft_recipe(tiny_decoder, tmp_path, epochs=10), out=tmp_path / "run", progress=silent())
+    summary = run_recipe(
+        sft_recipe(tiny_decoder, tmp_path, epochs=10), out=tmp_path / "run", progress=silent()
+    )
     assert summary.base_metrics is not None
     assert summary.metrics["loss"] < 0.5 * summary.base_metrics["loss"]
-    assert summary.metrics["perplexity"] == pytest.approx(math.exp(summary.metrics["loss"]), rel=1e-5)
+    assert summary.metrics["perplexity"] == pytest.approx(
+        math.exp(summary.metrics["loss"]), rel=1e-5
+    )
     assert summary.effect["mean_kl"] > 0.1
     assert summary.effect_rows == "validation"
 
@@ -59,7 +71,9 @@ def test_classification_learns_every_intent(tiny_encoder: Path, tmp_path: Path) 
 
 
 def test_the_probe_is_the_head_before_training(tiny_encoder: Path, tmp_path: Path) -> None:
-    summary = run_recipe(intent_recipe(tiny_encoder, tmp_path), out=tmp_path / "run", progress=silent())
+    summary = run_recipe(
+        intent_recipe(tiny_encoder, tmp_path), out=tmp_path / "run", progress=silent()
+    )
     assert summary.base_metrics is not None and summary.base_metrics["accuracy"] == 1.0
 
 
@@ -81,25 +95,35 @@ def test_the_same_seed_gives_the_same_adapter_bit_for_bit(
 
 
 def test_the_recorded_recipe_repeats_the_run(tiny_decoder: Path, tmp_path: Path) -> None:
-    run_recipe(sft_recipe(tiny_decoder, tmp_path, precision="auto"), out=tmp_path / "one", progress=silent())
+    run_recipe(
+        sft_recipe(tiny_decoder, tmp_path, precision="auto"),
+        out=tmp_path / "one",
+        progress=silent(),
+    )
     recorded = load_recipe(tmp_path / "one" / "recipe.toml")
     assert recorded.stage[0].precision in ("fp32", "bf16") and recorded.threads == 1
     run_recipe(recorded, out=tmp_path / "two", progress=silent())
     assert sha256_file(tmp_path / "one" / WEIGHTS) == sha256_file(tmp_path / "two" / WEIGHTS)
 
 
-def test_the_trained_adapter_gives_the_same_logits_in_peft(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_the_trained_adapter_gives_the_same_logits_in_peft(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     run_recipe(sft_recipe(tiny_decoder, tmp_path), out=tmp_path / "run", progress=silent())
     fresh = AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(fresh, str(tmp_path / "run" / "adapter")).eval()
     ours, _, metadata = load_adapted_model(tmp_path / "run")
     _, batch = decoder_batch(tiny_decoder, tmp_path)
-    torch.testing.assert_close(completion_logits(ours, batch)[0], completion_logits(theirs, batch)[0])
+    torch.testing.assert_close(
+        completion_logits(ours, batch)[0], completion_logits(theirs, batch)[0]
+    )
     assert metadata["generation"]["max_new_tokens"] > 16
 
 
 def test_rank_one_and_dora_train_in_bf16(tiny_decoder: Path, tmp_path: Path) -> None:
-    recipe = sft_recipe(tiny_decoder, tmp_path, precision="bf16", parameters={"rank": 1, "dora": True})
+    recipe = sft_recipe(
+        tiny_decoder, tmp_path, precision="bf16", parameters={"rank": 1, "dora": True}
+    )
     summary = run_recipe(recipe, out=tmp_path / "run", progress=silent())
     assert summary.effect["mean_kl"] > 0
 
@@ -109,7 +133,9 @@ def test_stages_run_in_succession_on_the_same_weights(tiny_decoder: Path, tmp_pa
     two = replace(recipe, stage=(*recipe.stage, replace(recipe.stage[0], epochs=1.0)))
     summary = run_recipe(two, out=tmp_path / "run", progress=silent())
     assert [stage["steps"] for stage in summary.stages] == [6, 3]
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert {record["stage"] for record in records} == {0, 1}
 
 
@@ -118,8 +144,14 @@ def test_the_summary_and_the_journal_say_what_happened(tiny_decoder: Path, tmp_p
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["base"]["digest"].startswith("sha256:")
     assert set(summary["data"][0]["digests"]) == {"train", "validation"}
-    assert summary["peak_rss_mb"] > 0 and summary["tokens_per_second"] > 0 and summary["trainable_parameters"] > 0
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        summary["peak_rss_mb"] > 0
+        and summary["tokens_per_second"] > 0
+        and summary["trainable_parameters"] > 0
+    )
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records if r["kind"] == "validation"] == [3, 6]
 
@@ -174,7 +206,9 @@ def test_accumulated_parts_give_the_same_adapter_as_one_pass(
     run_recipe(recipe, out=tmp_path / "whole", progress=silent())
     monkeypatch.setattr("edgetune.training.context.MAX_TOKENS_AT_ONCE", 64)
     run_recipe(recipe, out=tmp_path / "parts", progress=silent())
-    whole, parts = (json.loads((tmp_path / n / "metrics.jsonl").open().readline()) for n in ("whole", "parts"))
+    whole, parts = (
+        json.loads((tmp_path / n / "metrics.jsonl").open().readline()) for n in ("whole", "parts")
+    )
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
@@ -185,16 +219,26 @@ def test_frozen_weights_stay_as_they_were(tiny_decoder: Path, tmp_path: Path) ->
     from edgetune.models.load import load_tokenizer
     from edgetune.objectives.language import sft
 
-    base, stage = open_folder(tiny_decoder, name="tiny"), sft_recipe(tiny_decoder, tmp_path).stage[0]
+    base, stage = (
+        open_folder(tiny_decoder, name="tiny"),
+        sft_recipe(tiny_decoder, tmp_path).stage[0],
+    )
     examples: list[Example] = list(load_examples(stage, load_tokenizer(base), base).train)
     model = adapt(decoder_batch(tiny_decoder, tmp_path)[0], Parameters(), task="text-generation")
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     train_stage(
-        Learner(model, "fp32"), stage, examples, objective=sft, batching=Batching(pad_id=0), seed=0,
+        Learner(model, "fp32"),
+        stage,
+        examples,
+        objective=sft,
+        batching=Batching(pad_id=0),
+        seed=0,
         log=StageLog(Journal(tmp_path / "journal.jsonl"), silent(), 0),
-    )  # fmt: skip
+    )
     assert frozen and all(p.grad is None for p in model.parameters() if not p.requires_grad)
-    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert all(
+        torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen
+    )
 
 
 def test_the_schedule_rises_then_falls_as_a_cosine() -> None:
@@ -206,14 +250,22 @@ def test_the_schedule_rises_then_falls_as_a_cosine() -> None:
 def test_decay_spares_vectors_and_the_head(tiny_encoder: Path, tmp_path: Path) -> None:
     from training_helpers import classifier_batch
 
-    model = adapt(classifier_batch(tiny_encoder, tmp_path)[0], Parameters(dora=True), task="sequence-classification")
-    optimizer = build_optimizer(model, learning_rate=1e-3, head_learning_rate=5e-3, weight_decay=0.1)
+    model = adapt(
+        classifier_batch(tiny_encoder, tmp_path)[0],
+        Parameters(dora=True),
+        task="sequence-classification",
+    )
+    optimizer = build_optimizer(
+        model, learning_rate=1e-3, head_learning_rate=5e-3, weight_decay=0.1
+    )
     names = {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             in_head = "classifier" in names[id(parameter)]
             assert group["lr"] == (5e-3 if in_head else 1e-3)
-            assert group["weight_decay"] == (0.1 if "lora_A" in names[id(parameter)] or "lora_B" in names[id(parameter)] else 0.0)
+            assert group["weight_decay"] == (
+                0.1 if "lora_A" in names[id(parameter)] or "lora_B" in names[id(parameter)] else 0.0
+            )
 
 
 def test_steps_follow_from_epochs_and_their_limit(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -241,10 +293,14 @@ def test_only_frozen_linears_are_held_in_bf16(tiny_decoder: Path, tmp_path: Path
     model = adapt(decoder_batch(tiny_decoder, tmp_path)[0], Parameters(), task="text-generation")
     hold_frozen_linears_in_bf16(model)
     halved = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
-    assert halved == {name for name, p in model.named_parameters() if name.endswith("base_layer.weight")}
+    assert halved == {
+        name for name, p in model.named_parameters() if name.endswith("base_layer.weight")
+    }
 
 
-def test_training_without_validation_rows_measures_its_effect_on_training_rows(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_training_without_validation_rows_measures_its_effect_on_training_rows(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     recipe = sft_recipe(tiny_decoder, tmp_path)
     data = replace(recipe.stage[0].data, validation=None)
     alone = replace(recipe, stage=(replace(recipe.stage[0], data=data),))

@@ -26,12 +26,16 @@ with freed_memory_kept():
     kept = faults_of_a_second_allocation()
 print(before, kept, faults_of_a_second_allocation())
 """
-"""pages that the kernel must find when 16 MB are freed and asked for again; in a process of its own, whose heap no other test has shaped"""
+"""pages that the kernel must find when 16 MB are freed and asked for again; in a process of its
+own, whose heap no other test has shaped
+"""
 
 
 @pytest.mark.skipif(memory._glibc() is None, reason="only under glibc")
 def test_the_second_allocation_finds_its_memory_there() -> None:
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=300
+    )
     before, kept, after = map(int, done.stdout.split())
     assert before > 1000 and kept < 1000 and after > 1000
 

@@ -9,7 +9,14 @@ import conftest
 import pytest
 from tokenizers import pre_tokenizers, processors
 
-from edgetune.core.text import Entity, entities, first_subwords, has_entities, join_words, split_words
+from edgetune.core.text import (
+    Entity,
+    entities,
+    first_subwords,
+    has_entities,
+    join_words,
+    split_words,
+)
 
 SENTENCES = [
     ["Turn", "on", "the", "kitchen", "lights", "!"],
@@ -24,7 +31,9 @@ def wordpiece() -> Any:
 
 
 def byte_level(*, prefix_space: bool, trim_offsets: bool = True) -> Any:
-    """`prefix_space` in front of every text is what transformers demands for words that are split already."""
+    """`prefix_space` in front of every text is what transformers demands for words that are split
+    already.
+    """
     tokenizer = conftest._bpe_tokenizer()
     tokenizer._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer._tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
@@ -32,7 +41,9 @@ def byte_level(*, prefix_space: bool, trim_offsets: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("words", SENTENCES)
-@pytest.mark.parametrize("tokenizer", [wordpiece(), byte_level(prefix_space=True)], ids=["wordpiece", "byte-level"])
+@pytest.mark.parametrize(
+    "tokenizer", [wordpiece(), byte_level(prefix_space=True)], ids=["wordpiece", "byte-level"]
+)
 def test_every_word_begins_where_transformers_says(tokenizer: Any, words: list[str]) -> None:
     theirs = tokenizer(words, is_split_into_words=True)
     text, spans = join_words(words)
@@ -40,28 +51,44 @@ def test_every_word_begins_where_transformers_says(tokenizer: Any, words: list[s
     assert [text[start:end] for start, end in spans] == words
     pieces = tokenizer.convert_ids_to_tokens(theirs["input_ids"])
     # A piece that is nothing but the space in front is no part of the word here.
-    of_word = [None if piece == "Ġ" else word for piece, word in zip(pieces, theirs.word_ids(), strict=True)]
+    of_word = [
+        None if piece == "Ġ" else word
+        for piece, word in zip(pieces, theirs.word_ids(), strict=True)
+    ]
     assert ours["input_ids"] == theirs["input_ids"]
-    assert first_subwords(text, ours["offset_mapping"], spans) == [of_word.index(at) if at in of_word else None for at in range(len(words))]
+    assert first_subwords(text, ours["offset_mapping"], spans) == [
+        of_word.index(at) if at in of_word else None for at in range(len(words))
+    ]
 
 
 @pytest.mark.parametrize("words", SENTENCES)
 def test_the_form_of_the_offsets_does_not_matter(words: list[str]) -> None:
     text, spans = join_words(words)
-    trimmed, whole = (byte_level(prefix_space=False, trim_offsets=trim)(text, return_offsets_mapping=True) for trim in (True, False))
+    trimmed, whole = (
+        byte_level(prefix_space=False, trim_offsets=trim)(text, return_offsets_mapping=True)
+        for trim in (True, False)
+    )
     first = first_subwords(text, trimmed["offset_mapping"], spans)
     assert first == first_subwords(text, whole["offset_mapping"], spans) and None not in first
 
 
 def test_words_with_spaces_or_nothing_in_them_keep_their_place() -> None:
     text, spans = join_words(["a b", "", " ", "dog"])
-    for tokenizer in (wordpiece(), byte_level(prefix_space=True), byte_level(prefix_space=False, trim_offsets=False)):
-        first = first_subwords(text, tokenizer(text, return_offsets_mapping=True)["offset_mapping"], spans)
+    for tokenizer in (
+        wordpiece(),
+        byte_level(prefix_space=True),
+        byte_level(prefix_space=False, trim_offsets=False),
+    ):
+        first = first_subwords(
+            text, tokenizer(text, return_offsets_mapping=True)["offset_mapping"], spans
+        )
         assert [token is None for token in first] == [False, True, True, False]
 
 
 def test_a_space_in_front_of_a_token_belongs_to_no_word() -> None:
-    assert first_subwords("my ab cde", [(0, 0), (0, 2), (2, 5), (5, 8), (8, 9), (0, 0)], [(0, 2), (3, 5), (6, 9)]) == [1, 2, 3]
+    assert first_subwords(
+        "my ab cde", [(0, 0), (0, 2), (2, 5), (5, 8), (8, 9), (0, 0)], [(0, 2), (3, 5), (6, 9)]
+    ) == [1, 2, 3]
     assert first_subwords("a b", [(0, 1), (1, 2), (2, 3)], [(0, 1), (2, 3)]) == [0, 2]
 
 
@@ -74,7 +101,21 @@ def test_a_text_is_split_at_white_space_and_around_punctuation() -> None:
     def words(text: str) -> list[str]:
         return [text[start:end] for start, end in split_words(text)]
 
-    assert words("Ms. O'Neil paid 3€\tin New-York…") == ["Ms", ".", "O", "'", "Neil", "paid", "3", "€", "in", "New", "-", "York", "…"]
+    assert words("Ms. O'Neil paid 3€\tin New-York…") == [
+        "Ms",
+        ".",
+        "O",
+        "'",
+        "Neil",
+        "paid",
+        "3",
+        "€",
+        "in",
+        "New",
+        "-",
+        "York",
+        "…",
+    ]
     assert words("नमस्ते ❤️👩‍🚀 e\u0301a") == ["नमस्ते", "❤️", "👩‍", "🚀", "e\u0301a"]
     assert words(" \n ") == []
 
@@ -82,7 +123,10 @@ def test_a_text_is_split_at_white_space_and_around_punctuation() -> None:
 def test_split_words_are_cut_where_bert_cuts_too() -> None:
     tokenizer, text = wordpiece(), "Turn on the lights (kitchen), don't wait!"
     spans = split_words(text)
-    assert tokenizer(" ".join(text[start:end] for start, end in spans))["input_ids"] == tokenizer(text)["input_ids"]
+    assert (
+        tokenizer(" ".join(text[start:end] for start, end in spans))["input_ids"]
+        == tokenizer(text)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,9 +159,18 @@ def conlleval(tags: list[str]) -> list[Entity]:
     before, kind_before = "O", ""
     for at, tag in enumerate([*tags, "O"]):
         now, kind = (tag[0], tag[2:]) if tag != "O" else ("O", "")
-        ends = (before, now) in {("B", "B"), ("B", "S"), ("B", "O"), ("I", "B"), ("I", "S"), ("I", "O")}
+        ends = (before, now) in {
+            ("B", "B"),
+            ("B", "S"),
+            ("B", "O"),
+            ("I", "B"),
+            ("I", "S"),
+            ("I", "O"),
+        }
         ends |= before in "ES" or (before != "O" and kind_before != kind)
-        starts = now in "BS" or (before in "ESO" and now in "EI") or (now != "O" and kind_before != kind)
+        starts = (
+            now in "BS" or (before in "ESO" and now in "EI") or (now != "O" and kind_before != kind)
+        )
         if before != "O" and ends:
             found.append(Entity(kind_before, begin, at))
         if starts and now != "O":
@@ -127,4 +180,8 @@ def conlleval(tags: list[str]) -> list[Entity]:
 
 
 def test_tags_of_parts_of_speech_are_no_entities() -> None:
-    assert has_entities(["B-a", "I-a", "O"]) and not has_entities(["NOUN", "O"]) and not has_entities(["O"])
+    assert (
+        has_entities(["B-a", "I-a", "O"])
+        and not has_entities(["NOUN", "O"])
+        and not has_entities(["O"])
+    )

@@ -1,2 +1,1 @@
 """One TOML a device."""
-

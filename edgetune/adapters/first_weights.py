@@ -1,4 +1,6 @@
-"""First weights of an adapter taken from its base: PiSSA, OLoRA and LoftQ, and the way back to the base as it ships."""
+"""First weights of an adapter taken from its base: PiSSA, OLoRA and LoftQ, and the way back to the
+base as it ships.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,19 @@ Start = dict[str, tuple[Tensor, Tensor]]
 def start_of(model: PeftModel) -> Start:
     """The adapter as it was initialised, to be taken before the first step."""
     return {
-        name: (layer.lora_A[ADAPTER].weight.detach().clone(), layer.lora_B[ADAPTER].weight.detach().clone())
+        name: (
+            layer.lora_A[ADAPTER].weight.detach().clone(),
+            layer.lora_B[ADAPTER].weight.detach().clone(),
+        )
         for name, layer in adapted_layers(model)
     }
 
 
 @torch.no_grad()
 def restore_base(model: PeftModel, start: Start) -> None:
-    """Give the base its weights back and the adapter what makes up for it; the model computes as before."""
+    """Give the base its weights back and the adapter what makes up for it; the model computes as
+    before.
+    """
     config = model.peft_config[ADAPTER]
     for name, layer in adapted_layers(model):
         weight = layer.get_base_layer().weight
@@ -45,7 +52,9 @@ def restore_base(model: PeftModel, start: Start) -> None:
     config.r *= 2
     config.lora_alpha = factor * config.lora_alpha
     config.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    config.alpha_pattern = {
+        key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()
+    }
     config.init_lora_weights = True
 
 
@@ -63,21 +72,28 @@ def _linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-NOTHING = 1e-4  # of a weight, lost: 8 bits lose 5e-3 of normal weights, weights rounded before about 1e-7
+# of a weight, lost: 8 bits lose 5e-3 of normal weights, weights rounded before about 1e-7
+NOTHING = 1e-4
 
 
 @torch.no_grad()
 def start_from_rounding(model: PeftModel, original: nn.Module, precision: Precision) -> None:
-    """Give the fresh adapter of `model`, whose base is rounded, the rank-r part of what `original`'s weights lost.
+    """Give the fresh adapter of `model`, whose base is rounded, the rank-r part of what
+    `original`'s weights lost.
 
-    Layers whose grid the rounding keeps have lost nothing: their adapter stays as PEFT drew it. RecipeError where all are such.
+    Layers whose grid the rounding keeps have lost nothing: their adapter stays as PEFT drew it.
+    RecipeError where all are such.
     """
     lossy = 0
     for name, layer in adapted_layers(model):
         path, base_layer = name.removeprefix(PREFIX), layer.get_base_layer()
-        weight, rounded = (_upright(module) for module in (original.get_submodule(path), base_layer))
+        weight, rounded = (
+            _upright(module) for module in (original.get_submodule(path), base_layer)
+        )
         lost, bits = weight - rounded, precision.bits([path])
-        if lost.norm() <= NOTHING * weight.norm() or on_grid(weight, bits=bits, block_size=precision.block_size):
+        if lost.norm() <= NOTHING * weight.norm() or on_grid(
+            weight, bits=bits, block_size=precision.block_size
+        ):
             continue
         lossy += 1
         scaling = layer.scaling[ADAPTER]
@@ -86,16 +102,26 @@ def start_from_rounding(model: PeftModel, original: nn.Module, precision: Precis
         layer.lora_B[ADAPTER].weight.copy_(b)
         if ADAPTER in layer.lora_magnitude_vector:  # DoRA's magnitudes are those of the sum
             magnitude = layer.lora_magnitude_vector[ADAPTER]
-            magnitude.update_layer(base_layer=base_layer, lora_A=layer.lora_A[ADAPTER].weight, lora_B=layer.lora_B[ADAPTER].weight, scaling=scaling)
+            magnitude.update_layer(
+                base_layer=base_layer,
+                lora_A=layer.lora_A[ADAPTER].weight,
+                lora_B=layer.lora_B[ADAPTER].weight,
+                scaling=scaling,
+            )
     if not lossy:
         raise RecipeError(
-            f'init = "loftq" has nothing to start from: {precision.weights} keeps the grid that this base\'s weights lie on',
-            where="parameters.init", expected="a base that base_precision rounds", fix="Remove init.",
-        )  # fmt: skip
+            f'init = "loftq" has nothing to start from: {precision.weights} keeps the grid that'
+            " this base's weights lie on",
+            where="parameters.init",
+            expected="a base that base_precision rounds",
+            fix="Remove init.",
+        )
 
 
 def closest_of_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank), of the same size each, whose product BA is the truncated SVD of a matrix (out, in)."""
+    """A (rank, in) and B (out, rank), of the same size each, whose product BA is the truncated SVD
+    of a matrix (out, in).
+    """
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     root = s[:rank].sqrt()
     return root[:, None] * v[:rank], u[:, :rank] * root

@@ -1,7 +1,8 @@
 """LoRA adapters through PEFT: put on a base, written to a folder, read back.
 
-The folder is PEFT's own (`adapter_config.json`, `adapter_model.safetensors`) and loads in PEFT unchanged;
-`edgetune_adapter.json` beside it says what PEFT has no field for: the base's digest, labels, prompt format, hashes.
+The folder is PEFT's own (`adapter_config.json`, `adapter_model.safetensors`) and loads in PEFT
+unchanged; `edgetune_adapter.json` beside it says what PEFT has no field for: the base's digest,
+labels, prompt format, hashes.
 """
 
 from __future__ import annotations
@@ -41,21 +42,28 @@ class AdapterMetadata:
     task: str
     labels: tuple[str, ...] | None = None
     pooling: str | None = None
-    problem: str | None = None  # of sequence-classification: single-label | multi-label | regression
+    # of sequence-classification: single-label | multi-label | regression
+    problem: str | None = None
     prompt_format: Mapping[str, Any] | None = None
     generation: Mapping[str, Any] | None = None
     max_length: int = 512  # tokens
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    base_precision: Mapping[str, Any] | None = None  # how the base's weights were rounded while it learned; None: not at all
+    # how the base's weights were rounded while it learned; None: not at all
+    base_precision: Mapping[str, Any] | None = None
     edgetune_version: str = __version__
 
 
 def save_adapter(model: PeftModel, folder: Path, metadata: AdapterMetadata) -> None:
     """Write the adapter folder, whole or not at all; the same weights give the same bytes."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    contiguous = {name: tensors[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(tensors)}
+    contiguous = {
+        name: tensors[name].detach().to("cpu", torch.float32).contiguous()
+        for name in sorted(tensors)
+    }
     with whole_folder(folder) as partial:
-        (partial / WEIGHTS).write_bytes(save(contiguous, metadata={"format": "pt"}))  # a full disk is then an OSError
+        (partial / WEIGHTS).write_bytes(
+            save(contiguous, metadata={"format": "pt"})
+        )  # a full disk is then an OSError
         write_json(partial / CONFIG, _config_dict(model, metadata))
         files = {name: sha256_file(partial / name) for name in (WEIGHTS, CONFIG)}
         write_json(partial / METADATA, {"schema": SCHEMA, **asdict(metadata), "files": files})
@@ -79,27 +87,56 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(
-            f"{folder} is not an adapter that edgetune trained", expected=METADATA, got="no such file",
+            f"{folder} is not an adapter that edgetune trained",
+            expected=METADATA,
+            got="no such file",
             fix="Name a run folder or its adapter folder.",
-        ) from error  # fmt: skip
+        ) from error
     except ValueError as error:
-        raise AdapterError(f"{path} is not JSON: {error}", fix="Train the adapter again.") from error
-    if not isinstance(metadata, dict) or (missing := sorted({"base", "files", "task"} - set(metadata))):
-        got = f"none for {', '.join(missing)}" if isinstance(metadata, dict) else type(metadata).__name__
-        raise AdapterError(f"{path} is no adapter's description", expected="base, files, task …", got=got, fix="Train the adapter again.")
+        raise AdapterError(
+            f"{path} is not JSON: {error}", fix="Train the adapter again."
+        ) from error
+    if not isinstance(metadata, dict) or (
+        missing := sorted({"base", "files", "task"} - set(metadata))
+    ):
+        got = (
+            f"none for {', '.join(missing)}"
+            if isinstance(metadata, dict)
+            else type(metadata).__name__
+        )
+        raise AdapterError(
+            f"{path} is no adapter's description",
+            expected="base, files, task …",
+            got=got,
+            fix="Train the adapter again.",
+        )
     for name, expected in metadata["files"].items():
         got = sha256_file(folder / name) if (folder / name).is_file() else "no such file"
         if got != expected:
-            expected, got = f"sha256 {expected[:16]}…", got if got == "no such file" else f"{got[:16]}…"
-            raise AdapterError(f"{folder / name} is damaged", expected=expected, got=got, fix="Copy it again from where it was trained.")
+            expected, got = (
+                f"sha256 {expected[:16]}…",
+                got if got == "no such file" else f"{got[:16]}…",
+            )
+            raise AdapterError(
+                f"{folder / name} is damaged",
+                expected=expected,
+                got=got,
+                fix="Copy it again from where it was trained.",
+            )
     return metadata
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
-    """Put the adapter in `folder` on a base model, for inference; every tensor that does not fit is listed."""
+    """Put the adapter in `folder` on a base model, for inference; every tensor that does not fit is
+    listed.
+    """
     config = LoraConfig.from_pretrained(str(folder))
     adapted = PeftModel(model, config)
-    tensors = _without_copies({peft_name(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}, model, folder)
+    tensors = _without_copies(
+        {peft_name(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()},
+        model,
+        folder,
+    )
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     problems = mismatches(expected, tensors)
     if problems:
@@ -109,23 +146,48 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
 
 
 def peft_name(name: str) -> str:
-    """A tensor's name as PEFT saves it: other tools leave the adapter's name (`.default`) in, or the prefix out."""
-    name = re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.default(?=\.|$)", r".\1", name.replace(".modules_to_save.default", ""))
+    """A tensor's name as PEFT saves it: other tools leave the adapter's name (`.default`) in, or
+    the prefix out.
+    """
+    name = re.sub(
+        r"\.(lora_[AB]|lora_embedding_[AB])\.default(?=\.|$)",
+        r".\1",
+        name.replace(".modules_to_save.default", ""),
+    )
     return name if name.startswith(PREFIX) else f"{PREFIX}{name}"
 
 
-def _without_copies(tensors: Mapping[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """Without the copies of frozen weights that PEFT saves beside an adapter on an embedding or output projection.
+def _without_copies(
+    tensors: Mapping[str, Tensor], model: nn.Module, folder: Path
+) -> dict[str, Tensor]:
+    """Without the copies of frozen weights that PEFT saves beside an adapter on an embedding or
+    output projection.
 
-    AdapterError where such a copy is not what the base has: it was trained, or the vocabulary was extended.
+    AdapterError where such a copy is not what the base has: it was trained, or the vocabulary was
+    extended.
     """
     own = model.state_dict()
     kept = dict(tensors)
     for name in [name for name in kept if name.endswith(".base_layer.weight")]:
         theirs, ours = kept.pop(name), own.get(name.removeprefix(PREFIX))
-        if ours is None or ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), atol=1e-2, rtol=1e-2):
-            got = "none here" if ours is None else f"shape {tuple(theirs.shape)}" if ours.shape != theirs.shape else "other values"
-            raise AdapterError(f"{name} is not the base's own weight", where=str(folder), got=got, fix="Export it on the base it was trained on.")
+        if (
+            ours is None
+            or ours.shape != theirs.shape
+            or not torch.allclose(ours.float(), theirs.float(), atol=1e-2, rtol=1e-2)
+        ):
+            got = (
+                "none here"
+                if ours is None
+                else (
+                    f"shape {tuple(theirs.shape)}" if ours.shape != theirs.shape else "other values"
+                )
+            )
+            raise AdapterError(
+                f"{name} is not the base's own weight",
+                where=str(folder),
+                got=got,
+                fix="Export it on the base it was trained on.",
+            )
     return kept
 
 

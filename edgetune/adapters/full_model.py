@@ -1,7 +1,8 @@
 """A model whose weights all learned: a base of its own, in a folder that transformers loads.
 
-`model/` holds config, safetensors and the base's tokenizer files, and `edgetune_model.json` says what it was trained to
-do. A classifier's head is no part of a base: it lies beside it as an adapter (`adapter/`) that has nothing but the head.
+`model/` holds config, safetensors and the base's tokenizer files, and `edgetune_model.json` says
+what it was trained to do. A classifier's head is no part of a base: it lies beside it as an adapter
+(`adapter/`) that has nothing but the head.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ BESIDE = (  # files of the base that are not the model's own
 
 
 def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: AdapterMetadata) -> None:
-    """Write `run`/model (and for a classifier `run`/adapter); `final` is the run folder's name once it is complete."""
+    """Write `run`/model (and for a classifier `run`/adapter); `final` is the run folder's name once
+    it is complete.
+    """
     folder = run / MODEL
     body: Any = model.body if isinstance(model, SequenceClassifier) else model
     with output_errors(folder), quiet():
@@ -51,7 +54,9 @@ def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: Adapt
 
 
 def is_full(folder: Path) -> bool:
-    """Whether this is a run whose result is a model and no adapter, or such a model's own folder."""
+    """Whether this is a run whose result is a model and no adapter, or such a model's own
+    folder.
+    """
     return full_folder(folder) is not None
 
 
@@ -68,15 +73,30 @@ def read_full(folder: Path) -> tuple[Base, dict[str, Any]]:
     try:
         metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}", fix="Train the model again.") from error
-    if not isinstance(metadata, dict) or (missing := {"base", "task", "labels", "prompt_format"} - set(metadata)):
-        got = f"none for {', '.join(sorted(missing))}" if isinstance(metadata, dict) else type(metadata).__name__
-        raise AdapterError(f"{path} is no model's description", expected="base, task …", got=got, fix="Train the model again.")
+        raise AdapterError(
+            f"{path} cannot be read: {error}", fix="Train the model again."
+        ) from error
+    if not isinstance(metadata, dict) or (
+        missing := {"base", "task", "labels", "prompt_format"} - set(metadata)
+    ):
+        got = (
+            f"none for {', '.join(sorted(missing))}"
+            if isinstance(metadata, dict)
+            else type(metadata).__name__
+        )
+        raise AdapterError(
+            f"{path} is no model's description",
+            expected="base, task …",
+            got=got,
+            fix="Train the model again.",
+        )
     return open_folder(folder.absolute(), name=str(folder.absolute())), metadata
 
 
 def own_base(adapter: Path, digest: str) -> Base | None:
-    """The model that lies beside an adapter folder, when it is the one of this digest: a run may have been moved."""
+    """The model that lies beside an adapter folder, when it is the one of this digest: a run may
+    have been moved.
+    """
     folder = adapter.parent / MODEL
     if not (folder / METADATA).is_file():
         return None

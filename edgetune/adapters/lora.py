@@ -22,13 +22,20 @@ ALL_LINEAR = "all-linear"
 
 
 def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
-    """Put a fresh adapter on `model`: base frozen, adapter (and head) trainable, ΔW = 0 at the start (before `loftq`)."""
+    """Put a fresh adapter on `model`: base frozen, adapter (and head) trainable, ΔW = 0 at the
+    start (before `loftq`).
+    """
     names = within(target_names(model, parameters.target_modules), parameters.layers)
-    for table, pattern in (("rank_pattern", parameters.rank_pattern), ("alpha_pattern", parameters.alpha_pattern)):
+    for table, pattern in (
+        ("rank_pattern", parameters.rank_pattern),
+        ("alpha_pattern", parameters.alpha_pattern),
+    ):
         _check_pattern(pattern, names, table=table)
     head = head_of(model)
     config = LoraConfig(
-        task_type="SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else TASKS[task],  # type: ignore[union-attr]
+        task_type=(
+            "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else TASKS[task]
+        ),  # type: ignore[union-attr]
         r=parameters.rank,
         lora_alpha=_whole(parameters.alpha),
         lora_dropout=parameters.dropout,
@@ -39,23 +46,34 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         alpha_pattern={name: _whole(alpha) for name, alpha in parameters.alpha_pattern.items()},
         modules_to_save=None if head is None else [head],
         init_lora_weights=True if parameters.init in ("default", "loftq") else parameters.init,
-        fan_in_fan_out=all(type(model.get_submodule(name)).__name__ == "Conv1D" for name in names),  # GPT-2's weights lie (in, out)
+        fan_in_fan_out=all(
+            type(model.get_submodule(name)).__name__ == "Conv1D" for name in names
+        ),  # GPT-2's weights lie (in, out)
     )
     if parameters.init == "orthogonal" and (odd := _odd_ranks(parameters)):
-        raise RecipeError('init = "orthogonal" needs an even rank', where="parameters.init", got=f"rank {odd}")
+        raise RecipeError(
+            'init = "orthogonal" needs an even rank', where="parameters.init", got=f"rank {odd}"
+        )
     if changes_the_base(parameters.init) or parameters.init == "loftq":
         _check_ranks(model, names, parameters)
     return PeftModel(model, config)
 
 
 def adapt_head(model: SequenceClassifier) -> PeftModel:
-    """`model` with its head trainable and everything else frozen, in the form of an adapter without low-rank weights.
+    """`model` with its head trainable and everything else frozen, in the form of an adapter without
+    low-rank weights.
 
     "dummy-target-modules" is PEFT's own word for a LoRA configuration that targets nothing
     (`peft.utils.constants.DUMMY_TARGET_MODULES`), so the saved folder loads in PEFT unchanged.
     """
     task = "TOKEN_CLS" if isinstance(model, TokenClassifier) else "SEQ_CLS"
-    config = LoraConfig(task_type=task, r=1, lora_alpha=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=[HEAD])
+    config = LoraConfig(
+        task_type=task,
+        r=1,
+        lora_alpha=1,
+        target_modules=DUMMY_TARGET_MODULES,
+        modules_to_save=[HEAD],
+    )
     return PeftModel(model, config)
 
 
@@ -63,15 +81,29 @@ def within(names: list[str], layers: tuple[int, ...] | None) -> list[str]:
     """The modules of layers first … last; a module's layer is the first number in its name."""
     if layers is None:
         return names
-    numbers = {name: next((int(part) for part in name.split(".") if part.isdecimal()), None) for name in names}
+    numbers = {
+        name: next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        for name in names
+    }
     last = max((number for number in numbers.values() if number is not None), default=-1)
     if layers[1] > last:
-        raise RecipeError("the range goes beyond the last layer", where="parameters.layers", expected=f"at most {last}", got=str(layers[1]))
-    return [name for name, number in numbers.items() if number is not None and layers[0] <= number <= layers[1]]
+        raise RecipeError(
+            "the range goes beyond the last layer",
+            where="parameters.layers",
+            expected=f"at most {last}",
+            got=str(layers[1]),
+        )
+    return [
+        name
+        for name, number in numbers.items()
+        if number is not None and layers[0] <= number <= layers[1]
+    ]
 
 
 def _odd_ranks(parameters: Parameters) -> int | None:
-    return next((rank for rank in (parameters.rank, *parameters.rank_pattern.values()) if rank % 2), None)
+    return next(
+        (rank for rank in (parameters.rank, *parameters.rank_pattern.values()) if rank % 2), None
+    )
 
 
 def _check_ranks(model: nn.Module, names: list[str], parameters: Parameters) -> None:
@@ -81,16 +113,19 @@ def _check_ranks(model: nn.Module, names: list[str], parameters: Parameters) -> 
         weight: Any = model.get_submodule(name).weight
         if largest > min(weight.shape):
             raise RecipeError(
-                f'init = "{parameters.init}" needs a rank of at most the smaller side of each weight', where="parameters.rank",
-                expected=f"at most {min(weight.shape)} for {name}", got=str(largest),
-            )  # fmt: skip
+                f'init = "{parameters.init}" needs a rank of at most the smaller side of each'
+                " weight",
+                where="parameters.rank",
+                expected=f"at most {min(weight.shape)} for {name}",
+                got=str(largest),
+            )
 
 
 def target_names(model: nn.Module, target_modules: str | tuple[str, ...]) -> list[str]:
     """The full names of the linear modules that get an adapter.
 
-    `target_modules` is "all-linear", a regular expression over full names (a string), or a list of names, each of which
-    matches a module of that name or whose name ends in `.name`; as in PEFT.
+    `target_modules` is "all-linear", a regular expression over full names (a string), or a list of
+    names, each of which matches a module of that name or whose name ends in `.name`; as in PEFT.
     """
     linears = dict(_linears(model))
     if target_modules == ALL_LINEAR:
@@ -100,14 +135,21 @@ def target_names(model: nn.Module, target_modules: str | tuple[str, ...]) -> lis
         found = [name for name in linears if pattern.fullmatch(name)]
         unmatched = [] if found else [target_modules]
     else:
-        found = [name for name in linears if any(_ends_in(name, wanted) for wanted in target_modules)]
-        unmatched = [wanted for wanted in target_modules if not any(_ends_in(name, wanted) for name in linears)]
+        found = [
+            name for name in linears if any(_ends_in(name, wanted) for wanted in target_modules)
+        ]
+        unmatched = [
+            wanted
+            for wanted in target_modules
+            if not any(_ends_in(name, wanted) for name in linears)
+        ]
     if unmatched or not found:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise RecipeError(
-            f"target_modules {', '.join(map(repr, unmatched)) or '[]'} matches no linear layer of this base",
+            f"target_modules {', '.join(map(repr, unmatched)) or '[]'} matches no linear layer of"
+            " this base",
             where="parameters.target_modules",
-            fix=f"There are: {', '.join(kinds)}; or \"{ALL_LINEAR}\" for all.",
+            fix=f'There are: {", ".join(kinds)}; or "{ALL_LINEAR}" for all.',
         )
     return found
 
@@ -117,7 +159,9 @@ def _check_pattern(pattern: Mapping[str, float], names: list[str], *, table: str
     for key in pattern:
         _pattern(key, where=f"parameters.{table}")
         if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
-            raise RecipeError(f"{key!r} matches no target module", where=f"parameters.{table}", got=key)
+            raise RecipeError(
+                f"{key!r} matches no target module", where=f"parameters.{table}", got=key
+            )
 
 
 def _pattern(text: str, *, where: str) -> re.Pattern[str]:
@@ -135,7 +179,12 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     output = find_output() if find_output is not None else None
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and module is not output and name.startswith(in_body) and not set(name.split(".")) & {*HEADS, *UNUSED}:
+        if (
+            linear
+            and module is not output
+            and name.startswith(in_body)
+            and not set(name.split(".")) & {*HEADS, *UNUSED}
+        ):
             yield name, module
 
 
@@ -163,7 +212,9 @@ def adapter_off(model: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def only_adapter(model: Any, name: str) -> Iterator[None]:
-    """The model with this adapter alone, also inside `disable_adapter`; nothing about gradients changes."""
+    """The model with this adapter alone, also inside `disable_adapter`; nothing about gradients
+    changes.
+    """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     training = model.training

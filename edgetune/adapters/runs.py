@@ -45,7 +45,9 @@ def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     """
     if (own := full_folder(folder)) is not None:
         base, metadata = read_full(own)
-        model = load_masked_lm(base, seed=0)[0] if metadata["task"] == "masked-lm" else load_body(base)
+        model = (
+            load_masked_lm(base, seed=0)[0] if metadata["task"] == "masked-lm" else load_body(base)
+        )
         return model, load_tokenizer(base), metadata
     adapter_dir = find_adapter(folder)
     metadata = read_metadata(adapter_dir)
@@ -53,7 +55,12 @@ def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     # The masked-lm head is not the adapter's: the checkpoint's own is used, or an untrained one.
     model = load_masked_lm(base, seed=0)[0] if metadata["task"] == "masked-lm" else load_body(base)
     if metadata["labels"] is not None:
-        model = build_classifier(model, task=metadata["task"], labels=len(metadata["labels"]), pooling=metadata["pooling"])
+        model = build_classifier(
+            model,
+            task=metadata["task"],
+            labels=len(metadata["labels"]),
+            pooling=metadata["pooling"],
+        )
     elif metadata["task"] == "reward":
         model = RewardModel(model)
     return load_adapter(model, adapter_dir), load_tokenizer(base), metadata
@@ -62,17 +69,25 @@ def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
 def find_adapter(folder: Path) -> Path:
     """The adapter folder of a run folder, or the folder itself when it is one."""
     if not folder.is_dir():
-        raise AdapterError("there is no such folder", where=str(folder), expected="a run folder or an adapter folder")
+        raise AdapterError(
+            "there is no such folder",
+            where=str(folder),
+            expected="a run folder or an adapter folder",
+        )
     adapter_dir = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
     if not (adapter_dir / METADATA).is_file():
         raise AdapterError(
-            "this is neither a run nor an adapter that edgetune trained", where=str(folder), expected=METADATA
+            "this is neither a run nor an adapter that edgetune trained",
+            where=str(folder),
+            expected=METADATA,
         )
     return adapter_dir
 
 
 def check_replaceable(folder: Path) -> None:
-    """A new run may take the place of an older one, but never of a folder that holds anything else."""
+    """A new run may take the place of an older one, but never of a folder that holds anything
+    else.
+    """
     if folder.is_dir():
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in LAYOUT)
         if foreign:
@@ -84,7 +99,12 @@ def check_replaceable(folder: Path) -> None:
                 fix="Choose another --out.",
             )
     elif folder.exists():
-        raise OutputError("the output is a file", where=str(folder), expected="a folder", fix="Choose another --out.")
+        raise OutputError(
+            "the output is a file",
+            where=str(folder),
+            expected="a folder",
+            fix="Choose another --out.",
+        )
 
 
 def _base_of(metadata: dict[str, Any], adapter_dir: Path) -> Base:
@@ -98,4 +118,8 @@ def _base_of(metadata: dict[str, Any], adapter_dir: Path) -> Base:
             got=base.digest,
         )
     recorded = metadata.get("base_precision")
-    return base if recorded is None else replace(base, precision=trained_precision(recorded, where=str(adapter_dir)))
+    return (
+        base
+        if recorded is None
+        else replace(base, precision=trained_precision(recorded, where=str(adapter_dir)))
+    )

@@ -53,7 +53,10 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="edgetune")
 def cli() -> None:
     """Fine-tune small language models and put the proven result on edge devices."""
@@ -61,9 +64,13 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every error a user can cause is one line on stderr."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries plan among themselves
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # what libraries plan among themselves
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # so that half-written folders are removed
     try:
         result: Any = cli.main(args=args, prog_name="edgetune", standalone_mode=False)
     except click.exceptions.Abort:
@@ -79,7 +86,11 @@ def main(args: list[str] | None = None) -> None:
         extra = _extra_of(error.name or "")
         if extra is None:
             raise
-        _stop(f"this command needs the Python package {error.name!r}. Install it: pip install 'edgetune[{extra}]'", 2)
+        _stop(
+            f"this command needs the Python package {error.name!r}. Install it: pip install"
+            f" 'edgetune[{extra}]'",
+            2,
+        )
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except OSError as error:  # a place that nobody expected to be unreadable
@@ -95,7 +106,18 @@ def _extra_of(module: str) -> str | None:
         return "export"
     if top in {"starlette", "uvicorn", "prometheus_client"}:
         return "serve"
-    if top in {"torch", "transformers", "peft", "accelerate", "datasets", "pyarrow", "gguf", "matplotlib", "sklearn", "sacrebleu"}:
+    if top in {
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "pyarrow",
+        "gguf",
+        "matplotlib",
+        "sklearn",
+        "sacrebleu",
+    }:
         return "train"
     return None
 

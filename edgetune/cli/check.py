@@ -30,28 +30,50 @@ WORDS = {"ok": "ok", "over": "OVER", "noisy": "too noisy to tell"}
     help="A profile's name, or a .toml of yours.",
 )
 @click.option(
-    "--adapter", "adapters", multiple=True, help="Measure with this adapter; may be given several times."
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="Measure with this adapter; may be given several times.",
 )
 @click.option(
-    "--budget", "limits", multiple=True, metavar="KEY=LIMIT", help="Set or replace a limit, as ttft_ms=500."
+    "--budget",
+    "limits",
+    multiple=True,
+    metavar="KEY=LIMIT",
+    help="Set or replace a limit, as ttft_ms=500.",
 )
 @click.option(
-    "--runs", type=click.IntRange(min=3), default=20, show_default=True, help="Requests per adapter."
+    "--runs",
+    type=click.IntRange(min=3),
+    default=20,
+    show_default=True,
+    help="Requests per adapter.",
 )
 @click.option(
     "--prompt-tokens", type=click.IntRange(min=1), help="Prompt length. [default: 256; encoder: 32]"
 )
 @click.option(
-    "--new-tokens", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens to generate."
+    "--new-tokens",
+    type=click.IntRange(min=2),
+    default=32,
+    show_default=True,
+    help="Tokens to generate.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads. [default: the device's, if this machine has them]"
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads. [default: the device's, if this machine has them]",
 )
 @provider_option
 @click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Write everything, raw samples too."
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    help="Write everything, raw samples too.",
 )
-@click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file for CI.")
+@click.option(
+    "--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file for CI."
+)
 def command(
     bundle: Path,
     device_name: str,
@@ -67,8 +89,9 @@ def command(
 ) -> int:
     """Measure BUNDLE in a fresh process and compare with the device's budget.
 
-    Exit 0: within the budget; 1: a limit is exceeded; 3: too noisy to tell. Without --adapter every adapter of the
-    bundle is measured. For another device than the host, times are estimates and say so.
+    Exit 0: within the budget; 1: a limit is exceeded; 3: too noisy to tell. Without --adapter every
+    adapter of the bundle is measured. For another device than the host, times are estimates and say
+    so.
     """
     from edgetune.core.errors import AdapterError, DeviceError
     from edgetune.devices import load_device, parse_budget
@@ -88,8 +111,18 @@ def command(
         )
     length = prompt_tokens or (256 if manifest.is_decoder else 32)
     used = threads or min(device.threads, load_device("host").threads)
-    workload = Workload(str(bundle), adapters or shipped, used, runs, length, new_tokens, chosen_providers(providers or device.providers, None))
-    click.echo(f"measuring {bundle} with {used} threads, {runs} requests of {length} tokens …", err=True)
+    workload = Workload(
+        str(bundle),
+        adapters or shipped,
+        used,
+        runs,
+        length,
+        new_tokens,
+        chosen_providers(providers or device.providers, None),
+    )
+    click.echo(
+        f"measuring {bundle} with {used} threads, {runs} requests of {length} tokens …", err=True
+    )
     measured = measure(workload)
     for note in measured["providers"]["notes"]:
         click.echo(f"warning: {note}", err=True)
@@ -97,7 +130,12 @@ def command(
     verdicts = judge(measured, budget, device=device, host=speed)
     if unmeasured := sorted(set(asked) - {verdict.key for verdict in verdicts}):
         what = f"this bundle has no {unmeasured[0]}, so its limit cannot be checked"
-        raise DeviceError(what, where="--budget", got=f"a bundle for {manifest.task}, {manifest.mode}", fix="Leave it out.")
+        raise DeviceError(
+            what,
+            where="--budget",
+            got=f"a bundle for {manifest.task}, {manifest.mode}",
+            fix="Leave it out.",
+        )
     state = overall(verdicts)
     _print(measured, verdicts, device, speed, state=state)
     document = _document(workload, measured, verdicts, device, speed, budget=budget, state=state)
@@ -111,13 +149,22 @@ def command(
 
 
 def _print(
-    measured: dict[str, Any], verdicts: list[Verdict], device: Device, speed: Speed | None, *, state: str
+    measured: dict[str, Any],
+    verdicts: list[Verdict],
+    device: Device,
+    speed: Speed | None,
+    *,
+    state: str,
 ) -> None:
     click.echo(f"execution providers: {_providers(measured['providers'])}")
     click.echo(f"{'measured on this machine':28} {'p50':>9} {'p90':>9} {'p95':>9} {'p99':>9}")
     for row in measured["adapters"]:
         name = row["adapter"] or "base model"
-        for key, label in (("ttft_ms", "TTFT ms"), ("tpot_ms", "TPOT ms"), ("request_ms", "request ms")):
+        for key, label in (
+            ("ttft_ms", "TTFT ms"),
+            ("tpot_ms", "TPOT ms"),
+            ("request_ms", "request ms"),
+        ):
             if key in row:
                 _print_percentiles(f"{name}: {label}", row[key])
         if "tokens_per_s" in row:
@@ -125,13 +172,19 @@ def _print(
     if measured["swap_ms"]:
         _print_percentiles("swap ms", measured["swap_ms"])
     loads = ", ".join(f"{name} {ms:.1f}" for name, ms in measured["adapter_load_ms"].items())
-    click.echo(f"load {measured['load_ms']:.0f} ms" + (f"; adapters from disk: {loads} ms" if loads else ""))
-    click.echo(f"peak memory {measured['peak_rss_mb']:.0f} MB; bundle {measured['bundle_mb']:.1f} MB\n")
+    click.echo(
+        f"load {measured['load_ms']:.0f} ms"
+        + (f"; adapters from disk: {loads} ms" if loads else "")
+    )
+    click.echo(
+        f"peak memory {measured['peak_rss_mb']:.0f} MB; bundle {measured['bundle_mb']:.1f} MB\n"
+    )
     if speed is not None:
         from edgetune.runtime.check.verdict import FORMULA
 
         click.echo(
-            f"The measurements are of this machine ({speed.gflops:.0f} GFLOP/s, {speed.gb_s:.0f} GB/s), not of"
+            f"The measurements are of this machine ({speed.gflops:.0f} GFLOP/s, {speed.gb_s:.0f}"
+            " GB/s), not of"
         )
         click.echo(f"{device.title}; its times below are ESTIMATES: {FORMULA}.\n")
     click.echo(f"budget of {device.name}:")
@@ -139,14 +192,18 @@ def _print(
         who = f" ({v.adapter})" if v.adapter else ""
         basis = " (estimate)" if v.basis == "estimate" else ""
         spread = "" if v.low == v.high else f" [{v.low:.3g} … {v.high:.3g}]"
-        click.echo(f"  {v.key + who:32} {v.value:10.4g}{spread} of {v.limit:g}: {WORDS[v.state]}{basis}")
+        click.echo(
+            f"  {v.key + who:32} {v.value:10.4g}{spread} of {v.limit:g}: {WORDS[v.state]}{basis}"
+        )
     click.echo(f"{WORDS[state]}" if verdicts else "no limits: nothing to compare with")
 
 
 def _providers(found: dict[str, Any]) -> str:
     """Which ran the graph, with the nodes each had where ONNX Runtime tells."""
     nodes = found["nodes"]
-    return ", ".join(f"{name} ({nodes.get(name, 0)} nodes)" if nodes else name for name in found["in_use"])
+    return ", ".join(
+        f"{name} ({nodes.get(name, 0)} nodes)" if nodes else name for name in found["in_use"]
+    )
 
 
 def _print_percentiles(label: str, row: dict[str, float]) -> None:
@@ -200,7 +257,9 @@ def _write_junit(path: Path, bundle: Path, device: Device, verdicts: list[Verdic
     )
     for v in verdicts:
         name = f"{v.key} ({v.adapter})" if v.adapter else v.key
-        case = ElementTree.SubElement(suite, "testcase", classname=f"{bundle.name}.{device.name}", name=name)
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"{bundle.name}.{device.name}", name=name
+        )
         text = f"{v.value:.4g} of {v.limit:g} ({v.basis}, between {v.low:.4g} and {v.high:.4g})"
         if v.state != "ok":
             tag = "failure" if v.state == "over" else "skipped"
@@ -208,5 +267,7 @@ def _write_junit(path: Path, bundle: Path, device: Device, verdicts: list[Verdic
     ElementTree.indent(suite)
     write_text(
         path,
-        '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n",
+        '<?xml version="1.0" encoding="utf-8"?>\n'
+        + ElementTree.tostring(suite, encoding="unicode")
+        + "\n",
     )

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from edgetune.devices.loader import Device
 
 
-
 @click.command("devices")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -58,10 +57,14 @@ def _show(device: Device, *, as_json: bool) -> None:
         "cores": f"{device.cores}, of which {device.threads} are used",
         "memory": f"{device.memory_mb} MB" if device.memory_mb else "unknown",
         "clock": f"{device.clock_ghz} GHz" if device.clock_ghz else None,
-        "arithmetic": f"{device.peak_gflops:g} GFLOP/s fp32 at peak" if device.peak_gflops else None,
-        "bandwidth": f"{device.memory_bandwidth_gb_s:g} GB/s at peak"
-        if device.memory_bandwidth_gb_s
-        else None,
+        "arithmetic": (
+            f"{device.peak_gflops:g} GFLOP/s fp32 at peak" if device.peak_gflops else None
+        ),
+        "bandwidth": (
+            f"{device.memory_bandwidth_gb_s:g} GB/s at peak"
+            if device.memory_bandwidth_gb_s
+            else None
+        ),
         "features": ", ".join(device.features) or None,
         "providers": ", ".join(device.providers) or None,
         "available": _available() if device.is_host else None,
@@ -75,5 +78,6 @@ def _show(device: Device, *, as_json: bool) -> None:
         click.echo(f"  budget        {kind}: {limits}")
     for source in device.sources:
         click.echo(
-            f"  source        {', '.join(source.figures)}: {source.url}\n                “{source.read}”"
+            f"  source        {', '.join(source.figures)}: {source.url}\n               "
+            f" “{source.read}”"
         )

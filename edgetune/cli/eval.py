@@ -1,4 +1,6 @@
-"""`edgetune eval`: task metrics of a run, a bundle or a base on a data file, and what training forgot."""
+"""`edgetune eval`: task metrics of a run, a bundle or a base on a data file, and what training
+forgot.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +19,83 @@ if TYPE_CHECKING:
     from edgetune.evaluation.base_answers import Prompting
 
 
-
 @click.command()
 @click.argument("folder", metavar="RUN|BUNDLE|BASE", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), help="The rows to measure on, in the columns the adapter was trained with.")
-@click.option("--adapter", metavar="NAME", help="Which of a bundle's adapters; needed when it has several.")
-@click.option("--skip-invalid", is_flag=True, help="Leave out rows that cannot be used, and count them.")
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write metrics and every prediction there.")
-@click.option("--forgetting", is_flag=True, help="General ability before and after training; of a base as it is.")
-@click.option("--general", metavar="FOLDER", type=click.Path(path_type=Path), help="The general sets; not set: $EDGETUNE_DATASETS/general_ability.")
-@click.option("--limit", type=click.IntRange(min=2), help="Items of each general set at most; not set: all.")
-@click.option("--prompt", metavar="TEMPLATE", help="A base: what it is given, a column or Jinja; not set: the column prompt.")
-@click.option("--completion", metavar="TEMPLATE", help="A base: what it shall answer; not set: the column completion.")
-@click.option("--shots", type=click.IntRange(min=0), default=0, help="A base: examples shown before every question, drawn from --train.")
-@click.option("--train", type=click.Path(path_type=Path), help="A base: the rows that examples and labels come from.")
-@click.option("--choose", is_flag=True, help="A base: take the likeliest of the known answers instead of generating one.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="The rows to measure on, in the columns the adapter was trained with.",
+)
+@click.option(
+    "--adapter", metavar="NAME", help="Which of a bundle's adapters; needed when it has several."
+)
+@click.option(
+    "--skip-invalid", is_flag=True, help="Leave out rows that cannot be used, and count them."
+)
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write metrics and every prediction there.",
+)
+@click.option(
+    "--forgetting",
+    is_flag=True,
+    help="General ability before and after training; of a base as it is.",
+)
+@click.option(
+    "--general",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="The general sets; not set: $EDGETUNE_DATASETS/general_ability.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=2), help="Items of each general set at most; not set: all."
+)
+@click.option(
+    "--prompt",
+    metavar="TEMPLATE",
+    help="A base: what it is given, a column or Jinja; not set: the column prompt.",
+)
+@click.option(
+    "--completion",
+    metavar="TEMPLATE",
+    help="A base: what it shall answer; not set: the column completion.",
+)
+@click.option(
+    "--shots",
+    type=click.IntRange(min=0),
+    default=0,
+    help="A base: examples shown before every question, drawn from --train.",
+)
+@click.option(
+    "--train",
+    type=click.Path(path_type=Path),
+    help="A base: the rows that examples and labels come from.",
+)
+@click.option(
+    "--choose",
+    is_flag=True,
+    help="A base: take the likeliest of the known answers instead of generating one.",
+)
 @provider_option
 @click.option("--plain", is_flag=True, help="A base: plain text even where it has a chat template.")
 def command(
-    folder: Path, data: Path | None, adapter: str | None, skip_invalid: bool, json_file: Path | None,
-    forgetting: bool, general: Path | None, limit: int | None, providers: tuple[str, ...], **asked: Any,
-) -> None:  # fmt: skip
-    """Measure a run or a base (in torch) or a bundle (in the runtime) on a data file, or what training forgot."""
+    folder: Path,
+    data: Path | None,
+    adapter: str | None,
+    skip_invalid: bool,
+    json_file: Path | None,
+    forgetting: bool,
+    general: Path | None,
+    limit: int | None,
+    providers: tuple[str, ...],
+    **asked: Any,
+) -> None:
+    """Measure a run or a base (in torch) or a bundle (in the runtime) on a data file, or what
+    training forgot.
+    """
     from edgetune.core.files import write_json
 
     if data is None and not forgetting:
@@ -50,7 +107,9 @@ def command(
         from edgetune.evaluation.forgetting.subjects import forgetting as measure_forgetting
 
         place = general or _general()
-        results = measure_forgetting(folder, place, adapter=adapter, limit=limit, providers=providers, say=click.echo)
+        results = measure_forgetting(
+            folder, place, adapter=adapter, limit=limit, providers=providers, say=click.echo
+        )
         found["forgetting"] = [asdict(result) for result in results]
     if json_file is not None:
         write_json(json_file, found)
@@ -67,12 +126,20 @@ def _prompting(asked: dict[str, Any]) -> Prompting | None:
 def _general() -> Path:
     root = os.environ.get("EDGETUNE_DATASETS")
     if not root:
-        raise InputError("where are the general sets?", expected="--general FOLDER, or the variable EDGETUNE_DATASETS")
+        raise InputError(
+            "where are the general sets?",
+            expected="--general FOLDER, or the variable EDGETUNE_DATASETS",
+        )
     return Path(root) / "general_ability"
 
 
 def _measure(
-    folder: Path, data: Path, adapter: str | None, skip_invalid: bool, how: Prompting | None, providers: tuple[str, ...]
+    folder: Path,
+    data: Path,
+    adapter: str | None,
+    skip_invalid: bool,
+    how: Prompting | None,
+    providers: tuple[str, ...],
 ) -> dict[str, Any]:
     from edgetune.evaluation.evaluate import evaluate
     from edgetune.metrics.statistics import headline
@@ -83,13 +150,25 @@ def _measure(
         if live:
             click.echo(f"\r{done}/{total} rows", nl=done == total, err=True)
 
-    result = evaluate(folder, data, adapter=adapter, skip_invalid=skip_invalid, advance=advance, how=how, providers=providers)
+    result = evaluate(
+        folder,
+        data,
+        adapter=adapter,
+        skip_invalid=skip_invalid,
+        advance=advance,
+        how=how,
+        providers=providers,
+    )
     name = f"{result.source} [{result.adapter}]" if result.adapter else result.source
     click.echo(f"{name} on {result.rows} rows of {result.data}")
     for metric, value in headline(result.metrics).items():
         low, high = (result.metrics.get(f"{metric}_{end}") for end in ("low", "high"))
         interval = f"  (95 %: {low:.4f} to {high:.4f})" if low is not None else ""
-        click.echo(f"  {metric:<18} {value:.4f}{interval}" if metric != "bleu" else f"  {metric:<18} {value:.2f}")
+        click.echo(
+            f"  {metric:<18} {value:.4f}{interval}"
+            if metric != "bleu"
+            else f"  {metric:<18} {value:.2f}"
+        )
     for note in result.notes:
         click.echo(f"  note: {note}")
     if result.skipped:

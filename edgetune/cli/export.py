@@ -16,29 +16,164 @@ BLOCK_SIZE = 32
 
 
 @click.command()
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter's name and its run or PEFT folder, or a sum such as A+0.5*B of others' names or folders; repeat for several.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write.")
-@click.option("--format", "form", default="bundle", show_default=True, type=click.Choice(["bundle", "gguf-adapter"]), help="A bundle, or each adapter as a GGUF file for llama.cpp: --out FILE.gguf, or a folder for several.")
-@click.option("--mode", default="separate", show_default=True, type=click.Choice(["separate", "merged"]), help="Adapters as inputs, or one merged into the weights.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4", "auto"]), help="How weights are stored; fp16 (activations and cache too) is for GPUs; auto: the smallest that keeps within --max-loss; not given: what all adapters were trained for (base_precision), else int8.")
-@click.option("--max-loss", metavar="SHARE", help="With --precision auto: how much of each adapter's task metric may be lost against torch in fp32, as 0.5% (of its value).  [default: 0.5%]")
-@click.option("--block-size", default=BLOCK_SIZE, show_default=True, type=click.Choice([16, 32, 64, 128]), help="Weights that share a scale.")
-@click.option("--asymmetric", is_flag=True, help="Each block of scaled weights has a zero of its own, instead of one in the middle of its range.")
-@click.option("--activations", default="float", show_default=True, type=click.Choice(["float", "int8"]), help="int8: an encoder's int8 products round their inputs too (faster, less exact; --keep MODULE=fp32 spares a layer).")
-@click.option("--keep", multiple=True, metavar="MODULE=PRECISION", help="Another precision for modules of that name, such as down_proj=int8. int4 decoders keep lm_head=int8 unless told otherwise.")
-@click.option("--quantiser", type=click.Choice(["rtn", "hqq", "gptq"]), help="How 4-bit weights are rounded: to nearest, half-quadratic (slower, no text), or to each layer's inputs from text (slowest).  [default: rtn; with --precision auto more carefully too, where that nearly suffices]")
-@click.option("--calibration", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text for --quantiser gptq; not given: the training rows of the runs.")
-@click.option("--base", "base_name", metavar="NAME", help="The base model, for adapters that do not say; without --adapter: the base alone.")
-@click.option("--task-rows", type=click.IntRange(min=0), metavar="N", help="Validation rows (of the run's recipe) on which each adapter's task metric is taken, in torch and in the bundle; not given: 16 of a decoder, 256 of an encoder; 0: none.")
-@click.option("--task-data", type=click.Path(path_type=Path), metavar="FILE", help="Rows for the task metric, instead of the recipe's own.")
-@click.option("--general", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER", help="WikiText-2 and STS-B, on which the base shows what its precision costs; not given: $EDGETUNE_DATASETS/general_ability.")
-@click.option("--general-items", type=click.IntRange(min=0), metavar="N", help="How much of it: windows of 512 tokens, or pairs of sentences; not given: 6 and 400; 0: nothing.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=RUN",
+    help=(
+        "An adapter's name and its run or PEFT folder, or a sum such as A+0.5*B of others' names or"
+        " folders; repeat for several."
+    ),
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write."
+)
+@click.option(
+    "--format",
+    "form",
+    default="bundle",
+    show_default=True,
+    type=click.Choice(["bundle", "gguf-adapter"]),
+    help=(
+        "A bundle, or each adapter as a GGUF file for llama.cpp: --out FILE.gguf, or a folder for"
+        " several."
+    ),
+)
+@click.option(
+    "--mode",
+    default="separate",
+    show_default=True,
+    type=click.Choice(["separate", "merged"]),
+    help="Adapters as inputs, or one merged into the weights.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8", "int4", "auto"]),
+    help=(
+        "How weights are stored; fp16 (activations and cache too) is for GPUs; auto: the smallest"
+        " that keeps within --max-loss; not given: what all adapters were trained for"
+        " (base_precision), else int8."
+    ),
+)
+@click.option(
+    "--max-loss",
+    metavar="SHARE",
+    help=(
+        "With --precision auto: how much of each adapter's task metric may be lost against torch in"
+        " fp32, as 0.5% (of its value).  [default: 0.5%]"
+    ),
+)
+@click.option(
+    "--block-size",
+    default=BLOCK_SIZE,
+    show_default=True,
+    type=click.Choice([16, 32, 64, 128]),
+    help="Weights that share a scale.",
+)
+@click.option(
+    "--asymmetric",
+    is_flag=True,
+    help=(
+        "Each block of scaled weights has a zero of its own, instead of one in the middle of its"
+        " range."
+    ),
+)
+@click.option(
+    "--activations",
+    default="float",
+    show_default=True,
+    type=click.Choice(["float", "int8"]),
+    help=(
+        "int8: an encoder's int8 products round their inputs too (faster, less exact; --keep"
+        " MODULE=fp32 spares a layer)."
+    ),
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="MODULE=PRECISION",
+    help=(
+        "Another precision for modules of that name, such as down_proj=int8. int4 decoders keep"
+        " lm_head=int8 unless told otherwise."
+    ),
+)
+@click.option(
+    "--quantiser",
+    type=click.Choice(["rtn", "hqq", "gptq"]),
+    help=(
+        "How 4-bit weights are rounded: to nearest, half-quadratic (slower, no text), or to each"
+        " layer's inputs from text (slowest).  [default: rtn; with --precision auto more carefully"
+        " too, where that nearly suffices]"
+    ),
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text for --quantiser gptq; not given: the training rows of the runs.",
+)
+@click.option(
+    "--base",
+    "base_name",
+    metavar="NAME",
+    help="The base model, for adapters that do not say; without --adapter: the base alone.",
+)
+@click.option(
+    "--task-rows",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help=(
+        "Validation rows (of the run's recipe) on which each adapter's task metric is taken, in"
+        " torch and in the bundle; not given: 16 of a decoder, 256 of an encoder; 0: none."
+    ),
+)
+@click.option(
+    "--task-data",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Rows for the task metric, instead of the recipe's own.",
+)
+@click.option(
+    "--general",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help=(
+        "WikiText-2 and STS-B, on which the base shows what its precision costs; not given:"
+        " $EDGETUNE_DATASETS/general_ability."
+    ),
+)
+@click.option(
+    "--general-items",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help=(
+        "How much of it: windows of 512 tokens, or pairs of sentences; not given: 6 and 400; 0:"
+        " nothing."
+    ),
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof."
+)
 def command(
-    adapters: tuple[str, ...], out: Path, form: str, mode: str, precision: str | None, max_loss: str | None, block_size: int, asymmetric: bool, activations: str, keep: tuple[str, ...],
-    quantiser: str | None, calibration: Path | None, base_name: str | None, task_rows: int | None, task_data: Path | None,
-    general: Path | None, general_items: int | None, threads: int | None,
-) -> None:  # fmt: skip
+    adapters: tuple[str, ...],
+    out: Path,
+    form: str,
+    mode: str,
+    precision: str | None,
+    max_loss: str | None,
+    block_size: int,
+    asymmetric: bool,
+    activations: str,
+    keep: tuple[str, ...],
+    quantiser: str | None,
+    calibration: Path | None,
+    base_name: str | None,
+    task_rows: int | None,
+    task_data: Path | None,
+    general: Path | None,
+    general_items: int | None,
+    threads: int | None,
+) -> None:
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
     if form == "gguf-adapter":
         _gguf(adapters, out, base_name)
@@ -58,52 +193,121 @@ def command(
         sources = resolve_sums(pairs, Path(folder))
         task, cost = TaskPlan(task_rows, task_data), _cost(general, general_items)
         if precision == "auto" and activations != "float":
-            raise ExportError("--precision auto tries no 8-bit activations", got=f"--activations {activations}", fix="Leave one of them out.")
+            raise ExportError(
+                "--precision auto tries no 8-bit activations",
+                got=f"--activations {activations}",
+                fix="Leave one of them out.",
+            )
         if precision == "auto":
             if asymmetric:
-                raise ExportError("--precision auto tries weights with the zero in the middle", got="--asymmetric", fix="Leave one of them out.")
+                raise ExportError(
+                    "--precision auto tries weights with the zero in the middle",
+                    got="--asymmetric",
+                    fix="Leave one of them out.",
+                )
             _smallest(
-                sources, out, max_loss, block_size, mode=mode, keep=overrides, base_name=base_name, task=task, threads=threads, cost=cost,
-                quantiser=quantiser, calibration=calibration,
-            )  # fmt: skip
+                sources,
+                out,
+                max_loss,
+                block_size,
+                mode=mode,
+                keep=overrides,
+                base_name=base_name,
+                task=task,
+                threads=threads,
+                cost=cost,
+                quantiser=quantiser,
+                calibration=calibration,
+            )
             return
         if max_loss is not None:
-            raise ExportError("--max-loss bounds what --precision auto may lose", got=f"--precision {precision}", fix="Add --precision auto.")
+            raise ExportError(
+                "--max-loss bounds what --precision auto may lose",
+                got=f"--precision {precision}",
+                fix="Add --precision auto.",
+            )
         precision = precision or precision_trained_for([source for _, source in sources]) or "int8"
         if precision in FLOATS and not overrides and block_size != BLOCK_SIZE:
-            raise ExportError("--block-size says which weights share a scale, and here none are scaled", got=f"--precision {precision}", fix="Leave it out.")
-        chosen = Precision(precision, block_size=block_size, symmetric=not asymmetric, overrides=overrides, quantiser=quantiser or "rtn", activations=activations)
+            raise ExportError(
+                "--block-size says which weights share a scale, and here none are scaled",
+                got=f"--precision {precision}",
+                fix="Leave it out.",
+            )
+        chosen = Precision(
+            precision,
+            block_size=block_size,
+            symmetric=not asymmetric,
+            overrides=overrides,
+            quantiser=quantiser or "rtn",
+            activations=activations,
+        )
         manifest = export_bundle(
-            sources, out, mode=mode, precision=chosen, base_name=base_name, threads=threads, calibration=calibration,
-            say=lambda line: click.echo(line, err=True), task=task, cost=cost,
-        )  # fmt: skip
+            sources,
+            out,
+            mode=mode,
+            precision=chosen,
+            base_name=base_name,
+            threads=threads,
+            calibration=calibration,
+            say=lambda line: click.echo(line, err=True),
+            task=task,
+            cost=cost,
+        )
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
-    click.echo(f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)} adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB")
+    click.echo(
+        f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)}"
+        f" adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB"
+    )
 
 
-def _smallest(sources: Sequence[tuple[str, Path]], out: Path, max_loss: str | None, block_size: int, **options: Any) -> None:
+def _smallest(
+    sources: Sequence[tuple[str, Path]],
+    out: Path,
+    max_loss: str | None,
+    block_size: int,
+    **options: Any,
+) -> None:
     """Search, and print what was tried."""
     from edgetune.export.search import export_smallest
     from edgetune.export.search_page import table_lines, write_page
 
     if block_size != BLOCK_SIZE:
-        raise ExportError("--precision auto tries several block sizes by itself", got=f"--block-size {block_size}", fix="Leave it out.")
-    found = export_smallest(sources, out, max_loss=_share(max_loss or "0.5%"), say=lambda line: click.echo(line, err=True), **options)
+        raise ExportError(
+            "--precision auto tries several block sizes by itself",
+            got=f"--block-size {block_size}",
+            fix="Leave it out.",
+        )
+    found = export_smallest(
+        sources,
+        out,
+        max_loss=_share(max_loss or "0.5%"),
+        say=lambda line: click.echo(line, err=True),
+        **options,
+    )
     for line in table_lines(found):
         click.echo(line)
     trial = found.trials[found.chosen]
-    click.echo(f"{out}: {found.manifest.base.name}, {found.manifest.mode}, {trial.name}, {trial.mb:.1f} MB; plots in {write_page(found, out)}")
+    click.echo(
+        f"{out}: {found.manifest.base.name}, {found.manifest.mode}, {trial.name}, {trial.mb:.1f}"
+        f" MB; plots in {write_page(found, out)}"
+    )
 
 
 def _cost(general: Path | None, items: int | None) -> Any:
-    """On what the precision's cost is taken; None, with a line where nobody asked for that, where the sets are not known."""
+    """On what the precision's cost is taken; None, with a line where nobody asked for that, where
+    the sets are not known.
+    """
     from edgetune.export.proof.cost import CostPlan
 
     root = os.environ.get("EDGETUNE_DATASETS")
     if items == 0:
         return None
     if general is None and root is None:
-        click.echo("what this precision costs the base is not measured: --general FOLDER says where WikiText-2 and STS-B are", err=True)
+        click.echo(
+            "what this precision costs the base is not measured: --general FOLDER says where"
+            " WikiText-2 and STS-B are",
+            err=True,
+        )
         return None
     return CostPlan(general or Path(root or "") / "general_ability", items)
 
@@ -115,25 +319,54 @@ def _share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < 1:
-        raise ExportError("cannot read --max-loss", expected="a share of the metric, as 0.5% or 0.005", got=text)
+        raise ExportError(
+            "cannot read --max-loss", expected="a share of the metric, as 0.5% or 0.005", got=text
+        )
     return value
 
 
-OF_BUNDLES = ("mode", "precision", "max_loss", "block_size", "asymmetric", "activations", "keep", "threads", "quantiser", "calibration", "task_rows", "task_data", "general", "general_items")
+OF_BUNDLES = (
+    "mode",
+    "precision",
+    "max_loss",
+    "block_size",
+    "asymmetric",
+    "activations",
+    "keep",
+    "threads",
+    "quantiser",
+    "calibration",
+    "task_rows",
+    "task_data",
+    "general",
+    "general_items",
+)
 
 
 def _gguf(adapters: tuple[str, ...], out: Path, base_name: str | None) -> None:
-    """Adapters as GGUF files; what says how a bundle's base is stored would silently do nothing here."""
+    """Adapters as GGUF files; what says how a bundle's base is stored would silently do nothing
+    here.
+    """
     from edgetune.export.gguf import export_gguf_adapters
     from edgetune.export.inputs.combine import FORM, resolve_sums
 
     context = click.get_current_context()
-    if given := [name for name in OF_BUNDLES if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]:
+    if given := [
+        name
+        for name in OF_BUNDLES
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ExportError("a GGUF adapter holds no base model, so there is nothing that this could say", where="--format gguf-adapter", got=names)
+        raise ExportError(
+            "a GGUF adapter holds no base model, so there is nothing that this could say",
+            where="--format gguf-adapter",
+            got=names,
+        )
     with tempfile.TemporaryDirectory(prefix="edgetune-sum-") as folder:
         sources = resolve_sums([_pair(text, "--adapter", FORM) for text in adapters], Path(folder))
-        files = export_gguf_adapters(sources, out, base_name=base_name, say=lambda line: click.echo(line, err=True))
+        files = export_gguf_adapters(
+            sources, out, base_name=base_name, say=lambda line: click.echo(line, err=True)
+        )
     for file in files:
         click.echo(f"{file}: GGUF adapter, {file.stat().st_size / 1e6:.1f} MB")
 

@@ -31,4 +31,6 @@ def _list() -> None:
     for builtin in BUILTINS.values():
         click.echo(f"{builtin.name}  [{'in the cache' if is_cached(builtin) else 'not fetched'}]")
         click.echo(f"    {builtin.about}")
-    click.echo("Fetch one: edgetune models NAME. Other bases: a local folder, a .gguf file, or a hub id.")
+    click.echo(
+        "Fetch one: edgetune models NAME. Other bases: a local folder, a .gguf file, or a hub id."
+    )

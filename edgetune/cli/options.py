@@ -1,4 +1,6 @@
-"""What commands share before they start: `--provider`, `--device`, and how OpenMP's threads wait."""
+"""What commands share before they start: `--provider`, `--device`, and how OpenMP's threads
+wait.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,37 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def provider_option(command: Command) -> Command:
     """`--provider`, in order of preference."""
     return click.option(
-        "--provider", "providers", multiple=True, metavar="NAME[:KEY=VALUE,…]",
-        help="Execution provider: cpu, cuda, tensorrt, openvino, coreml, directml, qnn, xnnpack; may be given several times, the preferred first.",
-    )(command)  # fmt: skip
+        "--provider",
+        "providers",
+        multiple=True,
+        metavar="NAME[:KEY=VALUE,…]",
+        help=(
+            "Execution provider: cpu, cuda, tensorrt, openvino, coreml, directml, qnn, xnnpack; may"
+            " be given several times, the preferred first."
+        ),
+    )(command)
 
 
 def device_option(command: Command) -> Command:
     """`--device` of a command that only takes the providers from it."""
-    return click.option("--device", "device_name", metavar="NAME|FILE", help="Take the execution providers from this device profile.")(command)
+    return click.option(
+        "--device",
+        "device_name",
+        metavar="NAME|FILE",
+        help="Take the execution providers from this device profile.",
+    )(command)
 
 
 def chosen_providers(providers: Sequence[str], device_name: str | None) -> tuple[str, ...]:
-    """What was asked for by name, else what the device's profile says; empty for the CPU. InputError for what is none."""
+    """What was asked for by name, else what the device's profile says; empty for the CPU.
+    InputError for what is none.
+    """
     from edgetune.devices import load_device
     from edgetune.runtime.engine.providers import parse_providers
 
-    chosen = tuple(providers) if providers or device_name is None else load_device(device_name).providers
+    chosen = (
+        tuple(providers) if providers or device_name is None else load_device(device_name).providers
+    )
     parse_providers(chosen)
     return chosen
 
@@ -40,8 +57,8 @@ SPINS = "10000"  # a few microseconds: as fast as GNU OpenMP's default of millis
 def wait_briefly() -> None:
     """Let waiting threads spin for a moment and then sleep, unless the user has chosen otherwise.
 
-    With one busy neighbour on two cores, spinning for milliseconds made training four times slower; sleeping at
-    once makes it a quarter slower on idle ones.
+    With one busy neighbour on two cores, spinning for milliseconds made training four times slower;
+    sleeping at once makes it a quarter slower on idle ones.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

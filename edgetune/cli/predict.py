@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from edgetune.runtime.tasks.runtime import Runtime
 
 
-
 @click.command("predict")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
-@click.option("--adapter", metavar="NAME|FOLDER", help="An adapter of the bundle, or a PEFT adapter folder.")
+@click.option(
+    "--adapter", metavar="NAME|FOLDER", help="An adapter of the bundle, or a PEFT adapter folder."
+)
 @click.option(
     "--input", "source", type=click.Path(path_type=Path), help="Rows to answer (.jsonl, .jsonl.gz)."
 )
@@ -28,21 +29,37 @@ if TYPE_CHECKING:
     help="Where the answered rows go; written whole or not at all.",
 )
 @click.option("--max-new-tokens", type=int, help="Tokens to generate at most.")
-@click.option("--temperature", type=float, help="0 (default) takes the most likely token; above 0 samples.")
+@click.option(
+    "--temperature", type=float, help="0 (default) takes the most likely token; above 0 samples."
+)
 @click.option("--top-k", type=int, help="Sample among the k most likely tokens.")
 @click.option(
     "--top-p", type=float, help="Sample among the most likely tokens that make up this probability."
 )
 @click.option("--seed", type=int, help="Same seed, same samples.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
-@click.option("--schema", type=click.Path(path_type=Path), help="A JSON schema file: the answer is JSON that it accepts.")
+@click.option(
+    "--schema",
+    type=click.Path(path_type=Path),
+    help="A JSON schema file: the answer is JSON that it accepts.",
+)
 @click.option("--regex", help="A regular expression that the answer matches.")
-@click.option("--grammar", type=click.Path(path_type=Path), help="A Lark grammar file that the answer follows.")
-@click.option("--truncate", is_flag=True, help="Cut texts that are too long for an encoder or a reward.")
-@click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
+@click.option(
+    "--grammar",
+    type=click.Path(path_type=Path),
+    help="A Lark grammar file that the answer follows.",
+)
+@click.option(
+    "--truncate", is_flag=True, help="Cut texts that are too long for an encoder or a reward."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores)."
+)
 @provider_option
 @device_option
-@click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
+@click.option(
+    "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
+)
 def command(
     bundle: Path,
     text: str | None,
@@ -61,10 +78,12 @@ def command(
 ) -> None:
     """Answer TEXT, or every row of --input, with BUNDLE.
 
-    Rows hold "prompt", "messages" or "text", or the columns the adapter was trained on; "adapter" in a row chooses
-    its adapter. Answered rows keep their fields and gain "completion" and "finish_reason", or "label" and
-    "score", "labels" and "scores", "value", or "tags", "spans" and "entities" (rows to tag hold "tokens" or "text");
-    rows of an adapter that reads two texts hold "text" and "text_pair"; for a reward adapter rows hold "prompt" and "completion", or "messages" that end with the answer, and gain "score".
+    Rows hold "prompt", "messages" or "text", or the columns the adapter was trained on; "adapter"
+    in a row chooses its adapter. Answered rows keep their fields and gain "completion" and
+    "finish_reason", or "label" and "score", "labels" and "scores", "value", or "tags", "spans" and
+    "entities" (rows to tag hold "tokens" or "text"); rows of an adapter that reads two texts hold
+    "text" and "text_pair"; for a reward adapter rows hold "prompt" and "completion", or "messages"
+    that end with the answer, and gain "score".
     """
     if text is not None and not text.strip():
         raise click.UsageError("TEXT is empty")
@@ -80,7 +99,9 @@ def command(
         name = _adapter(runtime, adapter)
         _check_settings(runtime, name, settings, alone=source is None)
         if source is not None and output is not None:
-            _answer_file(runtime, source, output, adapter=name, truncate=truncate, settings=settings)
+            _answer_file(
+                runtime, source, output, adapter=name, truncate=truncate, settings=settings
+            )
         else:
             _answer_text(runtime, text or "", adapter=name, truncate=truncate, settings=settings)
 
@@ -96,7 +117,9 @@ def _text_of(path: Path | None) -> str | None:
 
 
 def _adapter(runtime: Runtime, adapter: str | None) -> str | None:
-    """A name of the bundle as it is; a folder is loaded under its own name, and its notes are shown."""
+    """A name of the bundle as it is; a folder is loaded under its own name, and its notes are
+    shown.
+    """
     if adapter is None or adapter in runtime.adapters or not Path(adapter).is_dir():
         return adapter
     packed = runtime.load_adapter(Path(adapter).resolve().name, adapter)
@@ -105,19 +128,29 @@ def _adapter(runtime: Runtime, adapter: str | None) -> str | None:
     return packed.name
 
 
-def _check_settings(runtime: Runtime, adapter: str | None, settings: dict[str, Any], *, alone: bool) -> None:
-    """What says how a text is generated has no meaning where none is; rows may choose an adapter that generates."""
+def _check_settings(
+    runtime: Runtime, adapter: str | None, settings: dict[str, Any], *, alone: bool
+) -> None:
+    """What says how a text is generated has no meaning where none is; rows may choose an adapter
+    that generates.
+    """
     given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
     generates = runtime.manifest.is_decoder and not (alone and runtime.task(adapter) == "reward")
     if given and not generates:
-        raise click.UsageError(f"{', '.join(given)} say how a text is generated, and {adapter or 'this bundle'} generates none")
+        raise click.UsageError(
+            f"{', '.join(given)} say how a text is generated, and {adapter or 'this bundle'}"
+            " generates none"
+        )
 
 
 def _note_embedding(runtime: Runtime, what: str) -> None:
     """Nobody chose an adapter, and there are some: say that the base answers, with an embedding."""
     if not runtime.manifest.is_decoder and runtime.chosen(None) is None and runtime.adapters:
         names = ", ".join(runtime.adapters)
-        click.echo(f"note: without --adapter {what} the base model's embedding; adapters here: {names}", err=True)
+        click.echo(
+            f"note: without --adapter {what} the base model's embedding; adapters here: {names}",
+            err=True,
+        )
 
 
 def _answer_text(
@@ -127,7 +160,9 @@ def _answer_text(
         if runtime.labels(adapter) is None:
             if adapter is None:
                 _note_embedding(runtime, "this is")
-            click.echo(" ".join(f"{x:.6f}" for x in runtime.embed([text], adapter, truncate=truncate)[0]))
+            click.echo(
+                " ".join(f"{x:.6f}" for x in runtime.embed([text], adapter, truncate=truncate)[0])
+            )
             return
         if runtime.task(adapter) == "token-classification":
             for word in runtime.tag([text], adapter, truncate=truncate)[0].words:
@@ -138,7 +173,9 @@ def _answer_text(
             click.echo(f"{found.value:.6g}")
         else:
             labels = (found.label,) if found.labels is None else found.labels
-            click.echo("\n".join(f"{label}\t{found.scores[label]:.4f}" for label in labels) or "(no label)")
+            click.echo(
+                "\n".join(f"{label}\t{found.scores[label]:.4f}" for label in labels) or "(no label)"
+            )
         return
     if runtime.task(adapter) == "reward":
         click.echo(f"{runtime.score([text], adapter, truncate=truncate)[0]:.6g}")
@@ -151,7 +188,8 @@ def _answer_text(
     if (done := stream.completion) is not None and sys.stderr.isatty():
         speed = f", {1e3 / done.tpot_ms:.0f} tokens/s" if done.tpot_ms else ""
         click.echo(
-            f"[{done.completion_tokens} tokens, first after {done.ttft_ms:.0f} ms{speed}, {done.finish_reason}]",
+            f"[{done.completion_tokens} tokens, first after {done.ttft_ms:.0f} ms{speed},"
+            f" {done.finish_reason}]",
             err=True,
         )
 
@@ -165,7 +203,12 @@ def _answer_file(
     truncate: bool,
     settings: dict[str, Any],
 ) -> None:
-    from edgetune.runtime.tasks.prediction_file import answer_rows, read_rows, requests_of, write_rows
+    from edgetune.runtime.tasks.prediction_file import (
+        answer_rows,
+        read_rows,
+        requests_of,
+        write_rows,
+    )
 
     rows = read_rows(source)
     requests = requests_of(runtime, rows, path=str(source), adapter=adapter, truncate=truncate)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from edgetune.quickstart.outcome import Outcome
 
 
-
 @click.command("quickstart")
 @click.option(
     "--out",
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     help="Where runs, bundles, results.json and report.html go.",
 )
 def command(out: Path) -> int:
-    """Train three adapters on two bases, export and prove two bundles, check and call them; a few minutes.
+    """Train three adapters on two bases, export and prove two bundles, check and call them; a few
+    minutes.
 
     Exit 0: done; 1: a proof fails or a limit of the host's budget is exceeded.
     """

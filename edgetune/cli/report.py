@@ -9,9 +9,17 @@ import click
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=click.Path(path_type=Path))
-@click.option("--out", default="comparison.html", show_default=True, type=click.Path(path_type=Path), help="The page.")
+@click.option(
+    "--out",
+    default="comparison.html",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The page.",
+)
 def command(runs: tuple[Path, ...], out: Path) -> None:
-    """Compare finished runs on one page: results, speed, memory, loss curves, and the settings that differ."""
+    """Compare finished runs on one page: results, speed, memory, loss curves, and the settings that
+    differ.
+    """
     from edgetune.core.files import write_text
     from edgetune.report.comparison import read_runs, render_comparison
 

@@ -22,13 +22,24 @@ KEYS = "EDGETUNE_API_KEYS"
 @click.command("serve")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 is every one.",
 )
 @click.option(
-    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port."
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0 takes a free port.",
 )
 @click.option(
-    "--adapter", "adapters", multiple=True, metavar="NAME=FOLDER", help="A PEFT folder to load at the start."
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="A PEFT folder to load at the start.",
 )
 @click.option(
     "--adapter-folder",
@@ -49,7 +60,11 @@ KEYS = "EDGETUNE_API_KEYS"
     help="Memory for adapters; the least recently used ones are read again.",
 )
 @click.option(
-    "--pin", "pins", multiple=True, metavar="NAME", help="An adapter that is read at the start and never makes room; repeat for several."
+    "--pin",
+    "pins",
+    multiple=True,
+    metavar="NAME",
+    help="An adapter that is read at the start and never makes room; repeat for several.",
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the base model.")
 @click.option(
@@ -58,12 +73,22 @@ KEYS = "EDGETUNE_API_KEYS"
     help=f"Keys that open the server, one a line; also in the environment variable {KEYS}.",
 )
 @click.option(
-    "--max-rows", default=16, show_default=True, type=click.IntRange(min=1), help="Rows of one decode step."
+    "--max-rows",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Rows of one decode step.",
 )
 @click.option(
-    "--max-queue", default=64, show_default=True, type=click.IntRange(min=1), help="Rows that wait; then 429."
+    "--max-queue",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Rows that wait; then 429.",
 )
-@click.option("--cache-mb", type=click.FloatRange(min=1), help="Memory for keys and values (10⁶ bytes).")
+@click.option(
+    "--cache-mb", type=click.FloatRange(min=1), help="Memory for keys and values (10⁶ bytes)."
+)
 @click.option(
     "--prefill-chunk",
     default=128,
@@ -76,7 +101,10 @@ KEYS = "EDGETUNE_API_KEYS"
     default=0,
     show_default=True,
     type=click.IntRange(0, 16),
-    help="Tokens guessed from the prompt while one greedy request runs alone; pays where answers repeat prompts.",
+    help=(
+        "Tokens guessed from the prompt while one greedy request runs alone; pays where answers"
+        " repeat prompts."
+    ),
 )
 @click.option(
     "--deadline",
@@ -86,10 +114,16 @@ KEYS = "EDGETUNE_API_KEYS"
     help="Seconds for an answer; 0: no limit.",
 )
 @click.option(
-    "--max-prompt-tokens", type=click.IntRange(min=1), help="Longest prompt or text (default: the model's context)."
+    "--max-prompt-tokens",
+    type=click.IntRange(min=1),
+    help="Longest prompt or text (default: the model's context).",
 )
 @click.option(
-    "--max-body-mb", default=8.0, show_default=True, type=click.FloatRange(min=0.001), help="Largest request."
+    "--max-body-mb",
+    default=8.0,
+    show_default=True,
+    type=click.FloatRange(min=0.001),
+    help="Largest request.",
 )
 @click.option(
     "--drain",
@@ -99,17 +133,32 @@ KEYS = "EDGETUNE_API_KEYS"
     help="Seconds to finish on SIGTERM.",
 )
 @click.option(
-    "--cors-origin", "origins", multiple=True, metavar="URL", help="A web page's origin that may call."
+    "--cors-origin",
+    "origins",
+    multiple=True,
+    metavar="URL",
+    help="A web page's origin that may call.",
 )
 @click.option(
-    "--allowed-host", "hosts", multiple=True, metavar="NAME", help="A host name this server answers for."
+    "--allowed-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A host name this server answers for.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores).")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores)."
+)
 @provider_option
 @device_option
-@click.option("--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start).")
 @click.option(
-    "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
+    "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
+)
+@click.option(
+    "--log-level",
+    default="info",
+    show_default=True,
+    type=click.Choice(["debug", "info", "warning", "error"]),
 )
 def command(
     bundle: Path,
@@ -141,8 +190,8 @@ def command(
 ) -> None:
     """Serve BUNDLE with OpenAI's HTTP endpoints, its adapters as models, and a playground at /.
 
-    Listens on this machine only, unless --host says otherwise. Logs are JSON lines on stderr. SIGTERM lets answers
-    under way finish.
+    Listens on this machine only, unless --host says otherwise. Logs are JSON lines on stderr.
+    SIGTERM lets answers under way finish.
     """
     from edgetune.devices.host import share_memory_between_threads
     from edgetune.runtime.scheduler.scheduler import Scheduler
@@ -165,7 +214,13 @@ def command(
     )
     set_up_logging(log_level)
     share_memory_between_threads()
-    opened = {"threads": threads, "providers": chosen_providers(providers, device_name), "verify": not no_verify, "adapter_folder": library, "situations": True}
+    opened = {
+        "threads": threads,
+        "providers": chosen_providers(providers, device_name),
+        "verify": not no_verify,
+        "adapter_folder": library,
+        "situations": True,
+    }
     with (
         listen(host, port) as place,
         Runtime.open(bundle, adapter_memory_mb=adapter_memory_mb, **opened) as runtime,  # type: ignore[arg-type]
@@ -173,30 +228,49 @@ def command(
         for line in load_adapters(runtime, named, pins):
             click.echo(f"note: {line}", err=True)
         scheduler = Scheduler(
-            runtime, max_rows=max_rows, max_queue=max_queue, cache_mb=cache_mb, prefill_chunk=prefill_chunk, lookup=lookup
+            runtime,
+            max_rows=max_rows,
+            max_queue=max_queue,
+            cache_mb=cache_mb,
+            prefill_chunk=prefill_chunk,
+            lookup=lookup,
         )
         service = Service(runtime, scheduler, options)
         with scheduler:
             address = f"[{host}]" if ":" in host else host
             on = "" if runtime.providers.names == ("cpu",) else f" on {runtime.providers}"
-            click.echo(f"serving {', '.join(service.models())} at http://{address}:{place.getsockname()[1]}{on}")
+            click.echo(
+                f"serving {', '.join(service.models())} at"
+                f" http://{address}:{place.getsockname()[1]}{on}"
+            )
             if host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
                 click.echo(
-                    "note: whoever reaches this address can use it; keys close it (--api-key-file)", err=True
+                    "note: whoever reaches this address can use it; keys close it (--api-key-file)",
+                    err=True,
                 )
             DrainingServer(service).run(sockets=[place])
 
 
-def load_adapters(runtime: Runtime, named: Sequence[tuple[str, Path]], pins: Sequence[str]) -> list[str]:
-    """Load adapters under new names, and keep those of `pins`, loaded here or known before, in memory; what is to be noted."""
-    notes = [line for name, folder in named for line in runtime.load_adapter(name, folder, pin=name in pins).notes]
+def load_adapters(
+    runtime: Runtime, named: Sequence[tuple[str, Path]], pins: Sequence[str]
+) -> list[str]:
+    """Load adapters under new names, and keep those of `pins`, loaded here or known before, in
+    memory; what is to be noted.
+    """
+    notes = [
+        line
+        for name, folder in named
+        for line in runtime.load_adapter(name, folder, pin=name in pins).notes
+    ]
     for name in pins:
         runtime.registry.pin(name)
     return notes
 
 
 def read_keys(path: Path | None, environment: str) -> tuple[str, ...]:
-    """Keys out of a file (one a line, # begins a comment) and out of the environment (separated by commas)."""
+    """Keys out of a file (one a line, # begins a comment) and out of the environment (separated by
+    commas).
+    """
     lines = [] if path is None else path.read_text(encoding="utf-8").splitlines()
     found = [line.strip() for line in lines if not line.lstrip().startswith("#")]
     found += [key.strip() for key in environment.split(",")]
@@ -207,9 +281,14 @@ def read_keys(path: Path | None, environment: str) -> tuple[str, ...]:
 
 
 def _origin(text: str) -> str:
-    """As browsers send it (`https://host:port`), or `*`; another spelling would silently allow nobody."""
+    """As browsers send it (`https://host:port`), or `*`; another spelling would silently allow
+    nobody.
+    """
     if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", text):
-        raise click.UsageError(f"--cors-origin {text!r}: expected an origin such as https://example.org or http://localhost:3000, without a path, or *")
+        raise click.UsageError(
+            f"--cors-origin {text!r}: expected an origin such as https://example.org or"
+            " http://localhost:3000, without a path, or *"
+        )
     return text
 
 

@@ -20,7 +20,13 @@ CLEAR = "\x1b[H\x1b[2J"
 
 @click.command("top")
 @click.argument("url", default="http://127.0.0.1:8000")
-@click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds between two looks.")
+@click.option(
+    "--interval",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0.1),
+    help="Seconds between two looks.",
+)
 @click.option("--once", is_flag=True, help="Print one page, since the server's start, and end.")
 def command(url: str, interval: float, once: bool) -> None:
     """Watch the server at URL: rows, queue, cache, speed, latencies, adapters. Ctrl-C ends it."""
@@ -65,7 +71,9 @@ class Reading:
         return found
 
 
-def read_metrics(url: str, moment: float, *, key: str | None = None, timeout_s: float = 5.0) -> Reading:
+def read_metrics(
+    url: str, moment: float, *, key: str | None = None, timeout_s: float = 5.0
+) -> Reading:
     """Ask a server. InputError when it does not answer, wants a key, or is no such server."""
     request = urllib.request.Request(f"{url.rstrip('/')}/metrics", headers=_headers(key))
     try:
@@ -73,14 +81,20 @@ def read_metrics(url: str, moment: float, *, key: str | None = None, timeout_s: 
             text = answer.read().decode("utf-8", "replace")
     except urllib.error.HTTPError as error:
         fix = "Give its key in EDGETUNE_API_KEYS." if error.code == 401 else ""
-        raise InputError(f"the server answered {error.code} {error.reason}", where=url, fix=fix) from error
+        raise InputError(
+            f"the server answered {error.code} {error.reason}", where=url, fix=fix
+        ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         fix = "Give the address that `edgetune serve` printed."
-        raise InputError(f"no answer: {reason}", where=url, expected="a running server", fix=fix) from error
+        raise InputError(
+            f"no answer: {reason}", where=url, expected="a running server", fix=fix
+        ) from error
     samples = parse(text)
     if not any(name.startswith("edgetune_") for name, _ in samples):
-        raise InputError("this is no server of edgetune's", where=url, expected="edgetune_… metrics")
+        raise InputError(
+            "this is no server of edgetune's", where=url, expected="edgetune_… metrics"
+        )
     return Reading(moment, samples)
 
 
@@ -103,7 +117,9 @@ class Watch:
         self._last: Reading | None = None
 
     def page(self, now: Reading) -> str:
-        """What changed since the last reading (at the first: since the server's start), and the levels of now."""
+        """What changed since the last reading (at the first: since the server's start), and the
+        levels of now.
+        """
         before = self._last or Reading(now.moment, {})
         seconds = now.moment - before.moment
         self._last = now
@@ -111,7 +127,14 @@ class Watch:
         speed = rate.per_second("edgetune_generated_tokens_total")
         if speed is not None:
             self._speeds.append(speed)
-        blocks = [self._header(now), *_levels(now), "", *self._rates(rate, speed), "", *_adapters(rate)]
+        blocks = [
+            self._header(now),
+            *_levels(now),
+            "",
+            *self._rates(rate, speed),
+            "",
+            *_adapters(rate),
+        ]
         return "\n".join([*blocks, "", *_answers(rate)])
 
     def _header(self, now: Reading) -> str:
@@ -123,7 +146,8 @@ class Watch:
         names |= {"queue wait": "edgetune_queue_wait_seconds"}
         lines = [f"generated   {_number(speed)} tokens/s   {sparkline(self._speeds)}"]
         lines.append(
-            f"read        {_number(rate.per_second('edgetune_prompt_tokens_total'))} prompt tokens/s"
+            f"read        {_number(rate.per_second('edgetune_prompt_tokens_total'))} prompt"
+            " tokens/s"
         )
         for title, name in names.items():
             middle, high = rate.quantile(name, 0.5), rate.quantile(name, 0.95)
@@ -143,7 +167,9 @@ class Rates:
         return max(0.0, grown) / self.seconds if self.seconds > 0 else None
 
     def quantile(self, name: str, share: float) -> float | None:
-        """A histogram's quantile in seconds, linear inside its bucket (as Prometheus'); None without observations."""
+        """A histogram's quantile in seconds, linear inside its bucket (as Prometheus'); None
+        without observations.
+        """
         before, now = self.before.by(f"{name}_bucket", "le"), self.now.by(f"{name}_bucket", "le")
         counts = sorted((float(le), count - before.get(le, 0.0)) for le, count in now.items())
         if not counts or counts[-1][1] <= 0:
@@ -152,7 +178,9 @@ class Rates:
         for high, count in counts:
             if count >= wanted:
                 return (
-                    low if high == float("inf") else low + (high - low) * (wanted - under) / (count - under)
+                    low
+                    if high == float("inf")
+                    else low + (high - low) * (wanted - under) / (count - under)
                 )
             low, under = high, count
         return low
@@ -162,18 +190,32 @@ def sparkline(values: Iterable[float]) -> str:
     """Values as blocks of growing height."""
     shown = list(values)
     most = max(shown, default=0.0)
-    return "".join(BLOCKS[round(value / most * (len(BLOCKS) - 1))] if most else BLOCKS[0] for value in shown)
+    return "".join(
+        BLOCKS[round(value / most * (len(BLOCKS) - 1))] if most else BLOCKS[0] for value in shown
+    )
 
 
 def _levels(now: Reading) -> list[str]:
-    cache, whole = now.value("edgetune_cache_used_bytes") / 1e6, now.value("edgetune_cache_bytes") / 1e6
+    cache, whole = (
+        now.value("edgetune_cache_used_bytes") / 1e6,
+        now.value("edgetune_cache_bytes") / 1e6,
+    )
     adapters = now.value("edgetune_adapter_bytes") / 1e6
     return [
-        f"rows        {now.value('edgetune_rows_running'):.0f} running   {now.value('edgetune_queue_depth'):.0f} waiting"
-        f"   {now.value('edgetune_batch_rows'):.0f} in the last step",
-        f"cache       {now.value('edgetune_cache_slots_used'):.0f} of {now.value('edgetune_cache_slots'):.0f} slots"
-        f"   {cache:.1f} of {whole:.1f} MB   {now.value('edgetune_prefix_hit_tokens_total'):.0f} prompt tokens reused",
-        f"adapters    {adapters:.1f} MB in memory   {now.value('edgetune_adapter_evictions_total'):.0f} evicted",
+        (
+            f"rows        {now.value('edgetune_rows_running'):.0f} running  "
+            f" {now.value('edgetune_queue_depth'):.0f} waiting  "
+            f" {now.value('edgetune_batch_rows'):.0f} in the last step"
+        ),
+        (
+            f"cache       {now.value('edgetune_cache_slots_used'):.0f} of"
+            f" {now.value('edgetune_cache_slots'):.0f} slots   {cache:.1f} of {whole:.1f} MB  "
+            f" {now.value('edgetune_prefix_hit_tokens_total'):.0f} prompt tokens reused"
+        ),
+        (
+            f"adapters    {adapters:.1f} MB in memory  "
+            f" {now.value('edgetune_adapter_evictions_total'):.0f} evicted"
+        ),
     ]
 
 
@@ -183,9 +225,8 @@ def _adapters(rate: Rates) -> list[str]:
     asked = now.by("edgetune_adapter_requests_total", "adapter")
     for name in sorted(asked, key=lambda name: -asked[name])[:20]:
         speed = rate.per_second("edgetune_adapter_generated_tokens_total", adapter=name)
-        shown.append(
-            f"{name or '(base)':<28}{asked[name]:>10.0f}{made.get(name, 0):>12.0f}{_number(speed):>12}"
-        )
+        counts = f"{asked[name]:>10.0f}{made.get(name, 0):>12.0f}"
+        shown.append(f"{name or '(base)':<28}{counts}{_number(speed):>12}")
     return [f"{'adapter':<28}{'requests':>10}{'tokens':>12}{'tokens/s':>12}", *shown]
 
 

@@ -16,15 +16,26 @@ from edgetune.cli.options import wait_briefly
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change one setting of the recipe, e.g. stage.0.epochs=2 or parameters.rank=4; repeat for several.",
+    help=(
+        "Change one setting of the recipe, e.g. stage.0.epochs=2 or parameters.rank=4; repeat for"
+        " several."
+    ),
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The run folder, instead of the recipe's out.")
-@click.option("--resume", is_flag=True, help="Continue an unfinished run of this recipe from its newest checkpoint.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The run folder, instead of the recipe's out."
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue an unfinished run of this recipe from its newest checkpoint.",
+)
 def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool) -> None:
     """Train an adapter as RECIPE (a .toml file) says and write the run folder."""
     from edgetune.recipe.read import load_recipe
 
-    settings = load_recipe(recipe, overrides)  # before torch is imported: a typing error shows at once
+    settings = load_recipe(
+        recipe, overrides
+    )  # before torch is imported: a typing error shows at once
 
     wait_briefly()
     from edgetune.metrics.statistics import headline
@@ -35,4 +46,7 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: 
     if not launched().leads:
         return  # of several processes one speaks
     numbers = summary.metrics or {"train_loss": summary.train_loss}
-    click.echo(f"{summary.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in headline(numbers).items()))
+    click.echo(
+        f"{summary.out}: "
+        + ", ".join(f"{name} {value:.4g}" for name, value in headline(numbers).items())
+    )

@@ -31,13 +31,19 @@ def listed(problems: Sequence[str], what: str) -> str:
 class EdgetuneError(Exception):
     """One line for a person: where, what, expected, got, what to do."""
 
-    def __init__(self, what: str, *, where: str = "", expected: str = "", got: str = "", fix: str = "") -> None:
+    def __init__(
+        self, what: str, *, where: str = "", expected: str = "", got: str = "", fix: str = ""
+    ) -> None:
         self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
         super().__init__(self._line())
 
     def _line(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
-        facts = [f"{word} {value}" for word, value in (("expected", self.expected), ("got", self.got)) if value]
+        facts = [
+            f"{word} {value}"
+            for word, value in (("expected", self.expected), ("got", self.got))
+            if value
+        ]
         if facts:
             line += f" ({', '.join(facts)})"
         return f"{line}. {self.fix}" if self.fix else line

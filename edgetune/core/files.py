@@ -49,7 +49,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes `path`'s place, else it is removed."""
+    """Yield a temporary folder beside `path`; on success it takes `path`'s place, else it is
+    removed.
+    """
     path = path.resolve()  # a link stays, what it leads to is replaced
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
     with output_errors(path, partial):
@@ -76,14 +78,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def clear_interrupted(path: Path) -> None:
     """Tidy up beside `path` after a process that was killed inside `whole_folder`.
 
-    Killed between the two renames it left the older folder under a temporary name: that one is put back. Everything
-    else under a temporary name is removed.
+    Killed between the two renames it left the older folder under a temporary name: that one is put
+    back. Everything else under a temporary name is removed.
     """
     path = path.resolve()
     if not path.parent.is_dir():
         return
-    hidden = re.compile(rf"({re.escape(PARTIAL)}|{re.escape(REPLACED)})[0-9a-f]{{8}}-{re.escape(path.name)}")
-    left = sorted((p for p in path.parent.iterdir() if hidden.fullmatch(p.name)), key=lambda p: p.stat().st_mtime)
+    hidden = re.compile(
+        rf"({re.escape(PARTIAL)}|{re.escape(REPLACED)})[0-9a-f]{{8}}-{re.escape(path.name)}"
+    )
+    left = sorted(
+        (p for p in path.parent.iterdir() if hidden.fullmatch(p.name)),
+        key=lambda p: p.stat().st_mtime,
+    )
     replaced = [folder for folder in left if folder.name.startswith(REPLACED)]
     if replaced and not path.exists():
         left.remove(replaced[-1])
@@ -94,7 +101,9 @@ def clear_interrupted(path: Path) -> None:
 
 @contextlib.contextmanager
 def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into one clear line. `partial` is what is made on the way to `path`."""
+    """Turn a full disk or a read-only folder into one clear line. `partial` is what is made on the
+    way to `path`.
+    """
     reasons = {
         errno.EACCES: "it is not writable",
         errno.EROFS: "it is on a read-only file system",
@@ -105,19 +114,30 @@ def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
         errno.EEXIST: "a part of the path is a file, not a folder",
         errno.EISDIR: "it is a folder",
         errno.ENAMETOOLONG: "its name is too long",
-        errno.EBUSY: "it is in use, or a mount point, which cannot be replaced; name a folder inside it",
+        errno.EBUSY: (
+            "it is in use, or a mount point, which cannot be replaced; name a folder inside it"
+        ),
         errno.EXDEV: "it is a mount point, which cannot be replaced; name a folder inside it",
     }
     try:
         yield
     except OSError as error:
         reason = reasons.get(error.errno or 0)
-        if error.errno == errno.ENOENT and partial is not None and Path(error.filename or "") in (partial, *partial.parents):
+        if (
+            error.errno == errno.ENOENT
+            and partial is not None
+            and Path(error.filename or "") in (partial, *partial.parents)
+        ):
             reason = "nothing can be made there"  # as in /proc
         if reason is None:
             raise
-        shown = TEMPORARY.sub("", str(path))  # a file of a folder that is being made, by its final name
-        raise OutputError(f"cannot write {shown}: {reason}", fix="Nothing was left behind; choose another place, or free this one.") from error
+        shown = TEMPORARY.sub(
+            "", str(path)
+        )  # a file of a folder that is being made, by its final name
+        raise OutputError(
+            f"cannot write {shown}: {reason}",
+            fix="Nothing was left behind; choose another place, or free this one.",
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

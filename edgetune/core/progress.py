@@ -14,7 +14,9 @@ LIVE_EVERY_SECONDS = 0.2
 class Progress:
     """Shows step, loss, tokens/s and time left; messages go on lines of their own."""
 
-    def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
         self.clock = clock
@@ -28,7 +30,14 @@ class Progress:
         self.stream.flush()
 
     def step(
-        self, step: int, total: int, *, loss: float, tokens_per_second: float, seconds: float, reward: float | None = None
+        self,
+        step: int,
+        total: int,
+        *,
+        loss: float,
+        tokens_per_second: float,
+        seconds: float,
+        reward: float | None = None,
     ) -> None:
         """Show step `step` of `total`, reached after `seconds` of work on these steps."""
         now, pause = self.clock(), LIVE_EVERY_SECONDS if self.live else PLAIN_EVERY_SECONDS
@@ -37,7 +46,9 @@ class Progress:
         self._shown_at = now
         left = seconds / step * (total - step)
         what = f"loss {loss:.4f}" if reward is None else f"reward {reward:.3f}"
-        line = f"step {step}/{total}  {what}  {tokens_per_second:,.0f} tokens/s  {duration(left)} left"
+        line = (
+            f"step {step}/{total}  {what}  {tokens_per_second:,.0f} tokens/s  {duration(left)} left"
+        )
         if self.live:
             self.stream.write("\r" + line.ljust(self._width))
             self.stream.flush()

@@ -1,6 +1,7 @@
 """A frozen dataclass tree read strictly from a dict, and written back as TOML with every default.
 
-The dataclass is the only declaration: types come from its annotations; help and limits from `option`.
+The dataclass is the only declaration: types come from its annotations; help and limits from
+`option`.
 """
 
 from __future__ import annotations
@@ -32,14 +33,18 @@ def option(
     below: float | None = None,
     planned: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field with help, limits and `planned` values that are named in the design but not built yet."""
+    """A dataclass field with help, limits and `planned` values that are named in the design but not
+    built yet.
+    """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"help": help, "planned": tuple(planned), **limits}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str, path: str = "") -> T:
-    """Build `cls`; an unknown key, a missing key, a wrong type or a value out of range is a `RecipeError`."""
+    """Build `cls`; an unknown key, a missing key, a wrong type or a value out of range is a
+    `RecipeError`.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -53,10 +58,14 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str, path: str 
     arguments = {}
     for name, field in fields.items():
         if name in values:
-            arguments[name] = _convert(hints[name], values[name], field=field, where=where, path=_join(path, name))
+            arguments[name] = _convert(
+                hints[name], values[name], field=field, where=where, path=_join(path, name)
+            )
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            example = f'Add it: {_join(path, name)} = … ({field.metadata["help"]})'
-            raise RecipeError(f'the key "{_join(path, name)}" is missing', where=where, fix=example + ".")
+            example = f"Add it: {_join(path, name)} = … ({field.metadata['help']})"
+            raise RecipeError(
+                f'the key "{_join(path, name)}" is missing', where=where, fix=example + "."
+            )
     return cls(**arguments)
 
 
@@ -72,7 +81,9 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(f'"{choice}"' for choice in arguments)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(describe(argument) for argument in arguments if argument is not type(None))
+        return " or ".join(
+            describe(argument) for argument in arguments if argument is not type(None)
+        )
     if origin is tuple:
         return f"a list of {PLURALS.get(arguments[0], 'tables')}"
     if origin is dict:
@@ -89,7 +100,9 @@ def _convert(hint: Any, value: Any, *, field: dataclasses.Field[Any], where: str
     element = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
     if dataclasses.is_dataclass(element) and isinstance(value, list):
         if not all(isinstance(item, Mapping) for item in value):
-            raise RecipeError("wrong type", where=f"{where}: {path}", expected=describe(hint), got=shown(value))
+            raise RecipeError(
+                "wrong type", where=f"{where}: {path}", expected=describe(hint), got=shown(value)
+            )
         return tuple(
             from_dict(typing.cast(type, element), item, where=where, path=f"{path}.{index}")
             for index, item in enumerate(value)
@@ -101,20 +114,35 @@ def _convert(hint: Any, value: Any, *, field: dataclasses.Field[Any], where: str
             return converted
     if value in field.metadata.get("planned", ()):
         raise RecipeError(
-            f'{path} = "{value}" is planned but not in this version', where=where, expected=describe(hint)
+            f'{path} = "{value}" is planned but not in this version',
+            where=where,
+            expected=describe(hint),
         )
-    choices = [choice for part in _alternatives(hint) for choice in typing.get_args(part) if isinstance(choice, str)]
+    choices = [
+        choice
+        for part in _alternatives(hint)
+        for choice in typing.get_args(part)
+        if isinstance(choice, str)
+    ]
     fix = did_you_mean(value, choices) if isinstance(value, str) else ""
-    raise RecipeError(f"{path} has a wrong value", where=where, expected=describe(hint), got=shown(value), fix=fix)
+    raise RecipeError(
+        f"{path} has a wrong value", where=where, expected=describe(hint), got=shown(value), fix=fix
+    )
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    return tuple(part for part in typing.get_args(hint) if part is not type(None)) if is_union else (hint,)
+    return (
+        tuple(part for part in typing.get_args(hint) if part is not type(None))
+        if is_union
+        else (hint,)
+    )
 
 
 def _match(hint: Any, value: Any) -> tuple[bool, Any]:
-    """Whether `value` is of the type `hint`, strictly (true is no integer), and the value converted."""
+    """Whether `value` is of the type `hint`, strictly (true is no integer), and the value
+    converted.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return isinstance(value, str) and value in arguments, value
@@ -125,9 +153,13 @@ def _match(hint: Any, value: Any) -> tuple[bool, Any]:
         if not isinstance(value, Mapping):
             return False, value
         pairs = {key: _match(arguments[1], item) for key, item in value.items()}
-        return all(matched for matched, _ in pairs.values()), {key: item for key, (_, item) in pairs.items()}
+        return all(matched for matched, _ in pairs.values()), {
+            key: item for key, (_, item) in pairs.items()
+        }
     if hint is float:
-        matches = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        matches = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        )
         return matches, float(value) if matches else value
     return type(value) is hint, value
 
@@ -142,13 +174,21 @@ def _check_limits(value: Any, *, field: dataclasses.Field[Any], where: str, path
     }
     limits = {name: field.metadata[name] for name in tests if field.metadata.get(name) is not None}
     for number in numbers:
-        if limits and not isinstance(number, str) and not all(tests[n][1](number, limits[n]) for n in limits):
+        if (
+            limits
+            and not isinstance(number, str)
+            and not all(tests[n][1](number, limits[n]) for n in limits)
+        ):
             expected = " and ".join(f"{tests[name][0]} {limit:g}" for name, limit in limits.items())
-            raise RecipeError(f"{path} is out of range", where=where, expected=expected, got=shown(value))
+            raise RecipeError(
+                f"{path} is out of range", where=where, expected=expected, got=shown(value)
+            )
 
 
 def to_toml(tree: Any) -> str:
-    """Every field of the tree, defaults too; a field without a value becomes a comment, for TOML has no null."""
+    """Every field of the tree, defaults too; a field without a value becomes a comment, for TOML
+    has no null.
+    """
     return "\n".join(_lines(tree, path="")).strip() + "\n"
 
 
@@ -156,7 +196,9 @@ def _lines(tree: Any, *, path: str) -> Iterator[str]:
     tables = []
     for field in dataclasses.fields(tree):
         value = getattr(tree, field.name)
-        is_list_of_tables = isinstance(value, tuple) and bool(value) and dataclasses.is_dataclass(value[0])
+        is_list_of_tables = (
+            isinstance(value, tuple) and bool(value) and dataclasses.is_dataclass(value[0])
+        )
         if is_list_of_tables or dataclasses.is_dataclass(value):
             tables.append((field.name, value))
         elif value is None:
@@ -193,7 +235,13 @@ def toml_value(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{toml_value(str(key))} = {toml_value(item)}" for key, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(
+                f"{toml_value(str(key))} = {toml_value(item)}" for key, item in value.items()
+            )
+            + "}"
+        )
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

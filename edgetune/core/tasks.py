@@ -7,9 +7,20 @@ from typing import Literal
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
 THRESHOLD = 0.5  # of a label's probability: the logit 0
 VALUE = "value"  # the name of a regression head's only output
-Method = Literal["causal-lm", "sft", "dpo", "grpo", "reward", "masked-lm", "sequence-classification", "token-classification"]
+Method = Literal[
+    "causal-lm",
+    "sft",
+    "dpo",
+    "grpo",
+    "reward",
+    "masked-lm",
+    "sequence-classification",
+    "token-classification",
+]
 Problem = Literal["single-label", "multi-label", "regression"]
-Task = Literal["text-generation", "reward", "masked-lm", "sequence-classification", "token-classification"]
+Task = Literal[
+    "text-generation", "reward", "masked-lm", "sequence-classification", "token-classification"
+]
 TASKS: dict[str, Task] = {
     "causal-lm": "text-generation",
     "sft": "text-generation",
@@ -45,10 +56,21 @@ OWN_SETTINGS = {
     "sequence-classification": ("problem",),
     "dpo": ("beta",),
     "grpo": (
-        "reward", "reward_weights", "group_size", "iterations", "max_new_tokens", "temperature", "top_p", "clip",
-        "kl", "kl_to", "scale_by_std", "loss_type", "rollout",
+        "reward",
+        "reward_weights",
+        "group_size",
+        "iterations",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "clip",
+        "kl",
+        "kl_to",
+        "scale_by_std",
+        "loss_type",
+        "rollout",
     ),
-}  # fmt: skip
+}
 TAGGING = "token-classification"
 ENCODER_TASKS = ("sequence-classification", TAGGING)
 GENERATION, REWARD = "text-generation", "reward"

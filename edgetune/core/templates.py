@@ -1,7 +1,9 @@
-"""A row or a conversation → the text the model was trained to continue: prompt formats and chat templates.
+"""A row or a conversation → the text the model was trained to continue: prompt formats and chat
+templates.
 
-The same words as `edgetune/prompts.py` uses for training (a test compares them); here only jinja2 is needed.
-Chat templates come with models from elsewhere, so they run in jinja2's sandbox, set up as transformers does.
+The same words as `edgetune/prompts.py` uses for training (a test compares them); here only jinja2
+is needed. Chat templates come with models from elsewhere, so they run in jinja2's sandbox, set up
+as transformers does.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def chat_text(
     from jinja2 import TemplateError
 
     try:
-        plain = json.loads(json.dumps(list(messages), default=str))  # a template sees JSON types, never live objects
+        plain = json.loads(
+            json.dumps(list(messages), default=str)
+        )  # a template sees JSON types, never live objects
         return _compiled(template).render(
             messages=plain,
             tools=None if tools is None else json.loads(json.dumps(list(tools))),
@@ -44,13 +48,17 @@ def chat_text(
 
 
 def chat_messages(prompt: str, *, system: str | None) -> list[dict[str, str]]:
-    """One user turn; `system` None leaves the template's own default, a text (also an empty one) replaces it."""
+    """One user turn; `system` None leaves the template's own default, a text (also an empty one)
+    replaces it.
+    """
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": prompt}]
 
 
 def with_system(messages: Sequence[Message], *, system: str | None) -> list[Message]:
-    """A conversation that has no system message of its own gets the one the adapter was trained with."""
+    """A conversation that has no system message of its own gets the one the adapter was trained
+    with.
+    """
     own = system is None or (messages and messages[0].get("role") == "system")
     return list(messages) if own else [{"role": "system", "content": system}, *messages]
 
@@ -73,7 +81,9 @@ def check_messages(value: Any, *, where: str = "") -> list[Message]:
 
 
 def render_columns(template: str, row: Mapping[str, Any], *, where: str = "") -> str:
-    """A recorded prompt template over a row's columns; a column the row lacks is an InputError that names it."""
+    """A recorded prompt template over a row's columns; a column the row lacks is an InputError that
+    names it.
+    """
     from jinja2 import TemplateError, UndefinedError
 
     try:
@@ -82,7 +92,9 @@ def render_columns(template: str, row: Mapping[str, Any], *, where: str = "") ->
         raise InputError(f"the adapter's prompt {template!r}: {error}", where=where) from error
     except UndefinedError as error:
         raise InputError(
-            f"the adapter's prompt {template!r}: {error}", where=where, got=f"columns {', '.join(row)}"
+            f"the adapter's prompt {template!r}: {error}",
+            where=where,
+            got=f"columns {', '.join(row)}",
         ) from error
     except TemplateError as error:
         raise InputError(
@@ -96,7 +108,9 @@ def columns_of(template: str) -> tuple[str, ...]:
     from jinja2 import meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return tuple(sorted(meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(template))))
+    return tuple(
+        sorted(meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(template)))
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -163,7 +177,9 @@ def _strftime_now(format: str) -> str:  # noqa: A002  (templates may call it by 
 
 @functools.lru_cache(maxsize=1)
 def _generation_tag() -> Any:
-    """`{% generation %}…{% endgeneration %}` marks assistant text for training; here it is only its content."""
+    """`{% generation %}…{% endgeneration %}` marks assistant text for training; here it is only its
+    content.
+    """
     from jinja2 import nodes
     from jinja2.ext import Extension
 

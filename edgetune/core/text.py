@@ -1,4 +1,6 @@
-"""Words and pairs of texts: how they are cut into tokens, one rule for training and for the device."""
+"""Words and pairs of texts: how they are cut into tokens, one rule for training and for the
+device.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ class Entity(NamedTuple):
 def split_words(text: str) -> list[tuple[int, int]]:
     """The spans of a plain text's words.
 
-    White space separates words; a punctuation mark or symbol (Unicode categories P and S) is a word of its own; marks
-    and format characters (M, Cf: accents, emoji joiners) stay with what stands before them.
+    White space separates words; a punctuation mark or symbol (Unicode categories P and S) is a word
+    of its own; marks and format characters (M, Cf: accents, emoji joiners) stay with what stands
+    before them.
     """
     spans: list[tuple[int, int]] = []
     joins = False  # whether the next letter continues the last word
@@ -60,10 +63,11 @@ def join_words(words: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
 
 
 def first_subwords(text: str, offsets: Spans, words: Spans) -> list[int | None]:
-    """The first token with a character of each word; None where there is none (cut off, or nothing the tokenizer keeps).
+    """The first token with a character of each word; None where there is none (cut off, or nothing
+    the tokenizer keeps).
 
-    `offsets` are the characters of each token, (0, 0) for special ones; white space at a token's ends is no part of a
-    word. A token over several words is the first one's.
+    `offsets` are the characters of each token, (0, 0) for special ones; white space at a token's
+    ends is no part of a word. A token over several words is the first one's.
     """
     first: list[int | None] = [None] * len(words)
     at = 0
@@ -80,7 +84,9 @@ def first_subwords(text: str, offsets: Spans, words: Spans) -> list[int | None]:
 
 
 def has_entities(labels: Sequence[str]) -> bool:
-    """Whether the tags are entities (B-person, I-person, O) and not classes of words, such as parts of speech."""
+    """Whether the tags are entities (B-person, I-person, O) and not classes of words, such as parts
+    of speech.
+    """
     others = [label for label in labels if label != OUTSIDE]
     return bool(others) and all(PREFIXED.fullmatch(label) for label in others)
 
@@ -88,8 +94,8 @@ def has_entities(labels: Sequence[str]) -> bool:
 def entities(tags: Sequence[str]) -> list[Entity]:
     """The entities of a sentence, counted as conlleval does (and seqeval by default).
 
-    B- begins one, and so does I- (or E-, L-) after O or after another type; S- and U- are whole ones, E- and L- end
-    theirs. So IOB1, IOB2, IOBES and BILOU are all read.
+    B- begins one, and so does I- (or E-, L-) after O or after another type; S- and U- are whole
+    ones, E- and L- end theirs. So IOB1, IOB2, IOBES and BILOU are all read.
     """
     found: list[Entity] = []
     open_entity: Entity | None = None
@@ -126,12 +132,18 @@ class PairIds(list[int]):
 
 
 def typed(ids: Sequence[int], types: Sequence[int]) -> list[int]:
-    """Ids with the place where their types change from 0 to 1, as it is in BERT's pairs; plain ids where none is 1."""
+    """Ids with the place where their types change from 0 to 1, as it is in BERT's pairs; plain ids
+    where none is 1.
+    """
     if not any(types):
         return list(ids)
     second = list(types).index(1)
     if any(types[:second]) or not all(kind == 1 for kind in types[second:]):
-        raise InputError("this tokenizer's types of tokens cannot be used", expected="0 up to the second text, then 1", got=str(sorted(set(types))))
+        raise InputError(
+            "this tokenizer's types of tokens cannot be used",
+            expected="0 up to the second text, then 1",
+            got=str(sorted(set(types))),
+        )
     return PairIds(ids, second=second)
 
 
@@ -151,9 +163,11 @@ def typed_at(ids: Sequence[int], second: int | None) -> list[int]:
 
 
 def lengths_within(first: int, second: int, most: int) -> tuple[int, int]:
-    """How many tokens of each text stay when both may have `most` together: the longer one is cut first.
+    """How many tokens of each text stay when both may have `most` together: the longer one is cut
+    first.
 
-    As the strategy `longest_first` of the tokenizers library, whose odd token goes to the longer text.
+    As the strategy `longest_first` of the tokenizers library, whose odd token goes to the longer
+    text.
     """
     if first + second <= most:
         return first, second

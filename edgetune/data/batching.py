@@ -1,6 +1,8 @@
-"""Examples → batches: rows of like length together, padded to the longest row of the batch, in an order the seed fixes.
+"""Examples → batches: rows of like length together, padded to the longest row of the batch, in an
+order the seed fixes.
 
-The order is a pure function of (lengths, batch size, seed, epoch), so a position in the data is a step number.
+The order is a pure function of (lengths, batch size, seed, epoch), so a position in the data is a
+step number.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from torch import Tensor
 from edgetune.core.text import second_of
 
 IGNORE = -100  # the label of a position without loss, as in torch's cross entropy
-POOL_BATCHES = 32  # rows are sorted by length within pools of this many batches: < 3 % padding on E2E, order still random
-PADDED_AT_MOST = 2  # of rows that begin alike: attention and the projection still see what they repeat
+# rows are sorted by length within pools of this many batches: < 3 % padding on E2E, order still
+# random
+POOL_BATCHES = 32
+# of rows that begin alike: attention and the projection still see what they repeat
+PADDED_AT_MOST = 2
 
 
 class Example(Protocol):
@@ -41,16 +46,20 @@ class Batch:
     rows: tuple[int, ...]  # line numbers in the data file
     tokens: int  # real tokens, padding not counted
     targets: int  # positions (or rows) that carry loss
-    position_ids: Tensor | None = None  # (batch, seq), starting again at 0 with each packed document
+    # (batch, seq), starting again at 0 with each packed document
+    position_ids: Tensor | None = None
     features: Tensor | None = None  # (batch, hidden) pooled states that stand for the tokens
-    token_type_ids: Tensor | None = None  # (batch, seq), 1 from the second text of a row on; None where no row has two
+    # (batch, seq), 1 from the second text of a row on; None where no row has two
+    token_type_ids: Tensor | None = None
 
 
-def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+def epoch_order(
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int
+) -> list[list[int]]:
     """Every row once, in batches of like length, in a random order of batches.
 
-    Rows are shuffled, cut into pools of POOL_BATCHES batches, and sorted by length within a pool; the last
-    batch of the epoch may be smaller.
+    Rows are shuffled, cut into pools of POOL_BATCHES batches, and sorted by length within a pool;
+    the last batch of the epoch may be smaller.
     """
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
@@ -65,9 +74,17 @@ def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: in
 
 
 def steps(
-    lengths: Sequence[int], batch_size: int, *, seed: int, total: int, start: int = 0, repeat: int = 1
+    lengths: Sequence[int],
+    batch_size: int,
+    *,
+    seed: int,
+    total: int,
+    start: int = 0,
+    repeat: int = 1,
 ) -> Iterator[list[int]]:
-    """The rows of steps `start` … `total - 1`, epoch after epoch; `repeat` steps in succession have the same rows."""
+    """The rows of steps `start` … `total - 1`, epoch after epoch; `repeat` steps in succession have
+    the same rows.
+    """
     per_epoch = steps_per_epoch(len(lengths), batch_size)
     epoch, order = -1, list[list[int]]()
     for step in range(start, total):
@@ -84,7 +101,8 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 
 
 def split(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut one step's rows into parts of at most `max_tokens` padded tokens, for gradient accumulation.
+    """Cut one step's rows into parts of at most `max_tokens` padded tokens, for gradient
+    accumulation.
 
     A row longer than that is a part of its own.
     """
@@ -98,8 +116,9 @@ def split(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> li
 
 
 def split_alike(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Cut rows of token ids into parts in which those that begin alike stand together: at most `max_tokens` different tokens
-    each (see `training.prefix_sharing`), and PADDED_AT_MOST times as many padded ones.
+    """Cut rows of token ids into parts in which those that begin alike stand together: at most
+    `max_tokens` different tokens each (see `training.prefix_sharing`), and PADDED_AT_MOST times as
+    many padded ones.
 
     A row longer than that is a part of its own.
     """
@@ -122,11 +141,18 @@ def split_alike(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int
 
 def _in_common(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens two rows begin with in common."""
-    return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return next(
+        (at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
+        min(len(left), len(right)),
+    )
 
 
-def in_order_of_length(lengths: Sequence[int], max_tokens: int, *, batch_size: int) -> list[list[int]]:
-    """Batches for measuring: every row once, shortest first, at most `max_tokens` padded tokens each."""
+def in_order_of_length(
+    lengths: Sequence[int], max_tokens: int, *, batch_size: int
+) -> list[list[int]]:
+    """Batches for measuring: every row once, shortest first, at most `max_tokens` padded tokens
+    each.
+    """
     parts = split(range(len(lengths)), lengths, max_tokens)
     return [part[at : at + batch_size] for part in parts for at in range(0, len(part), batch_size)]
 
@@ -137,7 +163,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     input_ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     for row, example in enumerate(examples):
-        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids, dtype=torch.int64)
+        input_ids[row, : len(example.input_ids)] = torch.tensor(
+            example.input_ids, dtype=torch.int64
+        )
         attention_mask[row, : len(example.input_ids)] = 1
     labels = _collate_labels(examples, longest)
     return Batch(
@@ -167,13 +195,19 @@ def token_types(rows: Sequence[Sequence[int]], longest: int) -> Tensor | None:
 
 
 def _collate_features(examples: Sequence[Example]) -> Tensor | None:
-    features = [feature for example in examples if (feature := getattr(example, "features", None)) is not None]
+    features = [
+        feature
+        for example in examples
+        if (feature := getattr(example, "features", None)) is not None
+    ]
     return torch.stack(features) if features else None
 
 
 def _collate_positions(examples: Sequence[Example], longest: int) -> Tensor | None:
     """None unless an example holds several documents; padding is at position 0."""
-    positions: list[list[int] | None] = [getattr(example, "position_ids", None) for example in examples]
+    positions: list[list[int] | None] = [
+        getattr(example, "position_ids", None) for example in examples
+    ]
     if not any(positions):
         return None
     padded = torch.zeros((len(examples), longest), dtype=torch.int64)
@@ -207,9 +241,13 @@ def collate_answers(examples: Sequence[Any], pad_id: int) -> Batch:
     labels = _padded([example.labels for example in examples], IGNORE)
     targets = int((labels != IGNORE).sum())
     return Batch(
-        input_ids=input_ids, attention_mask=mask, labels=labels, rows=tuple(example.row for example in examples), tokens=int(mask.sum()) + targets,
+        input_ids=input_ids,
+        attention_mask=mask,
+        labels=labels,
+        rows=tuple(example.row for example in examples),
+        tokens=int(mask.sum()) + targets,
         targets=targets,
-    )  # fmt: skip
+    )
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

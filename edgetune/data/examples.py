@@ -1,4 +1,6 @@
-"""What every kind of example shares: the example itself, a stage's set of them, reading and choosing rows."""
+"""What every kind of example shares: the example itself, a stage's set of them, reading and
+choosing rows.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,15 @@ from edgetune.recipe.schema import Stage
 
 IGNORED = -100  # a position without loss, as in torch's cross_entropy
 T = TypeVar("T")
-Mask = Callable[[Batch, int], Batch]  # hides tokens of the batch of an optimizer step; of step 0, for measuring
+Mask = Callable[
+    [Batch, int], Batch
+]  # hides tokens of the batch of an optimizer step; of step 0, for measuring
 
 
 @dataclass(slots=True)
 class Example:
-    """`labels`: per token, IGNORED where there is no loss, or one class index. `row`: line in the file.
+    """`labels`: per token, IGNORED where there is no loss, or one class index. `row`: line in the
+    file.
 
     `position_ids` only where several documents share the example: it starts again at 0 with each.
     """
@@ -32,12 +37,15 @@ class Example:
     labels: list[int] | int
     row: int
     position_ids: list[int] | None = None
-    features: Tensor | None = None  # (hidden,) pooled states of a frozen body, where only the head learns
+    # (hidden,) pooled states of a frozen body, where only the head learns
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """A stage's examples. `digests`, `skipped` and `truncated` have the keys `train` and `validation`."""
+    """A stage's examples. `digests`, `skipped` and `truncated` have the keys `train` and
+    `validation`.
+    """
 
     train: list[Example]
     validation: list[Example]
@@ -47,14 +55,19 @@ class ExampleSet:
     max_length: int
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
-    max_new_tokens: int | None = None  # what an answer may take; None: as the longest completion says
+    # what an answer may take; None: as the longest completion says
+    max_new_tokens: int | None = None
     mask: Mask | None = None
-    unseen_words: dict[str, dict[str, int]] = field(default_factory=dict)  # of tagged rows: {"cut", "no_sub_word"}
+    unseen_words: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # of tagged rows: {"cut", "no_sub_word"}
 
 
 @dataclass(frozen=True)
 class Loading:
-    """What a loader works on: the opened files and how their rows are read. `labels` fixes the classes."""
+    """What a loader works on: the opened files and how their rows are read. `labels` fixes the
+    classes.
+    """
 
     sources: dict[str, Rows]
     form: PromptFormat
@@ -90,14 +103,18 @@ class Loading:
 
 
 def token_limit(max_length: int, tokenizer: Any, base: Base) -> int:
-    """Tokens an example may have: what the recipe says, or less where the base has fewer positions."""
+    """Tokens an example may have: what the recipe says, or less where the base has fewer
+    positions.
+    """
     return min(max_length, base.max_length, int(min(tokenizer.model_max_length, 2**31)))
 
 
 def convert_rows(
     source: Rows, convert: Callable[[Row, str], T], *, skip_invalid: bool
 ) -> tuple[list[T], int]:
-    """Every row converted; the first bad one raises, or all bad ones are counted. None left is an error."""
+    """Every row converted; the first bad one raises, or all bad ones are counted. None left is an
+    error.
+    """
     converted: list[T] = []
     first: DataError | None = None
     for row in source.rows:
@@ -109,7 +126,9 @@ def convert_rows(
             first = first or error
     skipped = len(source.rows) - len(converted)
     if not converted and first is not None:
-        raise DataError(f"none of {skipped} rows can be used; the first: {first}", where=source.source) from first
+        raise DataError(
+            f"none of {skipped} rows can be used; the first: {first}", where=source.source
+        ) from first
     return converted, skipped
 
 
@@ -119,7 +138,9 @@ def subset(source: Rows, limit: int | None, *, seed: int) -> Rows:
 
 
 def hold_out(source: Rows, count: int, *, seed: int) -> tuple[Rows, Rows]:
-    """The rows without `count` random ones, and these; both in file order. The same seed draws the same rows."""
+    """The rows without `count` random ones, and these; both in file order. The same seed draws the
+    same rows.
+    """
     if count >= len(source.rows):
         raise DataError(
             "data.hold_out leaves no row to train on",

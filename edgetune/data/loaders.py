@@ -1,4 +1,6 @@
-"""Rows become tokenised examples: checked, rendered, encoded and labelled, for training and validation."""
+"""Rows become tokenised examples: checked, rendered, encoded and labelled, for training and
+validation.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,12 @@ LOADERS: dict[Method, Callable[[Loading], ExampleSet]] = {
 def load_examples(
     stage: Stage, tokenizer: Any, base: Base, labels: Sequence[str] | None = None, *, seed: int = 0
 ) -> ExampleSet:
-    """All examples of a stage; `labels` fixes the classes, else they are the sorted labels of the training file.
+    """All examples of a stage; `labels` fixes the classes, else they are the sorted labels of the
+    training file.
 
-    Raises RecipeError when method and base do not fit, DataError for a row that cannot be used (with
-    `data.skip_invalid` such rows are counted instead). `seed` draws the subset of `data.limit`.
+    Raises RecipeError when method and base do not fit, DataError for a row that cannot be used
+    (with `data.skip_invalid` such rows are counted instead). `seed` draws the subset of
+    `data.limit`.
     """
     _check_kind(stage, base)
     data = stage.data
@@ -44,7 +48,9 @@ def load_examples(
     if data.validation is not None:
         sources["validation"] = read_rows(data.validation, data.skip_invalid)
     elif data.hold_out is not None:
-        sources["train"], sources["validation"] = hold_out(sources["train"], data.hold_out, seed=seed)
+        sources["train"], sources["validation"] = hold_out(
+            sources["train"], data.hold_out, seed=seed
+        )
     limit = token_limit(stage.max_length, tokenizer, base)
     form = prompt_format(
         data,
@@ -52,7 +58,9 @@ def load_examples(
         chat_template=tokenizer.chat_template,
         columns=sources["train"].rows[0].values,
     )
-    return _loader(stage, base)(Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed))
+    return _loader(stage, base)(
+        Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
+    )
 
 
 def _loader(stage: Stage, base: Base) -> Callable[[Loading], ExampleSet]:
@@ -69,5 +77,9 @@ def _check_kind(stage: Stage, base: Base) -> None:
             f'method "{stage.method}" does not fit the base {base.name}',
             expected=f"a base that is {'a decoder' if needed == 'decoder' else 'an encoder'}",
             got=f"{base.model_type}, {'a' if base.kind == 'decoder' else 'an'} {base.kind}",
-            fix='Train it with method = "sft".' if base.kind == "encoder-decoder" else f'For example base = "{example}".',
+            fix=(
+                'Train it with method = "sft".'
+                if base.kind == "encoder-decoder"
+                else f'For example base = "{example}".'
+            ),
         )

@@ -8,7 +8,14 @@ from typing import Any
 
 from edgetune.core.errors import DataError
 from edgetune.data.completions import encode_prompts
-from edgetune.data.conversations import Prompt, closing_tokens, end_token, prompt_text, row_answer, row_prompt
+from edgetune.data.conversations import (
+    Prompt,
+    closing_tokens,
+    end_token,
+    prompt_text,
+    row_answer,
+    row_prompt,
+)
 from edgetune.data.examples import IGNORED, ExampleSet, Loading, convert_rows, subset
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import Row, Rows
@@ -25,14 +32,18 @@ class PreferenceRow:
 
     @property
     def longer(self) -> float:
-        """Whether "the longer answer wins" is right here: 1, 0, or ½ when both have as many characters."""
+        """Whether "the longer answer wins" is right here: 1, 0, or ½ when both have as many
+        characters.
+        """
         difference = len(self.chosen) - len(self.rejected)
         return 0.5 if difference == 0 else float(difference > 0)
 
 
 @dataclass(slots=True)
 class PairExample:
-    """Two sequences of one prompt. `labels` as for sft: IGNORED on the prompt, the tokens of the answer after it."""
+    """Two sequences of one prompt. `labels` as for sft: IGNORED on the prompt, the tokens of the
+    answer after it.
+    """
 
     input_ids: list[int]  # prompt and chosen answer
     labels: list[int]
@@ -40,7 +51,8 @@ class PairExample:
     rejected_labels: list[int]
     row: int
     longer: float  # see PreferenceRow
-    reference: tuple[float, float] | None = None  # dpo: the reference policy's log-probabilities of both answers
+    # dpo: the reference policy's log-probabilities of both answers
+    reference: tuple[float, float] | None = None
 
     @property
     def padded_length(self) -> int:
@@ -48,8 +60,12 @@ class PairExample:
         return 2 * max(len(self.input_ids), len(self.rejected_ids))
 
 
-def preference_rows(source: Rows, form: PromptFormat, *, skip_invalid: bool = False) -> tuple[list[PreferenceRow], int]:
-    """Prompt and both answers of every row, and how many rows were left out. Equal answers are a DataError."""
+def preference_rows(
+    source: Rows, form: PromptFormat, *, skip_invalid: bool = False
+) -> tuple[list[PreferenceRow], int]:
+    """Prompt and both answers of every row, and how many rows were left out. Equal answers are a
+    DataError.
+    """
     chosen, rejected = form.chosen or "{{ chosen }}", form.rejected or "{{ rejected }}"
 
     def convert(row: Row, where: str) -> PreferenceRow:
@@ -70,7 +86,9 @@ def preference_rows(source: Rows, form: PromptFormat, *, skip_invalid: bool = Fa
 
 
 def load_preferences(loading: Loading) -> ExampleSet:
-    """Pairs for `reward` (closed as the chat template closes a turn) and for `dpo` (ended as for sft)."""
+    """Pairs for `reward` (closed as the chat template closes a turn) and for `dpo` (ended as for
+    sft).
+    """
     stage, tokenizer, form, limit = loading.stage, loading.tokenizer, loading.form, loading.limit
     ending = closing_tokens(form, tokenizer) if stage.method == "reward" else [end_token(tokenizer)]
     examples: dict[str, list[Any]] = {}
@@ -92,7 +110,9 @@ def load_preferences(loading: Loading) -> ExampleSet:
 def encode_pairs(
     rows: Sequence[PreferenceRow], form: PromptFormat, tokenizer: Any, *, ending: list[int]
 ) -> list[PairExample]:
-    """Prompt and answers are tokenised apart, as for sft, so that a device's prompt ids are a prefix of these."""
+    """Prompt and answers are tokenised apart, as for sft, so that a device's prompt ids are a
+    prefix of these.
+    """
     texts = [prompt_text(form, row.prompt, tokenizer, where=f"line {row.line}") for row in rows]
     prompts = encode_prompts(texts, form.template, tokenizer)
     chosen = encode_answers([row.chosen for row in rows], tokenizer)
@@ -103,7 +123,12 @@ def encode_pairs(
         better, worse = better + ending, worse + ending
         pairs.append(
             PairExample(
-                prompt + better, unlabelled + better, prompt + worse, unlabelled + worse, row=row.line, longer=row.longer
+                prompt + better,
+                unlabelled + better,
+                prompt + worse,
+                unlabelled + worse,
+                row=row.line,
+                longer=row.longer,
             )
         )
     return pairs
@@ -113,13 +138,19 @@ def encode_answers(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Ids of answers, without anything before or after them."""
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     return ids
 
 
 def _too_long(pair: PairExample, *, source: str, asked: int, limit: int) -> DataError:
     tokens = pair.padded_length // 2
-    raised = "Shorten the row: the base has no more positions." if limit < asked else f"Set max_length = {tokens} or more."
+    raised = (
+        "Shorten the row: the base has no more positions."
+        if limit < asked
+        else f"Set max_length = {tokens} or more."
+    )
     return DataError(
         "prompt and answer are too long",
         where=f"{source}, line {pair.row}",
@@ -130,10 +161,17 @@ def _too_long(pair: PairExample, *, source: str, asked: int, limit: int) -> Data
 
 
 def encode_answered(
-    prompts: Sequence[Prompt], completions: Sequence[str], form: PromptFormat, tokenizer: Any, *, limit: int
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    form: PromptFormat,
+    tokenizer: Any,
+    *,
+    limit: int,
 ) -> list[list[int]]:
     """Prompts and answers as `reward` trains on them; of more than `limit` tokens the last ones."""
-    heads = encode_prompts([prompt_text(form, prompt, tokenizer) for prompt in prompts], form.template, tokenizer)
+    heads = encode_prompts(
+        [prompt_text(form, prompt, tokenizer) for prompt in prompts], form.template, tokenizer
+    )
     closing = closing_tokens(form, tokenizer)
     answers = encode_answers(completions, tokenizer)
     return [(head + answer + closing)[-limit:] for head, answer in zip(heads, answers, strict=True)]

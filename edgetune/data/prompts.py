@@ -1,11 +1,14 @@
-"""A row becomes texts: the prompt, completion, text and label templates, and the chat template around them.
+"""A row becomes texts: the prompt, completion, text and label templates, and the chat template
+around them.
 
-The format is recorded with the adapter, so that a device renders the same prompt from `tokenizer.json` and
-`chat_template.jinja` alone. Row templates are Jinja in a sandbox: unknown columns are errors, a trailing
-newline is kept, `tojson` writes plain JSON (nothing escaped for HTML).
+The format is recorded with the adapter, so that a device renders the same prompt from
+`tokenizer.json` and `chat_template.jinja` alone. Row templates are Jinja in a sandbox: unknown
+columns are errors, a trailing newline is kept, `tojson` writes plain JSON (nothing escaped for
+HTML).
 
-System messages (chat only): `None` leaves it to the chat template, which may insert a default one; `""`
-passes an explicit empty system message, which keeps the default out and so saves its tokens on a device.
+System messages (chat only): `None` leaves it to the chat template, which may insert a default one;
+`""` passes an explicit empty system message, which keeps the default out and so saves its tokens on
+a device.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How rows are rendered; every template is Jinja over the row. `prompt` is None for rows with `messages`."""
+    """How rows are rendered; every template is Jinja over the row. `prompt` is None for rows with
+    `messages`.
+    """
 
     template: Literal["chat", "plain"] = "plain"
     system: str | None = None
@@ -52,30 +57,57 @@ class PromptFormat:
         return asdict(self)
 
 
-def prompt_format(data: Data, *, method: Method, chat_template: str | None, columns: Mapping[str, Any]) -> PromptFormat:
-    """The format of a stage; `columns` is a row, by which `messages` is told from `prompt` + `completion`.
+def prompt_format(
+    data: Data, *, method: Method, chat_template: str | None, columns: Mapping[str, Any]
+) -> PromptFormat:
+    """The format of a stage; `columns` is a row, by which `messages` is told from `prompt` +
+    `completion`.
 
-    Raises RecipeError for a template that is not valid Jinja or uses no column, or `chat` without a template.
+    Raises RecipeError for a template that is not valid Jinja or uses no column, or `chat` without a
+    template.
     """
     if method in ("causal-lm", "masked-lm"):
         return PromptFormat(text=row_template(data.text, "text", key="data.text"))
     if method == "token-classification":
-        return PromptFormat(tokens=column_name(data.tokens or "tokens"), tags=column_name(data.tags or "tags"))
+        return PromptFormat(
+            tokens=column_name(data.tokens or "tokens"), tags=column_name(data.tags or "tags")
+        )
     if method == "sequence-classification":
-        text, label = row_template(data.text, "text", key="data.text"), row_template(data.label, "label", key="data.label")
-        pair = None if data.text_pair is None else row_template(data.text_pair, "text_pair", key="data.text_pair")
+        text, label = (
+            row_template(data.text, "text", key="data.text"),
+            row_template(data.label, "label", key="data.label"),
+        )
+        pair = (
+            None
+            if data.text_pair is None
+            else row_template(data.text_pair, "text_pair", key="data.text_pair")
+        )
         return PromptFormat(text=text, text_pair=pair, label=label)
     if data.template == "chat" and not chat_template:
         fix = 'Set data.template = "plain", or choose an instruct model.'
-        raise RecipeError('data.template = "chat", but the base\'s tokenizer has no chat template', fix=fix)
-    template: Literal["chat", "plain"] = "chat" if chat_template and data.template != "plain" else "plain"
+        raise RecipeError(
+            'data.template = "chat", but the base\'s tokenizer has no chat template', fix=fix
+        )
+    template: Literal["chat", "plain"] = (
+        "chat" if chat_template and data.template != "plain" else "plain"
+    )
     if template == "plain" and data.system is not None:
         fix = "Write it into data.prompt instead."
-        raise RecipeError("data.system needs a chat template; this stage uses plain prompts", fix=fix)
-    is_conversation = data.prompt is None and data.completion is None and "messages" in columns and "prompt" not in columns
+        raise RecipeError(
+            "data.system needs a chat template; this stage uses plain prompts", fix=fix
+        )
+    is_conversation = (
+        data.prompt is None
+        and data.completion is None
+        and "messages" in columns
+        and "prompt" not in columns
+    )
     if method == "sft" and is_conversation:
         if template == "plain":
-            raise RecipeError("rows with messages need a base with a chat template", fix="Choose an instruct model.")
+            raise RecipeError(
+                "rows with messages need a base with a chat template",
+                fix="Choose an instruct model.",
+            )
         return PromptFormat(template=template, system=data.system)
     prompt = row_template(data.prompt, "prompt", key="data.prompt")
     if method in ("reward", "dpo"):
@@ -83,24 +115,39 @@ def prompt_format(data: Data, *, method: Method, chat_template: str | None, colu
         rejected = row_template(data.rejected, "rejected", key="data.rejected")
         # A policy is evaluated on what it should have answered; a reward answers nothing.
         completion = chosen if method == "dpo" else None
-        return PromptFormat(template, data.system, prompt, completion, chosen=chosen, rejected=rejected)
+        return PromptFormat(
+            template, data.system, prompt, completion, chosen=chosen, rejected=rejected
+        )
     completion = row_template(data.completion, "completion", key="data.completion")
     return PromptFormat(template=template, system=data.system, prompt=prompt, completion=completion)
 
 
 def render(template: str, values: Mapping[str, Any], *, where: str, field: str) -> str:
-    """A row template filled in. A missing, null or mistyped column or an empty result is a DataError naming `field`."""
+    """A row template filled in. A missing, null or mistyped column or an empty result is a
+    DataError naming `field`.
+    """
     _check_type(template, values, where=where, field=field)
     try:
         text = _compiled(template).render(values)
     except jinja2.UndefinedError as error:
-        raise _missing(template, values, where=where, field=field, reason=str(error.message)) from error
+        raise _missing(
+            template, values, where=where, field=field, reason=str(error.message)
+        ) from error
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise DataError(f"data.{field} cannot be rendered: {error}", where=where, got=template) from error
+        raise DataError(
+            f"data.{field} cannot be rendered: {error}", where=where, got=template
+        ) from error
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
-        raise DataError(f"the {field} is not valid Unicode", where=where, expected="UTF-8 text", got=repr(text)[:60]) from error
+    except (
+        UnicodeEncodeError
+    ) as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+        raise DataError(
+            f"the {field} is not valid Unicode",
+            where=where,
+            expected="UTF-8 text",
+            got=repr(text)[:60],
+        ) from error
     if not text.strip():
         raise DataError(
             f"the {field} is empty",
@@ -115,16 +162,26 @@ def render(template: str, values: Mapping[str, Any], *, where: str, field: str) 
 def row_text(form: PromptFormat, values: Mapping[str, Any], *, where: str) -> Text:
     """What a classifier reads of a row: a text, or two."""
     text = render(form.text or "{{ text }}", values, where=where, field="text")
-    return text if form.text_pair is None else (text, render(form.text_pair, values, where=where, field="text_pair"))
+    return (
+        text
+        if form.text_pair is None
+        else (text, render(form.text_pair, values, where=where, field="text_pair"))
+    )
 
 
 def chat_text(tokenizer: Any, messages: list[dict[str, str]], *, where: str = "") -> str:
-    """Messages as the tokenizer's chat template writes them, up to where the assistant's answer starts."""
+    """Messages as the tokenizer's chat template writes them, up to where the assistant's answer
+    starts.
+    """
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
     except jinja2.TemplateError as error:
         fix = "If it refuses the system role, remove data.system."
-        raise DataError(f"the base's chat template refuses these messages: {error}", where=where, fix=fix) from error
+        raise DataError(
+            f"the base's chat template refuses these messages: {error}", where=where, fix=fix
+        ) from error
     return text
 
 
@@ -134,33 +191,55 @@ def chat_messages(prompt: str, *, system: str | None) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": prompt}]
 
 
-def split_messages(values: Mapping[str, Any], *, system: str | None, where: str) -> tuple[list[dict[str, str]], str]:
+def split_messages(
+    values: Mapping[str, Any], *, system: str | None, where: str
+) -> tuple[list[dict[str, str]], str]:
     """A row's `messages` as (all turns before the last, the last assistant's text)."""
     messages = values.get("messages")
     expected = 'a list of {"role", "content"}, the last one by the assistant'
     if not isinstance(messages, list) or len(messages) < 2:
-        raise DataError('the column "messages" cannot be used', where=where, expected=expected, got=_shown(messages))
+        raise DataError(
+            'the column "messages" cannot be used',
+            where=where,
+            expected=expected,
+            got=_shown(messages),
+        )
     for number, message in enumerate(messages):
-        usable = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in ROLES
+        usable = (
+            isinstance(message, dict)
+            and isinstance(message.get("content"), str)
+            and message.get("role") in ROLES
+        )
         if not usable:
-            raise DataError(f"messages[{number}] cannot be used", where=where, expected=expected, got=_shown(message))
+            raise DataError(
+                f"messages[{number}] cannot be used",
+                where=where,
+                expected=expected,
+                got=_shown(message),
+            )
     *turns, last = [{"role": m["role"], "content": m["content"]} for m in messages]
     if last["role"] != "assistant" or not last["content"].strip():
-        raise DataError("the last message is no answer", where=where, expected=expected, got=_shown(last))
+        raise DataError(
+            "the last message is no answer", where=where, expected=expected, got=_shown(last)
+        )
     if system is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
     return turns, last["content"]
 
 
 def row_template(given: str | None, column: str, *, key: str) -> str:
-    """Explicit Jinja: a bare column name becomes `{{ name }}`; None the column of the field's own name."""
+    """Explicit Jinja: a bare column name becomes `{{ name }}`; None the column of the field's own
+    name.
+    """
     source = given if given is not None else column
     if NAME.fullmatch(source.strip()):
         return "{{ " + source.strip() + " }}"
     try:
         used = _columns(source)
     except jinja2.TemplateSyntaxError as error:
-        raise RecipeError(f"{key} is not a valid Jinja template: {error.message}", got=repr(source)) from error
+        raise RecipeError(
+            f"{key} is not a valid Jinja template: {error.message}", got=repr(source)
+        ) from error
     if not used:
         fix = "Write {{ column }} where the row's text belongs."
         raise RecipeError(f"{key} uses no column of the row", got=repr(source), fix=fix)
@@ -176,7 +255,9 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printable
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     return environment
 
 
@@ -212,9 +293,15 @@ def _check_type(template: str, values: Mapping[str, Any], *, where: str, field: 
         )
 
 
-def _missing(template: str, values: Mapping[str, Any], *, where: str, field: str, reason: str) -> DataError:
+def _missing(
+    template: str, values: Mapping[str, Any], *, where: str, field: str, reason: str
+) -> DataError:
     missing = sorted(_columns(template) - set(values))
-    what = f'there is no column "{missing[0]}"' if missing else f"data.{field} cannot be rendered: {reason}"
+    what = (
+        f'there is no column "{missing[0]}"'
+        if missing
+        else f"data.{field} cannot be rendered: {reason}"
+    )
     return DataError(
         what,
         where=where,

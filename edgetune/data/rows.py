@@ -30,7 +30,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of one source; `skipped` counts the unreadable ones left out, `digest` is of the source's bytes."""
+    """All rows of one source; `skipped` counts the unreadable ones left out, `digest` is of the
+    source's bytes.
+    """
 
     source: str
     rows: list[Row]
@@ -39,7 +41,9 @@ class Rows:
 
 
 def read_rows(source: str | Path, skip_invalid: bool = False) -> Rows:
-    """Read all rows. A bad row raises `DataError`, or is counted when `skip_invalid`; a file without rows raises."""
+    """Read all rows. A bad row raises `DataError`, or is counted when `skip_invalid`; a file
+    without rows raises.
+    """
     path = Path(source)
     if not path.exists() and is_hub_id(str(source)):
         return _read_hub(str(source))
@@ -59,13 +63,20 @@ def read_rows(source: str | Path, skip_invalid: bool = False) -> Rows:
         raise DataError(f"damaged gzip file: {error}", where=str(path), fix=fix) from error
     except UnicodeDecodeError as error:
         raise DataError(
-            "not UTF-8 text", where=str(path), got=f"byte 0x{error.object[error.start]:02x}", fix="Save it as UTF-8."
+            "not UTF-8 text",
+            where=str(path),
+            got=f"byte 0x{error.object[error.start]:02x}",
+            fix="Save it as UTF-8.",
         ) from error
     except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror or error}", where=str(path)) from error
+        raise DataError(
+            f"cannot read the file: {error.strerror or error}", where=str(path)
+        ) from error
     if not rows:
         got = f"{skipped} invalid rows" if skipped else "none"
-        raise DataError("there are no rows in this file", where=str(path), expected="at least one row", got=got)
+        raise DataError(
+            "there are no rows in this file", where=str(path), expected="at least one row", got=got
+        )
     return Rows(source=str(path), rows=rows, skipped=skipped, digest="sha256:" + sha256_file(path))
 
 
@@ -76,20 +87,30 @@ def _check_file(path: Path) -> str:
         parent = path.parent
         near = sorted(p.name for p in parent.iterdir() if _kind(p)) if parent.is_dir() else []
         got = f"{parent} has " + ", ".join(near[:6]) if near else ""
-        raise DataError("there is no such data file", where=str(path), got=got, fix="Correct the path.")
+        raise DataError(
+            "there is no such data file", where=str(path), got=got, fix="Correct the path."
+        )
     if not path.is_file():
         raise DataError("this is a folder", where=str(path), expected="a data file, " + formats)
     kind = _kind(path)
     if kind is None:
-        fix = "Write one JSON object a line and name it .jsonl." if path.suffix in {".json", ".gz"} else ""
+        fix = (
+            "Write one JSON object a line and name it .jsonl."
+            if path.suffix in {".json", ".gz"}
+            else ""
+        )
         raise DataError("unknown kind of data file", where=str(path), expected=formats, fix=fix)
     if path.stat().st_size == 0:
-        raise DataError("the file is empty", where=str(path), expected="at least one row", got="0 bytes")
+        raise DataError(
+            "the file is empty", where=str(path), expected="at least one row", got="0 bytes"
+        )
     return kind
 
 
 def _open_text(path: Path) -> io.TextIOBase:
-    """Text of a plain or gzipped file, without a byte order mark; newlines as the csv module wants them."""
+    """Text of a plain or gzipped file, without a byte order mark; newlines as the csv module wants
+    them.
+    """
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[return-value]
     return path.open(encoding="utf-8-sig", newline="")
@@ -118,7 +139,9 @@ def _json_row(text: str, *, path: Path, line: int) -> Row | DataError:
         return DataError("JSON nested too deeply", where=where, got=_shown(text))
     if not isinstance(value, dict):
         expected = 'a JSON object such as {"text": "…", "label": "…"}'
-        return DataError("the row is not an object", where=where, expected=expected, got=_shown(text))
+        return DataError(
+            "the row is not an object", where=where, expected=expected, got=_shown(text)
+        )
     return Row(line, value)
 
 
@@ -137,24 +160,32 @@ def _read_table(path: Path, *, delimiter: str) -> Iterator[Row | DataError]:
         try:
             header = next(reader, [])
             _check_header(header, path=path)
-            first = reader.line_num + 1  # where the next record starts: a quoted field may span lines
+            first = (
+                reader.line_num + 1
+            )  # where the next record starts: a quoted field may span lines
             for fields in reader:
                 if fields:
                     yield _table_row(header, fields, path=path, line=first)
                 first = reader.line_num + 1
         except csv.Error as error:
             fix = "Correct the quoting of this row."
-            raise DataError(f"damaged table: {error}", where=f"{path}, line {reader.line_num}", fix=fix) from error
+            raise DataError(
+                f"damaged table: {error}", where=f"{path}, line {reader.line_num}", fix=fix
+            ) from error
 
 
 def _check_header(header: list[str], *, path: Path) -> None:
     where = f"{path}, line 1"
     expected = "a first line with the columns' names"
     if not header or not all(name.strip() for name in header):
-        raise DataError("a column has no name", where=where, expected=expected, got=_shown(",".join(header)))
+        raise DataError(
+            "a column has no name", where=where, expected=expected, got=_shown(",".join(header))
+        )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise DataError(f'the column "{twice[0]}" appears twice', where=where, fix="Rename one of them.")
+        raise DataError(
+            f'the column "{twice[0]}" appears twice', where=where, fix="Rename one of them."
+        )
 
 
 def _table_row(header: list[str], fields: list[str], *, path: Path, line: int) -> Row | DataError:
@@ -173,7 +204,11 @@ def _read_parquet(path: Path) -> Iterator[Row | DataError]:
     import pyarrow
     import pyarrow.parquet
 
-    source: Any = io.BytesIO(gzip.decompress(path.read_bytes())) if path.name.lower().endswith(".gz") else path
+    source: Any = (
+        io.BytesIO(gzip.decompress(path.read_bytes()))
+        if path.name.lower().endswith(".gz")
+        else path
+    )
     try:
         table = pyarrow.parquet.read_table(source)
     except (pyarrow.ArrowException, OSError) as error:
@@ -208,7 +243,9 @@ def _read_hub(source: str) -> Rows:
     name, _, split = source.partition(":")
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            huggingface_hub.HfApi().dataset_info(name)  # fails at once where load_dataset would retry for half a minute
+            huggingface_hub.HfApi().dataset_info(
+                name
+            )  # fails at once where load_dataset would retry for half a minute
         table = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub's errors and the data set's own have no common class
         line = (str(error).splitlines() or [""])[0]
@@ -216,12 +253,18 @@ def _read_hub(source: str) -> Rows:
             "no such file, and it cannot be loaded as a hub data set",
             where=source,
             got=f"{type(error).__name__}: {line}"[:200],
-            fix="Check the name and the connection, or give a local file (" + " ".join(SUFFIXES) + ", also .gz).",
+            fix="Check the name and the connection, or give a local file ("
+            + " ".join(SUFFIXES)
+            + ", also .gz).",
         ) from error
     rows = [Row(number, dict(values)) for number, values in enumerate(table, start=1)]
     if not rows:
-        raise DataError("there are no rows in this data set", where=source, expected="at least one row")
-    digest = sha256_text("\n".join(json.dumps(row.values, sort_keys=True, default=str) for row in rows))
+        raise DataError(
+            "there are no rows in this data set", where=source, expected="at least one row"
+        )
+    digest = sha256_text(
+        "\n".join(json.dumps(row.values, sort_keys=True, default=str) for row in rows)
+    )
     return Rows(source=source, rows=rows, skipped=0, digest="sha256:" + digest)
 
 

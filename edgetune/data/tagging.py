@@ -30,7 +30,8 @@ class TaggedRow:
 
 @dataclass(slots=True)
 class TaggedExample(Example):
-    """`labels` is IGNORED except at a word's first sub-word; `tags` are all words', `first` their first sub-words.
+    """`labels` is IGNORED except at a word's first sub-word; `tags` are all words', `first` their
+    first sub-words.
 
     `features` are (words that are seen, hidden).
     """
@@ -39,25 +40,38 @@ class TaggedExample(Example):
     first: tuple[int | None, ...] = ()  # None: the model never sees this word
 
 
-def tagged_rows(source: Rows, form: PromptFormat, *, skip_invalid: bool = False) -> tuple[list[TaggedRow], int]:
-    """Words and tags of every row, and how many rows were left out. DataError for lists that do not fit each other."""
+def tagged_rows(
+    source: Rows, form: PromptFormat, *, skip_invalid: bool = False
+) -> tuple[list[TaggedRow], int]:
+    """Words and tags of every row, and how many rows were left out. DataError for lists that do not
+    fit each other.
+    """
     words_column, tags_column = form.tokens or "tokens", form.tags or "tags"
 
     def convert(row: Row, where: str) -> TaggedRow:
-        words = _texts(row.values, words_column, where=where, example='["New", "York"]', integers=False)
-        tags = _texts(row.values, tags_column, where=where, example='["B-place", "I-place"]', integers=True)
+        words = _texts(
+            row.values, words_column, where=where, example='["New", "York"]', integers=False
+        )
+        tags = _texts(
+            row.values, tags_column, where=where, example='["B-place", "I-place"]', integers=True
+        )
         if len(tags) != len(words):
             raise DataError(
-                f'the column "{tags_column}" has another length than "{words_column}"', where=where,
-                expected=f"{len(words)} tags, one for each word", got=str(len(tags)), fix=FIX,
-            )  # fmt: skip
+                f'the column "{tags_column}" has another length than "{words_column}"',
+                where=where,
+                expected=f"{len(words)} tags, one for each word",
+                got=str(len(tags)),
+                fix=FIX,
+            )
         return TaggedRow(row.line, words, tags)
 
     return convert_rows(source, convert, skip_invalid=skip_invalid)
 
 
 def load_tagged(loading: Loading) -> ExampleSet:
-    """Tags come from the whole training file, so that `data.limit` never changes the head's shape."""
+    """Tags come from the whole training file, so that `data.limit` never changes the head's
+    shape.
+    """
     stage = loading.stage
     examples: dict[str, list[Any]] = {}
     skipped, truncated, unseen = {}, {}, {}
@@ -68,12 +82,20 @@ def load_tagged(loading: Loading) -> ExampleSet:
             names = _tag_names(rows, source=source.source)
         known = [row for row in rows if set(row.tags) <= set(names)]
         if len(known) < len(rows) and (not stage.data.skip_invalid or not known):
-            raise unknown_tag(next(row for row in rows if not set(row.tags) <= set(names)), source.source, names)
+            raise unknown_tag(
+                next(row for row in rows if not set(row.tags) <= set(names)), source.source, names
+            )
         chosen = sample(known, stage.data.limit if name == "train" else None, seed=loading.seed)
-        examples[name], truncated[name], unseen[name] = encode_tagged(chosen, names, loading.tokenizer, limit=loading.limit)
+        examples[name], truncated[name], unseen[name] = encode_tagged(
+            chosen, names, loading.tokenizer, limit=loading.limit
+        )
         skipped[name] = source.skipped + unusable + len(rows) - len(known)
         if not any(first is not None for example in examples[name] for first in example.first):
-            raise DataError("there is no word to tag", where=source.source, expected="at least one word that the tokenizer keeps")
+            raise DataError(
+                "there is no word to tag",
+                where=source.source,
+                expected="at least one word that the tokenizer keeps",
+            )
     found = loading.example_set(examples, labels=names, skipped=skipped, truncated=truncated)
     return replace(found, unseen_words=unseen)
 
@@ -81,18 +103,24 @@ def load_tagged(loading: Loading) -> ExampleSet:
 def encode_tagged(
     rows: Sequence[TaggedRow], names: Sequence[str], tokenizer: Any, *, limit: int
 ) -> tuple[list[TaggedExample], int, dict[str, int]]:
-    """Examples of at most `limit` tokens, how many rows were cut, and how many words the model never sees and why."""
+    """Examples of at most `limit` tokens, how many rows were cut, and how many words the model
+    never sees and why.
+    """
     index = {name: number for number, name in enumerate(names)}
     texts, spans = zip(*(join_words(row.words) for row in rows), strict=True) if rows else ((), ())
     encoded = _encode(tokenizer, texts, truncation=True, max_length=limit)
     examples, cut_rows, unseen = [], 0, {"cut": 0, "no_sub_word": 0}
-    for row, text, words, ids, offsets in zip(rows, texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for row, text, words, ids, offsets in zip(
+        rows, texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
         first = first_subwords(text, offsets, words)
         labels = [IGNORED] * len(ids)
         for token, tag in zip(first, row.tags, strict=True):
             if token is not None:
                 labels[token] = index[tag]
-        examples.append(TaggedExample(ids, labels, row.line, tags=tuple(row.tags), first=tuple(first)))
+        examples.append(
+            TaggedExample(ids, labels, row.line, tags=tuple(row.tags), first=tuple(first))
+        )
         whole = first
         if len(ids) == limit:
             (whole_offsets,) = _encode(tokenizer, [text], truncation=False)["offset_mapping"]
@@ -104,21 +132,35 @@ def encode_tagged(
 
 
 def collate_tagged(examples: Sequence[Any], pad_id: int) -> Batch:
-    """A batch whose targets are the labelled tokens; features (words, hidden) stand row after row."""
+    """A batch whose targets are the labelled tokens; features (words, hidden) stand row after
+    row.
+    """
     features = [example.features for example in examples if example.features is not None]
     bare = [replace(example, features=None) for example in examples] if features else examples
     batch = collate(bare, pad_id)
-    return replace(batch, targets=int((batch.labels != IGNORED).sum()), features=torch.cat(features) if features else None)
+    return replace(
+        batch,
+        targets=int((batch.labels != IGNORED).sum()),
+        features=torch.cat(features) if features else None,
+    )
 
 
-def unknown_tag(row: TaggedRow, source: str, names: Sequence[str], *, what: str = "does not occur in the training rows") -> DataError:
+def unknown_tag(
+    row: TaggedRow,
+    source: str,
+    names: Sequence[str],
+    *,
+    what: str = "does not occur in the training rows",
+) -> DataError:
     """The error for a tag that is not among `names`."""
     at = next(at for at, tag in enumerate(row.tags) if tag not in names)
     shown = ", ".join(names[:8]) + (f" … ({len(names)} tags)" if len(names) > 8 else "")
     return DataError(
-        f'the tag "{row.tags[at]}" of word {at + 1}, "{row.words[at]}", {what}', where=f"{source}, line {row.line}",
-        expected=f"one of {shown}", fix="Correct the tag or add training rows for it.",
-    )  # fmt: skip
+        f'the tag "{row.tags[at]}" of word {at + 1}, "{row.words[at]}", {what}',
+        where=f"{source}, line {row.line}",
+        expected=f"one of {shown}",
+        fix="Correct the tag or add training rows for it.",
+    )
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], **how: Any) -> Any:
@@ -130,25 +172,47 @@ def _encode(tokenizer: Any, texts: Sequence[str], **how: Any) -> Any:
 def _tag_names(rows: Iterable[TaggedRow], *, source: str) -> tuple[str, ...]:
     names = tuple(sorted({tag for row in rows for tag in row.tags}))
     if len(names) < 2:
-        raise DataError("there is nothing to tell apart", where=source, expected="at least two tags", got=f"only {names[0]!r}")
+        raise DataError(
+            "there is nothing to tell apart",
+            where=source,
+            expected="at least two tags",
+            got=f"only {names[0]!r}",
+        )
     return names
 
 
-def _texts(values: dict[str, Any], column: str, *, where: str, example: str, integers: bool) -> list[str]:
+def _texts(
+    values: dict[str, Any], column: str, *, where: str, example: str, integers: bool
+) -> list[str]:
     """A column that holds a list of strings that are not empty (tags: or integers)."""
     if column not in values:
         raise DataError(
-            f'there is no column "{column}"', where=where, expected=f"a list such as {example}",
-            got="the columns " + (", ".join(values) or "(none)"), fix="Set data.tokens and data.tags to the columns that hold words and tags.",
-        )  # fmt: skip
+            f'there is no column "{column}"',
+            where=where,
+            expected=f"a list such as {example}",
+            got="the columns " + (", ".join(values) or "(none)"),
+            fix="Set data.tokens and data.tags to the columns that hold words and tags.",
+        )
     value = values[column]
     if not isinstance(value, list) or not value:
         got = "an empty list" if value == [] else f"{type(value).__name__} {shown(value)}"
-        raise DataError(f'the column "{column}" is no list of {"tags" if integers else "words"}', where=where, expected=f"a list such as {example}", got=got, fix=FIX)
+        raise DataError(
+            f'the column "{column}" is no list of {"tags" if integers else "words"}',
+            where=where,
+            expected=f"a list such as {example}",
+            got=got,
+            fix=FIX,
+        )
     for at, item in enumerate(value):
         if not ((is_text(item) and (item or not integers)) or (integers and type(item) is int)):
             kinds = "a string or an integer" if integers else "a string"
-            raise DataError(f"{column}[{at}] cannot be used", where=where, expected=kinds, got=f"{type(item).__name__} {shown(item)}", fix=FIX)
+            raise DataError(
+                f"{column}[{at}] cannot be used",
+                where=where,
+                expected=kinds,
+                got=f"{type(item).__name__} {shown(item)}",
+                fix=FIX,
+            )
     return [str(item) for item in value]
 
 

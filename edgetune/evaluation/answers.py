@@ -35,7 +35,9 @@ class BundleAnswers:
         names = tuple(runtime.adapters)
         if adapter is None and len(names) != 1:
             raise InputError(
-                "which adapter?", where=str(runtime.folder), expected=f"--adapter with one of {', '.join(names)}"
+                "which adapter?",
+                where=str(runtime.folder),
+                expected=f"--adapter with one of {', '.join(names)}",
             )
         self.runtime, self.adapter = runtime, adapter if adapter is not None else names[0]
         packed = runtime.adapter(self.adapter)
@@ -44,29 +46,54 @@ class BundleAnswers:
         self.problem: str = packed.problem
         self.prompt_format = PromptFormat(**(packed.prompt_format or {}))
         own = shaping(packed.generation)
-        self.notes = (f"every answer is shaped by the adapter's own {', '.join(own)}, which a run in torch is not",) if own else ()
+        self.notes = (
+            (
+                (
+                    f"every answer is shaped by the adapter's own {', '.join(own)}, which a run in"
+                    " torch is not"
+                ),
+            )
+            if own
+            else ()
+        )
 
     def classify(self, texts: Sequence[Text]) -> list[str]:
         """The label of each text."""
-        return [answer.label for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+        return [
+            answer.label
+            for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)
+        ]
 
     def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
         """The labels of each text whose probability is at least 0.5 (multi-label)."""
-        return [answer.labels for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+        return [
+            answer.labels
+            for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)
+        ]
 
     def values(self, texts: Sequence[Text]) -> list[float]:
         """The number of each text (regression)."""
-        return [answer.value for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)]
+        return [
+            answer.value
+            for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)
+        ]
 
     def tag(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
         """The tag of every word of each row."""
-        return [answer.tags for answer in self.runtime.tag(rows, adapter=self.adapter, truncate=True)]
+        return [
+            answer.tags for answer in self.runtime.tag(rows, adapter=self.adapter, truncate=True)
+        ]
 
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """A reward adapter's score of each answer."""
-        scores: list[float] = self.runtime.score(list(zip(prompts, completions, strict=True)), adapter=self.adapter, truncate=True)
+        scores: list[float] = self.runtime.score(
+            list(zip(prompts, completions, strict=True)), adapter=self.adapter, truncate=True
+        )
         return scores
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily, as long as the adapter's own limit allows."""
-        return [answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter, temperature=0.0)]
+        return [
+            answer.text
+            for answer in self.runtime.generate(prompts, adapter=self.adapter, temperature=0.0)
+        ]

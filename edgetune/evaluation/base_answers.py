@@ -1,4 +1,6 @@
-"""A bare base on a task: zero-shot or few-shot, by generating answers or by choosing the likeliest label."""
+"""A bare base on a task: zero-shot or few-shot, by generating answers or by choosing the likeliest
+label.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ MARGIN = 16  # tokens that an answer may be longer than the longest reference
 
 @dataclass(frozen=True)
 class Prompting:
-    """How a base is asked. `shots` examples come from `train`; `choose` takes the likeliest of the known answers."""
+    """How a base is asked. `shots` examples come from `train`; `choose` takes the likeliest of the
+    known answers.
+    """
 
     prompt: str | None = None
     completion: str | None = None
@@ -37,7 +41,9 @@ class Prompting:
 
 
 class BaseAnswers:
-    """A base's answers (see `edgetune.evaluation.answers.Answers`): a chat template where it has one, else plain text."""
+    """A base's answers (see `edgetune.evaluation.answers.Answers`): a chat template where it has
+    one, else plain text.
+    """
 
     adapter = None
 
@@ -45,50 +51,96 @@ class BaseAnswers:
         base = resolve_base(name)
         if base.kind == "encoder":
             raise InputError(
-                "an encoder without a head cannot answer", where=base.name, expected="a decoder, or a run or bundle with a head",
-                got=base.model_type, fix="Train one; --forgetting measures its embeddings.",
-            )  # fmt: skip
+                "an encoder without a head cannot answer",
+                where=base.name,
+                expected="a decoder, or a run or bundle with a head",
+                got=base.model_type,
+                fix="Train one; --forgetting measures its embeddings.",
+            )
         if base.kind == "encoder-decoder" and how.choose:
-            raise InputError("an encoder-decoder's labels are not compared by likelihood yet", where=base.name, fix="Leave --choose out: it then generates.")
+            raise InputError(
+                "an encoder-decoder's labels are not compared by likelihood yet",
+                where=base.name,
+                fix="Leave --choose out: it then generates.",
+            )
         self.task, self._tokenizer = "text-generation", load_tokenizer(base)
         chat = bool(self._tokenizer.chat_template) and not how.plain
-        prompt, completion = row_template(how.prompt, "prompt", key="--prompt"), row_template(how.completion, "completion", key="--completion")
-        self._form = PromptFormat(template="chat" if chat else "plain", prompt=prompt, completion=completion)
+        prompt, completion = (
+            row_template(how.prompt, "prompt", key="--prompt"),
+            row_template(how.completion, "completion", key="--completion"),
+        )
+        self._form = PromptFormat(
+            template="chat" if chat else "plain", prompt=prompt, completion=completion
+        )
         as_rows = PromptFormat(template=self._form.template, text=prompt, label=completion)
         known = _rows(read_rows(data), as_rows)
         examples = _rows(read_rows(how.train), as_rows) if how.train is not None else []
         if how.shots > len(examples):
             raise InputError(
-                f"there are no {how.shots} examples to show", expected="--train FILE with as many rows", got=f"{len(examples)} rows"
+                f"there are no {how.shots} examples to show",
+                expected="--train FILE with as many rows",
+                got=f"{len(examples)} rows",
             )
         self._shots = random.Random(how.seed).sample(examples, how.shots)
-        self.labels = tuple(sorted({row.label for row in (examples or known)})) if how.choose else None
+        self.labels = (
+            tuple(sorted({row.label for row in examples or known})) if how.choose else None
+        )
         self.prompt_format = as_rows if how.choose else self._form
         self._model = load_body(base)
         self._subject = torch_texts(self._model, self._tokenizer)
         longest = max(len(ids) for ids in self._ids([row.label for row in known]))
-        metadata = {"task": self.task, "labels": None, "prompt_format": replace(self._form, template="plain").to_dict(), "max_length": base.max_length}
-        self._answers = TorchAnswers(self._model, self._tokenizer, {**metadata, "generation": {"max_new_tokens": longest + MARGIN}})
+        metadata = {
+            "task": self.task,
+            "labels": None,
+            "prompt_format": replace(self._form, template="plain").to_dict(),
+            "max_length": base.max_length,
+        }
+        self._answers = TorchAnswers(
+            self._model,
+            self._tokenizer,
+            {**metadata, "generation": {"max_new_tokens": longest + MARGIN}},
+        )
 
     def classify(self, texts: Sequence[str]) -> list[str]:
-        """The label of the highest log-likelihood after each text, its end included where the template marks one."""
+        """The label of the highest log-likelihood after each text, its end included where the
+        template marks one.
+        """
         labels = self.labels or ()
-        end = [self._tokenizer.eos_token_id] if self._form.template == "chat" and self._tokenizer.eos_token_id is not None else []
+        end = (
+            [self._tokenizer.eos_token_id]
+            if self._form.template == "chat" and self._tokenizer.eos_token_id is not None
+            else []
+        )
         ends = [[*ids, *end] for ids in self._ids([self._answer(label) for label in labels])]
         contexts = self._encode([self._text(text) for text in texts])
-        limit, longest = self._subject.texts.limit if self._subject.texts else 0, max(map(len, ends))
+        limit, longest = (
+            self._subject.texts.limit if self._subject.texts else 0,
+            max(map(len, ends)),
+        )
         if any(len(context) + longest > limit for context in contexts):
             tokens = max(map(len, contexts)) + longest
-            raise InputError("prompt and label are longer than the context", expected=f"at most {limit} tokens", got=str(tokens), fix="Show fewer --shots.")
+            raise InputError(
+                "prompt and label are longer than the context",
+                expected=f"at most {limit} tokens",
+                got=str(tokens),
+                fix="Show fewer --shots.",
+            )
         scored = self._subject.score([Item(context, ends) for context in contexts], adapted=False)
-        return [labels[max(range(len(labels)), key=lambda at: scores[at].logprob)] for scores in scored]
+        return [
+            labels[max(range(len(labels)), key=lambda at: scores[at].logprob)] for scores in scored
+        ]
 
     def generate(self, prompts: Sequence[str | list[Message]]) -> list[str]:
-        """The completion of each prompt, greedily; a plain one ends where the next example would begin."""
+        """The completion of each prompt, greedily; a plain one ends where the next example would
+        begin.
+        """
         texts = [self._text(prompt) for prompt in prompts]
         if self._form.template == "chat":
             return self._answers.generate_ids(self._encode(texts))
-        return [text.split(BETWEEN)[0].strip() for text in self._answers.generate_ids(self._encode(texts))]
+        return [
+            text.split(BETWEEN)[0].strip()
+            for text in self._answers.generate_ids(self._encode(texts))
+        ]
 
     def _answer(self, label: str) -> str:
         """After a chat template's header a text begins at once, after plain text with a space."""
@@ -96,17 +148,29 @@ class BaseAnswers:
 
     def _text(self, prompt: str | list[Message]) -> str:
         if not isinstance(prompt, str):
-            raise InputError("rows with messages cannot be put to a bare base", fix="Give --prompt and --completion.")
+            raise InputError(
+                "rows with messages cannot be put to a bare base",
+                fix="Give --prompt and --completion.",
+            )
         if self._form.template == "chat":
-            turns = [turn for row in self._shots for turn in (_user(str(row.text)), {"role": "assistant", "content": row.label})]
+            turns = [
+                turn
+                for row in self._shots
+                for turn in (_user(str(row.text)), {"role": "assistant", "content": row.label})
+            ]
             return chat_text(self._tokenizer, [*turns, _user(prompt)])
-        return "".join(f"{str(row.text).rstrip()} {row.label}{BETWEEN}" for row in self._shots) + prompt.rstrip()
+        return (
+            "".join(f"{str(row.text).rstrip()} {row.label}{BETWEEN}" for row in self._shots)
+            + prompt.rstrip()
+        )
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return encode_prompts(texts, self._form.template, self._tokenizer)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        found: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        found: list[list[int]] = self._tokenizer(
+            list(texts), add_special_tokens=False, verbose=False
+        )["input_ids"]
         return found
 
 
@@ -119,4 +183,6 @@ def _rows(source: Rows, form: PromptFormat) -> list[LabelledRow]:
         return labelled_rows(source, form)[0]
     except DataError as error:
         fix = "Say how a row is asked and answered with --prompt and --completion."
-        raise DataError(error.what, where=error.where, expected=error.expected, got=error.got, fix=fix) from error
+        raise DataError(
+            error.what, where=error.where, expected=error.expected, got=error.got, fix=fix
+        ) from error

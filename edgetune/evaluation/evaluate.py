@@ -24,44 +24,91 @@ def evaluate(
     how: Prompting | None = None,
     providers: Sequence[str] = (),
 ) -> Evaluation:
-    """Measure a run or adapter folder in torch, a bundle in the runtime, or a bare base, on the rows of `data`.
+    """Measure a run or adapter folder in torch, a bundle in the runtime, or a bare base, on the
+    rows of `data`.
 
-    The rows are read by the prompt format that was recorded with the adapter; a base is asked as `how` says. What
-    learned from text is measured on text: perplexity and bits per byte. `providers`: execution providers of a bundle.
+    The rows are read by the prompt format that was recorded with the adapter; a base is asked as
+    `how` says. What learned from text is measured on text: perplexity and bits per byte.
+    `providers`: execution providers of a bundle.
     """
     if providers and not (folder / BUNDLE_MANIFEST).is_file():
-        raise InputError("--provider chooses what runs a bundle", where=str(folder), got="a run or a base, which torch runs")
+        raise InputError(
+            "--provider chooses what runs a bundle",
+            where=str(folder),
+            got="a run or a base, which torch runs",
+        )
     if is_base(folder):
-        return _evaluate_base(folder, data, how or Prompting(), skip_invalid=skip_invalid, advance=advance)
+        return _evaluate_base(
+            folder, data, how or Prompting(), skip_invalid=skip_invalid, advance=advance
+        )
     if how is not None:
-        raise InputError("--prompt, --completion, --shots, --train, --choose and --plain ask a bare base", where=str(folder), got="a run or a bundle")
+        raise InputError(
+            "--prompt, --completion, --shots, --train, --choose and --plain ask a bare base",
+            where=str(folder),
+            got="a run or a bundle",
+        )
     if (folder / BUNDLE_MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
         with Runtime.open(folder, providers=providers) as runtime:
-            return measure(BundleAnswers(runtime, adapter), folder, data, skip_invalid=skip_invalid, advance=advance)
+            return measure(
+                BundleAnswers(runtime, adapter),
+                folder,
+                data,
+                skip_invalid=skip_invalid,
+                advance=advance,
+            )
     if adapter is not None:
-        raise InputError("--adapter chooses among a bundle's adapters", where=str(folder), got="a run, which has one")
+        raise InputError(
+            "--adapter chooses among a bundle's adapters",
+            where=str(folder),
+            got="a run, which has one",
+        )
     from edgetune.evaluation.torch_answers import TorchAnswers
 
-    return measure(TorchAnswers.open(folder), folder, data, skip_invalid=skip_invalid, advance=advance)
+    return measure(
+        TorchAnswers.open(folder), folder, data, skip_invalid=skip_invalid, advance=advance
+    )
 
 
-def _evaluate_base(folder: Path, data: Path, how: Prompting, *, skip_invalid: bool, advance: Advance | None) -> Evaluation:
-    """By its prompts, or, where rows are nothing but text and no prompt is given, by their perplexity."""
+def _evaluate_base(
+    folder: Path, data: Path, how: Prompting, *, skip_invalid: bool, advance: Advance | None
+) -> Evaluation:
+    """By its prompts, or, where rows are nothing but text and no prompt is given, by their
+    perplexity.
+    """
     from edgetune.models.resolve import resolve_base
 
     columns = read_rows(data, skip_invalid).rows[0].values
     if how == Prompting() and "text" in columns and "prompt" not in columns:
         base = resolve_base(str(folder))
         if base.kind == "decoder":
-            return measure_text(base_subject(base), folder, read_rows(data, skip_invalid), PromptFormat(), skip_invalid=skip_invalid)
-    return measure(BaseAnswers(str(folder), data, how), folder, data, skip_invalid=skip_invalid, advance=advance)
+            return measure_text(
+                base_subject(base),
+                folder,
+                read_rows(data, skip_invalid),
+                PromptFormat(),
+                skip_invalid=skip_invalid,
+            )
+    return measure(
+        BaseAnswers(str(folder), data, how),
+        folder,
+        data,
+        skip_invalid=skip_invalid,
+        advance=advance,
+    )
 
 
 def measure(
-    answers: Answers, folder: Path, data: Path, *, skip_invalid: bool = False, advance: Advance | None = None
+    answers: Answers,
+    folder: Path,
+    data: Path,
+    *,
+    skip_invalid: bool = False,
+    advance: Advance | None = None,
 ) -> Evaluation:
     """Let `answers` answer every row of a data file, and compare."""
     _check_answers(answers, folder)
-    return measure_rows(answers, folder, read_rows(data, skip_invalid), skip_invalid=skip_invalid, advance=advance)
+    return measure_rows(
+        answers, folder, read_rows(data, skip_invalid), skip_invalid=skip_invalid, advance=advance
+    )

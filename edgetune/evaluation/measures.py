@@ -22,7 +22,13 @@ from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, Prompt
 from edgetune.evaluation.forgetting.measure import Subject
 from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
 from edgetune.evaluation.forgetting.tasks import text_measures
-from edgetune.metrics.labels import accuracy, macro_f1, multi_label_metrics, regression_metrics, tag_metrics
+from edgetune.metrics.labels import (
+    accuracy,
+    macro_f1,
+    multi_label_metrics,
+    regression_metrics,
+    tag_metrics,
+)
 from edgetune.metrics.statistics import preference_metrics
 from edgetune.metrics.text import (
     bleu,
@@ -38,7 +44,9 @@ UNKNOWN = "is not known to the adapter"
 T = TypeVar("T")
 
 
-def measurements_of(task: str, problem: str | None) -> Callable[[Any, Rows, bool, Advance], Measured] | None:
+def measurements_of(
+    task: str, problem: str | None
+) -> Callable[[Any, Rows, bool, Advance], Measured] | None:
     """How such a head is measured; None for one that gives a single label."""
     if task == TAGGING:
         return measure_tags
@@ -55,12 +63,15 @@ def measure_tags(answers: Any, source: Rows, skip_invalid: bool, advance: Advanc
     predicted = _answered(answers.tag, [row.words for row in rows], advance)
     metrics = tag_metrics(predicted, [row.tags for row in rows], answers.labels or ())
     predictions = [
-        {"line": row.line, "tokens": row.words, "prediction": tags, "tags": row.tags} for row, tags in zip(rows, predicted, strict=True)
+        {"line": row.line, "tokens": row.words, "prediction": tags, "tags": row.tags}
+        for row, tags in zip(rows, predicted, strict=True)
     ]
     return metrics, predictions, skipped
 
 
-def measure_label_sets(answers: Any, source: Rows, skip_invalid: bool, advance: Advance) -> Measured:
+def measure_label_sets(
+    answers: Any, source: Rows, skip_invalid: bool, advance: Advance
+) -> Measured:
     """Micro and macro F1, and the share of rows with exactly the right labels."""
     rows, skipped = multi_label_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
     known = set(answers.labels or ())
@@ -69,7 +80,8 @@ def measure_label_sets(answers: Any, source: Rows, skip_invalid: bool, advance: 
             raise unknown_label(row, source.source, sorted(known), what=UNKNOWN)
     predicted = _answered(answers.label_sets, [row.text for row in rows], advance)
     predictions = [
-        {"line": row.line, "prediction": list(labels), "labels": list(row.target)} for row, labels in zip(rows, predicted, strict=True)
+        {"line": row.line, "prediction": list(labels), "labels": list(row.target)}
+        for row, labels in zip(rows, predicted, strict=True)
     ]
     return multi_label_metrics(predicted, [row.target for row in rows]), predictions, skipped
 
@@ -78,11 +90,16 @@ def measure_values(answers: Any, source: Rows, skip_invalid: bool, advance: Adva
     """Pearson and Spearman correlation, and the mean squared error."""
     rows, skipped = value_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
     predicted = _answered(answers.values, [row.text for row in rows], advance)
-    predictions = [{"line": row.line, "prediction": value, "value": row.target} for row, value in zip(rows, predicted, strict=True)]
+    predictions = [
+        {"line": row.line, "prediction": value, "value": row.target}
+        for row, value in zip(rows, predicted, strict=True)
+    ]
     return regression_metrics(predicted, [row.target for row in rows]), predictions, skipped
 
 
-def _answered(answer: Callable[[Sequence[Any]], list[T]], rows: Sequence[Any], advance: Advance) -> list[T]:
+def _answered(
+    answer: Callable[[Sequence[Any]], list[T]], rows: Sequence[Any], advance: Advance
+) -> list[T]:
     found: list[T] = []
     for at in range(0, len(rows), ROWS_AT_ONCE):
         found += answer(rows[at : at + ROWS_AT_ONCE])
@@ -106,25 +123,53 @@ class Evaluation:
     skipped: int
     metrics: dict[str, float]
     seconds: float  # of answering, loading not counted
-    predictions: list[dict[str, Any]]  # {"line", "prediction", "label" | "references"}, of a reward "chosen", "rejected"
-    notes: tuple[str, ...] = ()  # what else shaped the answers, or should have: the adapter's own form and penalties
+    predictions: list[
+        dict[str, Any]
+    ]  # {"line", "prediction", "label" | "references"}, of a reward "chosen", "rejected"
+    notes: tuple[
+        str, ...
+    ] = ()  # what else shaped the answers, or should have: the adapter's own form and penalties
 
 
 def measure_text(
-    subject: Subject, folder: Path, source: Rows, form: PromptFormat, *, adapter: str | None = None, skip_invalid: bool = False,
+    subject: Subject,
+    folder: Path,
+    source: Rows,
+    form: PromptFormat,
+    *,
+    adapter: str | None = None,
+    skip_invalid: bool = False,
     windows: int | None = None,
-) -> Evaluation:  # fmt: skip
-    """Perplexity and bits per byte of the texts in `source`, with the adapter on; of at most so many windows of 512 tokens."""
+) -> Evaluation:
+    """Perplexity and bits per byte of the texts in `source`, with the adapter on; of at most so
+    many windows of 512 tokens.
+    """
     rows, skipped = text_rows(source, form, skip_invalid=skip_invalid)
     if subject.texts is None:
-        raise InputError("an encoder predicts no text", where=str(folder), fix="--forgetting measures its embeddings.")
+        raise InputError(
+            "an encoder predicts no text",
+            where=str(folder),
+            fix="--forgetting measures its embeddings.",
+        )
     started = time.perf_counter()
-    found = text_measures([row.text for row in rows], subject.texts, lambda items: subject.score(items, adapted=True), limit=windows)
+    found = text_measures(
+        [row.text for row in rows],
+        subject.texts,
+        lambda items: subject.score(items, adapted=True),
+        limit=windows,
+    )
     return Evaluation(
-        source=str(folder), adapter=adapter, task="text-generation", data=source.source, data_digest=source.digest, rows=len(rows),
-        skipped=source.skipped + skipped, metrics={one.metric: one.statistic(one.values) for one in found},
-        seconds=time.perf_counter() - started, predictions=[],
-    )  # fmt: skip
+        source=str(folder),
+        adapter=adapter,
+        task="text-generation",
+        data=source.source,
+        data_digest=source.digest,
+        rows=len(rows),
+        skipped=source.skipped + skipped,
+        metrics={one.metric: one.statistic(one.values) for one in found},
+        seconds=time.perf_counter() - started,
+        predictions=[],
+    )
 
 
 def _text_subject(answers: Answers) -> Subject:
@@ -136,22 +181,42 @@ def _text_subject(answers: Answers) -> Subject:
 
 def _check_answers(answers: Answers, folder: Path) -> None:
     if answers.task == "masked-lm":
-        raise InputError("what masked-lm trained answers nothing by itself", where=str(folder), fix="--forgetting measures its embeddings.")
+        raise InputError(
+            "what masked-lm trained answers nothing by itself",
+            where=str(folder),
+            fix="--forgetting measures its embeddings.",
+        )
 
 
 def measure_rows(
-    answers: Answers, folder: Path, source: Rows, *, skip_invalid: bool = False, advance: Advance | None = None, windows: int | None = None
+    answers: Answers,
+    folder: Path,
+    source: Rows,
+    *,
+    skip_invalid: bool = False,
+    advance: Advance | None = None,
+    windows: int | None = None,
 ) -> Evaluation:
-    """The same on rows that are read already; of what learned from text, at most so many `windows` of 512 tokens."""
+    """The same on rows that are read already; of what learned from text, at most so many `windows`
+    of 512 tokens.
+    """
     _check_answers(answers, folder)
     if answers.labels is None and answers.prompt_format.text is not None:
         adapter = getattr(answers, "adapter", None)
         return measure_text(
-            _text_subject(answers), folder, source, answers.prompt_format, adapter=adapter, skip_invalid=skip_invalid, windows=windows
+            _text_subject(answers),
+            folder,
+            source,
+            answers.prompt_format,
+            adapter=adapter,
+            skip_invalid=skip_invalid,
+            windows=windows,
         )
     started = time.perf_counter()
     how = _how(answers)
-    metrics, predictions, skipped = how(answers, source, skip_invalid, advance or (lambda done, total: None))
+    metrics, predictions, skipped = how(
+        answers, source, skip_invalid, advance or (lambda done, total: None)
+    )
     return Evaluation(
         source=str(folder),
         adapter=getattr(answers, "adapter", None),
@@ -172,13 +237,17 @@ def _how(answers: Answers) -> Callable[..., Measured]:
         return _measure_preference
     if answers.labels is None:
         return _measure_generation
-    return measurements_of(answers.task, getattr(answers, "problem", None)) or _measure_classification
+    return (
+        measurements_of(answers.task, getattr(answers, "problem", None)) or _measure_classification
+    )
 
 
 Measured = tuple[dict[str, float], list[dict[str, Any]], int]  # metrics, predictions, rows left out
 
 
-def _measure_classification(answers: Answers, source: Any, skip_invalid: bool, advance: Advance) -> Measured:
+def _measure_classification(
+    answers: Answers, source: Any, skip_invalid: bool, advance: Advance
+) -> Measured:
     rows, skipped = labelled_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
     known = set(answers.labels or ())
     for row in rows:
@@ -195,30 +264,38 @@ def _measure_classification(answers: Answers, source: Any, skip_invalid: bool, a
     expected = [row.label for row in rows]
     metrics = {"accuracy": accuracy(predicted, expected), "macro_f1": macro_f1(predicted, expected)}
     predictions = [
-        {"line": row.line, "prediction": label, "label": row.label} for row, label in zip(rows, predicted, strict=True)
+        {"line": row.line, "prediction": label, "label": row.label}
+        for row, label in zip(rows, predicted, strict=True)
     ]
     return metrics, predictions, skipped
 
 
-def _measure_preference(answers: Any, source: Any, skip_invalid: bool, advance: Advance) -> Measured:
+def _measure_preference(
+    answers: Any, source: Any, skip_invalid: bool, advance: Advance
+) -> Measured:
     """How often the chosen answer has the higher reward, beside how often it is the longer one."""
     rows, skipped = preference_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
     scores: list[tuple[float, float]] = []
     for at in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[at : at + ROWS_AT_ONCE]
         prompts = [row.prompt for row in part]
-        rewards = answers.rewards([*prompts, *prompts], [*(row.chosen for row in part), *(row.rejected for row in part)])
+        rewards = answers.rewards(
+            [*prompts, *prompts], [*(row.chosen for row in part), *(row.rejected for row in part)]
+        )
         scores += zip(rewards[: len(part)], rewards[len(part) :], strict=True)
         advance(len(scores), len(rows))
     right = [0.5 if chosen == rejected else float(chosen > rejected) for chosen, rejected in scores]
     metrics = preference_metrics(right, [row.longer for row in rows])
     predictions = [
-        {"line": row.line, "chosen": chosen, "rejected": rejected} for row, (chosen, rejected) in zip(rows, scores, strict=True)
+        {"line": row.line, "chosen": chosen, "rejected": rejected}
+        for row, (chosen, rejected) in zip(rows, scores, strict=True)
     ]
     return metrics, predictions, skipped
 
 
-def _measure_generation(answers: Answers, source: Any, skip_invalid: bool, advance: Advance) -> Measured:
+def _measure_generation(
+    answers: Answers, source: Any, skip_invalid: bool, advance: Advance
+) -> Measured:
     """Rows with the same prompt are one question with several references, as in E2E."""
     questions, skipped = _questions(source, answers.prompt_format, skip_invalid=skip_invalid)
     completions: list[str] = []
@@ -250,12 +327,16 @@ class Question:
     references: list[str]
 
 
-def _questions(source: Any, form: PromptFormat, *, skip_invalid: bool) -> tuple[list[Question], int]:
+def _questions(
+    source: Any, form: PromptFormat, *, skip_invalid: bool
+) -> tuple[list[Question], int]:
     found: dict[str, Question] = {}
     skipped = 0
     for row in source.rows:
         try:
-            prompt, completion = _prompt_and_completion(row, form, where=f"{source.source}, line {row.line}")
+            prompt, completion = _prompt_and_completion(
+                row, form, where=f"{source.source}, line {row.line}"
+            )
         except DataError:
             if not skip_invalid:
                 raise

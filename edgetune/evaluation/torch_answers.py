@@ -36,7 +36,16 @@ class TorchAnswers:
         self.labels = tuple(metadata["labels"]) if metadata["labels"] is not None else None
         self.prompt_format = PromptFormat(**(metadata["prompt_format"] or {}))
         own = shaping(metadata["generation"] or {})
-        self.notes = (f"torch answers freely: the adapter's own {', '.join(own)} shapes answers in a bundle only",) if own else ()
+        self.notes = (
+            (
+                (
+                    f"torch answers freely: the adapter's own {', '.join(own)} shapes answers in a"
+                    " bundle only"
+                ),
+            )
+            if own
+            else ()
+        )
 
     @classmethod
     def open(cls, folder: Path) -> TorchAnswers:
@@ -45,7 +54,9 @@ class TorchAnswers:
 
     @torch.no_grad()
     def classify(self, texts: Sequence[Text]) -> list[str]:
-        """The label of each text; longer ones are cut to the length the adapter was trained with."""
+        """The label of each text; longer ones are cut to the length the adapter was trained
+        with.
+        """
         labels = self.labels or ()
         return [labels[index] for index in self._class_logits(texts).argmax(-1).tolist()]
 
@@ -53,7 +64,10 @@ class TorchAnswers:
     def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
         """The labels of each text whose probability is at least 0.5 (multi-label)."""
         labels = self.labels or ()
-        return [tuple(label for label, logit in zip(labels, row, strict=True) if logit >= 0) for row in self._class_logits(texts).tolist()]
+        return [
+            tuple(label for label, logit in zip(labels, row, strict=True) if logit >= 0)
+            for row in self._class_logits(texts).tolist()
+        ]
 
     @torch.no_grad()
     def values(self, texts: Sequence[Text]) -> list[float]:
@@ -66,39 +80,85 @@ class TorchAnswers:
         """The tag of every word of each row; O for words that are cut off or have no sub-word."""
         texts, spans = zip(*(join_words(words) for words in rows), strict=True)
         batch = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self._limit, return_offsets_mapping=True, return_tensors="pt", verbose=False
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self._limit,
+            return_offsets_mapping=True,
+            return_tensors="pt",
+            verbose=False,
         )
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         labels = self.labels or ()
         return [
-            [OUTSIDE if token is None else labels[best[token]] for token in first_subwords(text, offsets, words)]
-            for best, text, offsets, words in zip(logits.argmax(-1).tolist(), texts, batch["offset_mapping"].tolist(), spans, strict=True)
+            [
+                OUTSIDE if token is None else labels[best[token]]
+                for token in first_subwords(text, offsets, words)
+            ]
+            for best, text, offsets, words in zip(
+                logits.argmax(-1).tolist(),
+                texts,
+                batch["offset_mapping"].tolist(),
+                spans,
+                strict=True,
+            )
         ]
 
     @property
     def _limit(self) -> int:
-        limit: int = min(self.metadata["max_length"], getattr(self.model.config, "max_position_embeddings", self.metadata["max_length"]))
+        limit: int = min(
+            self.metadata["max_length"],
+            getattr(self.model.config, "max_position_embeddings", self.metadata["max_length"]),
+        )
         return limit
 
     def _class_logits(self, texts: Sequence[Text]) -> Tensor:
-        columns = [list(texts)] if not texts or isinstance(texts[0], str) else [list(column) for column in zip(*texts, strict=True)]
+        columns = (
+            [list(texts)]
+            if not texts or isinstance(texts[0], str)
+            else [list(column) for column in zip(*texts, strict=True)]
+        )
         pairs = len(columns) > 1
-        batch = self.tokenizer(*columns, padding=True, truncation=True, max_length=self._limit, return_token_type_ids=pairs, return_tensors="pt")
+        batch = self.tokenizer(
+            *columns,
+            padding=True,
+            truncation=True,
+            max_length=self._limit,
+            return_token_type_ids=pairs,
+            return_tensors="pt",
+        )
         types = {"token_type_ids": batch["token_type_ids"]} if pairs else {}
-        logits: Tensor = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types)
+        logits: Tensor = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types
+        )
         return logits
 
     @torch.no_grad()
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """A reward adapter's score of each answer."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
-        rows = encode_answered(prompts, completions, self.prompt_format, self.tokenizer, limit=limit)
-        return score_rows(rows, lambda batch: self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+        rows = encode_answered(
+            prompts, completions, self.prompt_format, self.tokenizer, limit=limit
+        )
+        return score_rows(
+            rows,
+            lambda batch: self.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask
+            ),
+        )
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[str]:
-        """The completion of each prompt, greedily, up to the end token or the adapter's own limit."""
-        return self.generate_ids(encode_prompts([self._text(prompt) for prompt in prompts], self.prompt_format.template, self.tokenizer))
+        """The completion of each prompt, greedily, up to the end token or the adapter's own
+        limit.
+        """
+        return self.generate_ids(
+            encode_prompts(
+                [self._text(prompt) for prompt in prompts],
+                self.prompt_format.template,
+                self.tokenizer,
+            )
+        )
 
     @torch.no_grad()
     def generate_ids(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -110,7 +170,9 @@ class TorchAnswers:
         positions = getattr(self.model.config, "max_position_embeddings", longest + limit)
         if longest >= positions:
             raise InputError(
-                "a prompt is longer than the context", expected=f"at most {positions - 1} tokens", got=str(longest)
+                "a prompt is longer than the context",
+                expected=f"at most {positions - 1} tokens",
+                got=str(longest),
             )
         pad = self.tokenizer.eos_token_id
         input_ids = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in rows])
@@ -123,22 +185,32 @@ class TorchAnswers:
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=pad,
         )
-        completions: list[str] = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-        return [first_part(completion, (self.metadata["generation"] or {}).get("stop") or ()) for completion in completions]
+        completions: list[str] = self.tokenizer.batch_decode(
+            output[:, longest:], skip_special_tokens=True
+        )
+        return [
+            first_part(completion, (self.metadata["generation"] or {}).get("stop") or ())
+            for completion in completions
+        ]
 
     def _generate_apart(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Of an encoder-decoder: answers have positions of their own, and stand alone in what it returns."""
+        """Of an encoder-decoder: answers have positions of their own, and stand alone in what it
+        returns.
+        """
         settings, longest = self.metadata["generation"] or {}, max(map(len, rows))
         pad = self.tokenizer.pad_token_id or 0
         output = self.model.generate(
             input_ids=torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows]),
-            attention_mask=torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+            attention_mask=torch.tensor(
+                [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+            ),
             max_new_tokens=settings.get("max_new_tokens", MAX_NEW_TOKENS),
             do_sample=False,
             num_beams=1,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=pad,
-            # transformers' own has as many layers as the encoder (5.23), and a decoder may have more
+            # transformers' own has as many layers as the encoder (5.23), and a decoder may have
+            # more
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
         )
         completions: list[str] = self.tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -148,7 +220,9 @@ class TorchAnswers:
         if isinstance(prompt, list):
             return chat_text(self.tokenizer, prompt)
         if self.prompt_format.template == "chat":
-            return chat_text(self.tokenizer, chat_messages(prompt, system=self.prompt_format.system))
+            return chat_text(
+                self.tokenizer, chat_messages(prompt, system=self.prompt_format.system)
+            )
         return prompt
 
 
@@ -160,10 +234,16 @@ def first_part(text: str, stops: Sequence[str]) -> str:
 TOKENS_AT_ONCE, ROWS_AT_ONCE, DIFFERENT_AT_ONCE = 4096, 64, 2048
 
 
-def score_rows(rows: Sequence[list[int]], reward: Callable[[Batch], Tensor], *, alike: bool = False) -> list[float]:
-    """`reward` (batch) → (rows,) over all rows, in batches of like length, or of rows that begin `alike`."""
+def score_rows(
+    rows: Sequence[list[int]], reward: Callable[[Batch], Tensor], *, alike: bool = False
+) -> list[float]:
+    """`reward` (batch) → (rows,) over all rows, in batches of like length, or of rows that begin
+    `alike`.
+    """
     rewards = [0.0] * len(rows)
-    by_length = functools.partial(in_order_of_length, [len(row) for row in rows], TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE)
+    by_length = functools.partial(
+        in_order_of_length, [len(row) for row in rows], TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE
+    )
     for part in split_alike(rows, DIFFERENT_AT_ONCE) if alike else by_length():
         batch = collate([Example(rows[index], 0, index) for index in part], 0)
         for index, value in zip(part, reward(batch).tolist(), strict=True):

@@ -14,7 +14,9 @@ Z = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
 def wilson(share: float, rows: int) -> tuple[float, float]:
-    """The 95 % score interval of a share over `rows` rows (Wilson 1927). Half counts (ties) make it a little wide."""
+    """The 95 % score interval of a share over `rows` rows (Wilson 1927). Half counts (ties) make it
+    a little wide.
+    """
     if rows == 0:
         return 0.0, 1.0
     middle = (share + Z**2 / (2 * rows)) / (1 + Z**2 / rows)
@@ -22,8 +24,12 @@ def wilson(share: float, rows: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def paired_bootstrap(differences: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of paired differences, rows drawn with replacement."""
+def paired_bootstrap(
+    differences: Sequence[float], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of paired differences, rows drawn with
+    replacement.
+    """
     values = np.asarray(differences, np.float64)
     chosen = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     low, high = np.percentile(values[chosen].mean(axis=1), [2.5, 97.5])
@@ -36,7 +42,8 @@ def headline(metrics: Mapping[str, T]) -> dict[str, T]:
 
 
 def preference_metrics(right: Sequence[float], longer: Sequence[float]) -> dict[str, float]:
-    """Preference accuracy beside "the longer answer wins", each with its interval, and their difference with one.
+    """Preference accuracy beside "the longer answer wins", each with its interval, and their
+    difference with one.
 
     `right` and `longer` hold 1, 0 or ½ (a tie) for each row.
     """
@@ -47,7 +54,11 @@ def preference_metrics(right: Sequence[float], longer: Sequence[float]) -> dict[
         low, high = wilson(share, rows)
         metrics |= {name: share, f"{name}_low": low, f"{name}_high": high}
     low, high = paired_bootstrap([a - b for a, b in zip(right, longer, strict=True)])
-    return metrics | {"above_length": accuracy - baseline, "above_length_low": low, "above_length_high": high}
+    return metrics | {
+        "above_length": accuracy - baseline,
+        "above_length_low": low,
+        "above_length_high": high,
+    }
 
 
 Values = npt.NDArray[np.float64]  # (items, columns): what a statistic is computed from
@@ -88,11 +99,16 @@ def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def paired_interval(before: Values, after: Values, statistic: Statistic) -> tuple[float, float]:
     """The 95 % interval of statistic(after) − statistic(before).
 
-    Of a mean: the normal interval of the paired differences. Of anything else: the percentile bootstrap over items.
+    Of a mean: the normal interval of the paired differences. Of anything else: the percentile
+    bootstrap over items.
     """
     if statistic is mean:
         difference = after[:, 0] - before[:, 0]
-        error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+        error = (
+            float(difference.std(ddof=1)) / math.sqrt(len(difference))
+            if len(difference) > 1
+            else math.inf
+        )
         centre = float(difference.mean())
         return centre - Z * error, centre + Z * error
     generator = np.random.default_rng(0)

@@ -1,4 +1,6 @@
-"""Metrics of generated texts: exact match, JSON, slots, BLEU, ROUGE-L. Pure functions of predictions and references."""
+"""Metrics of generated texts: exact match, JSON, slots, BLEU, ROUGE-L. Pure functions of
+predictions and references.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,17 @@ from edgetune.metrics.labels import _share
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of rows whose text equals one of the row's references, surrounding white space aside."""
+    """Share of rows whose text equals one of the row's references, surrounding white space
+    aside.
+    """
     pairs = zip(predictions, references, strict=True)
     return _share(p.strip() in {reference.strip() for reference in r} for p, r in pairs)
 
 
 def json_exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of rows whose text parses to the same JSON value as one of the references; the order of keys is free."""
+    """Share of rows whose text parses to the same JSON value as one of the references; the order of
+    keys is free.
+    """
     pairs = zip(predictions, references, strict=True)
     return _share(_same_json(p, r) for p, r in pairs)
 
@@ -30,7 +36,9 @@ def json_valid(predictions: Sequence[str]) -> float:
 
 def is_json_task(references: Sequence[Sequence[str]]) -> bool:
     """Whether every reference is a JSON object or list."""
-    return bool(references) and all(canonical_json(text) is not None for row in references for text in row)
+    return bool(references) and all(
+        canonical_json(text) is not None for row in references for text in row
+    )
 
 
 def canonical_json(text: str) -> str | None:
@@ -43,7 +51,9 @@ def canonical_json(text: str) -> str | None:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU (0-100) of sacrebleu with its default tokenisation, all references of a row counted."""
+    """Corpus BLEU (0-100) of sacrebleu with its default tokenisation, all references of a row
+    counted.
+    """
     import sacrebleu
 
     most = max(len(row) for row in references)
@@ -61,17 +71,22 @@ INTENT = "intent"  # a label of the whole answer, not a slot
 
 
 def slot_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Micro F1 over (path, value) pairs of JSON answers, all but a top-level "intent"; lists have no order.
+    """Micro F1 over (path, value) pairs of JSON answers, all but a top-level "intent"; lists have
+    no order.
 
-    What is no JSON holds no pair. Of several references the one with the most hits counts. 1.0 when there are no
-    slots at all, in answers or references.
+    What is no JSON holds no pair. Of several references the one with the most hits counts. 1.0 when
+    there are no slots at all, in answers or references.
     """
     hits = found = wanted = 0
     for prediction, row in zip(predictions, references, strict=True):
         pairs = _slots(prediction)
         candidates = [_slots(reference) for reference in row]
         best = max(candidates, key=lambda other: ((pairs & other).total(), -other.total()))
-        hits, found, wanted = hits + (pairs & best).total(), found + pairs.total(), wanted + best.total()
+        hits, found, wanted = (
+            hits + (pairs & best).total(),
+            found + pairs.total(),
+            wanted + best.total(),
+        )
     return 2 * hits / (found + wanted) if found + wanted else 1.0
 
 
@@ -99,10 +114,13 @@ def _leaves(value: Any, *, path: str) -> Iterator[tuple[str, str]]:
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Mean over rows of the best ROUGE-L F-measure over a row's references (Lin 2004, section 3.1).
 
-    As google's `rouge_score` without stemming: lower-case words of a-z and 0-9; F = 2PR / (P + R) over the longest
-    common subsequence.
+    As google's `rouge_score` without stemming: lower-case words of a-z and 0-9; F = 2PR / (P + R)
+    over the longest common subsequence.
     """
-    scores = [max(_rouge_l(_words(p), _words(r)) for r in row) for p, row in zip(predictions, references, strict=True)]
+    scores = [
+        max(_rouge_l(_words(p), _words(r)) for r in row)
+        for p, row in zip(predictions, references, strict=True)
+    ]
     return sum(scores) / len(scores) if scores else 0.0
 
 

@@ -1,2 +1,1 @@
 """A base model on disk and the torch module made of it."""
-

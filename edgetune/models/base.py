@@ -1,4 +1,6 @@
-"""What a base model is: a folder in Hugging Face layout, its digest, and what can be read off its files."""
+"""What a base model is: a folder in Hugging Face layout, its digest, and what can be read off its
+files.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from edgetune.quantisation.precision import Precision
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 Pooling = Literal["mean", "cls"]
-# Keys that change what the weights compute; other keys vary with the version of transformers that wrote the file.
+# Keys that change what the weights compute; other keys vary with the version of transformers that
+# wrote the file.
 ARCHITECTURE_KEYS = (
     "activation",
     "activation_function",
@@ -45,7 +48,8 @@ ARCHITECTURE_KEYS = (
     "use_parallel_residual",
     "vocab_size",
 )
-# Further keys of encoder-decoders, which name their sizes otherwise. (Not of all: that would change known digests.)
+# Further keys of encoder-decoders, which name their sizes otherwise. (Not of all: that would change
+# known digests.)
 SEQ2SEQ_KEYS = (
     "d_ff",
     "d_kv",
@@ -89,16 +93,21 @@ ENCODERS = frozenset(
         "xlm-roberta",
     }
 )
-PAD_OFFSET = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})  # positions start after pad_token_id
+PAD_OFFSET = frozenset(
+    {"camembert", "mpnet", "roberta", "xlm-roberta"}
+)  # positions start after pad_token_id
 UNLIMITED = 1 << 20
-RELATIVE = 2048  # tokens of a text for positions that are all relative: the work grows with their square
+# tokens of a text for positions that are all relative: the work grows with their square
+RELATIVE = 2048
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this machine. `max_length`: positions in tokens; `pooling` is None for all but encoders.
+    """A base model on this machine. `max_length`: positions in tokens; `pooling` is None for all
+    but encoders.
 
-    With a `precision` torch loads the weights that a bundle of that precision holds, else those of the files.
+    With a `precision` torch loads the weights that a bundle of that precision holds, else those of
+    the files.
     """
 
     name: str
@@ -112,7 +121,9 @@ class Base:
 
 
 def open_folder(folder: Path, *, name: str, digest: str | None = None) -> Base:
-    """Check a folder's files and describe it; the digest is computed over all weights unless it is known."""
+    """Check a folder's files and describe it; the digest is computed over all weights unless it is
+    known.
+    """
     config = _config(folder)
     _check_tokenizer(folder)
     kind = _kind(config, folder)
@@ -128,7 +139,9 @@ def open_folder(folder: Path, *, name: str, digest: str | None = None) -> Base:
 
 
 def digest_of(folder: Path) -> str:
-    """`sha256:…` over the architecture and every tensor (name, dtype, shape, bytes), however they are spread over files."""
+    """`sha256:…` over the architecture and every tensor (name, dtype, shape, bytes), however they
+    are spread over files.
+    """
     digest = hashlib.sha256(json.dumps(_architecture(_config(folder)), sort_keys=True).encode())
     tensors = sorted(entry for path in weight_files(folder) for entry in _tensors(path))
     for name, dtype, shape, start, stop, path in tensors:
@@ -166,27 +179,41 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int, int, Path]]:
-    """(name, dtype, shape, first byte, last byte + 1, file) of every tensor; a truncated file raises."""
+    """(name, dtype, shape, first byte, last byte + 1, file) of every tensor; a truncated file
+    raises.
+    """
     size = path.stat().st_size
     fix = "Copy or fetch the file again."
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
-            raise BaseModelError("the file is truncated", where=str(path), got=f"{size} bytes", fix=fix)
+            raise BaseModelError(
+                "the file is truncated", where=str(path), got=f"{size} bytes", fix=fix
+            )
         try:
             header: dict[str, Any] = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
+            entries = [
+                (name, e["dtype"], tuple(e["shape"]), *e["data_offsets"])
+                for name, e in header.items()
+            ]
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise BaseModelError("not a safetensors file", where=str(path), fix=fix) from error
     first = 8 + length
     stop = first + max((end for *_, end in entries), default=0)
     if stop != size:
         raise BaseModelError(
-            "the file is damaged", where=str(path), expected=f"{stop} bytes", got=f"{size} bytes", fix=fix
+            "the file is damaged",
+            where=str(path),
+            expected=f"{stop} bytes",
+            got=f"{size} bytes",
+            fix=fix,
         )
-    return [(name, dtype, shape, first + begin, first + end, path) for name, dtype, shape, begin, end in entries]
+    return [
+        (name, dtype, shape, first + begin, first + end, path)
+        for name, dtype, shape, begin, end in entries
+    ]
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -194,7 +221,11 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         is_adapter = (folder / "adapter_config.json").exists() or (folder / "adapter").exists()
         raise BaseModelError(
-            "this is an adapter or a run, not a base model" if is_adapter else "this folder holds no model",
+            (
+                "this is an adapter or a run, not a base model"
+                if is_adapter
+                else "this folder holds no model"
+            ),
             where=str(folder),
             expected="config.json, model.safetensors, tokenizer.json",
             fix="Give the folder of a base model.",
@@ -207,8 +238,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _check_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer.json").exists():
-        fix = f"Write it once: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        raise BaseModelError("there is no tokenizer.json in this folder", where=str(folder), fix=fix)
+        fix = (
+            "Write it once:"
+            f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+        raise BaseModelError(
+            "there is no tokenizer.json in this folder", where=str(folder), fix=fix
+        )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -238,8 +274,12 @@ def _kind(config: dict[str, Any], folder: Path) -> Kind:
 
 
 def _seq2seq(config: dict[str, Any], classes: list[str], folder: Path) -> Kind:
-    """An encoder-decoder that generates; BaseModelError for other families, and for one half or another head of it."""
-    fits = config["model_type"] in SEQ2SEQ and any(name.endswith("ForConditionalGeneration") for name in classes)
+    """An encoder-decoder that generates; BaseModelError for other families, and for one half or
+    another head of it.
+    """
+    fits = config["model_type"] in SEQ2SEQ and any(
+        name.endswith("ForConditionalGeneration") for name in classes
+    )
     if not fits:
         raise BaseModelError(
             "this encoder-decoder is not supported",
@@ -248,7 +288,11 @@ def _seq2seq(config: dict[str, Any], classes: list[str], folder: Path) -> Kind:
             got=f"model_type {config['model_type']!r}, architectures {classes}",
         )
     if config.get("decoder_start_token_id") is None:
-        raise BaseModelError("the configuration names no decoder_start_token_id", where=str(folder / "config.json"), expected="a token id, of T5 0")
+        raise BaseModelError(
+            "the configuration names no decoder_start_token_id",
+            where=str(folder / "config.json"),
+            expected="a token id, of T5 0",
+        )
     return "encoder-decoder"
 
 
@@ -259,13 +303,17 @@ def _pooling(folder: Path) -> Pooling:
         return "cls"
     values = _json(path)
     mode = values.get("pooling_mode")  # newer files name it, older ones have one flag a mode
-    flags = {key.removeprefix("pooling_mode_"): value for key, value in values.items() if value is True}
+    flags = {
+        key.removeprefix("pooling_mode_"): value for key, value in values.items() if value is True
+    }
     if mode == "mean" or "mean_tokens" in flags:
         return "mean"
     if mode == "cls" or "cls_token" in flags:
         return "cls"
     got = ", ".join(flags) or str(mode)
-    raise BaseModelError("this pooling is not supported", where=str(path), expected="mean or cls", got=got)
+    raise BaseModelError(
+        "this pooling is not supported", where=str(path), expected="mean or cls", got=got
+    )
 
 
 def _max_length(config: dict[str, Any]) -> int:
@@ -278,13 +326,27 @@ def _max_length(config: dict[str, Any]) -> int:
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     """The keys that matter, with the defaults that some versions write and others leave out."""
-    more = SEQ2SEQ_KEYS if config.get("is_encoder_decoder") else DEBERTA_KEYS if config["model_type"] == DEBERTA else ()
+    more = (
+        SEQ2SEQ_KEYS
+        if config.get("is_encoder_decoder")
+        else DEBERTA_KEYS
+        if config["model_type"] == DEBERTA
+        else ()
+    )
     kept = {key: config[key] for key in (*ARCHITECTURE_KEYS, *more) if config.get(key) is not None}
     if "pos_att_type" in kept:  # "p2c|c2p", or a list
-        names = kept["pos_att_type"].split("|") if isinstance(kept["pos_att_type"], str) else kept["pos_att_type"]
+        names = (
+            kept["pos_att_type"].split("|")
+            if isinstance(kept["pos_att_type"], str)
+            else kept["pos_att_type"]
+        )
         kept["pos_att_type"] = sorted(name.strip().lower() for name in names)
-    if config["model_type"] == "t5":  # which writes down in one of two ways whether the decoder's states are scaled
-        kept["scale_decoder_outputs"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
+    if (
+        config["model_type"] == "t5"
+    ):  # which writes down in one of two ways whether the decoder's states are scaled
+        kept["scale_decoder_outputs"] = config.get(
+            "scale_decoder_outputs", config.get("tie_word_embeddings") is not False
+        )
     heads = config.get("num_attention_heads")
     if heads:
         kept["num_key_value_heads"] = config.get("num_key_value_heads") or heads

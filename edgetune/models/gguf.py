@@ -1,8 +1,9 @@
-"""A GGUF file → a folder with fp32 safetensors, config.json, tokenizer.json and chat_template.jinja.
+"""A GGUF file → a folder with fp32 safetensors, config.json, tokenizer.json and
+chat_template.jinja.
 
-transformers' GGUF loader de-quantises the weights. Its tokenizer needs two repairs: it ignores the file's
-splitting rule (`tokenizer.ggml.pre`), which changes the ids of numbers after spaces and newlines, and it
-records no model_max_length.
+transformers' GGUF loader de-quantises the weights. Its tokenizer needs two repairs: it ignores the
+file's splitting rule (`tokenizer.ggml.pre`), which changes the ids of numbers after spaces and
+newlines, and it records no model_max_length.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from edgetune.core.errors import BaseModelError
 from edgetune.models.load import quiet
 
 SOURCE = "source.gguf"
-# The splitting rules by llama.cpp's names (src/llama-vocab.cpp, llama_vocab_pre_type): regexes applied in order.
+# The splitting rules by llama.cpp's names (src/llama-vocab.cpp, llama_vocab_pre_type): regexes
+# applied in order.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {
     "gpt-2": [GPT2],
@@ -41,10 +44,14 @@ def convert_gguf(source: Path, folder: Path) -> None:
     shutil.copyfile(source, folder / SOURCE)
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SOURCE, dtype=torch.float32)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=SOURCE, dtype=torch.float32
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SOURCE)
         except (ValueError, RuntimeError, KeyError, NotImplementedError, struct.error) as error:
-            raise BaseModelError(f"transformers cannot read this GGUF file: {error}", where=str(source)) from error
+            raise BaseModelError(
+                f"transformers cannot read this GGUF file: {error}", where=str(source)
+            ) from error
         _save_weights(loaded, folder)
         _set_splits(tokenizer, fields, source)
         tokenizer.model_max_length = loaded.config.max_position_embeddings
@@ -58,22 +65,34 @@ def _fields(source: Path) -> dict[str, Any]:
 
     with source.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise BaseModelError("not a GGUF file", where=str(source), expected="a file that begins with GGUF")
+            raise BaseModelError(
+                "not a GGUF file", where=str(source), expected="a file that begins with GGUF"
+            )
     try:
         reader = gguf.GGUFReader(source)
         last = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
         arrays = gguf.GGUFValueType.ARRAY
-        fields = {name: f.contents() for name, f in reader.fields.items() if f.types and f.types[0] != arrays}
+        fields = {
+            name: f.contents()
+            for name, f in reader.fields.items()
+            if f.types and f.types[0] != arrays
+        }
     except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
         fix = "Fetch the file again."
-        raise BaseModelError(f"the GGUF file is damaged: {error}", where=str(source), fix=fix) from error
+        raise BaseModelError(
+            f"the GGUF file is damaged: {error}", where=str(source), fix=fix
+        ) from error
     if last > source.stat().st_size:
-        raise BaseModelError("the GGUF file is truncated", where=str(source), fix="Fetch the file again.")
+        raise BaseModelError(
+            "the GGUF file is truncated", where=str(source), fix="Fetch the file again."
+        )
     return fields
 
 
 def _save_weights(loaded: Any, folder: Path) -> None:
-    """Save through a model that was never quantised, so that config.json and the file carry no trace of GGUF."""
+    """Save through a model that was never quantised, so that config.json and the file carry no
+    trace of GGUF.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

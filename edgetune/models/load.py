@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and no reports from transformers inside."""
@@ -31,21 +30,33 @@ def quiet() -> Iterator[None]:
 
 
 def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model in evaluation mode (float32 by default): a decoder or encoder-decoder with its output
-    projection, or an encoder without head; with the weights of the bundle where the base has a `precision`. Weights that are missing in
-    the file raise, but for an encoder's unused pooler."""
+    """The transformers model in evaluation mode (float32 by default): a decoder or encoder-decoder
+    with its output projection, or an encoder without head; with the weights of the bundle where the
+    base has a `precision`. Weights that are missing in the file raise, but for an encoder's unused
+    pooler."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    loader = {"decoder": AutoModelForCausalLM, "encoder": AutoModel, "encoder-decoder": AutoModelForSeq2SeqLM}[base.kind]
+    loader = {
+        "decoder": AutoModelForCausalLM,
+        "encoder": AutoModel,
+        "encoder-decoder": AutoModelForSeq2SeqLM,
+    }[base.kind]
     with quiet():
         try:
             model, report = loader.from_pretrained(
-                base.folder, dtype=dtype or torch.float32, local_files_only=True, output_loading_info=True
+                base.folder,
+                dtype=dtype or torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BaseModelError(f"the model cannot be loaded: {line}", where=str(base.folder)) from error
+            line = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            raise BaseModelError(
+                f"the model cannot be loaded: {line}", where=str(base.folder)
+            ) from error
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
         raise BaseModelError(
@@ -62,11 +73,15 @@ def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
 
 
 def load_tokenizer(base: Base) -> Any:
-    """The tokenizer (a PreTrainedTokenizerFast); its ids are those of the folder's tokenizer.json."""
+    """The tokenizer (a PreTrainedTokenizerFast); its ids are those of the folder's
+    tokenizer.json.
+    """
     from transformers import AutoTokenizer
 
     with quiet():
         try:
             return AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise BaseModelError(f"the tokenizer cannot be loaded: {error}", where=str(base.folder)) from error
+            raise BaseModelError(
+                f"the tokenizer cannot be loaded: {error}", where=str(base.folder)
+            ) from error

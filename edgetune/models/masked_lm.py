@@ -1,4 +1,5 @@
-"""An encoder with its masked-language-model head: the checkpoint's own where it has one, else a new one.
+"""An encoder with its masked-language-model head: the checkpoint's own where it has one, else a new
+one.
 
 A new head is the architecture's: a transform layer, and a projection tied to the input embedding.
 """
@@ -18,7 +19,9 @@ from edgetune.models.load import quiet
 
 
 def load_masked_lm(base: Base, *, seed: int) -> tuple[Any, bool]:
-    """transformers' …ForMaskedLM in float32 and evaluation mode, and whether its head is new (drawn with the seed)."""
+    """transformers' …ForMaskedLM in float32 and evaluation mode, and whether its head is new (drawn
+    with the seed).
+    """
     from transformers import AutoModelForMaskedLM
 
     with quiet():
@@ -28,13 +31,17 @@ def load_masked_lm(base: Base, *, seed: int) -> tuple[Any, bool]:
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BaseModelError(f"masked-lm cannot load this base: {line}", where=str(base.folder)) from error
+            raise BaseModelError(
+                f"masked-lm cannot load this base: {line}", where=str(base.folder)
+            ) from error
     missing = {name for name in report["missing_keys"] if "pooler" not in name}
     body = f"{model.base_model_prefix}."
     absent = sorted(name for name in missing if name.startswith(body))
     if absent:
         raise BaseModelError(
-            f"{len(absent)} tensors of the model are not in its files", where=str(base.folder), got="without " + ", ".join(absent[:3])
+            f"{len(absent)} tensors of the model are not in its files",
+            where=str(base.folder),
+            got="without " + ", ".join(absent[:3]),
         )
     _draw(model, missing, seed=seed)
     if base.precision is not None:
@@ -44,15 +51,17 @@ def load_masked_lm(base: Base, *, seed: int) -> tuple[Any, bool]:
 
 @torch.no_grad()
 def _draw(model: Any, missing: set[str], *, seed: int) -> None:
-    """BERT's own start for the head's missing weights, in the order of the model: transformers takes them in the order
-    of a set of names, which is another one in every process."""
+    """BERT's own start for the head's missing weights, in the order of the model: transformers
+    takes them in the order of a set of names, which is another one in every process."""
     generator = torch.Generator().manual_seed(seed)
     heads = {id(parameter) for parameter in head_parameters(model)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in heads or name not in missing:
             continue
         if parameter.ndim >= 2:
-            parameter.normal_(std=getattr(model.config, "initializer_range", 0.02), generator=generator)
+            parameter.normal_(
+                std=getattr(model.config, "initializer_range", 0.02), generator=generator
+            )
         else:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 

@@ -15,24 +15,36 @@ from edgetune.models.gguf import convert_gguf
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-CHOICES = f"{', '.join(BUILTINS)}, a local folder, a .gguf file, folder#file.gguf, or a hub id (needs a network once)"
+CHOICES = (
+    f"{', '.join(BUILTINS)}, a local folder, a .gguf file, folder#file.gguf, or a hub id (needs a"
+    " network once)"
+)
 
 
 def resolve_base(name: str) -> Base:
-    """The base that `name` means, fetched or converted into the cache when needed. Raises BaseModelError.
+    """The base that `name` means, fetched or converted into the cache when needed. Raises
+    BaseModelError.
 
     `builtin:NAME` | local folder | file.gguf | folder#file.gguf | hub id | hub id#file.gguf
     """
     if name.startswith(PREFIX):
         if name not in BUILTINS:
             fix = did_you_mean(name, BUILTINS)
-            raise BaseModelError(f'there is no built-in base "{name}"', expected="one of " + ", ".join(BUILTINS), fix=fix)
+            raise BaseModelError(
+                f'there is no built-in base "{name}"',
+                expected="one of " + ", ".join(BUILTINS),
+                fix=fix,
+            )
         return resolve_builtin(BUILTINS[name])
     place, _, file = name.partition("#")
     path = Path(place).expanduser()
     if path.exists():
         path = path.absolute()  # not resolve(): the hub's cache links to files without endings
-    if path.is_dir() and not (path / "config.json").exists() and (path / "model" / "config.json").exists():
+    if (
+        path.is_dir()
+        and not (path / "config.json").exists()
+        and (path / "model" / "config.json").exists()
+    ):
         path = path / "model"  # a run that trained all weights
     if path.is_dir() and not file:
         return open_folder(path, name=name)
@@ -40,18 +52,32 @@ def resolve_base(name: str) -> Base:
         return _resolve_gguf(path / file if file else path, name=name)
     if HUB_ID.fullmatch(place) and not place.endswith(".gguf"):
         return _resolve_hub(place, file, name=name)
-    raise BaseModelError(f'there is no base model "{name}"', expected=CHOICES, fix="Correct the path.")
+    raise BaseModelError(
+        f'there is no base model "{name}"', expected=CHOICES, fix="Correct the path."
+    )
 
 
 def _resolve_gguf(path: Path, *, name: str) -> Base:
     if not path.is_file():
-        near = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) if path.parent.is_dir() else ""
-        raise BaseModelError("there is no such GGUF file", where=str(path), got=f"the folder has {near}" if near else "")
+        near = (
+            ", ".join(sorted(p.name for p in path.parent.glob("*.gguf")))
+            if path.parent.is_dir()
+            else ""
+        )
+        raise BaseModelError(
+            "there is no such GGUF file",
+            where=str(path),
+            got=f"the folder has {near}" if near else "",
+        )
     if path.suffix.lower() != ".gguf":
-        raise BaseModelError("this file is not a base model", where=str(path), expected="a folder or a .gguf file")
+        raise BaseModelError(
+            "this file is not a base model", where=str(path), expected="a folder or a .gguf file"
+        )
     digest = sha256_file(path)
     folder = cache_folder() / "bases" / f"gguf-{digest[:16]}"
-    return cached(folder, name=name, source_sha256=digest, make=lambda partial: convert_gguf(path, partial))
+    return cached(
+        folder, name=name, source_sha256=digest, make=lambda partial: convert_gguf(path, partial)
+    )
 
 
 def _resolve_hub(repository: str, file: str, *, name: str) -> Base:

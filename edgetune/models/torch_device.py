@@ -1,4 +1,6 @@
-"""Where training computes, and in which number format: processor, CUDA or Apple's GPU; fp32 or bf16."""
+"""Where training computes, and in which number format: processor, CUDA or Apple's GPU; fp32 or
+bf16.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,17 @@ T = TypeVar("T")
 
 
 def choose_device(setting: str, *, local_rank: int = 0) -> torch.device:
-    """The recipe's `device` on this machine; of several GPUs each process takes its own. TrainingError when it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(name for name, there in available.items() if there) if setting == "auto" else setting
+    """The recipe's `device` on this machine; of several GPUs each process takes its own.
+    TrainingError when it is not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    kind = (
+        next(name for name, there in available.items() if there) if setting == "auto" else setting
+    )
     if not available[kind]:
         raise TrainingError(
             f'device = "{kind}" is not on this machine',
@@ -41,7 +51,9 @@ def choose_device(setting: str, *, local_rank: int = 0) -> torch.device:
 
 
 def peak_device_mb(device: torch.device) -> float | None:
-    """Peak memory of tensors on a CUDA GPU since `choose_device`, in MB (10^6 bytes); None elsewhere."""
+    """Peak memory of tensors on a CUDA GPU since `choose_device`, in MB (10^6 bytes); None
+    elsewhere.
+    """
     return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
 
 
@@ -51,7 +63,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(value: T, device: torch.device) -> T:
-    """A batch (a dataclass, or any nest of tuples, lists and dicts) with every tensor on `device`; itself on the CPU."""
+    """A batch (a dataclass, or any nest of tuples, lists and dicts) with every tensor on `device`;
+    itself on the CPU.
+    """
     return value if device.type == "cpu" else _moved(value, device)
 
 
@@ -59,7 +73,10 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: _moved(getattr(value, field.name), device)
+            for field in dataclasses.fields(value)
+        }
         return dataclasses.replace(value, **fields)
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
@@ -69,7 +86,9 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Every generator that training may draw from: Python's, numpy's, torch's, and the device's own."""
+    """Every generator that training may draw from: Python's, numpy's, torch's, and the device's
+    own.
+    """
     name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
     state = {
         "python": random.getstate(),
@@ -120,7 +139,9 @@ def choose_precision(setting: str, *, hidden: int, device: torch.device = CPU) -
 
 
 def has_bf16(device: torch.device = CPU) -> bool:
-    """Whether the device multiplies bf16 itself; True where torch cannot tell, the measurement then decides."""
+    """Whether the device multiplies bf16 itself; True where torch cannot tell, the measurement then
+    decides.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -130,9 +151,15 @@ def has_bf16(device: torch.device = CPU) -> bool:
 
 
 def _bf16_speedup(hidden: int, device: torch.device) -> float:
-    """Best fp32 time over best bf16 time of (tokens, hidden) x (hidden, 4 hidden), taken in turns."""
-    generator = torch.Generator().manual_seed(0)  # its own, so that measuring does not move the training's seed
-    x, weight = (torch.randn(rows, hidden, generator=generator).to(device) for rows in (TOKENS, 4 * hidden))
+    """Best fp32 time over best bf16 time of (tokens, hidden) x (hidden, 4 hidden), taken in
+    turns.
+    """
+    generator = torch.Generator().manual_seed(
+        0
+    )  # its own, so that measuring does not move the training's seed
+    x, weight = (
+        torch.randn(rows, hidden, generator=generator).to(device) for rows in (TOKENS, 4 * hidden)
+    )
     fp32 = x, weight
     bf16 = x.bfloat16(), weight.bfloat16()
     seconds: dict[Precision, list[float]] = {"fp32": [], "bf16": []}
@@ -153,7 +180,9 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def autocast(precision: Precision, device: torch.device = CPU) -> contextlib.AbstractContextManager[object]:
+def autocast(
+    precision: Precision, device: torch.device = CPU
+) -> contextlib.AbstractContextManager[object]:
     """Matrix products in bf16, or nothing."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -161,9 +190,11 @@ def autocast(precision: Precision, device: torch.device = CPU) -> contextlib.Abs
 
 
 def hold_frozen_linears_in_bf16(model: nn.Module) -> None:
-    """Autocast would convert a frozen weight at every step; converted once it also takes half the memory.
+    """Autocast would convert a frozen weight at every step; converted once it also takes half the
+    memory.
 
-    Embeddings, norms and a head as it was before training stay fp32, and so does the residual stream.
+    Embeddings, norms and a head as it was before training stay fp32, and so does the residual
+    stream.
     """
     for name, module in model.named_modules():
         in_head = not set(HEADS).isdisjoint(name.split("."))

@@ -14,8 +14,12 @@ from edgetune.objectives.language import class_logits
 
 
 def multi_label(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Binary cross entropy, a mean over rows and labels (transformers' problem_type multi_label_classification)."""
-    return F.binary_cross_entropy_with_logits(class_logits(model, batch), batch.labels), len(batch.labels)
+    """Binary cross entropy, a mean over rows and labels (transformers' problem_type
+    multi_label_classification).
+    """
+    return F.binary_cross_entropy_with_logits(class_logits(model, batch), batch.labels), len(
+        batch.labels
+    )
 
 
 def regression(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -24,7 +28,9 @@ def regression(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 def decisions(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Each label of each row as a choice between no and yes: logits (rows · labels, 2), targets (rows · labels,)."""
+    """Each label of each row as a choice between no and yes: logits (rows · labels, 2), targets
+    (rows · labels,).
+    """
     logits = class_logits(model, batch).flatten()
     return torch.stack([torch.zeros_like(logits), logits], dim=-1), batch.labels.flatten().long()
 
@@ -34,16 +40,28 @@ def values(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return class_logits(model, batch), batch.labels
 
 
-def token_classification(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
+def token_classification(
+    model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, int]:
     """Cross entropy of the tags at each word's first sub-word; 0 for a batch without any."""
     logits, targets = word_logits(model, batch)
-    loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing) if len(targets) else logits.sum()
+    loss = (
+        F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        if len(targets)
+        else logits.sum()
+    )
     return loss, targets.numel()
 
 
 def word_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (words, labels) in fp32, row after row, and the tags (words,); from the features where the batch has them."""
+    """Logits (words, labels) in fp32, row after row, and the tags (words,); from the features where
+    the batch has them.
+    """
     inner = unwrapped(model)
     labelled = batch.labels != IGNORE  # (batch, seq)
-    states = batch.features if batch.features is not None else inner.states(batch.input_ids, batch.attention_mask)[labelled]
+    states = (
+        batch.features
+        if batch.features is not None
+        else inner.states(batch.input_ids, batch.attention_mask)[labelled]
+    )
     return inner.classifier(states).float(), batch.labels[labelled]

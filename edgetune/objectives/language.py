@@ -22,7 +22,9 @@ class Objective(Protocol):
     """What a stage minimises."""
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-        """The mean loss (a scalar with gradient) and the number of positions or rows it is the mean of."""
+        """The mean loss (a scalar with gradient) and the number of positions or rows it is the mean
+        of.
+        """
 
 
 def sft(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -43,10 +45,15 @@ def masked_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return loss, targets.numel()
 
 
-def sequence_classification(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
+def sequence_classification(
+    model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, int]:
     """Cross entropy of the class logits."""
     logits = class_logits(model, batch)
-    return F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing), batch.labels.numel()
+    return (
+        F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing),
+        batch.labels.numel(),
+    )
 
 
 def class_logits(model: Any, batch: Batch) -> Tensor:
@@ -59,15 +66,18 @@ def class_logits(model: Any, batch: Batch) -> Tensor:
 
 
 def completion_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (targets, vocab) in fp32 that predict the labelled tokens, and those tokens (targets,).
+    """Logits (targets, vocab) in fp32 that predict the labelled tokens, and those tokens
+    (targets,).
 
-    No attention mask goes in: with causal attention a token sees no later one, so the padding on the right
-    changes nothing before it. Where `position_ids` start again, transformers lets no token see what stands before
-    (`masking_utils.find_packed_sequence_indices`).
+    No attention mask goes in: with causal attention a token sees no later one, so the padding on
+    the right changes nothing before it. Where `position_ids` start again, transformers lets no
+    token see what stands before (`masking_utils.find_packed_sequence_indices`).
     """
     labelled, targets = next_token_targets(batch)
     with projection_only_at(model, labelled):
-        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False, **_packing(model, batch)).logits
+        logits: Tensor = model(
+            input_ids=batch.input_ids, use_cache=False, **_packing(model, batch)
+        ).logits
     return logits.reshape(-1, logits.shape[-1]).float(), targets
 
 
@@ -91,23 +101,32 @@ def masked_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits (targets, vocab) in fp32 at the hidden tokens, and those tokens (targets,)."""
     labelled = batch.labels != IGNORE
     with projection_only_at(model, labelled):
-        logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits: Tensor = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask
+        ).logits
     return logits.reshape(-1, logits.shape[-1]).float(), batch.labels[labelled]
 
 
 def documents_apart(position_ids: Tensor) -> Tensor:
-    """(batch, 1, seq, seq), added to attention's scores: 0 where a token sees another of its own document, not later."""
+    """(batch, 1, seq, seq), added to attention's scores: 0 where a token sees another of its own
+    document, not later.
+    """
     document = (position_ids == 0).cumsum(1)  # (batch, seq)
     seen = (document[:, :, None] == document[:, None, :]).tril()
-    return torch.zeros(seen.shape).masked_fill_(~seen.cpu(), torch.finfo(torch.float32).min)[:, None].to(position_ids.device)
+    return (
+        torch.zeros(seen.shape)
+        .masked_fill_(~seen.cpu(), torch.finfo(torch.float32).min)[:, None]
+        .to(position_ids.device)
+    )
 
 
 @contextlib.contextmanager
 def projection_only_at(model: Any, labelled: Tensor) -> Iterator[None]:
     """Let the output projection see only the hidden states where `labelled` (batch, seq) is true.
 
-    On a small model the projection to the vocabulary costs as much as many layers. What a model does after it
-    (soft-capping, scaling) is element-wise and stays as it is; the logits come out as (1, targets, vocab).
+    On a small model the projection to the vocabulary costs as much as many layers. What a model
+    does after it (soft-capping, scaling) is element-wise and stays as it is; the logits come out as
+    (1, targets, vocab).
     """
     positions = labelled.flatten().nonzero().squeeze(1)
 

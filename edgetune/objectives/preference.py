@@ -17,10 +17,14 @@ from edgetune.objectives.language import completion_logits
 
 @dataclass(frozen=True, slots=True)
 class PairBatch(Batch):
-    """2n right-padded rows, the n chosen answers first, then the n rejected ones in the same order; `targets` is n."""
+    """2n right-padded rows, the n chosen answers first, then the n rejected ones in the same order;
+    `targets` is n.
+    """
 
     reference: Tensor | None = None  # (2n,) the reference policy's log-probabilities of the answers
-    longer: tuple[float, ...] = ()  # a pair each: 1 where the chosen answer is the longer one, ½ for equal lengths
+    longer: tuple[
+        float, ...
+    ] = ()  # a pair each: 1 where the chosen answer is the longer one, ½ for equal lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,11 @@ def collate_pairs(pairs: Sequence[PairExample], pad_id: int) -> PairBatch:
     sides += [_Side(pair.rejected_ids, pair.rejected_labels, pair.row) for pair in pairs]
     batch = collate(sides, pad_id)
     known = [pair.reference for pair in pairs if pair.reference is not None]
-    reference = torch.tensor([c for c, _ in known] + [r for _, r in known]) if len(known) == len(pairs) else None
+    reference = (
+        torch.tensor([c for c, _ in known] + [r for _, r in known])
+        if len(known) == len(pairs)
+        else None
+    )
     return PairBatch(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -52,7 +60,9 @@ def collate_pairs(pairs: Sequence[PairExample], pad_id: int) -> PairBatch:
 
 
 def bradley_terry(model: nn.Module, batch: PairBatch) -> tuple[Tensor, int]:
-    """-log σ(r_chosen - r_rejected), the mean over pairs (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1)."""
+    """-log σ(r_chosen - r_rejected), the mean over pairs (Bradley and Terry 1952; Ouyang et al.
+    2022, eq. 1).
+    """
     chosen, rejected = pair_rewards(model, batch)
     return -F.logsigmoid(chosen - rejected).mean(), batch.targets
 
@@ -65,7 +75,9 @@ def pair_rewards(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
 
 
 def dpo(model: nn.Module, batch: PairBatch, *, beta: float) -> tuple[Tensor, int]:
-    """-log σ of the difference of implicit rewards, the mean over pairs (Rafailov et al. 2023, eq. 7)."""
+    """-log σ of the difference of implicit rewards, the mean over pairs (Rafailov et al. 2023, eq.
+    7).
+    """
     chosen, rejected = implicit_rewards(model, batch, beta=beta)
     return -F.logsigmoid(chosen - rejected).mean(), batch.targets
 
@@ -73,7 +85,9 @@ def dpo(model: nn.Module, batch: PairBatch, *, beta: float) -> tuple[Tensor, int
 def implicit_rewards(model: nn.Module, batch: PairBatch, *, beta: float) -> tuple[Tensor, Tensor]:
     """β (log π - log π_ref) of the chosen and the rejected answers, (n,) each."""
     if batch.reference is None:
-        raise ValueError("dpo needs the reference policy's log-probabilities; see training.reference")
+        raise ValueError(
+            "dpo needs the reference policy's log-probabilities; see training.reference"
+        )
     chosen, rejected = (beta * (answer_log_probs(model, batch) - batch.reference)).chunk(2)
     return chosen, rejected
 
@@ -85,7 +99,8 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def token_log_probs(model: Any, batch: Batch, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of every labelled token (targets,), in the order of the rows, and the row of each (targets,).
+    """Log-probability of every labelled token (targets,), in the order of the rows, and the row of
+    each (targets,).
 
     The output projection runs only where there are labels; the logits are divided by `temperature`.
     """

@@ -1,9 +1,11 @@
-"""Next-token loss without the logits of all positions: hidden states go through the output projection in pieces.
+"""Next-token loss without the logits of all positions: hidden states go through the output
+projection in pieces.
 
-The logits of a small model are its largest tensor (49,152 numbers a token), and cross entropy keeps three of that
-size. Here a piece of rows is projected, its loss and its gradient with respect to the hidden states are taken at once,
-and the piece is forgotten: the idea of Liger's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989), for a
-frozen projection and without a kernel of its own.
+The logits of a small model are its largest tensor (49,152 numbers a token), and cross entropy keeps
+three of that size. Here a piece of rows is projected, its loss and its gradient with respect to the
+hidden states are taken at once, and the piece is forgotten: the idea of Liger's fused linear cross
+entropy (Hsu et al. 2024, arXiv:2410.10989), for a frozen projection and without a kernel of its
+own.
 """
 
 from __future__ import annotations
@@ -20,17 +22,27 @@ ROWS_AT_ONCE = 128  # 25 MB of fp32 logits at a vocabulary of 49,152
 
 
 class ProjectedCrossEntropy(torch.autograd.Function):
-    """mean over rows of -log softmax(h Wᵀ + b)[target]: h (rows, hidden), W (vocab, hidden) and b frozen."""
+    """mean over rows of -log softmax(h Wᵀ + b)[target]: h (rows, hidden), W (vocab, hidden) and b
+    frozen.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
         """`hidden` in any format; products in the format of `weight`, softmax in fp32."""
         gradient = torch.empty_like(hidden, dtype=weight.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         shape = min(ROWS_AT_ONCE, len(hidden)), len(weight)
-        products, scores = hidden.new_empty(shape, dtype=weight.dtype), hidden.new_empty(shape, dtype=_wide(weight))
+        products, scores = (
+            hidden.new_empty(shape, dtype=weight.dtype),
+            hidden.new_empty(shape, dtype=_wide(weight)),
+        )
         for start in range(0, len(hidden), ROWS_AT_ONCE):
-            rows, wanted = hidden[start : start + ROWS_AT_ONCE].to(weight.dtype), targets[start : start + ROWS_AT_ONCE, None]
+            rows, wanted = (
+                hidden[start : start + ROWS_AT_ONCE].to(weight.dtype),
+                targets[start : start + ROWS_AT_ONCE, None],
+            )
             product, score = products[: len(rows)], scores[: len(rows)]  # (piece, vocab)
             torch.mm(rows, weight.T, out=product)
             if bias is not None:
@@ -49,10 +61,11 @@ class ProjectedCrossEntropy(torch.autograd.Function):
 
 
 def _losses_to_gradient(scores: Tensor, wanted: Tensor) -> Tensor:
-    """-log softmax(scores)[wanted], a number a row; `scores` becomes its gradient, softmax(scores) less 1 at `wanted`.
+    """-log softmax(scores)[wanted], a number a row; `scores` becomes its gradient, softmax(scores)
+    less 1 at `wanted`.
 
-    torch's softmax is several times faster than its log_softmax, so the logarithm of the sum is taken back from the
-    largest probability, which is never small.
+    torch's softmax is several times faster than its log_softmax, so the logarithm of the sum is
+    taken back from the largest probability, which is never small.
     """
     largest, score = scores.amax(-1), scores.gather(1, wanted).squeeze(1)
     torch.softmax(scores, -1, out=scores)
@@ -67,8 +80,8 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 @contextlib.contextmanager
 def projection_captured(model: Any, labelled: Tensor) -> Iterator[list[Tensor]]:
-    """Let a forward pass stop before the output projection; afterwards the list holds the hidden states (targets, hidden)
-    where `labelled` (batch, seq) is true."""
+    """Let a forward pass stop before the output projection; afterwards the list holds the hidden
+    states (targets, hidden) where `labelled` (batch, seq) is true."""
     positions = labelled.flatten().nonzero().squeeze(1)
     captured: list[Tensor] = []
     head = model.get_output_embeddings()
@@ -85,7 +98,9 @@ def projection_captured(model: Any, labelled: Tensor) -> Iterator[list[Tensor]]:
 
 
 def projected_loss(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of `targets` (targets,) given the hidden states (targets, hidden); products in autocast's format."""
+    """Mean cross entropy of `targets` (targets,) given the hidden states (targets, hidden);
+    products in autocast's format.
+    """
     head, kind = model.get_output_embeddings(), hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
@@ -95,11 +110,15 @@ def projected_loss(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-_cast: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = weakref.WeakKeyDictionary()
+_cast: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _in_format(head: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The frozen projection's weight in `dtype`: one that is tied to the embedding stays fp32, and is converted once."""
+    """The frozen projection's weight in `dtype`: one that is tied to the embedding stays fp32, and
+    is converted once.
+    """
     if head.weight.dtype == dtype:
         return head.weight
     state = head.weight.data_ptr(), head.weight._version
@@ -109,8 +128,8 @@ def _in_format(head: nn.Linear, dtype: torch.dtype) -> Tensor:
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether a training pass may leave the projection to `ProjectedCrossEntropy`: it is frozen, plain, and what it gives
-    are the model's logits (no soft-cap, no scale)."""
+    """Whether a training pass may leave the projection to `ProjectedCrossEntropy`: it is frozen,
+    plain, and what it gives are the model's logits (no soft-cap, no scale)."""
     head = model.get_output_embeddings() if torch.is_grad_enabled() else None
     frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
     return frozen and _logits_are_the_projection(model)
@@ -132,5 +151,9 @@ def _logits_are_the_projection(model: Any) -> bool:
                 logits = model(input_ids=ids, **answer, use_cache=False).logits
         finally:
             hook.remove()
-        _plain[model] = len(given) == 1 and logits.shape == given[0].shape and bool(torch.equal(logits, given[0]))
+        _plain[model] = (
+            len(given) == 1
+            and logits.shape == given[0].shape
+            and bool(torch.equal(logits, given[0]))
+        )
     return _plain[model]

@@ -1,7 +1,8 @@
 """Encoder-decoders in training: batches of prompts and answers, and the loss on the answers.
 
-The encoder reads the prompt as its tokenizer writes it (with its end token), the decoder the answer moved on by the start
-token, as transformers' `_shift_right` does; the loss is on every token of the answer, its end included.
+The encoder reads the prompt as its tokenizer writes it (with its end token), the decoder the answer
+moved on by the start token, as transformers' `_shift_right` does; the loss is on every token of the
+answer, its end included.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits (targets, vocab) in fp32 of the answers' tokens, and these tokens (targets,).
 
-    No mask goes into the decoder: a token sees no later one, so the padding on the right changes nothing before it.
+    No mask goes into the decoder: a token sees no later one, so the padding on the right changes
+    nothing before it.
     """
     labelled = batch.labels != IGNORE
     with projection_only_at(model, labelled):
@@ -43,6 +45,13 @@ def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """Prompts, and answers moved on by the start token."""
     config = unwrapped(model).config
-    begun = batch.labels.masked_fill(batch.labels == IGNORE, config.pad_token_id or 0).roll(1, dims=1)
+    begun = batch.labels.masked_fill(batch.labels == IGNORE, config.pad_token_id or 0).roll(
+        1, dims=1
+    )
     begun[:, 0] = config.decoder_start_token_id
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "decoder_input_ids": begun, "use_cache": False}
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "decoder_input_ids": begun,
+        "use_cache": False,
+    }

@@ -1,11 +1,13 @@
-"""Steps and zeros of 4-bit blocks by half-quadratic search, without any text (HQQ, Badri and Shaji 2023, mobiusml.github.io/hqq_blog).
+"""Steps and zeros of 4-bit blocks by half-quadratic search, without any text (HQQ, Badri and Shaji
+2023, mobiusml.github.io/hqq_blog).
 
-Minimises Σ|W − s (q − z)|ᵖ with p < 1, which forgives the few weights that are clipped and serves the many others. With a second
-variable E for what is forgiven, each half has a solution of its own (equations 3 and 4 there):
+Minimises Σ|W − s (q − z)|ᵖ with p < 1, which forgives the few weights that are clipped and serves
+the many others. With a second variable E for what is forgiven, each half has a solution of its own
+(equations 3 and 4 there):
 
-    E ← shrink(W − s (q − z))     sign(x) · max(0, |x| − |x|ᵖ⁻¹ / β)
-    z ← mean(q − (W − E) / s), here rounded to an integer of the grid, because that is what `MatMulNBits` multiplies with
-    s ← ⟨W − E, q − z⟩ / ‖q − z‖²  (HQQ keeps s; a step beside it costs nothing here)
+    E ← shrink(W − s (q − z))     sign(x) · max(0, |x| − |x|ᵖ⁻¹ / β) z ← mean(q − (W − E) / s), here
+    rounded to an integer of the grid, because that is what `MatMulNBits` multiplies with s ← ⟨W −
+    E, q − z⟩ / ‖q − z‖²  (HQQ keeps s; a step beside it costs nothing here)
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ ROUNDS = 10
 TOP = 15
 
 
-def half_quadratic_steps(blocks: Tensor, scale: Tensor, zero: Tensor, *, rounds: int = ROUNDS) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (rows, blocks) of blocks (rows, blocks, size), from given ones; a block never gets worse by Σ|error|ᵖ."""
+def half_quadratic_steps(
+    blocks: Tensor, scale: Tensor, zero: Tensor, *, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (rows, blocks) of blocks (rows, blocks, size), from given ones; a block
+    never gets worse by Σ|error|ᵖ.
+    """
     values, error = _round(blocks, scale, zero)
     best_scale, best_zero, least = scale, zero, _loss(error)
     for _ in range(rounds):
@@ -36,7 +42,10 @@ def half_quadratic_steps(blocks: Tensor, scale: Tensor, zero: Tensor, *, rounds:
         if not better.any():
             break
         least = torch.where(better, loss, least)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        best_scale, best_zero = (
+            torch.where(better, scale, best_scale),
+            torch.where(better, zero, best_zero),
+        )
     return best_scale, best_zero
 
 

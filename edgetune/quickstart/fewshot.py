@@ -1,4 +1,6 @@
-"""The base model without adapter, shown a few training rows first: the honest row to compare an adapter with."""
+"""The base model without adapter, shown a few training rows first: the honest row to compare an
+adapter with.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ class FewShotBase:
         self.prompt_format = adapted.prompt_format
         self.max_new_tokens: int = adapted.metadata["generation"]["max_new_tokens"]
         self.prefix = self._ids("".join(self._shot(row) for row in shots))
-        self.ends = [self.tokenizer.eos_token_id, *(ids[0] for text in ("\n", "\n\n") if len(ids := self._ids(text)) == 1)]
+        self.ends = [
+            self.tokenizer.eos_token_id,
+            *(ids[0] for text in ("\n", "\n\n") if len(ids := self._ids(text)) == 1),
+        ]
         self._cache: Any = None
 
     def classify(self, texts: Sequence[str]) -> list[str]:
@@ -41,17 +46,22 @@ class FewShotBase:
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """The first line that the base writes after each prompt."""
         with adapter_off(self.model):
-            output, start = self._generate([self._ids(self.SHOT.format(prompt)) for prompt in prompts])
+            output, start = self._generate(
+                [self._ids(self.SHOT.format(prompt)) for prompt in prompts]
+            )
         texts = self.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
         return [text.strip().split("\n", 1)[0] for text in texts]
 
     def _generate(self, questions: Sequence[list[int]]) -> tuple[torch.Tensor, int]:
         """(rows, prefix + longest question + new) ids, and where the new ones start.
 
-        Padding stands between prefix and question, masked, so that all rows can share the prefix's cache.
+        Padding stands between prefix and question, masked, so that all rows can share the prefix's
+        cache.
         """
         longest, pad = max(map(len, questions)), self.tokenizer.eos_token_id
-        input_ids = torch.tensor([self.prefix + [pad] * (longest - len(ids)) + ids for ids in questions])
+        input_ids = torch.tensor(
+            [self.prefix + [pad] * (longest - len(ids)) + ids for ids in questions]
+        )
         known = len(self.prefix)
         mask = torch.ones_like(input_ids)
         for row, ids in enumerate(questions):
@@ -72,7 +82,9 @@ class FewShotBase:
         if not self.prefix:
             return None
         if self._cache is None:
-            self._cache = self.model(input_ids=torch.tensor([self.prefix]), use_cache=True, logits_to_keep=1).past_key_values
+            self._cache = self.model(
+                input_ids=torch.tensor([self.prefix]), use_cache=True, logits_to_keep=1
+            ).past_key_values
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(rows)
         return cache

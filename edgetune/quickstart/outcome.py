@@ -12,7 +12,9 @@ from edgetune.core.progress import duration
 
 @dataclass(frozen=True)
 class Call:
-    """One request and its answers from the bundle: with the adapter, and without where the base can answer at all."""
+    """One request and its answers from the bundle: with the adapter, and without where the base can
+    answer at all.
+    """
 
     request: str
     answer: str
@@ -55,7 +57,9 @@ class ShipmentOutcome:
 
     def latency(self, adapter: str) -> Mapping[str, Any]:
         """Percentiles of one adapter."""
-        found: Mapping[str, Any] = next(row for row in self.measured["adapters"] if row["adapter"] == adapter)
+        found: Mapping[str, Any] = next(
+            row for row in self.measured["adapters"] if row["adapter"] == adapter
+        )
         return found
 
 
@@ -69,7 +73,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything; `preparation_seconds` is fetching and unpacking the bases, which only the first run does."""
+    """Everything; `preparation_seconds` is fetching and unpacking the bases, which only the first
+    run does.
+    """
 
     shipments: tuple[ShipmentOutcome, ...]
     steps: tuple[Step, ...]
@@ -85,16 +91,29 @@ class Outcome:
 
     @property
     def failures(self) -> list[str]:
-        """Every limit of the device's budget that is exceeded. (A proof that fails stops the road before.)"""
+        """Every limit of the device's budget that is exceeded. (A proof that fails stops the road
+        before.)
+        """
         return [
-            f"{shipment.name}: {verdict['key']} is {verdict['value']:.4g}, limit {verdict['limit']:g}"
+            f"{shipment.name}: {verdict['key']} is {verdict['value']:.4g}, limit"
+            f" {verdict['limit']:g}"
             for shipment in self.shipments
             for verdict in shipment.verdicts
             if verdict["state"] == "over"
         ]
 
 
-HEAD = ("adapter", "base model", "metric", "base", "torch", "bundle", "latency (p50)", "bundle size", "adapter size")
+HEAD = (
+    "adapter",
+    "base model",
+    "metric",
+    "base",
+    "torch",
+    "bundle",
+    "latency (p50)",
+    "bundle size",
+    "adapter size",
+)
 METRICS = {"json_exact_match": "exact match", "exact_match": "exact match"}
 
 
@@ -121,16 +140,24 @@ def table_lines(outcome: Outcome) -> list[str]:
     """The table as text, columns aligned, with what the base's column means below."""
     rows = [HEAD, *table(outcome)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     lines.insert(1, "  ".join("─" * width for width in widths))
-    how = dict.fromkeys(f"{short_name(a.base)}: {a.base_how}" for s in outcome.shipments for a in s.adapters)
+    how = dict.fromkeys(
+        f"{short_name(a.base)}: {a.base_how}" for s in outcome.shipments for a in s.adapters
+    )
     return [*lines, "base = " + "; ".join(how)]
 
 
 def closing(outcome: Outcome) -> str:
     """Time and memory in one line."""
     prepared = f" (and {duration(outcome.preparation_seconds)} to prepare the bases)"
-    return f"{duration(outcome.seconds)}{prepared}, peak memory {outcome.peak_rss_mb:,.0f} MB, {counted(outcome.threads, 'thread')}"
+    return (
+        f"{duration(outcome.seconds)}{prepared}, peak memory {outcome.peak_rss_mb:,.0f} MB,"
+        f" {counted(outcome.threads, 'thread')}"
+    )
 
 
 def latency_words(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""report.html of the quickstart: one self-contained page with results, plots and answers, in light and dark."""
+"""report.html of the quickstart: one self-contained page with results, plots and answers, in light
+and dark.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,22 @@ from edgetune.report.charts import Bar, Series, bar_chart, line_chart
 from edgetune.report.html import STYLE
 
 MORE_STYLE = """
-.name { fill: var(--ink); font-size: 13px; font-weight: 600; } .value { fill: var(--ink); font-size: 12px; }
+.name { fill: var(--ink); font-size: 13px; font-weight: 600; }
+.value { fill: var(--ink); font-size: 12px; }
 .bar { fill: currentColor; } .results td:first-child { color: var(--ink); font-weight: 600; }
 .results td, .results th { white-space: nowrap; } .note { margin: .5rem 0 1rem; font-size: .88rem; }
 code, pre { font: 13px/1.55 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; }
-pre { background: var(--card); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto; margin: .5rem 0 0; }
+pre { background: var(--card); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto;
+  margin: .5rem 0 0; }
 .good { color: var(--c3); } .bad { color: #d13438; } .soft, .c4 { color: var(--soft); }
 .three { grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); } .top { margin-top: 1rem; }
 """
 COLORS = {"base": 4, "adapted, torch": 2, "adapted, bundle": 3}  # the page's colours
-KINDS = {"ttft_ms": "Time to first token", "tpot_ms": "Time per output token", "request_ms": "Time per request"}
+KINDS = {
+    "ttft_ms": "Time to first token",
+    "tpot_ms": "Time per output token",
+    "request_ms": "Time per request",
+}
 Cells = Sequence[str]
 
 
@@ -29,21 +37,34 @@ def render_page(outcome: Outcome) -> str:
     title = "edgetune quickstart"
     parts = [
         f"<h1>{title}</h1>",
-        "<p>Three adapters trained on two frozen bases, shipped in two bundles, and proved to answer as what was trained.</p>",
+        (
+            "<p>Three adapters trained on two frozen bases, shipped in two bundles, and proved to"
+            " answer as what was trained.</p>"
+        ),
         _tiles(outcome),
         "<h2>Results</h2>" + _results(outcome),
         f'<div class="plots top">{_accuracy(outcome)}</div>',
-        '<h2>Training</h2><div class="plots three">' + "".join(_loss(a) for s in outcome.shipments for a in s.adapters) + "</div>",
-        '<h2>Latency on this machine</h2><div class="plots three">' + "".join(_latency(outcome)) + "</div>",
+        '<h2>Training</h2><div class="plots three">'
+        + "".join(_loss(a) for s in outcome.shipments for a in s.adapters)
+        + "</div>",
+        '<h2>Latency on this machine</h2><div class="plots three">'
+        + "".join(_latency(outcome))
+        + "</div>",
         _budget(outcome),
         "<h2>Proof: the bundle against torch</h2>" + _proof(outcome),
         "<h2>Answers from the bundles</h2>" + _answers(outcome),
         "<h2>Where the time went</h2>" + _steps(outcome),
         "<h2>Go on</h2>" + _commands(outcome),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>{title}</title>'
+    )
     body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}{MORE_STYLE}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n"
+    )
 
 
 def _tiles(outcome: Outcome) -> str:
@@ -53,9 +74,15 @@ def _tiles(outcome: Outcome) -> str:
         (duration(outcome.seconds), "in all, " + counted(outcome.threads, "thread")),
         (f"{outcome.peak_rss_mb:,.0f} MB", "peak memory of training and export"),
         (f"{proofs} of {len(adapters)}", "proofs passed"),
-        (", ".join(dict.fromkeys(_state(s.state)[0] for s in outcome.shipments)), f"latency and memory budget, {outcome.shipments[0].device}"),
+        (
+            ", ".join(dict.fromkeys(_state(s.state)[0] for s in outcome.shipments)),
+            f"latency and memory budget, {outcome.shipments[0].device}",
+        ),
     ]
-    cells = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
+    cells = "".join(
+        f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>'
+        for big, small in tiles
+    )
     return f'<div class="tiles">{cells}</div>'
 
 
@@ -69,15 +96,22 @@ def _accuracy(outcome: Outcome) -> str:
     groups = []
     for adapter in (a for s in outcome.shipments for a in s.adapters):
         shares = (adapter.base_score, adapter.torch_score, adapter.bundle_score)
-        bars = [Bar(name, share, color) for (name, color), share in zip(COLORS.items(), shares, strict=True)]
+        bars = [
+            Bar(name, share, color)
+            for (name, color), share in zip(COLORS.items(), shares, strict=True)
+        ]
         groups.append((adapter.name, bars))
     return bar_chart("Held-out rows answered right", groups)
 
 
 def _loss(adapter: AdapterOutcome) -> str:
-    """Every training step would be noise: the mean of each twelfth of the training, and each validation."""
+    """Every training step would be noise: the mean of each twelfth of the training, and each
+    validation.
+    """
     train = [(float(r["step"]), float(r["loss"])) for r in adapter.records if r["kind"] == "train"]
-    held_out = [(float(r["step"]), float(r["loss"])) for r in adapter.records if r["kind"] == "validation"]
+    held_out = [
+        (float(r["step"]), float(r["loss"])) for r in adapter.records if r["kind"] == "validation"
+    ]
     series = [Series("training", _thin(train, 12), 2), Series("held out", held_out, 3)]
     return line_chart(f"{adapter.name}: loss", series, from_zero=True)
 
@@ -90,7 +124,9 @@ def _thin(points: Sequence[tuple[float, float]], count: int) -> list[tuple[float
 
 
 def _latency(outcome: Outcome) -> Iterable[str]:
-    """A curve of sorted samples for each adapter: x = share of requests that are faster, y = milliseconds."""
+    """A curve of sorted samples for each adapter: x = share of requests that are faster, y =
+    milliseconds.
+    """
     for shipment in outcome.shipments:
         runs = shipment.measured["samples"]["runs"]
         for key, words in KINDS.items():
@@ -98,7 +134,12 @@ def _latency(outcome: Outcome) -> Iterable[str]:
                 Series(run["adapter"], _sorted_curve([x for one in run[key] for x in one]), color)
                 for color, run in enumerate((run for run in runs if any(run.get(key, []))), start=2)
             ]
-            yield line_chart(f"{shipment.name}: {words.lower()}, ms", series, x_label="percentile", from_zero=True)
+            yield line_chart(
+                f"{shipment.name}: {words.lower()}, ms",
+                series,
+                x_label="percentile",
+                from_zero=True,
+            )
 
 
 def _sorted_curve(samples: Sequence[float]) -> list[tuple[float, float]]:
@@ -108,23 +149,58 @@ def _sorted_curve(samples: Sequence[float]) -> list[tuple[float, float]]:
 
 def _budget(outcome: Outcome) -> str:
     rows = [
-        (escape(s.name), escape(v["key"] + (f" ({v['adapter']})" if v["adapter"] else "")), f"{v['value']:.4g}", f"{v['limit']:g}", _mark(v["state"]))
+        (
+            escape(s.name),
+            escape(v["key"] + (f" ({v['adapter']})" if v["adapter"] else "")),
+            f"{v['value']:.4g}",
+            f"{v['limit']:g}",
+            _mark(v["state"]),
+        )
         for s in outcome.shipments
         for v in s.verdicts
     ]
-    return '<div class="top">' + _raw_table(("bundle", f"limit of the profile “{outcome.shipments[0].device}”", "found", "limit", ""), rows) + "</div>"
+    return (
+        '<div class="top">'
+        + _raw_table(
+            (
+                "bundle",
+                f"limit of the profile “{outcome.shipments[0].device}”",
+                "found",
+                "limit",
+                "",
+            ),
+            rows,
+        )
+        + "</div>"
+    )
 
 
 def _proof(outcome: Outcome) -> str:
-    head = ("adapter", "mean KL (nats)", "same best answer", "effect of the adapter (nats)", "of it recovered", "direction", "strength", "")
+    head = (
+        "adapter",
+        "mean KL (nats)",
+        "same best answer",
+        "effect of the adapter (nats)",
+        "of it recovered",
+        "direction",
+        "strength",
+        "",
+    )
     rows = []
     for a in (a for s in outcome.shipments for a in s.adapters):
         p = a.proof
-        figures = (f"{p['mean_kl']:.2g}", percent(p["top1"]), f"{p['adapter_kl']:.3g}", percent(p["recovered"]), f"{p['direction']:.3f}", f"{p['strength']:.2f}")
+        figures = (
+            f"{p['mean_kl']:.2g}",
+            percent(p["top1"]),
+            f"{p['adapter_kl']:.3g}",
+            percent(p["recovered"]),
+            f"{p['direction']:.3f}",
+            f"{p['strength']:.2f}",
+        )
         rows.append((escape(a.name), *figures, _mark("ok" if p["passed"] else "over")))
     note = (
-        "Measured at export through the shipped engine on the same inputs as torch. An adapter that silently does nothing "
-        "would recover 0 % with strength 0."
+        "Measured at export through the shipped engine on the same inputs as torch. An adapter that"
+        " silently does nothing would recover 0 % with strength 0."
     )
     return _raw_table(head, rows) + f'<p class="note">{note}</p>'
 
@@ -134,8 +210,17 @@ def _answers(outcome: Outcome) -> str:
     for a in (a for s in outcome.shipments for a in s.adapters):
         for call in a.calls:
             score = f' <span class="soft">{call.score:.0%}</span>' if call.score is not None else ""
-            without = f"<code>{escape(call.base_answer)}</code>" if call.base_answer is not None else "–"
-            rows.append((escape(a.name), escape(call.request), f"<code>{escape(call.answer)}</code>{score}", without))
+            without = (
+                f"<code>{escape(call.base_answer)}</code>" if call.base_answer is not None else "–"
+            )
+            rows.append(
+                (
+                    escape(a.name),
+                    escape(call.request),
+                    f"<code>{escape(call.answer)}</code>{score}",
+                    without,
+                )
+            )
     return _raw_table(("adapter", "request", "answer", "the base without adapter"), rows)
 
 
@@ -149,7 +234,10 @@ def _commands(outcome: Outcome) -> str:
     lines = []
     for shipment in outcome.shipments:
         for adapter in shipment.adapters[:1]:
-            lines.append(f'edgetune predict {shipment.folder} --adapter {adapter.name} "{adapter.calls[0].request}"')
+            lines.append(
+                f"edgetune predict {shipment.folder} --adapter {adapter.name}"
+                f' "{adapter.calls[0].request}"'
+            )
         lines.append(f"edgetune check {shipment.folder} --device raspberry-pi-5")
     versions = ", ".join(f"{name} {version}" for name, version in outcome.versions.items())
     return f'<pre>{escape(chr(10).join(lines))}</pre><p class="note">{escape(versions)}</p>'
@@ -157,11 +245,15 @@ def _commands(outcome: Outcome) -> str:
 
 def _state(state: str) -> tuple[str, str]:
     """Words and class of a verdict."""
-    return {"ok": ("within", "good"), "over": ("exceeded", "bad")}.get(state, ("too noisy to tell", "soft"))
+    return {"ok": ("within", "good"), "over": ("exceeded", "bad")}.get(
+        state, ("too noisy to tell", "soft")
+    )
 
 
 def _mark(state: str) -> str:
-    return {"ok": '<span class="good">✓</span>', "over": '<span class="bad">✗ exceeded</span>'}.get(state, '<span class="soft">too noisy to tell</span>')
+    return {"ok": '<span class="good">✓</span>', "over": '<span class="bad">✗ exceeded</span>'}.get(
+        state, '<span class="soft">too noisy to tell</span>'
+    )
 
 
 def _table(head: Cells, rows: Iterable[Cells], *, kind: str = "") -> str:
@@ -172,4 +264,7 @@ def _raw_table(head: Cells, rows: Iterable[Cells], *, kind: str = "") -> str:
     """Cells of `rows` are HTML."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        '<div class="wide"><table'
+        f' class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    )

@@ -1,4 +1,6 @@
-"""What the quickstart does: which adapters on which data, which bundles. The road itself is in `run`."""
+"""What the quickstart does: which adapters on which data, which bundles. The road itself is in
+`run`.
+"""
 
 from __future__ import annotations
 
@@ -57,20 +59,43 @@ class Plan:
         return tuple(dict.fromkeys(task.recipe.base for task in self.tasks))
 
 
-def embedded_plan(*, decoder: str = SMOLLM2, encoder: str = MINILM, overrides: Sequence[str] = ()) -> Plan:
-    """The plan on the embedded data; `overrides` are recipe settings for every training (`stage.0.max_steps=3`)."""
+def embedded_plan(
+    *, decoder: str = SMOLLM2, encoder: str = MINILM, overrides: Sequence[str] = ()
+) -> Plan:
+    """The plan on the embedded data; `overrides` are recipe settings for every training
+    (`stage.0.max_steps=3`).
+    """
     home = _task(
-        "home", "home assistant → JSON action", decoder, overrides,
-        calls=("dim the office lights to a quarter", "it is freezing in here", "lock the shed and thanks"),
-    )  # fmt: skip
+        "home",
+        "home assistant → JSON action",
+        decoder,
+        overrides,
+        calls=(
+            "dim the office lights to a quarter",
+            "it is freezing in here",
+            "lock the shed and thanks",
+        ),
+    )
     support = _task(
-        "support", "support message → intent", encoder, overrides,
-        calls=("the tracking page has not moved for a week", "i was charged two times for the same headphones"),
-    )  # fmt: skip
+        "support",
+        "support message → intent",
+        encoder,
+        overrides,
+        calls=(
+            "the tracking page has not moved for a week",
+            "i was charged two times for the same headphones",
+        ),
+    )
     urgency = _task(
-        "urgency", "maintenance message → urgency", encoder, overrides,
-        calls=("Smell of gas in the boiler room!", "A fresh coat of paint for the fence would be nice."),
-    )  # fmt: skip
+        "urgency",
+        "maintenance message → urgency",
+        encoder,
+        overrides,
+        calls=(
+            "Smell of gas in the boiler room!",
+            "A fresh coat of paint for the fence would be nice.",
+        ),
+    )
     return Plan(shipments=(Shipment("smollm2", (home,)), Shipment("minilm", (support, urgency))))
 
 
@@ -79,6 +104,8 @@ def data_file(name: str) -> Path:
     return Path(str(resources.files(DATA).joinpath(name)))
 
 
-def _task(name: str, title: str, base: str, overrides: Sequence[str], *, calls: tuple[str, ...]) -> Task:
+def _task(
+    name: str, title: str, base: str, overrides: Sequence[str], *, calls: tuple[str, ...]
+) -> Task:
     recipe = load_recipe(data_file(f"{name}.toml"), [f'base="{base}"', *overrides])
     return Task(name, title, recipe, data_file(f"{name}_test.jsonl"), calls)

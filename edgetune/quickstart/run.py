@@ -27,7 +27,15 @@ from edgetune.export.proof.task_metric import TaskPlan
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
 from edgetune.quickstart.fewshot import FewShotBase, spread
-from edgetune.quickstart.outcome import AdapterOutcome, Call, Outcome, ShipmentOutcome, Step, counted, percent
+from edgetune.quickstart.outcome import (
+    AdapterOutcome,
+    Call,
+    Outcome,
+    ShipmentOutcome,
+    Step,
+    counted,
+    percent,
+)
 from edgetune.quickstart.page import render_page
 from edgetune.quickstart.plan import Plan, Shipment, Task
 from edgetune.runtime import Runtime
@@ -67,7 +75,8 @@ class Road:
 def run_quickstart(plan: Plan, out: Path, *, stream: TextIO | None = None) -> Outcome:
     """Go the whole road and write runs, bundles, results.json and report.html into `out`.
 
-    ProofError when a bundle does not answer as what was trained; budgets that are exceeded are in `Outcome.failures`.
+    ProofError when a bundle does not answer as what was trained; budgets that are exceeded are in
+    `Outcome.failures`.
     """
     road = Road(sys.stderr if stream is None else stream)
     _open_folder(out)
@@ -75,14 +84,24 @@ def run_quickstart(plan: Plan, out: Path, *, stream: TextIO | None = None) -> Ou
     scores: dict[str, Scores] = {}
     for task in plan.tasks:
         with road.step(f"train {task.name}: {task.title}"):
-            summary = run_recipe(task.recipe, out=out / RUNS / task.name, progress=Progress(road.stream))
+            summary = run_recipe(
+                task.recipe, out=out / RUNS / task.name, progress=Progress(road.stream)
+            )
         with road.step(f"measure {task.name} in torch"):
             scores[task.name] = _measure_in_torch(task, out / RUNS / task.name, summary)
-            road.say(f"{scores[task.name][2]} {percent(scores[task.name][3])}, adapted {percent(scores[task.name][4])}")
+            road.say(
+                f"{scores[task.name][2]} {percent(scores[task.name][3])}, adapted"
+                f" {percent(scores[task.name][4])}"
+            )
     shipments = tuple(_ship(shipment, plan, out, scores, road) for shipment in plan.shipments)
     versions = summary.versions
-    outcome = Outcome(shipments, tuple(road.steps), preparation, peak_rss_mb(), torch.get_num_threads(), versions)
-    write_json(out / RESULTS, {"schema": 1, "seconds": outcome.seconds, "failures": outcome.failures, **asdict(outcome)})
+    outcome = Outcome(
+        shipments, tuple(road.steps), preparation, peak_rss_mb(), torch.get_num_threads(), versions
+    )
+    write_json(
+        out / RESULTS,
+        {"schema": 1, "seconds": outcome.seconds, "failures": outcome.failures, **asdict(outcome)},
+    )
     write_text(out / REPORT, render_page(outcome))
     return outcome
 
@@ -91,11 +110,16 @@ def _open_folder(out: Path) -> None:
     """A new or empty folder, or an older quickstart's; never one with other files in it."""
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    if foreign := sorted(path.name for path in out.iterdir() if path.name not in {RUNS, BUNDLES, REPORT, RESULTS}):
+    if foreign := sorted(
+        path.name for path in out.iterdir() if path.name not in {RUNS, BUNDLES, REPORT, RESULTS}
+    ):
         raise OutputError(
-            "the output folder holds other files", where=str(out), expected="a new folder, or an older quickstart's",
-            got=", ".join(foreign[:5]), fix="Choose another --out.",
-        )  # fmt: skip
+            "the output folder holds other files",
+            where=str(out),
+            expected="a new folder, or an older quickstart's",
+            got=", ".join(foreign[:5]),
+            fix="Choose another --out.",
+        )
 
 
 def _prepare(plan: Plan, road: Road) -> float:
@@ -111,19 +135,33 @@ def _measure_in_torch(task: Task, run: Path, summary: RunSummary) -> Scores:
     """The base's score and the adapted model's, on the held-out rows."""
     adapted = TorchAnswers.open(run)
     found = measure(adapted, run, task.test)
-    metric = next(name for name in ("accuracy", "json_exact_match", "exact_match") if name in found.metrics)
-    if metric == "accuracy":  # the trainer measured the frozen encoder with the head as it was before training
+    metric = next(
+        name for name in ("accuracy", "json_exact_match", "exact_match") if name in found.metrics
+    )
+    if (
+        metric == "accuracy"
+    ):  # the trainer measured the frozen encoder with the head as it was before training
         base = (summary.base_metrics or {}).get("accuracy", 0.0)
         return metric, found.rows, PROBE, base, found.metrics[metric]
     shots = spread(read_rows(task.recipe.stage[0].data.train).rows, task.shots)
     alone = measure(FewShotBase(adapted, shots), run, task.test)
-    return metric, found.rows, f"no adapter, {counted(len(shots), 'example')} in the prompt", alone.metrics[metric], found.metrics[metric]
+    return (
+        metric,
+        found.rows,
+        f"no adapter, {counted(len(shots), 'example')} in the prompt",
+        alone.metrics[metric],
+        found.metrics[metric],
+    )
 
 
-def _ship(shipment: Shipment, plan: Plan, out: Path, scores: Mapping[str, Scores], road: Road) -> ShipmentOutcome:
+def _ship(
+    shipment: Shipment, plan: Plan, out: Path, scores: Mapping[str, Scores], road: Road
+) -> ShipmentOutcome:
     """Export, prove, measure, call and check one bundle."""
     folder, names = out / BUNDLES / shipment.name, tuple(task.name for task in shipment.tasks)
-    with road.step(f"export {shipment.name} ({shipment.precision}) with {', '.join(names)}, and prove it"):
+    with road.step(
+        f"export {shipment.name} ({shipment.precision}) with {', '.join(names)}, and prove it"
+    ):
         manifest = export_bundle(
             [(name, out / RUNS / name) for name in names],
             folder,
@@ -132,27 +170,41 @@ def _ship(shipment: Shipment, plan: Plan, out: Path, scores: Mapping[str, Scores
             task=TaskPlan(rows=0),  # measured below, on every row
         )
     with road.step(f"call {shipment.name}"), Runtime.open(folder) as runtime:
-        in_bundle = {task.name: _measure_in_bundle(task, runtime, folder) for task in shipment.tasks}
+        in_bundle = {
+            task.name: _measure_in_bundle(task, runtime, folder) for task in shipment.tasks
+        }
         calls = {task.name: _call(task, runtime, road) for task in shipment.tasks}
     with road.step(f"check {shipment.name} on {plan.device}"):
         checked = _check(plan, folder, manifest, road)
     adapters = tuple(
-        _adapter_outcome(task, out, manifest, scores[task.name], in_bundle[task.name], calls[task.name])
+        _adapter_outcome(
+            task, out, manifest, scores[task.name], in_bundle[task.name], calls[task.name]
+        )
         for task in shipment.tasks
     )
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
     return ShipmentOutcome(
-        shipment.name, str(folder), shipment.precision, size, adapters, device=plan.device, **checked
+        shipment.name,
+        str(folder),
+        shipment.precision,
+        size,
+        adapters,
+        device=plan.device,
+        **checked,
     )
 
 
 def _measure_in_bundle(task: Task, runtime: Runtime, folder: Path) -> float:
     metrics = measure(BundleAnswers(runtime, task.name), folder, task.test).metrics
-    return next(metrics[name] for name in ("accuracy", "json_exact_match", "exact_match") if name in metrics)
+    return next(
+        metrics[name] for name in ("accuracy", "json_exact_match", "exact_match") if name in metrics
+    )
 
 
 def _call(task: Task, runtime: Runtime, road: Road) -> list[Call]:
-    """The adapter's answers to new requests; beside a decoder's, in the same batch, those of the base."""
+    """The adapter's answers to new requests; beside a decoder's, in the same batch, those of the
+    base.
+    """
     requests = list(task.calls)
     if runtime.labels(task.name) is not None:
         found = runtime.classify(requests, task.name)
@@ -160,11 +212,19 @@ def _call(task: Task, runtime: Runtime, road: Road) -> list[Call]:
     else:
         adapters = [task.name] * len(requests) + [None] * len(requests)
         limit = (runtime.adapter(task.name).generation or {}).get("max_new_tokens", 32)
-        texts = [c.text.strip() for c in runtime.generate(requests * 2, adapters=adapters, max_new_tokens=limit)]
+        texts = [
+            c.text.strip()
+            for c in runtime.generate(requests * 2, adapters=adapters, max_new_tokens=limit)
+        ]
         pairs = zip(requests, texts[: len(requests)], texts[len(requests) :], strict=True)
-        calls = [Call(request, with_adapter, None, without) for request, with_adapter, without in pairs]
+        calls = [
+            Call(request, with_adapter, None, without) for request, with_adapter, without in pairs
+        ]
     for call in calls:
-        road.say(f'  {task.name}: "{call.request}" → {call.answer}' + (f" ({call.score:.0%})" if call.score else ""))
+        road.say(
+            f'  {task.name}: "{call.request}" → {call.answer}'
+            + (f" ({call.score:.0%})" if call.score else "")
+        )
     return calls
 
 
@@ -175,17 +235,28 @@ def _check(plan: Plan, folder: Path, manifest: Manifest, road: Road) -> dict[str
     tokens = plan.prompt_tokens if manifest.is_decoder else ENCODER_TOKENS
     threads = min(device.threads, load_device("host").threads)
     names = tuple(entry.name for entry in manifest.adapters)
-    measured = measure_latency(Workload(str(folder), names, threads, plan.requests, tokens, plan.new_tokens))
+    measured = measure_latency(
+        Workload(str(folder), names, threads, plan.requests, tokens, plan.new_tokens)
+    )
     host = None if device.is_host else host_speed(threads)
     verdicts = judge(measured, device.budget.get(kind, {}), device=device, host=host)
     for verdict in verdicts:
         who = f" ({verdict.adapter})" if verdict.adapter else ""
         road.say(f"  {verdict.key}{who}: {verdict.value:.4g} of {verdict.limit:g}, {verdict.state}")
-    return {"state": overall(verdicts), "verdicts": [v.to_dict() for v in verdicts], "measured": measured}
+    return {
+        "state": overall(verdicts),
+        "verdicts": [v.to_dict() for v in verdicts],
+        "measured": measured,
+    }
 
 
 def _adapter_outcome(
-    task: Task, out: Path, manifest: Manifest, scores: Scores, in_bundle: float, calls: Sequence[Call]
+    task: Task,
+    out: Path,
+    manifest: Manifest,
+    scores: Scores,
+    in_bundle: float,
+    calls: Sequence[Call],
 ) -> AdapterOutcome:
     metric, rows, base_how, base_score, torch_score = scores
     journal = (out / RUNS / task.name / JOURNAL).read_text(encoding="utf-8").splitlines()

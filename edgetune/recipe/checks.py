@@ -1,4 +1,6 @@
-"""Which weights learn: what of `[parameters]` goes together, and with which method. No torch here."""
+"""Which weights learn: what of `[parameters]` goes together, and with which method. No torch
+here.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,18 @@ UNUSABLE_INITS = {
     "eva": "it needs calibration data that a recipe has no place for",
     "lora_ga": "it needs gradients of calibration data that a recipe has no place for",
 }
-HEADED = ("sequence-classification", "token-classification")  # methods whose task head can be trained alone
+# methods whose task head can be trained alone
+HEADED = ("sequence-classification", "token-classification")
 
 
 def check_parameters(parameters: Parameters, *, where: str) -> None:
-    """RecipeError for settings of an adapter where there is none, an unknown `init`, layers that are no range."""
+    """RecipeError for settings of an adapter where there is none, an unknown `init`, layers that
+    are no range.
+    """
     if parameters.train == "full" and parameters.base_precision is not None:
         raise RecipeError(
-            f'parameters.base_precision = "{parameters.base_precision}" has no meaning with train = "full"',
+            f'parameters.base_precision = "{parameters.base_precision}" has no meaning with train ='
+            ' "full"',
             where=where,
             expected="a base that stays as it ships, beside what learns",
             fix='Remove base_precision, or use parameters.train = "lora".',
@@ -39,14 +45,20 @@ def check_parameters(parameters: Parameters, *, where: str) -> None:
             f'parameters.shard has no meaning with train = "{parameters.train}"',
             where=where,
             expected='train = "full", whose optimizer state is worth spreading',
-            fix="Remove shard: several processes each keep the frozen base, and an adapter is small.",
+            fix=(
+                "Remove shard: several processes each keep the frozen base, and an adapter is"
+                " small."
+            ),
         )
     if parameters.train != "lora":
         _check_no_adapter_settings(parameters, where=where)
     layers = parameters.layers
     if layers is not None and not (len(layers) == 2 and 0 <= layers[0] <= layers[1]):
         raise RecipeError(
-            "parameters.layers is no range", where=where, expected="[first, last], counted from 0", got=str(list(layers))
+            "parameters.layers is no range",
+            where=where,
+            expected="[first, last], counted from 0",
+            got=str(list(layers)),
         )
     if parameters.start is not None and parameters.init != "default":
         raise RecipeError(
@@ -57,7 +69,8 @@ def check_parameters(parameters: Parameters, *, where: str) -> None:
         )
     if parameters.init == "loftq" and parameters.base_precision is None:
         raise RecipeError(
-            'parameters.init = "loftq" starts from what rounding the base loses, and this base is not rounded',
+            'parameters.init = "loftq" starts from what rounding the base loses, and this base is'
+            " not rounded",
             where=where,
             expected='base_precision = "int4" or "int8"',
             got="base_precision not set",
@@ -67,15 +80,16 @@ def check_parameters(parameters: Parameters, *, where: str) -> None:
         return
     reason = UNUSABLE_INITS.get(parameters.init)
     raise RecipeError(
-        f'parameters.init = "{parameters.init}" ' + ("cannot be used: " + reason if reason else "is not known"),
+        f'parameters.init = "{parameters.init}" '
+        + ("cannot be used: " + reason if reason else "is not known"),
         where=where,
         expected="default, gaussian, orthogonal, olora, pissa, pissa_niter_N or loftq",
     )
 
 
 def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str) -> None:
-    """RecipeError when a head alone shall learn and the method has none that could, or when the method needs the base
-    unchanged beside what learns and the parameters leave none."""
+    """RecipeError when a head alone shall learn and the method has none that could, or when the
+    method needs the base unchanged beside what learns and the parameters leave none."""
     expected = ""
     if parameters.train == "head" and stage.method not in HEADED:
         expected = "a method with a task head: " + ", ".join(HEADED)
@@ -83,17 +97,26 @@ def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str
         expected = "an adapter, which scores answers on the base that it shares with a policy"
     if parameters.shard and stage.method == "grpo":
         raise RecipeError(
-            f'parameters.shard does not fit {path}.method = "grpo"', where=where, expected="a policy that is whole where answers are sampled",
+            f'parameters.shard does not fit {path}.method = "grpo"',
+            where=where,
+            expected="a policy that is whole where answers are sampled",
             fix="Remove shard.",
-        )  # fmt: skip
+        )
     if expected:
         raise RecipeError(
-            f'parameters.train = "{parameters.train}" does not fit {path}.method = "{stage.method}"',
+            f'parameters.train = "{parameters.train}" does not fit {path}.method ='
+            f' "{stage.method}"',
             where=where,
             expected=expected,
             fix='Use parameters.train = "lora".',
         )
-    key = "train" if parameters.train == "full" else "init" if changes_the_base(parameters.init) else None
+    key = (
+        "train"
+        if parameters.train == "full"
+        else "init"
+        if changes_the_base(parameters.init)
+        else None
+    )
     needed = next(_needs_the_base(stage), None) if stage.method == "grpo" else None
     if key is not None and needed is not None:
         setting, fix = needed
@@ -107,24 +130,37 @@ def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str
 
 
 def check_problem(stage: Stage, *, path: str, where: str) -> None:
-    """RecipeError where classes share no probability mass and it shall be spread over them all the same, or where a column
-    of lists is given as a template."""
+    """RecipeError where classes share no probability mass and it shall be spread over them all the
+    same, or where a column of lists is given as a template."""
     if stage.problem != "single-label" and stage.label_smoothing:
         raise RecipeError(
-            f'{path}.label_smoothing has no meaning with problem = "{stage.problem}"', where=where, fix="Remove label_smoothing."
+            f'{path}.label_smoothing has no meaning with problem = "{stage.problem}"',
+            where=where,
+            fix="Remove label_smoothing.",
         )
     if stage.problem != "single-label" and stage.data.label_names:
         raise RecipeError(
-            f'{path}.data.label_names has no meaning with problem = "{stage.problem}"', where=where, fix="Remove label_names."
+            f'{path}.data.label_names has no meaning with problem = "{stage.problem}"',
+            where=where,
+            fix="Remove label_names.",
         )
     if stage.data.text_pair is not None and stage.data.label_names:
         raise RecipeError(
-            f"{path}.data.label_names has no meaning with text_pair: a label's name is one text", where=where, fix="Remove label_names."
+            f"{path}.data.label_names has no meaning with text_pair: a label's name is one text",
+            where=where,
+            fix="Remove label_names.",
         )
-    lists = {"tokens": stage.data.tokens, "tags": stage.data.tags} | ({"label": stage.data.label} if stage.problem == "multi-label" else {})
+    lists = {"tokens": stage.data.tokens, "tags": stage.data.tags} | (
+        {"label": stage.data.label} if stage.problem == "multi-label" else {}
+    )
     for key, value in lists.items():
         if value is not None and column_name(value) is None:
-            raise RecipeError(f"{path}.data.{key} is no column's name", where=where, expected="the name of a column that holds a list", got=repr(value))
+            raise RecipeError(
+                f"{path}.data.{key} is no column's name",
+                where=where,
+                expected="the name of a column that holds a list",
+                got=repr(value),
+            )
 
 
 def column_name(given: str) -> str | None:
@@ -142,7 +178,12 @@ def check_forgetting(recipe: Recipe, *, where: str) -> None:
     """RecipeError where general ability shall be measured of something that predicts no text."""
     if recipe.forgetting is not None and recipe.task == "reward":
         expected = "a decoder that predicts text, or an encoder"
-        raise RecipeError("[forgetting] has no meaning for reward", where=where, expected=expected, fix="Remove [forgetting].")
+        raise RecipeError(
+            "[forgetting] has no meaning for reward",
+            where=where,
+            expected=expected,
+            fix="Remove [forgetting].",
+        )
 
 
 def _needs_the_base(stage: Stage) -> Iterator[tuple[str, str]]:
@@ -160,11 +201,15 @@ def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
     default = type(parameters)()
     for field in dataclasses.fields(parameters):
         fits_a_head = field.name in ("base_precision", "start") and parameters.train == "head"
-        if field.name not in ("train", "base_precision", "shard") and not fits_a_head and getattr(parameters, field.name) != getattr(default, field.name):
+        if (
+            field.name not in ("train", "base_precision", "shard")
+            and not fits_a_head
+            and getattr(parameters, field.name) != getattr(default, field.name)
+        ):
             raise RecipeError(
                 f'parameters.{field.name} has no meaning with train = "{parameters.train}"',
                 where=where,
-                expected="an adapter's setting only with train = \"lora\"",
+                expected='an adapter\'s setting only with train = "lora"',
                 fix=f"Remove {field.name}.",
             )
 
@@ -223,7 +268,9 @@ def _check_own_settings(stage: Stage, *, path: str, where: str) -> None:
 
 
 def _may_follow(stage: Stage, previous: Stage) -> bool:
-    """One adapter has one task; on an encoder, text may come first, for its head is not the adapter's."""
+    """One adapter has one task; on an encoder, text may come first, for its head is not the
+    adapter's.
+    """
     same = stage.task == previous.task and stage.problem == previous.problem
     return same or (previous.method == "masked-lm" and KINDS[stage.method] == "encoder")
 
@@ -232,9 +279,19 @@ KIND = "encoder-decoder"
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """RecipeError for what an encoder-decoder has no place for, beyond the methods that do not fit it."""
+    """RecipeError for what an encoder-decoder has no place for, beyond the methods that do not fit
+    it.
+    """
     if recipe.forgetting is not None:
-        raise RecipeError("[forgetting] measures how a model goes on with a text, which an encoder-decoder does not", fix="Remove [forgetting].")
+        raise RecipeError(
+            "[forgetting] measures how a model goes on with a text, which an encoder-decoder"
+            " does not",
+            fix="Remove [forgetting].",
+        )
     for number, stage in enumerate(recipe.stage):
         if stage.replay is not None:
-            raise RecipeError(f"stage[{number}].replay is general text to go on with, which an encoder-decoder does not", fix="Remove replay.")
+            raise RecipeError(
+                f"stage[{number}].replay is general text to go on with, which an encoder-decoder"
+                " does not",
+                fix="Remove replay.",
+            )

@@ -13,15 +13,23 @@ def data_path(value: str, *, folder: Path, path: str, where: str) -> str:
     """An absolute path; what looks like a hub id and is no file stays as it is."""
 
     if not value.strip():
-        raise RecipeError(f"{path} is empty", where=where, expected="a data file or a hub data set id")
+        raise RecipeError(
+            f"{path} is empty", where=where, expected="a data file or a hub data set id"
+        )
     resolved = absolute(folder, expand(value, path=path, where=where))
     return value if is_hub_id(value) and not Path(resolved).exists() else resolved
 
 
 def base_path(value: str, folder: Path, *, where: str) -> str:
-    """An absolute path where such a folder or file is; names of built-in and hub bases stay as they are."""
+    """An absolute path where such a folder or file is; names of built-in and hub bases stay as they
+    are.
+    """
     if not value.strip():
-        raise RecipeError("base is empty", where=where, expected="builtin:NAME, a folder, a .gguf file or a hub id")
+        raise RecipeError(
+            "base is empty",
+            where=where,
+            expected="builtin:NAME, a folder, a .gguf file or a hub id",
+        )
     if value.startswith("builtin:"):
         return value
     value = expand(value, path="base", where=where)
@@ -85,7 +93,11 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 def is_hub_id(source: str) -> bool:
     """`owner/name` or `owner/name:split` that carries none of the data files' endings."""
-    return HUB_ID.fullmatch(source) is not None and _kind(Path(source)) is None and not source.endswith(".json")
+    return (
+        HUB_ID.fullmatch(source) is not None
+        and _kind(Path(source)) is None
+        and not source.endswith(".json")
+    )
 
 
 def _kind(path: Path) -> str | None:

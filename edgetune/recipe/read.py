@@ -1,4 +1,6 @@
-"""A TOML file → a checked recipe with absolute paths, and back; `--set key.path=value` changes one setting."""
+"""A TOML file → a checked recipe with absolute paths, and back; `--set key.path=value` changes one
+setting.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ else:
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file; each override is `key.path=value`, e.g. `stage.0.epochs=2`."""
     if not path.exists():
-        raise RecipeError("there is no such recipe file", where=str(path), fix="Give the path of a .toml file.")
+        raise RecipeError(
+            "there is no such recipe file", where=str(path), fix="Give the path of a .toml file."
+        )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except IsADirectoryError:
@@ -33,7 +37,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(f"cannot read the recipe: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
-        raise RecipeError("not UTF-8 text", where=str(path), got=f"byte {error.start} is invalid") from error
+        raise RecipeError(
+            "not UTF-8 text", where=str(path), got=f"byte {error.start} is invalid"
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"not valid TOML: {error}", where=str(path)) from error
     for setting in overrides:
@@ -41,8 +47,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from_dict(values, folder=path.parent, where=str(path))
 
 
-def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, where: str = "recipe") -> Recipe:
-    """Build a recipe from plain values; relative data paths are taken from `folder` (default: the current one)."""
+def recipe_from_dict(
+    values: Mapping[str, Any], *, folder: Path | None = None, where: str = "recipe"
+) -> Recipe:
+    """Build a recipe from plain values; relative data paths are taken from `folder` (default: the
+    current one).
+    """
     folder = folder if folder is not None else Path()
     recipe = settings.from_dict(Recipe, values, where=where)
     if not recipe.stage:
@@ -64,14 +74,27 @@ def recipe_from_dict(values: Mapping[str, Any], *, folder: Path | None = None, w
     out = expand(recipe.out, path="out", where=where)
     forgetting = recipe.forgetting
     if forgetting is not None:
-        general = absolute(folder, expand(forgetting.general, path="forgetting.general", where=where))
+        general = absolute(
+            folder, expand(forgetting.general, path="forgetting.general", where=where)
+        )
         forgetting = replace(forgetting, general=general)
     generation = resolve_generation(recipe, folder, where=where)
     base = base_path(recipe.base, folder, where=where)
     parameters = recipe.parameters
     if parameters.start is not None:
-        parameters = replace(parameters, start=absolute(folder, expand(parameters.start, path="parameters.start", where=where)))
-    return replace(recipe, base=base, parameters=parameters, out=out, forgetting=forgetting, generation=generation, stage=stages)
+        parameters = replace(
+            parameters,
+            start=absolute(folder, expand(parameters.start, path="parameters.start", where=where)),
+        )
+    return replace(
+        recipe,
+        base=base,
+        parameters=parameters,
+        out=out,
+        forgetting=forgetting,
+        generation=generation,
+        stage=stages,
+    )
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -102,9 +125,21 @@ def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Rep
     if stage.replay is None:
         return None
     if stage.task != "text-generation":
-        fix = "Remove replay" + ("; masked-lm may come before this stage instead." if KINDS[stage.method] == "encoder" else ".")
-        raise RecipeError(f"{path} has no meaning for {stage.method}", where=where, expected="a decoder that predicts text", fix=fix)
-    return replace(stage.replay, data=data_path(stage.replay.data, folder=folder, path=f"{path}.data", where=where))
+        fix = "Remove replay" + (
+            "; masked-lm may come before this stage instead."
+            if KINDS[stage.method] == "encoder"
+            else "."
+        )
+        raise RecipeError(
+            f"{path} has no meaning for {stage.method}",
+            where=where,
+            expected="a decoder that predicts text",
+            fix=fix,
+        )
+    return replace(
+        stage.replay,
+        data=data_path(stage.replay.data, folder=folder, path=f"{path}.data", where=where),
+    )
 
 
 if sys.version_info >= (3, 11):
@@ -118,7 +153,9 @@ def override(values: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     where = f"--set {setting}"
     if not equals or not key.strip():
-        raise RecipeError("not a setting", where=where, expected="KEY=VALUE such as stage.0.epochs=2")
+        raise RecipeError(
+            "not a setting", where=where, expected="KEY=VALUE such as stage.0.epochs=2"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -128,7 +165,11 @@ def override(values: dict[str, Any], setting: str) -> None:
     for part in parents:
         place = _step(place, part, where=where)
     if isinstance(place, list):
-        raise RecipeError(f'"{last}" is not a setting', where=where, expected="a key inside it, e.g. stage.0.epochs")
+        raise RecipeError(
+            f'"{last}" is not a setting',
+            where=where,
+            expected="a key inside it, e.g. stage.0.epochs",
+        )
     if not isinstance(place, dict):
         raise RecipeError(f'"{parents[-1]}" has no settings inside', where=where)
     place[last] = value
@@ -137,7 +178,9 @@ def override(values: dict[str, Any], setting: str) -> None:
 def _step(place: Any, part: str, *, where: str) -> Any:
     if isinstance(place, list):
         if not part.isdecimal() or int(part) >= len(place):
-            raise RecipeError(f'no stage "{part}"', where=where, expected=f"a number from 0 to {len(place) - 1}")
+            raise RecipeError(
+                f'no stage "{part}"', where=where, expected=f"a number from 0 to {len(place) - 1}"
+            )
         return place[int(part)]
     if not isinstance(place, dict):
         raise RecipeError(f'"{part}" has no settings inside', where=where)

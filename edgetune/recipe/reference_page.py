@@ -1,4 +1,6 @@
-"""The recipe's reference page, derived from its dataclasses: `python -m edgetune.recipe.reference_page > docs/recipe.md`."""
+"""The recipe's reference page, derived from its dataclasses: `python -m
+edgetune.recipe.reference_page > docs/recipe.md`.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,17 @@ SECTIONS = (
 )
 OPENING = """# The recipe, key by key
 
-Made from the code by `python -m edgetune.recipe.reference_page`; a test keeps it true. Unknown keys and wrong types are refused by
-name. Any key can be set from the command line: `edgetune train recipe.toml --set stage.0.epochs=2`.
+Made from the code by `python -m edgetune.recipe.reference_page`; a test keeps it true. Unknown
+keys and wrong types are refused by name. Any key can be set from the command line:
+`edgetune train recipe.toml --set stage.0.epochs=2`.
 """
 
 
 def page() -> str:
     """The whole page as Markdown."""
-    return OPENING + "".join("\n" + "\n".join(_section(cls, title)) + "\n" for cls, title in SECTIONS)
+    return OPENING + "".join(
+        "\n" + "\n".join(_section(cls, title)) + "\n" for cls, title in SECTIONS
+    )
 
 
 def _section(cls: type, title: str) -> Iterator[str]:
@@ -39,7 +44,10 @@ def _section(cls: type, title: str) -> Iterator[str]:
     yield "|---|---|---|---|"
     for field in dataclasses.fields(cls):
         if not dataclasses.is_dataclass(hints[field.name]) and field.name != "stage":
-            yield f"| `{field.name}` | {_cell(describe(hints[field.name]))} | {_default(field)} | {_cell(field.metadata['help'])} |"
+            yield (
+                f"| `{field.name}` | {_cell(describe(hints[field.name]))} | {_default(field)} |"
+                f" {_cell(field.metadata['help'])} |"
+            )
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

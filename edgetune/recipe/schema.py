@@ -1,7 +1,9 @@
-"""The recipe: what to train, from which base, on which data. One frozen dataclass tree, read from TOML.
+"""The recipe: what to train, from which base, on which data. One frozen dataclass tree, read from
+TOML.
 
 Paths: data files are relative to the recipe file; `$VARIABLE` and `~` are expanded. `base` is taken
-relative to the recipe file when such a folder or file exists there. `out` is relative to the current folder.
+relative to the recipe file when such a folder or file exists there. `out` is relative to the
+current folder.
 """
 
 # ruff: noqa: RUF009 - `option` is dataclasses.field
@@ -20,71 +22,123 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 class Data:
     """The rows of a stage and how a row becomes an example.
 
-    `prompt`, `completion`, `chosen`, `rejected`, `text`, `text_pair` and `label` are each a column's name or a Jinja template over
-    the row; `tokens` and `tags` are names of columns that hold lists.
+    `prompt`, `completion`, `chosen`, `rejected`, `text`, `text_pair` and `label` are each a
+    column's name or a Jinja template over the row; `tokens` and `tags` are names of columns that
+    hold lists.
     """
 
-    train: str = option(help="file of training rows (.jsonl .csv .tsv .parquet .txt, also .gz) or hub data set id")
+    train: str = option(
+        help="file of training rows (.jsonl .csv .tsv .parquet .txt, also .gz) or hub data set id"
+    )
     validation: str | None = option(None, help="file of validation rows, never trained on")
     prompt: str | None = option(
         None,
-        help='decoders: what the model is given, e.g. "{{ question }}"; default: column prompt (for reward, dpo and grpo '
-        "the column may also hold a conversation, a list of messages)",
+        help=(
+            'decoders: what the model is given, e.g. "{{ question }}"; default: column prompt (for'
+            " reward, dpo and grpo the column may also hold a conversation, a list of messages)"
+        ),
     )
     completion: str | None = option(
         None,
-        help="sft: what it shall answer; default: column completion (rows with a column messages instead are conversations, and every answer of the assistant is learned); grpo: not used for training, `edgetune eval` "
-        "compares with it",
+        help=(
+            "sft: what it shall answer; default: column completion (rows with a column messages"
+            " instead are conversations, and every answer of the assistant is learned); grpo: not"
+            " used for training, `edgetune eval` compares with it"
+        ),
     )
     chosen: str | None = option(None, help="reward, dpo: the better answer; default: column chosen")
-    rejected: str | None = option(None, help="reward, dpo: the worse answer; default: column rejected")
-    text: str | None = option(None, help="causal-lm, masked-lm and classification: the text; default: column text")
+    rejected: str | None = option(
+        None, help="reward, dpo: the worse answer; default: column rejected"
+    )
+    text: str | None = option(
+        None, help="causal-lm, masked-lm and classification: the text; default: column text"
+    )
     text_pair: str | None = option(
-        None, help="sequence-classification: a second text, read together with the first (sentence1, sentence2); not set: one text"
+        None,
+        help=(
+            "sequence-classification: a second text, read together with the first (sentence1,"
+            " sentence2); not set: one text"
+        ),
     )
     label: str | None = option(
         None,
-        help="classification: its label; with problem = \"multi-label\" the name of a column that holds a list of labels, with "
-        "\"regression\" a number; default: column label",
+        help=(
+            'classification: its label; with problem = "multi-label" the name of a column that'
+            ' holds a list of labels, with "regression" a number; default: column label'
+        ),
     )
     label_names: bool = option(
         False,
-        help='classification: every label\'s name is one more training row ("card_arrival" reads "card arrival"), which helps '
-        "where there are few rows of each",
+        help=(
+            'classification: every label\'s name is one more training row ("card_arrival" reads'
+            ' "card arrival"), which helps where there are few rows of each'
+        ),
     )
-    tokens: str | None = option(None, help="token-classification: the column with the list of words; default: tokens")
-    tags: str | None = option(None, help="token-classification: the column with the list of their tags; default: tags")
+    tokens: str | None = option(
+        None, help="token-classification: the column with the list of words; default: tokens"
+    )
+    tags: str | None = option(
+        None, help="token-classification: the column with the list of their tags; default: tags"
+    )
     system: str | None = option(
         None,
-        help='decoders with a chat template: the system message; not set: the template\'s default one; "": an explicit '
-        "empty one (where the template has a default, this saves its tokens on the device)",
+        help=(
+            "decoders with a chat template: the system message; not set: the template's default"
+            ' one; "": an explicit empty one (where the template has a default, this saves its'
+            " tokens on the device)"
+        ),
     )
     template: Literal["auto", "chat", "plain"] = option(
         "auto",
-        help="decoders: chat = the tokenizer's chat template; plain = prompt + completion; auto = chat if there is one",
+        help=(
+            "decoders: chat = the tokenizer's chat template; plain = prompt + completion; auto ="
+            " chat if there is one"
+        ),
     )
-    skip_invalid: bool = option(False, help="leave out rows that cannot be used and count them, instead of stopping")
+    skip_invalid: bool = option(
+        False, help="leave out rows that cannot be used and count them, instead of stopping"
+    )
     hold_out: int | None = option(
-        None, help="without a validation file: this many rows of train, drawn with the seed, are for validation", at_least=1
+        None,
+        help=(
+            "without a validation file: this many rows of train, drawn with the seed, are for"
+            " validation"
+        ),
+        at_least=1,
     )
-    limit: int | None = option(None, help="train on a random subset of this many rows, drawn with the seed", at_least=1)
+    limit: int | None = option(
+        None, help="train on a random subset of this many rows, drawn with the seed", at_least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """A share of general text in every step of a stage, against forgetting: causal-lm on its own rows."""
+    """A share of general text in every step of a stage, against forgetting: causal-lm on its own
+    rows.
+    """
 
     data: str = option(help="file of general text or hub data set id")
-    share: float = option(0.1, help="weight of its loss, and its share of a step's tokens", above=0, below=1)
-    text: str | None = option(None, help="the text: a column or a Jinja template; default: column text")
+    share: float = option(
+        0.1, help="weight of its loss, and its share of a step's tokens", above=0, below=1
+    )
+    text: str | None = option(
+        None, help="the text: a column or a Jinja template; default: column text"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forgetting:
-    """General ability before and after training, on the sets of a folder; results in summary.json and the report."""
+    """General ability before and after training, on the sets of a folder; results in summary.json
+    and the report.
+    """
 
-    general: str = option(help="folder of the sets (WikiText-2, LAMBADA, PIQA, HellaSwag, ARC-E; STS-B for encoders)")
-    tasks: tuple[str, ...] = option((), help="only these: wikitext2, lambada, piqa, hellaswag, arc_easy, stsb; []: all there are")
+    general: str = option(
+        help="folder of the sets (WikiText-2, LAMBADA, PIQA, HellaSwag, ARC-E; STS-B for encoders)"
+    )
+    tasks: tuple[str, ...] = option(
+        (),
+        help="only these: wikitext2, lambada, piqa, hellaswag, arc_easy, stsb; []: all there are",
+    )
     limit: int | None = option(200, help="items of each at most, at equal distances", at_least=2)
 
 
@@ -92,13 +146,27 @@ class Forgetting:
 class Generation:
     """What the adapter brings along for its answers; a request may ask for something else."""
 
-    schema: str | None = option(None, help="a JSON schema file: every answer is JSON that it accepts (needs llguidance)")
-    regex: str | None = option(None, help="a regular expression that every answer matches (needs llguidance)")
-    grammar: str | None = option(None, help="a Lark grammar file that every answer follows (needs llguidance)")
-    max_new_tokens: int | None = option(None, help="tokens of an answer; not set: a little more than the longest learned", at_least=1)
-    temperature: float | None = option(None, help="0 takes the likeliest token, above 0 samples", at_least=0)
+    schema: str | None = option(
+        None, help="a JSON schema file: every answer is JSON that it accepts (needs llguidance)"
+    )
+    regex: str | None = option(
+        None, help="a regular expression that every answer matches (needs llguidance)"
+    )
+    grammar: str | None = option(
+        None, help="a Lark grammar file that every answer follows (needs llguidance)"
+    )
+    max_new_tokens: int | None = option(
+        None,
+        help="tokens of an answer; not set: a little more than the longest learned",
+        at_least=1,
+    )
+    temperature: float | None = option(
+        None, help="0 takes the likeliest token, above 0 samples", at_least=0
+    )
     top_k: int | None = option(None, help="sample among this many likeliest tokens", at_least=0)
-    top_p: float | None = option(None, help="sample among the likeliest tokens of this total probability", above=0, at_most=1)
+    top_p: float | None = option(
+        None, help="sample among the likeliest tokens of this total probability", above=0, at_most=1
+    )
     stop: tuple[str, ...] = option((), help="an answer ends before the first of these texts")
 
 
@@ -108,7 +176,9 @@ class Stage:
 
     method: Method = option(help="the objective")
     data: Data = option(help="the rows")
-    replay: Replay | None = option(None, help="general text mixed into the stage; decoders only, not for reward")
+    replay: Replay | None = option(
+        None, help="general text mixed into the stage; decoders only, not for reward"
+    )
     epochs: float = option(1.0, help="passes over the training rows", above=0)
     max_steps: int | None = option(None, help="stop after this many optimizer steps", at_least=1)
     learning_rate: float = option(2e-4, help="peak learning rate", above=0)
@@ -117,51 +187,99 @@ class Stage:
     )
     batch_size: int = option(
         8,
-        help="examples per optimizer step, over all processes; what is too long for one pass is cut into parts whose "
-        "gradients are added up",
+        help=(
+            "examples per optimizer step, over all processes; what is too long for one pass is cut"
+            " into parts whose gradients are added up"
+        ),
         at_least=1,
     )
     max_length: int = option(
-        512, help="tokens per example (causal-lm: per packed sequence), also limited by the base", at_least=8
+        512,
+        help="tokens per example (causal-lm: per packed sequence), also limited by the base",
+        at_least=8,
     )
-    warmup_ratio: float = option(0.05, help="share of the steps with rising learning rate", at_least=0, below=1)
+    warmup_ratio: float = option(
+        0.05, help="share of the steps with rising learning rate", at_least=0, below=1
+    )
     weight_decay: float = option(0.0, help="AdamW's decoupled weight decay", at_least=0)
     max_grad_norm: float = option(1.0, help="gradients are clipped to this 2-norm", above=0)
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", help="number format of the matrix products")
-    validate_every: int | None = option(None, help="steps between validations; not set: once per epoch", at_least=1)
-    label_smoothing: float = option(0.0, help="probability mass spread over all labels", at_least=0, below=1)
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto", help="number format of the matrix products"
+    )
+    validate_every: int | None = option(
+        None, help="steps between validations; not set: once per epoch", at_least=1
+    )
+    label_smoothing: float = option(
+        0.0, help="probability mass spread over all labels", at_least=0, below=1
+    )
     problem: Problem = option(
         "single-label",
-        help="sequence-classification: a row has one label; multi-label = any number of labels, each with a probability of its "
-        "own, chosen from 0.5; regression = a number",
+        help=(
+            "sequence-classification: a row has one label; multi-label = any number of labels, each"
+            " with a probability of its own, chosen from 0.5; regression = a number"
+        ),
     )
     head_init: Literal["probe", "random"] = option(
         "probe",
-        help="probe = logistic (for numbers: ridge) regression on the frozen features first (LP-FT, Kumar et al. 2022); random",
+        help=(
+            "probe = logistic (for numbers: ridge) regression on the frozen features first (LP-FT,"
+            " Kumar et al. 2022); random"
+        ),
     )
-    beta: float = option(0.1, help="dpo: how strongly the policy is held near its start (β of the paper)", above=0)
+    beta: float = option(
+        0.1, help="dpo: how strongly the policy is held near its start (β of the paper)", above=0
+    )
     reward: str | tuple[str, ...] | None = option(
         None,
-        help="grpo: what scores the answers: the run folder of a `reward` stage, or a Python function as "
-        '"module:function" or "file.py:function", also found beside the recipe; or a list of these',
+        help=(
+            "grpo: what scores the answers: the run folder of a `reward` stage, or a Python"
+            ' function as "module:function" or "file.py:function", also found beside the recipe; or'
+            " a list of these"
+        ),
     )
-    reward_weights: tuple[float, ...] | None = option(None, help="grpo: a weight for each reward; not set: 1 each")
+    reward_weights: tuple[float, ...] | None = option(
+        None, help="grpo: a weight for each reward; not set: 1 each"
+    )
     group_size: int = option(8, help="grpo: answers sampled for each prompt", at_least=2)
-    iterations: int = option(1, help="grpo: optimizer steps on the same samples (μ of the paper)", at_least=1)
-    max_new_tokens: int = option(128, help="grpo: tokens of an answer at most", at_least=1)
-    temperature: float = option(1.0, help="grpo: of sampling; the loss sees the same distribution", above=0)
-    top_p: float = option(1.0, help="grpo: sample among the likeliest tokens of this total probability", above=0, at_most=1)
-    clip: float = option(0.2, help="grpo: the policy's ratio to the sampling one is clipped to 1 ± this (ε)", above=0)
-    kl: float = option(0.04, help="grpo: weight of the KL penalty (β of the GRPO paper); 0: none", at_least=0)
-    kl_to: Literal["base", "start"] = option(
-        "base", help="grpo: base = the model without its adapter; start = the policy at the start of this stage"
+    iterations: int = option(
+        1, help="grpo: optimizer steps on the same samples (μ of the paper)", at_least=1
     )
-    scale_by_std: bool = option(True, help="grpo: divide advantages by their group's std; false: as Dr. GRPO")
+    max_new_tokens: int = option(128, help="grpo: tokens of an answer at most", at_least=1)
+    temperature: float = option(
+        1.0, help="grpo: of sampling; the loss sees the same distribution", above=0
+    )
+    top_p: float = option(
+        1.0,
+        help="grpo: sample among the likeliest tokens of this total probability",
+        above=0,
+        at_most=1,
+    )
+    clip: float = option(
+        0.2, help="grpo: the policy's ratio to the sampling one is clipped to 1 ± this (ε)", above=0
+    )
+    kl: float = option(
+        0.04, help="grpo: weight of the KL penalty (β of the GRPO paper); 0: none", at_least=0
+    )
+    kl_to: Literal["base", "start"] = option(
+        "base",
+        help=(
+            "grpo: base = the model without its adapter; start = the policy at the start of this"
+            " stage"
+        ),
+    )
+    scale_by_std: bool = option(
+        True, help="grpo: divide advantages by their group's std; false: as Dr. GRPO"
+    )
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
-        "grpo", help="grpo: mean over answers of token means; dapo: mean over tokens; dr_grpo: sum / max_new_tokens"
+        "grpo",
+        help=(
+            "grpo: mean over answers of token means; dapo: mean over tokens; dr_grpo: sum /"
+            " max_new_tokens"
+        ),
     )
     rollout: Literal["torch", "engine"] = option(
-        "torch", help="grpo: what samples; engine = the exported int8 graph, faster, needs edgetune[export]"
+        "torch",
+        help="grpo: what samples; engine = the exported int8 graph, faster, needs edgetune[export]",
     )
 
     @property
@@ -176,40 +294,57 @@ class Parameters:
 
     train: Literal["lora", "head", "full"] = option(
         "lora",
-        help="lora = an adapter; head = a new head alone, on features computed once; full = all weights, which become a "
-        "base of their own",
+        help=(
+            "lora = an adapter; head = a new head alone, on features computed once; full = all"
+            " weights, which become a base of their own"
+        ),
     )
     shard: bool = option(
         False,
-        help="full, in several processes (torchrun, accelerate launch): each keeps a share of weights, gradients and optimizer state (FSDP); "
-        "one process trains as ever",
+        help=(
+            "full, in several processes (torchrun, accelerate launch): each keeps a share of"
+            " weights, gradients and optimizer state (FSDP); one process trains as ever"
+        ),
     )
     rank: int = option(8, help="rank r of the adapter", at_least=1)
     alpha: float = option(16.0, help="the delta weight is alpha / r · B A", above=0)
     dropout: float = option(0.0, help="dropout before lora_A", at_least=0, below=1)
     target_modules: str | tuple[str, ...] = option(
-        "all-linear", help='"all-linear", a list of module names, or one regular expression over module paths'
+        "all-linear",
+        help='"all-linear", a list of module names, or one regular expression over module paths',
     )
     rslora: bool = option(False, help="scale by alpha / sqrt(r) (rsLoRA)")
     dora: bool = option(False, help="learn a magnitude per output too (DoRA)")
-    rank_pattern: dict[str, int] = option(help="other ranks by module name or regex", factory=dict, at_least=1)
-    alpha_pattern: dict[str, float] = option(help="other alphas by module name or regex", factory=dict, above=0)
-    layers: tuple[int, ...] | None = option(None, help="[first, last]: only these layers, counted from 0; not set: all")
+    rank_pattern: dict[str, int] = option(
+        help="other ranks by module name or regex", factory=dict, at_least=1
+    )
+    alpha_pattern: dict[str, float] = option(
+        help="other alphas by module name or regex", factory=dict, above=0
+    )
+    layers: tuple[int, ...] | None = option(
+        None, help="[first, last]: only these layers, counted from 0; not set: all"
+    )
     base_precision: Literal["int4", "int8"] | None = option(
         None,
-        help="lora, head: learn on exactly the weights that a bundle of this precision holds (`edgetune export --precision`); "
-        "not set: on the base as it is",
+        help=(
+            "lora, head: learn on exactly the weights that a bundle of this precision holds"
+            " (`edgetune export --precision`); not set: on the base as it is"
+        ),
     )
     start: str | None = option(
         None,
-        help="lora, head: a run or adapter folder of the same base, task and settings, whose adapter goes on learning; not "
-        "set: a fresh one",
+        help=(
+            "lora, head: a run or adapter folder of the same base, task and settings, whose adapter"
+            " goes on learning; not set: a fresh one"
+        ),
     )
     init: str = option(
         "default",
-        help="PEFT's init_lora_weights: default, gaussian, orthogonal, olora, pissa or pissa_niter_N (faster); olora and "
-        "pissa are saved for the base as it ships, with twice the rank; loftq (with base_precision): what rounding the base loses, "
-        "as far as the rank goes",
+        help=(
+            "PEFT's init_lora_weights: default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
+            " (faster); olora and pissa are saved for the base as it ships, with twice the rank;"
+            " loftq (with base_precision): what rounding the base loses, as far as the rank goes"
+        ),
     )
 
 
@@ -217,23 +352,35 @@ class Parameters:
 class Recipe:
     """Everything a run depends on."""
 
-    base: str = option(help="builtin:NAME, a local folder, a .gguf file, folder#file.gguf or a hub id")
+    base: str = option(
+        help="builtin:NAME, a local folder, a .gguf file, folder#file.gguf or a hub id"
+    )
     out: str = option("runs/run", help="run folder")
-    seed: int = option(0, help="the same seed gives the same adapter on the same machine", at_least=0)
-    threads: int | None = option(None, help="CPU threads; not set: as many as torch chooses", at_least=1)
+    seed: int = option(
+        0, help="the same seed gives the same adapter on the same machine", at_least=0
+    )
+    threads: int | None = option(
+        None, help="CPU threads; not set: as many as torch chooses", at_least=1
+    )
     device: Device = option(
         "auto", help="where training computes; auto = a CUDA GPU, else Apple's (MPS), else the CPU"
     )
     checkpoint_every: int | None = option(
         None,
-        help="steps between checkpoints, for train --resume; not set: a tenth of a stage, at least 50. Also written "
-        "between stages; gone when the run is finished",
+        help=(
+            "steps between checkpoints, for train --resume; not set: a tenth of a stage, at least"
+            " 50. Also written between stages; gone when the run is finished"
+        ),
         at_least=1,
     )
-    keep_checkpoints: int = option(2, help="at most this many checkpoints are kept, the newest", at_least=1)
+    keep_checkpoints: int = option(
+        2, help="at most this many checkpoints are kept, the newest", at_least=1
+    )
     parameters: Parameters = option(help="which weights learn", factory=Parameters)
     forgetting: Forgetting | None = option(None, help="measure general ability before and after")
-    generation: Generation | None = option(None, help="how the adapter answers where a request does not say")
+    generation: Generation | None = option(
+        None, help="how the adapter answers where a request does not say"
+    )
     stage: tuple[Stage, ...] = option(help="at least one [[stage]]")
 
     @property
@@ -246,4 +393,8 @@ def what_learns(parameters: Parameters) -> str:
     """In a few words."""
     lora = f"LoRA r = {parameters.rank}, alpha = {parameters.alpha:g}"
     what = {"lora": lora, "head": "the head alone", "full": "all weights"}[parameters.train]
-    return what if parameters.base_precision is None else f"{what}, for the {parameters.base_precision} base"
+    return (
+        what
+        if parameters.base_precision is None
+        else f"{what}, for the {parameters.base_precision} base"
+    )

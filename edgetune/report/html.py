@@ -6,16 +6,20 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d2530; --soft: #5d6b7c; --rule: #e1e6ec; --card: #f6f8fa;
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d2530; --soft: #5d6b7c;
+  --rule: #e1e6ec; --card: #f6f8fa;
   --c1: #2563c9; --c2: #d1620d; --c3: #15803d; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e9ef; --soft: #98a5b3; --rule: #2d353f;
+@media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e9ef; --soft: #98a5b3;
+  --rule: #2d353f;
   --card: #1c2229; --c1: #6ea8fe; --c2: #f59e4c; --c3: #5fc98a; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; background: var(--paper);
+  color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 1.45rem; margin: 0 0 .2rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem; }
 p { margin: 0; color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin-top: 1.4rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
+  margin-top: 1.4rem; }
 .tile { background: var(--card); border-radius: 8px; padding: .75rem .9rem; }
 .tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; }
@@ -23,23 +27,38 @@ p { margin: 0; color: var(--soft); }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: .75rem; }
 figcaption { font-weight: 600; font-size: .9rem; margin: 0 0 .4rem .3rem; }
 .key { font-weight: 400; color: var(--soft); margin-left: .9rem; }
-.key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .3rem; background: currentColor; }
-svg { width: 100%; height: auto; display: block; } .grid { stroke: var(--rule); } .tick { fill: var(--soft); font-size: 11px; }
-.line { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; } .dot { fill: currentColor; }
+.key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px;
+  margin-right: .3rem; background: currentColor; }
+svg { width: 100%; height: auto; display: block; } .grid { stroke: var(--rule); }
+.tick { fill: var(--soft); font-size: 11px; }
+.line { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
+.dot { fill: currentColor; }
 .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%;
+  font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule);
+  vertical-align: top; }
 th { font-weight: 600; } td:first-child { color: var(--soft); white-space: nowrap; }
 td { overflow-wrap: anywhere; }
 """
-PLOTTED_SHARES = ("accuracy", "macro_f1", "token_accuracy", "preference_accuracy", "length_baseline")
+PLOTTED_SHARES = (
+    "accuracy",
+    "macro_f1",
+    "token_accuracy",
+    "preference_accuracy",
+    "length_baseline",
+)
 SHARES = {*PLOTTED_SHARES, "above_length", "ended"}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def words(name: str) -> str:
@@ -49,4 +68,8 @@ def words(name: str) -> str:
 
 def figure(name: str, value: float) -> str:
     """A metric's value for people; shares in per cent."""
-    return f"{100 * value:.2f} %" if name.removesuffix("_low").removesuffix("_high") in SHARES else f"{value:.4g}"
+    return (
+        f"{100 * value:.2f} %"
+        if name.removesuffix("_low").removesuffix("_high") in SHARES
+        else f"{value:.4g}"
+    )

@@ -1,4 +1,6 @@
-"""report.html of a run: one self-contained page with results, plots and settings, in light and dark."""
+"""report.html of a run: one self-contained page with results, plots and settings, in light and
+dark.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ EFFECT_WORDS = {
 }
 
 
-def write_report(path: Path, *, recipe: Recipe, summary: Mapping[str, Any], records: Sequence[Record]) -> None:
+def write_report(
+    path: Path, *, recipe: Recipe, summary: Mapping[str, Any], records: Sequence[Record]
+) -> None:
     """Write the page, whole or not at all."""
     write_text(path, render_report(recipe=recipe, summary=summary, records=records))
 
@@ -35,8 +39,11 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
     title = f"{Path(summary['out']).name}: {methods}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(summary['base']['name'])}, {what_learns(recipe.parameters)}, "
-        f"{summary['trainable_parameters']:,} trained parameters, edgetune {escape(summary['versions']['edgetune'])}</p>",
+        (
+            f"<p>{escape(summary['base']['name'])}, {what_learns(recipe.parameters)},"
+            f" {summary['trainable_parameters']:,} trained parameters, edgetune"
+            f" {escape(summary['versions']['edgetune'])}</p>"
+        ),
         _tiles(summary),
         '<h2>Training</h2><div class="plots">' + "".join(_plots(records)) + "</div>",
         "<h2>Results</h2>" + _results(summary),
@@ -45,8 +52,15 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
         "<h2>Settings</h2>" + _table(("setting", "value"), _settings(recipe)),
         "<h2>Origin</h2>" + _table(("what", "value"), _origin(summary)),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f"<!doctype html>\n<html lang=\"en\"><head>{head}<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>{escape(title)}</title>'
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:
@@ -60,22 +74,41 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         (duration(summary["seconds"]), "in all"),
         (f"{summary['peak_rss_mb']:,.0f} MB", "peak memory"),
     ]
-    cells = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
+    cells = "".join(
+        f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>'
+        for big, small in tiles
+    )
     return f'<div class="tiles">{cells}</div>'
 
 
 def _plots(records: Sequence[Record]) -> Iterable[str]:
     train = in_one_row([r for r in records if r["kind"] == "train"], records)
     held_out = in_one_row([r for r in records if r["kind"] == "validation"], records)
-    yield line_chart("Loss", [_series("training", train, "loss", 1), _series("validation", held_out, "loss", 2)])
+    yield line_chart(
+        "Loss", [_series("training", train, "loss", 1), _series("validation", held_out, "loss", 2)]
+    )
     shares = [name for name in PLOTTED_SHARES if any(name in r for _, r in held_out)]
     title = f"Validation {words(shares[0])}" if len(shares) == 1 else "Validation"
-    yield line_chart(title, [_series(words(name), held_out, name, color) for color, name in enumerate(shares, start=2)])
+    yield line_chart(
+        title,
+        [_series(words(name), held_out, name, color) for color, name in enumerate(shares, start=2)],
+    )
     if any("perplexity" in r for _, r in held_out):
-        yield line_chart("Validation perplexity", [_series("perplexity", held_out, "perplexity", 2)])
-    for name, title in (("reward", "Reward"), ("kl", "KL to the reference"), ("completion_length", "Tokens of an answer")):
-        yield line_chart(title, [_series("sampled", train, name, 1), _series("validation, greedy", held_out, name, 2)])
-    yield line_chart("Learning rate", [_series("learning rate", train, "learning_rate", 3)], from_zero=True)
+        yield line_chart(
+            "Validation perplexity", [_series("perplexity", held_out, "perplexity", 2)]
+        )
+    for name, title in (
+        ("reward", "Reward"),
+        ("kl", "KL to the reference"),
+        ("completion_length", "Tokens of an answer"),
+    ):
+        yield line_chart(
+            title,
+            [_series("sampled", train, name, 1), _series("validation, greedy", held_out, name, 2)],
+        )
+    yield line_chart(
+        "Learning rate", [_series("learning rate", train, "learning_rate", 3)], from_zero=True
+    )
 
 
 def in_one_row(chosen: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, Record]]:
@@ -83,7 +116,10 @@ def in_one_row(chosen: Sequence[Record], records: Sequence[Record]) -> list[tupl
     ends: dict[int, int] = {}
     for record in records:
         ends[record["stage"]] = max(ends.get(record["stage"], 0), record["step"])
-    return [(r["step"] + sum(end for stage, end in ends.items() if stage < r["stage"]), r) for r in chosen]
+    return [
+        (r["step"] + sum(end for stage, end in ends.items() if stage < r["stage"]), r)
+        for r in chosen
+    ]
 
 
 def _series(name: str, records: Sequence[tuple[int, Record]], key: str, color: int) -> Series:
@@ -93,27 +129,47 @@ def _series(name: str, records: Sequence[tuple[int, Record]], key: str, color: i
 def _results(summary: Mapping[str, Any]) -> str:
     base = summary["base_metrics"] or {}
     rows = [
-        (words(name), with_interval(name, base) if name in base else "–", with_interval(name, summary["metrics"]))
+        (
+            words(name),
+            with_interval(name, base) if name in base else "–",
+            with_interval(name, summary["metrics"]),
+        )
         for name in headline(summary["metrics"])
     ]
     rows.append(("training loss (last)", "–", f"{summary['train_loss']:.4f}"))
-    without = "frozen base + logistic regression" if "accuracy" in base or summary["task"] == "reward" else "base"
+    without = (
+        "frozen base + logistic regression"
+        if "accuracy" in base or summary["task"] == "reward"
+        else "base"
+    )
     return _table(("validation", without, "with the adapter"), rows)
 
 
 def with_interval(name: str, metrics: Mapping[str, float]) -> str:
     """A figure, and its 95 % interval where there is one."""
-    ends = [figure(name, metrics[f"{name}_{end}"]) for end in ("low", "high") if f"{name}_{end}" in metrics]
+    ends = [
+        figure(name, metrics[f"{name}_{end}"])
+        for end in ("low", "high")
+        if f"{name}_{end}" in metrics
+    ]
     return figure(name, metrics[name]) + (f" ({ends[0]} to {ends[1]})" if len(ends) == 2 else "")
 
 
 def _forgetting(summary: Mapping[str, Any]) -> Iterable[str]:
     results = summary.get("forgetting")
     if results:
-        drawn = picture(task_changes(summary["metrics"], summary["base_metrics"]), general_changes(results))
+        drawn = picture(
+            task_changes(summary["metrics"], summary["base_metrics"]), general_changes(results)
+        )
         rows = [
-            (f"{r['task']} {words(r['metric'])}", f"{r['before']:.4f}", f"{r['after']:.4f}", f"{r['change']:+.4f}",
-             f"{r['low']:+.4f} … {r['high']:+.4f}", f"{r['items']:,}")
+            (
+                f"{r['task']} {words(r['metric'])}",
+                f"{r['before']:.4f}",
+                f"{r['after']:.4f}",
+                f"{r['change']:+.4f}",
+                f"{r['low']:+.4f} … {r['high']:+.4f}",
+                f"{r['items']:,}",
+            )
             for r in results
         ]
         head = ("general ability", "before", "after", "change", "95 % interval", "items")
@@ -121,7 +177,9 @@ def _forgetting(summary: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _effect(summary: Mapping[str, Any]) -> str:
-    rows = [(EFFECT_WORDS.get(name, name), f"{value:.4g}") for name, value in summary["effect"].items()]
+    rows = [
+        (EFFECT_WORDS.get(name, name), f"{value:.4g}") for name, value in summary["effect"].items()
+    ]
     return _table((f"on {summary['effect_rows']} rows", ""), rows)
 
 
@@ -134,10 +192,23 @@ def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for index, data in enumerate(summary["data"]):
         for name, digest in data["digests"].items():
             count = data["rows"].get(name)  # a reward or an adapter has none
-            rows.append((f"stage {index}, {name}", digest if count is None else f"{count:,} rows of {digest}"))
+            rows.append(
+                (
+                    f"stage {index}, {name}",
+                    digest if count is None else f"{count:,} rows of {digest}",
+                )
+            )
     for index, stage in enumerate(summary["stages"]):
-        facts = f"{stage['steps']:,} steps, {stage['tokens']:,} tokens, {stage['precision']}, {duration(stage['seconds'])}"
+        facts = (
+            f"{stage['steps']:,} steps, {stage['tokens']:,} tokens, {stage['precision']},"
+            f" {duration(stage['seconds'])}"
+        )
         rows.append((f"stage {index}", facts))
     rows.append(("seed, threads", f"{summary['seed']}, {summary['threads']}"))
-    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())))
+    rows.append(
+        (
+            "versions",
+            ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+        )
+    )
     return rows

@@ -1,7 +1,9 @@
-"""Checkpoints of an unfinished run: everything that the rest of the training depends on, in one file.
+"""Checkpoints of an unfinished run: everything that the rest of the training depends on, in one
+file.
 
-They lie in RUN/checkpoints beside the journal in progress; an older run in RUN stays whole until the new one takes
-its place. A file appears under its name only when it is complete, so a process may be killed at any moment.
+They lie in RUN/checkpoints beside the journal in progress; an older run in RUN stays whole until
+the new one takes its place. A file appears under its name only when it is complete, so a process
+may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ from edgetune.training.learner import Learned
 SCHEMA = 2
 NAME = re.compile(r"stage-(\d+)-step-(\d+)\.pt")
 STEPS_BETWEEN, PARTS_OF_A_STAGE = 50, 10  # of checkpoints, where the recipe does not say
-# What a run may differ in and still be the same: where it is written, and files, which are compared by their digests.
-NOT_COMPARED = re.compile(r"out|base|parameters\.start|checkpoint_every|keep_checkpoints|stage\.\d+\.(data\.(train|validation)|replay\.data)")
+# What a run may differ in and still be the same: where it is written, and files, which are compared
+# by their digests.
+NOT_COMPARED = re.compile(
+    r"out|base|parameters\.start|checkpoint_every|keep_checkpoints|stage\.\d+\.(data\.(train|validation)|replay\.data)"
+)
 
 
 @dataclass
@@ -42,24 +47,42 @@ class Position:
     padded_tokens: int = 0
     seconds: float = 0.0
     recent: list[float] = field(default_factory=list)  # losses since the last line of the journal
-    recent_facts: list[dict[str, float]] = field(default_factory=list)  # what the steps since then measured besides
+    recent_facts: list[dict[str, float]] = field(
+        default_factory=list
+    )  # what the steps since then measured besides
     final_loss: float = float("nan")  # mean over the last logged steps
 
-    def add(self, learned: Learned, replayed: Learned | None, facts: Mapping[str, float], *, seconds: float) -> None:
+    def add(
+        self,
+        learned: Learned,
+        replayed: Learned | None,
+        facts: Mapping[str, float],
+        *,
+        seconds: float,
+    ) -> None:
         """One more step."""
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         for each in (learned, replayed):
             if each is not None:
-                self.tokens, self.padded_tokens = self.tokens + each.tokens, self.padded_tokens + each.padded_tokens
+                self.tokens, self.padded_tokens = (
+                    self.tokens + each.tokens,
+                    self.padded_tokens + each.padded_tokens,
+                )
         self.recent.append(learned.loss)
         if facts:
             self.recent_facts.append(dict(facts))
 
     def means_of_recent(self) -> dict[str, float]:
-        """The steps since the last line of the journal make one more: their loss is `final_loss`, their facts are returned."""
+        """The steps since the last line of the journal make one more: their loss is `final_loss`,
+        their facts are returned.
+        """
         self.final_loss, self.recent = sum(self.recent) / len(self.recent), []
         facts, self.recent_facts = self.recent_facts, []
-        return {name: sum(fact[name] for fact in facts) / len(facts) for name in facts[0]} if facts else {}
+        return (
+            {name: sum(fact[name] for fact in facts) / len(facts) for name in facts[0]}
+            if facts
+            else {}
+        )
 
 
 @dataclass(frozen=True)
@@ -75,15 +98,24 @@ class State:
     optimizer: dict[str, Any]
     rng: list[dict[str, Any]]  # of every process
     reference: dict[str, Tensor]  # of the stage, from before its first step; see Prepared
-    samples: list[Any]  # of every process: what the next step learns from, where it was made before; see Experience
+    samples: list[
+        Any
+    ]  # of every process: what the next step learns from, where it was made before; see Experience
     journal: list[dict[str, Any]]
     seconds: float  # since the run began, loading and measuring included
 
 
 def origin_of(
-    recipe: Recipe, *, base: str, data: Sequence[Mapping[str, str]], processes: int, rounding: int | None = None
+    recipe: Recipe,
+    *,
+    base: str,
+    data: Sequence[Mapping[str, str]],
+    processes: int,
+    rounding: int | None = None,
 ) -> dict[str, str]:
-    """Everything that a resumed run must have in common with the one it continues, as texts to compare and to show."""
+    """Everything that a resumed run must have in common with the one it continues, as texts to
+    compare and to show.
+    """
     origin = {key: _shown(value) for key, value in flat(recipe) if not NOT_COMPARED.fullmatch(key)}
     origin["base"] = base
     if rounding is not None:
@@ -94,11 +126,18 @@ def origin_of(
 
 
 def check_origin(found: Mapping[str, str], wanted: Mapping[str, str], *, where: Path) -> None:
-    """Raise one line that names what differs between the unfinished run and what shall continue it."""
+    """Raise one line that names what differs between the unfinished run and what shall
+    continue it.
+    """
     keys = [key for key in dict.fromkeys([*wanted, *found]) if found.get(key) != wanted.get(key)]
     if not keys:
         return
-    by_digest = [key for key in keys if key == "base" or re.fullmatch(r"stage\.\d+\.data\.(train|validation|replay|start|reward .*)", key)]
+    by_digest = [
+        key
+        for key in keys
+        if key == "base"
+        or re.fullmatch(r"stage\.\d+\.data\.(train|validation|replay|start|reward .*)", key)
+    ]
     kind = DataError if len(by_digest) == len(keys) and "base" not in keys else RecipeError
     more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
 
@@ -133,14 +172,19 @@ class Checkpoints:
         return sorted(named, key=lambda path: _place(path))
 
     def load(self, origin: Mapping[str, str], *, say: Callable[[str], None]) -> State | None:
-        """The newest checkpoint that can be read, None when there is none. Raises where it is of another run."""
+        """The newest checkpoint that can be read, None when there is none. Raises where it is of
+        another run.
+        """
         for path in reversed(self.older):
             state = _read(path)
             if state is None:
                 say(f"{path} is damaged; an older checkpoint is tried")
                 continue
             check_origin(state.origin, origin, where=self.folder.parent)
-            self.latest, self.older = path, [other for other in self.older if _place(other) > _place(path)]
+            self.latest, self.older = (
+                path,
+                [other for other in self.older if _place(other) > _place(path)],
+            )
             return state
         return None
 
@@ -165,13 +209,16 @@ class Checkpoints:
         if self.latest is None:
             return ""
         stage, step = _place(self.latest)
-        return f"The checkpoint of stage {stage}, step {step} is kept in {self.folder}; train --resume continues from it."
+        return (
+            f"The checkpoint of stage {stage}, step {step} is kept in {self.folder}; train --resume"
+            " continues from it."
+        )
 
 
 @contextlib.contextmanager
 def unfinished(run: Path, *, keep: int, say: Callable[[str], None]) -> Iterator[Checkpoints]:
-    """RUN/checkpoints while a run is under way. When it stops with an error, the folder stays if a checkpoint is in it,
-    and the error says so; else nothing is left behind."""
+    """RUN/checkpoints while a run is under way. When it stops with an error, the folder stays if a
+    checkpoint is in it, and the error says so; else nothing is left behind."""
     run = run.resolve()
     work, was_there = run / CHECKPOINTS, run.exists()
     with output_errors(run, work):
@@ -187,7 +234,9 @@ def unfinished(run: Path, *, keep: int, say: Callable[[str], None]) -> Iterator[
         if not checkpoints.kept:
             raise
         fix = f"{error.fix if isinstance(error, TrainingError) else ''} {checkpoints.kept}".strip()
-        raise type(error)(error.what, where=error.where, expected=error.expected, got=error.got, fix=fix) from error
+        raise type(error)(
+            error.what, where=error.where, expected=error.expected, got=error.got, fix=fix
+        ) from error
     except EdgetuneError:
         raise
     except BaseException:
@@ -208,8 +257,12 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
 
 def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put a checkpoint's weights into a model that was built by the same recipe."""
-    places = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if {name: p.shape for name, p in places.items()} != {name: w.shape for name, w in weights.items()}:
+    places = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    if {name: p.shape for name, p in places.items()} != {
+        name: w.shape for name, w in weights.items()
+    }:
         raise TrainingError(
             "the checkpoint does not fit the model that this recipe builds now",
             expected=f"{len(places)} tensors",

@@ -17,8 +17,10 @@ from edgetune.models.torch_device import Precision
 from edgetune.recipe.schema import Stage
 from edgetune.training.parallel.distributed import Group
 
-MAX_TOKENS_AT_ONCE = 1536  # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
-DIFFERENT_AT_ONCE = 1024  # different tokens, where rows begin alike and the model computes these once
+# padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
+MAX_TOKENS_AT_ONCE = 1536
+# different tokens, where rows begin alike and the model computes these once
+DIFFERENT_AT_ONCE = 1024
 Measure = Callable[..., dict[str, float]]  # (model, batches, *, precision) → metrics
 Collate = Callable[[Sequence[Any], int], Batch]  # (examples, pad_id)
 Length = Callable[[Any], int]  # an example → the padded tokens it takes
@@ -43,7 +45,8 @@ class Batching:
     collate: Collate = collate
     length: Length = tokens_of
     mask: Mask | None = None  # hides tokens of every batch
-    alike: bool = False  # examples that begin alike stand in one part; see `prefix_sharing.may_share`
+    # examples that begin alike stand in one part; see `prefix_sharing.may_share`
+    alike: bool = False
 
     def batch(self, examples: Sequence[Any], step: int) -> Batch:
         """One batch of optimizer step `step`; of step 0, for measuring."""
@@ -51,27 +54,39 @@ class Batching:
         return batch if self.mask is None else self.mask(batch, step)
 
     def parts(self, examples: Sequence[Any], step: int) -> list[Batch]:
-        """The examples of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens, or DIFFERENT_AT_ONCE where they begin alike."""
+        """The examples of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens, or
+        DIFFERENT_AT_ONCE where they begin alike.
+        """
         if self.alike:
             parts = split_alike([example.input_ids for example in examples], DIFFERENT_AT_ONCE)
         else:
-            parts = split(range(len(examples)), [self.length(example) for example in examples], MAX_TOKENS_AT_ONCE)
+            parts = split(
+                range(len(examples)),
+                [self.length(example) for example in examples],
+                MAX_TOKENS_AT_ONCE,
+            )
         return [self.batch([examples[i] for i in part], step) for part in parts]
 
 
 class Experience(Protocol):
     """Turns the rows of a step into what is learned from: grpo's prompts into scored answers."""
 
-    def __call__(self, model: nn.Module, rows: Sequence[Any], *, step: int) -> tuple[list[Batch], Mapping[str, float]]:
+    def __call__(
+        self, model: nn.Module, rows: Sequence[Any], *, step: int
+    ) -> tuple[list[Batch], Mapping[str, float]]:
         """The step's parts, and its metrics."""
 
     def samples(self) -> Any:
-        """What a checkpoint must hold so that the next step learns from the same; numbers in lists and dicts, or None."""
+        """What a checkpoint must hold so that the next step learns from the same; numbers in lists
+        and dicts, or None.
+        """
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a stage in the middle cannot make again, because the weights have moved since. A checkpoint holds it."""
+    """What a stage in the middle cannot make again, because the weights have moved since. A
+    checkpoint holds it.
+    """
 
     reference: Mapping[str, Tensor] = field(default_factory=dict)  # see Prepared
     samples: Any = None  # see Experience; this process's own
@@ -100,11 +115,15 @@ class Prepared:
 
     measure: Measure
     experience: Experience | None = None
-    reference: Mapping[str, Tensor] = field(default_factory=dict)  # what refers to the stage's first weights
+    reference: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # what refers to the stage's first weights
 
     def kept(self) -> Kept:
         """For a checkpoint, now."""
-        return Kept(self.reference, self.experience.samples() if self.experience is not None else None)
+        return Kept(
+            self.reference, self.experience.samples() if self.experience is not None else None
+        )
 
 
 @contextlib.contextmanager

@@ -22,10 +22,12 @@ LOG_PROBS = "log_probs"  # (pairs, 2): of the chosen and the rejected answers, t
 
 @contextlib.contextmanager
 def prepare_dpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
-    """Store with every pair its log-probabilities under the policy as it is now, the reference of this stage.
+    """Store with every pair its log-probabilities under the policy as it is now, the reference of
+    this stage.
 
-    Before the first stage that is the base; after an earlier stage it is what that one trained. One forward pass over
-    the data, shared by all processes, and no second model in memory. A checkpoint holds them for a resumed stage.
+    Before the first stage that is the base; after an earlier stage it is what that one trained. One
+    forward pass over the data, shared by all processes, and no second model in memory. A checkpoint
+    holds them for a resumed stage.
     """
     s, beta = situation, situation.stage.beta
     pairs: list[Any] = [*s.examples.train, *s.examples.validation]  # of PairExample
@@ -37,17 +39,25 @@ def prepare_dpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
             for pair, reference in zip(pairs[rank :: s.group.size], found, strict=True):
                 pair.reference = reference
     else:
-        for pair, (chosen, rejected) in zip(pairs, s.kept.reference[LOG_PROBS].tolist(), strict=True):
+        for pair, (chosen, rejected) in zip(
+            pairs, s.kept.reference[LOG_PROBS].tolist(), strict=True
+        ):
             pair.reference = (chosen, rejected)
 
-    def measure_with_beta(model: nn.Module, batches: Sequence[PairBatch], *, precision: Precision) -> dict[str, float]:
+    def measure_with_beta(
+        model: nn.Module, batches: Sequence[PairBatch], *, precision: Precision
+    ) -> dict[str, float]:
         return measure_policy(model, batches, precision=precision, beta=beta)
 
-    yield Prepared(measure_with_beta, reference={LOG_PROBS: torch.tensor([pair.reference for pair in pairs])})
+    yield Prepared(
+        measure_with_beta, reference={LOG_PROBS: torch.tensor([pair.reference for pair in pairs])}
+    )
 
 
 @torch.no_grad()
-def store_references(model: Any, pairs: Sequence[Any], *, pad_id: int, precision: Precision) -> None:
+def store_references(
+    model: Any, pairs: Sequence[Any], *, pad_id: int, precision: Precision
+) -> None:
     """Set `reference` of every pair to (log π(chosen), log π(rejected)) of `model` as it is."""
     model.eval()
     lengths, device = [pair.padded_length for pair in pairs], device_of(model)

@@ -1,4 +1,6 @@
-"""The `grpo` stage: prompts → sampled answers → rewards → advantages; validation by greedy answers."""
+"""The `grpo` stage: prompts → sampled answers → rewards → advantages; validation by greedy
+answers.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,24 @@ from edgetune.data.conversations import end_token
 from edgetune.data.examples import IGNORED
 from edgetune.models.base import Base
 from edgetune.models.torch_device import Precision, device_of, to_device
-from edgetune.objectives.grpo import AnswerExample, collate_answers, group_advantages, k3, without_flat
+from edgetune.objectives.grpo import (
+    AnswerExample,
+    collate_answers,
+    group_advantages,
+    k3,
+    without_flat,
+)
 from edgetune.objectives.language import projection_only_at
 from edgetune.objectives.preference import token_log_probs
 from edgetune.recipe.schema import Stage
-from edgetune.training.context import DIFFERENT_AT_ONCE, Batching, Measure, Prepared, Situation, tokens_of
+from edgetune.training.context import (
+    DIFFERENT_AT_ONCE,
+    Batching,
+    Measure,
+    Prepared,
+    Situation,
+    tokens_of,
+)
 from edgetune.training.fast.memory import computing
 from edgetune.training.fast.shared_prefix import may_share
 from edgetune.training.reinforcement.rewards import (
@@ -49,14 +64,22 @@ def collate_prompts(examples: Sequence[PromptExample], pad_id: int) -> PromptBat
     """Prompts → one batch without labels."""
     batch = collate([AnswerExample(e.input_ids, [], e.row, 0.0) for e in examples], pad_id)
     return PromptBatch(
-        batch.input_ids, batch.attention_mask, batch.labels, batch.rows, batch.tokens, targets=0, examples=tuple(examples)
+        batch.input_ids,
+        batch.attention_mask,
+        batch.labels,
+        batch.rows,
+        batch.tokens,
+        targets=0,
+        examples=tuple(examples),
     )
 
 
 def first_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits (rows, vocab) of the first token of each answer, and the likeliest tokens."""
     rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-    column = torch.zeros_like(batch.input_ids[:, :1])  # where the first token of the longest row's answer stands
+    column = torch.zeros_like(
+        batch.input_ids[:, :1]
+    )  # where the first token of the longest row's answer stands
     wanted = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
     wanted[rows, batch.attention_mask.sum(dim=1) - 1] = True
     with projection_only_at(model, wanted):
@@ -86,7 +109,11 @@ def prepare_grpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
     ):
         answering = Answering(rollout, rewards, s.tokenizer, s.stage)
         experience = Sampler(answering, s)
-        yield Prepared(functools.partial(measure_greedy, answering), experience, reference=experience.start or {})
+        yield Prepared(
+            functools.partial(measure_greedy, answering),
+            experience,
+            reference=experience.start or {},
+        )
 
 
 def _rollout(s: Situation) -> contextlib.AbstractContextManager[Rollout]:
@@ -108,11 +135,20 @@ class Answering:
     stage: Stage
 
     def sample(
-        self, model: Any, rows: Sequence[PromptExample], *, count: int, temperature: float, top_p: float, seed: int
+        self,
+        model: Any,
+        rows: Sequence[PromptExample],
+        *,
+        count: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
     ) -> list[list[Answer]]:
         """`count` answers for each prompt."""
         sampling = Sampling(self.stage.max_new_tokens, temperature, top_p)
-        return self.rollout(model, [row.input_ids for row in rows], count=count, sampling=sampling, seed=seed)
+        return self.rollout(
+            model, [row.input_ids for row in rows], count=count, sampling=sampling, seed=seed
+        )
 
     def score(
         self, rows: Sequence[PromptExample], answers: Sequence[Sequence[Answer]]
@@ -122,27 +158,35 @@ class Answering:
         ids = [answer.ids[:-1] if answer.ended else answer.ids for _, answer in flat]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         answered = [
-            Answered(row.prompt, text, row.values, row.row) for (row, _), text in zip(flat, texts, strict=True)
+            Answered(row.prompt, text, row.values, row.row)
+            for (row, _), text in zip(flat, texts, strict=True)
         ]
         return self.rewards(answered)
 
 
 class Sampler:
-    """The step's prompts → answers with advantages. Every `iterations` steps the policy samples anew.
+    """The step's prompts → answers with advantages. Every `iterations` steps the policy samples
+    anew.
 
-    Of several processes each samples answers to its own prompts, from a stream of its own; the facts are means over
-    all of them, weighted by prompts.
+    Of several processes each samples answers to its own prompts, from a stream of its own; the
+    facts are means over all of them, weighted by prompts.
     """
 
     def __init__(self, answering: Answering, situation: Situation) -> None:
         self.answering, self.stage, self.seed = answering, situation.stage, situation.seed
-        self.pad_id, self.precision, self.group = situation.pad_id, situation.precision, situation.group
+        self.pad_id, self.precision, self.group = (
+            situation.pad_id,
+            situation.precision,
+            situation.group,
+        )
         self.device, kept = device_of(situation.model), situation.kept
         self.start: dict[str, Tensor] | None = None
         if self.stage.kl and self.stage.kl_to == "start":
             first = _trained(situation.model) if kept is None else kept.reference
             self.start = {name: weights.to(self.device) for name, weights in first.items()}
-        collating = functools.partial(collate_answers, loss_type=self.stage.loss_type, longest=self.stage.max_new_tokens)
+        collating = functools.partial(
+            collate_answers, loss_type=self.stage.loss_type, longest=self.stage.max_new_tokens
+        )
         longest = self.stage.max_length + self.stage.max_new_tokens
         self._batching = Batching(self.pad_id, collating, alike=may_share(situation.model, longest))
         self._kept: tuple[list[AnswerExample], dict[str, float]] | None = None
@@ -173,23 +217,37 @@ class Sampler:
         """In every process together; one of them may be without rows."""
         examples, flat, facts = self._answer(model, rows, step=step) if rows else ([], [], {})
         if not self.stage.kl:
-            examples = without_flat(examples, flat, loss_type=self.stage.loss_type, total=self.group.total)
+            examples = without_flat(
+                examples, flat, loss_type=self.stage.loss_type, total=self.group.total
+            )
         return examples, _weighted(self.group.gathered((len(rows), facts)))
 
     def _answer(
         self, model: Any, rows: Sequence[PromptExample], *, step: int
     ) -> tuple[list[AnswerExample], list[bool], dict[str, float]]:
-        """Answers to the prompts, whether each one's group all got the same reward, and facts about them."""
+        """Answers to the prompts, whether each one's group all got the same reward, and facts about
+        them.
+        """
         stage, seed = self.stage, _seed(self.seed, step, self.group.rank)
         groups = self.answering.sample(
-            model, rows, count=stage.group_size, temperature=stage.temperature, top_p=stage.top_p, seed=seed
+            model,
+            rows,
+            count=stage.group_size,
+            temperature=stage.temperature,
+            top_p=stage.top_p,
+            seed=seed,
         )
         totals, each = self.answering.score(rows, groups)
         rewards = torch.tensor(totals).view(len(rows), stage.group_size)
         advantages = group_advantages(rewards, scale_by_std=stage.scale_by_std).flatten().tolist()
         flat = [(row, answer) for row, group in zip(rows, groups, strict=True) for answer in group]
         examples = [
-            AnswerExample(row.input_ids + answer.ids, [IGNORED] * len(row.input_ids) + answer.ids, row.row, advantage)
+            AnswerExample(
+                row.input_ids + answer.ids,
+                [IGNORED] * len(row.input_ids) + answer.ids,
+                row.row,
+                advantage,
+            )
             for (row, answer), advantage in zip(flat, advantages, strict=True)
         ]
         if not self.answering.rollout.exact:
@@ -214,11 +272,15 @@ class Sampler:
             for example, reference in zip(examples, references, strict=True):
                 example.reference = reference
             sampled = torch.tensor([x for _, answer in flat for x in answer.log_probs])
-            facts["kl"] = float(k3(sampled, torch.tensor([x for r in references for x in r])).mean())
+            facts["kl"] = float(
+                k3(sampled, torch.tensor([x for r in references for x in r])).mean()
+            )
         return examples, is_flat.repeat_interleave(stage.group_size).tolist(), facts
 
     def _reference(self, model: Any) -> contextlib.AbstractContextManager[None]:
-        """The model that the KL penalty refers to: without its adapter, or with the one the stage started from."""
+        """The model that the KL penalty refers to: without its adapter, or with the one the stage
+        started from.
+        """
         return model.disable_adapter() if self.start is None else _weights(model, self.start)
 
     @torch.no_grad()
@@ -227,7 +289,9 @@ class Sampler:
         model.eval()
         found: list[list[float]] = [[] for _ in examples]
         for part in self._together(examples):
-            batch = to_device(collate([examples[index] for index in part], self.pad_id), self.device)
+            batch = to_device(
+                collate([examples[index] for index in part], self.pad_id), self.device
+            )
             with computing(model, batch, self.precision):
                 log_probs, rows = token_log_probs(model, batch, temperature=self.stage.temperature)
             counts = torch.bincount(rows, minlength=len(part)).tolist()
@@ -235,17 +299,22 @@ class Sampler:
                 found[index] = values.tolist()
         return found
 
-
     def _together(self, examples: Sequence[AnswerExample]) -> list[list[int]]:
         if self._batching.alike:
             return split_alike([example.input_ids for example in examples], DIFFERENT_AT_ONCE)
-        return in_order_of_length([len(example.input_ids) for example in examples], TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE)
+        return in_order_of_length(
+            [len(example.input_ids) for example in examples],
+            TOKENS_AT_ONCE,
+            batch_size=ROWS_AT_ONCE,
+        )
 
 
 def measure_greedy(
     answering: Answering, model: Any, batches: Sequence[PromptBatch], *, precision: Precision
 ) -> dict[str, float]:
-    """Mean reward of the greedy answers to the prompts, their length in tokens, and the share that ended."""
+    """Mean reward of the greedy answers to the prompts, their length in tokens, and the share that
+    ended.
+    """
     rows = sorted((example for batch in batches for example in batch.examples), key=tokens_of)
     groups = answering.sample(model, rows, count=1, temperature=0.0, top_p=1.0, seed=0)
     totals, each = answering.score(rows, groups)
@@ -258,7 +327,9 @@ def measure_greedy(
 
 
 def _seed(seed: int, step: int, rank: int) -> int:
-    """Every step and process draws from a stream of its own; a resumed run draws what the other one would have."""
+    """Every step and process draws from a stream of its own; a resumed run draws what the other one
+    would have.
+    """
     return (seed * 1_000_003 + step + (rank << 48)) % 2**63
 
 
@@ -271,7 +342,11 @@ def _weighted(facts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, flo
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the weights that learn."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""What a recipe names, read and checked before anything is trained: base, examples, general text, an adapter to go on from."""
+"""What a recipe names, read and checked before anything is trained: base, examples, general text,
+an adapter to go on from.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,13 @@ class Inputs:
     def origin(self, *, processes: int) -> dict[str, str]:
         """What a run that resumes must have in common with this one."""
         rounding = ROUNDING if self.base.precision else None
-        return origin_of(self.recipe, base=self.base.digest, data=self.digests, processes=processes, rounding=rounding)
+        return origin_of(
+            self.recipe,
+            base=self.base.digest,
+            data=self.digests,
+            processes=processes,
+            rounding=rounding,
+        )
 
 
 def read_inputs(recipe: Recipe) -> Inputs:
@@ -51,10 +59,16 @@ def read_inputs(recipe: Recipe) -> Inputs:
     sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
     for stage in recipe.stage:
         method_of(stage, base.kind).check(stage, base)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad_id = (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0
+    )
     replays = _load_replays(recipe, tokenizer, sets, pad_id=pad_id, kind=base.kind)
     digests = [
-        examples.digests | ({} if replay is None else {"replay": replay.digest}) | reward_digests(stage)
+        examples.digests
+        | ({} if replay is None else {"replay": replay.digest})
+        | reward_digests(stage)
         for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
     ]
     if start is not None:
@@ -65,14 +79,22 @@ def read_inputs(recipe: Recipe) -> Inputs:
 def _as_it_ships(base: Base, recipe: Recipe) -> Base:
     """The base that training sees: with the bundle's weights where the recipe says so."""
     weights = recipe.parameters.base_precision
-    return base if weights is None else replace(base, precision=shipped_precision(weights, base.kind))
+    return (
+        base if weights is None else replace(base, precision=shipped_precision(weights, base.kind))
+    )
 
 
-def _load_data(recipe: Recipe, tokenizer: Any, base: Base, classes: tuple[str, ...] | None) -> list[ExampleSet]:
-    """Every stage's examples, so that a bad row of the last stage is found before the first one trains; `classes` are fixed."""
+def _load_data(
+    recipe: Recipe, tokenizer: Any, base: Base, classes: tuple[str, ...] | None
+) -> list[ExampleSet]:
+    """Every stage's examples, so that a bad row of the last stage is found before the first one
+    trains; `classes` are fixed.
+    """
     sets: list[ExampleSet] = []
     for stage in recipe.stage:
-        labels = next((examples.labels for examples in sets if examples.labels is not None), classes)
+        labels = next(
+            (examples.labels for examples in sets if examples.labels is not None), classes
+        )
         sets.append(load_examples(stage, tokenizer, base, labels, seed=recipe.seed))
     return sets
 

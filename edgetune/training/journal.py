@@ -1,4 +1,6 @@
-"""metrics.jsonl: a line per logged step and per validation; and the same as curves where TensorBoard is installed."""
+"""metrics.jsonl: a line per logged step and per validation; and the same as curves where
+TensorBoard is installed.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,35 @@ LOGGED_STEPS = 200  # about this many lines of a stage go to the journal
 class Journal:
     """Appends records to a file and keeps them for the report.
 
-    `path` is in the folder of the run in progress; None writes nowhere (all processes but the leader). A resumed run
-    begins with the records of its checkpoint. `curves` names the folder of TensorBoard's files.
+    `path` is in the folder of the run in progress; None writes nowhere (all processes but the
+    leader). A resumed run begins with the records of its checkpoint. `curves` names the folder of
+    TensorBoard's files.
     """
 
     def __init__(
-        self, path: Path | None, *, records: Sequence[dict[str, Any]] = (), curves: Path | None = None
+        self,
+        path: Path | None,
+        *,
+        records: Sequence[dict[str, Any]] = (),
+        curves: Path | None = None,
     ) -> None:
         self.path = path
         self.records = list(records)
         self.curves: Curves | None = None if curves is None else open_curves(curves)
         if path is not None:
-            path.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+            path.write_text(
+                "".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8"
+            )
         if self.curves is not None:
             for record in self.records:
                 self.curves.add(record)
 
     def write(self, **record: Any) -> None:
         """Add one record; floats are rounded to 7 significant digits."""
-        rounded = {key: float(f"{value:.7g}") if isinstance(value, float) else value for key, value in record.items()}
+        rounded = {
+            key: float(f"{value:.7g}") if isinstance(value, float) else value
+            for key, value in record.items()
+        }
         self.records.append(rounded)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -72,12 +84,29 @@ class StageLog:
     index: int  # of the stage
 
     def step(
-        self, at: Position, total: int, learned: Learned, replayed: Learned | None, facts: Mapping[str, float], *,
-        epoch: float, learning_rate: float, grad_norm: float,
-    ) -> None:  # fmt: skip
-        """Show the step `at` has come to; about LOGGED_STEPS of them write a line, with means over those since the last."""
+        self,
+        at: Position,
+        total: int,
+        learned: Learned,
+        replayed: Learned | None,
+        facts: Mapping[str, float],
+        *,
+        epoch: float,
+        learning_rate: float,
+        grad_norm: float,
+    ) -> None:
+        """Show the step `at` has come to; about LOGGED_STEPS of them write a line, with means over
+        those since the last.
+        """
         speed = at.tokens / at.seconds
-        self.progress.step(at.step, total, loss=learned.loss, tokens_per_second=speed, seconds=at.seconds, reward=facts.get("reward"))
+        self.progress.step(
+            at.step,
+            total,
+            loss=learned.loss,
+            tokens_per_second=speed,
+            seconds=at.seconds,
+            reward=facts.get("reward"),
+        )
         if at.step % max(1, total // LOGGED_STEPS) and at.step < total:
             return
         means = at.means_of_recent()
@@ -99,7 +128,10 @@ class StageLog:
     def validation(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Write and show what a validation measured."""
         self.journal.write(kind="validation", stage=self.index, step=step, **metrics)
-        self.progress.say(f"step {step}/{total}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in headline(metrics).items()))
+        self.progress.say(
+            f"step {step}/{total}  validation  "
+            + "  ".join(f"{k} {v:.4f}" for k, v in headline(metrics).items())
+        )
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -111,7 +143,9 @@ NOT_A_CURVE = ("kind", "stage", "step")
 
 
 class Curves:
-    """Writes every number of a record as a point; a stage's steps are its own, so its curves are called `stage0/…`."""
+    """Writes every number of a record as a point; a stage's steps are its own, so its curves are
+    called `stage0/…`.
+    """
 
     def __init__(self, folder: Path, writer: Any) -> None:
         self.folder, self.writer = folder, writer
@@ -120,7 +154,9 @@ class Curves:
         """Add a record of the journal: `{"kind", "stage", "step"}` and numbers."""
         for name, value in record.items():
             if name not in NOT_A_CURVE and isinstance(value, (int, float)):
-                self.writer.add_scalar(f"stage{record['stage']}/{record['kind']}/{name}", value, record["step"])
+                self.writer.add_scalar(
+                    f"stage{record['stage']}/{record['kind']}/{name}", value, record["step"]
+                )
         self.writer.flush()
 
     def close(self) -> None:
@@ -129,7 +165,9 @@ class Curves:
 
 
 def open_curves(folder: Path) -> Curves | None:
-    """Curves in an empty `folder`; None where TensorBoard is not installed, or too old for torch."""
+    """Curves in an empty `folder`; None where TensorBoard is not installed, or too old for
+    torch.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined,unused-ignore]
     except ImportError:

@@ -1,4 +1,6 @@
-"""A stage's model as it learns: losses, gradients, and weights where one is needed whole; in one process or in several."""
+"""A stage's model as it learns: losses, gradients, and weights where one is needed whole; in one
+process or in several.
+"""
 
 from __future__ import annotations
 
@@ -30,22 +32,43 @@ class Learned:
 
 
 class Learner:
-    """`whole` is the run's own model; `model` is what learns: the same, or with `shard` this process's share of its weights.
+    """`whole` is the run's own model; `model` is what learns: the same, or with `shard` this
+    process's share of its weights.
 
     Every method must be called by all processes.
     """
 
-    def __init__(self, whole: nn.Module, precision: Precision, group: Group = ALONE, *, shard: bool = False) -> None:
-        self.whole, self.precision, self.group, self.device = whole, precision, group, device_of(whole)
+    def __init__(
+        self, whole: nn.Module, precision: Precision, group: Group = ALONE, *, shard: bool = False
+    ) -> None:
+        self.whole, self.precision, self.group, self.device = (
+            whole,
+            precision,
+            group,
+            device_of(whole),
+        )
         self._shares = Shares(whole, group, self.device) if shard and group.size > 1 else None
         self.model = whole if self._shares is None else self._shares.model
-        self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._trainable = [
+            parameter for parameter in self.model.parameters() if parameter.requires_grad
+        ]
 
-    def add_gradient(self, objective: Objective, batches: Sequence[Batch], *, spare: Callable[[], Batch], weight: float) -> Learned:
-        """Add `weight` times the gradient of the mean loss over the batches of all processes; `spare` is for one without any."""
+    def add_gradient(
+        self,
+        objective: Objective,
+        batches: Sequence[Batch],
+        *,
+        spare: Callable[[], Batch],
+        weight: float,
+    ) -> Learned:
+        """Add `weight` times the gradient of the mean loss over the batches of all processes;
+        `spare` is for one without any.
+        """
         parts = [to_device(batch, self.device) for batch in batches]
         counts = [(part.targets, part.tokens, part.input_ids.numel()) for part in parts]
-        targets, tokens, padded = self.group.total([sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0])
+        targets, tokens, padded = self.group.total(
+            [sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0]
+        )
         if self._shares is not None:
             parts = self._shares.even(parts, to_device(spare(), self.device))
         loss = 0.0
@@ -83,10 +106,14 @@ class Learner:
 
     def load_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Put back what `state_of` gave."""
-        optimizer.load_state_dict(state if self._shares is None else self._shares.spread(state, optimizer))
+        optimizer.load_state_dict(
+            state if self._shares is None else self._shares.spread(state, optimizer)
+        )
 
     def _loss(self, objective: Objective, batch: Batch) -> Tensor:
-        """The fused functions look at a layer's weights, so a model in shares computes without them."""
+        """The fused functions look at a layer's weights, so a model in shares computes without
+        them.
+        """
         if self._shares is not None:
             with autocast(self.precision, self.device):
                 return self._shares.loss(objective, batch)[0]

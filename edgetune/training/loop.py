@@ -1,7 +1,7 @@
 """The training loop: one for every method, on one page.
 
-What differs between methods comes in as arguments: `objective` (model, batch → loss), `batching` (rows → batches) and
-`validate` (model → metrics).
+What differs between methods comes in as arguments: `objective` (model, batch → loss), `batching`
+(rows → batches) and `validate` (model → metrics).
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class StageResult:
 
 def total_steps(stage: Stage, rows: int) -> int:
     """Optimizer steps of a stage over this many rows."""
-    planned = max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size))) * stage.iterations
+    planned = (
+        max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size))) * stage.iterations
+    )
     return min(planned, stage.max_steps or planned)
 
 
@@ -73,15 +75,20 @@ def train_stage(
 ) -> StageResult:
     """Minimise `objective` over `examples` and leave the run's model with the last step's weights.
 
-    With `experience` a step learns from what it makes of the step's rows; `replay` adds general text to every step.
-    `resumed` continues a stage where `save`, called every `save_every` steps, saw it.
-    Of several processes each works on its share of every step's rows.
-    Raises TrainingError when the loss or a gradient is not finite; the weights are then those before that step.
+    With `experience` a step learns from what it makes of the step's rows; `replay` adds general
+    text to every step. `resumed` continues a stage where `save`, called every `save_every` steps,
+    saw it. Of several processes each works on its share of every step's rows. Raises TrainingError
+    when the loss or a gradient is not finite; the weights are then those before that step.
     """
     total = total_steps(stage, len(examples))
-    validate_every = stage.validate_every or steps_per_epoch(len(examples), stage.batch_size) * stage.iterations
+    validate_every = (
+        stage.validate_every or steps_per_epoch(len(examples), stage.batch_size) * stage.iterations
+    )
     optimizer = build_optimizer(
-        learner.model, learning_rate=stage.learning_rate, head_learning_rate=stage.head_learning_rate, weight_decay=stage.weight_decay
+        learner.model,
+        learning_rate=stage.learning_rate,
+        head_learning_rate=stage.head_learning_rate,
+        weight_decay=stage.weight_decay,
     )
     at = Position()
     if resumed is not None:
@@ -89,24 +96,48 @@ def train_stage(
         learner.load_state(optimizer, resumed.optimizer)
     learner.model.train()
     lengths = [batching.length(example) for example in examples]
-    order = steps(lengths, stage.batch_size, seed=seed, total=total, start=at.step, repeat=stage.iterations)
+    order = steps(
+        lengths, stage.batch_size, seed=seed, total=total, start=at.step, repeat=stage.iterations
+    )
     for step, indices in enumerate(order, start=at.step + 1):
         started = time.perf_counter()
-        learning_rate = set_learning_rate(optimizer, warmup_cosine(step - 1, total, warmup_ratio=stage.warmup_ratio))
+        learning_rate = set_learning_rate(
+            optimizer, warmup_cosine(step - 1, total, warmup_ratio=stage.warmup_ratio)
+        )
         rows = [examples[i] for i in learner.group.share(indices)]
-        parts, facts = (batching.parts(rows, step), {}) if experience is None else experience(learner.whole, rows, step=step)
+        parts, facts = (
+            (batching.parts(rows, step), {})
+            if experience is None
+            else experience(learner.whole, rows, step=step)
+        )
         spare = functools.partial(batching.batch, examples[:1], step)
-        learned = learner.add_gradient(objective, parts, spare=spare, weight=1.0 - replay.share if replay else 1.0)
+        learned = learner.add_gradient(
+            objective, parts, spare=spare, weight=1.0 - replay.share if replay else 1.0
+        )
         replayed = replay.add_gradient(learner, step) if replay else None
         norm = learner.clip_gradient(stage.max_grad_norm)
-        _check_finite({"loss": learned.loss, "gradient norm": norm}, step, [examples[i].row for i in indices])
+        _check_finite(
+            {"loss": learned.loss, "gradient norm": norm}, step, [examples[i].row for i in indices]
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         at.add(learned, replayed, facts, seconds=time.perf_counter() - started)
         epoch = step * stage.batch_size / len(examples) / stage.iterations
-        log.step(at, total, learned, replayed, facts, epoch=epoch, learning_rate=learning_rate, grad_norm=norm)
-        measures, saves = step % validate_every == 0 or step == total, save is not None and step % save_every == 0
+        log.step(
+            at,
+            total,
+            learned,
+            replayed,
+            facts,
+            epoch=epoch,
+            learning_rate=learning_rate,
+            grad_norm=norm,
+        )
+        measures, saves = (
+            step % validate_every == 0 or step == total,
+            save is not None and step % save_every == 0,
+        )
         if measures or saves:
             with learner.in_one_piece():
                 if validate is not None and measures:
@@ -124,7 +155,9 @@ def _check_finite(values: Mapping[str, float], step: int, rows: Sequence[int]) -
         if math.isfinite(value):
             continue
         rows = sorted(rows)
-        shown = ", ".join(map(str, rows[:16])) + (f", … ({len(rows)} rows)" if len(rows) > 16 else "")
+        shown = ", ".join(map(str, rows[:16])) + (
+            f", … ({len(rows)} rows)" if len(rows) > 16 else ""
+        )
         raise TrainingError(
             f"the {what} became {value} at step {step}, on rows {shown} of the training file",
             fix='Look at these rows; a lower learning_rate or precision = "fp32" usually helps.',
@@ -134,7 +167,8 @@ def _check_finite(values: Mapping[str, float], step: int, rows: Sequence[int]) -
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, head_learning_rate: float | None, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over the weights that learn; no decay on vectors (biases, norms, DoRA magnitudes) nor on the head.
+    """AdamW over the weights that learn; no decay on vectors (biases, norms, DoRA magnitudes) nor
+    on the head.
 
     Each group remembers its peak rate as `peak`, which the schedule scales.
     """
@@ -161,11 +195,17 @@ def build_optimizer(
 def _head_ids(model: nn.Module) -> set[int]:
     """The weights of a masked-lm head, which every architecture names differently."""
     inner = unwrapped(model)
-    return {id(p) for p in head_parameters(inner)} if type(inner).__name__.endswith("ForMaskedLM") else set()
+    return (
+        {id(p) for p in head_parameters(inner)}
+        if type(inner).__name__.endswith("ForMaskedLM")
+        else set()
+    )
 
 
 def warmup_cosine(step: int, total: int, *, warmup_ratio: float) -> float:
-    """Factor on the peak learning rate at `step` = 0 … total - 1: linear up to 1, then half a cosine towards 0."""
+    """Factor on the peak learning rate at `step` = 0 … total - 1: linear up to 1, then half a
+    cosine towards 0.
+    """
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,6 @@
-"""What each method of a stage means to the loop: its objective and its validation. A new method is a new entry."""
+"""What each method of a stage means to the loop: its objective and its validation. A new method is
+a new entry.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +63,15 @@ class Method:
     collate: Collate = collate  # examples → a batch
     length: Length = tokens_of  # padded tokens that an example takes in a batch
     prepare: Prepare = nothing_to_prepare  # before the stage's first step
-    check: Callable[[Stage, Base], None] = lambda stage, base: None  # of what the stage names, before anything is trained
+    check: Callable[[Stage, Base], None] = lambda stage, base: (
+        None
+    )  # of what the stage names, before anything is trained
 
 
 METHODS = {
-    "causal-lm": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
+    "causal-lm": Method(
+        objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens
+    ),
     "masked-lm": Method(
         objective=lambda stage: masked_lm,
         measure=functools.partial(measure_completions, outputs=masked_tokens),
@@ -73,17 +79,30 @@ METHODS = {
     ),
     "sft": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
     "sequence-classification": Method(
-        objective=lambda stage: functools.partial(sequence_classification, label_smoothing=stage.label_smoothing),
+        objective=lambda stage: functools.partial(
+            sequence_classification, label_smoothing=stage.label_smoothing
+        ),
         measure=measure_classes,
         outputs=classes,
     ),
     "multi-label": Method(
-        objective=lambda stage: multi_label, measure=measure_label_sets, outputs=decisions, collate=collate_targets
+        objective=lambda stage: multi_label,
+        measure=measure_label_sets,
+        outputs=decisions,
+        collate=collate_targets,
     ),
-    "regression": Method(objective=lambda stage: regression, measure=measure_values, outputs=values, collate=collate_targets),
+    "regression": Method(
+        objective=lambda stage: regression,
+        measure=measure_values,
+        outputs=values,
+        collate=collate_targets,
+    ),
     "token-classification": Method(
-        objective=lambda stage: functools.partial(token_classification, label_smoothing=stage.label_smoothing),
-        measure=lambda model, batches, *, precision: {},  # the stage's own, which knows the sentences, takes its place
+        objective=lambda stage: functools.partial(
+            token_classification, label_smoothing=stage.label_smoothing
+        ),
+        # the stage's own, which knows the sentences, takes its place
+        measure=lambda model, batches, *, precision: {},
         outputs=word_logits,
         collate=collate_tagged,
         prepare=prepare_tagging,
@@ -105,9 +124,14 @@ METHODS = {
     ),
     "grpo": Method(
         objective=lambda stage: functools.partial(
-            grpo, clip=stage.clip, kl=stage.kl, temperature=stage.temperature, loss_type=stage.loss_type
+            grpo,
+            clip=stage.clip,
+            kl=stage.kl,
+            temperature=stage.temperature,
+            loss_type=stage.loss_type,
         ),
-        measure=lambda model, batches, *, precision: {},  # the stage's own, which knows the rewards, takes its place
+        # the stage's own, which knows the rewards, takes its place
+        measure=lambda model, batches, *, precision: {},
         outputs=first_tokens,
         collate=collate_prompts,
         length=padded_length,
@@ -126,7 +150,9 @@ ANSWERS = Method(
 
 
 def method_of(stage: Stage, kind: str) -> Method:
-    """What the stage's method means to a base of this kind, and for sequence-classification its problem."""
+    """What the stage's method means to a base of this kind, and for sequence-classification its
+    problem.
+    """
     if kind == SEQ2SEQ:
         return ANSWERS
     return METHODS[stage.method if stage.problem == "single-label" else stage.problem]

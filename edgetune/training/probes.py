@@ -20,51 +20,66 @@ from edgetune.objectives.preference import collate_pairs
 from edgetune.recipe.schema import Stage
 
 TOKENS_AT_ONCE, ROWS_AT_ONCE = 4096, 64
-C = 30.0  # inverse L2 strength; by development rows of Banking77, flat between 10 and 100 for 5, 10 and 100 rows a label
+# inverse L2 strength; by development rows of Banking77, flat between 10 and 100 for 5, 10 and 100
+# rows a label
+C = 30.0
 REWARD_C, REWARD_FOLDS_FROM = (0.01, 0.1, 1.0, 10.0, 100.0), 50
 
 
 def fit_probe(model: SequenceClassifier, examples: Sequence[Example], *, pad_id: int) -> None:
     """Set `model.classifier` to an L2-regularised logistic regression on the pooled features.
 
-    The regression sees features of length 1 and has no intercept: the best label for a feature is then the same
-    at any length, so its weights hold for the raw pooled features too (divided by their mean length).
+    The regression sees features of length 1 and has no intercept: the best label for a feature is
+    then the same at any length, so its weights hold for the raw pooled features too (divided by
+    their mean length).
     """
     targets = np.array([example.labels for example in examples])
     if len(np.unique(targets)) > 1:
         fit_logistic(model.classifier, pooled_features(model, examples, pad_id=pad_id), targets)
 
 
-def fit_logistic(head: nn.Linear, features: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
-    """Set a head (labels, hidden) to the regression of `fit_probe` on features (rows, hidden) and classes (rows,)."""
+def fit_logistic(
+    head: nn.Linear, features: NDArray[np.float32], targets: NDArray[np.int64]
+) -> None:
+    """Set a head (labels, hidden) to the regression of `fit_probe` on features (rows, hidden) and
+    classes (rows,).
+    """
     from sklearn.linear_model import LogisticRegression
 
     present = np.unique(targets)
     if len(present) < 2:
         return
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    regression = LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(features / lengths, targets)
+    regression = LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(
+        features / lengths, targets
+    )
     weights = regression.coef_ / float(lengths.mean())
     if len(present) == 2:  # scikit-learn gives one row, for the second of two classes
         weights = np.concatenate([-weights / 2, weights / 2])
     with torch.no_grad():
         head.weight.zero_()
-        head.weight[torch.from_numpy(present).to(head.weight.device)] = torch.from_numpy(weights).to(head.weight)
+        head.weight[torch.from_numpy(present).to(head.weight.device)] = torch.from_numpy(
+            weights
+        ).to(head.weight)
         head.bias.zero_()
 
 
 def fit_reward_probe(model: RewardModel, pairs: Sequence[Any], *, pad_id: int) -> None:
-    """Set `model.score` to the Bradley-Terry model of the frozen body's features: a logistic regression, without
-    intercept, on the differences between the chosen and the rejected answer's features.
+    """Set `model.score` to the Bradley-Terry model of the frozen body's features: a logistic
+    regression, without intercept, on the differences between the chosen and the rejected answer's
+    features.
 
-    Its L2 strength is chosen by cross validation on these pairs; with fewer than REWARD_FOLDS_FROM it is 1.
+    Its L2 strength is chosen by cross validation on these pairs; with fewer than REWARD_FOLDS_FROM
+    it is 1.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_score
 
     differences = pair_differences(model, pairs, pad_id=pad_id)
     scale = float(np.sqrt((differences**2).sum(axis=1).mean())) or 1.0
-    signs = np.where(np.arange(len(pairs)) % 2, -1.0, 1.0)  # half of the pairs the other way round: two classes
+    signs = np.where(
+        np.arange(len(pairs)) % 2, -1.0, 1.0
+    )  # half of the pairs the other way round: two classes
     features, targets = differences / scale * signs[:, None], signs > 0
     if len(pairs) < 2:
         return
@@ -74,14 +89,21 @@ def fit_reward_probe(model: RewardModel, pairs: Sequence[Any], *, pad_id: int) -
 
     best = 1.0
     if len(pairs) >= REWARD_FOLDS_FROM:
-        best = max(REWARD_C, key=lambda c: cross_val_score(regression(c), features, targets, scoring="neg_log_loss").mean())
+        best = max(
+            REWARD_C,
+            key=lambda c: cross_val_score(
+                regression(c), features, targets, scoring="neg_log_loss"
+            ).mean(),
+        )
     fitted = regression(best).fit(features, targets)
     with torch.no_grad():
         model.score.weight.copy_(torch.from_numpy(fitted.coef_ / scale))
 
 
 @torch.no_grad()
-def pair_differences(model: RewardModel, pairs: Sequence[Any], *, pad_id: int) -> NDArray[np.float32]:
+def pair_differences(
+    model: RewardModel, pairs: Sequence[Any], *, pad_id: int
+) -> NDArray[np.float32]:
     """(pairs, hidden): the chosen answer's feature minus the rejected one's."""
     model.eval()
     found = np.empty((len(pairs), model.score.in_features), dtype=np.float32)
@@ -94,9 +116,17 @@ def pair_differences(model: RewardModel, pairs: Sequence[Any], *, pad_id: int) -
 
 
 @torch.no_grad()
-def pooled_features(model: SequenceClassifier, examples: Sequence[Example], *, pad_id: int) -> NDArray[np.float32]:
-    """(rows, hidden) features of the frozen body, in the order of the examples; those that they carry already."""
-    known = [feature for example in examples if (feature := getattr(example, "features", None)) is not None]
+def pooled_features(
+    model: SequenceClassifier, examples: Sequence[Example], *, pad_id: int
+) -> NDArray[np.float32]:
+    """(rows, hidden) features of the frozen body, in the order of the examples; those that they
+    carry already.
+    """
+    known = [
+        feature
+        for example in examples
+        if (feature := getattr(example, "features", None)) is not None
+    ]
     if known:
         stacked: NDArray[np.float32] = torch.stack(known).numpy()
         return stacked
@@ -105,14 +135,23 @@ def pooled_features(model: SequenceClassifier, examples: Sequence[Example], *, p
     lengths, device = [len(example.input_ids) for example in examples], device_of(model)
     for part in in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
         batch = to_device(collate([examples[index] for index in part], pad_id), device)
-        features[part] = model.pooled(batch.input_ids, batch.attention_mask, batch.token_type_ids).float().cpu().numpy()
+        features[part] = (
+            model.pooled(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+            .float()
+            .cpu()
+            .numpy()
+        )
     return features
 
 
-RIDGE = np.logspace(-3, 2, 11)  # L2 strengths, on features of length 1; leave-one-out cross validation chooses
+RIDGE = np.logspace(
+    -3, 2, 11
+)  # L2 strengths, on features of length 1; leave-one-out cross validation chooses
 
 
-def fit_head(model: SequenceClassifier, stage: Stage, examples: Sequence[Any], *, pad_id: int) -> None:
+def fit_head(
+    model: SequenceClassifier, stage: Stage, examples: Sequence[Any], *, pad_id: int
+) -> None:
     """The head's first weights on the frozen body's features, as its task needs them."""
     if isinstance(model, TokenClassifier):
         fit_word_probe(model, examples, pad_id=pad_id)
@@ -125,7 +164,9 @@ def fit_head(model: SequenceClassifier, stage: Stage, examples: Sequence[Any], *
 
 
 def fit_label_probes(model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int) -> None:
-    """One logistic regression a label, on features of length 1; a label that all or no rows have gets its log odds."""
+    """One logistic regression a label, on features of length 1; a label that all or no rows have
+    gets its log odds.
+    """
     from sklearn.linear_model import LogisticRegression
 
     features, scale = _unit_features(model, examples, pad_id=pad_id)
@@ -141,7 +182,9 @@ def fit_label_probes(model: SequenceClassifier, examples: Sequence[Any], *, pad_
 
 
 def fit_value_probe(model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int) -> None:
-    """Ridge regression on features of length 1; the mean of the numbers where they are all the same."""
+    """Ridge regression on features of length 1; the mean of the numbers where they are all the
+    same.
+    """
     from sklearn.linear_model import RidgeCV
 
     targets = np.array([example.target for example in examples])
@@ -153,7 +196,9 @@ def fit_value_probe(model: SequenceClassifier, examples: Sequence[Any], *, pad_i
     _set(model.classifier, fitted.coef_[None] / scale, np.array([fitted.intercept_]))
 
 
-def _unit_features(model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int) -> tuple[NDArray[np.float32], float]:
+def _unit_features(
+    model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int
+) -> tuple[NDArray[np.float32], float]:
     """Features of length 1, and their mean length, by which the raw ones are about larger."""
     features = pooled_features(model, examples, pad_id=pad_id)
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
@@ -171,17 +216,28 @@ PROBE_WORDS = 20_000  # of more, the first weights are fitted to rows at equal d
 
 
 def with_word_features(model: TokenClassifier, examples: ExampleSet, *, pad_id: int) -> ExampleSet:
-    """The set with the states of every labelled token in fp32: where only the head learns, the body runs once."""
+    """The set with the states of every labelled token in fp32: where only the head learns, the body
+    runs once.
+    """
 
     def featured(rows: Sequence[Any]) -> list[Any]:
-        return [replace(row, features=states) for row, states in zip(rows, word_states(model, rows, pad_id=pad_id), strict=True)]
+        return [
+            replace(row, features=states)
+            for row, states in zip(rows, word_states(model, rows, pad_id=pad_id), strict=True)
+        ]
 
-    return replace(examples, train=featured(examples.train), validation=featured(examples.validation))
+    return replace(
+        examples, train=featured(examples.train), validation=featured(examples.validation)
+    )
 
 
 @torch.no_grad()
-def word_states(model: TokenClassifier, examples: Sequence[TaggedExample], *, pad_id: int) -> list[Tensor]:
-    """(words, hidden) of each example on the CPU, at the first sub-words of the words that are seen."""
+def word_states(
+    model: TokenClassifier, examples: Sequence[TaggedExample], *, pad_id: int
+) -> list[Tensor]:
+    """(words, hidden) of each example on the CPU, at the first sub-words of the words that are
+    seen.
+    """
     if examples and all(example.features is not None for example in examples):
         return [example.features for example in examples if example.features is not None]
     model.eval()
@@ -196,11 +252,21 @@ def word_states(model: TokenClassifier, examples: Sequence[TaggedExample], *, pa
     return found
 
 
-def fit_word_probe(model: TokenClassifier, examples: Sequence[TaggedExample], *, pad_id: int) -> None:
-    """Set `model.classifier` to a logistic regression on the states of single words; see `fit_logistic`."""
+def fit_word_probe(
+    model: TokenClassifier, examples: Sequence[TaggedExample], *, pad_id: int
+) -> None:
+    """Set `model.classifier` to a logistic regression on the states of single words; see
+    `fit_logistic`.
+    """
     words = sum(len(example.first) for example in examples)
     keep = min(len(examples), max(1, len(examples) * PROBE_WORDS // max(1, words)))
     chosen = [examples[at * len(examples) // keep] for at in range(keep)]
     states = torch.cat(word_states(model, chosen, pad_id=pad_id)).numpy()
-    labels = [label for example in chosen if isinstance(example.labels, list) for label in example.labels if label != IGNORE]
+    labels = [
+        label
+        for example in chosen
+        if isinstance(example.labels, list)
+        for label in example.labels
+        if label != IGNORE
+    ]
     fit_logistic(model.classifier, states, torch.tensor(labels).numpy())

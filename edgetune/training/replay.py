@@ -1,7 +1,7 @@
 """Replay: general text in every step of a stage, so that learning the task forgets less.
 
-With share s a step's loss is (1 − s) · task + s · causal-lm of the general text, and the text is s of the step's tokens.
-Which text a step sees follows from the seed and the step alone.
+With share s a step's loss is (1 − s) · task + s · causal-lm of the general text, and the text is s
+of the step's tokens. Which text a step sees follows from the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -37,22 +37,31 @@ class ReplayText:
     digest: str
 
     def batch(self, step: int) -> Batch:
-        """The text of optimizer step `step` (from 1); after the last sequence the first ones come again."""
+        """The text of optimizer step `step` (from 1); after the last sequence the first ones come
+        again.
+        """
         return collate([self.examples[at] for at in self._places(step)], self.pad_id)
 
     def add_gradient(self, learner: Learner, step: int) -> Learned:
-        """Add `share` times the gradient of the text's mean loss; of several processes each takes its part of the rows.
+        """Add `share` times the gradient of the text's mean loss; of several processes each takes
+        its part of the rows.
 
         Raises TrainingError when the loss is not finite.
         """
-        parts = [collate([self.examples[at]], self.pad_id) for at in learner.group.share(self._places(step))]
+        parts = [
+            collate([self.examples[at]], self.pad_id)
+            for at in learner.group.share(self._places(step))
+        ]
         spare = functools.partial(collate, self.examples[:1], self.pad_id)
         learned = learner.add_gradient(sft, parts, spare=spare, weight=self.share)
         if not math.isfinite(learned.loss):
             lines = sorted(self.examples[at].row for at in self._places(step))
             raise TrainingError(
-                f"the loss of the replayed text became {learned.loss} at step {step}, on rows {', '.join(map(str, lines))} of its file",
-                fix='Look at these rows; a lower learning_rate or precision = "fp32" usually helps.',
+                f"the loss of the replayed text became {learned.loss} at step {step}, on rows"
+                f" {', '.join(map(str, lines))} of its file",
+                fix=(
+                    'Look at these rows; a lower learning_rate or precision = "fp32" usually helps.'
+                ),
             )
         return learned
 
@@ -62,12 +71,19 @@ class ReplayText:
 
 
 def load_replay(
-    stage: Stage, examples: Sequence[Any], tokenizer: Any, *, limit: int, pad_id: int, seed: int, length: Length = tokens_of
+    stage: Stage,
+    examples: Sequence[Any],
+    tokenizer: Any,
+    *,
+    limit: int,
+    pad_id: int,
+    seed: int,
+    length: Length = tokens_of,
 ) -> ReplayText | None:
     """The text of a stage's `replay`, cut to what a step needs; None when it has none.
 
-    `limit`: tokens a sequence may have; `length`: those of an example of the stage, for grpo as long as it may get.
-    DataError for rows that cannot be used.
+    `limit`: tokens a sequence may have; `length`: those of an example of the stage, for grpo as
+    long as it may get. DataError for rows that cannot be used.
     """
     replay = stage.replay
     if replay is None:
@@ -76,11 +92,19 @@ def load_replay(
     form = PromptFormat(text=row_template(replay.text, "text", key="replay.text"))
     rows, _ = text_rows(source, form, skip_invalid=stage.data.skip_invalid)
     answers = stage.group_size if stage.method == "grpo" else 1
-    step = answers * sum(length(example) for example in examples) / steps_per_epoch(len(examples), stage.batch_size)
+    step = (
+        answers
+        * sum(length(example) for example in examples)
+        / steps_per_epoch(len(examples), stage.batch_size)
+    )
     wanted = replay.share / (1 - replay.share) * step
     count = max(1, round(wanted / limit))
-    packed: list[Example] = [*pack(encode_documents(rows, tokenizer), min(limit, max(SHORTEST, round(wanted / count))))]
+    packed: list[Example] = [
+        *pack(encode_documents(rows, tokenizer), min(limit, max(SHORTEST, round(wanted / count))))
+    ]
     if not packed:
-        raise DataError("there is no text to learn from", where=source.source, expected="at least two tokens")
+        raise DataError(
+            "there is no text to learn from", where=source.source, expected="at least two tokens"
+        )
     random.Random(f"replay/{seed}").shuffle(packed)
     return ReplayText(packed, count, replay.share, pad_id, source.digest)

@@ -1,4 +1,6 @@
-"""Leaving checkpoints behind, and continuing from one: in one process or in several, in the middle of any stage."""
+"""Leaving checkpoints behind, and continuing from one: in one process or in several, in the middle
+of any stage.
+"""
 
 from __future__ import annotations
 
@@ -34,45 +36,64 @@ from edgetune.training.loop import StageResult
 from edgetune.training.parallel.distributed import Group
 from edgetune.training.parallel.shards import Stateful
 
-CHOSEN = re.compile(r"threads|device|stage\.\d+\.precision")  # a finished run's recipe says what was chosen for these
+CHOSEN = re.compile(
+    r"threads|device|stage\.\d+\.precision"
+)  # a finished run's recipe says what was chosen for these
 
 
 def find_state(
     checkpoints: Checkpoints, origin: dict[str, str], *, resume: bool, progress: Progress
 ) -> tuple[State | None, dict[str, Any] | None]:
-    """The state to continue from, and the summary of a run that is finished already; without either, begin afresh.
+    """The state to continue from, and the summary of a run that is finished already; without
+    either, begin afresh.
 
-    Says which of these it is, and what lies there unused. Raises where it is of another recipe or other data.
+    Says which of these it is, and what lies there unused. Raises where it is of another recipe or
+    other data.
     """
     if not resume:
         if checkpoints.older:
             progress.say(
-                f"{checkpoints.folder} holds checkpoints of an unfinished run. This is a new run, which replaces them "
-                "at its first checkpoint; --resume would continue the old one"
+                f"{checkpoints.folder} holds checkpoints of an unfinished run. This is a new run,"
+                " which replaces them at its first checkpoint; --resume would continue the old one"
             )
         return None, None
     state = checkpoints.load(origin, say=progress.say)
     if state is not None:
-        progress.say(f"resumed at stage {state.stage}, step {state.position.step}, from {checkpoints.latest}")
+        progress.say(
+            f"resumed at stage {state.stage}, step {state.position.step}, from {checkpoints.latest}"
+        )
         return state, None
     finished = finished_summary(checkpoints.folder.parent, origin)
     if finished is not None:
         progress.say(f"nothing to resume: {checkpoints.folder.parent} is finished")
     else:
-        progress.say(f"nothing to resume: no checkpoint in {checkpoints.folder}. Training begins at the beginning")
+        progress.say(
+            f"nothing to resume: no checkpoint in {checkpoints.folder}. Training begins at the"
+            " beginning"
+        )
     return None, finished
 
 
 def finished_summary(folder: Path, origin: dict[str, str]) -> dict[str, Any] | None:
-    """summary.json of the finished run in `folder`, None when there is none. Raises when it is of another recipe."""
+    """summary.json of the finished run in `folder`, None when there is none. Raises when it is of
+    another recipe.
+    """
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         recipe, data = load_recipe(folder / RECIPE), [facts["digests"] for facts in summary["data"]]
         rounding = (summary.get("base_precision") or {}).get("rounding")
-        found = origin_of(recipe, base=summary["base"]["digest"], data=data, processes=summary["processes"], rounding=rounding)
+        found = origin_of(
+            recipe,
+            base=summary["base"]["digest"],
+            data=data,
+            processes=summary["processes"],
+            rounding=rounding,
+        )
     except (OSError, ValueError, KeyError, TypeError, RecipeError):
         return None
-    left_open = {k: found[k] for k, v in origin.items() if CHOSEN.fullmatch(k) and v in ('"auto"', "not set")}
+    left_open = {
+        k: found[k] for k, v in origin.items() if CHOSEN.fullmatch(k) and v in ('"auto"', "not set")
+    }
     check_origin(found, origin | left_open, where=folder)
     return summary
 
@@ -100,11 +121,19 @@ class Course:
         self.started -= self.state.seconds
 
     def run(self, run_stage: Callable[..., StageResult]) -> list[StageResult]:
-        """Train every stage that is not finished: `run_stage(index, resumed=, save=)` trains one."""
+        """Train every stage that is not finished: `run_stage(index, resumed=, save=)` trains
+        one.
+        """
         first, stages = self.state.stage if self.state is not None else 0, len(self.recipe.stage)
         for index in range(first, stages):
-            within = self.state if self.state is not None and self.state.position.step and index == first else None
-            self.results.append(run_stage(index, resumed=within, save=functools.partial(self.save, index)))
+            within = (
+                self.state
+                if self.state is not None and self.state.position.step and index == first
+                else None
+            )
+            self.results.append(
+                run_stage(index, resumed=within, save=functools.partial(self.save, index))
+            )
             if index + 1 < stages:
                 self.save(index + 1, Position(), None, Kept())
         self.state = None  # its tensors are in the model now

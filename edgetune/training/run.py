@@ -20,7 +20,11 @@ from edgetune.core.files import whole_folder, write_json, write_text
 from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
 from edgetune.core.progress import Progress
 from edgetune.evaluation.forgetting.measure import compare
-from edgetune.models.torch_device import choose_device, choose_precision, hold_frozen_linears_in_bf16
+from edgetune.models.torch_device import (
+    choose_device,
+    choose_precision,
+    hold_frozen_linears_in_bf16,
+)
 from edgetune.recipe.read import to_toml
 from edgetune.recipe.schema import Device, Recipe
 from edgetune.report.run_page import write_report
@@ -31,17 +35,28 @@ from edgetune.training.parallel.distributed import Group, process_group
 from edgetune.training.resume import Course, find_state
 from edgetune.training.stage_model import Succession
 from edgetune.training.stages import Stages, precision_of
-from edgetune.training.summary import RunSummary, base_precision, closing, metadata, opening, summary_of
+from edgetune.training.summary import (
+    RunSummary,
+    base_precision,
+    closing,
+    metadata,
+    opening,
+    summary_of,
+)
 
 
 def run_recipe(
-    recipe: Recipe, *, out: Path | None = None, progress: Progress | None = None, resume: bool = False
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
 ) -> RunSummary:
     """Train what the recipe says and write the run folder, whole or not at all.
 
-    `resume` continues an unfinished run of the same recipe and data where its newest checkpoint left it, to the same
-    adapter, bit for bit. Raises the errors of recipe, data and base before anything is written; TrainingError when
-    training cannot go on.
+    `resume` continues an unfinished run of the same recipe and data where its newest checkpoint
+    left it, to the same adapter, bit for bit. Raises the errors of recipe, data and base before
+    anything is written; TrainingError when training cannot go on.
     """
     started = time.perf_counter()
     folder = Path(recipe.out if out is None else out)
@@ -49,18 +64,28 @@ def run_recipe(
     check_replaceable(folder)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(process_group())
-        progress = stack.enter_context(contextlib.closing(progress if group.leads else Progress(io.StringIO())))
+        progress = stack.enter_context(
+            contextlib.closing(progress if group.leads else Progress(io.StringIO()))
+        )
         stack.enter_context(_settings(recipe))
-        work = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say) if group.leads else None
+        work = (
+            unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say)
+            if group.leads
+            else None
+        )
         checkpoints = stack.enter_context(work) if work is not None else None
         device = choose_device(recipe.device, local_rank=group.local_rank)
         inputs = read_inputs(recipe)
         progress.say(opening(recipe, inputs.base, inputs.sets))
-        if inputs.start is not None and (line := inputs.start.other_weights(base_precision(inputs.base))):
+        if inputs.start is not None and (
+            line := inputs.start.other_weights(base_precision(inputs.base))
+        ):
             progress.say(line)
         origin = inputs.origin(processes=group.size)
         state, finished = group.from_leader(
-            (None, None) if checkpoints is None else find_state(checkpoints, origin, resume=resume, progress=progress)
+            (None, None)
+            if checkpoints is None
+            else find_state(checkpoints, origin, resume=resume, progress=progress)
         )
         if finished is not None:
             return RunSummary(**finished)
@@ -71,7 +96,9 @@ def run_recipe(
             records=[] if state is None else state.journal,
             curves=None if checkpoints is None else checkpoints.folder / CURVES,
         )
-        course = Course(succession.learning, inputs.recipe, origin, journal, group, checkpoints, state, started)
+        course = Course(
+            succession.learning, inputs.recipe, origin, journal, group, checkpoints, state, started
+        )
         with Stages(succession, inputs, journal, progress, group) as stages:
             results = course.run(stages.run)
             journal.close()
@@ -80,9 +107,15 @@ def run_recipe(
             succession.finish()
             measured = stages.measure()
         summary = summary_of(
-            inputs, results, measured, trainable=trainable, seconds=time.perf_counter() - course.started,
-            device=device, processes=group.size, out=folder,
-        )  # fmt: skip
+            inputs,
+            results,
+            measured,
+            trainable=trainable,
+            seconds=time.perf_counter() - course.started,
+            device=device,
+            processes=group.size,
+            out=folder,
+        )
         summary = replace(summary, forgetting=_forgetting(succession, inputs, progress))
         _write(folder, succession.model, inputs, summary, journal)
         group.from_leader(summary)
@@ -90,14 +123,24 @@ def run_recipe(
     return summary
 
 
-def _first_model(inputs: Inputs, state: State | None, device: torch.device, group: Group) -> tuple[Succession, Inputs]:
-    """The model before its first step, alike in every process; and the inputs with what was chosen, as it is trained on them."""
+def _first_model(
+    inputs: Inputs, state: State | None, device: torch.device, group: Group
+) -> tuple[Succession, Inputs]:
+    """The model before its first step, alike in every process; and the inputs with what was chosen,
+    as it is trained on them.
+    """
     recipe = inputs.recipe
-    succession = Succession(recipe, inputs.base, inputs.sets, pad_id=inputs.pad_id, device=device, start=inputs.start)
-    group.copy_weights([parameter for parameter in succession.learning.parameters() if parameter.requires_grad])
+    succession = Succession(
+        recipe, inputs.base, inputs.sets, pad_id=inputs.pad_id, device=device, start=inputs.start
+    )
+    group.copy_weights(
+        [parameter for parameter in succession.learning.parameters() if parameter.requires_grad]
+    )
     if group.rank:
         torch.manual_seed(recipe.seed + (group.rank << 32))  # another dropout in every process
-    recipe = group.from_leader(_resolve(recipe, state, hidden=succession.model.config.hidden_size, device=device))
+    recipe = group.from_leader(
+        _resolve(recipe, state, hidden=succession.model.config.hidden_size, device=device)
+    )
     if all(stage.precision == "bf16" for stage in recipe.stage):
         hold_frozen_linears_in_bf16(succession.model)
     return succession, replace(inputs, recipe=recipe, sets=succession.sets)
@@ -114,7 +157,9 @@ def _write(folder: Path, model: Any, inputs: Inputs, summary: RunSummary, journa
             save_adapter(model, partial / ADAPTER, about)
         write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
         write_json(partial / SUMMARY, asdict(summary))
-        write_report(partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records)
+        write_report(
+            partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records
+        )
         journal.copy_to(partial)
 
 
@@ -131,7 +176,9 @@ def _settings(recipe: Recipe) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _forgetting(succession: Succession, inputs: Inputs, progress: Progress) -> list[dict[str, Any]] | None:
+def _forgetting(
+    succession: Succession, inputs: Inputs, progress: Progress
+) -> list[dict[str, Any]] | None:
     """The `[forgetting]` table's tasks, on the model without and with what it learned."""
     base, wanted = inputs.base, inputs.recipe.forgetting
     if wanted is None:
@@ -139,19 +186,32 @@ def _forgetting(succession: Succession, inputs: Inputs, progress: Progress) -> l
     from edgetune.evaluation.forgetting.torch_subject import TorchSubject
 
     subject = TorchSubject(
-        inputs.tokenizer, kind=base.kind, limit=base.max_length, pooling=base.pooling, before=succession.before,
-        after=lambda: contextlib.nullcontext(succession.model), precision=precision_of(inputs.recipe.stage[-1]),
-    )  # fmt: skip
-    found = compare(subject, Path(wanted.general), limit=wanted.limit, tasks=wanted.tasks, say=progress.say)
+        inputs.tokenizer,
+        kind=base.kind,
+        limit=base.max_length,
+        pooling=base.pooling,
+        before=succession.before,
+        after=lambda: contextlib.nullcontext(succession.model),
+        precision=precision_of(inputs.recipe.stage[-1]),
+    )
+    found = compare(
+        subject, Path(wanted.general), limit=wanted.limit, tasks=wanted.tasks, say=progress.say
+    )
     return [asdict(general) for general in found]
 
 
 def _resolve(recipe: Recipe, state: State | None, *, hidden: int, device: torch.device) -> Recipe:
-    """The recipe with every "auto" replaced by what was chosen, so that the run's recipe.toml repeats the run exactly.
+    """The recipe with every "auto" replaced by what was chosen, so that the run's recipe.toml
+    repeats the run exactly.
 
     A resumed run keeps the precision it began with: to measure again might choose another.
     """
     settings = [stage.precision for stage in recipe.stage] if state is None else state.precisions
-    chosen = {setting: choose_precision(setting, hidden=hidden, device=device) for setting in set(settings)}
-    stages = [replace(stage, precision=chosen[s]) for stage, s in zip(recipe.stage, settings, strict=True)]
+    chosen = {
+        setting: choose_precision(setting, hidden=hidden, device=device)
+        for setting in set(settings)
+    }
+    stages = [
+        replace(stage, precision=chosen[s]) for stage, s in zip(recipe.stage, settings, strict=True)
+    ]
     return replace(recipe, stage=tuple(stages), device=cast(Device, device.type))

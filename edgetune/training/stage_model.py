@@ -1,4 +1,6 @@
-"""The model of every stage: one adapted body with the head that the method needs, or a frozen body's features."""
+"""The model of every stage: one adapted body with the head that the method needs, or a frozen
+body's features.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,15 @@ class Succession:
     """`model` is what the recipe trains and saves; `for_stage` lends it to a stage."""
 
     def __init__(
-        self, recipe: Recipe, base: Base, sets: Sequence[ExampleSet], *, pad_id: int, device: torch.device = CPU,
+        self,
+        recipe: Recipe,
+        base: Base,
+        sets: Sequence[ExampleSet],
+        *,
+        pad_id: int,
+        device: torch.device = CPU,
         start: StartAdapter | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._recipe, self._base, self._pad_id, self._device = recipe, base, pad_id, device
         self._started = start is not None  # a head that is there already is not fitted again
         self.sets = list(sets)  # with the body's features where only the head learns
@@ -44,28 +52,39 @@ class Succession:
         self._start: Start | None = None
         self._original: Any = None
         self._first_head: dict[str, Any] = {}
-        self.fresh_head = False  # a new masked-lm head: the base alone has no answer worth comparing with
+        # a new masked-lm head: the base alone has no answer worth comparing with
+        self.fresh_head = False
         self.model = self._build().to(device)
         if start is not None:
             start.put_on(self.model)
         if any(stage.task != recipe.task for stage in recipe.stage):
             self._masked = self._borrowing()
-        # Every weight that learns in any stage, under names that stay; what two of them share is there once.
-        self.learning: Any = nn.ModuleDict({"model": self.model} | ({"masked_lm": self._masked} if self._masked is not None else {}))
+        # Every weight that learns in any stage, under names that stay; what two of them share is
+        # there once.
+        self.learning: Any = nn.ModuleDict(
+            {"model": self.model}
+            | ({"masked_lm": self._masked} if self._masked is not None else {})
+        )
 
     @property
     def first(self) -> int:
         """The first stage of the recipe's own task."""
-        return next(i for i, stage in enumerate(self._recipe.stage) if stage.task == self._recipe.task)
+        return next(
+            i for i, stage in enumerate(self._recipe.stage) if stage.task == self._recipe.task
+        )
 
     @property
     def base_answers(self) -> bool:
-        """Whether the base alone has answers worth comparing with: it writes text, or has a head that fits it."""
+        """Whether the base alone has answers worth comparing with: it writes text, or has a head
+        that fits it.
+        """
         fitted = not self.fresh_head and self._recipe.stage[self.first].head_init == "probe"
         return self._recipe.task == "text-generation" or fitted
 
     def for_stage(self, index: int, *, begins: bool = True) -> Any:
-        """The model that stage `index` trains; `begins` is False where a checkpoint continues in the middle of it."""
+        """The model that stage `index` trains; `begins` is False where a checkpoint continues in
+        the middle of it.
+        """
         stage = self._recipe.stage[index]
         if stage.task != self._recipe.task:
             return self._masked
@@ -82,7 +101,9 @@ class Succession:
 
     @contextlib.contextmanager
     def before(self) -> Iterator[Any]:
-        """The model as it was before training: the adapter off, or, where all weights learned, the base once more."""
+        """The model as it was before training: the adapter off, or, where all weights learned, the
+        base once more.
+        """
         if self._recipe.parameters.train != "full":
             with adapter_off(self.model) as model:
                 yield model
@@ -104,7 +125,9 @@ class Succession:
             return RewardModel(body)
         if examples.labels is None:
             return body
-        return build_classifier(body, task=recipe.task, labels=len(examples.labels), pooling=base.pooling)
+        return build_classifier(
+            body, task=recipe.task, labels=len(examples.labels), pooling=base.pooling
+        )
 
     def _build(self) -> Any:
         recipe, body, examples = self._recipe, self._bare(self._base), self.sets[self.first]
@@ -117,11 +140,14 @@ class Succession:
                 fit_head(body, recipe.stage[self.first], examples.train, pad_id=self._pad_id)
         elif isinstance(body, RewardModel) and recipe.stage[self.first].head_init == "probe":
             fit_reward_probe(body.to(self._device), examples.train, pad_id=self._pad_id)
-        # Seeded again: what was drawn before (a random head) must not move the adapter's first weights.
+        # Seeded again: what was drawn before (a random head) must not move the adapter's first
+        # weights.
         torch.manual_seed(recipe.seed)
         if recipe.parameters.train == "full":
             if isinstance(body, SequenceClassifier):
-                self._first_head = {name: tensor.clone() for name, tensor in body.classifier.state_dict().items()}
+                self._first_head = {
+                    name: tensor.clone() for name, tensor in body.classifier.state_dict().items()
+                }
             return body.requires_grad_(True)
         if recipe.parameters.train == "head":
             return adapt_head(body)
@@ -130,7 +156,9 @@ class Succession:
             self._start = start_of(model)
         if recipe.parameters.init == "loftq" and self._base.precision is not None:
             with generators_untouched(self._device):
-                start_from_rounding(model, self._bare(replace(self._base, precision=None)), self._base.precision)
+                start_from_rounding(
+                    model, self._bare(replace(self._base, precision=None)), self._base.precision
+                )
         if self.fresh_head:
             _learn(head_parameters(model))
         return model
@@ -138,7 +166,9 @@ class Succession:
     def _borrowing(self) -> Any:
         """A masked-lm model around this body."""
         state = torch.get_rng_state()  # loading a head must not move the adapter's dropout
-        masked, fresh = load_masked_lm(replace(self._base, precision=None), seed=self._recipe.seed)  # its body goes
+        masked, fresh = load_masked_lm(
+            replace(self._base, precision=None), seed=self._recipe.seed
+        )  # its body goes
         torch.set_rng_state(state)
         exchange_body(masked, unwrapped(self.model).body)
         for parameter in head_parameters(masked):
@@ -152,7 +182,9 @@ def _learn(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def with_features(model: SequenceClassifier, examples: ExampleSet, *, pad_id: int) -> ExampleSet:
-    """The set with the pooled features of every example in fp32; those of single words where words are tagged."""
+    """The set with the pooled features of every example in fp32; those of single words where words
+    are tagged.
+    """
     if isinstance(model, TokenClassifier):
         return with_word_features(model, examples, pad_id=pad_id)
     return replace(
@@ -162,7 +194,9 @@ def with_features(model: SequenceClassifier, examples: ExampleSet, *, pad_id: in
     )
 
 
-def _featured(model: SequenceClassifier, examples: Sequence[Example], *, pad_id: int) -> list[Example]:
+def _featured(
+    model: SequenceClassifier, examples: Sequence[Example], *, pad_id: int
+) -> list[Example]:
     if not examples:
         return []
     features = torch.from_numpy(pooled_features(model, examples, pad_id=pad_id))

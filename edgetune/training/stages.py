@@ -34,7 +34,9 @@ SaveStage = Callable[[Position, Stateful, Kept], None]
 
 @dataclass
 class Stages:
-    """Trains the recipe's stages. What the last one opened stays open for `measure`, until the block is left."""
+    """Trains the recipe's stages. What the last one opened stays open for `measure`, until the
+    block is left.
+    """
 
     succession: Succession
     inputs: Inputs  # of which the recipe's precision and device are resolved
@@ -66,7 +68,11 @@ class Stages:
             batching=self._batching(index),
             seed=recipe.seed + index,
             log=StageLog(self.journal, self.progress, index),
-            validate=(lambda trained: prepared.measure(trained, held_out, precision=precision)) if held_out else None,
+            validate=(
+                (lambda trained: prepared.measure(trained, held_out, precision=precision))
+                if held_out
+                else None
+            ),
             experience=prepared.experience,
             replay=inputs.replays[index],
             resumed=resumed,
@@ -75,7 +81,9 @@ class Stages:
         )
 
     def _prepare(self, model: Any, index: int, resumed: State | None) -> Prepared:
-        """Close what the stage before had open, and open this one's. Draws nothing: a resumed run does it once more."""
+        """Close what the stage before had open, and open this one's. Draws nothing: a resumed run
+        does it once more.
+        """
         self._opened.close()
         inputs, stage = self.inputs, self.inputs.recipe.stage[index]
         situation = Situation(
@@ -97,8 +105,14 @@ class Stages:
         return self._prepared
 
     def measure(self) -> dict[str, Any]:
-        """Final metrics, the base's, and the adapter's effect; on training rows when there are no others."""
-        stage, examples, before = self.inputs.recipe.stage[-1], self.inputs.sets[-1], self.succession.before
+        """Final metrics, the base's, and the adapter's effect; on training rows when there are no
+        others.
+        """
+        stage, examples, before = (
+            self.inputs.recipe.stage[-1],
+            self.inputs.sets[-1],
+            self.succession.before,
+        )
         method, precision = method_of(stage, self.inputs.base.kind), precision_of(stage)
         held_out = self._held_out(-1)
         last = self.journal.last("validation") if held_out else None
@@ -107,11 +121,17 @@ class Stages:
         if held_out and self.succession.base_answers and self._prepared is not None:
             with before() as base_model:
                 base_metrics = self._prepared.measure(base_model, held_out, precision=precision)
-        sample = batches_for_measuring(examples.validation or examples.train, self._batching(-1), tokens=EFFECT_TOKENS)
-        effect = adapter_effect(self.succession.model, sample, method.outputs, precision=precision, before=before)
+        sample = batches_for_measuring(
+            examples.validation or examples.train, self._batching(-1), tokens=EFFECT_TOKENS
+        )
+        effect = adapter_effect(
+            self.succession.model, sample, method.outputs, precision=precision, before=before
+        )
         if effect["mean_logit_change"] == 0.0:
             raise TrainingError(
-                "the trained adapter changes nothing", got="mean logit change 0", fix="Raise learning_rate or epochs."
+                "the trained adapter changes nothing",
+                got="mean logit change 0",
+                fix="Raise learning_rate or epochs.",
             )
         return {
             "metrics": metrics,
@@ -122,11 +142,17 @@ class Stages:
 
     def _held_out(self, index: int) -> Sequence[Batch]:
         rows = self.inputs.sets[index].validation
-        return batches_for_measuring(rows, self._batching(index), tokens=VALIDATION_TOKENS) if rows else []
+        return (
+            batches_for_measuring(rows, self._batching(index), tokens=VALIDATION_TOKENS)
+            if rows
+            else []
+        )
 
     def _batching(self, index: int) -> Batching:
         method = method_of(self.inputs.recipe.stage[index], self.inputs.base.kind)
-        return Batching(self.inputs.pad_id, method.collate, method.length, self.inputs.sets[index].mask)
+        return Batching(
+            self.inputs.pad_id, method.collate, method.length, self.inputs.sets[index].mask
+        )
 
 
 def precision_of(stage: Stage) -> Precision:

@@ -1,4 +1,6 @@
-"""What a run says about itself: summary.json, the adapter's metadata, and its first and last words."""
+"""What a run says about itself: summary.json, the adapter's metadata, and its first and last
+words.
+"""
 
 from __future__ import annotations
 
@@ -35,33 +37,52 @@ class RunSummary:
 
     task: str
     base: dict[str, str]  # {"name", "digest"}
-    metrics: dict[str, float]  # on the validation rows after the last step; training loss when there are none
-    base_metrics: dict[str, float] | None  # the same with the adapter off; None where the base has no trained head
-    effect: dict[str, float]  # adapter on against off: mean_kl (nats), mean_logit_change, top1_changed (share)
+    metrics: dict[
+        str, float
+    ]  # on the validation rows after the last step; training loss when there are none
+    base_metrics: (
+        dict[str, float] | None
+    )  # the same with the adapter off; None where the base has no trained head
+    effect: dict[
+        str, float
+    ]  # adapter on against off: mean_kl (nats), mean_logit_change, top1_changed (share)
     effect_rows: str  # "validation" or "train"
     train_loss: float
-    stages: list[dict[str, Any]]  # steps, tokens, padded_tokens, seconds, tokens_per_second, precision
+    stages: list[
+        dict[str, Any]
+    ]  # steps, tokens, padded_tokens, seconds, tokens_per_second, precision
     trainable_parameters: int
     tokens_per_second: float  # real tokens, padding not counted, validation not timed
     training_seconds: float
     seconds: float  # everything, loading included
     peak_rss_mb: float  # of this process since it started
     peak_device_mb: float | None  # of tensors on the GPU; None on the CPU
-    data: list[dict[str, Any]]  # a stage each: digests, rows, skipped, truncated, validation_rows_measured
+    data: list[
+        dict[str, Any]
+    ]  # a stage each: digests, rows, skipped, truncated, validation_rows_measured
     seed: int
     threads: int
     device: str
     processes: int
     versions: dict[str, str]
     out: str
-    base_precision: dict[str, Any] | None = None  # how the base's weights were rounded; None: not at all
-    forgetting: list[dict[str, Any]] | None = None  # general ability before and after, where the recipe asks for it
+    # how the base's weights were rounded; None: not at all
+    base_precision: dict[str, Any] | None = None
+    # general ability before and after, where the recipe asks for it
+    forgetting: list[dict[str, Any]] | None = None
 
 
 def summary_of(
-    inputs: Inputs, results: Sequence[StageResult], measured: Mapping[str, Any], *,
-    trainable: int, seconds: float, device: torch.device, processes: int, out: Path,
-) -> RunSummary:  # fmt: skip
+    inputs: Inputs,
+    results: Sequence[StageResult],
+    measured: Mapping[str, Any],
+    *,
+    trainable: int,
+    seconds: float,
+    device: torch.device,
+    processes: int,
+    out: Path,
+) -> RunSummary:
     """What came of the inputs, their recipe resolved; `measured` are the metrics and the effect."""
     training_seconds = sum(result.seconds for result in results)
     recipe, base = inputs.recipe, inputs.base
@@ -70,14 +91,19 @@ def summary_of(
         base={"name": base.name, "digest": base.digest},
         **measured,
         train_loss=results[-1].final_loss,
-        stages=[stage_facts(stage, result) for stage, result in zip(recipe.stage, results, strict=True)],
+        stages=[
+            stage_facts(stage, result) for stage, result in zip(recipe.stage, results, strict=True)
+        ],
         trainable_parameters=trainable,
         tokens_per_second=sum(result.tokens for result in results) / max(1e-9, training_seconds),
         training_seconds=training_seconds,
         seconds=seconds,
         peak_rss_mb=peak_rss_mb(),
         peak_device_mb=peak_device_mb(device),
-        data=[data_facts(*each) for each in zip(inputs.sets, inputs.replays, inputs.digests, strict=True)],
+        data=[
+            data_facts(*each)
+            for each in zip(inputs.sets, inputs.replays, inputs.digests, strict=True)
+        ],
         seed=recipe.seed,
         threads=torch.get_num_threads(),
         device=device.type,
@@ -99,7 +125,9 @@ def stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
     return {"method": stage.method, "precision": stage.precision, **facts}
 
 
-def data_facts(examples: ExampleSet, replay: ReplayText | None, digests: dict[str, str]) -> dict[str, Any]:
+def data_facts(
+    examples: ExampleSet, replay: ReplayText | None, digests: dict[str, str]
+) -> dict[str, Any]:
     """A stage's rows, for summary.json; `rows` of packed text are sequences."""
     replayed = {} if replay is None else {"replay": len(replay.examples)}
     return {
@@ -111,7 +139,9 @@ def data_facts(examples: ExampleSet, replay: ReplayText | None, digests: dict[st
     }
 
 
-def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSummary) -> AdapterMetadata:
+def metadata(
+    recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSummary
+) -> AdapterMetadata:
     """What a device needs to know to use the adapter."""
     return AdapterMetadata(
         base=summary.base,
@@ -120,7 +150,11 @@ def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSumma
         pooling=base.pooling,
         problem=recipe.stage[-1].problem if recipe.task == "sequence-classification" else None,
         prompt_format=examples.prompt_format.to_dict(),
-        generation=generation_defaults(recipe, _max_new_tokens(recipe, examples)) if recipe.task == "text-generation" else None,
+        generation=(
+            generation_defaults(recipe, _max_new_tokens(recipe, examples))
+            if recipe.task == "text-generation"
+            else None
+        ),
         max_length=examples.max_length,
         metrics=summary.metrics,
         base_precision=summary.base_precision,
@@ -128,9 +162,16 @@ def metadata(recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSumma
 
 
 def _max_new_tokens(recipe: Recipe, examples: ExampleSet) -> int:
-    """A little more than the longest answer that was learned; packed text is as long as it can be, answers need not be."""
-    longest = max((_completion_length(e.labels) for e in examples.train + examples.validation), default=0) + 16
-    return examples.max_new_tokens or (min(longest, 256) if recipe.stage[-1].method == "causal-lm" else longest)
+    """A little more than the longest answer that was learned; packed text is as long as it can be,
+    answers need not be.
+    """
+    longest = (
+        max((_completion_length(e.labels) for e in examples.train + examples.validation), default=0)
+        + 16
+    )
+    return examples.max_new_tokens or (
+        min(longest, 256) if recipe.stage[-1].method == "causal-lm" else longest
+    )
 
 
 def _completion_length(labels: list[int] | int) -> int:
@@ -153,14 +194,25 @@ def opening(recipe: Recipe, base: Base, sets: Sequence[ExampleSet]) -> str:
     """What is about to be trained, in a line or two."""
     rows = " + ".join(str(len(examples.train)) for examples in sets)
     held_out = len(sets[-1].validation)
-    lines = [f"{recipe.stage[-1].method} of {base.name}: {rows} rows, {held_out} held out, {what_learns(recipe.parameters)}"]
+    lines = [
+        f"{recipe.stage[-1].method} of {base.name}: {rows} rows, {held_out} held out,"
+        f" {what_learns(recipe.parameters)}"
+    ]
     for what in ("skipped", "truncated"):
-        counts = {name: count for examples in sets for name, count in getattr(examples, what).items() if count}
+        counts = {
+            name: count
+            for examples in sets
+            for name, count in getattr(examples, what).items()
+            if count
+        }
         lines += [f"{count} {name} rows {what}" for name, count in counts.items()]
     for examples in sets:
         for name, counts in examples.unseen_words.items():
             if any(counts.values()):
-                lines.append(f"{counts['cut']} {name} words cut off, {counts['no_sub_word']} without a sub-word: they count as O")
+                lines.append(
+                    f"{counts['cut']} {name} words cut off, {counts['no_sub_word']} without a"
+                    " sub-word: they count as O"
+                )
     return "\n".join(lines)
 
 
@@ -168,5 +220,8 @@ def closing(summary: RunSummary) -> str:
     """The result, the speed and the place, a line each."""
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in headline(summary.metrics).items())
     result = metrics or f"train loss {summary.train_loss:.4f}"
-    speed = f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak {summary.peak_rss_mb:,.0f} MB"
+    speed = (
+        f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak"
+        f" {summary.peak_rss_mb:,.0f} MB"
+    )
     return f"{result}\n{speed}\nwritten to {summary.out}"

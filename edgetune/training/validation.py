@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from edgetune.adapters.lora import adapter_off
 from edgetune.core.text import OUTSIDE
 from edgetune.data.batching import Batch, Example, in_order_of_length
-from edgetune.metrics.labels import accuracy, macro_f1, multi_label_metrics, regression_metrics, tag_metrics
+from edgetune.metrics.labels import (
+    accuracy,
+    macro_f1,
+    multi_label_metrics,
+    regression_metrics,
+    tag_metrics,
+)
 from edgetune.metrics.statistics import preference_metrics
 from edgetune.models.torch_device import Precision, autocast, device_of, to_device
 from edgetune.objectives.labels import word_logits
@@ -25,14 +31,22 @@ from edgetune.training.context import Batching, Measure, Prepared, Situation
 from edgetune.training.fast.memory import computing
 
 ROWS_AT_ONCE = 64
-TOKENS_AT_ONCE = 256  # the logits of a vocabulary take 200 kB a token, and the effect keeps six tensors of that size
-VALIDATION_TOKENS = 50_000  # of more, a validation takes rows at equal distances; `edgetune eval` takes them all
+# the logits of a vocabulary take 200 kB a token, and the effect keeps six tensors of that size
+TOKENS_AT_ONCE = 256
+# of more, a validation takes rows at equal distances; `edgetune eval` takes them all
+VALIDATION_TOKENS = 50_000
 EFFECT_TOKENS = 5_000
-Logits = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # (model, batch) → logits (n, classes), targets (n,)
+Logits = Callable[
+    [nn.Module, Any], tuple[Tensor, Tensor]
+]  # (model, batch) → logits (n, classes), targets (n,)
 
 
-def batches_for_measuring(examples: Sequence[Example], batching: Batching, *, tokens: int) -> list[Batch]:
-    """Batches over all rows, or over evenly spaced ones when there are more than `tokens` tokens; the same every time."""
+def batches_for_measuring(
+    examples: Sequence[Example], batching: Batching, *, tokens: int
+) -> list[Batch]:
+    """Batches over all rows, or over evenly spaced ones when there are more than `tokens` tokens;
+    the same every time.
+    """
     total = sum(batching.length(example) for example in examples)
     keep = min(len(examples), max(1, len(examples) * tokens // max(1, total)))
     chosen = [examples[at * len(examples) // keep] for at in range(keep)]
@@ -57,7 +71,11 @@ def masked_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def measure_completions(
-    model: nn.Module, batches: Sequence[Batch], *, precision: Precision, outputs: Logits = next_tokens
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    precision: Precision,
+    outputs: Logits = next_tokens,
 ) -> dict[str, float]:
     """Cross entropy, perplexity and top-1 accuracy over the labelled tokens."""
     loss, hits, count = 0.0, 0, 0
@@ -66,10 +84,16 @@ def measure_completions(
         hits += int((logits.argmax(-1) == targets).sum())
         count += targets.numel()
     mean = loss / max(1, count)
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": hits / max(1, count)}
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "token_accuracy": hits / max(1, count),
+    }
 
 
-def measure_classes(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
+def measure_classes(
+    model: nn.Module, batches: Sequence[Batch], *, precision: Precision
+) -> dict[str, float]:
     """Cross entropy, accuracy and macro-F1."""
     loss, predicted, expected = 0.0, list[str](), list[str]()
     for logits, targets in outputs_of(model, batches, classes, precision=precision):
@@ -91,11 +115,13 @@ def adapter_effect(
     precision: Precision,
     before: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> dict[str, float]:
-    """How far the answers with the adapter are from those without it (or from those of the model `before` lends).
+    """How far the answers with the adapter are from those without it (or from those of the model
+    `before` lends).
 
-    `mean_kl`: KL(adapter on ‖ off) in nats; `mean_logit_change`: mean |Δ logit|; `top1_changed`: share of
-    positions with another best answer. All are 0 for an adapter that does nothing. Off also means the head as
-    it was before training. Of a single number (regression) only its mean change.
+    `mean_kl`: KL(adapter on ‖ off) in nats; `mean_logit_change`: mean |Δ logit|; `top1_changed`:
+    share of positions with another best answer. All are 0 for an adapter that does nothing. Off
+    also means the head as it was before training. Of a single number (regression) only its mean
+    change.
     """
     with_adapter = outputs_of(model, batches, outputs, precision=precision)
     kl = change = changed = 0.0
@@ -110,7 +136,11 @@ def adapter_effect(
         count, single = count + len(on), on.shape[-1] == 1
     if single:
         return {"mean_logit_change": change / count}
-    return {"mean_kl": kl / count, "mean_logit_change": change / count, "top1_changed": changed / count}
+    return {
+        "mean_kl": kl / count,
+        "mean_logit_change": change / count,
+        "top1_changed": changed / count,
+    }
 
 
 def outputs_of(
@@ -128,7 +158,9 @@ def outputs_of(
 TIE = 1e-4  # a smaller margin is rounding: a policy that is still its reference prefers nothing
 
 
-def measure_rewards(model: nn.Module, batches: Sequence[PairBatch], *, precision: Precision) -> dict[str, float]:
+def measure_rewards(
+    model: nn.Module, batches: Sequence[PairBatch], *, precision: Precision
+) -> dict[str, float]:
     """Bradley-Terry loss, mean margin, and preference accuracy beside the length baseline."""
     return _measure(model, batches, pair_rewards, precision=precision)
 
@@ -136,11 +168,14 @@ def measure_rewards(model: nn.Module, batches: Sequence[PairBatch], *, precision
 def measure_policy(
     model: nn.Module, batches: Sequence[PairBatch], *, precision: Precision, beta: float = 1.0
 ) -> dict[str, float]:
-    """DPO loss, mean margin of the implicit rewards, and their preference accuracy beside the length baseline.
+    """DPO loss, mean margin of the implicit rewards, and their preference accuracy beside the
+    length baseline.
 
     A policy that is still its reference is undecided everywhere: accuracy ½, margin 0.
     """
-    return _measure(model, batches, lambda m, b: implicit_rewards(m, b, beta=beta), precision=precision)
+    return _measure(
+        model, batches, lambda m, b: implicit_rewards(m, b, beta=beta), precision=precision
+    )
 
 
 def preferences(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -165,10 +200,16 @@ def _measure(
         longer += batch.longer
     loss = -F.logsigmoid(torch.tensor(margins, dtype=torch.float64)).mean().item()
     right = [0.5 if abs(margin) < TIE else float(margin > 0) for margin in margins]
-    return {"loss": loss, **preference_metrics(right, longer), "margin": sum(margins) / len(margins)}
+    return {
+        "loss": loss,
+        **preference_metrics(right, longer),
+        "margin": sum(margins) / len(margins),
+    }
 
 
-def measure_label_sets(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
+def measure_label_sets(
+    model: nn.Module, batches: Sequence[Batch], *, precision: Precision
+) -> dict[str, float]:
     """Binary cross entropy a label, and `multi_label_metrics`."""
     loss, count = 0.0, 0
     predicted, expected = list[list[str]](), list[list[str]]()
@@ -180,7 +221,9 @@ def measure_label_sets(model: nn.Module, batches: Sequence[Batch], *, precision:
     return {"loss": loss / max(1, count), **multi_label_metrics(predicted, expected)}
 
 
-def measure_values(model: nn.Module, batches: Sequence[Batch], *, precision: Precision) -> dict[str, float]:
+def measure_values(
+    model: nn.Module, batches: Sequence[Batch], *, precision: Precision
+) -> dict[str, float]:
     """Mean squared error (the loss), and `regression_metrics`."""
     predicted, expected = list[float](), list[float]()
     for logits, targets in outputs_of(model, batches, _targets, precision=precision):
@@ -204,21 +247,32 @@ def prepare_tagging(situation: Situation, measure: Measure) -> Iterator[Prepared
     """Validation needs the sentences: words that no batch holds count as well, as O."""
     examples = situation.examples
     sentences = {example.row: example for example in examples.validation}
-    yield Prepared(functools.partial(measure_tags, sentences=sentences, names=examples.labels or ()))
+    yield Prepared(
+        functools.partial(measure_tags, sentences=sentences, names=examples.labels or ())
+    )
 
 
 def measure_tags(
-    model: nn.Module, batches: Sequence[Batch], *, precision: Precision, sentences: Mapping[int, Any], names: Sequence[str]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    precision: Precision,
+    sentences: Mapping[int, Any],
+    names: Sequence[str],
 ) -> dict[str, float]:
     """Cross entropy a word that is seen, and `tag_metrics` over all words of the batches' rows."""
     loss, count = 0.0, 0
     predicted, expected = list[list[str]](), list[Sequence[str]]()
-    for batch, (logits, targets) in zip(batches, outputs_of(model, batches, word_logits, precision=precision), strict=True):
+    for batch, (logits, targets) in zip(
+        batches, outputs_of(model, batches, word_logits, precision=precision), strict=True
+    ):
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         count += targets.numel()
         best = iter(logits.argmax(-1).tolist())  # row after row, word after word
         for line in batch.rows:
             example = sentences[line]
-            predicted.append([OUTSIDE if token is None else names[next(best)] for token in example.first])
+            predicted.append(
+                [OUTSIDE if token is None else names[next(best)] for token in example.first]
+            )
             expected.append(example.tags)
     return {"loss": loss / max(1, count), **tag_metrics(predicted, expected, names)}

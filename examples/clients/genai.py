@@ -1,6 +1,7 @@
 """A bundle and its adapters in onnxruntime-genai, without edgetune: pip install onnxruntime-genai
 
-    python genai.py BUNDLE ADAPTER TOKEN_ID…         one adapter (or "-" for the base model), prompt as token ids
+    python genai.py BUNDLE ADAPTER TOKEN_ID…         one adapter (or "-" for the base model), prompt
+    as token ids
 
 prints the answer's token ids. The folder is opened as it is; a swap is one call on a generator.
 """
@@ -24,7 +25,10 @@ def generate(bundle: Path, adapter: str | None, prompt: list[int]) -> list[int]:
     generator = og.Generator(model, params)
     adapters = og.Adapters(model)
     if adapter is not None:
-        entries = {entry["name"]: entry for entry in json.loads((bundle / "edgetune.json").read_text())["adapters"]}
+        entries = {
+            entry["name"]: entry
+            for entry in json.loads((bundle / "edgetune.json").read_text())["adapters"]
+        }
         adapters.load(str(bundle / entries[adapter]["onnx_adapter"]), adapter)
         generator.set_active_adapter(adapters, adapter)
     generator.append_tokens(prompt)

@@ -25,8 +25,16 @@ from edgetune.export.graph.heads import (
 )
 from edgetune.export.graph.lower import lower, settle
 from edgetune.export.graph.names import name_for_people
-from edgetune.export.graph.onnx_file import BY_SITUATION, DATA, ENGINE, STANDARD, write_data, write_graph
-from edgetune.export.graph.seq2seq import placed, seq2seq_shape, trace_seq2seq, write_graphs
+from edgetune.export.graph.onnx_file import (
+    BY_SITUATION,
+    DATA,
+    ENGINE,
+    STANDARD,
+    write_data,
+    write_graph,
+)
+from edgetune.export.graph.seq2seq import trace_seq2seq
+from edgetune.export.graph.seq2seq_files import placed, seq2seq_shape, write_graphs
 from edgetune.export.graph.standard import standard_decoder, standard_encoder
 from edgetune.export.graph.trace import Traced, trace_decoder, trace_encoder
 from edgetune.export.inputs.sources import Source
@@ -40,9 +48,18 @@ LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
 
 def _graph(
-    base: Base, model: Any, sources: Sequence[Source], *, mode: str, precision: Precision, say: Say, traced: Traced | None = None
+    base: Base,
+    model: Any,
+    sources: Sequence[Source],
+    *,
+    mode: str,
+    precision: Precision,
+    say: Say,
+    traced: Traced | None = None,
 ) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision]:
-    """Trace, simplify, quantise; what the runtime must know of the result, and the precision layer by layer."""
+    """Trace, simplify, quantise; what the runtime must know of the result, and the precision layer
+    by layer.
+    """
     config, max_length = model.config, _context(base, model)
     shape: dict[str, Any]
     if base.kind == "decoder":
@@ -50,7 +67,11 @@ def _graph(
     elif base.kind == "encoder-decoder":
         shape = seq2seq_shape(config)
     else:
-        shape = {"cache_dtype": None, "pooling": base.pooling, "token_type_ids": has_token_types(config)}
+        shape = {
+            "cache_dtype": None,
+            "pooling": base.pooling,
+            "token_type_ids": has_token_types(config),
+        }
 
     graph = _trace(base, model) if traced is None else traced.copy(lambda: _trace(base, model))
     say(f"writing weights as {precision.weights}")
@@ -58,14 +79,20 @@ def _graph(
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
     if base.kind == "encoder-decoder":
         sites = placed(graph, sites)
-    head = decoder_head(config.hidden_size) if base.kind == "decoder" and mode == "separate" else None
+    head = (
+        decoder_head(config.hidden_size) if base.kind == "decoder" and mode == "separate" else None
+    )
     if isinstance(model, RewardModel):
         add_fixed_score(graph, model.score.weight)
     elif base.kind == "decoder" and head is None:
         drop_states(graph)
     if base.kind == "encoder":
         classifier = model.classifier if isinstance(model, SequenceClassifier) else None
-        weights = (classifier.weight.detach(), classifier.bias.detach()) if classifier is not None else (None, None)
+        weights = (
+            (classifier.weight.detach(), classifier.bias.detach())
+            if classifier is not None
+            else (None, None)
+        )
         if isinstance(model, TokenClassifier):
             add_token_head(graph, model.classifier.weight.detach(), model.classifier.bias.detach())
         else:
@@ -74,9 +101,16 @@ def _graph(
         to_half(graph)
         shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
     name_for_people(graph.graph)
-    situations = BY_SITUATION if sites and base.kind == "decoder" and precision.weights != "fp16" else None  # fp16 is not for the CPU
+    situations = (
+        BY_SITUATION if sites and base.kind == "decoder" and precision.weights != "fp16" else None
+    )  # fp16 is not for the CPU
     info = GraphInfo(
-        engine=ENGINE, data=DATA, situations=situations, max_length=max_length, vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        engine=ENGINE,
+        data=DATA,
+        situations=situations,
+        max_length=max_length,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
         **{"standard": STANDARD, **shape},
     )
     return graph, info, sites, head, precision
@@ -94,25 +128,48 @@ def _trace(base: Base, model: Any) -> ir.Model:
     elif base.kind == "encoder-decoder":
         graph = trace_seq2seq(body)
     else:
-        graph = trace_encoder(body, pooling=base.pooling or "mean", max_length=_context(base, model))
+        graph = trace_encoder(
+            body, pooling=base.pooling or "mean", max_length=_context(base, model)
+        )
     simplify(graph)
     return graph
 
 
 def _untouched(sources: Sequence[Source]) -> frozenset[str]:
-    """The output projection gets adapter inputs only when an adapter of this bundle was trained there."""
+    """The output projection gets adapter inputs only when an adapter of this bundle was trained
+    there.
+    """
     return frozenset({"lm_head"}) - frozenset[str]().union(*(source.modules for source in sources))
 
 
-def _write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], info: GraphInfo, *, base: Base, precision: Precision, mode: str) -> None:
-    note = {"base": base.name, "base_digest": base.digest, "precision": precision.weights, "mode": mode, "edgetune": __version__}
+def _write_graphs(
+    graph: ir.Model,
+    folder: Path,
+    sites: Sequence[Site],
+    info: GraphInfo,
+    *,
+    base: Base,
+    precision: Precision,
+    mode: str,
+) -> None:
+    note = {
+        "base": base.name,
+        "base_digest": base.digest,
+        "precision": precision.weights,
+        "mode": mode,
+        "edgetune": __version__,
+    }
     if base.kind == "encoder-decoder":
         write_graphs(graph, folder, sites, note=note)
         return
     write_data(graph, folder)
     write_graph(graph, folder / ENGINE, metadata=note)
     if info.situations is not None:
-        write_graph(by_situation(graph, sites), folder / info.situations, metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"})
+        write_graph(
+            by_situation(graph, sites),
+            folder / info.situations,
+            metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"},
+        )
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
     name_for_people(standard.graph)
     write_graph(standard, folder / STANDARD, metadata=note)

@@ -1,7 +1,9 @@
-"""The model families that can be exported, and the few things that the model's own code does not say.
+"""The model families that can be exported, and the few things that the model's own code does not
+say.
 
-Everything else is read from the code while it is traced (`trace`, `attention`, `leaves`): which norm, which rotary
-table a layer uses and over how many dimensions, windows, soft caps, packed projections, learned positions.
+Everything else is read from the code while it is traced (`trace`, `attention`, `leaves`): which
+norm, which rotary table a layer uses and over how many dimensions, windows, soft caps, packed
+projections, learned positions.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from edgetune.core.errors import ExportError
 
 @dataclass(frozen=True)
 class Family:
-    """What differs. `title` is for people; `genai` is the type that onnxruntime-genai knows such a graph by."""
+    """What differs. `title` is for people; `genai` is the type that onnxruntime-genai knows such a
+    graph by.
+    """
 
     title: str
     genai: str = "decoder"
@@ -49,8 +53,12 @@ SEQ2SEQ = {
     "t5": Family("T5, FLAN-T5"),
     "umt5": Family("UMT5"),
 }
-# Rotary angles that change with the length of the text: one table holds for the first so many positions only.
-CHANGING_ROTARY = {"longrope": "original_max_position_embeddings", "dynamic": "original_max_position_embeddings"}
+# Rotary angles that change with the length of the text: one table holds for the first so many
+# positions only.
+CHANGING_ROTARY = {
+    "longrope": "original_max_position_embeddings",
+    "dynamic": "original_max_position_embeddings",
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,15 @@ class Sizes:
 
 
 def known_family(model_type: str, *, kind: str) -> Family:
-    """The family called `model_type`; ExportError names it and the supported ones where there is none."""
+    """The family called `model_type`; ExportError names it and the supported ones where there is
+    none.
+    """
     families = {"decoder": DECODERS, "encoder": ENCODERS, "encoder-decoder": SEQ2SEQ}[kind]
     if model_type not in families:
-        raise ExportError(f"the {kind} family {model_type!r} cannot be exported", expected=f"one of {', '.join(families)}")
+        raise ExportError(
+            f"the {kind} family {model_type!r} cannot be exported",
+            expected=f"one of {', '.join(families)}",
+        )
     return families[model_type]
 
 
@@ -74,16 +87,23 @@ def decoder_family(config: Any) -> Family:
     """The family of a decoder's configuration; ExportError for a decoder of another kind."""
     family = known_family(config.model_type, kind="decoder")
     if getattr(config, "use_bidirectional_attention", None):
-        raise ExportError("a decoder whose tokens see later ones cannot be exported", got="use_bidirectional_attention = true")
+        raise ExportError(
+            "a decoder whose tokens see later ones cannot be exported",
+            got="use_bidirectional_attention = true",
+        )
     if getattr(config, "add_cross_attention", False):
-        raise ExportError("a decoder that reads an encoder cannot be exported", got="add_cross_attention = true")
+        raise ExportError(
+            "a decoder that reads an encoder cannot be exported", got="add_cross_attention = true"
+        )
     return family
 
 
 def encoder_family(config: Any) -> Family:
     """The family of an encoder's configuration; ExportError for one that is set up as a decoder."""
     if getattr(config, "is_decoder", False):
-        raise ExportError("an encoder that is set up as a decoder cannot be exported", got="is_decoder = true")
+        raise ExportError(
+            "an encoder that is set up as a decoder cannot be exported", got="is_decoder = true"
+        )
     family = known_family(config.model_type, kind="encoder")
     if config.model_type == "deberta-v2":
         _check_disentangled(config)
@@ -101,7 +121,12 @@ def _check_disentangled(config: Any) -> None:
     }
     for name, (expected, got) in found.items():
         if got != expected:
-            raise ExportError("this kind of DeBERTa cannot be exported", where=name, expected=f"{expected}, as in DeBERTa v3".lower(), got=str(got).lower())
+            raise ExportError(
+                "this kind of DeBERTa cannot be exported",
+                where=name,
+                expected=f"{expected}, as in DeBERTa v3".lower(),
+                got=str(got).lower(),
+            )
 
 
 def seq2seq_family(config: Any) -> Family:
@@ -115,7 +140,9 @@ def seq2seq_sizes(config: Any) -> Sizes:
 
 
 def cache_sizes(config: Any) -> Sizes:
-    """Sizes of the cache; families that do not name a number have as many key heads as heads of hidden_size / heads."""
+    """Sizes of the cache; families that do not name a number have as many key heads as heads of
+    hidden_size / heads.
+    """
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -128,6 +155,8 @@ def fixed_length(config: Any, max_length: int) -> int:
     for table in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
         key = CHANGING_ROTARY.get(str(table.get("rope_type")))
         if key is not None:
-            original = table.get(key) or getattr(config, key, None) or config.max_position_embeddings
+            original = (
+                table.get(key) or getattr(config, key, None) or config.max_position_embeddings
+            )
             max_length = min(max_length, int(original))
     return max_length

@@ -1,8 +1,10 @@
-"""A lowered graph in fp16: weights, activations and the cache; for providers with fp16 kernels (CUDA, DirectML, CoreML, QNN).
+"""A lowered graph in fp16: weights, activations and the cache; for providers with fp16 kernels
+(CUDA, DirectML, CoreML, QNN).
 
-Token ids, lengths and masks stay as they are. Adapter and head inputs stay fp32 and are cast inside, so that the same adapter files
-fit every bundle; `logits`, `pooled` and `last_hidden_state` go out as fp32. ONNX Runtime's CPU has fp16 kernels for
-attention and norms, and puts casts around the rest, so that the proof can run anywhere.
+Token ids, lengths and masks stay as they are. Adapter and head inputs stay fp32 and are cast
+inside, so that the same adapter files fit every bundle; `logits`, `pooled` and `last_hidden_state`
+go out as fp32. ONNX Runtime's CPU has fp16 kernels for attention and norms, and puts casts around
+the rest, so that the proof can run anywhere.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def _change(node: ir.Node) -> None:
         elif node.op_type == "Constant" and name in ("value_float", "value_floats"):
             numbers = attribute.as_float() if name == "value_float" else attribute.as_floats()
             del node.attributes[name]
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_clipped(np.array(numbers, np.float32))))
+            node.attributes["value"] = ir.AttrTensor(
+                "value", ir.tensor(_clipped(np.array(numbers, np.float32)))
+            )
     if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT:
         node.attributes["to"] = ir.AttrInt64("to", int(HALF))
     for value in node.outputs:
@@ -66,7 +70,9 @@ def _cast_input(graph: ir.Graph, value: ir.Value) -> None:
     if not users:
         return
     first = next(node for node in graph if any(user is node for user, _ in users))
-    half = new_node(graph, first, "Cast", [value], attributes={"to": int(HALF)}, name=f"{value.name}.half")[0]
+    half = new_node(
+        graph, first, "Cast", [value], attributes={"to": int(HALF)}, name=f"{value.name}.half"
+    )[0]
     half.dtype, half.shape = HALF, value.shape
     for user, place in users:
         user.replace_input_with(place, half)

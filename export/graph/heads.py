@@ -17,7 +17,9 @@ from edgetune.runtime.bundle.manifest import SCORE, STATES, HeadInfo
 
 
 def causal_model(model: Any, base: Base) -> Any:
-    """What is traced: a merged reward's body under the base's own output projection; another model as it is."""
+    """What is traced: a merged reward's body under the base's own output projection; another model
+    as it is.
+    """
     if not isinstance(model, RewardModel):
         return model
     decoder = load_body(base).float().eval()
@@ -32,14 +34,22 @@ def decoder_head(hidden: int) -> HeadInfo:
 
 
 def drop_states(model: ir.Model) -> None:
-    """Take the states out of the graph's outputs: of a merged bundle that generates nobody asks for them."""
+    """Take the states out of the graph's outputs: of a merged bundle that generates nobody asks for
+    them.
+    """
     model.graph.outputs.remove(_output(model.graph, STATES))
 
 
 def add_fixed_score(model: ir.Model, weight: Tensor) -> None:
     """score (B, K, 1) = states · Wᵀ beside the states; weight (1, hidden), as torch holds it."""
     graph = model.graph
-    node = ir.node("MatMul", [_output(graph, STATES), constant(graph, "head.weight", weight.detach().t().contiguous().numpy())])
+    node = ir.node(
+        "MatMul",
+        [
+            _output(graph, STATES),
+            constant(graph, "head.weight", weight.detach().t().contiguous().numpy()),
+        ],
+    )
     graph.append(node)
     _add_output(graph, node.outputs[0], ["batch", "kept", 1])
 
@@ -60,19 +70,32 @@ def _head_input(graph: ir.Graph, name: str, shape: tuple[object, ...]) -> ir.Val
 
 
 def add_token_head(model: ir.Model, weight: Tensor, bias: Tensor) -> None:
-    """logits (B, S, labels) = last_hidden_state · W + b as constants; weight (labels, hidden), bias (labels,)."""
+    """logits (B, S, labels) = last_hidden_state · W + b as constants; weight (labels, hidden), bias
+    (labels,).
+    """
     graph = model.graph
     hidden = next(value for value in graph.outputs if value.name == "last_hidden_state")
-    product = ir.node("MatMul", [hidden, constant(graph, "head.weight", weight.t().contiguous().numpy())])
-    total = ir.node("Add", [product.outputs[0], constant(graph, "head.bias", bias.contiguous().numpy())])
+    product = ir.node(
+        "MatMul", [hidden, constant(graph, "head.weight", weight.t().contiguous().numpy())]
+    )
+    total = ir.node(
+        "Add", [product.outputs[0], constant(graph, "head.bias", bias.contiguous().numpy())]
+    )
     graph.extend([product, total])
     logits = total.outputs[0]
-    logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["batch", "sequence", "labels"])
+    logits.name, logits.dtype, logits.shape = (
+        "logits",
+        ir.DataType.FLOAT,
+        ir.Shape(["batch", "sequence", "labels"]),
+    )
     graph.outputs.insert(0, logits)
 
 
-def add_head(model: ir.Model, weight: Tensor | None, bias: Tensor | None, *, hidden: int) -> HeadInfo | None:
-    """logits (B, labels) = pooled · W + b: as graph inputs (W (group, hidden, labels)), or constants when given.
+def add_head(
+    model: ir.Model, weight: Tensor | None, bias: Tensor | None, *, hidden: int
+) -> HeadInfo | None:
+    """logits (B, labels) = pooled · W + b: as graph inputs (W (group, hidden, labels)), or
+    constants when given.
 
     weight (labels, hidden) and bias (labels,), as torch holds them.
     """
@@ -95,6 +118,14 @@ def add_head(model: ir.Model, weight: Tensor | None, bias: Tensor | None, *, hid
     nodes.append(ir.node("Squeeze", [nodes[3].outputs[0], axis]))
     graph.extend(nodes)
     logits = nodes[-1].outputs[0]
-    logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["batch", "labels"])
+    logits.name, logits.dtype, logits.shape = (
+        "logits",
+        ir.DataType.FLOAT,
+        ir.Shape(["batch", "labels"]),
+    )
     graph.outputs.insert(0, logits)
-    return HeadInfo(weight="head.weight", bias="head.bias", in_features=hidden) if weight is None else None
+    return (
+        HeadInfo(weight="head.weight", bias="head.bias", in_features=hidden)
+        if weight is None
+        else None
+    )

@@ -1,7 +1,9 @@
-"""Writing graphs: one shared data file with every weight once, and small `.onnx` files that point into it.
+"""Writing graphs: one shared data file with every weight once, and small `.onnx` files that point
+into it.
 
-`engine.onnx` is what edgetune's runtime opens; `model.onnx` is the same graph behind the interface other tools
-expect (an attention mask, adapter inputs with zero-rank defaults so that ONNX Runtime's `LoraAdapter` reaches them).
+`engine.onnx` is what edgetune's runtime opens; `model.onnx` is the same graph behind the interface
+other tools expect (an attention mask, adapter inputs with zero-rank defaults so that ONNX Runtime's
+`LoraAdapter` reaches them).
 """
 
 from __future__ import annotations
@@ -20,14 +22,21 @@ from edgetune.core.errors import BundleError
 from edgetune.export.graph.adapter_branch import adapted_graph
 from edgetune.runtime.bundle.diff import VERIFY, Graph
 
-ENGINE, BY_SITUATION, STANDARD, DATA = "engine.onnx", "situations.onnx", "model.onnx", "model.onnx.data"
+ENGINE, BY_SITUATION, STANDARD, DATA = (
+    "engine.onnx",
+    "situations.onnx",
+    "model.onnx",
+    "model.onnx.data",
+)
 ALIGNMENT = 4096  # a page: the engine maps the file instead of reading it
 INLINE_BYTES = 1024  # smaller constants stay inside the graph
 IR_VERSION = 10
 
 
 def write_data(model: ir.Model, folder: Path) -> None:
-    """Move the weights into `folder/model.onnx.data`; equal bytes are stored once, whatever shape reads them."""
+    """Move the weights into `folder/model.onnx.data`; equal bytes are stored once, whatever shape
+    reads them.
+    """
     places: dict[str, int] = {}
     with (folder / DATA).open("wb") as file:
         for value in model.graph.initializers.values():
@@ -42,7 +51,13 @@ def write_data(model: ir.Model, folder: Path) -> None:
                 places[key] = file.tell()
                 file.write(array.data)
             value.const_value = ir.ExternalTensor(
-                DATA, places[key], array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=value.name or "", base_dir=folder
+                DATA,
+                places[key],
+                array.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(array.shape),
+                name=value.name or "",
+                base_dir=folder,
             )
 
 
@@ -51,7 +66,9 @@ def write_graph(model: ir.Model, path: Path, *, metadata: dict[str, str]) -> Non
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "edgetune", __version__
     model.graph.name = "edgetune"
-    model.doc_string = "; ".join(f"{key}: {value}" for key, value in metadata.items() if key != "edgetune")
+    model.doc_string = "; ".join(
+        f"{key}: {value}" for key, value in metadata.items() if key != "edgetune"
+    )
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -64,22 +81,29 @@ def write_graph(model: ir.Model, path: Path, *, metadata: dict[str, str]) -> Non
 
 
 def _drop_unused_outputs(node: ir.Node) -> None:
-    """Optional outputs at the end that nobody reads: OpenVINO's reader refuses a skip-norm that names them."""
+    """Optional outputs at the end that nobody reads: OpenVINO's reader refuses a skip-norm that
+    names them.
+    """
     if node.op_type in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"):
-        used = [i for i, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
+        used = [
+            i for i, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()
+        ]
         node.resize_outputs(max(used, default=0) + 1)
 
 
 def read_graph(path: Path) -> Graph:
     """Read a graph without its external weights; metadata, producer and documentation do not count.
 
-    Of a graph that knows situations the nodes are those that run when an adapter is active. BundleError for a damaged file.
+    Of a graph that knows situations the nodes are those that run when an adapter is active.
+    BundleError for a damaged file.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
         nodes = Counter(node.op_type for node in adapted_graph(model).node)
     except (OSError, DecodeError, ValueError, StopIteration) as error:
-        raise BundleError(f"this graph cannot be read: {error}", where=str(path), fix=VERIFY) from error
+        raise BundleError(
+            f"this graph cannot be read: {error}", where=str(path), fix=VERIFY
+        ) from error
     del model.metadata_props[:]
     model.producer_name = model.producer_version = model.doc_string = ""
     return Graph(nodes, hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest())

@@ -1,9 +1,11 @@
-"""Layers that are alike are traced twice and copied, so that a model of thirty takes little longer than one of three.
+"""Layers that are alike are traced twice and copied, so that a model of thirty takes little longer
+than one of three.
 
-While tracing, the first two layers of a kind run as they are, between two marks; each further one is a single node that
-says which layer it is like. Then the second one's nodes are put in its place, with its own weights. Of one kind are layers
-whose modules and whose arguments are equal; and the two that were traced must have become the same nodes, or nothing is
-copied and the model is traced whole (`UnlikeError`), so that a layer which looks at its own number is never taken for another.
+While tracing, the first two layers of a kind run as they are, between two marks; each further one
+is a single node that says which layer it is like. Then the second one's nodes are put in its place,
+with its own weights. Of one kind are layers whose modules and whose arguments are equal; and the
+two that were traced must have become the same nodes, or nothing is copied and the model is traced
+whole (`UnlikeError`), so that a layer which looks at its own number is never taken for another.
 """
 
 from __future__ import annotations
@@ -60,7 +62,11 @@ class Repeats:
     """The layers of one model while it is traced, and their copies afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
-        found = {path: layer for path, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+        found = {
+            path: layer
+            for path, layer in model.named_modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+        }
         self.paths, self.layers = list(found), list(found.values())
         self._kinds: dict[Any, _Kind] = {}
         self._seen: list[Any] = []  # arguments are told apart by identity, so they have to live
@@ -73,7 +79,10 @@ class Repeats:
         """Swap the layers' forwards for the length of a with statement."""
         signatures = [_signature(layer) for layer in self.layers]
         for path, layer in zip(self.paths, self.layers, strict=True):
-            named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
+            named = [
+                *layer.named_parameters(remove_duplicate=False),
+                *layer.named_buffers(remove_duplicate=False),
+            ]
             self._tensors |= {f"{ROOT}{path}.{name}": tensor.detach() for name, tensor in named}
         for index, layer in enumerate(self.layers):
             layer.forward = self._instead_of(layer.forward, index, signatures[index])
@@ -91,7 +100,9 @@ class Repeats:
                 self._refused = self.paths[index]
                 return forward(*args, **options)
             self._seen.append((args, options))
-            kind = self._kinds.setdefault((signature, _identity(args[1:]), _identity(options)), _Kind())
+            kind = self._kinds.setdefault(
+                (signature, _identity(args[1:]), _identity(options)), _Kind()
+            )
             if len(kind.traced) < TRACED:
                 return self._whole(kind, index, forward, args, options)
             copied = self._copy(kind, index, args[0])
@@ -105,7 +116,11 @@ class Repeats:
         result = forward(_mark(BEGIN, [args[0], *past], layer=index), *args[1:], **options)
         made = _present()[before:]
         states, *beside = result if isinstance(result, tuple) else (result,)
-        if not isinstance(states, Tensor) or any(value is not None for value in beside) or len(made) > 1:
+        if (
+            not isinstance(states, Tensor)
+            or any(value is not None for value in beside)
+            or len(made) > 1
+        ):
             self._refused = self.paths[index]
             return result
         kind.traced.append(index)
@@ -121,7 +136,12 @@ class Repeats:
         past = now.past[len(now.present)]
         values = [hidden, *past]
         out, *present = onnx_ops.symbolic_multi_out(
-            f"{DOMAIN}::{COPY}", values, attrs=attributes, dtypes=[x.dtype for x in values], shapes=[x.shape for x in values], version=1
+            f"{DOMAIN}::{COPY}",
+            values,
+            attrs=attributes,
+            dtypes=[x.dtype for x in values],
+            shapes=[x.shape for x in values],
+            version=1,
         )
         now.present.append((present[0], present[1]))
         return out
@@ -133,7 +153,9 @@ class Repeats:
         segments = _segments(model.graph)
         for kind in self._kinds.values():
             first, second = kind.traced[0], kind.traced[-1]
-            if kind.copies and self._shape(segments[first], self.paths[first]) != self._shape(segments[second], self.paths[second]):
+            if kind.copies and self._shape(segments[first], self.paths[first]) != self._shape(
+                segments[second], self.paths[second]
+            ):
                 raise UnlikeError(self.paths[second])
 
     def write_out(self, model: ir.Model) -> None:
@@ -152,17 +174,32 @@ class Repeats:
 
     def _shape(self, segment: _Segment, path: str) -> Any:
         """What a layer computes, without its own names."""
-        numbers: dict[ir.Value | None, Any] = {value: ("past", i) for i, value in enumerate(segment.begin.inputs) if i}
+        numbers: dict[ir.Value | None, Any] = {
+            value: ("past", i) for i, value in enumerate(segment.begin.inputs) if i
+        }
         numbers[segment.begin.outputs[0]] = "hidden"
         lines = []
         for node in segment.nodes:
-            lines.append((node.domain, node.op_type, [numbers.get(value) or self._name(value, path) for value in node.inputs], _attributes(node, path)))
+            lines.append(
+                (
+                    node.domain,
+                    node.op_type,
+                    [numbers.get(value) or self._name(value, path) for value in node.inputs],
+                    _attributes(node, path),
+                )
+            )
             for value in node.outputs:
                 numbers[value] = str(len(numbers))
-        return lines, [numbers.get(value, "outside") for value in segment.end.inputs], _escapes(segment)
+        return (
+            lines,
+            [numbers.get(value, "outside") for value in segment.end.inputs],
+            _escapes(segment),
+        )
 
     def _name(self, value: ir.Value | None, path: str) -> Any:
-        """A value from outside a layer: its own weight by the rest of the name, a small constant by its numbers."""
+        """A value from outside a layer: its own weight by the rest of the name, a small constant by
+        its numbers.
+        """
         if value is None or value.name is None:
             return value
         if value.name.startswith(f"{ROOT}{path}."):
@@ -174,19 +211,35 @@ class Repeats:
     def _write_copy(self, graph: ir.Graph, copy: ir.Node, segments: dict[int, _Segment]) -> None:
         layer, like = copy.attributes["layer"].as_int(), copy.attributes["like"].as_int()
         segment, path, pattern = segments[like], self.paths[layer], self.paths[like]
-        known: dict[ir.Value | None, ir.Value | None] = dict(zip(segment.begin.inputs, copy.inputs, strict=True))
+        known: dict[ir.Value | None, ir.Value | None] = dict(
+            zip(segment.begin.inputs, copy.inputs, strict=True)
+        )
         known[segment.begin.outputs[0]] = copy.inputs[0]
 
         def here(value: ir.Value | None) -> ir.Value | None:
-            if value in known or value is None or not (value.name or "").startswith(f"{ROOT}{pattern}."):
+            if (
+                value in known
+                or value is None
+                or not (value.name or "").startswith(f"{ROOT}{pattern}.")
+            ):
                 return known.get(value, value)
-            return self._weight(f"{ROOT}{path}{str(value.name).removeprefix(f'{ROOT}{pattern}')}", value)
+            return self._weight(
+                f"{ROOT}{path}{str(value.name).removeprefix(f'{ROOT}{pattern}')}", value
+            )
 
         for node in segment.nodes:
-            attributes = {name: _renamed(attribute, pattern, path) for name, attribute in node.attributes.items()}
+            attributes = {
+                name: _renamed(attribute, pattern, path)
+                for name, attribute in node.attributes.items()
+            }
             name = f"{node.name}.{layer}" if node.name else None
             made = ir.node(
-                node.op_type, [here(value) for value in node.inputs], attributes=attributes, domain=node.domain, num_outputs=len(node.outputs), name=name
+                node.op_type,
+                [here(value) for value in node.inputs],
+                attributes=attributes,
+                domain=node.domain,
+                num_outputs=len(node.outputs),
+                name=name,
             )
             graph.insert_before(copy, made)
             for old, new in zip(node.outputs, made.outputs, strict=True):
@@ -202,13 +255,21 @@ class Repeats:
         """A copied layer's own; the tracer dropped it, because nothing read it."""
         if name not in self._weights:
             tensor = TorchTensor(self._tensors[name], name=name)
-            self._weights[name] = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=like.type)
+            self._weights[name] = ir.Value(
+                name=name, const_value=tensor, shape=tensor.shape, type=like.type
+            )
         return self._weights[name]
 
     @contextlib.contextmanager
     def held_apart(self, graph: ir.Graph) -> Iterator[None]:
-        """The layers' weights as inputs of the graph: no pass may merge or drop them before all their readers are there."""
-        held = {name: graph.initializers.pop(name) for name in list(graph.initializers) if name in self._tensors}
+        """The layers' weights as inputs of the graph: no pass may merge or drop them before all
+        their readers are there.
+        """
+        held = {
+            name: graph.initializers.pop(name)
+            for name in list(graph.initializers)
+            if name in self._tensors
+        }
         graph.inputs.extend(held.values())
         self._weights = dict(held)
         try:
@@ -222,12 +283,23 @@ class Repeats:
 
 
 def tidy(model: ir.Model, weights: Sequence[str]) -> None:
-    """What the exporter leaves of a whole model: initialisers in the order of its `weights`, equal small constants and equal
-    nodes only once, unique names."""
-    places, initializers = {name: place for place, name in enumerate(weights)}, model.graph.initializers
-    for value in sorted([initializers.pop(name) for name in list(initializers)], key=lambda value: places.get(str(value.name), len(places))):
+    """What the exporter leaves of a whole model: initialisers in the order of its `weights`, equal
+    small constants and equal nodes only once, unique names."""
+    places, initializers = (
+        {name: place for place, name in enumerate(weights)},
+        model.graph.initializers,
+    )
+    for value in sorted(
+        [initializers.pop(name) for name in list(initializers)],
+        key=lambda value: places.get(str(value.name), len(places)),
+    ):
         model.graph.register_initializer(value)
-    for one in (common.RemoveUnusedNodesPass(), common.DeduplicateInitializersPass(), common.CommonSubexpressionEliminationPass(), common.NameFixPass()):
+    for one in (
+        common.RemoveUnusedNodesPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.NameFixPass(),
+    ):
         one(model)
 
 
@@ -255,7 +327,14 @@ def _is(node: ir.Node, kind: str) -> bool:
 def _mark(kind: str, values: list[Tensor], **attributes: Any) -> Tensor:
     """A node through which the first value goes; the others are noted as its inputs."""
     first = values[0]
-    return onnx_ops.symbolic(f"{DOMAIN}::{kind}", values, attrs=attributes, dtype=first.dtype, shape=first.shape, version=1)
+    return onnx_ops.symbolic(
+        f"{DOMAIN}::{kind}",
+        values,
+        attrs=attributes,
+        dtype=first.dtype,
+        shape=first.shape,
+        version=1,
+    )
 
 
 def _present() -> list[Any]:
@@ -266,16 +345,26 @@ def _escapes(segment: _Segment) -> bool:
     """Whether anything but what the end mark names is read outside."""
     inside = {id(node) for node in [*segment.nodes, segment.end]}
     inner = {value for node in segment.nodes for value in node.outputs} - set(segment.end.inputs)
-    return any(value.is_graph_output() or any(id(user) not in inside for user, _ in value.uses()) for value in inner)
+    return any(
+        value.is_graph_output() or any(id(user) not in inside for user, _ in value.uses())
+        for value in inner
+    )
 
 
 def _attributes(node: ir.Node, path: str) -> list[tuple[str, Any]]:
     """A node's attributes, a module's path without the layer's own."""
-    return sorted((name, _content(_renamed(attribute, path, "").value)) for name, attribute in node.attributes.items())
+    return sorted(
+        (name, _content(_renamed(attribute, path, "").value))
+        for name, attribute in node.attributes.items()
+    )
 
 
 def _content(value: Any) -> Any:
-    return (str(value.dtype), str(value.shape), value.numpy().tobytes()) if isinstance(value, ir.TensorProtocol) else str(value)
+    return (
+        (str(value.dtype), str(value.shape), value.numpy().tobytes())
+        if isinstance(value, ir.TensorProtocol)
+        else str(value)
+    )
 
 
 def _renamed(attribute: ir.Attr, old: str, new: str) -> ir.Attr:
@@ -286,11 +375,20 @@ def _renamed(attribute: ir.Attr, old: str, new: str) -> ir.Attr:
 
 
 def _signature(layer: nn.Module) -> Any:
-    """What a layer is, without its weights' values and its number; what is neither plain nor shared by layers makes it unique."""
+    """What a layer is, without its weights' values and its number; what is neither plain nor shared
+    by layers makes it unique.
+    """
     parts = []
     for path, module in layer.named_modules():
-        sizes = [(name, None if x is None else (tuple(x.shape), x.dtype)) for name, x in [*module._parameters.items(), *module._buffers.items()]]
-        plain = {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in ("layer_idx", "forward")}
+        sizes = [
+            (name, None if x is None else (tuple(x.shape), x.dtype))
+            for name, x in [*module._parameters.items(), *module._buffers.items()]
+        ]
+        plain = {
+            name: value
+            for name, value in vars(module).items()
+            if not name.startswith("_") and name not in ("layer_idx", "forward")
+        }
         parts.append((path, type(module), tuple(sizes), _identity(plain)))
     return tuple(parts)
 

@@ -1,7 +1,8 @@
-"""Passes that take away what a model's code does to the shapes of q, k and v before attention, where it moves nothing.
+"""Passes that take away what a model's code does to the shapes of q, k and v before attention,
+where it moves nothing.
 
-Families split their projections in different ways (slices, chunks, a dimension of three, heads in front); the engine's
-attention takes (batch, sequence, width) as the projection leaves it.
+Families split their projections in different ways (slices, chunks, a dimension of three, heads in
+front); the engine's attention takes (batch, sequence, width) as the projection leaves it.
 """
 
 from __future__ import annotations
@@ -13,25 +14,42 @@ import onnx_ir as ir
 
 ATTENTION = {"GroupQueryAttention", "MultiHeadAttention"}
 LAST_AXIS_NORMS = {"SimplifiedLayerNormalization", "LayerNormalization"}
-POINTWISE = {*LAST_AXIS_NORMS, "Linear", "Add", "Mul", "Relu", "Gelu", "Sigmoid", "Tanh"}  # each position by itself
+POINTWISE = {
+    *LAST_AXIS_NORMS,
+    "Linear",
+    "Add",
+    "Mul",
+    "Relu",
+    "Gelu",
+    "Sigmoid",
+    "Tanh",
+}  # each position by itself
 
 
 def drop_reshapes(graph: ir.Graph) -> None:
-    """A chain of reshapes that ends in the shape it began with, (B, S, H·D) → (B, S, H, D) → (B, S, H·D), is the identity."""
+    """A chain of reshapes that ends in the shape it began with, (B, S, H·D) → (B, S, H, D) → (B, S,
+    H·D), is the identity.
+    """
     for node in list(graph):
         if node.op_type != "Reshape":
             continue
         root = node.inputs[0]
-        while root is not None and (maker := root.producer()) is not None and maker.op_type == "Reshape":
+        while (
+            root is not None
+            and (maker := root.producer()) is not None
+            and maker.op_type == "Reshape"
+        ):
             root = maker.inputs[0]
         if root is not None and same_shape(root, node.outputs[0]):
             replace(node.outputs[0], root)
 
 
 def keep_rows_apart(graph: ir.Graph) -> None:
-    """(B, S, H) → (B·S, H), layers that look at one position each, and back: without the two reshapes.
+    """(B, S, H) → (B·S, H), layers that look at one position each, and back: without the two
+    reshapes.
 
-    Fewer nodes, and adapters of the rows of a batch stay apart (`edgetune::Linear` takes the batch from its input).
+    Fewer nodes, and adapters of the rows of a batch stay apart (`edgetune::Linear` takes the batch
+    from its input).
     """
     for flatten in list(graph):
         source = flatten.inputs[0] if flatten.op_type == "Reshape" else None
@@ -45,16 +63,28 @@ def keep_rows_apart(graph: ir.Graph) -> None:
 
 
 def _flattened(flatten: ir.Node) -> list[ir.Value] | None:
-    """What is computed from a flattened value, up to where it is unflattened; None where something else reads it."""
+    """What is computed from a flattened value, up to where it is unflattened; None where something
+    else reads it.
+    """
     source, result = flatten.inputs[0], flatten.outputs[0]
-    if source is None or source.shape is None or result.shape is None or len(source.shape) != 3 or len(result.shape) != 2:
+    if (
+        source is None
+        or source.shape is None
+        or result.shape is None
+        or len(source.shape) != 3
+        or len(result.shape) != 2
+    ):
         return None
     if source.shape[-1] != result.shape[-1]:
         return None
     values, seen = [result], {id(result)}
     for value in values:
         for user, _ in value.uses():
-            if user.op_type == "Reshape" and user.outputs[0].shape is not None and len(user.outputs[0].shape) == 3:
+            if (
+                user.op_type == "Reshape"
+                and user.outputs[0].shape is not None
+                and len(user.outputs[0].shape) == 3
+            ):
                 continue
             if user.op_type not in POINTWISE or user.outputs[0].shape is None:
                 return None
@@ -62,12 +92,16 @@ def _flattened(flatten: ir.Node) -> list[ir.Value] | None:
                 seen.add(id(user.outputs[0]))
                 values.append(user.outputs[0])
     makers = [maker for value in values[1:] if (maker := value.producer()) is not None]
-    read = [x for maker in makers for x in maker.inputs if x is not None and x.producer() is not None]
+    read = [
+        x for maker in makers for x in maker.inputs if x is not None and x.producer() is not None
+    ]
     return values if all(id(x) in seen for x in read) else None
 
 
 def same_shape(a: ir.Value, b: ir.Value) -> bool:
-    """Of equal rank and equal dimensions, with at most one of them unknown: a reshape cannot have moved anything."""
+    """Of equal rank and equal dimensions, with at most one of them unknown: a reshape cannot have
+    moved anything.
+    """
     if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
         return False
     pairs = [(str(x), str(y)) for x, y in zip(a.shape, b.shape, strict=True)]
@@ -75,20 +109,37 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
 
 
 def commute_transposes(graph: ir.Graph) -> None:
-    """Heads brought to the front and back again around a norm or a split of the last dimension: leave them where they are."""
+    """Heads brought to the front and back again around a norm or a split of the last dimension:
+    leave them where they are.
+    """
     for node in list(graph):
         before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        if before is None or before.op_type != "Transpose" or not (node.op_type in LAST_AXIS_NORMS or _splits_last(node)):
+        if (
+            before is None
+            or before.op_type != "Transpose"
+            or not (node.op_type in LAST_AXIS_NORMS or _splits_last(node))
+        ):
             continue
         perm = before.attributes["perm"].as_ints()
         after = [user for value in node.outputs for user, _ in value.uses()]
-        if perm[-1] != len(perm) - 1 or not after or any(value.is_graph_output() for value in node.outputs):
+        if (
+            perm[-1] != len(perm) - 1
+            or not after
+            or any(value.is_graph_output() for value in node.outputs)
+        ):
             continue
-        if not all(user.op_type == "Transpose" and _is_inverse(user.attributes["perm"].as_ints(), perm) for user in after):
+        if not all(
+            user.op_type == "Transpose" and _is_inverse(user.attributes["perm"].as_ints(), perm)
+            for user in after
+        ):
             continue
         attributes = {**dict(node.attributes.items()), "axis": ir.AttrInt64("axis", -1)}
         moved = ir.node(
-            node.op_type, [before.inputs[0], *node.inputs[1:]], attributes=attributes, domain=node.domain, num_outputs=len(node.outputs)
+            node.op_type,
+            [before.inputs[0], *node.inputs[1:]],
+            attributes=attributes,
+            domain=node.domain,
+            num_outputs=len(node.outputs),
         )
         graph.insert_before(node, moved)
         for old, new in zip(node.outputs, moved.outputs, strict=True):
@@ -107,13 +158,20 @@ def _splits_last(node: ir.Node) -> bool:
 
 
 def split_instead_of_unbind(graph: ir.Graph) -> None:
-    """(B, S, 3·H·D) → (B, S, 3, H, D), its three parts taken out and flattened: a Split of the last dimension."""
+    """(B, S, 3·H·D) → (B, S, 3, H, D), its three parts taken out and flattened: a Split of the last
+    dimension.
+    """
     for view in list(graph):
         if view.op_type != "Reshape" or (parts := _unbound(view)) is None:
             continue
         source = view.inputs[0]
         assert source is not None
-        split = ir.node("Split", [source], attributes={"axis": -1, "num_outputs": len(parts)}, num_outputs=len(parts))
+        split = ir.node(
+            "Split",
+            [source],
+            attributes={"axis": -1, "num_outputs": len(parts)},
+            num_outputs=len(parts),
+        )
         graph.insert_before(view, split)
         for old, new in zip(parts, split.outputs, strict=True):
             new.dtype = source.dtype
@@ -121,20 +179,45 @@ def split_instead_of_unbind(graph: ir.Graph) -> None:
 
 
 def _unbound(view: ir.Node) -> list[ir.Value] | None:
-    """The flattened parts of the third last dimension, in order, where nothing else reads the view."""
+    """The flattened parts of the third last dimension, in order, where nothing else reads the
+    view.
+    """
     source, shape = view.inputs[0], view.outputs[0].shape
-    if source is None or source.shape is None or shape is None or len(shape) != len(source.shape) + 2:
+    if (
+        source is None
+        or source.shape is None
+        or shape is None
+        or len(shape) != len(source.shape) + 2
+    ):
         return None
     found: dict[int, ir.Value] = {}
     for user, _ in view.outputs[0].uses():
         piece = _piece(user)
-        flat = [reader for value in user.outputs for squeeze, _ in value.uses() for reader, _ in squeeze.outputs[0].uses()]
-        if piece is None or piece[2] - len(shape) * (piece[2] > 0) != -3 or piece[1] - piece[0] != 1 or len(flat) != 1:
+        flat = [
+            reader
+            for value in user.outputs
+            for squeeze, _ in value.uses()
+            for reader, _ in squeeze.outputs[0].uses()
+        ]
+        if (
+            piece is None
+            or piece[2] - len(shape) * (piece[2] > 0) != -3
+            or piece[1] - piece[0] != 1
+            or len(flat) != 1
+        ):
             return None
-        if flat[0].op_type != "Reshape" or flat[0].outputs[0].shape is None or len(flat[0].outputs[0].shape) != len(source.shape):
+        if (
+            flat[0].op_type != "Reshape"
+            or flat[0].outputs[0].shape is None
+            or len(flat[0].outputs[0].shape) != len(source.shape)
+        ):
             return None
         found[piece[0]] = flat[0].outputs[0]
-    return [found[i] for i in range(len(found))] if sorted(found) == list(range(len(found))) and len(found) == shape[-3] else None
+    return (
+        [found[i] for i in range(len(found))]
+        if sorted(found) == list(range(len(found))) and len(found) == shape[-3]
+        else None
+    )
 
 
 def _piece(node: ir.Node) -> tuple[int, int, int] | None:
@@ -152,7 +235,9 @@ def _piece(node: ir.Node) -> tuple[int, int, int] | None:
 
 
 def attend_to_packed(graph: ir.Graph) -> None:
-    """A grouped-query attention whose q, k and v are the consecutive parts of one value takes that value as it is."""
+    """A grouped-query attention whose q, k and v are the consecutive parts of one value takes that
+    value as it is.
+    """
     for node in graph:
         if node.op_type == "GroupQueryAttention" and (packed := _packed_source(node)) is not None:
             for place, value in enumerate((packed, None, None)):
@@ -165,7 +250,11 @@ def _packed_source(attention: ir.Node) -> ir.Value | None:
     first = makers[0]
     if first is None or any(maker is None for maker in makers):
         return None
-    if all(maker is first for maker in makers) and _splits_last(first) and list(first.outputs) == list(parts):
+    if (
+        all(maker is first for maker in makers)
+        and _splits_last(first)
+        and list(first.outputs) == list(parts)
+    ):
         return first.inputs[0]
     source = first.inputs[0]
     if source is None or source.shape is None or not isinstance(source.shape[-1], int):
@@ -186,11 +275,16 @@ def fold_query_scale(graph: ir.Graph) -> None:
         maker = query.producer() if query is not None else None
         if maker is None or maker.op_type != "Mul":
             continue
-        for value, number in ((maker.inputs[0], maker.inputs[1]), (maker.inputs[1], maker.inputs[0])):
+        for value, number in (
+            (maker.inputs[0], maker.inputs[1]),
+            (maker.inputs[1], maker.inputs[0]),
+        ):
             tensor = ir.convenience.get_const_tensor(number) if number is not None else None
             if tensor is not None and tensor.size == 1 and value is not None:
                 factor = float(tensor.numpy().reshape(-1)[0])
-                node.attributes["scale"] = ir.AttrFloat32("scale", node.attributes["scale"].as_float() * factor)
+                node.attributes["scale"] = ir.AttrFloat32(
+                    "scale", node.attributes["scale"].as_float() * factor
+                )
                 node.replace_input_with(0, value)
                 break
 
@@ -198,13 +292,21 @@ def fold_query_scale(graph: ir.Graph) -> None:
 def constant_reshapes(graph: ir.Graph) -> None:
     """Reshapes say what they keep (0) instead of computing it from the shapes of other values."""
     for node in list(graph):
-        if node.op_type != "Reshape" or node.inputs[1] is None or ir.convenience.get_const_tensor(node.inputs[1]) is not None:
+        if (
+            node.op_type != "Reshape"
+            or node.inputs[1] is None
+            or ir.convenience.get_const_tensor(node.inputs[1]) is not None
+        ):
             continue
         target = _target(node.inputs[0], node.outputs[0])
         if target is None:
             continue
         name = f"{node.outputs[0].name}.shape"
-        value = ir.Value(name=name, const_value=ir.tensor(np.array(target, np.int64), name=name), shape=ir.Shape([len(target)]))
+        value = ir.Value(
+            name=name,
+            const_value=ir.tensor(np.array(target, np.int64), name=name),
+            shape=ir.Shape([len(target)]),
+        )
         value.type = ir.TensorType(ir.DataType.INT64)
         graph.register_initializer(value)
         node.replace_input_with(1, value)
@@ -212,7 +314,9 @@ def constant_reshapes(graph: ir.Graph) -> None:
 
 
 def _target(source: ir.Value | None, result: ir.Value) -> list[int] | None:
-    """Known sizes as they are, 0 where a dimension stays in its place, one -1 for what is left; None for more than one."""
+    """Known sizes as they are, 0 where a dimension stays in its place, one -1 for what is left;
+    None for more than one.
+    """
     if source is None or source.shape is None or result.shape is None:
         return None
     kept = [str(size) for size in source.shape]
@@ -221,7 +325,9 @@ def _target(source: ir.Value | None, result: ir.Value) -> list[int] | None:
         if isinstance(size, int):
             target.append(size)
         else:
-            target.append(0 if i < len(kept) and str(size) != "None" and kept[i] == str(size) else -1)
+            target.append(
+                0 if i < len(kept) and str(size) != "None" and kept[i] == str(size) else -1
+            )
     return target if target.count(-1) <= 1 else None
 
 

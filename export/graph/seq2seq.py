@@ -1,11 +1,9 @@
-"""An encoder-decoder of the T5 family → one ONNX IR graph, then the two graph files of a bundle over one file of weights."""
+"""An encoder-decoder of the T5 family → one ONNX IR graph of both halves, traced together."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -16,28 +14,32 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from edgetune.core.errors import ExportError
-from edgetune.export.graph.adapter_branch import ADAPTED, PLAIN, by_situation
 from edgetune.export.graph.attention import now
 from edgetune.export.graph.families import seq2seq_family, seq2seq_sizes
-from edgetune.export.graph.fuse import drop_dead
-from edgetune.export.graph.onnx_file import ENGINE, write_data, write_graph
 from edgetune.export.graph.symbolic_layers import DOMAIN, symbolic_leaves
 from edgetune.export.graph.trace import BATCH, KEEP, OPSET, PAST, SEQ, silent
-from edgetune.quantisation.precision import Precision
-from edgetune.runtime.bundle.manifest import Site
-from edgetune.runtime.engine.session import SITUATIONS
 
 IMPLEMENTATION = "edgetune_seq2seq"
 EMBEDDING = "shared"
-TEXTS, SOURCE, ATTENDED, KEYS = 9, 7, 8, 6  # example sizes: the halves share none, so that neither takes its own from the other
-PRESENT, CROSS = "cross_present", "cross_past"  # the encoder's keys and values for each decoder layer, as it gives and as the decoder takes them
-DECODER_IDS, DECODER_MASK, POSITIONS = "decoder_input_ids", "encoder_attention_mask", "key_positions"
+# example sizes: the halves share none, so that neither takes its own from the other
+TEXTS, SOURCE, ATTENDED, KEYS = 9, 7, 8, 6
+# the encoder's keys and values for each decoder layer, as it gives and as the decoder takes them
+PRESENT, CROSS = "cross_present", "cross_past"
+DECODER_IDS, DECODER_MASK, POSITIONS = (
+    "decoder_input_ids",
+    "encoder_attention_mask",
+    "key_positions",
+)
 
 
 class _Given(DynamicCache):
-    """Stands in for a cache of the decoder's own tokens, which the engine's attention keeps: new keys stay as they are."""
+    """Stands in for a cache of the decoder's own tokens, which the engine's attention keeps: new
+    keys stay as they are.
+    """
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """The new keys and values alone."""
         return key_states, value_states
 
@@ -58,10 +60,21 @@ class _Seq2Seq(nn.Module):
                 self.register_buffer(name, bias_table(module), persistent=False)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, encoder_attention_mask: Tensor, seqlens_k: Tensor,
-        total: Tensor, key_positions: Tensor, logits_index: Tensor, past: list[tuple[Tensor, Tensor]], cross: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:  # fmt: skip
-        """logits (B, K, vocab), the decoder's cache, and the encoder's keys and values, each (B, heads, T, D)."""
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor,
+        encoder_attention_mask: Tensor,
+        seqlens_k: Tensor,
+        total: Tensor,
+        key_positions: Tensor,
+        logits_index: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+        cross: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+        """logits (B, K, vocab), the decoder's cache, and the encoder's keys and values, each (B,
+        heads, T, D).
+        """
         encoded, states = self.encode(input_ids, attention_mask)
         now.mask, now.past, now.present = encoder_attention_mask.to(torch.int32), past, []
         now.seqlens_k, now.total = seqlens_k, total
@@ -71,40 +84,71 @@ class _Seq2Seq(nn.Module):
         places = start[:, None] + torch.arange(seq)[None]  # (B, S)
         self.apart = places[:, :, None] - key_positions  # (B, S, keys)
         logits = self.model(
-            encoder_outputs=(states,), attention_mask=encoder_attention_mask, decoder_input_ids=decoder_input_ids,
-            past_key_values=_cache(cross), use_cache=False,
-        ).logits  # fmt: skip
+            encoder_outputs=(states,),
+            attention_mask=encoder_attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            past_key_values=_cache(cross),
+            use_cache=False,
+        ).logits
         return logits, now.present, encoded
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """What the decoder's layers attend to, computed once for a text, and the states (B, T, hidden) it is made of."""
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """What the decoder's layers attend to, computed once for a text, and the states (B, T,
+        hidden) it is made of.
+        """
         now.mask = attention_mask.to(torch.int32)
         place = torch.arange(input_ids.shape[1])
         self.apart = place[None, :] - place[:, None]  # (T, T)
-        states = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states = self.model.encoder(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state
         pairs = []
         for block in self.model.decoder.block:
             attention = block.layer[1].EncDecAttention
             shape = (*states.shape[:2], attention.n_heads, attention.key_value_proj_dim)
-            pairs.append((attention.k(states).view(shape).transpose(1, 2), attention.v(states).view(shape).transpose(1, 2)))
+            pairs.append(
+                (
+                    attention.k(states).view(shape).transpose(1, 2),
+                    attention.v(states).view(shape).transpose(1, 2),
+                )
+            )
         return pairs, states
 
     def bias_of(self, module: nn.Module) -> Tensor:
-        """What a module adds to its scores for the distances of now: (1, heads, T, T) or (B, heads, S, keys)."""
+        """What a module adds to its scores for the distances of now: (1, heads, T, T) or (B, heads,
+        S, keys).
+        """
         table = getattr(self, self.names[id(module)])  # (heads, distances)
         two_sided, furthest = not module.is_decoder, int(module.relative_attention_max_distance)  # type: ignore[arg-type]
-        apart = self.apart.clamp(min=-furthest if two_sided else 0, max=furthest) + (furthest if two_sided else 0)
-        found = onnx_ops.symbolic("Gather", [table, apart], attrs={"axis": 1}, dtype=table.dtype, shape=(table.shape[0], *apart.shape), version=13)
+        apart = self.apart.clamp(min=-furthest if two_sided else 0, max=furthest) + (
+            furthest if two_sided else 0
+        )
+        found = onnx_ops.symbolic(
+            "Gather",
+            [table, apart],
+            attrs={"axis": 1},
+            dtype=table.dtype,
+            shape=(table.shape[0], *apart.shape),
+            version=13,
+        )
         return found.unsqueeze(0) if two_sided else found.transpose(0, 1)
 
 
 def bias_table(module: Any) -> Tensor:
-    """(heads, distances) by the module's own code: a decoder's distance is how far back a key stands, 0 … furthest; an
-    encoder's where it stands, -furthest … furthest. Further apart all are alike (Raffel et al. 2020, arXiv 1910.10683, 2.1)."""
+    """(heads, distances) by the module's own code: a decoder's distance is how far back a key
+    stands, 0 … furthest; an encoder's where it stands, -furthest … furthest. Further apart all are
+    alike (Raffel et al. 2020, arXiv 1910.10683, 2.1).
+    """
     furthest = int(module.relative_attention_max_distance)
     with torch.no_grad():
         if module.is_decoder:
-            return module.compute_bias(1, furthest + 1, past_seen_tokens=furthest)[0, :, 0].flip(-1).contiguous()
+            return (
+                module.compute_bias(1, furthest + 1, past_seen_tokens=furthest)[0, :, 0]
+                .flip(-1)
+                .contiguous()
+            )
         return module.compute_bias(2 * furthest + 1, 2 * furthest + 1)[0, :, furthest].contiguous()
 
 
@@ -119,71 +163,142 @@ def _cache(cross: list[tuple[Tensor, Tensor]]) -> EncoderDecoderCache:
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, position_bias: Tensor | None = None, **options: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
     """query (B, heads, S, D) → (B, S, heads, D), as the place of the module asks."""
     batch, heads, seq, width = query.shape
     scale = float(scaling if scaling is not None else width**-0.5)
     if module.is_decoder and module.is_causal:
         return _own_tokens(query, key, value, position_bias, scale=scale), None
     rows = [query.transpose(1, 2).reshape(batch, seq, -1)]
-    if module.is_decoder:  # keys and values of the encoder lie as attention wants them; they have no relative positions
+    # keys and values of the encoder lie as attention wants them; they have no relative positions
+    if module.is_decoder:
         rows, bias = [*rows, key, value], []
     else:
-        rows, bias = [*rows, *(x.transpose(1, 2).reshape(batch, seq, -1) for x in (key, value))], [position_bias]
+        rows, bias = (
+            [*rows, *(x.transpose(1, 2).reshape(batch, seq, -1) for x in (key, value))],
+            [position_bias],
+        )
     out = onnx_ops.symbolic(
-        "com.microsoft::MultiHeadAttention", [*rows, None, now.mask, *bias], attrs={"num_heads": heads, "scale": scale}, dtype=query.dtype,
-        shape=(batch, seq, heads * width), version=1,
-    )  # fmt: skip
+        "com.microsoft::MultiHeadAttention",
+        [*rows, None, now.mask, *bias],
+        attrs={"num_heads": heads, "scale": scale},
+        dtype=query.dtype,
+        shape=(batch, seq, heads * width),
+        version=1,
+    )
     return out.view(batch, seq, heads, width), None
 
 
-def _own_tokens(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
+def _own_tokens(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float
+) -> Tensor:
     batch, heads, seq, width = query.shape
     past_k, past_v = now.past[len(now.present)]
     shape = (batch, heads, past_k.shape[2], width)
     out, present_k, present_v = onnx_ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [*(x.transpose(1, 2).reshape(batch, seq, -1) for x in (query, key, value)), past_k, past_v, now.seqlens_k, now.total, None, None, None, bias],
+        [
+            *(x.transpose(1, 2).reshape(batch, seq, -1) for x in (query, key, value)),
+            past_k,
+            past_v,
+            now.seqlens_k,
+            now.total,
+            None,
+            None,
+            None,
+            bias,
+        ],
         attrs={"num_heads": heads, "kv_num_heads": heads, "do_rotary": 0, "scale": scale},
-        dtypes=(query.dtype,) * 3, shapes=((batch, seq, heads * width), shape, shape), version=1,
-    )  # fmt: skip
+        dtypes=(query.dtype,) * 3,
+        shapes=((batch, seq, heads * width), shape, shape),
+        version=1,
+    )
     now.present.append((present_k, present_v))
     return out.view(batch, seq, heads, width)
 
 
 def trace_seq2seq(model: PreTrainedModel) -> ir.Model:
-    """Trace both halves into one graph; `seq2seq_graphs.take_apart` names what belongs to which."""
+    """Trace both halves into one graph; `seq2seq_files` parts it again."""
     seq2seq_family(model.config)
     _one_embedding(model)
     sizes = seq2seq_sizes(model.config)
 
     def pairs(length: int) -> list[tuple[Tensor, Tensor]]:
-        return [tuple(torch.zeros(BATCH, sizes.kv_heads, length, sizes.head_dim) for _ in range(2)) for _ in range(sizes.layers)]  # type: ignore[misc]
+        shape = (BATCH, sizes.kv_heads, length, sizes.head_dim)
+        return [(torch.zeros(shape), torch.zeros(shape)) for _ in range(sizes.layers)]
 
     names = ("texts", "tokens", "batch", "source", "sequence", "keys", "kept", "capacity")
-    texts, tokens, batch, source, seq, keys, keep, capacity = (torch.export.Dim(name) for name in names)
+    texts, tokens, batch, source, seq, keys, keep, capacity = (
+        torch.export.Dim(name) for name in names
+    )
     args = (
-        torch.zeros(TEXTS, SOURCE, dtype=torch.int64), torch.ones(TEXTS, SOURCE, dtype=torch.int64), torch.zeros(BATCH, SEQ, dtype=torch.int64),
-        torch.ones(BATCH, ATTENDED, dtype=torch.int64), torch.full((BATCH,), SEQ - 1, dtype=torch.int32), torch.tensor(SEQ, dtype=torch.int32),
-        torch.arange(KEYS), torch.zeros(BATCH, KEEP, dtype=torch.int64), pairs(PAST), pairs(ATTENDED),
-    )  # fmt: skip
+        torch.zeros(TEXTS, SOURCE, dtype=torch.int64),
+        torch.ones(TEXTS, SOURCE, dtype=torch.int64),
+        torch.zeros(BATCH, SEQ, dtype=torch.int64),
+        torch.ones(BATCH, ATTENDED, dtype=torch.int64),
+        torch.full((BATCH,), SEQ - 1, dtype=torch.int32),
+        torch.tensor(SEQ, dtype=torch.int32),
+        torch.arange(KEYS),
+        torch.zeros(BATCH, KEEP, dtype=torch.int64),
+        pairs(PAST),
+        pairs(ATTENDED),
+    )
     text, cache, given = {0: texts, 1: tokens}, {0: batch, 2: capacity}, {0: batch, 2: source}
     dynamic: Any = (
-        text, text, {0: batch, 1: seq}, {0: batch, 1: source}, {0: batch}, {}, {0: keys}, {0: batch, 1: keep}, [(cache,) * 2] * sizes.layers,
+        text,
+        text,
+        {0: batch, 1: seq},
+        {0: batch, 1: source},
+        {0: batch},
+        {},
+        {0: keys},
+        {0: batch, 1: keep},
+        [(cache,) * 2] * sizes.layers,
         [(given,) * 2] * sizes.layers,
-    )  # fmt: skip
+    )
     named = [f"{layer}.{side}" for layer in range(sizes.layers) for side in ("key", "value")]
-    inputs = ["input_ids", "attention_mask", DECODER_IDS, DECODER_MASK, "seqlens_k", "total_sequence_length", POSITIONS, "logits_index"]
+    inputs = [
+        "input_ids",
+        "attention_mask",
+        DECODER_IDS,
+        DECODER_MASK,
+        "seqlens_k",
+        "total_sequence_length",
+        POSITIONS,
+        "logits_index",
+    ]
     inputs += [*(f"past_key_values.{one}" for one in named), *(f"{CROSS}.{one}" for one in named)]
-    outputs = ["logits", *(f"present.{one}" for one in named), *(f"{PRESENT}.{one}" for one in named)]
+    outputs = [
+        "logits",
+        *(f"present.{one}" for one in named),
+        *(f"{PRESENT}.{one}" for one in named),
+    ]
     wrapped = _Seq2Seq(model).eval()
-    with torch.no_grad(), silent(), symbolic_leaves(model, _no_rotation, logits_index=lambda: _Seq2Seq.index), _swapped(model, wrapped):
+    with (
+        torch.no_grad(),
+        silent(),
+        symbolic_leaves(model, _no_rotation, logits_index=lambda: _Seq2Seq.index),
+        _swapped(model, wrapped),
+    ):
         program = torch.onnx.export(
-            wrapped, args, dynamic_shapes=dynamic, dynamo=True, opset_version=OPSET, optimize=True, input_names=inputs, output_names=outputs,
+            wrapped,
+            args,
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=True,
+            input_names=inputs,
+            output_names=outputs,
             verbose=False,
-        )  # fmt: skip
+        )
     assert program is not None
     _named_alike(program.model.graph)
     return program.model
@@ -191,8 +306,15 @@ def trace_seq2seq(model: PreTrainedModel) -> ir.Model:
 
 def _one_embedding(model: Any) -> None:
     """ExportError where encoder and decoder have a table of tokens each."""
-    if any(half.embed_tokens.weight is not model.shared.weight for half in (model.encoder, model.decoder)):
-        raise ExportError("encoder and decoder read different embeddings", expected="one, as T5 has it", got=type(model).__name__)
+    if any(
+        half.embed_tokens.weight is not model.shared.weight
+        for half in (model.encoder, model.decoder)
+    ):
+        raise ExportError(
+            "encoder and decoder read different embeddings",
+            expected="one, as T5 has it",
+            got=type(model).__name__,
+        )
 
 
 def _named_alike(graph: ir.Graph) -> None:
@@ -224,73 +346,3 @@ def _swapped(model: Any, wrapped: _Seq2Seq) -> Iterator[None]:
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
 ENCODER = "encoder.onnx"
-
-
-def placed(graph: ir.Model, sites: Sequence[Site]) -> list[Site]:
-    """The sites, each with the file whose input it is."""
-    own = {value.name for value in encoder_of(graph).graph.inputs}
-    return [replace(site, graph=ENCODER) if site.A in own else site for site in sites]
-
-
-def write_graphs(graph: ir.Model, folder: Path, sites: Sequence[Site], *, note: dict[str, str]) -> None:
-    """Write `encoder.onnx`, `engine.onnx` (the decoder) and the weights of both."""
-    write_data(graph, folder)
-    for half, name in ((encoder_of(graph), ENCODER), (decoder_of(graph), ENGINE)):
-        own = [site for site in sites if (site.graph or ENGINE) == name]
-        if own:
-            write_graph(by_situation(half, own), folder / name, metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"})
-        else:
-            write_graph(half, folder / name, metadata=note)
-
-
-def encoder_of(model: ir.Model) -> ir.Model:
-    """input_ids and attention_mask (B, T) → keys and values (B, heads, T, head_dim) for each layer of the decoder."""
-    return _half(model, [value.name or "" for value in model.graph.outputs if _is_encoders(value)])
-
-
-def decoder_of(model: ir.Model) -> ir.Model:
-    """A decoder as its engine takes it, with what the encoder gave beside its own cache."""
-    half = _half(model, [value.name or "" for value in model.graph.outputs if not _is_encoders(value)])
-    graph = half.graph
-    inputs = {value.name: value for value in graph.inputs}
-    inputs[DECODER_IDS].name = "input_ids"
-    total = ir.node("Cast", [inputs["total_sequence_length"]], attributes={"to": int(ir.DataType.INT64)})
-    ends = [ir.node("Constant", [], attributes={"value": ir.tensor(number)}) for number in (0, 1)]
-    places = ir.node("Range", [ends[0].outputs[0], total.outputs[0], ends[1].outputs[0]])
-    for node in (total, *ends, places):
-        graph.insert_before(next(iter(graph)), node)
-    ir.convenience.replace_all_uses_with(inputs[POSITIONS], places.outputs[0])
-    graph.inputs.remove(inputs[POSITIONS])
-    graph.sort()
-    return half
-
-
-def _is_encoders(value: ir.Value) -> bool:
-    return (value.name or "").startswith(f"{PRESENT}.")
-
-
-def _half(model: ir.Model, outputs: Collection[str]) -> ir.Model:
-    """What these outputs are computed from."""
-    half = model.clone()
-    graph = half.graph
-    for value in [value for value in graph.outputs if value.name not in outputs]:
-        graph.outputs.remove(value)
-    drop_dead(half)
-    for value in [value for value in graph.inputs if not value.uses()]:
-        graph.inputs.remove(value)
-    return half
-
-
-def check_seq2seq(precision: Precision) -> None:
-    """ExportError for what an encoder-decoder cannot be stored as."""
-    if precision.weights == "fp16":
-        raise ExportError(
-            "an encoder-decoder's activations overflow in fp16, and its graph is for the CPU", where="--precision fp16", expected="fp32, int8 or int4"
-        )
-    if precision.quantiser == "gptq":
-        raise ExportError("gptq does not read prompts and answers apart yet", where="--quantiser gptq", fix="Use --quantiser hqq, which needs no text.")
-
-
-def seq2seq_shape(config: Any) -> dict[str, Any]:
-    """What the manifest says of the graphs beyond what it says of all."""
-    return {**asdict(seq2seq_sizes(config)), "standard": None, "encoder": ENCODER, "start_token_id": int(config.decoder_start_token_id)}

@@ -12,12 +12,18 @@ from edgetune.runtime.bundle.manifest import SCORE, STATES
 
 
 def standard_decoder(engine: ir.Model) -> ir.Model:
-    """The decoder behind the interface of optimum and onnxruntime-genai: attention_mask in, last logits out."""
+    """The decoder behind the interface of optimum and onnxruntime-genai: attention_mask in, last
+    logits out.
+    """
     model = _copy(engine)
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     ids, first = inputs["input_ids"], next(iter(graph))
-    mask = ir.Value(name="attention_mask", shape=ir.Shape(["batch", "total_sequence_length"]), type=ir.TensorType(ir.DataType.INT64))
+    mask = ir.Value(
+        name="attention_mask",
+        shape=ir.Shape(["batch", "total_sequence_length"]),
+        type=ir.TensorType(ir.DataType.INT64),
+    )
 
     def add(op: str, *operands: ir.Value | None, **attributes: object) -> ir.Value:
         node = ir.node(op, list(operands), attributes=attributes)  # type: ignore[arg-type]
@@ -50,7 +56,9 @@ def standard_decoder(engine: ir.Model) -> ir.Model:
 
 
 def standard_encoder(engine: ir.Model) -> ir.Model:
-    """The encoder with defaults for its adapter and head inputs: plain ONNX Runtime can run it as it is."""
+    """The encoder with defaults for its adapter and head inputs: plain ONNX Runtime can run it as
+    it is.
+    """
     model = _copy(engine)
     _optional_types(model.graph)
     _default_adapters(model.graph)
@@ -64,7 +72,11 @@ def _optional_types(graph: ir.Graph) -> None:
         return
     ids = next(value for value in graph.inputs if value.name == "input_ids")
     first, place = next(iter(graph)), list(graph.inputs).index(given)
-    types = ir.Value(name="token_type_ids", shape=ir.Shape(["types_batch", "types_sequence"]), type=ir.TensorType(ir.DataType.INT64))
+    types = ir.Value(
+        name="token_type_ids",
+        shape=ir.Shape(["types_batch", "types_sequence"]),
+        type=ir.TensorType(ir.DataType.INT64),
+    )
     shape = ir.node("Shape", [ids])
     spread = ir.node("Expand", [types, shape.outputs[0]])
     for node in (shape, spread):
@@ -76,14 +88,18 @@ def _optional_types(graph: ir.Graph) -> None:
 
 
 def _default_adapters(graph: ir.Graph) -> None:
-    """Give adapter and head inputs an empty default (rank 0, no labels), which `LoraAdapter` replaces."""
+    """Give adapter and head inputs an empty default (rank 0, no labels), which `LoraAdapter`
+    replaces.
+    """
     for value in graph.inputs:
         name = value.name or ""
         if not name.endswith((".lora_A", ".lora_B")) and name not in ("head.weight", "head.bias"):
             continue
         assert value.shape is not None
         free = 1 if name.endswith((".lora_B", ".bias")) else 2  # the dimension of rank or labels
-        shape = [1 if i == 0 else 0 if i == free else int(size) for i, size in enumerate(value.shape)]  # type: ignore[arg-type]
+        shape = [
+            1 if i == 0 else 0 if i == free else int(size) for i, size in enumerate(value.shape)
+        ]  # type: ignore[arg-type]
         value.const_value = ir.tensor(np.zeros(shape, np.float32), name=name)
         graph.register_initializer(value)
 
@@ -93,10 +109,11 @@ def _copy(model: ir.Model) -> ir.Model:
 
 
 def standard_score(model: ir.Model) -> None:
-    """score (B, labels) of the last token in place of its state, for the graph that other engines open.
+    """score (B, labels) of the last token in place of its state, for the graph that other engines
+    open.
 
-    W (group, hidden, labels) and b (group, labels) are inputs; a merged bundle's score stays what it is, as (B, 1). A
-    graph that gives no states stays as it is.
+    W (group, hidden, labels) and b (group, labels) are inputs; a merged bundle's score stays what
+    it is, as (B, 1). A graph that gives no states stays as it is.
     """
     graph = model.graph
     names = {value.name for value in graph.outputs}
@@ -111,7 +128,10 @@ def standard_score(model: ir.Model) -> None:
         nodes = [ir.node("Squeeze", [score, axis])]
     else:
         assert states.shape is not None
-        weight, bias = _head_input(graph, "head.weight", ("group", states.shape[-1], "labels")), _head_input(graph, "head.bias", ("group", "labels"))
+        weight, bias = (
+            _head_input(graph, "head.weight", ("group", states.shape[-1], "labels")),
+            _head_input(graph, "head.bias", ("group", "labels")),
+        )
         product = ir.node("MatMul", [states, weight])
         one = ir.node("Squeeze", [product.outputs[0], axis])
         nodes = [product, one, ir.node("Add", [one.outputs[0], bias])]

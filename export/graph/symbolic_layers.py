@@ -1,9 +1,11 @@
-"""The leaves of a model while it is traced: each linear layer, embedding, norm and activation is one symbolic node.
+"""The leaves of a model while it is traced: each linear layer, embedding, norm and activation is
+one symbolic node.
 
-Linear layers and embeddings stay in edgetune's own domain with their weight (out, in) and their module path as
-attribute `module`, so that packing, quantisation and adapter inputs are decided later, on the graph. What a norm or
-an activation computes is not guessed from its name: its own forward and the node's formula are compared on random
-numbers, and where none fits, its own operations are traced.
+Linear layers and embeddings stay in edgetune's own domain with their weight (out, in) and their
+module path as attribute `module`, so that packing, quantisation and adapter inputs are decided
+later, on the graph. What a norm or an activation computes is not guessed from its name: its own
+forward and the node's formula are compared on random numbers, and where none fits, its own
+operations are traced.
 """
 
 from __future__ import annotations
@@ -22,17 +24,24 @@ from transformers.pytorch_utils import Conv1D
 from edgetune.export.graph.attention import note_rotation, now
 
 DOMAIN = "edgetune"
-TRACED = "traced_weight"  # the weight as the node takes it, where the module holds it in another form
+# the weight as the node takes it, where the module holds it in another form
+TRACED = "traced_weight"
 TOLERANCE = 1e-5
-NORMS = ("RMSNorm", "LayerNorm")  # the names of what may be one by the root of the mean square; T5 calls it T5LayerNorm
+# the names of what may be one by the root of the mean square; T5 calls it T5LayerNorm
+NORMS = ("RMSNorm", "LayerNorm")
 
 
 @contextlib.contextmanager
-def symbolic_leaves(model: nn.Module, rotary: Callable[..., tuple[Tensor, Tensor]], *, logits_index: Callable[[], Tensor] | None = None) -> Iterator[None]:
+def symbolic_leaves(
+    model: nn.Module,
+    rotary: Callable[..., tuple[Tensor, Tensor]],
+    *,
+    logits_index: Callable[[], Tensor] | None = None,
+) -> Iterator[None]:
     """Swap the forwards of the model's leaves for one-node versions, and put them back.
 
-    `rotary(module, layer_type)` gives the tables of a rotary module; `logits_index()` (B, K) the positions that the
-    output projection reads.
+    `rotary(module, layer_type)` gives the tables of a rotary module; `logits_index()` (B, K) the
+    positions that the output projection reads.
     """
     swaps: list[tuple[Any, str, Any]] = []
     added: list[nn.Module] = []
@@ -68,8 +77,18 @@ def symbolic_leaves(model: nn.Module, rotary: Callable[..., tuple[Tensor, Tensor
             hold(module, module.weight.t())
             swap(module, "forward", linear.__get__(module))
         elif is_rotary(module):
-            swap(module, "forward", lambda x, position_ids=None, layer_type=None, module=module: rotary(module, layer_type))
-        elif kind.__name__.endswith(NORMS) and not isinstance(module, nn.LayerNorm) and (found := rms_weight(module)) is not None:
+            swap(
+                module,
+                "forward",
+                lambda x, position_ids=None, layer_type=None, module=module: rotary(
+                    module, layer_type
+                ),
+            )
+        elif (
+            kind.__name__.endswith(NORMS)
+            and not isinstance(module, nn.LayerNorm)
+            and (found := rms_weight(module)) is not None
+        ):
             hold(module, found)
             swap(module, "forward", _rms_norm.__get__(module))
         elif is_tanh_gelu(module):
@@ -89,7 +108,9 @@ def is_rotary(module: nn.Module) -> bool:
 
 
 def rms_weight(module: Any) -> Tensor | None:
-    """The weight w (width,) with which this norm is w · x / rms(x): its own, or 1 + its own; None when it is neither."""
+    """The weight w (width,) with which this norm is w · x / rms(x): its own, or 1 + its own; None
+    when it is neither.
+    """
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 1:
         return None
@@ -98,7 +119,14 @@ def rms_weight(module: Any) -> Tensor | None:
         expected = module(x)
         scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon_of(module))
         candidates: Sequence[Tensor] = (weight.detach().float(), 1.0 + weight.detach().float())
-        return next((w for w in candidates if torch.allclose(scaled * w, expected, atol=TOLERANCE, rtol=TOLERANCE)), None)
+        return next(
+            (
+                w
+                for w in candidates
+                if torch.allclose(scaled * w, expected, atol=TOLERANCE, rtol=TOLERANCE)
+            ),
+            None,
+        )
 
 
 def epsilon_of(module: Any) -> float:
@@ -126,9 +154,13 @@ def _random(*shape: int) -> Tensor:
 def _rows(hidden: Tensor, index: Tensor) -> Tensor:
     """hidden (B, S, H) at index (B, K) → (B, K, H)."""
     return onnx_ops.symbolic(
-        "GatherND", [hidden, index.unsqueeze(-1)], attrs={"batch_dims": 1}, dtype=hidden.dtype, shape=(*index.shape, hidden.shape[-1]),
+        "GatherND",
+        [hidden, index.unsqueeze(-1)],
+        attrs={"batch_dims": 1},
+        dtype=hidden.dtype,
+        shape=(*index.shape, hidden.shape[-1]),
         version=13,
-    )  # fmt: skip
+    )
 
 
 def _linear(self: Any, x: Tensor, module: str) -> Tensor:
@@ -136,28 +168,51 @@ def _linear(self: Any, x: Tensor, module: str) -> Tensor:
     weight, bias = getattr(self, TRACED, self.weight), self.bias
     operands = [x, weight] if bias is None else [x, weight, bias]
     shape = (*x.shape[:-1], weight.shape[0])
-    return onnx_ops.symbolic(f"{DOMAIN}::Linear", operands, attrs={"module": module}, dtype=x.dtype, shape=shape, version=1)
+    return onnx_ops.symbolic(
+        f"{DOMAIN}::Linear",
+        operands,
+        attrs={"module": module},
+        dtype=x.dtype,
+        shape=shape,
+        version=1,
+    )
 
 
 def _embedding(self: Any, ids: Tensor, module: str) -> Tensor:
     """One node `edgetune::Embedding`(ids, weight (vocabulary, width))."""
     weight = self.weight
     shape = (*ids.shape, weight.shape[1])
-    return onnx_ops.symbolic(f"{DOMAIN}::Embedding", [ids, weight], attrs={"module": module}, dtype=weight.dtype, shape=shape, version=1)
+    return onnx_ops.symbolic(
+        f"{DOMAIN}::Embedding",
+        [ids, weight],
+        attrs={"module": module},
+        dtype=weight.dtype,
+        shape=shape,
+        version=1,
+    )
 
 
 def _layer_norm(self: nn.LayerNorm, x: Tensor) -> Tensor:
     operands = [x, self.weight] if self.bias is None else [x, self.weight, self.bias]
     return onnx_ops.symbolic(
-        "LayerNormalization", operands, attrs={"axis": -1, "epsilon": float(self.eps), "stash_type": 1}, dtype=x.dtype, shape=x.shape, version=17,
-    )  # fmt: skip
+        "LayerNormalization",
+        operands,
+        attrs={"axis": -1, "epsilon": float(self.eps), "stash_type": 1},
+        dtype=x.dtype,
+        shape=x.shape,
+        version=17,
+    )
 
 
 def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
     return onnx_ops.symbolic(
-        "SimplifiedLayerNormalization", [x, getattr(self, TRACED)], attrs={"axis": -1, "epsilon": epsilon_of(self), "stash_type": 1},
-        dtype=x.dtype, shape=x.shape, version=1,
-    )  # fmt: skip
+        "SimplifiedLayerNormalization",
+        [x, getattr(self, TRACED)],
+        attrs={"axis": -1, "epsilon": epsilon_of(self), "stash_type": 1},
+        dtype=x.dtype,
+        shape=x.shape,
+        version=1,
+    )
 
 
 def _tanh_gelu(x: Tensor) -> Tensor:

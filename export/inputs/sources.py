@@ -1,4 +1,6 @@
-"""What goes into a bundle: runs and PEFT folders, read and checked before anything is traced, and the base they share."""
+"""What goes into a bundle: runs and PEFT folders, read and checked before anything is traced, and
+the base they share.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +59,15 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if not NAME.fullmatch(name):
             raise ExportError(
-                f"{name!r} cannot be an adapter's name", expected="letters, digits, - _ .", fix="It becomes a folder of the bundle."
+                f"{name!r} cannot be an adapter's name",
+                expected="letters, digits, - _ .",
+                fix="It becomes a folder of the bundle.",
             )
     if double := sorted({name for name in names if names.count(name) > 1}):
-        raise ExportError(f"two adapters are named {double[0]!r}", fix="Give each --adapter NAME=RUN its own name.")
+        raise ExportError(
+            f"two adapters are named {double[0]!r}",
+            fix="Give each --adapter NAME=RUN its own name.",
+        )
 
 
 def read_source(name: str, folder: Path) -> Source:
@@ -71,50 +78,79 @@ def read_source(name: str, folder: Path) -> Source:
     inner = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
     if not (inner / "adapter_config.json").is_file():
         raise AdapterError(
-            "no adapter here", where=str(folder), expected="a run folder of `edgetune train`, or a PEFT adapter folder",
+            "no adapter here",
+            where=str(folder),
+            expected="a run folder of `edgetune train`, or a PEFT adapter folder",
             got=_what_is(folder),
-        )  # fmt: skip
+        )
     read = read_lora(inner)
     refuse_if([problem for problem in read.problems if problem.startswith(WEIGHTS)], inner)
     metadata = read_metadata(inner) if read.metadata is not None else {}
-    return Source(name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems))
+    return Source(
+        name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems)
+    )
 
 
 def _what_is(folder: Path) -> str:
     if not folder.exists():
         return "no such folder"
-    return "a bundle; its adapters are in its folder adapters" if (folder / MANIFEST).is_file() else "a folder without adapter_config.json"
+    return (
+        "a bundle; its adapters are in its folder adapters"
+        if (folder / MANIFEST).is_file()
+        else "a folder without adapter_config.json"
+    )
 
 
-def check_sources(sources: Sequence[Source], mode: str, precision: Precision, base_name: str | None) -> None:
+def check_sources(
+    sources: Sequence[Source], mode: str, precision: Precision, base_name: str | None
+) -> None:
     """ExportError or AdapterError for what cannot stand in one bundle, or not in this mode."""
     if mode not in MODES:
         raise ExportError("unknown mode", expected=" or ".join(MODES), got=mode)
     if precision.weights not in PRECISIONS:
-        raise ExportError("unknown precision", expected=", ".join(PRECISIONS), got=precision.weights)
+        raise ExportError(
+            "unknown precision", expected=", ".join(PRECISIONS), got=precision.weights
+        )
     if precision.weights == "fp16" and precision.overrides:
-        raise ExportError("an fp16 bundle has one precision", where="--keep", got=", ".join(f"{m}={p}" for m, p in precision.overrides.items()), fix="Leave --keep out.")
+        raise ExportError(
+            "an fp16 bundle has one precision",
+            where="--keep",
+            got=", ".join(f"{m}={p}" for m, p in precision.overrides.items()),
+            fix="Leave --keep out.",
+        )
     if not sources and (base_name is None or mode == "merged"):
         raise ExportError(
-            "there is no adapter to export", expected="--adapter NAME=RUN, once or several times, or --base NAME for a base alone"
+            "there is no adapter to export",
+            expected="--adapter NAME=RUN, once or several times, or --base NAME for a base alone",
         )
     if len(sources) > 1 and any(source.is_model for source in sources):
         name = next(source.name for source in sources if source.is_model)
-        raise ExportError(f"all weights of {name!r} were trained: it is a base of its own", fix="Export it into a bundle of its own.")
+        raise ExportError(
+            f"all weights of {name!r} were trained: it is a base of its own",
+            fix="Export it into a bundle of its own.",
+        )
     check_names([source.name for source in sources])
     if mode == "merged" and len(sources) != 1:
-        raise ExportError("a merged bundle holds exactly one adapter", got=str(len(sources)), fix="Use --mode separate for several.")
+        raise ExportError(
+            "a merged bundle holds exactly one adapter",
+            got=str(len(sources)),
+            fix="Use --mode separate for several.",
+        )
     for source in sources:
         if mode == "separate" and source.config.get("use_dora"):
             raise ExportError(
-                "DoRA rescales the rows of W₀ + BA by a learned magnitude, which adapter inputs cannot express", where=str(source.folder),
+                "DoRA rescales the rows of W₀ + BA by a learned magnitude, which adapter inputs"
+                " cannot express",
+                where=str(source.folder),
                 fix="Export it with --mode merged, or train with dora = false.",
-            )  # fmt: skip
+            )
         if mode == "separate" and source.problems:
             raise AdapterError(
-                f"adapter inputs cannot take this adapter, nothing was written: {listed(source.problems, 'mismatches')}", where=str(source.folder),
+                "adapter inputs cannot take this adapter, nothing was written:"
+                f" {listed(source.problems, 'mismatches')}",
+                where=str(source.folder),
                 fix="--mode merged takes what PEFT can merge, and its proof says whether it did.",
-            )  # fmt: skip
+            )
 
 
 def base_of(sources: Sequence[Source], base_name: str | None) -> Base:
@@ -122,25 +158,35 @@ def base_of(sources: Sequence[Source], base_name: str | None) -> Base:
     if any(source.is_model for source in sources):
         if sources[0].metadata["task"] != "text-generation":
             raise ExportError(
-                "an encoder's base alone answers nothing", where=str(sources[0].folder),
+                "an encoder's base alone answers nothing",
+                where=str(sources[0].folder),
                 fix="Train a classification stage on it, and export that.",
-            )  # fmt: skip
+            )
         return read_full(sources[0].folder)[0]
     trained_on = {source.metadata["base"]["name"] for source in sources if source.metadata}
     name = base_name or next(iter(sorted(trained_on)), None)
     if name is None:
         raise ExportError("which base model? These adapters do not say", fix="Give --base NAME.")
-    beside = [own_base(source.folder, source.metadata["base"]["digest"]) for source in sources if source.metadata and base_name is None]
+    beside = [
+        own_base(source.folder, source.metadata["base"]["digest"])
+        for source in sources
+        if source.metadata and base_name is None
+    ]
     base = next((base for base in beside if base is not None), None) or resolve_base(name)
     if not sources and base.kind == "encoder":
-        raise ExportError("an encoder's base alone answers nothing", got=base.name, fix="Give --adapter NAME=RUN.")
+        raise ExportError(
+            "an encoder's base alone answers nothing", got=base.name, fix="Give --adapter NAME=RUN."
+        )
     for source in sources:
         digest = source.metadata.get("base", {}).get("digest", base.digest)
         if digest != base.digest:
             raise AdapterError(
-                "this adapter was trained on another base model", where=str(source.folder), expected=f"{base.name} {base.digest[:23]}…",
-                got=f"{source.metadata['base']['name']} {digest[:23]}…", fix="Export the adapters of each base into a bundle of their own.",
-            )  # fmt: skip
+                "this adapter was trained on another base model",
+                where=str(source.folder),
+                expected=f"{base.name} {base.digest[:23]}…",
+                got=f"{source.metadata['base']['name']} {digest[:23]}…",
+                fix="Export the adapters of each base into a bundle of their own.",
+            )
     return base
 
 
@@ -150,7 +196,9 @@ def original_base(source: Source) -> Base:
     base = resolve_base(origin["name"])
     if base.digest != origin["digest"]:
         raise AdapterError(
-            "the base that this model was trained from has changed", where=str(source.folder), expected=f"{origin['name']} {origin['digest'][:23]}…",
+            "the base that this model was trained from has changed",
+            where=str(source.folder),
+            expected=f"{origin['name']} {origin['digest'][:23]}…",
             got=base.digest[:23] + "…",
-        )  # fmt: skip
+        )
     return base

@@ -1,5 +1,7 @@
-"""What a precision costs, apart from any task: the base in torch in fp32 beside the bundle with no adapter active, on WikiText-2
-(decoders: perplexity) or STS-B (encoders: Spearman's correlation of cosines with people's scores)."""
+"""What a precision costs, apart from any task: the base in torch in fp32 beside the bundle with no
+adapter active, on WikiText-2 (decoders: perplexity) or STS-B (encoders: Spearman's correlation of
+cosines with people's scores).
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ class Cost:
     def line(self) -> str:
         """For a person."""
         figures = f"{self.torch:.4g} in torch fp32, {self.bundle:.4g} in the bundle"
-        return f"{self.task} {self.metric} {figures}: {100 * round(self.loss, 3) + 0.0:.1f} % worse ({self.items} {UNITS[self.task]})"
+        return (
+            f"{self.task} {self.metric} {figures}: {100 * round(self.loss, 3) + 0.0:.1f} % worse"
+            f" ({self.items} {UNITS[self.task]})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -61,13 +66,25 @@ class CostPlan:
     """what torch gave, kept from bundle to bundle of the same base"""
 
     def measure(
-        self, folder: Path, manifest: Manifest, base: Base, model: Callable[[], Any], *, threads: int | None, say: Callable[[str], None]
+        self,
+        folder: Path,
+        manifest: Manifest,
+        base: Base,
+        model: Callable[[], Any],
+        *,
+        threads: int | None,
+        say: Callable[[str], None],
     ) -> Cost | None:
-        """The base's cost; None, with a line, where it cannot be measured. `model`: what the bundle holds, in torch in fp32."""
+        """The base's cost; None, with a line, where it cannot be measured. `model`: what the bundle
+        holds, in torch in fp32.
+        """
         limit = ITEMS.get(base.kind, 0) if self.items is None else self.items
         if base.kind not in TASK:
             if limit:
-                say(f"cost of {manifest.precision.weights}: not measured: no general set is for an {base.kind}")
+                say(
+                    f"cost of {manifest.precision.weights}: not measured: no general set is for an"
+                    f" {base.kind}"
+                )
             return None
         if not limit:
             return None
@@ -82,16 +99,32 @@ class CostPlan:
             say(f"cost of {manifest.precision.weights}: not measured: {error}")
             return None
         before = known[base.digest]
-        cost = Cost(before.task, before.metric, before.items, before.higher_is_better, before.before, shipped.before)
+        cost = Cost(
+            before.task,
+            before.metric,
+            before.items,
+            before.higher_is_better,
+            before.before,
+            shipped.before,
+        )
         say(f"cost of {manifest.precision.weights}: {cost.line()}")
         return cost
 
     def _one(self, subject: Subject, base: Base, limit: int) -> General:
-        return compare(subject, self.general, limit=limit, tasks=(TASK[base.kind],), trained=False)[0]
+        return compare(subject, self.general, limit=limit, tasks=(TASK[base.kind],), trained=False)[
+            0
+        ]
 
 
 def _in_torch(base: Base, model: Any) -> TorchSubject:
     def lend() -> Any:
         return contextlib.nullcontext(model)
 
-    return TorchSubject(load_tokenizer(base), kind=base.kind, limit=base.max_length, pooling=base.pooling, before=lend, after=lend)
+    return TorchSubject(
+        load_tokenizer(base),
+        kind=base.kind,
+        limit=base.max_length,
+        pooling=base.pooling,
+        before=lend,
+        after=lend,
+    )

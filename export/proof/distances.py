@@ -1,4 +1,6 @@
-"""How far two models' outputs on the same positions are apart; a few positions at a time, so that memory does not grow with them."""
+"""How far two models' outputs on the same positions are apart; a few positions at a time, so that
+memory does not grow with them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ ELEMENTS_AT_ONCE = 1 << 20  # in float64 8 MB: a few arrays of it stay in the ca
 
 
 def mean_kl(p: Array, q: Array) -> float:
-    """Mean over rows of KL(softmax(p) ‖ softmax(q)), in nats; p and q are logits (positions, classes)."""
+    """Mean over rows of KL(softmax(p) ‖ softmax(q)), in nats; p and q are logits (positions,
+    classes).
+    """
     return mean_kls(p, [q])[0]
 
 
@@ -47,13 +51,21 @@ class Movement:
 
 
 def movement(trained: Array, trained_off: Array, shipped: Array, shipped_off: Array) -> Movement:
-    """d = p − p₀ against e = q − q₀, each (positions, width); a constant added to all logits means nothing."""
+    """d = p − p₀ against e = q − q₀, each (positions, width); a constant added to all logits means
+    nothing.
+    """
     product = size = moved = states = 0.0
     for part in pieces(trained):
         p, q = _double(trained[part]), _double(shipped[part])
-        d, e, p = _centred(p - _double(trained_off[part])), _centred(q - _double(shipped_off[part])), _centred(p)
+        d, e, p = (
+            _centred(p - _double(trained_off[part])),
+            _centred(q - _double(shipped_off[part])),
+            _centred(p),
+        )
         product += float((d * e).sum())
-        size, moved, states = (total + float(x.square().sum()) for total, x in ((size, d), (moved, e), (states, p)))
+        size, moved, states = (
+            total + float(x.square().sum()) for total, x in ((size, d), (moved, e), (states, p))
+        )
     return Movement(product, size**0.5, moved**0.5, states**0.5)
 
 

@@ -1,4 +1,6 @@
-"""The probe: token rows on which torch and the bundle are compared, and both models' outputs on them, task by task."""
+"""The probe: token rows on which torch and the bundle are compared, and both models' outputs on
+them, task by task.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ from edgetune.export.inputs.calibration_text import run_examples
 from edgetune.export.proof.distances import Array
 from edgetune.export.proof.proof import Outputs
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
-from edgetune.runtime.engine.engine import CACHE_STEP, DecoderEngine, DecodeState, EncoderEngine, round_up
+from edgetune.runtime.engine.engine import (
+    CACHE_STEP,
+    DecoderEngine,
+    DecodeState,
+    EncoderEngine,
+    round_up,
+)
 from edgetune.runtime.tasks.scoring import read_scores
 
 if TYPE_CHECKING:
@@ -47,25 +55,37 @@ TEXTS = (
 
 
 def probe_rows(adapter: Path, tokenizer: Any, base: Any) -> list[list[int]]:
-    """Token ids of a few rows: the run's own validation (else training) data where it is at hand, else plain texts."""
+    """Token ids of a few rows: the run's own validation (else training) data where it is at hand,
+    else plain texts.
+    """
     longest = min(TOKENS, base.max_length)
     try:
         if (examples := run_examples(adapter, tokenizer, base)) is not None:
             rows = examples.validation or examples.train
             if base.kind == "encoder-decoder":
-                return [probe_pair(example.input_ids, example.labels, limit=longest) for example in _spread(rows, ROWS)]
+                return [
+                    probe_pair(example.input_ids, example.labels, limit=longest)
+                    for example in _spread(rows, ROWS)
+                ]
             return [first_tokens(example.input_ids, longest) for example in _spread(rows, ROWS)]
     except EdgetuneError:
         pass  # the data has moved since training; the proof stands on plain texts too
     if base.kind == "encoder-decoder":
         return text_pairs(TEXTS, tokenizer, limit=longest)
     texts: list[Text] = list(itertools.pairwise(TEXTS)) if _reads_pairs(adapter) else list(TEXTS)
-    return encode_texts(texts, tokenizer, limit=longest)[0] if base.kind == "encoder" else [tokenizer(text)["input_ids"][:longest] for text in TEXTS]
+    return (
+        encode_texts(texts, tokenizer, limit=longest)[0]
+        if base.kind == "encoder"
+        else [tokenizer(text)["input_ids"][:longest] for text in TEXTS]
+    )
 
 
 def _reads_pairs(adapter: Path) -> bool:
     path = adapter / METADATA
-    return path.is_file() and (read_metadata(adapter).get("prompt_format") or {}).get("text_pair") is not None
+    return (
+        path.is_file()
+        and (read_metadata(adapter).get("prompt_format") or {}).get("text_pair") is not None
+    )
 
 
 def _spread(rows: Sequence[Any], count: int) -> list[Any]:
@@ -76,7 +96,7 @@ def _spread(rows: Sequence[Any], count: int) -> list[Any]:
 def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -> Outputs:
     """The trained model's outputs, row by row without padding, in float32."""
     logits, states = [], []
-    with torch.no_grad(), (_on() if adapter else _low_rank_off(model)):
+    with torch.no_grad(), _on() if adapter else _low_rank_off(model):
         for row in rows:
             ids = torch.tensor([list(row)])
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -107,8 +127,14 @@ def _on() -> Iterator[None]:
 
 @contextmanager
 def _low_rank_off(model: Any) -> Iterator[None]:
-    """The low-rank change off, a trained head kept: PEFT's own switch would bring the untrained head back."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "enable_adapters")]
+    """The low-rank change off, a trained head kept: PEFT's own switch would bring the untrained
+    head back.
+    """
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if hasattr(module, "lora_A") and hasattr(module, "enable_adapters")
+    ]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -119,17 +145,29 @@ def _low_rank_off(model: Any) -> Iterator[None]:
 
 
 def decoder_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
-    """The bundle's logits at every position: the prompt in one piece, the last tokens one by one through the cache."""
-    found = [logits for at in range(0, len(rows), ROWS_AT_ONCE) for logits in _read_and_stepped(engine, rows[at : at + ROWS_AT_ONCE], tensors)]
+    """The bundle's logits at every position: the prompt in one piece, the last tokens one by one
+    through the cache.
+    """
+    found = [
+        logits
+        for at in range(0, len(rows), ROWS_AT_ONCE)
+        for logits in _read_and_stepped(engine, rows[at : at + ROWS_AT_ONCE], tensors)
+    ]
     together = np.concatenate(found)
     return Outputs(together, together)
 
 
-def _read_and_stepped(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> list[np.ndarray]:
+def _read_and_stepped(
+    engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any
+) -> list[np.ndarray]:
     """The logits (tokens, vocabulary) of each row of one batch."""
     cuts = [max(1, len(row) - STEPS) for row in rows]
-    state = DecodeState(engine, [tensors] * len(rows), capacity=round_up(max(map(len, rows)) + 1, CACHE_STEP))
-    everywhere = np.minimum(np.arange(max(cuts))[None], np.array(cuts)[:, None] - 1)  # a shorter prompt's last position again
+    state = DecodeState(
+        engine, [tensors] * len(rows), capacity=round_up(max(map(len, rows)) + 1, CACHE_STEP)
+    )
+    everywhere = np.minimum(
+        np.arange(max(cuts))[None], np.array(cuts)[:, None] - 1
+    )  # a shorter prompt's last position again
     read = state.prefill([row[:cut] for row, cut in zip(rows, cuts, strict=True)], index=everywhere)
     found = [[logits[:cut].copy()] for logits, cut in zip(read, cuts, strict=True)]
     going = list(range(len(rows)))
@@ -139,13 +177,17 @@ def _read_and_stepped(engine: DecoderEngine, rows: Sequence[Sequence[int]], tens
             break
         state.keep([going.index(i) for i in staying])
         going = staying
-        for i, logits in zip(going, state.step([rows[i][cuts[i] + step] for i in going]), strict=True):
+        for i, logits in zip(
+            going, state.step([rows[i][cuts[i] + step] for i in going]), strict=True
+        ):
             found[i].append(logits[None].copy())
     return [np.concatenate(pieces) for pieces in found]
 
 
 def encoder_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
-    """The bundle's head logits and pooled states; all rows in one padded batch, as the device would send them."""
+    """The bundle's head logits and pooled states; all rows in one padded batch, as the device would
+    send them.
+    """
     logits, pooled = engine.run(rows, [tensors] * len(rows))
     return Outputs(np.stack(logits), np.array(pooled))
 
@@ -157,9 +199,19 @@ def token_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors:
 
 
 def reward_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
-    """The bundle's scores (rows, 1) and states of the last tokens; rows right-padded in a batch, as the device sends them."""
-    found = [read_scores(engine, rows[at : at + ROWS_AT_ONCE], [tensors] * len(rows[at : at + ROWS_AT_ONCE])) for at in range(0, len(rows), ROWS_AT_ONCE)]
-    return Outputs(np.concatenate([scores[:, None] for scores, _ in found]), np.concatenate([states for _, states in found]))
+    """The bundle's scores (rows, 1) and states of the last tokens; rows right-padded in a batch, as
+    the device sends them.
+    """
+    found = [
+        read_scores(
+            engine, rows[at : at + ROWS_AT_ONCE], [tensors] * len(rows[at : at + ROWS_AT_ONCE])
+        )
+        for at in range(0, len(rows), ROWS_AT_ONCE)
+    ]
+    return Outputs(
+        np.concatenate([scores[:, None] for scores, _ in found]),
+        np.concatenate([states for _, states in found]),
+    )
 
 
 Decide = Callable[[Outputs], Outputs]
@@ -168,16 +220,19 @@ Decide = Callable[[Outputs], Outputs]
 def decide_by(problem: str | None, trained: Outputs) -> Decide:
     """How the outputs of every model on the probe are compared.
 
-    Several labels (multi-label): each is a choice of its own between no (logit 0) and yes. Numbers (regression): the
-    choice is "above the mean of what was trained", with the distance from it in standard deviations as the logit; a
-    guess that favours nothing is then the mean. A reward is such a number. Anything else stays as it is.
+    Several labels (multi-label): each is a choice of its own between no (logit 0) and yes. Numbers
+    (regression): the choice is "above the mean of what was trained", with the distance from it in
+    standard deviations as the logit; a guess that favours nothing is then the mean. A reward is
+    such a number. Anything else stays as it is.
     """
     if problem == "multi-label":
         return lambda outputs: replace(outputs, logits=_pairs(outputs.logits.reshape(-1)))
     if problem in ("regression", REWARD):
         centre = float(trained.logits.mean())
         spread = float(trained.logits.std()) or 1.0
-        return lambda outputs: replace(outputs, logits=_pairs((outputs.logits.reshape(-1) - centre) / spread))
+        return lambda outputs: replace(
+            outputs, logits=_pairs((outputs.logits.reshape(-1) - centre) / spread)
+        )
     return lambda outputs: outputs
 
 
@@ -207,15 +262,22 @@ def answer_logits(model: Any, row: Sequence[int]) -> npt.NDArray[np.float32]:
     """torch's logits (answer, vocab) of a row's answer, in float32."""
     prompt, answer = _parts(row)
     begun = [int(model.config.decoder_start_token_id), *answer[:-1]]
-    logits: npt.NDArray[np.float32] = model(
-        input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([begun]), use_cache=False
-    ).logits[0].float().numpy()
+    logits: npt.NDArray[np.float32] = (
+        model(
+            input_ids=torch.tensor([prompt]),
+            decoder_input_ids=torch.tensor([begun]),
+            use_cache=False,
+        )
+        .logits[0]
+        .float()
+        .numpy()
+    )
     return logits
 
 
 def seq2seq_outputs(engine: Seq2SeqEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
-    """The bundle's logits of the same: prompts in one padded batch, the beginnings of the answers in one piece, what is left
-    of them token by token through the cache."""
+    """The bundle's logits of the same: prompts in one padded batch, the beginnings of the answers
+    in one piece, what is left of them token by token through the cache."""
     prompts, answers = zip(*map(_parts, rows), strict=True)
     begun = [list(answer[: max(0, len(answer) - DECODER_STEPS)]) for answer in answers]
     state, first = engine.answer_logits(prompts, begun, [tensors] * len(rows))

@@ -1,11 +1,13 @@
-"""The proof: what ships answers as what was trained, through the real engine, and the adapter does something.
+"""The proof: what ships answers as what was trained, through the real engine, and the adapter does
+something.
 
-Parity compares torch with the adapter on (p) with the bundle with the adapter on (q), position by position.
-Effect asks whether the adapter's change survived: with p₀ and q₀ the two without the adapter,
+Parity compares torch with the adapter on (p) with the bundle with the adapter on (q), position by
+position. Effect asks whether the adapter's change survived: with p₀ and q₀ the two without the
+adapter,
 
-    recovered = 1 − KL(p‖q) / KL(p‖q₀)       1: all of the way from the base to the trained model, 0: none
-    direction = cos(p − p₀, q − q₀)          of the outputs; differences within one engine, so that rounding cancels
-    strength  = |q − q₀| / |p − p₀|
+    recovered = 1 − KL(p‖q) / KL(p‖q₀)       1: all of the way from the base to the trained model,
+    0: none direction = cos(p − p₀, q − q₀)          of the outputs; differences within one engine,
+    so that rounding cancels strength  = |q − q₀| / |p − p₀|
 
 An adapter that silently does nothing has q = q₀: recovered 0, strength 0.
 """
@@ -36,8 +38,17 @@ class Bounds:
 
 
 BOUNDS = {
-    "fp32": Bounds(max_abs=1e-3, mean_kl=1e-6, top1=0.999, recovered=0.99, direction=0.999, strength=(0.99, 1.01)),
-    "fp16": Bounds(max_abs=None, mean_kl=1e-3, top1=0.98, recovered=0.98, direction=0.99, strength=(0.95, 1.05)),
+    "fp32": Bounds(
+        max_abs=1e-3,
+        mean_kl=1e-6,
+        top1=0.999,
+        recovered=0.99,
+        direction=0.999,
+        strength=(0.99, 1.01),
+    ),
+    "fp16": Bounds(
+        max_abs=None, mean_kl=1e-3, top1=0.98, recovered=0.98, direction=0.99, strength=(0.95, 1.05)
+    ),
     "int8": Bounds(max_abs=None, mean_kl=0.03, top1=0.9, direction=0.9),
     "int4": Bounds(max_abs=None, mean_kl=0.6, top1=0.5),
 }
@@ -46,10 +57,11 @@ TIE = 0.1  # nats; closer than this, which answer is likelier is chance
 
 @dataclass(frozen=True)
 class Outputs:
-    """One model on the probe: logits (positions, classes), and states (positions, width) the adapter moves.
+    """One model on the probe: logits (positions, classes), and states (positions, width) the
+    adapter moves.
 
-    Decoders: states are the logits. Encoders: states are the pooled embeddings, so that a head cannot hide an
-    adapter that does nothing.
+    Decoders: states are the logits. Encoders: states are the pooled embeddings, so that a head
+    cannot hide an adapter that does nothing.
     """
 
     logits: Array
@@ -58,7 +70,9 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Proof:
-    """The figures of one adapter; `passed` says whether they keep within the bounds, `failures` why not."""
+    """The figures of one adapter; `passed` says whether they keep within the bounds, `failures` why
+    not.
+    """
 
     positions: int
     max_abs: float
@@ -84,25 +98,41 @@ class Proof:
 
     def line(self) -> str:
         """For a person."""
-        return self._figures() + ("" if self.survived is None else f"; {_survival_line(self.survived)}")
+        return self._figures() + (
+            "" if self.survived is None else f"; {_survival_line(self.survived)}"
+        )
 
     def _figures(self) -> str:
         return (
-            f"max |Δ| {self.max_abs:.1e}, KL {self.mean_kl:.2e} nats, top-1 {self.top1:.1%}; adapter effect "
-            f"{self.adapter_kl:.3g} nats, recovered {self.recovered:.1%}, direction {self.direction:.3f}, strength {self.strength:.2f}"
+            f"max |Δ| {self.max_abs:.1e}, KL {self.mean_kl:.2e} nats, top-1 {self.top1:.1%};"
+            f" adapter effect {self.adapter_kl:.3g} nats, recovered {self.recovered:.1%}, direction"
+            f" {self.direction:.3f}, strength {self.strength:.2f}"
         )
 
 
-def prove(*, trained: Outputs, trained_off: Outputs, shipped: Outputs, shipped_off: Outputs, precision: str) -> Proof:
-    """Compare torch (`trained`) with the bundle (`shipped`), each with the adapter on and off, on the same probe.
+def prove(
+    *,
+    trained: Outputs,
+    trained_off: Outputs,
+    shipped: Outputs,
+    shipped_off: Outputs,
+    precision: str,
+) -> Proof:
+    """Compare torch (`trained`) with the bundle (`shipped`), each with the adapter on and off, on
+    the same probe.
 
-    For an adapter with a head, `…_off` has the head but not the low-rank change; KL(p‖q₀) is then taken from a
-    uniform guess, because the base alone knows no labels.
+    For an adapter with a head, `…_off` has the head but not the low-rank change; KL(p‖q₀) is then
+    taken from a uniform guess, because the base alone knows no labels.
     """
     bounds = BOUNDS[precision]
     has_head = trained.logits is not trained.states
     residual, distance, effect = mean_kls(
-        trained.logits, [shipped.logits, None if has_head else shipped_off.logits, None if has_head else trained_off.logits]
+        trained.logits,
+        [
+            shipped.logits,
+            None if has_head else shipped_off.logits,
+            None if has_head else trained_off.logits,
+        ],
     )
     moved = movement(trained.states, trained_off.states, shipped.states, shipped_off.states)
     figures = {
@@ -113,7 +143,9 @@ def prove(*, trained: Outputs, trained_off: Outputs, shipped: Outputs, shipped_o
         "adapter_kl": effect,
         "unadapted_kl": distance,
         "recovered": 1 - residual / distance if distance > 0 else 0.0,
-        "direction": moved.product / (moved.size * moved.shipped) if moved.size and moved.shipped else 0.0,
+        "direction": (
+            moved.product / (moved.size * moved.shipped) if moved.size and moved.shipped else 0.0
+        ),
         "strength": moved.shipped / moved.size if moved.size else 0.0,
     }
     relative = moved.size / (moved.states or 1.0)
@@ -121,56 +153,92 @@ def prove(*, trained: Outputs, trained_off: Outputs, shipped: Outputs, shipped_o
 
 
 def prove_head(*, trained: Outputs, shipped: Outputs, precision: str) -> Proof:
-    """The proof of an adapter that is a head alone: its change is the one from a guess that favours no label."""
+    """The proof of an adapter that is a head alone: its change is the one from a guess that favours
+    no label.
+    """
 
     def against_a_guess(outputs: Outputs) -> tuple[Outputs, Outputs]:
         guess = np.zeros_like(outputs.logits)
         return Outputs(outputs.logits, outputs.logits), Outputs(guess, guess)
 
     (on, off), (shipped_on, shipped_off) = against_a_guess(trained), against_a_guess(shipped)
-    return prove(trained=on, trained_off=off, shipped=shipped_on, shipped_off=shipped_off, precision=precision)
+    return prove(
+        trained=on,
+        trained_off=off,
+        shipped=shipped_on,
+        shipped_off=shipped_off,
+        precision=precision,
+    )
 
 
 def prove_parity(*, trained: Outputs, shipped: Outputs, precision: str) -> Proof:
-    """The proof of a base without adapter: only that it answers as in torch, for there is no effect to look for."""
+    """The proof of a base without adapter: only that it answers as in torch, for there is no effect
+    to look for.
+    """
     guess = np.zeros_like(trained.logits)
     proof = prove(
-        trained=trained, trained_off=Outputs(guess, guess), shipped=shipped, shipped_off=Outputs(guess, guess), precision=precision
+        trained=trained,
+        trained_off=Outputs(guess, guess),
+        shipped=shipped,
+        shipped_off=Outputs(guess, guess),
+        precision=precision,
     )
     return replace(proof, adapter_kl=0.0, unadapted_kl=0.0)
 
 
 def _failures(figures: Mapping[str, float], bounds: Bounds, relative_effect: float) -> list[str]:
     if relative_effect < bounds.least_effect:
-        return ["the trained adapter changes nothing even in torch (are its B matrices still zero?)"]
+        return [
+            "the trained adapter changes nothing even in torch (are its B matrices still zero?)"
+        ]
     failures = []
     if bounds.max_abs is not None and not figures["max_abs"] <= bounds.max_abs:
-        failures.append(f"logits differ by up to {figures['max_abs']:.2e}, bound {bounds.max_abs:.0e}")
+        failures.append(
+            f"logits differ by up to {figures['max_abs']:.2e}, bound {bounds.max_abs:.0e}"
+        )
     if not figures["mean_kl"] <= bounds.mean_kl:
         failures.append(f"KL to torch is {figures['mean_kl']:.3g} nats, bound {bounds.mean_kl:g}")
     if not figures["top1"] >= bounds.top1:
-        failures.append(f"the likeliest answer agrees on {figures['top1']:.1%}, bound {bounds.top1:.0%}")
+        failures.append(
+            f"the likeliest answer agrees on {figures['top1']:.1%}, bound {bounds.top1:.0%}"
+        )
     if not figures["recovered"] >= bounds.recovered:
-        failures.append(f"only {figures['recovered']:.1%} of the adapter's effect arrives, bound {bounds.recovered:.0%}")
+        failures.append(
+            f"only {figures['recovered']:.1%} of the adapter's effect arrives, bound"
+            f" {bounds.recovered:.0%}"
+        )
     if not figures["direction"] >= bounds.direction:
-        failures.append(f"the adapter moves the output in another direction (cosine {figures['direction']:.3f}, bound {bounds.direction})")
+        failures.append(
+            f"the adapter moves the output in another direction (cosine {figures['direction']:.3f},"
+            f" bound {bounds.direction})"
+        )
     low, high = bounds.strength
     if not low <= figures["strength"] <= high:
-        failures.append(f"the adapter's effect has {figures['strength']:.2f} of its strength, bounds {low} to {high}")
+        failures.append(
+            f"the adapter's effect has {figures['strength']:.2f} of its strength, bounds {low} to"
+            f" {high}"
+        )
     return failures
 
 
 def top1_agreement(p: Array, q: Array) -> float:
-    """Share of positions where q's likeliest class is p's, or one that p itself cannot tell from it (0.1 nats)."""
+    """Share of positions where q's likeliest class is p's, or one that p itself cannot tell from it
+    (0.1 nats).
+    """
     rows = np.arange(len(p))
     return float((p.max(-1) - p[rows, q.argmax(-1)] <= TIE).mean())
 
 
 def with_survival(proof: Proof, survived: Mapping[str, Any], *, least: float) -> Proof:
-    """The proof of a quantised merge with what rounding left of the weights; under `least` of ΔW it fails."""
+    """The proof of a quantised merge with what rounding left of the weights; under `least` of ΔW it
+    fails.
+    """
     failures = proof.failures
     if not survived["strength"] >= least:
-        lost = f"rounding leaves {survived['strength']:.0%} of ΔW, bound {least:.0%}, least in {survived['weakest']}"
+        lost = (
+            f"rounding leaves {survived['strength']:.0%} of ΔW, bound {least:.0%}, least in"
+            f" {survived['weakest']}"
+        )
         failures = (*failures, lost)
     return replace(proof, survived=survived, failures=failures)
 
@@ -178,15 +246,20 @@ def with_survival(proof: Proof, survived: Mapping[str, Any], *, least: float) ->
 def _survival_line(survived: Mapping[str, Any]) -> str:
     weakest = survived["layers"][survived["weakest"]]
     return (
-        f"ΔW after rounding: strength {survived['strength']:.2f}, direction {survived['direction']:.3f} "
-        f"(weakest {survived['weakest']}: {weakest['strength']:.2f}, {weakest['direction']:.3f})"
+        f"ΔW after rounding: strength {survived['strength']:.2f}, direction"
+        f" {survived['direction']:.3f} (weakest {survived['weakest']}: {weakest['strength']:.2f},"
+        f" {weakest['direction']:.3f})"
     )
 
 
-TRY = "Try a higher --precision (int8, fp32), or --mode separate; if torch itself shows no effect, train longer."
+TRY = (
+    "Try a higher --precision (int8, fp32), or --mode separate; if torch itself shows no effect,"
+    " train longer."
+)
 TRY_AFTER_MERGING = (
-    "Try --precision int8, a smaller --block-size, or --mode separate (the adapter then stays as it was trained, beside the quantised base); "
-    "or train longer: a larger change survives. A base that lies on a grid (out of a GGUF file) leaves it when an adapter is merged."
+    "Try --precision int8, a smaller --block-size, or --mode separate (the adapter then stays as it"
+    " was trained, beside the quantised base); or train longer: a larger change survives. A base"
+    " that lies on a grid (out of a GGUF file) leaves it when an adapter is merged."
 )
 
 
@@ -194,8 +267,11 @@ def demand(proofs: Mapping[str, Proof], *, where: str, merged: bool = False) -> 
     """ProofError that lists every adapter that failed and why, when any did."""
     failed = {name: proof for name, proof in proofs.items() if not proof.passed}
     if failed:
-        reasons = "; ".join(f"{name}: {', '.join(proof.failures)}" for name, proof in failed.items())
+        reasons = "; ".join(
+            f"{name}: {', '.join(proof.failures)}" for name, proof in failed.items()
+        )
         raise ProofError(
-            f"the proof failed: {reasons}", where=where,
+            f"the proof failed: {reasons}",
+            where=where,
             fix=f"Nothing was written. {TRY_AFTER_MERGING if merged else TRY}",
-        )  # fmt: skip
+        )

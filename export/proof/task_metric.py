@@ -1,7 +1,9 @@
-"""What an adapter is worth on its task: the metric of its recipe's validation rows, in torch as trained and in the bundle.
+"""What an adapter is worth on its task: the metric of its recipe's validation rows, in torch as
+trained and in the bundle.
 
-`prove` says that the outputs agree; this says what the disagreement that rounding leaves costs where it counts. It decides
-nothing by itself: `edgetune export --precision auto` (`search`) compares it with a bound.
+`prove` says that the outputs agree; this says what the disagreement that rounding leaves costs
+where it counts. It decides nothing by itself: `edgetune export --precision auto` (`search`)
+compares it with a bound.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 
 from edgetune.core.errors import EdgetuneError, ExportError
 from edgetune.core.layout import RECIPE
+from edgetune.core.progress import Say
 from edgetune.core.tasks import LOWER_IS_BETTER
 from edgetune.data.examples import hold_out
 from edgetune.data.prompts import PromptFormat
@@ -31,24 +34,41 @@ from edgetune.recipe.read import load_recipe
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
 
-# A batch of 16 answers takes torch little longer than one; an encoder reads that many texts in a fraction of a second.
+# A batch of 16 answers takes torch little longer than one; an encoder reads that many texts in a
+# fraction of a second.
 DEFAULT_ROWS = {"decoder": 16, "encoder": 256, "encoder-decoder": 16}
-# The first of these that a task has is its metric. ROUGE-L: BLEU is 0 for answers of a word, exact match for free text.
+# The first of these that a task has is its metric. ROUGE-L: BLEU is 0 for answers of a word, exact
+# match for free text.
 METRICS = (
-    "accuracy", "json_exact_match", "entity_f1", "micro_f1", "spearman", "rouge_l", "preference_accuracy", "token_accuracy", "perplexity",
-)  # fmt: skip
-# What an adapter's [generation] may shape answers by (`shaping`), each made neutral; a caller's form replaces an adapter's.
+    "accuracy",
+    "json_exact_match",
+    "entity_f1",
+    "micro_f1",
+    "spearman",
+    "rouge_l",
+    "preference_accuracy",
+    "token_accuracy",
+    "perplexity",
+)
+# What an adapter's [generation] may shape answers by (`shaping`), each made neutral; a caller's
+# form replaces an adapter's.
 FREE: Mapping[str, Any] = {
-    "temperature": 0.0, "response_format": {"type": "text"}, "logit_bias": (), "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
-}  # fmt: skip
-Say = Callable[[str], None]
+    "temperature": 0.0,
+    "response_format": {"type": "text"},
+    "logit_bias": (),
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
 T = TypeVar("T")
 ALONE = "(base)"  # the name of what is measured and proven of a bundle without adapters
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """The rows an adapter is measured on: `rows` of the `found` ones in the file, at equal distances."""
+    """The rows an adapter is measured on: `rows` of the `found` ones in the file, at equal
+    distances.
+    """
 
     rows: Rows
     found: int
@@ -73,29 +93,42 @@ class TaskResult:
     data_digest: str
     torch: Mapping[str, float]
     bundle: Mapping[str, float]
-    same: float | None  # share of rows with the same answer from both; None of numbers, and of text, where nothing is answered
+    # share of rows with the same answer from both; None of numbers, and of text, where nothing
+    # is answered
+    same: float | None
 
     @property
     def loss(self) -> float:
-        """What the bundle loses against torch, relative to torch: 0.01 is one hundredth, negative a gain."""
-        return relative_loss(self.torch[self.metric], self.bundle[self.metric], higher_is_better=self.higher_is_better)
+        """What the bundle loses against torch, relative to torch: 0.01 is one hundredth, negative a
+        gain.
+        """
+        return relative_loss(
+            self.torch[self.metric],
+            self.bundle[self.metric],
+            higher_is_better=self.higher_is_better,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return {**asdict(self), "torch": dict(self.torch), "bundle": dict(self.bundle), "loss": self.loss}
+        return {
+            **asdict(self),
+            "torch": dict(self.torch),
+            "bundle": dict(self.bundle),
+            "loss": self.loss,
+        }
 
     def line(self) -> str:
         """For a person."""
         same = "" if self.same is None else f"; same answer on {self.same:.1%}"
         return (
-            f"{self.metric} {self.torch[self.metric]:.4f} in torch, {self.bundle[self.metric]:.4f} in the bundle "
-            f"({self.rows} of {self.found} rows of {self.data}){same}"
+            f"{self.metric} {self.torch[self.metric]:.4f} in torch, {self.bundle[self.metric]:.4f}"
+            f" in the bundle ({self.rows} of {self.found} rows of {self.data}){same}"
         )
 
 
 def relative_loss(reference: float, value: float, *, higher_is_better: bool) -> float:
-    """(reference − value) / |reference| of a metric where more is better, else its negative; a whole one (±1) from a
-    reference of 0 where the value differs."""
+    """(reference − value) / |reference| of a metric where more is better, else its negative; a
+    whole one (±1) from a reference of 0 where the value differs."""
     change = reference - value if higher_is_better else value - reference
     if not change:
         return 0.0
@@ -103,7 +136,8 @@ def relative_loss(reference: float, value: float, *, higher_is_better: bool) -> 
 
 
 def task_rows(source: Source, *, limit: int, data: Path | None = None) -> TaskRows | None:
-    """At most `limit` rows of `data`, else of the run's own validation rows; None where there are none.
+    """At most `limit` rows of `data`, else of the run's own validation rows; None where there are
+    none.
 
     DataError or RecipeError for a file that is not there any more or cannot be read.
     """
@@ -115,24 +149,38 @@ def task_rows(source: Source, *, limit: int, data: Path | None = None) -> TaskRo
     recipe = load_recipe(recipe_file)
     held = recipe.stage[-1].data
     if held.validation is not None:
-        return _chosen(read_rows(held.validation, held.skip_invalid), limit, skip_invalid=held.skip_invalid)
+        return _chosen(
+            read_rows(held.validation, held.skip_invalid), limit, skip_invalid=held.skip_invalid
+        )
     if held.hold_out is not None:
-        _, rows = hold_out(read_rows(held.train, held.skip_invalid), held.hold_out, seed=recipe.seed)
+        _, rows = hold_out(
+            read_rows(held.train, held.skip_invalid), held.hold_out, seed=recipe.seed
+        )
         return _chosen(rows, limit, skip_invalid=held.skip_invalid)
     return None
 
 
 def _chosen(rows: Rows, limit: int, *, skip_invalid: bool) -> TaskRows:
-    return TaskRows(replace(rows, rows=spread(rows.rows, limit)), len(rows.rows), skip_invalid, limit)
+    return TaskRows(
+        replace(rows, rows=spread(rows.rows, limit)), len(rows.rows), skip_invalid, limit
+    )
 
 
-def rows_of(sources: Sequence[Source], *, limit: int, data: Path | None = None, say: Say = lambda line: None) -> dict[str, TaskRows]:
-    """The rows of each adapter that has any; for the others a line that says why not, where a reason can be told."""
+def rows_of(
+    sources: Sequence[Source], *, limit: int, data: Path | None = None, say: Say = lambda line: None
+) -> dict[str, TaskRows]:
+    """The rows of each adapter that has any; for the others a line that says why not, where a
+    reason can be told.
+    """
     found = {}
     for source in sources if limit else ():
         if not source.metadata or source.task == "masked-lm":
             if data is not None:
-                why = "what masked-lm trained answers nothing" if source.metadata else "an adapter of another tool does not say how it reads rows"
+                why = (
+                    "what masked-lm trained answers nothing"
+                    if source.metadata
+                    else "an adapter of another tool does not say how it reads rows"
+                )
                 say(f"task {source.name}: not measured: {why}")
             continue
         try:
@@ -149,15 +197,21 @@ def rows_of(sources: Sequence[Source], *, limit: int, data: Path | None = None, 
 
 def measure_in_torch(model: Any, base: Base, source: Source, rows: TaskRows) -> Evaluation:
     """The answers of a trained model on its rows."""
-    return _measured(TorchAnswers(model, load_tokenizer(base), dict(source.metadata)), source.folder, rows)
+    return _measured(
+        TorchAnswers(model, load_tokenizer(base), dict(source.metadata)), source.folder, rows
+    )
 
 
 class FreeAnswers(BundleAnswers):
-    """A bundle's answers without the form and the penalties that an adapter brings: torch, its reference, knows none of them."""
+    """A bundle's answers without the form and the penalties that an adapter brings: torch, its
+    reference, knows none of them.
+    """
 
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """The completion of each prompt, greedily, to the adapter's own limit and stop texts."""
-        return [answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter, **FREE)]
+        return [
+            answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter, **FREE)
+        ]
 
 
 def measure_in_bundle(runtime: Runtime, source: Source, rows: TaskRows) -> Evaluation:
@@ -166,35 +220,69 @@ def measure_in_bundle(runtime: Runtime, source: Source, rows: TaskRows) -> Evalu
 
 
 def _measured(answers: Any, folder: Path, rows: TaskRows) -> Evaluation:
-    return measure_rows(answers, folder, rows.rows, skip_invalid=rows.skip_invalid, windows=rows.limit)
+    return measure_rows(
+        answers, folder, rows.rows, skip_invalid=rows.skip_invalid, windows=rows.limit
+    )
 
 
 def compare(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows) -> TaskResult:
     """Both sides of one adapter. ExportError where it has no metric that is known here."""
     metric = next((name for name in METRICS if name in in_torch.metrics), None)
     if metric is None:
-        raise ExportError("no task metric is known for it", where=in_torch.source, expected=f"one of {', '.join(METRICS)}", got=", ".join(in_torch.metrics))
-    answers = [[answer for one in side.predictions if not isinstance(answer := _answer(one), float)] for side in (in_torch, in_bundle)]
-    same = sum(a == b for a, b in zip(*answers, strict=True)) / len(answers[0]) if answers[0] else None
+        raise ExportError(
+            "no task metric is known for it",
+            where=in_torch.source,
+            expected=f"one of {', '.join(METRICS)}",
+            got=", ".join(in_torch.metrics),
+        )
+    answers = [
+        [answer for one in side.predictions if not isinstance(answer := _answer(one), float)]
+        for side in (in_torch, in_bundle)
+    ]
+    same = (
+        sum(a == b for a, b in zip(*answers, strict=True)) / len(answers[0]) if answers[0] else None
+    )
     return TaskResult(
-        metric, metric not in LOWER_IS_BETTER, len(rows.rows.rows), rows.found, rows.name, in_torch.data_digest,
-        headline(in_torch.metrics), headline(in_bundle.metrics), same,
-    )  # fmt: skip
+        metric,
+        metric not in LOWER_IS_BETTER,
+        len(rows.rows.rows),
+        rows.found,
+        rows.name,
+        in_torch.data_digest,
+        headline(in_torch.metrics),
+        headline(in_bundle.metrics),
+        same,
+    )
 
 
 def _answer(prediction: Mapping[str, Any]) -> Any:
     """What was answered: of a reward, whether it prefers the chosen one."""
-    return prediction["prediction"] if "prediction" in prediction else prediction["chosen"] > prediction["rejected"]
+    return (
+        prediction["prediction"]
+        if "prediction" in prediction
+        else prediction["chosen"] > prediction["rejected"]
+    )
 
 
 def measure_tasks(
-    folder: Path, manifest: Manifest, sources: Sequence[Source], rows: Mapping[str, TaskRows], *, base: Base,
-    trained: Callable[[Source], Any], threads: int | None = None, known: dict[str, Evaluation] | None = None, strict: bool = False, say: Say = lambda line: None,
-) -> dict[str, TaskResult]:  # fmt: skip
-    """Every adapter that has rows, in torch (`trained` gives its model) and through the bundle's engine.
+    folder: Path,
+    manifest: Manifest,
+    sources: Sequence[Source],
+    rows: Mapping[str, TaskRows],
+    *,
+    base: Base,
+    trained: Callable[[Source], Any],
+    threads: int | None = None,
+    known: dict[str, Evaluation] | None = None,
+    strict: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, TaskResult]:
+    """Every adapter that has rows, in torch (`trained` gives its model) and through the bundle's
+    engine.
 
-    `known` keeps what torch answered, for the next bundle of the same adapters. Rows that cannot be used are no reason to
-    fail an export, on neither side: a line says so; but where somebody named them (`strict`) the error is raised.
+    `known` keeps what torch answered, for the next bundle of the same adapters. Rows that cannot be
+    used are no reason to fail an export, on neither side: a line says so; but where somebody named
+    them (`strict`) the error is raised.
     """
     in_torch = {} if known is None else known
 
@@ -209,7 +297,10 @@ def measure_tasks(
 
     for source in sources:
         if source.name in rows and source.name not in in_torch:
-            answered = tried(source, lambda one=source: measure_in_torch(trained(one), base, one, rows[one.name]))  # type: ignore[misc]
+            answered = tried(
+                source,
+                lambda one=source: measure_in_torch(trained(one), base, one, rows[one.name]),  # type: ignore[misc]
+            )
             if answered is not None:
                 in_torch[source.name] = answered
     wanted = [source for source in sources if source.name in rows and source.name in in_torch]
@@ -219,7 +310,12 @@ def measure_tasks(
     with Runtime(folder, manifest, threads=threads) as runtime:
         for source in wanted:
             on = rows[source.name]
-            result = tried(source, lambda one=source, on=on: compare(in_torch[one.name], measure_in_bundle(runtime, one, on), on))  # type: ignore[misc]
+            result = tried(
+                source,
+                lambda one=source, on=on: compare(  # type: ignore[misc]
+                    in_torch[one.name], measure_in_bundle(runtime, one, on), on
+                ),
+            )
             if result is not None:
                 results[source.name] = result
                 say(f"task {source.name}: {result.line()}")
@@ -243,33 +339,65 @@ class TaskPlan:
             read_rows(self.data)
 
     def measure(
-        self, folder: Path, manifest: Manifest, base: Base, sources: Sequence[Source], *, load: Callable[[Base, Source | None], Any],
-        threads: int | None, say: Say,
-    ) -> dict[str, TaskResult]:  # fmt: skip
-        """Every adapter that has rows; of a base alone the perplexity of `data`. `load` puts a source's adapter on a base in torch."""
+        self,
+        folder: Path,
+        manifest: Manifest,
+        base: Base,
+        sources: Sequence[Source],
+        *,
+        load: Callable[[Base, Source | None], Any],
+        threads: int | None,
+        say: Say,
+    ) -> dict[str, TaskResult]:
+        """Every adapter that has rows; of a base alone the perplexity of `data`. `load` puts a
+        source's adapter on a base in torch.
+        """
         limit = DEFAULT_ROWS[base.kind] if self.rows is None else self.rows
         if not sources:
-            return self._base_alone(folder, manifest, base, limit, load=load, threads=threads, say=say)
+            return self._base_alone(
+                folder, manifest, base, limit, load=load, threads=threads, say=say
+            )
         rows = rows_of(sources, limit=limit, data=self.data, say=say)
 
         def trained(source: Source) -> Any:
             return load(trained_base(base, source.metadata), source)
 
         return measure_tasks(
-            folder, manifest, sources, rows, base=base, trained=trained, threads=threads, known=self.known, strict=self.data is not None, say=say
+            folder,
+            manifest,
+            sources,
+            rows,
+            base=base,
+            trained=trained,
+            threads=threads,
+            known=self.known,
+            strict=self.data is not None,
+            say=say,
         )
 
     def _base_alone(
-        self, folder: Path, manifest: Manifest, base: Base, limit: int, *, load: Callable[[Base, Source | None], Any], threads: int | None, say: Say
+        self,
+        folder: Path,
+        manifest: Manifest,
+        base: Base,
+        limit: int,
+        *,
+        load: Callable[[Base, Source | None], Any],
+        threads: int | None,
+        say: Say,
     ) -> dict[str, TaskResult]:
         if self.data is None or not limit:
             return {}
         rows = _chosen(read_rows(self.data), limit, skip_invalid=False)
         known = {} if self.known is None else self.known
         if ALONE not in known:
-            known[ALONE] = _perplexity(torch_texts(load(base, None), load_tokenizer(base)), base.folder, rows)
+            known[ALONE] = _perplexity(
+                torch_texts(load(base, None), load_tokenizer(base)), base.folder, rows
+            )
         with Runtime(folder, manifest, threads=threads) as runtime:
-            result = compare(known[ALONE], _perplexity(BundleSubject(runtime, None), folder, rows), rows)
+            result = compare(
+                known[ALONE], _perplexity(BundleSubject(runtime, None), folder, rows), rows
+            )
         say(f"task {ALONE}: {result.line()}")
         return {ALONE: result}
 

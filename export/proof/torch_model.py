@@ -1,8 +1,10 @@
-"""The other side of a proof: what a bundle holds, in torch in fp32, on the base as the adapter knew it in training.
+"""The other side of a proof: what a bundle holds, in torch in fp32, on the base as the adapter knew
+it in training.
 
-An adapter that was trained for a base of some precision is compared on the weights of that precision when the bundle
-holds them, or when they were merged with it. In a bundle of another precision it meets other weights than it learned on;
-then torch has the base as it is, as for every other adapter, and the export says so.
+An adapter that was trained for a base of some precision is compared on the weights of that
+precision when the bundle holds them, or when they were merged with it. In a bundle of another
+precision it meets other weights than it learned on; then torch has the base as it is, as for every
+other adapter, and the export says so.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from edgetune.models.heads import RewardModel, build_classifier
 from edgetune.models.load import load_body
 from edgetune.quantisation.blocks import ROUNDING
 from edgetune.quantisation.precision import FLOATS, Precision, coarsest, trained_precision
-from edgetune.runtime.adapters.packing import is_held
+from edgetune.runtime.adapters.trained_for import is_held
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.bundle.manifest import Precision as PrecisionInfo
 
@@ -44,18 +46,29 @@ def torch_model(base: Base, source: Source | None = None, *, merge: bool = False
     if base.kind == "encoder":
         if source.labels is None:
             raise ExportError(
-                "an adapter for an encoder needs its labels", where=str(source.folder), expected="edgetune_adapter.json with labels", got="none",
-                fix="Adapters of other tools load into a finished bundle with Runtime.load_adapter.",
-            )  # fmt: skip
+                "an adapter for an encoder needs its labels",
+                where=str(source.folder),
+                expected="edgetune_adapter.json with labels",
+                got="none",
+                fix=(
+                    "Adapters of other tools load into a finished bundle with Runtime.load_adapter."
+                ),
+            )
         pooling = source.metadata.get("pooling") or base.pooling
-        model = build_classifier(body, task=source.task or "", labels=len(source.labels), pooling=pooling)
+        model = build_classifier(
+            body, task=source.task or "", labels=len(source.labels), pooling=pooling
+        )
     adapted = load_adapter(model, source.folder).eval()
     return merge_adapter(adapted, where=str(source.folder)) if merge else adapted
 
 
 def as_stored(base: Base, sources: Sequence[Source], mode: str) -> Any:
     """What a bundle's graph holds with no adapter active, in torch in fp32."""
-    return torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True) if mode == "merged" else torch_model(base)
+    return (
+        torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True)
+        if mode == "merged"
+        else torch_model(base)
+    )
 
 
 def merge_adapter(adapted: Any, *, where: str) -> Any:
@@ -64,61 +77,113 @@ def merge_adapter(adapted: Any, *, where: str) -> Any:
     tied = adapted.config.tie_word_embeddings
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            warnings.filterwarnings(
+                "ignore", message="Input and output embeddings are no longer tied"
+            )
             merged = adapted.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ExportError(f"PEFT cannot merge this adapter: {error}", where=where, fix="Export it with --mode separate.") from error
-    if tied is not None:  # PEFT takes it back where the two differ already; UMT5 scales its states by it
+        raise ExportError(
+            f"PEFT cannot merge this adapter: {error}",
+            where=where,
+            fix="Export it with --mode separate.",
+        ) from error
+    if (
+        tied is not None
+    ):  # PEFT takes it back where the two differ already; UMT5 scales its states by it
         merged.config.tie_word_embeddings = tied
     return merged
 
 
 def _untie(adapted: Any) -> None:
-    """An output projection and a token embedding that are one weight get one each where an adapter changes only one of them."""
+    """An output projection and a token embedding that are one weight get one each where an adapter
+    changes only one of them.
+    """
     model = adapted.get_base_model()
     if not hasattr(model, "get_output_embeddings"):
         return
     layers = [model.get_output_embeddings(), model.get_input_embeddings()]
     output, embedding = (getattr(layer, "base_layer", layer) for layer in layers)
-    changed = any(PEFT_NAME in getattr(layer, side, {}) for layer in layers for side in ("lora_A", "lora_embedding_A"))
+    changed = any(
+        PEFT_NAME in getattr(layer, side, {})
+        for layer in layers
+        for side in ("lora_A", "lora_embedding_A")
+    )
     if changed and output is not None and output.weight is embedding.weight:
         output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
 
 
 def prove_merged(
-    model: Any, original: Any | None, rows: Sequence[Sequence[int]], *, trained: Outputs, trained_off: Outputs, shipped: Outputs,
-    stored: PrecisionInfo, judged: str,
+    model: Any,
+    original: Any | None,
+    rows: Sequence[Sequence[int]],
+    *,
+    trained: Outputs,
+    trained_off: Outputs,
+    shipped: Outputs,
+    stored: PrecisionInfo,
+    judged: str,
     decide: Callable[[Outputs], Outputs],
-) -> Proof:  # fmt: skip
-    """The proof of a bundle with the adapter of `model` in its weights, or (all weights trained) of `model` against `original`.
+) -> Proof:
+    """The proof of a bundle with the adapter of `model` in its weights, or (all weights trained) of
+    `model` against `original`.
 
-    `decide` turns a task's answers into what is compared (see `export.decisions`). Where weights are rounded, the base is rounded too, in place: only then is the difference to it the adapter's.
+    `decide` turns a task's answers into what is compared (see `export.decisions`). Where weights
+    are rounded, the base is rounded too, in place: only then is the difference to it the adapter's.
     """
-    precision = Precision(stored.weights, stored.block_size or 32, stored.symmetric, overrides=stored.overrides, quantiser=stored.quantiser)
-    layers = survival(model, precision) if original is None else survival(original, precision, trained=model)
+    precision = Precision(
+        stored.weights,
+        stored.block_size or 32,
+        stored.symmetric,
+        overrides=stored.overrides,
+        quantiser=stored.quantiser,
+    )
+    layers = (
+        survival(model, precision)
+        if original is None
+        else survival(original, precision, trained=model)
+    )
     if not layers:
-        return prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=trained_off, precision=judged)
+        return prove(
+            trained=trained,
+            trained_off=trained_off,
+            shipped=shipped,
+            shipped_off=trained_off,
+            precision=judged,
+        )
     base = model if original is None else original
     round_weights(base, precision)
     rounded_off = decide(torch_outputs(base, rows, adapter=original is not None))
-    proof = prove(trained=trained, trained_off=trained_off, shipped=shipped, shipped_off=rounded_off, precision=judged)
+    proof = prove(
+        trained=trained,
+        trained_off=trained_off,
+        shipped=shipped,
+        shipped_off=rounded_off,
+        precision=judged,
+    )
     return with_survival(proof, summary(layers), least=LEAST_STRENGTH)
 
 
 def trained_base(base: Base, metadata: Mapping[str, Any]) -> Base:
     """The base with the weights that an adapter was trained on, by its metadata."""
     recorded = metadata.get("base_precision")
-    return base if recorded is None else replace(base, precision=trained_precision(recorded, where=base.name))
+    return (
+        base
+        if recorded is None
+        else replace(base, precision=trained_precision(recorded, where=base.name))
+    )
 
 
 def precision_trained_for(folders: Sequence[Path]) -> str | None:
-    """The one precision that all of these runs or adapters were trained for (`base_precision`); None where they differ or
-    say nothing. A folder that cannot be read says nothing here: exporting it raises."""
+    """The one precision that all of these runs or adapters were trained for (`base_precision`);
+    None where they differ or say nothing. A folder that cannot be read says nothing here: exporting
+    it raises."""
     found: set[str | None] = set()
     for folder in folders:
         inner = folder / ADAPTER if (folder / ADAPTER / METADATA).is_file() else folder
         try:
-            recorded = json.loads((inner / METADATA).read_text(encoding="utf-8")).get("base_precision")
+            recorded = json.loads((inner / METADATA).read_text(encoding="utf-8")).get(
+                "base_precision"
+            )
             found.add(recorded and str(recorded["weights"]))
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
             found.add(None)
@@ -128,23 +193,32 @@ def precision_trained_for(folders: Sequence[Path]) -> str | None:
 def reference_base(base: Base, metadata: Mapping[str, Any], manifest: Manifest) -> Base:
     """The base for torch's side of the proof of one adapter."""
     recorded = metadata.get("base_precision")
-    as_trained = recorded is not None and (manifest.mode == "merged" or is_held(recorded, manifest.precision))
+    as_trained = recorded is not None and (
+        manifest.mode == "merged" or is_held(recorded, manifest.precision)
+    )
     return trained_base(base, metadata) if as_trained else base
 
 
 def judged_by(manifest: Manifest, reference: Base) -> str:
     """The name of the bounds that hold for a proof against `reference`.
 
-    Where torch computes with the bundle's own weights nothing but activations is rounded, to 8 bits: int8's bounds.
+    Where torch computes with the bundle's own weights nothing but activations is rounded, to 8
+    bits: int8's bounds.
     """
     own = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
-    return "int8" if own == "int4" and manifest.mode == "separate" and reference.precision is not None else own
+    return (
+        "int8"
+        if own == "int4" and manifest.mode == "separate" and reference.precision is not None
+        else own
+    )
 
 
 def warning(name: str, metadata: Mapping[str, Any], manifest: Manifest) -> str:
-    """One line where a merged adapter, or another version, leaves other weights than it was trained on; else empty.
+    """One line where a merged adapter, or another version, leaves other weights than it was trained
+    on; else empty.
 
-    That a separate bundle is of another precision is in the notes of `pack_adapter`, which the device sees too.
+    That a separate bundle is of another precision is in the notes of `pack_adapter`, which the
+    device sees too.
     """
     recorded = metadata.get("base_precision")
     if recorded is None:
@@ -152,9 +226,13 @@ def warning(name: str, metadata: Mapping[str, Any], manifest: Manifest) -> str:
     weights, stored = recorded["weights"], manifest.precision.weights
     if manifest.mode == "merged" and stored not in FLOATS:
         return (
-            f"adapter {name}: it was trained for the {weights} base; merged with it, the sum is rounded once more, to {stored}; "
-            f"--mode separate --precision {weights} ships what was trained"
+            f"adapter {name}: it was trained for the {weights} base; merged with it, the sum is"
+            f" rounded once more, to {stored}; --mode separate --precision {weights} ships what was"
+            " trained"
         )
     if manifest.mode == "separate" and recorded.get("rounding") != ROUNDING:
-        return f"adapter {name}: it was trained on the {weights} base of another version of edgetune, which rounded weights otherwise"
+        return (
+            f"adapter {name}: it was trained on the {weights} base of another version of edgetune,"
+            " which rounded weights otherwise"
+        )
     return ""

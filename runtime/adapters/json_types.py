@@ -1,4 +1,6 @@
-"""Whether an adapter's JSON files hold values of the types that everything behind them counts on."""
+"""Whether an adapter's JSON files hold values of the types that everything behind them counts
+on.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +58,21 @@ def _list_of(fits: Check) -> Check:
 
 
 def _pattern_of(fits: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(map(_is_regex, value)) and all(map(fits, value.values()))
+    return lambda value: (
+        isinstance(value, dict) and all(map(_is_regex, value)) and all(map(fits, value.values()))
+    )
 
 
 def _either(one: Check, other: Check) -> Check:
     return lambda value: one(value) or other(value)
 
 
-TEXT, WHOLE, NUMBER, OBJECT = (_is_text, "a text"), (_is_whole, "a whole number"), (_is_number, "a number"), (_is_object, "an object")
+TEXT, WHOLE, NUMBER, OBJECT = (
+    (_is_text, "a text"),
+    (_is_whole, "a whole number"),
+    (_is_number, "a number"),
+    (_is_object, "an object"),
+)
 POSITIVE = (_is_positive, "1 or more")
 MODULES = (_either(_is_regex, _list_of(_is_text)), "a valid regular expression or a list of names")
 PEFT: Table = {
@@ -74,12 +83,21 @@ PEFT: Table = {
     "target_modules": MODULES,
     "exclude_modules": MODULES,
     "modules_to_save": (_list_of(_is_regex), "a list of names"),
-    "layers_to_transform": (_either(_is_whole, _list_of(_is_whole)), "a layer's number or a list of them"),
-    "layers_pattern": (_either(_is_regex, _list_of(_is_regex)), "a valid regular expression or a list of them"),
+    "layers_to_transform": (
+        _either(_is_whole, _list_of(_is_whole)),
+        "a layer's number or a list of them",
+    ),
+    "layers_pattern": (
+        _either(_is_regex, _list_of(_is_regex)),
+        "a valid regular expression or a list of them",
+    ),
 }
 OWN: Table = {
     "base": OBJECT,
-    "files": (lambda value: _is_object(value) and all(map(_is_text, value.values())), "an object: file → sha256"),
+    "files": (
+        lambda value: _is_object(value) and all(map(_is_text, value.values())),
+        "an object: file → sha256",
+    ),
     "task": TEXT,
     "problem": _one_of(*PROBLEMS),
     "pooling": TEXT,
@@ -99,7 +117,17 @@ PROMPT_FORMAT: Table = {
 }
 GENERATION: Table = {
     **dict.fromkeys(("max_new_tokens", "top_k", "seed", "logprobs"), WHOLE),
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"), NUMBER),
+    **dict.fromkeys(
+        (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+        ),
+        NUMBER,
+    ),
     **dict.fromkeys(("regex", "grammar"), TEXT),
     "stop": (_either(_is_text, _list_of(_is_text)), "a text or a list of texts"),
 }
@@ -107,7 +135,10 @@ BASE_PRECISION: Table = {
     "weights": _one_of(*WEIGHTS),
     "block_size": POSITIVE,
     "symmetric": (lambda value: isinstance(value, bool), "true or false"),
-    "overrides": (lambda value: _is_object(value) and all(map(_is_text, value.values())), "an object: module → precision"),
+    "overrides": (
+        lambda value: _is_object(value) and all(map(_is_text, value.values())),
+        "an object: module → precision",
+    ),
 }
 
 
@@ -117,11 +148,17 @@ def wrong_config(config: Mapping[str, Any]) -> list[str]:
 
 
 def wrong_metadata(metadata: Mapping[str, Any]) -> list[str]:
-    """A line for each value of `edgetune_adapter.json` of a wrong type or, among the generation defaults, out of range."""
+    """A line for each value of `edgetune_adapter.json` of a wrong type or, among the generation
+    defaults, out of range.
+    """
     from edgetune.runtime.generation.settings import settings_from
 
     wrong = _wrong(metadata, OWN, "")
-    for name, table in (("prompt_format", PROMPT_FORMAT), ("generation", GENERATION), ("base_precision", BASE_PRECISION)):
+    for name, table in (
+        ("prompt_format", PROMPT_FORMAT),
+        ("generation", GENERATION),
+        ("base_precision", BASE_PRECISION),
+    ):
         if _is_object(metadata.get(name)):
             wrong += _wrong(metadata[name], table, f"{name}.")
     if not wrong and metadata.get("generation"):

@@ -1,7 +1,9 @@
-"""A PEFT LoRA folder read with numpy alone: per-module A and scaled B, the task head, and what cannot be used.
+"""A PEFT LoRA folder read with numpy alone: per-module A and scaled B, the task head, and what
+cannot be used.
 
-Semantics follow PEFT (`peft.utils.get_pattern_key`, `peft.tuners.lora`): scaling = alpha / r, or alpha / sqrt(r)
-with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732); a pattern key is a regular expression on the end of a name.
+Semantics follow PEFT (`peft.utils.get_pattern_key`, `peft.tuners.lora`): scaling = alpha / r, or
+alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732); a pattern key is a regular
+expression on the end of a name.
 """
 
 from __future__ import annotations
@@ -23,19 +25,29 @@ from edgetune.core.files import sha256_file
 from edgetune.runtime.adapters.json_types import wrong_config, wrong_metadata
 from edgetune.runtime.adapters.tensor_file import TensorFile
 
-CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"
+CONFIG, WEIGHTS, METADATA = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "edgetune_adapter.json",
+)
 PREFIX = "base_model.model."
 LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-HEAD = re.compile(r"(?P<name>classifier|score)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>weight|bias)")
+HEAD = re.compile(
+    r"(?P<name>classifier|score)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>weight|bias)"
+)
 COPY = ".base_layer.weight"
 HEAD_NAMES = ("classifier", "score")
 # Configurations whose answer is not W + scaling·BA. Each says what to do instead.
 REFUSED = {
     "use_dora": "DoRA rescales whole weights, which adapter inputs cannot; train with dora = false",
     "lora_bias": "the LoRA layers carry biases; train with lora_bias = False",
-    "trainable_token_indices": "trained token embeddings have no graph input; train without trainable tokens",
+    "trainable_token_indices": (
+        "trained token embeddings have no graph input; train without trainable tokens"
+    ),
     "target_parameters": "adapters on bare parameters have no graph input; target modules instead",
-    "layer_replication": "replicated layers are another base model; merge it in torch and export that",
+    "layer_replication": (
+        "replicated layers are another base model; merge it in torch and export that"
+    ),
     "alora_invocation_tokens": "activated LoRA switches inside a prompt; train plain LoRA",
     "use_qalora": "QA-LoRA pools its input in groups; train plain LoRA",
     "use_bdlora": "block-diagonal LoRA has other tensors; train plain LoRA",
@@ -43,13 +55,16 @@ REFUSED = {
     "kasa_config": "KaSA changes the base weights; train plain LoRA",
     "monteclora_config": "MonteCLoRA samples its weights; train plain LoRA",
 }
-# These initialisations subtract the start value from the base weights, so W + scaling·BA is not what was trained.
+# These initialisations subtract the start value from the base weights, so W + scaling·BA is not
+# what was trained.
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
 class LoraFolder:
-    """What a PEFT folder holds. `problems` lists everything that keeps it from being used, one line each."""
+    """What a PEFT folder holds. `problems` lists everything that keeps it from being used, one line
+    each.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -60,7 +75,9 @@ class LoraFolder:
     head: dict[str, Array] = field(default_factory=dict)
     """weight (labels, hidden) and bias (labels,)"""
     copies: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """module → shape of the frozen base weight that PEFT saves beside an adapter on an output projection"""
+    """module → shape of the frozen base weight that PEFT saves beside an adapter on an output
+    projection
+    """
     problems: list[str] = field(default_factory=list)
     modules: set[str] | None = None
     """every module the file names, usable or not; None when the file could not be read"""
@@ -71,10 +88,14 @@ class LoraFolder:
         return max((a.shape[0] for a, _ in self.deltas.values()), default=0)
 
 
-def lora_deltas(folder: str | Path, *, base_digest: str | None = None) -> dict[str, tuple[Array, Array]]:
-    """module → (A (r, in), scaling·B (out, r)), float32, so that ΔW = B @ A. Module names as in PEFT's base model.
+def lora_deltas(
+    folder: str | Path, *, base_digest: str | None = None
+) -> dict[str, tuple[Array, Array]]:
+    """module → (A (r, in), scaling·B (out, r)), float32, so that ΔW = B @ A. Module names as in
+    PEFT's base model.
 
-    AdapterError lists everything that a merge could not take (DoRA, biases, damaged files, another base).
+    AdapterError lists everything that a merge could not take (DoRA, biases, damaged files, another
+    base).
     """
     read = read_lora(folder, base_digest=base_digest)
     refuse_if(read.problems, read.path)
@@ -82,7 +103,9 @@ def lora_deltas(folder: str | Path, *, base_digest: str | None = None) -> dict[s
 
 
 def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFolder:
-    """Read a PEFT folder; AdapterError when its JSON files are none of a LoRA's at all, else see `.problems`."""
+    """Read a PEFT folder; AdapterError when its JSON files are none of a LoRA's at all, else see
+    `.problems`.
+    """
     path = Path(folder)
     config = _read_json(path, CONFIG, required=True)
     metadata = _read_json(path, METADATA, required=False)
@@ -90,7 +113,9 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
     read = LoraFolder(path=path, config=config or {}, metadata=metadata)
     read.problems += _config_problems(read.config)
     weights, place = path / WEIGHTS, len(read.problems)
-    with ThreadPoolExecutor(1) as beside:  # hashing takes half of the time, and another core can do it
+    with ThreadPoolExecutor(
+        1
+    ) as beside:  # hashing takes half of the time, and another core can do it
         try:
             file = TensorFile(weights)
             digest = beside.submit(file.digest)
@@ -135,7 +160,9 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT would put an adapter on this module (`check_target_module_exists`)."""
     if _names(config.get("exclude_modules"), module):
         return False
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.get("modules_to_save") or ()):
+    if any(
+        re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.get("modules_to_save") or ()
+    ):
         return False
     target = config.get("target_modules")
     if target == "all-linear":
@@ -156,7 +183,9 @@ def _layer_is_chosen(config: Mapping[str, Any], module: str) -> bool:
 
 
 def _names(names: str | Sequence[str] | None, module: str) -> bool:
-    """PEFT's rule: a string is a regular expression on the whole name, a list holds names or their ends."""
+    """PEFT's rule: a string is a regular expression on the whole name, a list holds names or their
+    ends.
+    """
     if not names:
         return False
     if isinstance(names, str):
@@ -198,7 +227,8 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     problems = [f"{CONFIG}: {key}: {reason}" for key, reason in REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         problems.append(
-            f"{CONFIG}: bias: expected none, got {config['bias']}; trained biases have no graph input"
+            f"{CONFIG}: bias: expected none, got {config['bias']}; trained biases have no graph"
+            " input"
         )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(REFUSED_INITS):
@@ -207,12 +237,15 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     for name in config.get("modules_to_save") or ():
         if name not in HEAD_NAMES:
             problems.append(
-                f"{CONFIG}: modules_to_save: the graph takes no trained {name!r}; only a linear head swaps"
+                f"{CONFIG}: modules_to_save: the graph takes no trained {name!r}; only a linear"
+                " head swaps"
             )
     return problems
 
 
-def _metadata_problems(read: LoraFolder, metadata: Mapping[str, Any], base_digest: str | None) -> list[str]:
+def _metadata_problems(
+    read: LoraFolder, metadata: Mapping[str, Any], base_digest: str | None
+) -> list[str]:
     problems = []
     if metadata.get("schema") != 1:
         problems.append(f"{METADATA}: schema: expected 1, got {metadata.get('schema')!r}")
@@ -229,7 +262,9 @@ def _metadata_problems(read: LoraFolder, metadata: Mapping[str, Any], base_diges
             continue
         got = read.digest if file.name == WEIGHTS and read.digest is not None else sha256_file(file)
         if got != expected:
-            problems.append(f"{name}: sha256: expected {str(expected)[:16]}…, got {got[:16]}…; copy it again")
+            problems.append(
+                f"{name}: sha256: expected {str(expected)[:16]}…, got {got[:16]}…; copy it again"
+            )
     return problems
 
 
@@ -266,7 +301,10 @@ def _pair_problem(config: Mapping[str, Any], module: str, pair: Mapping[str, Arr
         if side not in pair:
             return f"{module}.lora_{side}.weight: missing"
         if pair[side].ndim != 2:
-            return f"{module}.lora_{side}.weight: expected 2 dimensions, got {pair[side].shape}; only linear layers"
+            return (
+                f"{module}.lora_{side}.weight: expected 2 dimensions, got {pair[side].shape}; only"
+                " linear layers"
+            )
     a, b, rank = pair["A"], pair["B"], rank_of(config, module)
     if a.shape[0] != rank:
         return f"{module}.lora_A.weight: expected {(rank, a.shape[1])} (rank {rank}), got {a.shape}"

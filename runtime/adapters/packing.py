@@ -1,8 +1,9 @@
-"""PEFT folder → the tensors a bundle's graph takes: checked against the manifest, packed, scaling folded in."""
+"""PEFT folder → the tensors a bundle's graph takes: checked against the manifest, packed, scaling
+folded in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +23,19 @@ from edgetune.runtime.adapters.lora import (
     read_lora,
     refuse_if,
 )
-from edgetune.runtime.bundle.manifest import HeadInfo, Manifest, Part, Precision
+from edgetune.runtime.adapters.trained_for import other_weights
+from edgetune.runtime.bundle.manifest import HeadInfo, Manifest, Part
 
 TYPED = ("bert", "electra")  # families that tell two texts apart by the types of their tokens
 
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """An adapter as graph inputs: A (1, in, rank), B (1, rank, out) a site; head (1, hidden, labels), (1, labels).
+    """An adapter as graph inputs: A (1, in, rank), B (1, rank, out) a site; head (1, hidden,
+    labels), (1, labels).
 
-    Sites without adapter are absent (rank 0). `notes` are for people: what could not be checked, or that it was trained for another precision of the base.
+    Sites without adapter are absent (rank 0). `notes` are for people: what could not be checked, or
+    that it was trained for another precision of the base.
     """
 
     name: str
@@ -61,7 +65,9 @@ class PackedAdapter:
     @property
     def task(self) -> str | None:
         """What it was trained for; None for a foreign adapter without a head."""
-        return self.metadata.get("task") or ("sequence-classification" if self.labels is not None else None)
+        return self.metadata.get("task") or (
+            "sequence-classification" if self.labels is not None else None
+        )
 
     @property
     def problem(self) -> str:
@@ -74,11 +80,17 @@ class PackedAdapter:
         return self.metadata.get("generation") or {}
 
 
-def pack_adapter(folder: str | Path, manifest: Manifest, *, name: str | None = None) -> PackedAdapter:
-    """Read a PEFT folder for this bundle. AdapterError lists every mismatch: names, shapes, base, hashes."""
+def pack_adapter(
+    folder: str | Path, manifest: Manifest, *, name: str | None = None
+) -> PackedAdapter:
+    """Read a PEFT folder for this bundle. AdapterError lists every mismatch: names, shapes, base,
+    hashes.
+    """
     path = Path(folder)
     _takes_adapters(manifest, path)
-    return pack_lora(read_lora(path, base_digest=manifest.base.digest), manifest, name=name or path.name)
+    return pack_lora(
+        read_lora(path, base_digest=manifest.base.digest), manifest, name=name or path.name
+    )
 
 
 def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapter:
@@ -125,13 +137,16 @@ def _place(read: LoraFolder, manifest: Manifest) -> Placed:
         key = f"{PREFIX}{module}"
         if found is None:
             read.problems.append(
-                f"{key}.lora_A.weight {a.shape}: unknown, this graph has no adapter input for {module}"
+                f"{key}.lora_A.weight {a.shape}: unknown, this graph has no adapter input for"
+                f" {module}"
             )
             continue
         site, part = manifest.sites[found[0]], manifest.sites[found[0]].parts[found[1]]
         rank, width = a.shape[0], part.stop - part.start
         if a.shape != (rank, site.in_features):
-            read.problems.append(f"{key}.lora_A.weight: expected {(rank, site.in_features)}, got {a.shape}")
+            read.problems.append(
+                f"{key}.lora_A.weight: expected {(rank, site.in_features)}, got {a.shape}"
+            )
         if b.shape != (width, rank):
             read.problems.append(f"{key}.lora_B.weight: expected {(width, rank)}, got {b.shape}")
         if found in placed:
@@ -139,14 +154,24 @@ def _place(read: LoraFolder, manifest: Manifest) -> Placed:
         placed[found] = (a, b)
         if (copy := read.copies.get(module)) is not None and copy != (width, site.in_features):
             expected = (width, site.in_features)
-            read.problems.append(f"{key}.base_layer.weight: expected {expected}, got {copy}; it was trained on another vocabulary")
-    read.problems += [f"{PREFIX}{name}.base_layer.weight: unknown" for name in read.copies.keys() - read.deltas.keys()]
+            read.problems.append(
+                f"{key}.base_layer.weight: expected {expected}, got {copy}; it was trained on"
+                " another vocabulary"
+            )
+    read.problems += [
+        f"{PREFIX}{name}.base_layer.weight: unknown"
+        for name in read.copies.keys() - read.deltas.keys()
+    ]
     return placed
 
 
 def _part_index(manifest: Manifest) -> dict[str, tuple[int, int]]:
-    """Module name → place, also under the name without the base model's prefix (`model.`, `bert.` …)."""
-    full = {p.module: (i, j) for i, site in enumerate(manifest.sites) for j, p in enumerate(site.parts)}
+    """Module name → place, also under the name without the base model's prefix (`model.`, `bert.`
+    …).
+    """
+    full = {
+        p.module: (i, j) for i, site in enumerate(manifest.sites) for j, p in enumerate(site.parts)
+    }
     short: dict[str, tuple[int, int]] = {}
     for module, place in full.items():
         short.setdefault(_without_first(module), place)
@@ -154,7 +179,9 @@ def _part_index(manifest: Manifest) -> dict[str, tuple[int, int]]:
 
 
 def _without_first(module: str) -> str:
-    """`bert.encoder.layer.0` → `encoder.layer.0`; a name that would begin with a number is left alone."""
+    """`bert.encoder.layer.0` → `encoder.layer.0`; a name that would begin with a number is left
+    alone.
+    """
     rest = module.partition(".")[2]
     return rest if rest and not rest[0].isdigit() else module
 
@@ -165,18 +192,29 @@ def _missing(read: LoraFolder, manifest: Manifest) -> list[str]:
         return []
     index, parts = _part_index(manifest), [part for site in manifest.sites for part in site.parts]
     places = {index.get(name) or index.get(_without_first(name)) for name in read.modules}
-    absent = [p.module for p in parts if index[p.module] not in places and is_target(read.config, p.module)]
-    return [f"{PREFIX}{module}.lora_A.weight: missing, {CONFIG} targets this module" for module in absent]
+    absent = [
+        p.module
+        for p in parts
+        if index[p.module] not in places and is_target(read.config, p.module)
+    ]
+    return [
+        f"{PREFIX}{module}.lora_A.weight: missing, {CONFIG} targets this module"
+        for module in absent
+    ]
 
 
 def _pack_sites(placed: Placed, manifest: Manifest) -> dict[str, Float32]:
-    """Concatenate the parts' A along rank and put their B's block-diagonally: one pair of inputs a site.
+    """Concatenate the parts' A along rank and put their B's block-diagonally: one pair of inputs a
+    site.
 
-    All of an adapter's tensors are views of one buffer: one allocation to make, and to give back at unload.
+    All of an adapter's tensors are views of one buffer: one allocation to make, and to give back at
+    unload.
     """
     chosen = {}
     for i, site in enumerate(manifest.sites):
-        if parts := [(part, *placed[i, j]) for j, part in enumerate(site.parts) if (i, j) in placed]:
+        if parts := [
+            (part, *placed[i, j]) for j, part in enumerate(site.parts) if (i, j) in placed
+        ]:
             chosen[i] = parts
     ranks = {i: sum(a.shape[0] for _, a, _ in parts) for i, parts in chosen.items()}
     widths = {i: manifest.sites[i].in_features + manifest.sites[i].out_features for i in chosen}
@@ -192,8 +230,12 @@ def _pack_sites(placed: Placed, manifest: Manifest) -> dict[str, Float32]:
     return tensors
 
 
-def _fill_site(site_a: Float32, site_b: Float32, parts: list[tuple[Part, Float32, Float32]]) -> None:
-    """Write the parts into A (in, Σr) and B (Σr, out), B's row blocks at columns start:stop of their part."""
+def _fill_site(
+    site_a: Float32, site_b: Float32, parts: list[tuple[Part, Float32, Float32]]
+) -> None:
+    """Write the parts into A (in, Σr) and B (Σr, out), B's row blocks at columns start:stop of
+    their part.
+    """
     if len(parts) > 1 or parts[0][2].shape[0] < site_b.shape[1]:
         site_b[:] = 0.0
     row = 0
@@ -206,7 +248,9 @@ def _fill_site(site_a: Float32, site_b: Float32, parts: list[tuple[Part, Float32
 def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
     metadata, problems = read.metadata or {}, []
     task = metadata.get("task")
-    fitting = DECODER_TASKS if manifest.is_decoder else ENCODER_TASKS  # one base serves every kind of head
+    fitting = (
+        DECODER_TASKS if manifest.is_decoder else ENCODER_TASKS
+    )  # one base serves every kind of head
     if task is not None and task not in fitting:
         problems.append(f"{METADATA}: task: expected {' or '.join(fitting)}, got {task}")
     pooling = metadata.get("pooling")
@@ -214,19 +258,30 @@ def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
         problems.append(f"{METADATA}: pooling: expected {manifest.graph.pooling}, got {pooling}")
     pairs = (metadata.get("prompt_format") or {}).get("text_pair") is not None
     if pairs and manifest.base.model_type in TYPED and not manifest.graph.token_type_ids:
-        problems.append(f"{METADATA}: prompt_format.text_pair: this graph takes no token types; export the bundle again")
+        problems.append(
+            f"{METADATA}: prompt_format.text_pair: this graph takes no token types; export the"
+            " bundle again"
+        )
     if read.head and manifest.head is None:
         shape = next(iter(read.head.values())).shape
         fix = "; export the bundle again" if manifest.is_decoder else ""
-        problems.append(f"{PREFIX}{_head_name(read)} {shape}: unknown, this graph takes no task head{fix}")
+        problems.append(
+            f"{PREFIX}{_head_name(read)} {shape}: unknown, this graph takes no task head{fix}"
+        )
     return problems
 
 
 def _head_problems(read: LoraFolder, head: HeadInfo, rows: int | None) -> list[str]:
-    weight, bias, name = read.head.get("weight"), read.head.get("bias"), f"{PREFIX}{_head_name(read)}"
+    weight, bias, name = (
+        read.head.get("weight"),
+        read.head.get("bias"),
+        f"{PREFIX}{_head_name(read)}",
+    )
     if weight is None:
         scores = (read.metadata or {}).get("task") == REWARD
-        wanted = read.modules is not None and (bool(read.config.get("modules_to_save")) or bias is not None or scores)
+        wanted = read.modules is not None and (
+            bool(read.config.get("modules_to_save")) or bias is not None or scores
+        )
         return [f"{name}.weight: missing"] if wanted else []
     expected = (rows or weight.shape[0], head.in_features)
     problems = []
@@ -238,7 +293,9 @@ def _head_problems(read: LoraFolder, head: HeadInfo, rows: int | None) -> list[s
 
 
 def _rows_of_head(labels: tuple[str, ...] | None, manifest: Manifest) -> int | None:
-    """How many rows a head must have: a label each, one for a reward; None where a foreign head decides."""
+    """How many rows a head must have: a label each, one for a reward; None where a foreign head
+    decides.
+    """
     return 1 if manifest.is_decoder else len(labels) if labels else None
 
 
@@ -265,7 +322,9 @@ def _pack_head(read: LoraFolder, head: HeadInfo) -> dict[str, Float32]:
 
 
 def _labels(read: LoraFolder, manifest: Manifest) -> tuple[str, ...] | None:
-    """The adapter's labels; a foreign head has none, so its classes are numbered as transformers does."""
+    """The adapter's labels; a foreign head has none, so its classes are numbered as transformers
+    does.
+    """
     if manifest.is_decoder:
         return None  # a decoder's head gives a score
     labels = (read.metadata or {}).get("labels")
@@ -281,53 +340,16 @@ def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
         line = other_weights(read.metadata.get("base_precision"), manifest.precision)
         return (line,) if line else ()
     notes = [
-        f"no {METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its base could not be checked"
+        f"no {METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its base could"
+        " not be checked"
     ]
     if read.head and manifest.is_decoder:
         notes.append("its head is applied to the last token's state: it gives a score")
     elif read.head:
-        states = "every token's state" if _guessed(read, manifest) else f"{manifest.graph.pooling}-pooled states"
+        states = (
+            "every token's state"
+            if _guessed(read, manifest)
+            else f"{manifest.graph.pooling}-pooled states"
+        )
         notes.append(f"its head is applied to {states}; its labels are numbered")
     return tuple(notes)
-
-
-def is_held(recorded: Mapping[str, Any], stored: Precision) -> bool:
-    """Whether `stored` is what `edgetune_adapter.json` has as `base_precision`: bits, block size, exceptions, quantiser, zeros."""
-    keys = ("weights", "block_size", "overrides")
-    same = all(recorded.get(key) == getattr(stored, key) for key in keys) and recorded.get("quantiser", "rtn") == stored.quantiser
-    return same and recorded.get("symmetric", True) == stored.symmetric
-
-
-def other_weights(recorded: Mapping[str, Any] | None, stored: Precision) -> str:
-    """A line for a person where the adapter meets other weights than it learned on; empty where it does not."""
-    if recorded is None or is_held(recorded, stored):
-        return ""
-    overrides, quantiser = dict(recorded.get("overrides") or {}), str(recorded.get("quantiser", "rtn"))
-    trained = Precision(str(recorded.get("weights")), recorded.get("block_size"), overrides, quantiser, symmetric=bool(recorded.get("symmetric", True)))
-    return (
-        f"it was trained for the {_words(trained)} base, but this one is {_words(stored)}; "
-        f"export with {_options(trained, stored)} to ship what was trained"
-    )
-
-
-def _options(trained: Precision, stored: Precision) -> str:
-    """What to give `edgetune export` for the weights that it was trained for; the precision, and what else differs."""
-    options = [f"--precision {trained.weights}"]
-    if trained.quantiser != stored.quantiser:
-        options.append(f"--quantiser {trained.quantiser}")
-    if trained.weights == stored.weights and trained.block_size != stored.block_size:
-        options.append(f"--block-size {trained.block_size}")
-    if not trained.symmetric:
-        options.append("--asymmetric")
-    elif not stored.symmetric:
-        options.append("without --asymmetric")
-    return " ".join(options)
-
-
-def _words(stored: Precision) -> str:
-    """`int4 (blocks of 32, lm_head int8)`."""
-    if stored.block_size is None:
-        return stored.weights if stored.activations == "float" else f"{stored.weights} (a scale an output, activations {stored.activations})"
-    how = [] if stored.quantiser == "rtn" else [f"rounded by {stored.quantiser}"]
-    how += [] if stored.symmetric else ["zeros of their own"]
-    return f"{stored.weights} ({', '.join([f'blocks of {stored.block_size}', *how, *(f'{m} {p}' for m, p in stored.overrides.items())])})"

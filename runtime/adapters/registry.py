@@ -1,8 +1,10 @@
-"""The adapters a runtime knows: read at first use, counted while in use, forgotten by least recent use when memory ends.
+"""The adapters a runtime knows: read at first use, counted while in use, forgotten by least recent
+use when memory ends.
 
-A name is known (shipped in the bundle, found in the adapter folder, or loaded) or resident as well (its tensors are in
-memory, bound for the engine). Files are read by whoever asks first, outside the registry's lock, so that nobody else
-waits; hashes, names and shapes are checked there, before the engine sees a byte.
+A name is known (shipped in the bundle, found in the adapter folder, or loaded) or resident as well
+(its tensors are in memory, bound for the engine). Files are read by whoever asks first, outside the
+registry's lock, so that nobody else waits; hashes, names and shapes are checked there, before the
+engine sees a byte.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ InUse = Literal["forget", "refuse", "wait"]
 
 @dataclass(frozen=True)
 class Resident:
-    """An adapter in memory: its packed tensors bound for the engine. `serial` is another one for another content."""
+    """An adapter in memory: its packed tensors bound for the engine. `serial` is another one for
+    another content.
+    """
 
     packed: PackedAdapter
     bound: BoundTensors
@@ -66,7 +70,9 @@ class AdapterInUseError(AdapterError):
 
 
 class Lease:
-    """An adapter in use: until `release` it is neither evicted nor unloaded (unless the unloader said "forget")."""
+    """An adapter in use: until `release` it is neither evicted nor unloaded (unless the unloader
+    said "forget").
+    """
 
     def __init__(self, registry: AdapterRegistry, known: _Known, resident: Resident) -> None:
         self._registry, self.resident = registry, resident
@@ -80,7 +86,9 @@ class Lease:
 
 
 class AdapterRegistry:
-    """Name → adapter, thread-safe. A row that is being decoded holds its tensors itself: nothing pulls them away."""
+    """Name → adapter, thread-safe. A row that is being decoded holds its tensors itself: nothing
+    pulls them away.
+    """
 
     def __init__(
         self,
@@ -90,13 +98,18 @@ class AdapterRegistry:
         adapter_folder: Path | None = None,
         memory_mb: float | None = None,
     ) -> None:
-        """`adapter_folder`: each PEFT folder in it is an adapter of its name; `memory_mb` (10⁶ bytes) bounds the
-        resident ones, but for those that are pinned or in use; None is no bound."""
+        """`adapter_folder`: each PEFT folder in it is an adapter of its name.
+
+        `memory_mb` (10⁶ bytes) bounds the resident ones, but for those that are pinned or in use;
+        None is no bound.
+        """
         self._sources = AdapterSources(folder, manifest, adapter_folder)
         self._limit = None if memory_mb is None else memory_mb * 1e6
         self._change = threading.Condition()
         self._serials, self._clock = itertools.count(1), itertools.count(1)
-        self._known = {entry.name: _Known(entry, next(self._serials)) for entry in manifest.adapters}
+        self._known = {
+            entry.name: _Known(entry, next(self._serials)) for entry in manifest.adapters
+        }
         self._gone: set[str] = set()
         self._leaving: dict[str, _Known] = {}
         """what an unload waits for, while its name is nobody else's"""
@@ -110,7 +123,9 @@ class AdapterRegistry:
     def knows(self, name: str) -> bool:
         """Whether a name can be used, without listing a folder of hundreds."""
         with self._change:
-            return name in self._known or (name not in self._gone and self._sources.find(name) is not None)
+            return name in self._known or (
+                name not in self._gone and self._sources.find(name) is not None
+            )
 
     @property
     def nbytes(self) -> int:
@@ -125,9 +140,13 @@ class AdapterRegistry:
         return tuple(self._status(name, known.get(name)) for name in self.names())
 
     def load(self, name: str, folder: str | Path, *, pin: bool = False) -> PackedAdapter:
-        """Read and check a PEFT folder under a new name. AdapterError when the name is taken or it does not fit."""
+        """Read and check a PEFT folder under a new name. AdapterError when the name is taken or it
+        does not fit.
+        """
         if not name:
-            raise AdapterError("an adapter needs a name", expected="a text that is not empty", got=repr(name))
+            raise AdapterError(
+                "an adapter needs a name", expected="a text that is not empty", got=repr(name)
+            )
         self._refuse_taken(name)
         known = _Known(Path(folder), next(self._serials), pinned=pin)
         self._read(name, known)
@@ -139,26 +158,33 @@ class AdapterRegistry:
         return known.resident.packed
 
     def replace(self, name: str, folder: str | Path) -> PackedAdapter:
-        """Another content under a name that is there: read and checked first, then put in its place at once.
+        """Another content under a name that is there: read and checked first, then put in its place
+        at once.
 
-        Texts under way go on with the tensors they hold. AdapterError when it does not fit: the old one stays.
+        Texts under way go on with the tensors they hold. AdapterError when it does not fit: the old
+        one stays.
         """
         before = self._entry(name)
         known = _Known(Path(folder), next(self._serials))
         self._read(name, known)
         with self._change:
-            known.pinned = self._known.get(name, before).pinned  # as it is now, not as it was before the files were read
+            known.pinned = self._known.get(
+                name, before
+            ).pinned  # as it is now, not as it was before the files were read
             self._put(name, known)
         assert known.resident is not None
         return known.resident.packed
 
-    def unload(self, name: str, *, in_use: InUse = "forget", timeout_s: float | None = None) -> None:
+    def unload(
+        self, name: str, *, in_use: InUse = "forget", timeout_s: float | None = None
+    ) -> None:
         """Forget an adapter; a shipped one too, for as long as this runtime is open.
 
-        While it is in use: "forget" takes the name away at once, and the texts under way go on with the tensors they
-        hold; "refuse" is an AdapterError; "wait" lets nobody new have it and waits for them: when they have not ended
-        after `timeout_s`, it is an AdapterError and the adapter stays, unless its name was loaded again meanwhile: that
-        one stays then, and the texts under way end with the tensors they hold.
+        While it is in use: "forget" takes the name away at once, and the texts under way go on with
+        the tensors they hold; "refuse" is an AdapterError; "wait" lets nobody new have it and waits
+        for them: when they have not ended after `timeout_s`, it is an AdapterError and the adapter
+        stays, unless its name was loaded again meanwhile: that one stays then, and the texts under
+        way end with the tensors they hold.
         """
         with self._change:
             known = self._entry(name)
@@ -193,7 +219,8 @@ class AdapterRegistry:
 
     def acquire(self, name: str) -> Lease:
         """The adapter of that name, counted as in use until the lease is released."""
-        with self._change:  # looked up and counted at once: between the two it could be unloaded as if nobody used it
+        # looked up and counted at once: between the two it could be unloaded as if nobody used it
+        with self._change:
             known = self._entry(name)
             known.users += 1
         try:
@@ -259,20 +286,31 @@ class AdapterRegistry:
             self._make_room(keep=None)
 
     def _make_room(self, *, keep: _Known | None) -> None:
-        """Evict by least recent use until the limit is kept; what is in use, pinned or just read stays."""
+        """Evict by least recent use until the limit is kept; what is in use, pinned or just read
+        stays.
+        """
         if self._limit is None:
             return
         over = self._nbytes() - self._limit
         for known in sorted(self._known.values(), key=lambda known: known.used):
             if over <= 0:
                 return
-            if known.resident is not None and not known.users and not known.pinned and known is not keep:
+            if (
+                known.resident is not None
+                and not known.users
+                and not known.pinned
+                and known is not keep
+            ):
                 over -= known.resident.packed.nbytes
                 known.resident = None
                 self.evictions += 1
 
     def _nbytes(self) -> int:
-        return sum(known.resident.packed.nbytes for known in self._known.values() if known.resident is not None)
+        return sum(
+            known.resident.packed.nbytes
+            for known in self._known.values()
+            if known.resident is not None
+        )
 
     def _refuse_taken(self, name: str) -> None:
         if name in self.names():
@@ -298,4 +336,9 @@ class AdapterRegistry:
 
 def _still_used(name: str, users: int) -> AdapterInUseError:
     fix = "Unload it later, wait for it, or forget it."
-    return AdapterInUseError(f"the adapter {name!r} is in use", expected="no request that uses it", got=str(users), fix=fix)
+    return AdapterInUseError(
+        f"the adapter {name!r} is in use",
+        expected="no request that uses it",
+        got=str(users),
+        fix=fix,
+    )

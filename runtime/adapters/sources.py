@@ -1,4 +1,6 @@
-"""Where adapters are read from: the bundle, a folder of many, or any PEFT folder; checked while they are read."""
+"""Where adapters are read from: the bundle, a folder of many, or any PEFT folder; checked while
+they are read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class AdapterSources:
         """`many`: a folder whose sub-folders are adapters; AdapterError when there is none."""
         self._folder, self._manifest, self._many = folder, manifest, many
         if many is not None and not many.is_dir():
-            raise AdapterError("no such adapter folder", where=str(many), expected="a folder of PEFT folders")
+            raise AdapterError(
+                "no such adapter folder", where=str(many), expected="a folder of PEFT folders"
+            )
 
     def names(self) -> list[str]:
         """The adapters in the folder of many, as they are there now."""
@@ -32,7 +36,9 @@ class AdapterSources:
         return sorted(path.parent.name for path in self._many.glob(f"*/{CONFIG}"))
 
     def find(self, name: str) -> Path | None:
-        """An adapter of the folder of many; a name is never a path, so nothing outside can be asked for."""
+        """An adapter of the folder of many; a name is never a path, so nothing outside can be asked
+        for.
+        """
         if self._many is None or Path(name).name != name or name in (".", "..") or "\0" in name:
             return None
         path = self._many / name
@@ -45,13 +51,18 @@ class AdapterSources:
         return None if source is None else str(source)
 
     def read(self, name: str, source: Source) -> tuple[PackedAdapter, str]:
-        """The packed tensors, and a fingerprint of what they were made from. AdapterError lists every misfit."""
+        """The packed tensors, and a fingerprint of what they were made from. AdapterError lists
+        every misfit.
+        """
         if isinstance(source, Path):
             packed = pack_adapter(source, self._manifest, name=name)
             return packed, _fingerprint(packed, source)
         if self._manifest.mode == "merged" or source.path is None:
             known = _metadata(self._folder, source)
-            return PackedAdapter(name, {}, source.labels, source.rank, source.digest or "", known), source.digest or ""
+            return (
+                PackedAdapter(name, {}, source.labels, source.rank, source.digest or "", known),
+                source.digest or "",
+            )
         path = self._folder / source.path
         packed = pack_adapter(path, self._manifest, name=name)
         if source.digest is not None and packed.digest != source.digest:
@@ -74,7 +85,9 @@ def _fingerprint(packed: PackedAdapter, folder: Path) -> str:
 
 
 def _metadata(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
-    """What a merged adapter's entry says, with its folder's `edgetune_adapter.json` when there is one."""
+    """What a merged adapter's entry says, with its folder's `edgetune_adapter.json` when there is
+    one.
+    """
     known: dict[str, Any] = {
         "task": entry.task,
         "problem": entry.problem,

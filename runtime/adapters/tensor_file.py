@@ -1,7 +1,8 @@
 """A safetensors file read at once: every tensor as float32, and whether all of them are finite.
 
-The library checks the file (its header, that the offsets cover it without a gap); the tensors of float32 are then views of
-one buffer, which for the several hundred small tensors of an adapter takes half the time of asking for one after the other.
+The library checks the file (its header, that the offsets cover it without a gap); the tensors of
+float32 are then views of one buffer, which for the several hundred small tensors of an adapter
+takes half the time of asking for one after the other.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 class TensorFile:
     """The bytes of one file, read at once; what is made of them comes from these very bytes.
 
-    `tensors` raises ValueError where the file is damaged, or holds anything but floating-point numbers.
+    `tensors` raises ValueError where the file is damaged, or holds anything but floating-point
+    numbers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,16 +45,24 @@ class TensorFile:
 
     def not_finite(self) -> set[str]:
         """Names of the tensors that hold NaN or infinite values."""
-        if all(entry["dtype"] == "F32" for entry in self._header.values()) and _sum_is_finite(self._body.view("<f4")):
+        if all(entry["dtype"] == "F32" for entry in self._header.values()) and _sum_is_finite(
+            self._body.view("<f4")
+        ):
             return set()
-        return {name for name, tensor in self.tensors.items() if not (_sum_is_finite(tensor) or np.isfinite(tensor).all())}
+        return {
+            name
+            for name, tensor in self.tensors.items()
+            if not (_sum_is_finite(tensor) or np.isfinite(tensor).all())
+        }
 
     @cached_property
     def _header(self) -> dict[str, dict[str, Any]]:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.path, framework="numpy"):  # checks the header, and that the offsets cover the file
+            with safe_open(
+                self.path, framework="numpy"
+            ):  # checks the header, and that the offsets cover the file
                 header: dict[str, dict[str, Any]] = json.loads(self.data[8 : self._start].tobytes())
         except SafetensorError as error:
             raise ValueError(f"truncated or damaged, {self.data.size} bytes ({error})") from error

@@ -1,7 +1,9 @@
-"""Two bundles, part by part: what differs, and whether it can change an answer. Reads their manifests and small JSON files.
+"""Two bundles, part by part: what differs, and whether it can change an answer. Reads their
+manifests and small JSON files.
 
-A difference is of *behaviour* when an engine reads it: base, precision, mode, graph, weights, tokenizer, adapters. What only
-tells of a bundle (its report, the version that wrote it, measured figures) is listed and does not count.
+A difference is of *behaviour* when an engine reads it: base, precision, mode, graph, weights,
+tokenizer, adapters. What only tells of a bundle (its report, the version that wrote it, measured
+figures) is listed and does not count.
 """
 
 from __future__ import annotations
@@ -17,16 +19,30 @@ from edgetune.core.errors import BundleError
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest, read_manifest
 
 METADATA = "edgetune_adapter.json"
-TELLS = {"report.html", METADATA}  # the second file's answers-changing parts stand in the manifest too, or are OF_ENCODERS
+TELLS = {
+    "report.html",
+    METADATA,
+}  # the second file's answers-changing parts stand in the manifest too, or are OF_ENCODERS
 OF_ENCODERS = ("max_length", "pooling")  # where a text is cut, and which of its states are read
 VERIFY = "`edgetune verify` names every file that is not as exported."
-PEFT = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save")
+PEFT = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "modules_to_save",
+)
 PROOF = ("mean_kl", "top1", "recovered", "direction", "strength")
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph file without what only describes it: how many nodes of each operator, and a digest of the rest."""
+    """A graph file without what only describes it: how many nodes of each operator, and a digest of
+    the rest.
+    """
 
     nodes: Mapping[str, int]
     digest: str
@@ -39,7 +55,8 @@ ReadGraph = Callable[[Path], Graph]
 class Change:
     """One thing that differs; None on the side that lacks it."""
 
-    part: str  # base | bundle | precision | graph | tokenizer | adapter | file | nodes | task | proof | size
+    # base | bundle | precision | graph | tokenizer | adapter | file | nodes | task | proof | size
+    part: str
     name: str
     a: Any
     b: Any
@@ -54,7 +71,9 @@ class Difference:
     b: str
     changes: tuple[Change, ...]
     graphs_read: bool
-    """whether graphs were compared node by node; else another digest of a graph file counts as another graph"""
+    """whether graphs were compared node by node; else another digest of a graph file counts as
+    another graph
+    """
 
     @property
     def equal(self) -> bool:
@@ -64,19 +83,31 @@ class Difference:
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file."""
         return {
-            "schema": 1, "a": self.a, "b": self.b, "equal": self.equal, "graphs_read": self.graphs_read,
+            "schema": 1,
+            "a": self.a,
+            "b": self.b,
+            "equal": self.equal,
+            "graphs_read": self.graphs_read,
             "changes": [asdict(change) for change in self.changes],
-        }  # fmt: skip
+        }
 
 
 def diff(a: Path, b: Path, *, read_graph: ReadGraph | None = None) -> Difference:
-    """Compare two bundle folders. `read_graph` opens a graph file, where something that can is installed.
+    """Compare two bundle folders. `read_graph` opens a graph file, where something that can is
+    installed.
 
-    The digests are those that the manifests record: `edgetune verify` says whether the files still have them.
+    The digests are those that the manifests record: `edgetune verify` says whether the files still
+    have them.
     """
     ours, theirs = read_manifest(a), read_manifest(b)
     graphs = {} if read_graph is None else _graphs(a, b, ours, theirs, read_graph)
-    changes = [*_described(ours, theirs), *_adapters(a, b, ours, theirs), *_nodes(graphs), *_files(ours, theirs, graphs), *_figures(ours, theirs)]
+    changes = [
+        *_described(ours, theirs),
+        *_adapters(a, b, ours, theirs),
+        *_nodes(graphs),
+        *_files(ours, theirs, graphs),
+        *_figures(ours, theirs),
+    ]
     return Difference(str(a), str(b), tuple(changes), graphs_read=read_graph is not None)
 
 
@@ -88,25 +119,41 @@ def _described(a: Manifest, b: Manifest) -> Iterator[Change]:
     yield from _fields("precision", asdict(a.precision), asdict(b.precision))
     yield from _fields("graph", asdict(a.graph), asdict(b.graph))
     yield from _one("graph", "head inputs", a.head, b.head)
-    sites = [{site.name: [part.module for part in site.parts] for site in manifest.sites} for manifest in (a, b)]
+    sites = [
+        {site.name: [part.module for part in site.parts] for site in manifest.sites}
+        for manifest in (a, b)
+    ]
     yield from _one("graph", "adapter inputs", *(sorted(one) for one in sites))
     yield from _fields("tokenizer", asdict(a.tokenizer), asdict(b.tokenizer))
 
 
 def _adapters(a: Path, b: Path, ours: Manifest, theirs: Manifest) -> Iterator[Change]:
-    """Adapters that one bundle lacks, and of those that both have what differs: rank, alpha, modules, labels, weights …"""
-    sides = [{entry.name: _adapter(folder, entry, manifest) for entry in manifest.adapters} for folder, manifest in ((a, ours), (b, theirs))]
+    """Adapters that one bundle lacks, and of those that both have what differs: rank, alpha,
+    modules, labels, weights …
+    """
+    sides = [
+        {entry.name: _adapter(folder, entry, manifest) for entry in manifest.adapters}
+        for folder, manifest in ((a, ours), (b, theirs))
+    ]
     for name in _names(*sides):
         before, after = (side.get(name) for side in sides)
         if before is None or after is None:
-            yield Change("adapter", name, before and _brief(before), after and _brief(after), behaviour=True)
+            yield Change(
+                "adapter", name, before and _brief(before), after and _brief(after), behaviour=True
+            )
         else:
             yield from _fields("adapter", before, after, prefix=f"{name} ", tells=("metrics",))
 
 
 def _adapter(folder: Path, entry: AdapterEntry, manifest: Manifest) -> dict[str, Any]:
-    """The manifest's entry, and PEFT's settings and those of an encoder's adapter where the bundle holds them."""
-    known = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry) if f.name not in ("name", "path", "onnx_adapter", "rank")}
+    """The manifest's entry, and PEFT's settings and those of an encoder's adapter where the bundle
+    holds them.
+    """
+    known = {
+        f.name: getattr(entry, f.name)
+        for f in dataclasses.fields(entry)
+        if f.name not in ("name", "path", "onnx_adapter", "rank")
+    }
     place = None if entry.path is None else folder / entry.path
     if place is not None and not manifest.is_decoder and (place / METADATA).is_file():
         recorded = _json(place / METADATA)
@@ -128,18 +175,34 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BundleError(f"not valid JSON: {error}", where=str(path), fix=VERIFY) from error
     if not isinstance(document, dict):
-        raise BundleError("this is no JSON object", where=str(path), got=type(document).__name__, fix=VERIFY)
+        raise BundleError(
+            "this is no JSON object", where=str(path), got=type(document).__name__, fix=VERIFY
+        )
     return document
 
 
 def _brief(adapter: Mapping[str, Any]) -> str:
-    parts = [f"rank {adapter['rank']}", *([f"alpha {adapter['alpha']}"] if "alpha" in adapter else []), str(adapter["task"])]
+    parts = [
+        f"rank {adapter['rank']}",
+        *([f"alpha {adapter['alpha']}"] if "alpha" in adapter else []),
+        str(adapter["task"]),
+    ]
     return ", ".join(parts)
 
 
-def _graphs(a: Path, b: Path, ours: Manifest, theirs: Manifest, read: ReadGraph) -> dict[str, tuple[Graph, Graph]]:
+def _graphs(
+    a: Path, b: Path, ours: Manifest, theirs: Manifest, read: ReadGraph
+) -> dict[str, tuple[Graph, Graph]]:
     """Graph files of the same name in both, where their bytes differ."""
-    ends = [{manifest.graph.engine, manifest.graph.situations, manifest.graph.standard, manifest.graph.encoder} for manifest in (ours, theirs)]
+    ends = [
+        {
+            manifest.graph.engine,
+            manifest.graph.situations,
+            manifest.graph.standard,
+            manifest.graph.encoder,
+        }
+        for manifest in (ours, theirs)
+    ]
     names = ends[0] & ends[1]
     found = {}
     for name in sorted(name for name in names if name is not None):
@@ -151,7 +214,9 @@ def _graphs(a: Path, b: Path, ours: Manifest, theirs: Manifest, read: ReadGraph)
 def _nodes(graphs: Mapping[str, tuple[Graph, Graph]]) -> Iterator[Change]:
     for file, (before, after) in graphs.items():
         for op in _names(before.nodes, after.nodes):
-            yield from _one("nodes", f"{file} {op}", before.nodes.get(op, 0), after.nodes.get(op, 0))
+            yield from _one(
+                "nodes", f"{file} {op}", before.nodes.get(op, 0), after.nodes.get(op, 0)
+            )
 
 
 def _files(a: Manifest, b: Manifest, graphs: Mapping[str, tuple[Graph, Graph]]) -> Iterator[Change]:
@@ -161,7 +226,9 @@ def _files(a: Manifest, b: Manifest, graphs: Mapping[str, tuple[Graph, Graph]]) 
             continue
         same_graph = path in graphs and graphs[path][0].digest == graphs[path][1].digest
         behaviour = not same_graph and PurePosixPath(path).name not in TELLS
-        yield Change("file", path, before and asdict(before), after and asdict(after), behaviour=behaviour)
+        yield Change(
+            "file", path, before and asdict(before), after and asdict(after), behaviour=behaviour
+        )
 
 
 def _figures(a: Manifest, b: Manifest) -> Iterator[Change]:
@@ -179,10 +246,18 @@ def _figures(a: Manifest, b: Manifest) -> Iterator[Change]:
 
 
 def _fields(
-    part: str, a: Mapping[str, Any], b: Mapping[str, Any], *, prefix: str = "", tells: Sequence[str] = (), behaviour: bool = True
+    part: str,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    tells: Sequence[str] = (),
+    behaviour: bool = True,
 ) -> Iterator[Change]:
     for name in _names(a, b):
-        yield from _one(part, prefix + name, a.get(name), b.get(name), behaviour=behaviour and name not in tells)
+        yield from _one(
+            part, prefix + name, a.get(name), b.get(name), behaviour=behaviour and name not in tells
+        )
 
 
 def _one(part: str, name: str, a: Any, b: Any, *, behaviour: bool = True) -> Iterator[Change]:
@@ -191,7 +266,9 @@ def _one(part: str, name: str, a: Any, b: Any, *, behaviour: bool = True) -> Ite
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return (
+        asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    )
 
 
 def _names(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

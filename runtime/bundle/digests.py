@@ -15,19 +15,37 @@ from edgetune.runtime.bundle.manifest import FileInfo, Manifest
 
 def verify_files(folder: str | Path, manifest: Manifest) -> list[str]:
     """Compare size and sha256 of every file the manifest lists; one line for each that differs."""
-    return [line for path, info in manifest.files.items() if (line := verify_file(Path(folder), path, info))]
+    return [
+        line
+        for path, info in manifest.files.items()
+        if (line := verify_file(Path(folder), path, info))
+    ]
 
 
 @contextlib.contextmanager
 def as_exported(folder: Path, manifest: Manifest) -> Iterator[None]:
-    """Run the block on a bundle whose files are those of the manifest; BundleError lists the ones that are not.
+    """Run the block on a bundle whose files are those of the manifest; BundleError lists the ones
+    that are not.
 
-    What is parsed (graphs, tokenizer, adapters) is compared before the block, and so is every size; the weights, which are only
-    copied, are read for their sha256 while the block runs, on a second core where there is one.
+    What is parsed (graphs, tokenizer, adapters) is compared before the block, and so is every size;
+    the weights, which are only copied, are read for their sha256 while the block runs, on a second
+    core where there is one.
     """
     weights = {path: info for path, info in manifest.files.items() if path == manifest.graph.data}
-    others = replace(manifest, files={path: info for path, info in manifest.files.items() if path not in weights})
-    _demand([*verify_files(folder, others), *(line for path, info in weights.items() if (line := _misfit(folder / path, path, info)))], folder)
+    others = replace(
+        manifest, files={path: info for path, info in manifest.files.items() if path not in weights}
+    )
+    _demand(
+        [
+            *verify_files(folder, others),
+            *(
+                line
+                for path, info in weights.items()
+                if (line := _misfit(folder / path, path, info))
+            ),
+        ],
+        folder,
+    )
     with ThreadPoolExecutor(1, "edgetune-verify") as pool:
         found = [pool.submit(verify_file, folder, path, info) for path, info in weights.items()]
         try:
@@ -38,7 +56,10 @@ def as_exported(folder: Path, manifest: Manifest) -> Iterator[None]:
 
 def _demand(differing: Sequence[str], folder: Path) -> None:
     if differing:
-        problems, fix = listed(differing, "files differ"), "Copy the bundle again, or export it again."
+        problems, fix = (
+            listed(differing, "files differ"),
+            "Copy the bundle again, or export it again.",
+        )
         raise BundleError(f"the bundle is not as exported: {problems}", where=str(folder), fix=fix)
 
 

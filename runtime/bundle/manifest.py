@@ -1,4 +1,6 @@
-"""`edgetune.json`: what a bundle holds, as frozen dataclasses; the exporter writes it, the runtime reads it."""
+"""`edgetune.json`: what a bundle holds, as frozen dataclasses; the exporter writes it, the runtime
+reads it.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,18 @@ from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS
 MANIFEST = "edgetune.json"
 SCHEMA = 1
 SCORE = "score"
-"""graph output of a decoder whose head is in the graph: a merged reward, or the graph for other engines"""
+"""graph output of a decoder whose head is in the graph: a merged reward, or the graph for other
+engines
+"""
 STATES = "last_hidden_state"
-"""graph output: every token's state (encoders), or the states that the logits asked for are made of (decoders)"""
+"""graph output: every token's state (encoders), or the states that the logits asked for are made of
+(decoders)
+"""
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
 WHERE_SET = {"where_set": True}
-"""metadata of a field that is written only where it says something: readers from before it open all other bundles"""
+"""metadata of a field that is written only where it says something: readers from before it open all
+other bundles
+"""
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,12 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class Precision:
-    """How the weights are stored: fp32, int8 or int4 (`block_size` weights share a scale), rounded by rtn, hqq or gptq.
+    """How the weights are stored: fp32, int8 or int4 (`block_size` weights share a scale), rounded
+    by rtn, hqq or gptq.
 
-    `activations` int8: what the products of 8-bit layers read is rounded to 8 bits too; their weights have a scale an output.
-    `symmetric` false: a block's zero stands where it costs least, not in the middle.
+    `activations` int8: what the products of 8-bit layers read is rounded to 8 bits too; their
+    weights have a scale an output. `symmetric` false: a block's zero stands where it costs least,
+    not in the middle.
     """
 
     weights: str
@@ -54,10 +64,12 @@ class Precision:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders only.
+    """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders
+    only.
 
-    `situations` holds the engine's graph twice over the same weights, with adapter inputs and without, and runs the one that fits. Of an
-    encoder-decoder `engine` is the decoder; `encoder` reads the prompt, and an answer begins after `start_token_id`.
+    `situations` holds the engine's graph twice over the same weights, with adapter inputs and
+    without, and runs the one that fits. Of an encoder-decoder `engine` is the decoder; `encoder`
+    reads the prompt, and an answer begins after `start_token_id`.
     """
 
     engine: str
@@ -79,7 +91,9 @@ class GraphInfo:
 
 @dataclass(frozen=True)
 class Part:
-    """One module of the base inside a packed site: it owns columns start:stop of the site's output."""
+    """One module of the base inside a packed site: it owns columns start:stop of the site's
+    output.
+    """
 
     module: str
     start: int
@@ -88,7 +102,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where adapters enter the graph: inputs A (group, in, rank) and B (group, rank, out).
+    """One place where adapters enter the graph: inputs A (group, in, rank) and B (group, rank,
+    out).
 
     `graph`: the file whose inputs they are, where that is not the engine.
     """
@@ -106,8 +121,8 @@ class Site:
 class HeadInfo:
     """The task head's tensors: weight (group, in, labels) and bias (group, labels).
 
-    Graph inputs of an encoder. A decoder's head reads the last token's state (a reward); the runtime applies it, and so
-    only `standard` has it as inputs.
+    Graph inputs of an encoder. A decoder's head reads the last token's state (a reward); the
+    runtime applies it, and so only `standard` has it as inputs.
     """
 
     weight: str
@@ -200,7 +215,9 @@ JSON_NAMES = {"in_features": "in", "out_features": "out"}  # "in" is a Python ke
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read and check a bundle's manifest. BundleError names the file, the field, expected and got."""
+    """Read and check a bundle's manifest. BundleError names the file, the field, expected and
+    got.
+    """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise BundleError(
@@ -218,7 +235,9 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def manifest_from_dict(document: Any, *, where: str = MANIFEST) -> Manifest:
-    """Build a Manifest from parsed JSON; BundleError when a field is missing, unknown or of a wrong type."""
+    """Build a Manifest from parsed JSON; BundleError when a field is missing, unknown or of a wrong
+    type.
+    """
     if not isinstance(document, dict):
         raise BundleError("a manifest is a JSON object", where=where, got=type(document).__name__)
     if document.get("schema") != SCHEMA:
@@ -235,10 +254,17 @@ def manifest_from_dict(document: Any, *, where: str = MANIFEST) -> Manifest:
         for name in path.split("."):
             value = getattr(value, name)
         if value is not None and value not in allowed:
-            raise BundleError(f"unknown {path}", where=where, expected=" | ".join(allowed), got=repr(value))
+            raise BundleError(
+                f"unknown {path}", where=where, expected=" | ".join(allowed), got=repr(value)
+            )
     for i, entry in enumerate(manifest.adapters):
         if entry.problem is not None and entry.problem not in PROBLEMS:
-            raise BundleError(f"unknown adapters[{i}].problem", where=where, expected=" | ".join(PROBLEMS), got=repr(entry.problem))
+            raise BundleError(
+                f"unknown adapters[{i}].problem",
+                where=where,
+                expected=" | ".join(PROBLEMS),
+                got=repr(entry.problem),
+            )
     _check_paths(manifest, where)
     return manifest
 
@@ -259,11 +285,15 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     for entry in manifest.adapters:
         paths += [entry.path, entry.onnx_adapter]
     for path in paths:
-        if path is not None and (PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts):
+        if path is not None and (
+            PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
+        ):
             raise BundleError("a path leaves the bundle", where=where, got=repr(path))
 
 
-_hints = functools.cache(typing.get_type_hints)  # it compiles every annotation again: most of the time that a manifest took
+_hints = functools.cache(
+    typing.get_type_hints
+)  # it compiles every annotation again: most of the time that a manifest took
 
 
 def _build(cls: Any, value: Any, *, path: str, where: str) -> Any:
@@ -287,9 +317,13 @@ def _build(cls: Any, value: Any, *, path: str, where: str) -> Any:
     arguments = {}
     for key, f in fields.items():
         if key in value:
-            arguments[f.name] = _convert(hints[f.name], value[key], path=f"{path}{key}", where=where)
+            arguments[f.name] = _convert(
+                hints[f.name], value[key], path=f"{path}{key}", where=where
+            )
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise BundleError(f"missing field {path}{key}", where=where, fix="Export the bundle again.")
+            raise BundleError(
+                f"missing field {path}{key}", where=where, fix="Export the bundle again."
+            )
     return cls(**arguments)
 
 
@@ -304,15 +338,22 @@ def _convert(hint: Any, value: Any, *, path: str, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path=f"{path}.", where=where)
     if origin is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], v, path=f"{path}[{i}]", where=where) for i, v in enumerate(value))
+        return tuple(
+            _convert(arguments[0], v, path=f"{path}[{i}]", where=where) for i, v in enumerate(value)
+        )
     if origin is dict and isinstance(value, dict):
         return {
-            str(k): _convert(arguments[1], v, path=f"{path}[{k!r}]", where=where) for k, v in value.items()
+            str(k): _convert(arguments[1], v, path=f"{path}[{k!r}]", where=where)
+            for k, v in value.items()
         }
     if origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    expected = {tuple: "a list", dict: "an object"}.get(origin or hint, getattr(hint, "__name__", str(hint)))
-    raise BundleError(f"{path} has a wrong type", where=where, expected=expected, got=repr(value)[:80])
+    expected = {tuple: "a list", dict: "an object"}.get(
+        origin or hint, getattr(hint, "__name__", str(hint))
+    )
+    raise BundleError(
+        f"{path} has a wrong type", where=where, expected=expected, got=repr(value)[:80]
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Text ↔ token ids with `tokenizers` alone, and a streaming detokeniser that never emits half a character."""
+"""Text ↔ token ids with `tokenizers` alone, and a streaming detokeniser that never emits half a
+character.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class BundleTokenizer:
             raise BundleError(
                 f"the tokenizer cannot be read: {error}", where=str(root / info.file)
             ) from error
-        self.tokenizer.no_padding()  # a saved file may carry the padding and truncation of its training
+        # a saved file may carry the padding and truncation of its training
+        self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.eos_token_ids = frozenset(info.eos_token_ids)
         self.padding_id = info.pad_token_id
@@ -39,21 +42,31 @@ class BundleTokenizer:
             self.chat_template = (root / info.chat_template).read_text(encoding="utf-8")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens (BOS, [CLS] … [SEP]) as the tokenizer's post-processor adds them."""
+        """Token ids of a text; special tokens (BOS, [CLS] … [SEP]) as the tokenizer's
+        post-processor adds them.
+        """
         ids: list[int] = self._encoding(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_within(self, text: str, *, max_tokens: int) -> list[int]:
-        """Ids of a text, cut to `max_tokens` with its special tokens kept, as transformers' `truncation=True`."""
+        """Ids of a text, cut to `max_tokens` with its special tokens kept, as transformers'
+        `truncation=True`.
+        """
         return self.encode_with_offsets(text, max_tokens=max_tokens)[0]
 
     def encode_text(self, text: Text, *, max_tokens: int | None = None) -> list[int]:
-        """Ids of a text or of two, cut as by `encode_within` unless None; of two texts the longer one is cut first.
+        """Ids of a text or of two, cut as by `encode_within` unless None; of two texts the longer
+        one is cut first.
 
-        Two texts' ids say where the second begins, when the tokenizer tells them apart (`edgetune.core.text.PairIds`).
+        Two texts' ids say where the second begins, when the tokenizer tells them apart
+        (`edgetune.core.text.PairIds`).
         """
         if isinstance(text, str):
-            return self.encode(text) if max_tokens is None else self.encode_within(text, max_tokens=max_tokens)
+            return (
+                self.encode(text)
+                if max_tokens is None
+                else self.encode_within(text, max_tokens=max_tokens)
+            )
         first, second = (self._encoding(one, add_special_tokens=False) for one in text)
         if max_tokens is not None:
             most = max(max_tokens - self.tokenizer.num_special_tokens_to_add(True), 0)
@@ -63,8 +76,12 @@ class BundleTokenizer:
         whole = self.tokenizer.post_process(first, second)
         return typed(whole.ids, whole.type_ids)
 
-    def encode_with_offsets(self, text: str, *, max_tokens: int | None) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text, cut as by `encode_within` unless None, and the characters of each: (0, 0) of a special token."""
+    def encode_with_offsets(
+        self, text: str, *, max_tokens: int | None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, cut as by `encode_within` unless None, and the characters of each: (0, 0)
+        of a special token.
+        """
         encoding = self._encoding(text, add_special_tokens=False)
         if max_tokens is not None:
             encoding.truncate(max(max_tokens - self.tokenizer.num_special_tokens_to_add(False), 0))
@@ -75,7 +92,9 @@ class BundleTokenizer:
         try:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
-            raise InputError("the text is not valid Unicode", expected="UTF-8 text", got=repr(text)[:60]) from error
+            raise InputError(
+                "the text is not valid Unicode", expected="UTF-8 text", got=repr(text)[:60]
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -94,7 +113,9 @@ class BundleTokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Ids of a conversation through the bundle's chat template (it writes its own special tokens)."""
+        """Ids of a conversation through the bundle's chat template (it writes its own special
+        tokens).
+        """
         text = self.chat_of(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         return self.encode(text, add_special_tokens=False)
 
@@ -119,12 +140,15 @@ class BundleTokenizer:
         )
 
     def encode_prompt(self, prompt: str, prompt_format: dict[str, Any] | None = None) -> list[int]:
-        """Ids of a finished prompt: as a user turn of the chat template, or plain; as the adapter was trained.
+        """Ids of a finished prompt: as a user turn of the chat template, or plain; as the adapter
+        was trained.
 
         Without a recorded format: chat when the bundle has a template, else plain.
         """
         if self.template_of(prompt_format) == "chat":
-            return self.encode_chat(chat_messages(prompt, system=(prompt_format or {}).get("system")))
+            return self.encode_chat(
+                chat_messages(prompt, system=(prompt_format or {}).get("system"))
+            )
         return self.encode(prompt)
 
     def template_of(self, prompt_format: dict[str, Any] | None) -> str:
@@ -134,10 +158,11 @@ class BundleTokenizer:
 
 
 class Detokenizer:
-    """Ids in, text out, in pieces that join to `decode(ids)`; a character spread over tokens waits for its end.
+    """Ids in, text out, in pieces that join to `decode(ids)`; a character spread over tokens waits
+    for its end.
 
-    Decodes from a short window of earlier ids, because a token's text can depend on the ones before it
-    (the method of text-generation-inference and vLLM: prefix and read offsets).
+    Decodes from a short window of earlier ids, because a token's text can depend on the ones before
+    it (the method of text-generation-inference and vLLM: prefix and read offsets).
     """
 
     def __init__(self, tokenizer: BundleTokenizer) -> None:
@@ -160,7 +185,9 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is left at the end: a character that never got its last bytes shows as U+FFFD, as in `decode`."""
+        """What is left at the end: a character that never got its last bytes shows as U+FFFD, as in
+        `decode`.
+        """
         piece = self._pending()[len(self._sent) :]
         self._prefix, self._read, self._sent = self._read, len(self._ids), ""
         return piece

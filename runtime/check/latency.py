@@ -1,4 +1,6 @@
-"""Latency and memory of bundles, each in a fresh process, side by side: `python -m edgetune.runtime.check.latency`."""
+"""Latency and memory of bundles, each in a fresh process, side by side: `python -m
+edgetune.runtime.check.latency`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ SWAPS = 50
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured: each adapter in turn, `runs` times, on synthetic token ids (a fixed seed)."""
+    """What is measured: each adapter in turn, `runs` times, on synthetic token ids (a fixed
+    seed).
+    """
 
     bundle: str
     adapters: tuple[str, ...] = ()
@@ -38,18 +42,23 @@ class Workload:
 
 
 def measure(workload: Workload) -> dict[str, Any]:
-    """Run the workload in a fresh process; times in ms, memory and size in MB (10⁶ bytes), raw samples included.
+    """Run the workload in a fresh process; times in ms, memory and size in MB (10⁶ bytes), raw
+    samples included.
 
     Any EdgetuneError of the child is raised here again; BundleError when it dies without one.
     """
     command = [sys.executable, "-m", "edgetune.runtime.check.latency", json.dumps(asdict(workload))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:
-        raise EdgetuneError(f"\n{done.stderr}".partition("\nedgetune: ")[2].strip())  # log lines may stand before it
+        raise EdgetuneError(
+            f"\n{done.stderr}".partition("\nedgetune: ")[2].strip()
+        )  # log lines may stand before it
     if done.returncode:
         reason = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BundleError(f"the measuring process ended with {reason}: {last}", where=workload.bundle)
+        raise BundleError(
+            f"the measuring process ended with {reason}: {last}", where=workload.bundle
+        )
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -59,7 +68,9 @@ def measure_here(workload: Workload) -> dict[str, Any]:
     from edgetune.runtime.tasks.runtime import Runtime
 
     start = time.perf_counter()
-    with Runtime.open(workload.bundle, threads=workload.threads, providers=workload.providers) as runtime:
+    with Runtime.open(
+        workload.bundle, threads=workload.threads, providers=workload.providers
+    ) as runtime:
         load_ms = (time.perf_counter() - start) * 1e3
         adapter_load_ms = {
             name: _timed_ms(lambda name=name: runtime.adapter(name)) for name in workload.adapters
@@ -69,7 +80,9 @@ def measure_here(workload: Workload) -> dict[str, Any]:
         for _ in range(WARM_UP):
             for name in names:
                 _run(runtime, name, workload, seed=0)
-        for i in range(workload.runs):  # in turn, so that a slow moment of the machine hits all alike
+        for i in range(
+            workload.runs
+        ):  # in turn, so that a slow moment of the machine hits all alike
             for name in names:
                 runs[name].append(_run(runtime, name, workload, seed=i))
         swap_ms = _swaps(runtime, names)
@@ -80,7 +93,11 @@ def measure_here(workload: Workload) -> dict[str, Any]:
         for name, rows in runs.items()
     ]
     return {
-        "providers": {"in_use": list(providers.names), "nodes": dict(providers.nodes), "notes": list(providers.notes)},
+        "providers": {
+            "in_use": list(providers.names),
+            "nodes": dict(providers.nodes),
+            "notes": list(providers.notes),
+        },
         "load_ms": load_ms,
         "adapter_load_ms": adapter_load_ms,
         "peak_rss_mb": peak_rss_mb,
@@ -92,7 +109,9 @@ def measure_here(workload: Workload) -> dict[str, Any]:
 
 
 def host_speed(threads: int | None = None) -> Speed:
-    """fp32 GFLOP/s of a 1024³ matrix product and GB/s of memory copied (read and written), best of five."""
+    """fp32 GFLOP/s of a 1024³ matrix product and GB/s of memory copied (read and written), best of
+    five.
+    """
     from edgetune.devices.host import usable_cores
 
     cores = usable_cores()
@@ -111,7 +130,9 @@ def host_speed(threads: int | None = None) -> Speed:
 
 
 def peak_rss() -> float:
-    """Peak resident memory of this process, MB. (ru_maxrss would count the parent's at the time of the fork.)"""
+    """Peak resident memory of this process, MB. (ru_maxrss would count the parent's at the time of
+    the fork.)
+    """
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -133,8 +154,12 @@ def synthetic_ids(count: int, vocab_size: int, *, avoid: Sequence[int], seed: in
     return [int(i) for i in np.random.default_rng(abs(seed)).choice(allowed, count)]
 
 
-def _run(runtime: Any, name: str | None, workload: Workload, *, seed: int) -> dict[str, list[float]]:
-    """One request: TTFT and the time of each further token, or the time of one encoder call or one score; ms."""
+def _run(
+    runtime: Any, name: str | None, workload: Workload, *, seed: int
+) -> dict[str, list[float]]:
+    """One request: TTFT and the time of each further token, or the time of one encoder call or one
+    score; ms.
+    """
     graph, tokenizer = runtime.manifest.graph, runtime.tokenizer
     room = graph.max_length - (workload.new_tokens if runtime.manifest.is_decoder else 0)
     count = max(1, min(workload.prompt_tokens, room))
@@ -178,7 +203,9 @@ def _swaps(runtime: Any, names: Sequence[str | None]) -> list[float]:
 def _summaries(row: dict[str, Any]) -> dict[str, Any]:
     """Percentiles of one adapter's samples."""
     figures = {
-        key: summary(row[key]) for key in ("ttft_ms", "tpot_ms", "request_ms") if any(row.get(key, []))
+        key: summary(row[key])
+        for key in ("ttft_ms", "tpot_ms", "request_ms")
+        if any(row.get(key, []))
     }
     if "tpot_ms" in figures:
         figures["tokens_per_s"] = {"p50": 1e3 / figures["tpot_ms"]["p50"]}
@@ -195,7 +222,11 @@ def main() -> None:
     """The child process: workload on the command line, result as JSON on stdout."""
     values = json.loads(sys.argv[1])
     try:
-        result = measure_here(Workload(**{**values, **{name: tuple(values[name]) for name in ("adapters", "providers")}}))
+        result = measure_here(
+            Workload(
+                **{**values, **{name: tuple(values[name]) for name in ("adapters", "providers")}}
+            )
+        )
     except EdgetuneError as error:
         sys.stderr.write(f"edgetune: {error}\n")
         sys.exit(2)
@@ -207,7 +238,9 @@ FIGURES = ("ttft_ms", "tpot_ms", "request_ms")
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians over all rounds, ms and MB; `ttft_ms` and `tpot_ms` of decoders, `request_ms` of encoders."""
+    """Medians over all rounds, ms and MB; `ttft_ms` and `tpot_ms` of decoders, `request_ms` of
+    encoders.
+    """
 
     ttft_ms: float | None
     tpot_ms: float | None
@@ -239,10 +272,17 @@ def side_by_side(workloads: Mapping[str, Workload], *, rounds: int = 3) -> dict[
 def _medians(results: list[dict[str, Any]]) -> Latency:
     runs = [run for result in results for run in result["samples"]["runs"]]
     figures = {
-        figure: float(np.median(samples)) if (samples := [x for run in runs for one in run.get(figure, []) for x in one]) else None
+        figure: (
+            float(np.median(samples))
+            if (samples := [x for run in runs for one in run.get(figure, []) for x in one])
+            else None
+        )
         for figure in FIGURES
     }
-    load, peak = (float(np.median([result[name] for result in results])) for name in ("load_ms", "peak_rss_mb"))
+    load, peak = (
+        float(np.median([result[name] for result in results]))
+        for name in ("load_ms", "peak_rss_mb")
+    )
     return Latency(**figures, load_ms=load, peak_rss_mb=peak)
 
 

@@ -1,4 +1,6 @@
-"""Samples → percentiles → verdicts: ok, over, or too noisy to tell; estimates for a device that is not at hand."""
+"""Samples → percentiles → verdicts: ok, over, or too noisy to tell; estimates for a device that is
+not at hand.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,13 @@ OK, OVER, NOISY = "ok", "over", "noisy"
 RESAMPLES = 1000
 CONFIDENCE = 95
 ACHIEVABLE = 0.67
-"""Share of a device's peak on paper that code reaches: 11.4 of 17 GB/s measured on a Raspberry Pi 5 (its profile)."""
+"""Share of a device's peak on paper that code reaches: 11.4 of 17 GB/s measured on a Raspberry Pi 5
+(its profile).
+"""
 UNCERTAINTY = 1.5
-"""An estimate may be off by this factor either way: kernels, caches and clocks do not scale with two numbers."""
+"""An estimate may be off by this factor either way: kernels, caches and clocks do not scale with
+two numbers.
+"""
 FORMULA = (
     "ttft, request, load, swap: host time x (host GFLOP/s / device GFLOP/s); "
     "tpot: host time x max(that, host GB/s / device GB/s); "
@@ -35,7 +41,9 @@ class Interval:
 
     def times(self, factor: float, *, spread: float = 1.0) -> Interval:
         """Scaled, and widened by `spread` on both sides."""
-        return Interval(self.value * factor, self.low * factor / spread, self.high * factor * spread)
+        return Interval(
+            self.value * factor, self.low * factor / spread, self.high * factor * spread
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,9 @@ def percentile(groups: Sequence[Sequence[float]], p: int) -> Interval:
     value = float(np.percentile(np.concatenate(arrays), p))
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(arrays), (RESAMPLES, len(arrays)))
-    resampled = [float(np.percentile(np.concatenate([arrays[i] for i in pick]), p)) for pick in picks]
+    resampled = [
+        float(np.percentile(np.concatenate([arrays[i] for i in pick]), p)) for pick in picks
+    ]
     low, high = np.percentile(resampled, [(100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2])
     return Interval(value, float(min(low, value)), float(max(high, value)))
 
@@ -89,15 +99,23 @@ def summary(groups: Sequence[Sequence[float]]) -> dict[str, float]:
 def judge(
     measured: Mapping[str, Any], budget: Budget, *, device: Device, host: Speed | None = None
 ) -> list[Verdict]:
-    """Every limit against the measurement; on another device against the estimate, for which `host` is needed."""
+    """Every limit against the measurement; on another device against the estimate, for which `host`
+    is needed.
+    """
     verdicts = []
     for key, limit in budget.items():
         for adapter, interval in _figures(measured, key):
             found, basis = interval, "measured"
-            if host is not None and not device.is_host and (factor := scale(key, device, host)) is not None:
+            if (
+                host is not None
+                and not device.is_host
+                and (factor := scale(key, device, host)) is not None
+            ):
                 found, basis = interval.times(factor, spread=UNCERTAINTY), "estimate"
             state = _state(found, limit, at_least=key in AT_LEAST)
-            verdicts.append(Verdict(key, adapter, limit, found.value, found.low, found.high, state, basis))
+            verdicts.append(
+                Verdict(key, adapter, limit, found.value, found.low, found.high, state, basis)
+            )
     return verdicts
 
 
@@ -108,7 +126,9 @@ def overall(verdicts: Sequence[Verdict]) -> str:
 
 
 def scale(key: str, device: Device, host: Speed) -> float | None:
-    """What a host time is multiplied by to estimate the device's; None for figures that do not change (memory, size)."""
+    """What a host time is multiplied by to estimate the device's; None for figures that do not
+    change (memory, size).
+    """
     if device.peak_gflops is None or device.memory_bandwidth_gb_s is None:
         return None
     compute = host.gflops / (device.peak_gflops * ACHIEVABLE)
@@ -128,18 +148,28 @@ def _state(found: Interval, limit: float, *, at_least: bool) -> str:
 
 
 def _figures(measured: Mapping[str, Any], key: str) -> list[tuple[str | None, Interval]]:
-    """(adapter, figure) of one budget key; none when this bundle has no such figure (no TTFT for an encoder)."""
+    """(adapter, figure) of one budget key; none when this bundle has no such figure (no TTFT for an
+    encoder).
+    """
     timed, samples = timed_key(key), measured["samples"]
     if timed is not None:
         metric, p = timed
         if metric == "swap":
-            return [(None, percentile([[s] for s in samples["swap_ms"]], p))] if samples["swap_ms"] else []
+            return (
+                [(None, percentile([[s] for s in samples["swap_ms"]], p))]
+                if samples["swap_ms"]
+                else []
+            )
         return [
-            (r["adapter"], percentile(r[f"{metric}_ms"], p)) for r in samples["runs"] if r.get(f"{metric}_ms")
+            (r["adapter"], percentile(r[f"{metric}_ms"], p))
+            for r in samples["runs"]
+            if r.get(f"{metric}_ms")
         ]
     if key == "tokens_per_s":
         intervals = [
-            (r["adapter"], percentile(r["tpot_ms"], 50)) for r in samples["runs"] if r.get("tpot_ms")
+            (r["adapter"], percentile(r["tpot_ms"], 50))
+            for r in samples["runs"]
+            if r.get("tpot_ms")
         ]
         return [(name, Interval(1e3 / i.value, 1e3 / i.high, 1e3 / i.low)) for name, i in intervals]
     if key == "adapter_load_ms":

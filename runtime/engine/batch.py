@@ -1,4 +1,6 @@
-"""Rows of the engine in one arena: they join by prefill, step together and leave, each with its own adapter."""
+"""Rows of the engine in one arena: they join by prefill, step together and leave, each with its own
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,29 @@ from edgetune.runtime.engine.session import BoundTensors, ort_value
 
 
 class BatchRow:
-    """One row: `length` tokens of it are in the cache; `slot` may change when another row leaves."""
+    """One row: `length` tokens of it are in the cache; `slot` may change when another row
+    leaves.
+    """
 
     def __init__(self, slot: int, adapter: BoundTensors | None) -> None:
         self.slot, self.adapter, self.length = slot, adapter, 0
 
 
 class Batch:
-    """Rows 0…n-1 are decoded together; one more may be in prefill, alone, because grouped-query attention continues
-    a prompt only in a batch of one. Not thread-safe: one thread steps."""
+    """Rows 0…n-1 are decoded together; one more may be in prefill, alone, because grouped-query
+    attention continues a prompt only in a batch of one. Not thread-safe: one thread steps."""
 
     def __init__(
         self, engine: DecoderEngine, *, rows: int, budget: int, max_context: int | None = None
     ) -> None:
-        """`rows` at once at most; `budget`: tokens of cache over all of them; `max_context`: tokens of one."""
+        """`rows` at once at most; `budget`: tokens of cache over all of them; `max_context`: tokens
+        of one.
+        """
         self.engine = engine
         context = min(engine.graph.max_length, budget, max_context or budget)
-        self.arena = new_arena(engine.graph, slots=rows, capacity=context, budget=budget, place=engine.place)
+        self.arena = new_arena(
+            engine.graph, slots=rows, capacity=context, budget=budget, place=engine.place
+        )
         self.decoding: list[BatchRow] = []
         self.filling: BatchRow | None = None
         self._adapters = AdapterRows(engine, rows)
@@ -52,7 +60,9 @@ class Batch:
         return self.filling is None and self.rows < self.arena.slots and self.arena.fits(tokens)
 
     def begin(self, adapter: BoundTensors | None, *, tokens: int) -> BatchRow:
-        """Give a row the next slot and room for `tokens` tokens (prompt and answer); `has_room` must be true."""
+        """Give a row the next slot and room for `tokens` tokens (prompt and answer); `has_room`
+        must be true.
+        """
         row = self.filling = BatchRow(len(self.decoding), adapter)
         try:
             self.arena.reserve(row.slot, tokens)
@@ -70,7 +80,9 @@ class Batch:
         return self._prefill.run(np.array([piece], np.int64), [row.length])[0]
 
     def join(self) -> None:
-        """The filling row's prompt is complete: it is decoded with the others from the next step on."""
+        """The filling row's prompt is complete: it is decoded with the others from the next step
+        on.
+        """
         row, self.filling = self.filling, None
         assert row is not None
         self._place(row, len(self.decoding))
@@ -78,16 +90,23 @@ class Batch:
         self._step = None
 
     def step(self, tokens: Sequence[int]) -> Float32:
-        """Append one token to every decoded row; logits (rows, vocab), valid until the next step."""
+        """Append one token to every decoded row; logits (rows, vocab), valid until the next
+        step.
+        """
         step = self._bound_step()
         for row in self.decoding:
             if row.length >= self.arena.capacity:
-                raise InputError("the cache is full", expected=f"at most {self.arena.capacity} tokens", got="one more")
+                raise InputError(
+                    "the cache is full",
+                    expected=f"at most {self.arena.capacity} tokens",
+                    got="one more",
+                )
             row.length += 1
         return step.run(np.array(tokens, np.int64)[:, None], [row.length for row in self.decoding])
 
     def check(self, tokens: Sequence[int]) -> Float32:
-        """Append several tokens to the only decoded row; logits (tokens, vocab) after each, valid until the next step.
+        """Append several tokens to the only decoded row; logits (tokens, vocab) after each, valid
+        until the next step.
 
         Lower the row's `length` afterwards to take back the last ones.
         """
@@ -121,7 +140,9 @@ class Batch:
 
 
 KEPT = 32
-"""Bindings kept at most. One has room for a step's logits (SmolLM2: 0.2 MB a row) and no memory of an adapter's."""
+"""Bindings kept at most. One has room for a step's logits (SmolLM2: 0.2 MB a row) and no memory of
+an adapter's.
+"""
 
 
 class RowBindings:
@@ -129,14 +150,20 @@ class RowBindings:
 
     def __init__(self, engine: DecoderEngine, arena: CacheArena, mixed: AdapterRows) -> None:
         self._engine, self._arena, self._mixed = engine, arena, mixed
-        self._kept: OrderedDict[tuple[int, int, int], tuple[weakref.ref[Any], RowBinding]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int, int], tuple[weakref.ref[Any], RowBinding]] = (
+            OrderedDict()
+        )
 
     def of(self, adapters: Sequence[BoundTensors | None], *, first: int = 0) -> RowBinding:
-        """Bound for the rows in slots first, first + 1, … with these adapters; the caller keeps the adapters alive."""
+        """Bound for the rows in slots first, first + 1, … with these adapters; the caller keeps the
+        adapters alive.
+        """
         source = self._mixed.source(adapters)
         key = (id(source), first, len(adapters))
         owner, binding = self._kept.pop(key, (None, None))
-        if owner is None or binding is None or owner() is not source:  # an id may have had another owner
+        if (
+            owner is None or binding is None or owner() is not source
+        ):  # an id may have had another owner
             binding = RowBinding(self._engine, self._arena, first, len(adapters))
             self._mixed.bind(binding.io, source, len(adapters))
             self._forget_the_dead()
@@ -168,8 +195,8 @@ class RowBinding:
         self._ids = np.zeros((0, 0), np.int64)
 
     def run(self, ids: Int64, lengths: Sequence[int], *, every: bool = False) -> Float32:
-        """Run tokens (rows, k) that end at the rows' lengths; logits (rows, vocab) after each row's last, or with
-        `every` (rows, k, vocab) after each."""
+        """Run tokens (rows, k) that end at the rows' lengths; logits (rows, vocab) after each row's
+        last, or with `every` (rows, k, vocab) after each."""
         wanted = ids.shape[1] if every else 1
         if ids.shape != self._ids.shape or wanted != self._logits.array.shape[1]:
             self._bind_shape(ids, wanted)
@@ -181,11 +208,15 @@ class RowBinding:
         return logits if every else logits[:, 0]
 
     def _bind_shape(self, ids: Int64, wanted: int) -> None:
-        """Bind what depends on how many tokens go in and how many logits (the last ones') come out."""
+        """Bind what depends on how many tokens go in and how many logits (the last ones')
+        come out.
+        """
         self._ids = ids.copy()
         places = np.arange(ids.shape[1] - wanted, ids.shape[1], dtype=np.int64)
         index = np.repeat(places[None], len(ids), axis=0)
-        self._logits = self._engine.output_buffer("logits", len(ids), wanted, self._engine.graph.vocab_size)
+        self._logits = self._engine.output_buffer(
+            "logits", len(ids), wanted, self._engine.graph.vocab_size
+        )
         for name, array in (("input_ids", self._ids), ("logits_index", index)):
             self._changing[name] = ort_value(array)
             self.io.bind_ortvalue_input(name, self._changing[name])

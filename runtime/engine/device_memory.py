@@ -1,8 +1,10 @@
-"""Keys, values and logits in a device's own memory, where the session's attention runs on one (CUDA, DirectML).
+"""Keys, values and logits in a device's own memory, where the session's attention runs on one
+(CUDA, DirectML).
 
-ONNX Runtime copies an input that is bound on another device once, when it is bound. So what a step only appends to, the
-cache, has to lie on the device, where grouped-query attention finds past and present in the same memory; the few numbers
-that change with each step are bound again for each. Rows of the cache are views through DLPack, and move inside the device.
+ONNX Runtime copies an input that is bound on another device once, when it is bound. So what a step
+only appends to, the cache, has to lie on the device, where grouped-query attention finds past and
+present in the same memory; the few numbers that change with each step are bound again for each.
+Rows of the cache are views through DLPack, and move inside the device.
 
 Tested on the processor's memory (an OrtValue there goes the same ways); not yet on a GPU.
 """
@@ -22,7 +24,10 @@ from edgetune.runtime.bundle.manifest import GraphInfo
 
 DEVICES = {"Cuda": "cuda", "DML": "dml"}
 """ONNX Runtime's name of a memory → its name of the device"""
-TYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+TYPES: dict[str, type[np.floating[Any]]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,15 @@ class Place:
         """An OrtValue there."""
         import onnxruntime
 
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype or self.dtype, self.device, self.index)
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            list(shape), dtype or self.dtype, self.device, self.index
+        )
 
 
 def cache_place(session: Any) -> Place | None:
-    """Where this session wants its cache; None in the processor's memory, also where ONNX Runtime (before 1.23) does not tell."""
+    """Where this session wants its cache; None in the processor's memory, also where ONNX Runtime
+    (before 1.23) does not tell.
+    """
     if not hasattr(session, "get_input_memory_infos"):
         return None
     for value, memory in zip(session.get_inputs(), session.get_input_memory_infos(), strict=True):
@@ -51,7 +60,9 @@ def cache_place(session: Any) -> Place | None:
 
 
 class DeviceBlock:
-    """Keys and values (sides, slots, kv_heads, capacity, head_dim) on a device: one OrtValue a layer and side."""
+    """Keys and values (sides, slots, kv_heads, capacity, head_dim) on a device: one OrtValue a
+    layer and side.
+    """
 
     def __init__(self, place: Place, shape: Sequence[int]) -> None:
         self.shape, self.dtype = tuple(shape), np.dtype(place.dtype)
@@ -73,8 +84,12 @@ class DeviceKVCache:
 
     def __init__(self, place: Place, graph: GraphInfo, *, slots: int, capacity: int) -> None:
         self.capacity = capacity
-        self.names = [f"{layer}.{side}" for layer in range(graph.layers or 0) for side in ("key", "value")]
-        self._block = DeviceBlock(place, (len(self.names), slots, graph.kv_heads or 0, capacity, graph.head_dim or 0))
+        self.names = [
+            f"{layer}.{side}" for layer in range(graph.layers or 0) for side in ("key", "value")
+        ]
+        self._block = DeviceBlock(
+            place, (len(self.names), slots, graph.kv_heads or 0, capacity, graph.head_dim or 0)
+        )
         self._values: list[Any] = []
 
     def bind(self, io: Any, rows: int) -> None:
@@ -95,7 +110,9 @@ class DeviceKVCache:
 
 
 class OutputBuffer:
-    """Where an output of a run arrives: an array of ours, or a device's memory that is read after the run."""
+    """Where an output of a run arrives: an array of ours, or a device's memory that is read after
+    the run.
+    """
 
     def __init__(self, place: Place | None, shape: Sequence[int], kind: str) -> None:
         """`kind`: the output's type as the session says it, such as tensor(float16)."""
@@ -103,7 +120,11 @@ class OutputBuffer:
 
         self.array = np.empty(tuple(shape), np.float32)
         self._on_device = place is not None
-        self.value = place.new(shape, TYPES[kind]) if place is not None else onnxruntime.OrtValue.ortvalue_from_numpy(self.array)
+        self.value = (
+            place.new(shape, TYPES[kind])
+            if place is not None
+            else onnxruntime.OrtValue.ortvalue_from_numpy(self.array)
+        )
 
     def read(self) -> Float32:
         """The output in float32, valid until the next run."""
@@ -137,7 +158,9 @@ class _DLTensor(ctypes.Structure):
 
 
 def view(value: Any, first: int, count: int) -> Any:
-    """Rows first…first+count-1 of an OrtValue's first axis as an OrtValue on the same memory, which it keeps alive."""
+    """Rows first…first+count-1 of an OrtValue's first axis as an OrtValue on the same memory, which
+    it keeps alive.
+    """
     import onnxruntime
 
     shape = value.shape()
@@ -148,5 +171,7 @@ def view(value: Any, first: int, count: int) -> Any:
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     tensor = _DLTensor.from_address(pointer(capsule, b"dltensor"))
     tensor.data += first * math.prod(shape[1:]) * tensor.bits // 8
-    tensor.shape = (ctypes.c_int64 * len(shape))(count, *shape[1:])  # not written over: it is the whole value's own
+    tensor.shape = (ctypes.c_int64 * len(shape))(
+        count, *shape[1:]
+    )  # not written over: it is the whole value's own
     return onnxruntime.OrtValue.from_dlpack(capsule)

@@ -1,4 +1,6 @@
-"""Keys and values: one preallocated block cut into slots, how much memory it gets, and prompt beginnings kept for reuse."""
+"""Keys and values: one preallocated block cut into slots, how much memory it gets, and prompt
+beginnings kept for reuse.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ PAGE = mmap.PAGESIZE
 
 
 class CacheArena:
-    """Keys and values (2·layers, slots, kv_heads, capacity, head_dim) in `cache_dtype`; `budget` is in tokens, over all slots."""
+    """Keys and values (2·layers, slots, kv_heads, capacity, head_dim) in `cache_dtype`; `budget` is
+    in tokens, over all slots.
+    """
 
     def __init__(self, graph: GraphInfo, *, slots: int, capacity: int, budget: int) -> None:
         layers, heads, width = graph.layers or 0, graph.kv_heads or 0, graph.head_dim or 0
@@ -34,7 +38,9 @@ class CacheArena:
         """tokens of a slot that were written since its pages were given back"""
         self._reserved = [0] * slots
         self.lent = 0
-        """tokens of the budget that a cache beside the block holds, while answers are read for their scores"""
+        """tokens of the budget that a cache beside the block holds, while answers are read for
+        their scores
+        """
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.memory, self._map = _lazy_zeros(shape, dtype)
@@ -47,7 +53,9 @@ class CacheArena:
     @property
     def token_bytes(self) -> int:
         """Memory of one token's keys and values in all layers."""
-        return token_bytes(self.memory.shape[0], self.memory.shape[2], self.memory.shape[4], self.memory.itemsize)
+        return token_bytes(
+            self.memory.shape[0], self.memory.shape[2], self.memory.shape[4], self.memory.itemsize
+        )
 
     @property
     def reserved(self) -> int:
@@ -70,13 +78,17 @@ class CacheArena:
         self._reserved[slot] = 0
 
     def move(self, source: int, to: int, *, tokens: int) -> None:
-        """Copy a row's first tokens to another slot, with its reservation; the source is free then."""
+        """Copy a row's first tokens to another slot, with its reservation; the source is free
+        then.
+        """
         self._reserved[to], self._reserved[source] = self._reserved[source], 0
         self.touched[to] = max(self.touched[to], self._reserved[to])
         self.memory[:, to, :, :tokens] = self.memory[:, source, :, :tokens]
 
     def trim(self) -> None:
-        """Give the pages of ended rows back to the system (where it can: Linux, macOS); live rows keep theirs."""
+        """Give the pages of ended rows back to the system (where it can: Linux, macOS); live rows
+        keep theirs.
+        """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         sides, slots, heads, capacity, width = self.memory.shape
@@ -94,18 +106,26 @@ class CacheArena:
             self.touched[slot] = self._reserved[slot]
 
     def bind(self, io: Any, first: int, count: int) -> list[Any]:
-        """Bind slots first…first+count-1 as past and as present; the caller keeps what is returned alive."""
+        """Bind slots first…first+count-1 as past and as present; the caller keeps what is returned
+        alive.
+        """
         values = [ort_value(side[first : first + count]) for side in self.memory]
         bind_cache(io, self.names, values)
         return values
 
 
 class DeviceArena(CacheArena):
-    """The same on a device, whose memory is taken at once: slots as long as the budget allows for all of them."""
+    """The same on a device, whose memory is taken at once: slots as long as the budget allows for
+    all of them.
+    """
 
-    def __init__(self, place: Place, graph: GraphInfo, *, slots: int, capacity: int, budget: int) -> None:
+    def __init__(
+        self, place: Place, graph: GraphInfo, *, slots: int, capacity: int, budget: int
+    ) -> None:
         self._place = place
-        super().__init__(graph, slots=slots, capacity=min(capacity, max(budget // slots, 1)), budget=budget)
+        super().__init__(
+            graph, slots=slots, capacity=min(capacity, max(budget // slots, 1)), budget=budget
+        )
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.memory: Any = DeviceBlock(self._place, shape)
@@ -125,13 +145,17 @@ class DeviceArena(CacheArena):
         self.touched = list(self._reserved)
 
     def bind(self, io: Any, first: int, count: int) -> list[Any]:
-        """Bind slots first…first+count-1 as past and as present; the caller keeps what is returned alive."""
+        """Bind slots first…first+count-1 as past and as present; the caller keeps what is returned
+        alive.
+        """
         values: list[Any] = self.memory.views(first, count)
         bind_cache(io, self.names, values)
         return values
 
 
-def new_arena(graph: GraphInfo, *, slots: int, capacity: int, budget: int, place: Place | None) -> CacheArena:
+def new_arena(
+    graph: GraphInfo, *, slots: int, capacity: int, budget: int, place: Place | None
+) -> CacheArena:
     """An arena where the session wants its cache (None: in the processor's memory)."""
     if place is None:
         return CacheArena(graph, slots=slots, capacity=capacity, budget=budget)
@@ -139,12 +163,16 @@ def new_arena(graph: GraphInfo, *, slots: int, capacity: int, budget: int, place
 
 
 def token_bytes(sides: int, heads: int, width: int, itemsize: int = 4) -> int:
-    """Memory of one token's keys and values: sides (2·layers) × heads × width numbers of so many bytes."""
+    """Memory of one token's keys and values: sides (2·layers) × heads × width numbers of so many
+    bytes.
+    """
     return sides * heads * width * itemsize
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], mmap.mmap]:
-    """Zeros whose pages exist from their first write on, in small pages: huge ones would be whole slots at once."""
+    """Zeros whose pages exist from their first write on, in small pages: huge ones would be whole
+    slots at once.
+    """
     size = max(math.prod(shape) * dtype.itemsize, PAGE)
     options: dict[str, int] = {}
     if hasattr(mmap, "MAP_PRIVATE"):  # shared memory, Python's default, would not give pages back
@@ -177,21 +205,28 @@ class CachePlan:
 def plan_cache(graph: GraphInfo, *, rows: int, cache_mb: float | None = None) -> CachePlan:
     """Divide `cache_mb` (10⁶ bytes) between rows and shared prefixes.
 
-    None: 1,024 tokens a row (the context where that is shorter), at most a quarter of the machine's memory. It is an
-    upper bound: memory is used where tokens are written. InputError when it does not hold 64 tokens.
+    None: 1,024 tokens a row (the context where that is shorter), at most a quarter of the machine's
+    memory. It is an upper bound: memory is used where tokens are written. InputError when it does
+    not hold 64 tokens.
     """
     itemsize = 2 if graph.cache_dtype == "float16" else 4
     token = token_bytes(2 * (graph.layers or 0), graph.kv_heads or 0, graph.head_dim or 0, itemsize)
     if cache_mb is None:
-        wanted = rows * min(graph.max_length, USUAL_TOKENS) * token * PREFIX_SHARE / (PREFIX_SHARE - 1)
+        wanted = (
+            rows * min(graph.max_length, USUAL_TOKENS) * token * PREFIX_SHARE / (PREFIX_SHARE - 1)
+        )
         total = min(wanted, (memory_mb() or 4096) * 1e6 / 4)
     else:
         total = cache_mb * 1e6
     tokens = int(total * (PREFIX_SHARE - 1) / PREFIX_SHARE / token)
     if tokens < 64:
         least = 64 * token * PREFIX_SHARE / (PREFIX_SHARE - 1) / 1e6
-        raise InputError("cache_mb is too small", expected=f"at least {least:.3g}", got=f"{total / 1e6:g}")
-    return CachePlan(min(tokens, rows * graph.max_length), int(total / PREFIX_SHARE / (token * BLOCK)))
+        raise InputError(
+            "cache_mb is too small", expected=f"at least {least:.3g}", got=f"{total / 1e6:g}"
+        )
+    return CachePlan(
+        min(tokens, rows * graph.max_length), int(total / PREFIX_SHARE / (token * BLOCK))
+    )
 
 
 BLOCK = 32
@@ -206,10 +241,14 @@ class PrefixCache:
     def __init__(self, arena: CacheArena, *, blocks: int) -> None:
         self.arena = arena
         sides, _, heads, _, width = arena.memory.shape
-        self._pool = np.zeros((blocks, sides, heads, BLOCK, width), arena.memory.dtype)  # pages come with the first write
+        self._pool = np.zeros(
+            (blocks, sides, heads, BLOCK, width), arena.memory.dtype
+        )  # pages come with the first write
         self._free = list(range(blocks))[::-1]
         self._known: OrderedDict[Name, tuple[int, int]] = OrderedDict()
-        """name → (number, place in the pool), the one used least recently first; a number is never used twice"""
+        """name → (number, place in the pool), the one used least recently first; a number is never
+        used twice
+        """
         self._numbers = 0
         self.hit_tokens = self.evictions = 0
 

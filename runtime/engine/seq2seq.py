@@ -1,7 +1,9 @@
-"""An encoder-decoder over ONNX Runtime: the prompt is read once, then a decoder writes the answer with a cache of its own.
+"""An encoder-decoder over ONNX Runtime: the prompt is read once, then a decoder writes the answer
+with a cache of its own.
 
-To its callers it is a decoder (`DecoderEngine`): prompts in, logits out, then one token a row and step. What differs is
-that a prompt is no part of the decoder's text: a row of its cache begins with the start token, whatever the prompt's length.
+To its callers it is a decoder (`DecoderEngine`): prompts in, logits out, then one token a row and
+step. What differs is that a prompt is no part of the decoder's text: a row of its cache begins with
+the start token, whatever the prompt's length.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from edgetune.core.arrays import Float32
 from edgetune.core.errors import BundleError, InputError
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.engine.batch import Batch, BatchRow, RowBinding
-from edgetune.runtime.engine.engine import CACHE_STEP, DecoderEngine, DecodeState, adapter_per_row, round_up
+from edgetune.runtime.engine.engine import (
+    CACHE_STEP,
+    DecoderEngine,
+    DecodeState,
+    adapter_per_row,
+    round_up,
+)
 from edgetune.runtime.engine.providers import CPU
 from edgetune.runtime.engine.session import AdapterRow, BoundTensors, GraphSession, ort_value
 
@@ -26,16 +34,20 @@ PRESENT, CROSS, MASK = "cross_present", "cross_past", "encoder_attention_mask"
 
 
 class Sources:
-    """Prompts that were read: for each layer of the decoder keys and values (rows, heads, longest, head_dim), and the mask
-    (rows, longest) of their tokens."""
+    """Prompts that were read: for each layer of the decoder keys and values (rows, heads, longest,
+    head_dim), and the mask (rows, longest) of their tokens."""
 
-    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], values: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, arrays: Mapping[str, npt.NDArray[Any]], values: Mapping[str, Any] | None = None
+    ) -> None:
         self.arrays = dict(arrays)
         self.values = dict(values or {name: ort_value(array) for name, array in arrays.items()})
 
     def take(self, rows: Sequence[int]) -> Sources:
         """These rows, in this order."""
-        return Sources({name: np.ascontiguousarray(array[list(rows)]) for name, array in self.arrays.items()})
+        return Sources(
+            {name: np.ascontiguousarray(array[list(rows)]) for name, array in self.arrays.items()}
+        )
 
     def bind(self, io: Any) -> None:
         """Bind all of it as inputs of the decoder; whoever runs it keeps this object."""
@@ -48,7 +60,9 @@ class SourceEncoder(GraphSession):
 
     def read(self, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]) -> Sources:
         """Right-padded to the longest; padding is seen by nobody."""
-        ids = np.full((len(rows), max(map(len, rows))), self.manifest.tokenizer.pad_token_id or 0, np.int64)
+        ids = np.full(
+            (len(rows), max(map(len, rows))), self.manifest.tokenizer.pad_token_id or 0, np.int64
+        )
         mask = np.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
@@ -60,7 +74,13 @@ class SourceEncoder(GraphSession):
         for name in self.outputs:
             io.bind_output(name, "cpu")
         self.session.run_with_iobinding(io)
-        found = dict(zip((name.replace(PRESENT, CROSS, 1) for name in self.outputs), io.get_outputs(), strict=True))
+        found = dict(
+            zip(
+                (name.replace(PRESENT, CROSS, 1) for name in self.outputs),
+                io.get_outputs(),
+                strict=True,
+            )
+        )
         arrays = {name: value.numpy() for name, value in found.items()}
         return Sources(arrays | {MASK: mask}, found | {MASK: inputs["attention_mask"]})
 
@@ -70,7 +90,14 @@ class Seq2SeqState(DecodeState):
 
     engine: Seq2SeqEngine
 
-    def __init__(self, engine: Seq2SeqEngine, adapters: Sequence[AdapterRow], *, sources: Sources, capacity: int) -> None:
+    def __init__(
+        self,
+        engine: Seq2SeqEngine,
+        adapters: Sequence[AdapterRow],
+        *,
+        sources: Sources,
+        capacity: int,
+    ) -> None:
         self.sources = sources
         super().__init__(engine, adapters, capacity=capacity)
 
@@ -81,10 +108,14 @@ class Seq2SeqState(DecodeState):
         super().keep(rows)
 
     def repeat(self, count: int) -> Seq2SeqState:
-        """A new state in which each row stands `count` times, one after the other, its prompt already read."""
+        """A new state in which each row stands `count` times, one after the other, its prompt
+        already read.
+        """
         places = [row for row in range(self.rows) for _ in range(count)]
         adapters = [self.adapters[row] for row in places]
-        state = Seq2SeqState(self.engine, adapters, sources=self.sources.take(places), capacity=self.cache.capacity)
+        state = Seq2SeqState(
+            self.engine, adapters, sources=self.sources.take(places), capacity=self.cache.capacity
+        )
         state.cache.take(self.cache, places)
         state.lengths[:] = self.lengths[places]
         return state
@@ -98,44 +129,75 @@ class Seq2SeqEngine(DecoderEngine):
     """Two graphs over the same weights. Rows of a batch may use different adapters, in both."""
 
     def __init__(
-        self, folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = ()
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = (),
     ) -> None:
-        """As any engine; InputError for another execution provider than the CPU, BundleError for a manifest without its parts."""
+        """As any engine; InputError for another execution provider than the CPU, BundleError for a
+        manifest without its parts.
+        """
         graph = manifest.graph
         if graph.encoder is None or graph.start_token_id is None:
-            raise BundleError("the manifest of an encoder-decoder lacks its encoder or start token", where=str(folder), fix="Export it again.")
+            raise BundleError(
+                "the manifest of an encoder-decoder lacks its encoder or start token",
+                where=str(folder),
+                fix="Export it again.",
+            )
         inside = tuple(site for site in manifest.sites if site.graph is None)
-        super().__init__(folder, replace(manifest, sites=inside), threads=threads, providers=providers)
+        super().__init__(
+            folder, replace(manifest, sites=inside), threads=threads, providers=providers
+        )
         outside = tuple(site for site in manifest.sites if site.graph is not None)
         reads = replace(manifest, sites=outside, graph=replace(graph, engine=graph.encoder))
         self.encoder = SourceEncoder(folder, reads, threads=threads, providers=providers)
         self.manifest, self.start_token_id = manifest, graph.start_token_id
         if {*self.providers_in_use.names, *self.encoder.providers_in_use.names} != {CPU}:
-            raise InputError("an encoder-decoder bundle runs on the CPU only", expected="no --provider", got=", ".join(providers))
-        for session in (self, self.encoder):  # an adapter's tensors come in one piece; each graph takes its own
+            raise InputError(
+                "an encoder-decoder bundle runs on the CPU only",
+                expected="no --provider",
+                got=", ".join(providers),
+            )
+        for session in (
+            self,
+            self.encoder,
+        ):  # an adapter's tensors come in one piece; each graph takes its own
             session._known |= {name for site in manifest.sites for name in (site.A, site.B)}
 
     def read(self, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]) -> Sources:
-        """Prompts as the decoder attends to them. InputError for one that is empty, too long or holds an unknown id."""
+        """Prompts as the decoder attends to them. InputError for one that is empty, too long or
+        holds an unknown id.
+        """
         self.check(rows)
         return self.encoder.read(rows, adapters)
 
     def start(
-        self, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow] | None = None, *, capacity: int | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[AdapterRow] | None = None,
+        *,
+        capacity: int | None = None,
     ) -> tuple[Seq2SeqState, Float32]:
-        """Read a batch of prompts; the state for `step`, and the logits (rows, vocab) of each answer's first token.
+        """Read a batch of prompts; the state for `step`, and the logits (rows, vocab) of each
+        answer's first token.
 
-        `capacity`: tokens of an answer, its start token included; None: 64. InputError as in `read`.
+        `capacity`: tokens of an answer, its start token included; None: 64. InputError as in
+        `read`.
         """
         state = self._state(rows, adapters, capacity=capacity or CACHE_STEP)
         begin = [[self.start_token_id]] * len(rows)
         return state, state.prefill(begin, index=np.zeros((len(rows), 1), np.int64))[:, 0]
 
     def answer_logits(
-        self, rows: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], adapters: Sequence[AdapterRow] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        adapters: Sequence[AdapterRow] | None = None,
     ) -> tuple[Seq2SeqState, list[Float32]]:
-        """Logits (len + 1, vocab) of each token of given answers and of the one after: all go through the decoder at once,
-        and the state goes on after them."""
+        """Logits (len + 1, vocab) of each token of given answers and of the one after: all go
+        through the decoder at once, and the state goes on after them."""
         longest = max(map(len, answers)) + 1
         state = self._state(rows, adapters, capacity=longest + CACHE_STEP)
         index = np.tile(np.arange(longest), (len(rows), 1))
@@ -144,29 +206,46 @@ class Seq2SeqEngine(DecoderEngine):
 
     def logits(self, rows: Any, adapters: Any = None, *, positions: Any = None) -> list[Float32]:
         """Not of an encoder-decoder: the tokens of a prompt have no logits. See `answer_logits`."""
-        raise InputError("an encoder-decoder does not predict its prompt", expected="a decoder", fix="Measure its answers.")
+        raise InputError(
+            "an encoder-decoder does not predict its prompt",
+            expected="a decoder",
+            fix="Measure its answers.",
+        )
 
-    def _state(self, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow] | None, *, capacity: int) -> Seq2SeqState:
+    def _state(
+        self, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow] | None, *, capacity: int
+    ) -> Seq2SeqState:
         chosen = adapter_per_row(rows, adapters)
         room = round_up(min(capacity, self.graph.max_length), CACHE_STEP)
         return Seq2SeqState(self, chosen, sources=self.read(rows, chosen), capacity=room)
 
 
 def decoder_engine(
-    folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = (), situations: bool = False
+    folder: str | Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] = (),
+    situations: bool = False,
 ) -> DecoderEngine:
     """The engine of a bundle that generates text; see `GraphSession`."""
     if manifest.graph.encoder is not None:
         return Seq2SeqEngine(folder, manifest, threads=threads, providers=providers)
-    return DecoderEngine(folder, manifest, threads=threads, providers=providers, situations=situations)
+    return DecoderEngine(
+        folder, manifest, threads=threads, providers=providers, situations=situations
+    )
 
 
 class Seq2SeqBatch(Batch):
-    """See `Batch`. Of the budget half at least is left for answers: a context is at most half of it."""
+    """See `Batch`. Of the budget half at least is left for answers: a context is at most half of
+    it.
+    """
 
     engine: Seq2SeqEngine
 
-    def __init__(self, engine: Seq2SeqEngine, *, rows: int, budget: int, max_context: int | None = None) -> None:
+    def __init__(
+        self, engine: Seq2SeqEngine, *, rows: int, budget: int, max_context: int | None = None
+    ) -> None:
         context = max(1, min(max_context or engine.graph.max_length, budget // 2))
         super().__init__(engine, rows=rows, budget=budget, max_context=context)
         self.budget = budget
@@ -174,11 +253,16 @@ class Seq2SeqBatch(Batch):
         self._sources: dict[BatchRow, Sources] = {}
         self._written: dict[BatchRow, int] = {}
         """tokens of a row that are in the arena, the start token included"""
-        self._together: Sources | None = None  # of the rows that are decoded, kept because it is bound
+        # of the rows that are decoded, kept because it is bound
+        self._together: Sources | None = None
 
     def has_room(self, tokens: int) -> bool:
         """Whether a row with so many tokens of prompt and answer can begin now."""
-        return self.filling is None and self.rows < self.arena.slots and self.promised + tokens <= self.budget
+        return (
+            self.filling is None
+            and self.rows < self.arena.slots
+            and self.promised + tokens <= self.budget
+        )
 
     @property
     def promised(self) -> int:
@@ -202,14 +286,22 @@ class Seq2SeqBatch(Batch):
         return self._prefill.run(np.array([[self.engine.start_token_id]], np.int64), [1])[0]
 
     def step(self, tokens: Sequence[int]) -> Float32:
-        """Append one token to every decoded row; logits (rows, vocab), valid until the next step."""
+        """Append one token to every decoded row; logits (rows, vocab), valid until the next
+        step.
+        """
         step = self._bound_step()
         for row in self.decoding:
             if self._written[row] >= self.arena.capacity:
-                raise InputError("the cache is full", expected=f"at most {self.arena.capacity} tokens", got="one more")
+                raise InputError(
+                    "the cache is full",
+                    expected=f"at most {self.arena.capacity} tokens",
+                    got="one more",
+                )
             self._written[row] += 1
             row.length += 1
-        return step.run(np.array(tokens, np.int64)[:, None], [self._written[row] for row in self.decoding])
+        return step.run(
+            np.array(tokens, np.int64)[:, None], [self._written[row] for row in self.decoding]
+        )
 
     def check(self, tokens: Sequence[int]) -> Float32:
         """Not of an encoder-decoder."""
@@ -232,7 +324,9 @@ class Seq2SeqBatch(Batch):
 
 
 def put_together(sources: Sequence[Sources]) -> Sources:
-    """Prompts that were read one by one as rows of one batch, padded on the right to the longest."""
+    """Prompts that were read one by one as rows of one batch, padded on the right to the
+    longest.
+    """
     if len(sources) == 1:
         return sources[0]
     arrays = {}

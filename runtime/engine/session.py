@@ -1,7 +1,9 @@
-"""ONNX Runtime seen from numpy: sessions, adapter inputs and a key-value cache bound to arrays of ours.
+"""ONNX Runtime seen from numpy: sessions, adapter inputs and a key-value cache bound to arrays of
+ours.
 
-IO binding keeps no reference to what it binds, and `OrtValue.ortvalue_from_numpy` shares the array's memory on the
-CPU. So everything bound lives in an object here, and whoever runs the graph only writes into arrays that stay bound.
+IO binding keeps no reference to what it binds, and `OrtValue.ortvalue_from_numpy` shares the
+array's memory on the CPU. So everything bound lives in an object here, and whoever runs the graph
+only writes into arrays that stay bound.
 """
 
 from __future__ import annotations
@@ -21,12 +23,21 @@ from edgetune.devices.host import threads_to_ask_for
 from edgetune.devices.paging import use_large_pages
 from edgetune.runtime.bundle.manifest import GraphInfo, Manifest
 from edgetune.runtime.engine.device_memory import OutputBuffer, bind_cache, cache_place
-from edgetune.runtime.engine.providers import CPU, ProvidersInUse, cannot_run, choose, in_use, parse_providers
+from edgetune.runtime.engine.providers import (
+    CPU,
+    ProvidersInUse,
+    cannot_run,
+    choose,
+    in_use,
+    parse_providers,
+)
 
 Tensors = Mapping[str, Float32]
 """An adapter's graph inputs, as `pack_adapter(...).tensors`."""
 SETTLED = 4
-"""Runs after which a session that lives long moves its weights to large pages: a first token does not wait for that."""
+"""Runs after which a session that lives long moves its weights to large pages: a first token does
+not wait for that.
+"""
 SITUATIONS = "situations"
 """Metadata of a graph that skips its adapter nodes when its first adapter input has group 0."""
 
@@ -35,7 +46,9 @@ class BoundTensors:
     """Adapter tensors as OrtValues, made once and bound many times; keeps the memory alive."""
 
     def __init__(self, tensors: Tensors) -> None:
-        self.tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
+        self.tensors = {
+            name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()
+        }
         self.values = {name: ort_value(array) for name, array in self.tensors.items()}
         self.active = any(array.size for array in self.tensors.values())
 
@@ -54,9 +67,11 @@ def ort_value(array: npt.NDArray[Any]) -> Any:
 def open_session(
     path: Path, *, threads: int | None, providers: Sequence[str] = ()
 ) -> tuple[Any, ProvidersInUse]:
-    """An inference session, and the execution providers it runs on (see `edgetune.runtime.engine.providers`).
+    """An inference session, and the execution providers it runs on (see
+    `edgetune.runtime.engine.providers`).
 
-    `threads` None takes every core that this process may use; `providers` in order of preference, none for the CPU.
+    `threads` None takes every core that this process may use; `providers` in order of preference,
+    none for the CPU.
     """
     import onnxruntime
 
@@ -65,24 +80,35 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or threads_to_ask_for()
     options.inter_op_num_threads = 1
-    # A memory pattern is one more block for each input shape: prompts have many lengths, and it saved no time
-    # (SmolLM2 int4: peak 289 MB with, 272 MB without).
+    # A memory pattern is one more block for each input shape: prompts have many lengths, and it
+    # saved no time (SmolLM2 int4: peak 289 MB with, 272 MB without).
     options.enable_mem_pattern = False
-    options.log_severity_level = 3  # errors only: warnings here are about graphs, not about the user's doing
+    # errors only: warnings here are about graphs, not about the user's doing
+    options.log_severity_level = 3
     if len(chosen) > 1:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        options.log_severity_level = 4  # a provider that refuses the graph is told in a line of our own
+        # a provider that refuses the graph is told in a line of our own
+        options.log_severity_level = 4
     if any(choice.provider.name in ("cuda", "tensorrt") for choice in chosen):
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses; answers go to standard output
-            onnxruntime.preload_dlls()  # CUDA's libraries out of their own wheels, where they are installed so
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # it prints what it misses; answers go to standard output
+            # CUDA's libraries out of their own wheels, where they are installed so
+            onnxruntime.preload_dlls()
     while True:
         try:
             wanted = [choice.for_session for choice in chosen]
             # Its own way of falling back would print on standard output, where answers go.
-            session = onnxruntime.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
-        except Exception as error:  # ONNX Runtime raises a family of C++ exceptions without a common base
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=wanted, enable_fallback=0
+            )
+        except (
+            Exception
+        ) as error:  # ONNX Runtime raises a family of C++ exceptions without a common base
             if len(chosen) == 1:
-                raise BundleError(f"ONNX Runtime cannot open the graph: {error}", where=str(path)) from error
+                raise BundleError(
+                    f"ONNX Runtime cannot open the graph: {error}", where=str(path)
+                ) from error
             notes.append(cannot_run(chosen, error))
             chosen = chosen[1:]
         else:
@@ -93,21 +119,35 @@ class GraphSession:
     """An open graph and its adapter inputs: what both engines are made of."""
 
     def __init__(
-        self, folder: str | Path, manifest: Manifest, *, threads: int | None = None, providers: Sequence[str] = (), situations: bool = False
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = (),
+        situations: bool = False,
     ) -> None:
-        """`providers`: execution providers in order of preference; see `providers_in_use` for what came of it.
+        """`providers`: execution providers in order of preference; see `providers_in_use` for what
+        came of it.
 
-        `situations`: open the graph with a branch for each situation, where the bundle has one and the CPU alone runs it.
+        `situations`: open the graph with a branch for each situation, where the bundle has one and
+        the CPU alone runs it.
         """
         self.manifest, self.graph = manifest, manifest.graph
         on_cpu = all(choice.provider.name == CPU for choice in parse_providers(providers))
-        graph = Path(folder) / ((manifest.graph.situations if situations and on_cpu else None) or manifest.graph.engine)
-        self.session, self.providers_in_use = open_session(graph, threads=threads, providers=providers)
+        graph = Path(folder) / (
+            (manifest.graph.situations if situations and on_cpu else None) or manifest.graph.engine
+        )
+        self.session, self.providers_in_use = open_session(
+            graph, threads=threads, providers=providers
+        )
         self.place = cache_place(self.session)
         """where the cache and the logits lie; None: in arrays of ours"""
         self._runs_to_settle = 0
         self.rebinds = self.place is not None or self.providers_in_use.names != (CPU,)
-        """whether small inputs are bound anew for each run: a device copies them when they are bound"""
+        """whether small inputs are bound anew for each run: a device copies them when they are
+        bound
+        """
         self.inputs = {value.name for value in self.session.get_inputs()}
         self._types = {value.name: value.type for value in self.session.get_outputs()}
         self.outputs = list(self._types)
@@ -120,7 +160,9 @@ class GraphSession:
             empty[manifest.head.bias] = np.zeros((1, 0), np.float32)
         if missing := sorted(set(empty) - self.inputs):
             raise BundleError(
-                f"the graph lacks the adapter input {missing[0]}", where=str(folder), fix="Export it again."
+                f"the graph lacks the adapter input {missing[0]}",
+                where=str(folder),
+                fix="Export it again.",
             )
         self.empty = BoundTensors(empty)
         head = manifest.head
@@ -128,21 +170,29 @@ class GraphSession:
         self._inactive = self.empty.values
         if manifest.sites and SITUATIONS in self.session.get_modelmeta().custom_metadata_map:
             first = manifest.sites[0]
-            self._inactive = self.empty.values | {first.A: ort_value(np.zeros((0, first.in_features, 0), np.float32))}
+            self._inactive = self.empty.values | {
+                first.A: ort_value(np.zeros((0, first.in_features, 0), np.float32))
+            }
 
     def long_lived(self) -> None:
-        """This session will answer for some time: after a few runs its memory may be put in better order."""
+        """This session will answer for some time: after a few runs its memory may be put in better
+        order.
+        """
         self._runs_to_settle = SETTLED
 
     def group(self, adapters: Sequence[AdapterRow]) -> BoundTensors:
-        """One adapter for all rows (group 1), or one a row (group = rows) with ranks padded by zeros."""
+        """One adapter for all rows (group 1), or one a row (group = rows) with ranks padded by
+        zeros.
+        """
         first = adapters[0] if adapters else None
         if all(adapter is first for adapter in adapters):
             return self._bound(first)
         return BoundTensors(self._grouped([self._bound(adapter) for adapter in adapters]))
 
     def bind_adapters(self, io: Any, bound: BoundTensors) -> None:
-        """Bind every adapter input; what the adapter lacks gets rank 0. The caller keeps `bound` alive."""
+        """Bind every adapter input; what the adapter lacks gets rank 0. The caller keeps `bound`
+        alive.
+        """
         if not bound.active:
             for name, value in self._inactive.items():
                 io.bind_ortvalue_input(name, value)
@@ -175,12 +225,15 @@ class GraphSession:
         bound = adapter if isinstance(adapter, BoundTensors) else BoundTensors(adapter)
         if unknown := sorted(set(bound.tensors) - self._known):
             raise AdapterError(
-                f"this graph has no adapter input {unknown[0]}", fix="Pack the adapter for this bundle."
+                f"this graph has no adapter input {unknown[0]}",
+                fix="Pack the adapter for this bundle.",
             )
         return bound
 
     def _grouped(self, rows: Sequence[BoundTensors]) -> dict[str, Float32]:
-        """Stack the rows' tensors along the group dimension; ranks and label counts differ, so pad with zeros."""
+        """Stack the rows' tensors along the group dimension; ranks and label counts differ, so pad
+        with zeros.
+        """
         grouped = {}
         for name, empty in self.empty.tensors.items():
             arrays = [row.tensors.get(name, empty)[0] for row in rows]
@@ -193,16 +246,21 @@ class GraphSession:
 
 
 class KVCache:
-    """Keys and values of `slots` rows: one array a layer and side, (slots, kv_heads, capacity, head_dim) in `cache_dtype`.
+    """Keys and values of `slots` rows: one array a layer and side, (slots, kv_heads, capacity,
+    head_dim) in `cache_dtype`.
 
     Rows sit in slots 0…n-1, so a smaller batch is a view on the front of the same memory.
     """
 
     def __init__(self, graph: GraphInfo, *, slots: int, capacity: int) -> None:
         self.capacity = capacity
-        names = [f"{layer}.{side}" for layer in range(graph.layers or 0) for side in ("key", "value")]
+        names = [
+            f"{layer}.{side}" for layer in range(graph.layers or 0) for side in ("key", "value")
+        ]
         shape = (len(names), slots, graph.kv_heads or 0, capacity, graph.head_dim or 0)
-        memory = np.zeros(shape, graph.cache_dtype or "float32")  # one block: the system gives pages when they are first written
+        memory = np.zeros(
+            shape, graph.cache_dtype or "float32"
+        )  # one block: the system gives pages when they are first written
         self.arrays: dict[str, npt.NDArray[Any]] = dict(zip(names, memory, strict=True))
         self._values: list[Any] = []
 
@@ -212,7 +270,9 @@ class KVCache:
         bind_cache(io, list(self.arrays), self._values)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Move the given rows to the front (ascending order, so nothing is overwritten before it is read)."""
+        """Move the given rows to the front (ascending order, so nothing is overwritten before it is
+        read).
+        """
         for array in self.arrays.values():
             for to, source in enumerate(rows):
                 if to != source:

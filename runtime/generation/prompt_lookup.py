@@ -1,9 +1,11 @@
-"""Speculative decoding by prompt lookup: what followed the same words before is a guess at what follows now.
+"""Speculative decoding by prompt lookup: what followed the same words before is a guess at what
+follows now.
 
-Answers that repeat their prompt (extraction, rewriting, JSON over given words) repeat it token by token. A guess costs no
-draft model: the last three tokens are looked up in prompt and answer, and what stood behind them is checked in one step
-(Saxena 2023, "Prompt Lookup Decoding"). Greedy choice among the checked logits gives the tokens that one-by-one decoding
-gives. Guessing pauses while it does not pay: a step of k tokens costs more than a step of one.
+Answers that repeat their prompt (extraction, rewriting, JSON over given words) repeat it token by
+token. A guess costs no draft model: the last three tokens are looked up in prompt and answer, and
+what stood behind them is checked in one step (Saxena 2023, "Prompt Lookup Decoding"). Greedy choice
+among the checked logits gives the tokens that one-by-one decoding gives. Guessing pauses while it
+does not pay: a step of k tokens costs more than a step of one.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class PromptLookup:
         self._quiet = max(0, self._quiet - 1)
 
     def guess(self, count: int) -> list[int]:
-        """At most `count` tokens that may follow; empty when nothing is known or guessing pauses."""
+        """At most `count` tokens that may follow; empty when nothing is known or guessing
+        pauses.
+        """
         at = None if self._end is None or self._quiet else self._after.get(self._end)
         return [] if at is None else self._tokens[at : at + count]
 

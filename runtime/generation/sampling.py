@@ -1,4 +1,6 @@
-"""Logits → tokens → text: bias and penalties, greedy and sampled choice, stop strings, end of sequence."""
+"""Logits → tokens → text: bias and penalties, greedy and sampled choice, stop strings, end of
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ LOWEST = -1e30
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One generated token and how likely it was (natural logarithm, before temperature and filters)."""
+    """One generated token and how likely it was (natural logarithm, before temperature and
+    filters).
+    """
 
     token_id: int
     token: str
@@ -31,12 +35,23 @@ class TokenLogprob:
 
 
 def choose(logits: Float32, settings: GenerationSettings, rng: np.random.Generator) -> int:
-    """The next token of one row; `logits` (vocab,). Order as in transformers: temperature, top-k, top-p, min-p."""
+    """The next token of one row; `logits` (vocab,). Order as in transformers: temperature, top-k,
+    top-p, min-p.
+    """
     if settings.temperature == 0:
         return int(logits.argmax())
-    with np.errstate(over="ignore", invalid="ignore"):  # a tiny temperature sends all but the likeliest far down
-        scaled = np.maximum((logits - logits.max()).astype(np.float64) / settings.temperature, LOWEST)
-        kept = keep_likely(scaled.astype(np.float32), top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p)
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # a tiny temperature sends all but the likeliest far down
+        scaled = np.maximum(
+            (logits - logits.max()).astype(np.float64) / settings.temperature, LOWEST
+        )
+        kept = keep_likely(
+            scaled.astype(np.float32),
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+        )
         total = np.cumsum(softmax(kept).astype(np.float64))
     if not np.isfinite(total[-1]):
         return int(logits.argmax())
@@ -49,7 +64,9 @@ def keep_likely(logits: Float32, *, top_k: int, top_p: float, min_p: float = 0.0
     if 0 < top_k < kept.size:
         kept[kept < np.partition(kept, -top_k)[-top_k]] = -np.inf
     if top_p < 1:
-        order = np.argsort(kept)  # ascending, as transformers: drop the tail whose mass is at most 1 - p
+        order = np.argsort(
+            kept
+        )  # ascending, as transformers: drop the tail whose mass is at most 1 - p
         mass = np.cumsum(softmax(kept[order]))
         drop = order[mass <= 1 - top_p]
         kept[drop[drop != order[-1]]] = -np.inf
@@ -78,12 +95,16 @@ class TokenSequence:
         prompt_ids: Sequence[int] = (),
         vocab_size: int | None = None,
     ) -> None:
-        """`limit`: tokens the context still has room for; `row` makes the sampling of a batch's rows differ.
+        """`limit`: tokens the context still has room for; `row` makes the sampling of a batch's
+        rows differ.
 
-        `vocab_size` (of the logits) is needed for an answer of a given form. Errors: see `constraint_of`, `Penalties`.
+        `vocab_size` (of the logits) is needed for an answer of a given form. Errors: see
+        `constraint_of`, `Penalties`.
         """
         self.settings = settings
-        self.limit = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit)
+        self.limit = (
+            settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit)
+        )
         seed = None if settings.seed is None else [settings.seed, row]
         self._rng = np.random.default_rng(seed)
         self._tokenizer, self._eos = tokenizer, tokenizer.eos_token_ids
@@ -100,7 +121,11 @@ class TokenSequence:
     @property
     def plain_greedy(self) -> bool:
         """Whether each token is simply the likeliest one, whatever came before."""
-        return self.settings.temperature == 0 and self._constraint is None and not self._penalties.active
+        return (
+            self.settings.temperature == 0
+            and self._constraint is None
+            and not self._penalties.active
+        )
 
     @property
     def text(self) -> str:
@@ -113,14 +138,22 @@ class TokenSequence:
         if self._constraint is not None:
             shifted = np.where(self._constraint.mask(), shifted, -np.inf)
         token = choose(shifted, self.settings, self._rng)
-        if not 0 <= token < logits.size:  # the row ends alone, before the id spoils the others' step
-            raise InputError("no token can be chosen", expected=f"an id below {logits.size}", got=str(token))
+        if (
+            not 0 <= token < logits.size
+        ):  # the row ends alone, before the id spoils the others' step
+            raise InputError(
+                "no token can be chosen", expected=f"an id below {logits.size}", got=str(token)
+            )
         if self.settings.logprobs is not None:
-            self.logprobs.append(token_logprob(logits, token, self._tokenizer, top=self.settings.logprobs))
+            self.logprobs.append(
+                token_logprob(logits, token, self._tokenizer, top=self.settings.logprobs)
+            )
         return token
 
     def add(self, token: int) -> str:
-        """Take one token; the text that is certain now. Sets `finish_reason` when the row is done."""
+        """Take one token; the text that is certain now. Sets `finish_reason` when the row is
+        done.
+        """
         self.tokens.append(token)
         self._penalties.add(token)
         if token in self._eos:
@@ -132,9 +165,14 @@ class TokenSequence:
         if complete or len(self.tokens) >= self.limit:
             rest = self._held + self._detokenizer.flush()
             found = first_stop(rest, self.settings.stop)
-            return self._finish("length" if found is None and not complete else "stop", rest[:found])
+            return self._finish(
+                "length" if found is None and not complete else "stop", rest[:found]
+            )
         keep = stop_overlap(self._held, self.settings.stop)
-        piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        piece, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         return self._emit(piece)
 
     def _follow_form(self, token: int) -> bool:
@@ -154,14 +192,20 @@ class TokenSequence:
         return piece
 
 
-def token_logprob(logits: Float32, token: int, tokenizer: BundleTokenizer, *, top: int) -> TokenLogprob:
-    """The log-probability of a token under its raw logits (vocab,), and those of the `top` likeliest."""
+def token_logprob(
+    logits: Float32, token: int, tokenizer: BundleTokenizer, *, top: int
+) -> TokenLogprob:
+    """The log-probability of a token under its raw logits (vocab,), and those of the `top`
+    likeliest.
+    """
     shifted = logits.astype(np.float64) - float(logits.max())
     normalizer = math.log(np.exp(shifted).sum())
     best = np.argpartition(shifted, -top)[-top:] if top else np.zeros(0, np.int64)
     best = best[np.argsort(-shifted[best], kind="stable")]
     found = ((int(i), tokenizer.token_text(int(i)), float(shifted[i]) - normalizer) for i in best)
-    return TokenLogprob(token, tokenizer.token_text(token), float(shifted[token]) - normalizer, tuple(found))
+    return TokenLogprob(
+        token, tokenizer.token_text(token), float(shifted[token]) - normalizer, tuple(found)
+    )
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
@@ -172,13 +216,18 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
 def stop_overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` that a stop string could begin with."""
     lengths = [
-        n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])
+        n
+        for stop in stops
+        for n in range(1, min(len(stop), len(text) + 1))
+        if text.endswith(stop[:n])
     ]
     return max(lengths, default=0)
 
 
 class Penalties:
-    """One row's bias and penalties; knows which tokens were there. Order: bias, repetition, frequency and presence."""
+    """One row's bias and penalties; knows which tokens were there. Order: bias, repetition,
+    frequency and presence.
+    """
 
     def __init__(
         self, settings: GenerationSettings, prompt_ids: Sequence[int], *, vocab_size: int | None
@@ -189,7 +238,11 @@ class Penalties:
         self._bias = np.array([bias for _, bias in settings.logit_bias], np.float32)
         if vocab_size is not None and any(not 0 <= token < vocab_size for token in self._bias_ids):
             expected = f"token ids below {vocab_size}"
-            raise InputError("logit_bias names an unknown token", expected=expected, got=str(int(self._bias_ids.max())))
+            raise InputError(
+                "logit_bias names an unknown token",
+                expected=expected,
+                got=str(int(self._bias_ids.max())),
+            )
         self._repeats = settings.repetition_penalty != 1
         self._counts_matter = bool(settings.frequency_penalty or settings.presence_penalty)
         self._seen = set(prompt_ids) if self._repeats else set()

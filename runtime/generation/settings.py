@@ -22,15 +22,20 @@ class GenerationSettings:
     top_k: int = 0
     """Sample among the k most likely tokens; 0 is all."""
     top_p: float = 1.0
-    """Sample among the fewest tokens whose probabilities reach p (nucleus sampling, Holtzman 2020)."""
+    """Sample among the fewest tokens whose probabilities reach p (nucleus sampling, Holtzman 2020).
+    """
     seed: int | None = None
     """Same seed and same prompts, same texts; None draws a new one each time."""
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these texts."""
     min_p: float = 0.0
-    """Sample among the tokens at least this share as likely as the most likely one (Nguyen 2024, arXiv 2407.01082)."""
+    """Sample among the tokens at least this share as likely as the most likely one (Nguyen 2024,
+    arXiv 2407.01082).
+    """
     repetition_penalty: float = 1.0
-    """Logits of tokens in prompt or answer: divided by it when positive, else multiplied (CTRL, arXiv 1909.05858)."""
+    """Logits of tokens in prompt or answer: divided by it when positive, else multiplied (CTRL,
+    arXiv 1909.05858).
+    """
     frequency_penalty: float = 0.0
     """Taken off a logit for each time its token is in the answer so far (OpenAI)."""
     presence_penalty: float = 0.0
@@ -38,7 +43,9 @@ class GenerationSettings:
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, what is added to its logit); -100 bans, 100 forces."""
     logprobs: int | None = None
-    """Log-probabilities with the tokens: None without, 0 of the chosen ones, n of the n likeliest as well."""
+    """Log-probabilities with the tokens: None without, 0 of the chosen ones, n of the n likeliest
+    as well.
+    """
     schema: str | None = None
     """The answer is JSON that this JSON schema (its JSON text) accepts."""
     regex: str | None = None
@@ -63,33 +70,45 @@ class GenerationSettings:
         }
         for name, (fits, expected) in bounds.items():
             if not fits:
-                raise InputError(f"{name} is out of range", expected=expected, got=repr(getattr(self, name)))
+                raise InputError(
+                    f"{name} is out of range", expected=expected, got=repr(getattr(self, name))
+                )
         form_of(self)
 
 
 def settings_from(
-    defaults: Mapping[str, Any], overrides: Mapping[str, Any], *, base: GenerationSettings | None = None
+    defaults: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    *,
+    base: GenerationSettings | None = None,
 ) -> GenerationSettings:
     """Settings out of an adapter's recorded defaults and a caller's own (None means: not given).
 
-    `response_format` (OpenAI's) may be given as well; `{"type": "text"}` frees an answer of the adapter's own form.
+    `response_format` (OpenAI's) may be given as well; `{"type": "text"}` frees an answer of the
+    adapter's own form.
     """
     known = {f.name for f in fields(GenerationSettings)}
     given = {k: v for k, v in defaults.items() if k in known and v is not None}
     wanted = {k: v for k, v in overrides.items() if v is not None and k != "response_format"}
     if overrides.get("response_format") is not None:
-        given = {k: v for k, v in given.items() if k not in KINDS}  # also "text" frees of an adapter's own form
+        given = {
+            k: v for k, v in given.items() if k not in KINDS
+        }  # also "text" frees of an adapter's own form
         wanted |= settings_of_response_format(overrides["response_format"])
     unknown = sorted(set(wanted) - known)
     if unknown:
-        raise InputError(f"unknown generation setting {unknown[0]!r}", expected=", ".join(sorted(known)))
+        raise InputError(
+            f"unknown generation setting {unknown[0]!r}", expected=", ".join(sorted(known))
+        )
     if set(wanted) & set(KINDS):  # a caller's form replaces the adapter's, of whatever kind
         given = {k: v for k, v in given.items() if k not in KINDS}
     given |= wanted
     if "stop" in given:
         given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
     if isinstance(given.get("logit_bias"), Mapping):
-        given["logit_bias"] = tuple((int(token), float(bias)) for token, bias in given["logit_bias"].items())
+        given["logit_bias"] = tuple(
+            (int(token), float(bias)) for token, bias in given["logit_bias"].items()
+        )
     if isinstance(given.get("schema"), (Mapping, bool)):
         given["schema"] = json.dumps(given["schema"])
     return replace(base or GenerationSettings(), **given)
@@ -99,7 +118,9 @@ KINDS = ("schema", "regex", "grammar")
 
 
 def form_of(settings: GenerationSettings) -> tuple[str, str] | None:
-    """The form that settings ask for, as (kind, text); None for free text. InputError when they ask for two."""
+    """The form that settings ask for, as (kind, text); None for free text. InputError when they ask
+    for two.
+    """
     asked = [(kind, str(text)) for kind in KINDS if (text := getattr(settings, kind)) is not None]
     if len(asked) > 1:
         got = " and ".join(kind for kind, _ in asked)
@@ -108,9 +129,11 @@ def form_of(settings: GenerationSettings) -> tuple[str, str] | None:
 
 
 def settings_of_response_format(value: Any) -> dict[str, Any]:
-    """OpenAI's `response_format` as generation settings: `text`, `json_object`, or `json_schema` with its schema.
+    """OpenAI's `response_format` as generation settings: `text`, `json_object`, or `json_schema`
+    with its schema.
 
-    Besides, as vLLM's structured outputs: `{"type": "regex", "regex": …}` and `{"type": "grammar", "grammar": …}`.
+    Besides, as vLLM's structured outputs: `{"type": "regex", "regex": …}` and `{"type": "grammar",
+    "grammar": …}`.
     """
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind == "text":
@@ -123,5 +146,8 @@ def settings_of_response_format(value: Any) -> dict[str, Any]:
         schema = value["json_schema"].get("schema")
         if isinstance(schema, (Mapping, bool)):
             return {"schema": json.dumps(schema)}
-    expected = '{"type": "text" | "json_object"} or {"type": "json_schema", "json_schema": {"schema": {…}}}'
+    expected = (
+        '{"type": "text" | "json_object"} or {"type": "json_schema", "json_schema": {"schema":'
+        " {…}}}"
+    )
     raise InputError("unknown response_format", expected=expected, got=repr(value)[:80])

@@ -1,7 +1,9 @@
-"""Answers of a given form: a JSON schema, a regular expression or a Lark grammar says which token may come next.
+"""Answers of a given form: a JSON schema, a regular expression or a Lark grammar says which token
+may come next.
 
-The grammar work is llguidance's (extra `edgetune[structured]`). A mask for the next token is computed in a thread of its
-own as soon as the token before is known, so that it is ready when the engine's step ends.
+The grammar work is llguidance's (extra `edgetune[structured]`). A mask for the next token is
+computed in a thread of its own as soon as the token before is known, so that it is ready when the
+engine's step ends.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 Mask = npt.NDArray[np.bool_]
 JSON_DEFAULTS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,16}"}
-"""Room for an indentation, and an end to it: a small model can write blanks until its tokens run out."""
+"""Room for an indentation, and an end to it: a small model can write blanks until its tokens run
+out.
+"""
 COMPILED = 64
 """Grammars that are kept compiled for a tokenizer."""
 
@@ -46,14 +50,18 @@ class Constraint:
         self._next = _mask_thread().submit(self._compute)
 
     def mask(self) -> Mask:
-        """True for each token (vocab,) that may come next; waits for it where it is not ready yet."""
+        """True for each token (vocab,) that may come next; waits for it where it is not ready
+        yet.
+        """
         if self._next is None:
             self.start()
         assert self._next is not None
         return self._next.result()
 
     def add(self, token: int) -> None:
-        """Take the chosen token and begin with the next mask. InputError when the grammar became too complex."""
+        """Take the chosen token and begin with the next mask. InputError when the grammar became
+        too complex.
+        """
         self._next = None
         if token not in self._eos:
             self._matcher.consume_token(token)
@@ -76,14 +84,18 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InputError(f"the answer's form cannot be followed: {_first_line(self._matcher.get_error())}")
+            raise InputError(
+                f"the answer's form cannot be followed: {_first_line(self._matcher.get_error())}"
+            )
 
 
-def constraint_of(settings: GenerationSettings, tokenizer: BundleTokenizer, *, vocab_size: int) -> Constraint | None:
+def constraint_of(
+    settings: GenerationSettings, tokenizer: BundleTokenizer, *, vocab_size: int
+) -> Constraint | None:
     """What keeps an answer in the form its settings ask for; None for free text.
 
-    Compiles the grammar at its first use (milliseconds; seconds for a huge one). InputError when it is not valid,
-    PackageMissing without llguidance.
+    Compiles the grammar at its first use (milliseconds; seconds for a huge one). InputError when it
+    is not valid, PackageMissing without llguidance.
     """
     form = form_of(settings)
     if form is None:
@@ -102,14 +114,21 @@ class _Compiler:
             import llguidance
         except ImportError as error:
             fix = "Install edgetune[structured] (pip install llguidance)."
-            raise PackageMissing("structured output needs the package llguidance", fix=fix) from error
+            raise PackageMissing(
+                "structured output needs the package llguidance", fix=fix
+            ) from error
         self._guidance = llguidance
         size = max(vocab_size, tokenizer.tokenizer.get_vocab_size(with_added_tokens=True))
         eos = sorted(tokenizer.eos_token_ids)
         try:
-            self._tokenizer = llguidance.LLTokenizer(tokenizer.tokenizer.to_str(), n_vocab=size, eos_token=eos or None)
+            self._tokenizer = llguidance.LLTokenizer(
+                tokenizer.tokenizer.to_str(), n_vocab=size, eos_token=eos or None
+            )
         except ValueError as error:  # T5's Metaspace, in llguidance 1.9
-            raise InputError(f"answers of this tokenizer cannot be held to a form: {_first_line(str(error))}", fix="Ask for free text.") from error
+            raise InputError(
+                f"answers of this tokenizer cannot be held to a form: {_first_line(str(error))}",
+                fix="Ask for free text.",
+            ) from error
         self._compiled = functools.lru_cache(COMPILED)(self._compile)
 
     def matcher(self, kind: str, text: str) -> Any:

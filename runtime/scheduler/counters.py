@@ -65,7 +65,9 @@ class Counters:
             self.adapters.setdefault(adapter or "", Counter())["requests"] += 1
 
     def retry_after(self) -> float:
-        """A guess at how long it takes until the queue has room: the mean wait so far, 1 to 60 seconds."""
+        """A guess at how long it takes until the queue has room: the mean wait so far, 1 to 60
+        seconds.
+        """
         with self.lock:
             started = sum(counts["requests"] for counts in self.adapters.values())
             mean = self.queue_wait_seconds / started if started else 1.0

@@ -1,8 +1,10 @@
-"""What the worker does with generation requests: one turn admits, runs `chunk` tokens of prompts, and one step of all rows.
+"""What the worker does with generation requests: one turn admits, runs `chunk` tokens of prompts,
+and one step of all rows.
 
-A long prompt goes through in pieces of `chunk` tokens with a decode step after each, so the streams that run wait for one
-piece at most; prompts that fit into it whole share it, so that of many that come at once the last waits for fewer steps. Who waits is let in by the fair queue's order and never overtaken by a smaller request, so a large one
-is not starved while memory is short.
+A long prompt goes through in pieces of `chunk` tokens with a decode step after each, so the streams
+that run wait for one piece at most; prompts that fit into it whole share it, so that of many that
+come at once the last waits for fewer steps. Who waits is let in by the fair queue's order and never
+overtaken by a smaller request, so a large one is not starved while memory is short.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from edgetune.runtime.scheduler.requests import Running
 
 
 class DecodeLoop:
-    """Rows under way. Only the worker thread calls it; `next_waiting` hands over a request for which there is room."""
+    """Rows under way. Only the worker thread calls it; `next_waiting` hands over a request for
+    which there is room.
+    """
 
     def __init__(
         self,
@@ -39,12 +43,16 @@ class DecodeLoop:
     ) -> None:
         """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none."""
         self.batch = self._new_batch(engine, rows=rows, budget=tokens, max_context=max_context)
-        self.prefixes = PrefixCache(self.batch.arena, blocks=prefix_blocks if self.batch.arena.shares_prefixes else 0)
+        self.prefixes = PrefixCache(
+            self.batch.arena, blocks=prefix_blocks if self.batch.arena.shares_prefixes else 0
+        )
         self.counters, self.chunk, self.lookup = counters, chunk, lookup
         self.filling: Running | None = None
         self._rows: dict[BatchRow, Running] = {}
 
-    def _new_batch(self, engine: DecoderEngine, *, rows: int, budget: int, max_context: int | None) -> Batch:
+    def _new_batch(
+        self, engine: DecoderEngine, *, rows: int, budget: int, max_context: int | None
+    ) -> Batch:
         return Batch(engine, rows=rows, budget=budget, max_context=max_context)
 
     @property
@@ -63,7 +71,9 @@ class DecodeLoop:
         return self.batch.arena.budget * self.batch.arena.token_bytes + self.prefixes.limit_bytes
 
     def turn(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None]) -> None:
-        """One round: let in, prefill `chunk` tokens, decode a step; what was called off meanwhile is in none of them."""
+        """One round: let in, prefill `chunk` tokens, decode a step; what was called off meanwhile
+        is in none of them.
+        """
         self.sweep()
         left = self.chunk
         while left > 0:
@@ -81,15 +91,24 @@ class DecodeLoop:
             self._guarded(list(self._rows.values()), self._step)
 
     def sweep(self, *, cancel_all: bool = False) -> None:
-        """End what was cancelled or is past its deadline, before anything more is computed for it."""
+        """End what was cancelled or is past its deadline, before anything more is computed
+        for it.
+        """
         now = time.monotonic()
         for running in self.running:
             reason = "cancelled" if cancel_all else running.overdue(now)
             if reason is not None:
                 self._end(running, reason)
 
-    def _admit(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None], *, at_most: int | None) -> None:
-        """Let the next one in when there is room; with `at_most` only one whose prompt has no more tokens."""
+    def _admit(
+        self,
+        next_waiting: Callable[[Callable[[Running], bool]], Running | None],
+        *,
+        at_most: int | None,
+    ) -> None:
+        """Let the next one in when there is room; with `at_most` only one whose prompt has no more
+        tokens.
+        """
 
         def fits(waiting: Running) -> bool:
             short = at_most is None or len(waiting.request.prompt_ids) <= at_most
@@ -131,7 +150,11 @@ class DecodeLoop:
 
     def _step(self) -> None:
         start, rows = time.monotonic(), list(self.batch.decoding)
-        if len(rows) == 1 and self.filling is None and (guess := self._rows[rows[0]].guess(self.lookup)):
+        if (
+            len(rows) == 1
+            and self.filling is None
+            and (guess := self._rows[rows[0]].guess(self.lookup))
+        ):
             self._check(self._rows[rows[0]], guess)
             return
         logits = self.batch.step([self._rows[row].token for row in rows])
@@ -140,7 +163,9 @@ class DecodeLoop:
             self._take(self._rows[row], own)
 
     def _check(self, running: Running, guess: list[int]) -> None:
-        """Run a row's next token and what may follow it in one step; keep what it would have chosen by itself."""
+        """Run a row's next token and what may follow it in one step; keep what it would have chosen
+        by itself.
+        """
         row, start = running.row, time.monotonic()
         assert row is not None
         before = row.length
@@ -155,7 +180,9 @@ class DecodeLoop:
         running.tell(guessed=len(guess), right=right)
 
     def _take(self, running: Running, logits: Float32) -> None:
-        """Choose a row's token; a row whose own settings fail it (a form that cannot be followed) ends alone."""
+        """Choose a row's token; a row whose own settings fail it (a form that cannot be followed)
+        ends alone.
+        """
         try:
             running.take(logits)
         except Exception as error:
@@ -170,7 +197,9 @@ class DecodeLoop:
         assert row is not None
         if running is self.filling:
             self.filling = None
-        elif self._rows.pop(row, None) is not None and error is None:  # a conversation may go on from here
+        elif (
+            self._rows.pop(row, None) is not None and error is None
+        ):  # a conversation may go on from here
             written = [*running.request.prompt_ids, *running.sequence.tokens][: row.length]
             self.prefixes.store(row.slot, running.adapter_key, written)
         self.batch.leave(row)
@@ -181,7 +210,9 @@ class DecodeLoop:
             running.fail(error)
 
     def _guarded(self, affected: list[Running], work: Callable[[], None]) -> None:
-        """Do one piece of engine work; when it fails, those it was for fail, and the worker goes on."""
+        """Do one piece of engine work; when it fails, those it was for fail, and the worker goes
+        on.
+        """
         try:
             work()
         except Exception as error:
@@ -191,11 +222,23 @@ class DecodeLoop:
 
 
 class Seq2SeqLoop(DecodeLoop):
-    """See `DecodeLoop`. A prompt goes through the encoder in one piece, and none is shared: an adapter changes all of it."""
+    """See `DecodeLoop`. A prompt goes through the encoder in one piece, and none is shared: an
+    adapter changes all of it.
+    """
 
-    def __init__(self, engine: Any, counters: Counters, *, lookup: int = 0, prefix_blocks: int = 0, **sizes: Any) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        counters: Counters,
+        *,
+        lookup: int = 0,
+        prefix_blocks: int = 0,
+        **sizes: Any,
+    ) -> None:
         if lookup:
-            raise InputError("an encoder-decoder guesses no tokens", expected="lookup 0", got=str(lookup))
+            raise InputError(
+                "an encoder-decoder guesses no tokens", expected="lookup 0", got=str(lookup)
+            )
         super().__init__(engine, counters, lookup=0, prefix_blocks=0, **sizes)
 
     @property

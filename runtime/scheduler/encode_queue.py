@@ -1,4 +1,6 @@
-"""Texts to encode and answers to score, of many callers in one batch; fair between adapters (start-time fair queueing)."""
+"""Texts to encode and answers to score, of many callers in one batch; fair between adapters
+(start-time fair queueing).
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,26 @@ from edgetune.runtime.tasks.runtime import Runtime
 from edgetune.runtime.tasks.scoring import SCORE_ROWS, SCORE_TOKENS, Reading
 
 Finish = Callable[[list[Float32], Float32], Any]
-"""Logits (labels,) or (tokens, labels) a text and pooled states (texts, hidden) → what the caller asked for."""
+"""Logits (labels,) or (tokens, labels) a text and pooled states (texts, hidden) → what the caller
+asked for.
+"""
 
 
 class EncodeJob:
-    """One caller's texts; `future` has the answer when the last of them is done. `words`: logits of every token.
+    """One caller's texts; `future` has the answer when the last of them is done. `words`: logits of
+    every token.
 
     Until then the future can be cancelled: what of its texts still waits is dropped.
     """
 
     def __init__(
-        self, ids: Sequence[list[int]], lease: Lease | None, hidden: int, finish: Finish, *, words: bool = False
+        self,
+        ids: Sequence[list[int]],
+        lease: Lease | None,
+        hidden: int,
+        finish: Finish,
+        *,
+        words: bool = False,
     ) -> None:
         self.ids, self.lease, self.finish, self.words = ids, lease, finish, words
         self.future: Future[Any] = Future()
@@ -40,7 +51,9 @@ class EncodeJob:
         self.left -= 1
 
     def end(self, error: BaseException | None = None) -> None:
-        """Let go of the adapter and answer the caller, if it still waits; a second call does nothing."""
+        """Let go of the adapter and answer the caller, if it still waits; a second call does
+        nothing.
+        """
         if self.lease is not None:
             self.lease.release()
         if self.future.done() or not self.future.set_running_or_notify_cancel():
@@ -79,8 +92,12 @@ class EncodeQueue:
         self._waiting += [(job, place) for place in range(len(job.ids))]
 
     def take(self) -> list[tuple[EncodeJob, int]]:
-        """The next batch: the text that waited longest, then those nearest in length, older ones first."""
-        over = {id(job): job for job, _ in self._waiting if job.future.done()}  # cancelled, or failed with a batch
+        """The next batch: the text that waited longest, then those nearest in length, older ones
+        first.
+        """
+        over = {
+            id(job): job for job, _ in self._waiting if job.future.done()
+        }  # cancelled, or failed with a batch
         for job in over.values():
             job.end()
         self._waiting = [entry for entry in self._waiting if id(entry[0]) not in over]
@@ -96,7 +113,9 @@ class EncodeQueue:
 
     def fitting(self, lengths: Sequence[int]) -> list[int]:
         """Of waiting texts, those of one batch: the first, then its nearest in length."""
-        return sorted(range(len(lengths)), key=lambda i: (i > 0, abs(lengths[i] - lengths[0]), i))[:ENCODE_ROWS]
+        return sorted(range(len(lengths)), key=lambda i: (i > 0, abs(lengths[i] - lengths[0]), i))[
+            :ENCODE_ROWS
+        ]
 
     def run(self, batch: Sequence[tuple[EncodeJob, int]]) -> None:
         """Run one batch and answer the callers whose last text it was."""
@@ -133,7 +152,9 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Item]):
-    """Items with a key (whose share) and a cost (what serving them takes, in any unit). Not thread-safe."""
+    """Items with a key (whose share) and a cost (what serving them takes, in any unit). Not
+    thread-safe.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, float, Item, Hashable]] = []
@@ -165,7 +186,9 @@ class FairQueue(Generic[Item]):
         return item
 
     def remove(self, wanted: Callable[[Item], bool]) -> list[Item]:
-        """Take out every item for which `wanted` is true; its adapter's later items come as if it had not been there."""
+        """Take out every item for which `wanted` is true; its adapter's later items come as if it
+        had not been there.
+        """
         out = [entry for entry in self._heap if wanted(entry[3])]
         if out:
             gone = {entry[1] for entry in out}
@@ -194,7 +217,9 @@ NO_STATES = np.zeros(0, np.float32)
 
 
 class ScoreQueue(EncodeQueue):
-    """Answers that wait for the decoder. The scheduler's lock guards `put`, `take` and `abandon`."""
+    """Answers that wait for the decoder. The scheduler's lock guards `put`, `take` and
+    `abandon`.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime)
@@ -215,7 +240,9 @@ class ScoreQueue(EncodeQueue):
         return len({id(job) for job, _ in [*self._waiting, *under_way]})
 
     def take(self) -> list[tuple[EncodeJob, int]]:
-        """The batch under way, else the answer that waited longest with those nearest to it in length that fit beside it."""
+        """The batch under way, else the answer that waited longest with those nearest to it in
+        length that fit beside it.
+        """
         if self._reading is not None and all(job.future.done() for job, _ in self._reading[0]):
             for job, _ in self._reading[0]:
                 job.end()
@@ -225,9 +252,13 @@ class ScoreQueue(EncodeQueue):
         return [] if self._reading is None else self._reading[0]
 
     def fitting(self, lengths: Sequence[int]) -> list[int]:
-        """Of waiting answers, those of one batch: the first, then its nearest in length while the padded batch is small."""
+        """Of waiting answers, those of one batch: the first, then its nearest in length while the
+        padded batch is small.
+        """
         chosen: list[int] = []
-        for place in sorted(range(len(lengths)), key=lambda i: (i > 0, abs(lengths[i] - lengths[0]), i)):
+        for place in sorted(
+            range(len(lengths)), key=lambda i: (i > 0, abs(lengths[i] - lengths[0]), i)
+        ):
             longest = max(lengths[i] for i in [*chosen, place])
             if chosen and (len(chosen) == SCORE_ROWS or (len(chosen) + 1) * longest > SCORE_TOKENS):
                 break
@@ -243,7 +274,9 @@ class ScoreQueue(EncodeQueue):
         try:
             reading = self._reading[1]
             if reading is None:
-                adapters = [None if job.lease is None else job.lease.resident.bound for job, _ in batch]
+                adapters = [
+                    None if job.lease is None else job.lease.resident.bound for job, _ in batch
+                ]
                 reading = Reading(engine, [job.ids[place] for job, place in batch], adapters)
                 self._reading = list(batch), reading
             found = reading.step()

@@ -21,10 +21,13 @@ from edgetune.runtime.generation.settings import GenerationSettings
 from edgetune.runtime.tasks.answers import Completion
 
 
-class QueueFull(EdgetuneError):  # noqa: N818  (as `queue.Full`: the request is fine, the moment is not)
+# (as `queue.Full`: the request is fine, the moment is not)
+class QueueFull(EdgetuneError):  # noqa: N818
     """The bounded queue has no room: try again in `retry_after_s` seconds."""
 
-    def __init__(self, what: str, *, retry_after_s: float, expected: str = "", got: str = "") -> None:
+    def __init__(
+        self, what: str, *, retry_after_s: float, expected: str = "", got: str = ""
+    ) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(what, expected=expected, got=got, fix="Send it again later.")
 
@@ -37,8 +40,9 @@ class SchedulerClosed(EdgetuneError):  # noqa: N818
 class GenerationRequest:
     """One prompt to be continued. `deadline` is a moment of `time.monotonic()`, in seconds.
 
-    A deadline that passes, in the queue or while the row runs, is no error: the completion ends with finish reason
-    "deadline" and the text so far. `choice` numbers the answers to one prompt, so that equal seeds give different ones.
+    A deadline that passes, in the queue or while the row runs, is no error: the completion ends
+    with finish reason "deadline" and the text so far. `choice` numbers the answers to one prompt,
+    so that equal seeds give different ones.
     """
 
     prompt_ids: list[int]
@@ -51,7 +55,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """Text that became certain (it may be empty: half a character, the beginning of a stop text) and its tokens."""
+    """Text that became certain (it may be empty: half a character, the beginning of a stop text)
+    and its tokens.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -67,7 +73,9 @@ class FinishedEvent:
 
 @dataclass(frozen=True)
 class FailedEvent:
-    """The last event of a request that could not be answered: an EdgetuneError where it was the request's doing."""
+    """The last event of a request that could not be answered: an EdgetuneError where it was the
+    request's doing.
+    """
 
     error: Exception
 
@@ -84,7 +92,9 @@ class Ticket:
         self._done = threading.Event()
 
     def cancel(self) -> None:
-        """Free the row before the next step; the last event then has finish reason "cancelled". Never blocks."""
+        """Free the row before the next step; the last event then has finish reason "cancelled".
+        Never blocks.
+        """
         self._cancelled.set()
 
     @property
@@ -203,7 +213,9 @@ class Running:
         self._tell(TokenEvent(piece, (self.token,), logprobs))
 
     def guess(self, count: int) -> list[int]:
-        """At most `count` tokens that may follow `token`; none where a choice depends on more than its logits."""
+        """At most `count` tokens that may follow `token`; none where a choice depends on more than
+        its logits.
+        """
         room = min(count, self.sequence.limit - len(self.sequence.tokens) - 1)
         if room <= 0 or not self.sequence.plain_greedy:
             return []
@@ -251,5 +263,7 @@ class Running:
         try:
             self._on_event(event)
         except Exception:  # a listener's trouble ends its own request, not the worker
-            log.exception("a listener of request %r failed; the request is cancelled", self.request.request_id)
+            log.exception(
+                "a listener of request %r failed; the request is cancelled", self.request.request_id
+            )
             self.ticket.cancel()

@@ -19,7 +19,13 @@ from edgetune.runtime.server.endpoints import adapters, encode, generate, models
 from edgetune.runtime.server.http.errors import ApiError
 from edgetune.runtime.server.http.logs import note
 from edgetune.runtime.server.http.service import Service
-from edgetune.runtime.server.middleware import HostCheck, KeyCheck, RequestScope, answer_to, error_response
+from edgetune.runtime.server.middleware import (
+    HostCheck,
+    KeyCheck,
+    RequestScope,
+    answer_to,
+    error_response,
+)
 
 ROUTES = {
     "/": ("GET", pages.playground),
@@ -42,7 +48,9 @@ ROUTES = {
 
 
 def build_app(service: Service) -> Starlette:
-    """The application around one service. The service is stopped (drained) when the application shuts down."""
+    """The application around one service. The service is stopped (drained) when the application
+    shuts down.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -66,9 +74,15 @@ def build_app(service: Service) -> Starlette:
     if options.api_keys:
         layers.append(Middleware(KeyCheck, keys=options.api_keys))
     app = Starlette(
-        routes=[Route(path, endpoint, methods=[method]) for path, (method, endpoint) in ROUTES.items()],
+        routes=[
+            Route(path, endpoint, methods=[method]) for path, (method, endpoint) in ROUTES.items()
+        ],
         middleware=layers,
-        exception_handlers={HTTPException: _http_error, ApiError: _known_error, EdgetuneError: _known_error},
+        exception_handlers={
+            HTTPException: _http_error,
+            ApiError: _known_error,
+            EdgetuneError: _known_error,
+        },
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
@@ -80,12 +94,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """The router's own 404 and 405, in OpenAI's form."""
     assert isinstance(error, HTTPException)
     words = {404: "There is nothing at this path.", 405: "This path does not take that method."}
-    answer = ApiError(error.status_code, words.get(error.status_code, error.detail), code="unknown_url")
+    answer = ApiError(
+        error.status_code, words.get(error.status_code, error.detail), code="unknown_url"
+    )
     return JSONResponse(answer.body(), error.status_code, headers=dict(error.headers or {}))
 
 
 async def _known_error(request: Request, error: Exception) -> Response:
-    """What has an answer of its own gets it here, inside the CORS layer; a defect of ours goes further out."""
+    """What has an answer of its own gets it here, inside the CORS layer; a defect of ours goes
+    further out.
+    """
     failure = answer_to(error)
     if failure is None:
         raise error

@@ -1,4 +1,6 @@
-"""uvicorn around the application: one process, a socket bound before anything is loaded, a drain on SIGTERM."""
+"""uvicorn around the application: one process, a socket bound before anything is loaded, a drain on
+SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class DrainingServer(uvicorn.Server):
-    """On SIGTERM or SIGINT: no new connections, answers under way go on, a second signal ends them."""
+    """On SIGTERM or SIGINT: no new connections, answers under way go on, a second signal ends
+    them.
+    """
 
     def __init__(self, service: Service) -> None:
         options = service.options
@@ -40,12 +44,15 @@ class DrainingServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a drained server has ended well: the signal is not raised again afterwards."""
+        """As uvicorn's, but a drained server has ended well: the signal is not raised again
+        afterwards.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {
-            number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGTERM, signal.SIGINT)
         }
         try:
             yield
@@ -65,7 +72,9 @@ class DrainingServer(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; OutputError when the place is taken. Port 0 takes a free one."""
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[
+            0
+        ]
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(place)
@@ -79,7 +88,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def hosts_of(host: str, also: tuple[str, ...]) -> tuple[str, ...]:
-    """Host names a server on this address answers for: on loopback only its own, elsewhere any, unless some are given."""
+    """Host names a server on this address answers for: on loopback only its own, elsewhere any,
+    unless some are given.
+    """
     if host in LOOPBACK:
         return (*LOOPBACK, "[::1]", *also)
     return (host, *LOOPBACK, "[::1]", *also) if also else ()

@@ -1,4 +1,6 @@
-"""Around every request: its id, its log line, its counters, who may call, and a JSON answer whatever happens."""
+"""Around every request: its id, its log line, its counters, who may call, and a JSON answer
+whatever happens.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")
 QUIET_PATHS = ("/health", "/ready", "/metrics")
 """Asked every few seconds by machines: logged at debug level."""
 CLIENT_GONE = 499
-"""nginx's status for a client that closed its connection; only the log and the counters ever see it."""
+"""nginx's status for a client that closed its connection; only the log and the counters ever see
+it.
+"""
 
 
 class RequestScope:
@@ -120,20 +124,31 @@ class KeyCheck:
         # Every key is compared, and digests have one length: the time says nothing about the keys.
         fits = [hmac.compare_digest(given, known) for known in self._keys]
         if not any(fits):
-            what = "Incorrect API key provided." if key else "No API key: give 'Authorization: Bearer KEY'."
+            what = (
+                "Incorrect API key provided."
+                if key
+                else "No API key: give 'Authorization: Bearer KEY'."
+            )
             raise ApiError(401, what, code="invalid_api_key")
 
 
 class HostCheck:
-    """Refuse requests for another host: a web page that points its own name at 127.0.0.1 gets nothing."""
+    """Refuse requests for another host: a web page that points its own name at 127.0.0.1 gets
+    nothing.
+    """
 
     def __init__(self, app: ASGIApp, *, hosts: Sequence[str]) -> None:
         self.app, self._hosts = app, {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what names one of the hosts."""
-        if scope["type"] == "http" and _host(Headers(scope=scope).get("host", "")) not in self._hosts:
-            raise ApiError(421, "This server does not answer for that host name.", code="unknown_host")
+        if (
+            scope["type"] == "http"
+            and _host(Headers(scope=scope).get("host", "")) not in self._hosts
+        ):
+            raise ApiError(
+                421, "This server does not answer for that host name.", code="unknown_host"
+            )
         await self.app(scope, receive, send)
 
 

@@ -1,4 +1,6 @@
-"""What a runtime answers: generated texts and classifications, and how they are made from a row's tokens or logits."""
+"""What a runtime answers: generated texts and classifications, and how they are made from a row's
+tokens or logits.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ THRESHOLD, VALUE = 0.5, "value"
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated text. `finish_reason`: "stop" (end token or stop text), "length"; from the scheduler also
-    "cancelled" and "deadline". Times in milliseconds."""
+    """One generated text. `finish_reason`: "stop" (end token or stop text), "length"; from the
+    scheduler also "cancelled" and "deadline". Times in milliseconds."""
 
     text: str
     finish_reason: str
@@ -38,9 +40,9 @@ class Completion:
 class Classification:
     """The most likely label, its probability, and every label's.
 
-    Of an adapter for several labels (multi-label) `labels` are those of at least 0.5, which need not include `label`,
-    and each has a probability of its own. Of one for numbers (regression) `value` is the number; `label` is "value",
-    and `score` and `scores` hold the number too.
+    Of an adapter for several labels (multi-label) `labels` are those of at least 0.5, which need
+    not include `label`, and each has a probability of its own. Of one for numbers (regression)
+    `value` is the number; `label` is "value", and `score` and `scores` hold the number too.
     """
 
     label: str
@@ -74,7 +76,9 @@ def classification_of(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -
     probabilities = sigmoid(logits) if several else softmax(logits)
     scores = dict(zip(adapter.labels or (), probabilities.tolist(), strict=True))
     label = max(scores, key=lambda name: scores[name])
-    labels = tuple(name for name, score in scores.items() if score >= THRESHOLD) if several else None
+    labels = (
+        tuple(name for name, score in scores.items() if score >= THRESHOLD) if several else None
+    )
     return Classification(label=label, score=scores[label], scores=scores, labels=labels)
 
 
@@ -90,8 +94,12 @@ def unit_length(pooled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return result
 
 
-def completion_of(row: TokenSequence, prompt_tokens: int, first_s: float, total_s: float) -> Completion:
-    """A finished row, whose first token came after `first_s` and whose last after `total_s` seconds."""
+def completion_of(
+    row: TokenSequence, prompt_tokens: int, first_s: float, total_s: float
+) -> Completion:
+    """A finished row, whose first token came after `first_s` and whose last after `total_s`
+    seconds.
+    """
     count = len(row.tokens)
     tpot_ms = (total_s - first_s) * 1e3 / (count - 1) if count > 1 else None
     logprobs = None if row.settings.logprobs is None else tuple(row.logprobs)

@@ -20,7 +20,9 @@ from edgetune.runtime.tasks.scoring import Answered, AnswerReader, read_scores, 
 Prompt = str | Sequence[Message]
 """A finished prompt (the user's turn of a chat model), or a conversation."""
 GENERATE_ROWS = 16
-"""Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's list."""
+"""Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's
+list.
+"""
 
 
 class DecoderAnswers(OpenBundle):
@@ -35,10 +37,12 @@ class DecoderAnswers(OpenBundle):
         n: int = 1,
         **settings: Any,
     ) -> list[Completion]:
-        """A completion of each prompt, with one adapter for all or one (or None) a prompt, mixed in a batch.
+        """A completion of each prompt, with one adapter for all or one (or None) a prompt, mixed in
+        a batch.
 
         `n` completions of each prompt stand one after the other; sampling makes them differ.
-        `settings`: fields of GenerationSettings; what is not given comes from the row's adapter, then the defaults.
+        `settings`: fields of GenerationSettings; what is not given comes from the row's adapter,
+        then the defaults.
         """
         if n < 1:
             raise InputError("n is out of range", expected="1 or more", got=str(n))
@@ -53,7 +57,11 @@ class DecoderAnswers(OpenBundle):
         with self._held(names) as held:
             tensors = [bound(found) for found in each(held, names)]
             for places in batches([len(row) for row in ids], GENERATE_ROWS):
-                batch = [ids[i] for i in places], [tensors[i] for i in places], [rows[i] for i in places]
+                batch = (
+                    [ids[i] for i in places],
+                    [tensors[i] for i in places],
+                    [rows[i] for i in places],
+                )
                 for place, _piece, completion in self._decode(*batch):
                     if completion is not None:
                         results[places[place]] = completion
@@ -67,8 +75,12 @@ class DecoderAnswers(OpenBundle):
 
         def pieces() -> Iterator[str | Completion]:
             with self.registry.lease(adapter) as held:
-                yield ""  # begun at once: the adapter is held from now on, until the stream ends or is dropped
-                for _row, piece, completion in self._decode([ids], [None if held is None else held.bound], [sequence]):
+                # begun at once: the adapter is held from now on, until the stream ends or is
+                # dropped
+                yield ("")
+                for _row, piece, completion in self._decode(
+                    [ids], [None if held is None else held.bound], [sequence]
+                ):
                     if piece:
                         yield piece
                     if completion is not None:
@@ -88,8 +100,9 @@ class DecoderAnswers(OpenBundle):
     ) -> list[float]:
         """The reward of each answer, with one reward adapter for all or one an answer.
 
-        An answer is a conversation that ends with it, a pair (prompt, answer), or a text that is read as it stands.
-        `truncate` keeps the end of what is longer than the context; else that is an InputError.
+        An answer is a conversation that ends with it, a pair (prompt, answer), or a text that is
+        read as it stands. `truncate` keeps the end of what is longer than the context; else that is
+        an InputError.
         """
         names = self._names(len(answers), adapter, adapters)
         for name in {*names}:
@@ -100,7 +113,9 @@ class DecoderAnswers(OpenBundle):
         scores = [0.0] * len(ids)
         with self._held(names) as held:
             for places in score_batches([len(row) for row in ids]):
-                found, _ = read_scores(engine, [ids[i] for i in places], [bound(held[names[i]]) for i in places])
+                found, _ = read_scores(
+                    engine, [ids[i] for i in places], [bound(held[names[i]]) for i in places]
+                )
                 for i, value in zip(places, found, strict=True):
                     scores[i] = float(value)
         return scores
@@ -109,19 +124,30 @@ class DecoderAnswers(OpenBundle):
         """InputError for an adapter that gives scores instead of text."""
         if self.task(name) == REWARD:
             what = f"the adapter {self.chosen(name)!r} gives scores, not text"
-            raise InputError(what, expected="an adapter that generates, or none", fix="Use Runtime.score.")
+            raise InputError(
+                what, expected="an adapter that generates, or none", fix="Use Runtime.score."
+            )
 
     def need_scores(self, name: str | None) -> None:
         """InputError for an adapter that gives no scores."""
         if self.task(name) != REWARD:
-            what = "no adapter is chosen" if name is None else f"the adapter {name!r} gives no scores"
-            there = ", ".join(entry.name for entry in self.manifest.adapters if entry.task == REWARD)
+            what = (
+                "no adapter is chosen" if name is None else f"the adapter {name!r} gives no scores"
+            )
+            there = ", ".join(
+                entry.name for entry in self.manifest.adapters if entry.task == REWARD
+            )
             raise InputError(what, expected=there or "an adapter of method reward")
 
     def prompt_ids(
-        self, prompt: Prompt, adapter: str | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        prompt: Prompt,
+        adapter: str | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Token ids of a prompt as the adapter was trained to see it. InputError when it does not fit the context.
+        """Token ids of a prompt as the adapter was trained to see it. InputError when it does not
+        fit the context.
 
         `tools` (OpenAI's objects) reach the chat template of a conversation.
         """
@@ -145,17 +171,28 @@ class DecoderAnswers(OpenBundle):
         return ids
 
     def settings(self, adapter: str | None = None, **given: Any) -> GenerationSettings:
-        """Generation settings: what is given (None: not given), else the adapter's own defaults, else edgetune's."""
+        """Generation settings: what is given (None: not given), else the adapter's own defaults,
+        else edgetune's.
+        """
         adapter = self.chosen(adapter)
         defaults = {} if adapter is None else self.adapter(adapter).generation
         return settings_from(defaults, given, base=GenerationSettings())
 
     def sequence(
-        self, ids: Sequence[int], settings: GenerationSettings, *, choice: int = 0, context: int | None = None
+        self,
+        ids: Sequence[int],
+        settings: GenerationSettings,
+        *,
+        choice: int = 0,
+        context: int | None = None,
     ) -> TokenSequence:
-        """One answer to be generated; `context`: tokens of prompt and answer, at most (None: the graph's)."""
+        """One answer to be generated; `context`: tokens of prompt and answer, at most (None: the
+        graph's).
+        """
         graph = self.manifest.graph
-        before = ids if graph.start_token_id is None else [graph.start_token_id]  # the prompt is another text than the answer
+        before = (
+            ids if graph.start_token_id is None else [graph.start_token_id]
+        )  # the prompt is another text than the answer
         return TokenSequence(
             self.tokenizer,
             settings,
@@ -171,9 +208,14 @@ class DecoderAnswers(OpenBundle):
         return self.sequence(ids, self.settings(name, **settings), choice=index)
 
     def _decode(
-        self, ids: Sequence[Sequence[int]], adapters: Sequence[AdapterRow], rows: Sequence[TokenSequence]
+        self,
+        ids: Sequence[Sequence[int]],
+        adapters: Sequence[AdapterRow],
+        rows: Sequence[TokenSequence],
     ) -> Iterator[tuple[int, str, Completion | None]]:
-        """Generate a batch: (row, new text, the row's completion when it ended). Rows that end leave the batch."""
+        """Generate a batch: (row, new text, the row's completion when it ended). Rows that end
+        leave the batch.
+        """
         if not ids:
             return
         engine = self._need(self.decoder)
@@ -199,7 +241,9 @@ class DecoderAnswers(OpenBundle):
             logits = state.step([tokens[i] for i in live])
 
     @staticmethod
-    def _keep_unfinished(state: DecodeState, live: list[int], rows: Sequence[TokenSequence]) -> list[int]:
+    def _keep_unfinished(
+        state: DecodeState, live: list[int], rows: Sequence[TokenSequence]
+    ) -> list[int]:
         places = [place for place, i in enumerate(live) if rows[i].finish_reason is None]
         if places:
             state.keep(places)

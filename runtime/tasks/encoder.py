@@ -16,7 +16,9 @@ from edgetune.runtime.tasks.open_bundle import Held, OpenBundle, batches, bound,
 from edgetune.runtime.tasks.tagging import Tagging, Words, read_words
 
 ENCODE_ROWS = 32
-"""Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's list."""
+"""Rows in one batch at most; more are answered in turn, so memory does not grow with a caller's
+list.
+"""
 
 
 class EncoderAnswers(OpenBundle):
@@ -30,17 +32,24 @@ class EncoderAnswers(OpenBundle):
         adapters: Sequence[str | None] | None = None,
         truncate: bool = False,
     ) -> list[Classification]:
-        """The label of each text, or of each pair of texts that belong together, with one adapter for all or one a text.
+        """The label of each text, or of each pair of texts that belong together, with one adapter
+        for all or one a text.
 
-        `truncate` cuts a text to what the adapter was trained with; else a text longer than the model's positions
-        is an InputError.
+        `truncate` cuts a text to what the adapter was trained with; else a text longer than the
+        model's positions is an InputError.
         """
         names = self._names(len(texts), adapter, adapters)
         for name in {*names}:
             self.need_labels(name)
-        with self._held(names) as held:  # labels and tensors of one adapter, even where it is replaced meanwhile
+        with self._held(
+            names
+        ) as held:  # labels and tensors of one adapter, even where it is replaced meanwhile
             logits, _ = self._encode(texts, names, held, truncate=truncate)
-            return [classification_of(row, found.packed) for row, found in zip(logits, each(held, names), strict=True) if found]
+            return [
+                classification_of(row, found.packed)
+                for row, found in zip(logits, each(held, names), strict=True)
+                if found
+            ]
 
     def tag(
         self,
@@ -52,8 +61,9 @@ class EncoderAnswers(OpenBundle):
     ) -> list[Tagging]:
         """The tag of every word, with one adapter for all rows or one a row.
 
-        A row is a list of words, or a plain text, which is split at white space and at each punctuation mark or symbol
-        (`edgetune.core.text.split_words`). `truncate` as for `classify`; words that are cut off are tagged O.
+        A row is a list of words, or a plain text, which is split at white space and at each
+        punctuation mark or symbol (`edgetune.core.text.split_words`). `truncate` as for `classify`;
+        words that are cut off are tagged O.
         """
         names = self._names(len(rows), adapter, adapters)
         for name in {*names}:
@@ -84,25 +94,37 @@ class EncoderAnswers(OpenBundle):
             choices = ", ".join(self.adapters) or "an adapter with labels; this bundle has none"
             raise InputError(f"{what}, so there is nothing to classify into", expected=choices)
         if self.task(name) == TAGGING:
-            raise InputError("this adapter tags words, not texts", got=repr(name), fix="Use Runtime.tag.")
+            raise InputError(
+                "this adapter tags words, not texts", got=repr(name), fix="Use Runtime.tag."
+            )
 
     def need_tags(self, name: str | None) -> None:
         """InputError for an adapter that tags no words."""
         if self.task(name) != TAGGING:
             what = "no adapter is chosen" if name is None else f"the adapter {name!r} tags no words"
-            there = ", ".join(entry.name for entry in self.manifest.adapters if entry.task == TAGGING)
+            there = ", ".join(
+                entry.name for entry in self.manifest.adapters if entry.task == TAGGING
+            )
             raise InputError(what, expected=there or "an adapter for token-classification")
 
-    def text_ids(self, text: Text, adapter: str | None = None, *, truncate: bool = False) -> list[int]:
-        """Token ids of a text, or of two, for an encoder; `truncate` cuts to what the adapter was trained with."""
+    def text_ids(
+        self, text: Text, adapter: str | None = None, *, truncate: bool = False
+    ) -> list[int]:
+        """Token ids of a text, or of two, for an encoder; `truncate` cuts to what the adapter was
+        trained with.
+        """
         limit, adapter = self.manifest.graph.max_length, self.chosen(adapter)
         packed = None if adapter is None else self.adapter(adapter)
         if packed is not None and packed.prompt_format is not None:
             _check_count(text, pairs=packed.reads_pairs, name=packed.name)
         trained = None if packed is None else packed.metadata.get("max_length")
-        ids = self.tokenizer.encode_text(text, max_tokens=min(limit, trained or limit) if truncate else None)
+        ids = self.tokenizer.encode_text(
+            text, max_tokens=min(limit, trained or limit) if truncate else None
+        )
         if not ids:
-            raise InputError("the text has no tokens", expected="one token at least", got=repr(text)[:40])
+            raise InputError(
+                "the text has no tokens", expected="one token at least", got=repr(text)[:40]
+            )
         if len(ids) > limit:
             fix = "Shorten it, or pass truncate=True (`--truncate`)."
             raise InputError(
@@ -119,7 +141,10 @@ class EncoderAnswers(OpenBundle):
         engine = self._need(self.encoder)
         if not texts:
             return [], np.zeros((0, self.manifest.graph.hidden_size), np.float32)
-        ids = [self.text_ids(text, name, truncate=truncate) for text, name in zip(texts, names, strict=True)]
+        ids = [
+            self.text_ids(text, name, truncate=truncate)
+            for text, name in zip(texts, names, strict=True)
+        ]
         logits: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(ids)
         pooled = np.zeros((len(ids), self.manifest.graph.hidden_size), np.float32)
         for places in batches([len(row) for row in ids], ENCODE_ROWS):
@@ -132,10 +157,19 @@ class EncoderAnswers(OpenBundle):
         return logits, pooled
 
     def _tag(
-        self, engine: EncoderEngine, rows: Sequence[Words], names: Sequence[str | None], held: Held, *, truncate: bool
+        self,
+        engine: EncoderEngine,
+        rows: Sequence[Words],
+        names: Sequence[str | None],
+        held: Held,
+        *,
+        truncate: bool,
     ) -> list[Tagging]:
         found = each(held, names)
-        readings = [read_words(self, row, name, truncate=truncate) for row, name in zip(rows, names, strict=True)]
+        readings = [
+            read_words(self, row, name, truncate=truncate)
+            for row, name in zip(rows, names, strict=True)
+        ]
         results = [Tagging(reading.text, ()) for reading in readings]
         full = [i for i, reading in enumerate(readings) if reading.ids]
         for places in batches([len(readings[i].ids) for i in full], ENCODE_ROWS):
@@ -156,4 +190,8 @@ def _check_count(text: Text, *, pairs: bool, name: str) -> None:
     if pairs is isinstance(text, str):
         wanted, got = ("two texts", "one text") if pairs else ("one text", "two texts")
         example = '("a text", "another")' if pairs else '"a text"'
-        raise InputError(f"the adapter {name!r} reads {wanted} at once", expected=f"{wanted}, as {example}", got=got)
+        raise InputError(
+            f"the adapter {name!r} reads {wanted} at once",
+            expected=f"{wanted}, as {example}",
+            got=got,
+        )

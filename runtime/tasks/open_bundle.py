@@ -1,4 +1,6 @@
-"""A bundle that is open: its manifest, tokenizer, engines and adapters, which both kinds of answers are made from."""
+"""A bundle that is open: its manifest, tokenizer, engines and adapters, which both kinds of answers
+are made from.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,18 @@ class OpenBundle:
         self.registry = AdapterRegistry(
             folder, manifest, adapter_folder=adapter_folder, memory_mb=adapter_memory_mb
         )
-        self.decoder = decoder_engine(folder, manifest, threads=threads, providers=providers, situations=situations) if manifest.is_decoder else None
-        self.encoder = None if manifest.is_decoder else EncoderEngine(folder, manifest, threads=threads, providers=providers)
+        self.decoder = (
+            decoder_engine(
+                folder, manifest, threads=threads, providers=providers, situations=situations
+            )
+            if manifest.is_decoder
+            else None
+        )
+        self.encoder = (
+            None
+            if manifest.is_decoder
+            else EncoderEngine(folder, manifest, threads=threads, providers=providers)
+        )
         engine = self.decoder or self.encoder
         assert engine is not None
         self.providers = engine.providers_in_use
@@ -57,7 +69,10 @@ class OpenBundle:
         self.registry = AdapterRegistry(self.folder, self.manifest)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -67,11 +82,17 @@ class OpenBundle:
         return self.registry.names()
 
     def load_adapter(self, name: str, folder: str | Path, *, pin: bool = False) -> PackedAdapter:
-        """Load a PEFT folder under a new name; its `.notes` say what could not be checked. See `pack_adapter`."""
+        """Load a PEFT folder under a new name; its `.notes` say what could not be checked. See
+        `pack_adapter`.
+        """
         return self.registry.load(name, folder, pin=pin)
 
-    def unload_adapter(self, name: str, *, in_use: InUse = "forget", timeout_s: float | None = None) -> None:
-        """Forget an adapter; a text that is being generated with it goes on, or see AdapterRegistry.unload."""
+    def unload_adapter(
+        self, name: str, *, in_use: InUse = "forget", timeout_s: float | None = None
+    ) -> None:
+        """Forget an adapter; a text that is being generated with it goes on, or see
+        AdapterRegistry.unload.
+        """
         self.registry.unload(name, in_use=in_use, timeout_s=timeout_s)
 
     def adapter(self, name: str) -> PackedAdapter:
@@ -79,16 +100,22 @@ class OpenBundle:
         return self.registry.get(name).packed
 
     def labels(self, name: str | None) -> tuple[str, ...] | None:
-        """What an adapter classifies into; None for the base model and for adapters that generate or embed."""
+        """What an adapter classifies into; None for the base model and for adapters that generate
+        or embed.
+        """
         chosen = self.chosen(name)
         return None if chosen is None else self.adapter(chosen).labels
 
     def chosen(self, adapter: str | None) -> str | None:
-        """The adapter that answers: the one in the weights of a merged bundle, whether it is named or not."""
+        """The adapter that answers: the one in the weights of a merged bundle, whether it is named
+        or not.
+        """
         return self._names(1, adapter, None)[0]
 
     def task(self, name: str | None) -> str | None:
-        """What an adapter was trained for, as in its recipe's methods; None for a base that embeds."""
+        """What an adapter was trained for, as in its recipe's methods; None for a base that
+        embeds.
+        """
         chosen = self.chosen(name)
         if self.manifest.is_decoder:
             scores = chosen is not None and self.adapter(chosen).task == REWARD
@@ -108,7 +135,9 @@ class OpenBundle:
     def _names(
         self, count: int, adapter: str | None, adapters: Sequence[str | None] | None
     ) -> list[str | None]:
-        merged = self.manifest.adapters[0].name if self.manifest.mode == "merged" else None  # in the weights, named or not
+        merged = (
+            self.manifest.adapters[0].name if self.manifest.mode == "merged" else None
+        )  # in the weights, named or not
         if adapters is None:
             return [merged if adapter is None else adapter] * count
         if adapter is not None:
@@ -123,7 +152,9 @@ class OpenBundle:
         if engine is None:
             closed = self.decoder is None and self.encoder is None
             what = (
-                "the runtime is closed" if closed else f"this bundle does {self.manifest.task}, nothing else"
+                "the runtime is closed"
+                if closed
+                else f"this bundle does {self.manifest.task}, nothing else"
             )
             raise InputError(what, where=str(self.folder))
         return engine

@@ -38,9 +38,13 @@ class Request:
 
 
 def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line, row) of a `.jsonl` or `.jsonl.gz` file. InputError names file, line, expected and got."""
+    """(line, row) of a `.jsonl` or `.jsonl.gz` file. InputError names file, line, expected
+    and got.
+    """
     if not path.is_file():
-        raise InputError("no such file", where=str(path), expected="a .jsonl file, one JSON object a line")
+        raise InputError(
+            "no such file", where=str(path), expected="a .jsonl file, one JSON object a line"
+        )
     rows = []
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -48,7 +52,9 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     rows.append((number, _row(line, where=f"{path}, line {number}")))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"the file cannot be unpacked: {error}", where=str(path), expected="gzip") from error
+        raise InputError(
+            f"the file cannot be unpacked: {error}", where=str(path), expected="gzip"
+        ) from error
     if not rows:
         raise InputError("the file has no rows", where=str(path), expected="one JSON object a line")
     return rows
@@ -72,10 +78,14 @@ def requests_of(
 def answer_rows(
     runtime: Runtime, requests: Sequence[Request], *, truncate: bool = False, **settings: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, answered row) in the order of finishing: rows of like length share a batch, whatever their adapter."""
+    """(index, answered row) in the order of finishing: rows of like length share a batch, whatever
+    their adapter.
+    """
     kinds = [_kind(runtime, request.adapter) for request in requests]
     for kind in dict.fromkeys(kinds):  # tagged, classified and embedded (or generated) rows apart
-        order = sorted((i for i, one in enumerate(kinds) if one == kind), key=lambda i: requests[i].tokens)
+        order = sorted(
+            (i for i, one in enumerate(kinds) if one == kind), key=lambda i: requests[i].tokens
+        )
         for start in range(0, len(order), BATCH):
             places = order[start : start + BATCH]
             batch = [requests[i] for i in places]
@@ -112,7 +122,9 @@ def _request(
 ) -> Request:
     chosen = row.get("adapter", adapter)
     if chosen is not None and not isinstance(chosen, str):
-        raise InputError("`adapter` has a wrong type", where=where, expected="a name", got=repr(chosen))
+        raise InputError(
+            "`adapter` has a wrong type", where=where, expected="a name", got=repr(chosen)
+        )
     try:
         chosen = runtime.chosen(chosen)
         form = None if chosen is None else runtime.adapter(chosen).prompt_format
@@ -134,17 +146,23 @@ def _request(
         raise (
             error
             if error.where
-            else InputError(error.what, where=where, expected=error.expected, got=error.got, fix=error.fix)
+            else InputError(
+                error.what, where=where, expected=error.expected, got=error.got, fix=error.fix
+            )
         ) from error
     except AdapterError as error:
         if error.where:
             raise
-        raise AdapterError(error.what, where=where, expected=error.expected, got=error.got) from error
+        raise AdapterError(
+            error.what, where=where, expected=error.expected, got=error.got
+        ) from error
     return Request(where, row, chosen, content, tokens)
 
 
 def prompt_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Prompt:
-    """A generation row: `messages`, else the columns of the adapter's prompt template, else `prompt`."""
+    """A generation row: `messages`, else the columns of the adapter's prompt template, else
+    `prompt`.
+    """
     if row.get("messages") is not None:
         return check_messages(row["messages"], where=where)
     template = (form or {}).get("prompt")
@@ -154,12 +172,20 @@ def prompt_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: 
 
 
 def text_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Text:
-    """A classification row: the columns of the adapter's text template, else `text`; two texts where it reads two."""
+    """A classification row: the columns of the adapter's text template, else `text`; two texts
+    where it reads two.
+    """
     first = _column_text(row, "text", form, where=where)
-    return first if (form or {}).get("text_pair") is None else (first, _column_text(row, "text_pair", form, where=where))
+    return (
+        first
+        if (form or {}).get("text_pair") is None
+        else (first, _column_text(row, "text_pair", form, where=where))
+    )
 
 
-def _column_text(row: Mapping[str, Any], key: str, form: Mapping[str, Any] | None, *, where: str) -> str:
+def _column_text(
+    row: Mapping[str, Any], key: str, form: Mapping[str, Any] | None, *, where: str
+) -> str:
     template = (form or {}).get(key)
     if template is not None and set(columns_of(template)) <= set(row):
         return render_columns(template, row, where=where)
@@ -167,7 +193,9 @@ def _column_text(row: Mapping[str, Any], key: str, form: Mapping[str, Any] | Non
 
 
 def words_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Words:
-    """A row to be tagged: the column of words that the adapter was trained on, else `tokens`, else the plain `text`."""
+    """A row to be tagged: the column of words that the adapter was trained on, else `tokens`, else
+    the plain `text`.
+    """
     for column in dict.fromkeys([(form or {}).get("tokens") or "tokens", "tokens"]):
         if row.get(column) is not None:
             return check_words(row[column], where=where)
@@ -180,7 +208,9 @@ def _kind(runtime: Runtime, adapter: str | None) -> str:
     return "classify" if runtime.labels(adapter) is not None else "other"
 
 
-def _text(row: Mapping[str, Any], key: str, *, also: Sequence[str], template: str | None, where: str) -> str:
+def _text(
+    row: Mapping[str, Any], key: str, *, also: Sequence[str], template: str | None, where: str
+) -> str:
     value = row.get(key)
     if isinstance(value, str) and value:
         return value
@@ -227,15 +257,27 @@ def _classified(found: Classification) -> dict[str, Any]:
     if found.value is not None:
         return {"value": found.value}
     if found.labels is not None:
-        return {"labels": list(found.labels), "scores": {name: round(score, 6) for name, score in found.scores.items()}}
+        return {
+            "labels": list(found.labels),
+            "scores": {name: round(score, 6) for name, score in found.scores.items()},
+        }
     return {"label": found.label, "score": round(found.score, 6)}
 
 
 def _tagged(row: Any, found: Tagging) -> dict[str, Any]:
-    """`tags` and `spans` (characters) of the words, which `tokens` names where a plain text was split, and the entities.
+    """`tags` and `spans` (characters) of the words, which `tokens` names where a plain text was
+    split, and the entities.
 
     Spans count in the row's `text`, or in its words with a space between each two.
     """
     split = {"tokens": [word.word for word in found.words]} if isinstance(row, str) else {}
-    entities = [{"type": e.type, "text": e.text, "start": e.start, "end": e.end, "score": round(e.score, 6)} for e in found.entities]
-    return {**split, "tags": found.tags, "spans": [[word.start, word.end] for word in found.words], "entities": entities}
+    entities = [
+        {"type": e.type, "text": e.text, "start": e.start, "end": e.end, "score": round(e.score, 6)}
+        for e in found.entities
+    ]
+    return {
+        **split,
+        "tags": found.tags,
+        "spans": [[word.start, word.end] for word in found.words],
+        "entities": entities,
+    }

@@ -1,4 +1,6 @@
-"""Answers → the token ids that a reward adapter reads → scores: by a decoder's prefill, without a step of decode."""
+"""Answers → the token ids that a reward adapter reads → scores: by a decoder's prefill, without a
+step of decode.
+"""
 
 from __future__ import annotations
 
@@ -23,30 +25,48 @@ from edgetune.runtime.engine.engine import (
 from edgetune.runtime.engine.session import AdapterRow
 
 Answered = str | Sequence[Message] | tuple[str | Sequence[Message], str]
-"""What is scored: a conversation that ends with the assistant's answer, a (prompt, answer) pair, or a text as it stands."""
+"""What is scored: a conversation that ends with the assistant's answer, a (prompt, answer) pair, or
+a text as it stands.
+"""
 SCORE_TOKENS, SCORE_ROWS = 512, 16
 """One batch at most, padding included; a longer row is read alone, piece by piece."""
 PLACE = "the assistant's answer"  # stands for an answer where only what follows it is wanted
 
 
 class Reading:
-    """Rows on their way to their scores. `step` does one piece of the work, so that others need not wait for all of it."""
+    """Rows on their way to their scores. `step` does one piece of the work, so that others need not
+    wait for all of it.
+    """
 
-    def __init__(self, engine: DecoderEngine, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]) -> None:
+    def __init__(
+        self, engine: DecoderEngine, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]
+    ) -> None:
         engine.check(rows)
         self._engine, self._rows, self._adapters = engine, rows, adapter_per_row(rows, adapters)
-        outputs = {STATES: engine.graph.hidden_size} | ({} if engine.manifest.head is not None else {SCORE: 1})
+        outputs = {STATES: engine.graph.hidden_size} | (
+            {} if engine.manifest.head is not None else {SCORE: 1}
+        )
         if missing := [name for name in outputs if name not in engine.outputs]:
-            raise InputError(f"this bundle's graph gives no {missing[0]}, so nothing can be scored", fix="Export it again.")
+            raise InputError(
+                f"this bundle's graph gives no {missing[0]}, so nothing can be scored",
+                fix="Export it again.",
+            )
         capacity = round_up(max(map(len, rows)), CACHE_STEP)
         self.tokens = capacity * len(rows)
         """tokens of cache that it holds until its scores are there"""
-        self._state, self._done = DecodeState(engine, self._adapters, capacity=capacity, outputs=outputs), 0
+        self._state, self._done = (
+            DecodeState(engine, self._adapters, capacity=capacity, outputs=outputs),
+            0,
+        )
 
     def step(self) -> tuple[Float32, Float32] | None:
-        """Scores (rows,) and last tokens' states (rows, hidden) once the last piece is read; None before."""
+        """Scores (rows,) and last tokens' states (rows, hidden) once the last piece is read; None
+        before.
+        """
         if len(self._rows) > 1:
-            self._state.prefill(self._rows, index=np.array([[len(row) - 1] for row in self._rows], np.int64))
+            self._state.prefill(
+                self._rows, index=np.array([[len(row) - 1] for row in self._rows], np.int64)
+            )
         else:
             piece = self._rows[0][self._done : self._done + PREFILL_CHUNK]
             self._state.extend(piece)
@@ -56,10 +76,21 @@ class Reading:
         states = self._state.results[STATES][:, 0]
         if self._engine.manifest.head is None:
             return self._state.results[SCORE][:, 0, 0].copy(), states.copy()
-        return np.array([self._engine.score_of(row, a) for row, a in zip(states, self._adapters, strict=True)], np.float32), states.copy()
+        return (
+            np.array(
+                [
+                    self._engine.score_of(row, a)
+                    for row, a in zip(states, self._adapters, strict=True)
+                ],
+                np.float32,
+            ),
+            states.copy(),
+        )
 
 
-def read_scores(engine: DecoderEngine, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]) -> tuple[Float32, Float32]:
+def read_scores(
+    engine: DecoderEngine, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]
+) -> tuple[Float32, Float32]:
     """Scores (rows,) of one batch and the last tokens' states (rows, hidden); see `Reading`."""
     reading = Reading(engine, rows, adapters)
     while (found := reading.step()) is None:
@@ -68,7 +99,9 @@ def read_scores(engine: DecoderEngine, rows: Sequence[Sequence[int]], adapters: 
 
 
 def score_batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Row numbers in batches of like length that keep within SCORE_TOKENS and SCORE_ROWS, padding included."""
+    """Row numbers in batches of like length that keep within SCORE_TOKENS and SCORE_ROWS, padding
+    included.
+    """
     batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) == SCORE_ROWS or (len(batch) + 1) * lengths[place] > SCORE_TOKENS):
@@ -80,16 +113,23 @@ def score_batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 class AnswerReader:
-    """Answers → token ids as `reward` trains on them: prompt, answer and what closes an answer, each tokenised apart.
+    """Answers → token ids as `reward` trains on them: prompt, answer and what closes an answer,
+    each tokenised apart.
 
-    A prompt that several answers share is tokenised once, and so is what closes them. A text that stands alone is read
-    as it is.
+    A prompt that several answers share is tokenised once, and so is what closes them. A text that
+    stands alone is read as it is.
     """
 
-    def __init__(self, runtime: Any, adapter: str | None, *, truncate: bool, limit: int | None = None) -> None:
-        """`limit`: tokens of one answer with its prompt (None: the graph's context); `truncate` keeps the end."""
+    def __init__(
+        self, runtime: Any, adapter: str | None, *, truncate: bool, limit: int | None = None
+    ) -> None:
+        """`limit`: tokens of one answer with its prompt (None: the graph's context); `truncate`
+        keeps the end.
+        """
         self._tokenizer, self._truncate = runtime.tokenizer, truncate
-        self._form: Mapping[str, Any] = (runtime.adapter(adapter).prompt_format if adapter is not None else None) or {}
+        self._form: Mapping[str, Any] = (
+            runtime.adapter(adapter).prompt_format if adapter is not None else None
+        ) or {}
         self._template = self._tokenizer.template_of(self._form)
         self._limit = limit or runtime.manifest.graph.max_length
         self._heads: dict[str, list[int]] = {}
@@ -103,14 +143,20 @@ class AnswerReader:
             prompt, answer = prompt_and_answer(answered)
             if self._closing is None:
                 self._closing = closing_ids(self._tokenizer, self._template)
-            ids = [*self._head(prompt), *self._tokenizer.encode(answer, add_special_tokens=False), *self._closing]
+            ids = [
+                *self._head(prompt),
+                *self._tokenizer.encode(answer, add_special_tokens=False),
+                *self._closing,
+            ]
         if not ids:
             raise InputError("there is nothing to score", expected="one token at least")
         if len(ids) > self._limit and not self._truncate:
             raise InputError(
-                "prompt and answer are longer than the context", expected=f"at most {self._limit} tokens", got=f"{len(ids)} tokens",
+                "prompt and answer are longer than the context",
+                expected=f"at most {self._limit} tokens",
+                got=f"{len(ids)} tokens",
                 fix="Shorten them, or pass truncate=True (`--truncate`), which keeps the end.",
-            )  # fmt: skip
+            )
         return ids[-self._limit :]
 
     def _head(self, prompt: str | Sequence[Message]) -> list[int]:
@@ -120,37 +166,53 @@ class AnswerReader:
             if isinstance(prompt, str):
                 self._heads[key] = self._tokenizer.encode_prompt(prompt, self._form)
             else:
-                self._heads[key] = self._tokenizer.encode_chat(with_system(check_messages(prompt), system=self._form.get("system")))
+                self._heads[key] = self._tokenizer.encode_chat(
+                    with_system(check_messages(prompt), system=self._form.get("system"))
+                )
         return self._heads[key]
 
 
-def answered_ids(runtime: Any, answered: Answered, adapter: str | None, *, truncate: bool, limit: int | None = None) -> list[int]:
+def answered_ids(
+    runtime: Any,
+    answered: Answered,
+    adapter: str | None,
+    *,
+    truncate: bool,
+    limit: int | None = None,
+) -> list[int]:
     """Token ids of one answer; see `AnswerReader`."""
     return AnswerReader(runtime, adapter, truncate=truncate, limit=limit).ids(answered)
 
 
 def prompt_and_answer(answered: Any) -> tuple[str | list[Message], str]:
-    """A pair as it is; a conversation cut before its last message, which must be the assistant's."""
+    """A pair as it is; a conversation cut before its last message, which must be the
+    assistant's.
+    """
     if isinstance(answered, tuple) and len(answered) == 2 and isinstance(answered[1], str):
         return answered[0], answered[1]
     messages = check_messages(answered)
     last = messages[-1]
     if last["role"] != "assistant" or not isinstance(last.get("content"), str) or len(messages) < 2:
         raise InputError(
-            "the conversation does not end with an answer", expected="a last message by the assistant, after one by the user",
+            "the conversation does not end with an answer",
+            expected="a last message by the assistant, after one by the user",
             got=f"{len(messages)} messages, the last by {last['role']}",
-        )  # fmt: skip
+        )
     return messages[:-1], last["content"]
 
 
 def closing_ids(tokenizer: Any, template: str) -> list[int]:
-    """What follows a finished answer: what the chat template writes there, or the end token; without tokens at the end
-    that also pad, as in training (`edgetune.data.conversations.closing_tokens`)."""
+    """What follows a finished answer: what the chat template writes there, or the end token;
+    without tokens at the end that also pad, as in training
+    (`edgetune.data.conversations.closing_tokens`)."""
     end = tokenizer.special_tokens.get("eos_token")
     end_id = None if end is None else tokenizer.tokenizer.token_to_id(end)
     if template == "chat":
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PLACE}]
-        closing = tokenizer.encode(tokenizer.chat_of(turns, add_generation_prompt=False).partition(PLACE)[2], add_special_tokens=False)
+        closing = tokenizer.encode(
+            tokenizer.chat_of(turns, add_generation_prompt=False).partition(PLACE)[2],
+            add_special_tokens=False,
+        )
     else:
         closing = [] if end_id is None else [end_id]
     padding = tokenizer.padding_id if tokenizer.padding_id is not None else end_id
@@ -159,8 +221,12 @@ def closing_ids(tokenizer: Any, template: str) -> list[int]:
     return closing
 
 
-def answered_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Answered:
-    """A row to be scored: `messages`; the prompt (by the adapter's template, else `prompt`) and `completion`; or `text`."""
+def answered_of(
+    row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = ""
+) -> Answered:
+    """A row to be scored: `messages`; the prompt (by the adapter's template, else `prompt`) and
+    `completion`; or `text`.
+    """
     if row.get("messages") is not None:
         return check_messages(row["messages"], where=where)
     answer = row.get("completion")
@@ -168,10 +234,21 @@ def answered_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where
         return str(row["text"])
     template = (form or {}).get("prompt")
     plain = row.get("prompt")
-    prompt = plain if isinstance(plain, list) or template is None or not set(columns_of(template)) <= set(row) else render_columns(template, row, where=where)
-    if not isinstance(answer, str) or not answer or not prompt or not isinstance(prompt, (str, list)):
+    prompt = (
+        plain
+        if isinstance(plain, list) or template is None or not set(columns_of(template)) <= set(row)
+        else render_columns(template, row, where=where)
+    )
+    if (
+        not isinstance(answer, str)
+        or not answer
+        or not prompt
+        or not isinstance(prompt, (str, list))
+    ):
         raise InputError(
-            "the row holds no answer to score", where=where, expected="`prompt` and `completion`, or `messages`, or `text`",
+            "the row holds no answer to score",
+            where=where,
+            expected="`prompt` and `completion`, or `messages`, or `text`",
             got=f"columns {', '.join(row) or 'none'}",
-        )  # fmt: skip
+        )
     return prompt, answer

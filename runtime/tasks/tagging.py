@@ -1,4 +1,6 @@
-"""Words with tags: texts or ready-made words → what the tagger reads → a tag, a score and a place for every word."""
+"""Words with tags: texts or ready-made words → what the tagger reads → a tag, a score and a place
+for every word.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ Words = str | Sequence[str]
 class TaggedWord:
     """A word, its tag, the tag's probability, and its characters `start` … `end - 1` of the text.
 
-    A word that the model never sees (cut off, or of characters its tokenizer drops) has the tag O and the score 0.
+    A word that the model never sees (cut off, or of characters its tokenizer drops) has the tag O
+    and the score 0.
     """
 
     word: str
@@ -33,7 +36,9 @@ class TaggedWord:
 
 @dataclass(frozen=True)
 class TaggedSpan:
-    """An entity: its type, and its characters `start` … `end - 1` of the text. `score`: its least certain word's."""
+    """An entity: its type, and its characters `start` … `end - 1` of the text. `score`: its least
+    certain word's.
+    """
 
     type: str
     text: str
@@ -44,7 +49,9 @@ class TaggedSpan:
 
 @dataclass(frozen=True)
 class Tagging:
-    """A text's words with their tags. `text` is the one that was given, or the given words with a space between."""
+    """A text's words with their tags. `text` is the one that was given, or the given words with a
+    space between.
+    """
 
     text: str
     words: tuple[TaggedWord, ...]
@@ -56,18 +63,26 @@ class Tagging:
 
     @property
     def entities(self) -> list[TaggedSpan]:
-        """What the tags mark by B- and I-, counted as conlleval does; none where tags are classes of words."""
+        """What the tags mark by B- and I-, counted as conlleval does; none where tags are classes
+        of words.
+        """
         found = []
         for kind, first, end in entities(self.tags):
             words = self.words[first:end]
             start, stop = words[0].start, words[-1].end
-            found.append(TaggedSpan(kind, self.text[start:stop], start, stop, min(word.score for word in words)))
+            found.append(
+                TaggedSpan(
+                    kind, self.text[start:stop], start, stop, min(word.score for word in words)
+                )
+            )
         return found
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A row made ready: its text, its words' places there, its token ids and the tokens that begin the words."""
+    """A row made ready: its text, its words' places there, its token ids and the tokens that begin
+    the words.
+    """
 
     text: str
     spans: list[tuple[int, int]]
@@ -90,7 +105,8 @@ class Reading:
 def read_words(runtime: Any, row: Words, adapter: str | None, *, truncate: bool) -> Reading:
     """Token ids of a row as it was trained: its words with a space between each two.
 
-    InputError when it is longer than the model's positions; `truncate` cuts it to what the adapter was trained with.
+    InputError when it is longer than the model's positions; `truncate` cuts it to what the adapter
+    was trained with.
     """
     spans = split_words(row) if isinstance(row, str) else []
     words = [row[start:end] for start, end in spans] if isinstance(row, str) else check_words(row)
@@ -104,14 +120,21 @@ def read_words(runtime: Any, row: Words, adapter: str | None, *, truncate: bool)
     ids, offsets = runtime.tokenizer.encode_with_offsets(joined, max_tokens=most)
     if len(ids) > limit:
         raise InputError(
-            "the text is longer than the model's positions", expected=f"at most {limit} tokens", got=f"{len(ids)} tokens",
+            "the text is longer than the model's positions",
+            expected=f"at most {limit} tokens",
+            got=f"{len(ids)} tokens",
             fix="Shorten it, or pass truncate=True (`--truncate`).",
-        )  # fmt: skip
+        )
     return Reading(text, list(shown), ids, first_subwords(joined, offsets, places))
 
 
 def check_words(value: Any, *, where: str = "") -> list[str]:
     """A row's words: a list of strings."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
-        raise InputError("these are no words", where=where, expected='a list of strings such as ["New", "York"]', got=repr(value)[:60])
+        raise InputError(
+            "these are no words",
+            where=where,
+            expected='a list of strings such as ["New", "York"]',
+            got=repr(value)[:60],
+        )
     return list(value)

@@ -1,2 +1,1 @@
 """General ability before and after training, on the same items."""
-

@@ -1,4 +1,6 @@
-"""Texts become token ids to be scored, and their log-likelihoods in torch; the choices of an item share its context."""
+"""Texts become token ids to be scored, and their log-likelihoods in torch; the choices of an item
+share its context.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one choice: the sum of its tokens' log-probabilities (nats), and whether each was the likeliest."""
+    """Of one choice: the sum of its tokens' log-probabilities (nats), and whether each was the
+    likeliest.
+    """
 
     logprob: float
     greedy: bool
@@ -45,8 +49,11 @@ class Scorer(Protocol):
         """A score for every choice of every item."""
 
 
-def make_item(context: str, choices: Sequence[str], encode: Encode, *, start: Sequence[int], limit: int) -> Item:
-    """An item of texts. `start`: ids that every sequence begins with (bos, or none); `limit`: positions of the model.
+def make_item(
+    context: str, choices: Sequence[str], encode: Encode, *, start: Sequence[int], limit: int
+) -> Item:
+    """An item of texts. `start`: ids that every sequence begins with (bos, or none); `limit`:
+    positions of the model.
 
     DataError when there is no context to go on from.
     """
@@ -55,7 +62,11 @@ def make_item(context: str, choices: Sequence[str], encode: Encode, *, start: Se
     encoded = [encode(context + choice)[len(ids) :] or encode(choice) for choice in choices]
     context_ids = [*start, *ids]
     if not context_ids or not all(encoded):
-        raise DataError("nothing to score", expected="a context and choices of one token at least", got=repr(context[:40]))
+        raise DataError(
+            "nothing to score",
+            expected="a context and choices of one token at least",
+            got=repr(context[:40]),
+        )
     room = max(1, limit - max(map(len, encoded)))
     return Item(context_ids[-room:], [choice[: limit - 1] for choice in encoded])
 
@@ -90,11 +101,16 @@ def _score_batch(model: Any, items: Sequence[Item], *, precision: Precision) -> 
     for row, place in enumerate(places):
         wanted[row, place] = True
     device = device_of(model)
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": _as_taken(mask, model)}
+    inputs = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": _as_taken(mask, model),
+    }
     with autocast(precision, device), projection_only_at(model, wanted.to(device)):
         logits = model(**to_device(inputs, device), use_cache=False).logits
     logits = logits.reshape(-1, logits.shape[-1]).float()  # (wanted positions, vocab)
-    # Where a position stands among the wanted ones; a context's last position predicts the first token of all choices.
+    # Where a position stands among the wanted ones; a context's last position predicts the first
+    # token of all choices.
     index = wanted.flatten().cumsum(0).view_as(wanted) - 1
     scores = []
     for row, item in enumerate(items):
@@ -115,11 +131,18 @@ def _score_batch(model: Any, items: Sequence[Item], *, precision: Precision) -> 
 def _tree(items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and positions (batch, seq), and who sees whom (batch, 1, seq, seq)."""
     width = max(item.tokens for item in items)
-    input_ids, position_ids = torch.zeros(len(items), width, dtype=torch.int64), torch.zeros(len(items), width, dtype=torch.int64)
-    mask = torch.eye(width, dtype=torch.bool).repeat(len(items), 1, 1)  # padding sees itself, or its softmax is 0 / 0
+    input_ids, position_ids = (
+        torch.zeros(len(items), width, dtype=torch.int64),
+        torch.zeros(len(items), width, dtype=torch.int64),
+    )
+    mask = torch.eye(width, dtype=torch.bool).repeat(
+        len(items), 1, 1
+    )  # padding sees itself, or its softmax is 0 / 0
     for row, item in enumerate(items):
         context = len(item.context)
-        input_ids[row, : item.tokens] = torch.tensor(item.context + [token for choice in item.choices for token in choice])
+        input_ids[row, : item.tokens] = torch.tensor(
+            item.context + [token for choice in item.choices for token in choice]
+        )
         position_ids[row, :context] = torch.arange(context)
         mask[row, :context, :context] = torch.ones(context, context, dtype=torch.bool).tril()
         start = context
@@ -127,7 +150,9 @@ def _tree(items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
             end = start + len(choice)
             position_ids[row, start:end] = torch.arange(context, context + len(choice))
             mask[row, start:end, :context] = True
-            mask[row, start:end, start:end] = torch.ones(len(choice), len(choice), dtype=torch.bool).tril()
+            mask[row, start:end, start:end] = torch.ones(
+                len(choice), len(choice), dtype=torch.bool
+            ).tril()
             start = end
     return input_ids, position_ids, mask[:, None]
 

@@ -16,7 +16,9 @@ Say = Callable[[str], None]
 
 
 class Subject(Protocol):
-    """A model with its adapter on or off: in torch or in a bundle. `texts` is None for an encoder."""
+    """A model with its adapter on or off: in torch or in a bundle. `texts` is None for an
+    encoder.
+    """
 
     texts: Texts | None
 
@@ -29,7 +31,9 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class General:
-    """A metric of a general task. `change` = after − before, `low` … `high` its 95 % interval; None without an after."""
+    """A metric of a general task. `change` = after − before, `low` … `high` its 95 % interval; None
+    without an after.
+    """
 
     task: str
     metric: str
@@ -43,16 +47,27 @@ class General:
 
 
 def compare(
-    subject: Subject, folder: Path, *, limit: int | None = None, tasks: Sequence[str] = (), trained: bool = True, say: Say = lambda line: None
+    subject: Subject,
+    folder: Path,
+    *,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
+    trained: bool = True,
+    say: Say = lambda line: None,
 ) -> list[General]:
-    """Every task of `folder` (or those named) before and, when `trained`, after; `limit` items of each at most.
+    """Every task of `folder` (or those named) before and, when `trained`, after; `limit` items of
+    each at most.
 
     DataError when a named file is missing, or none is there.
     """
     results: list[General] = []
     for name, path in _found(subject, folder, tasks):
         before = _measure(subject, name, path, limit=limit, adapted=False)
-        after = _measure(subject, name, path, limit=limit, adapted=True) if trained else [None] * len(before)
+        after = (
+            _measure(subject, name, path, limit=limit, adapted=True)
+            if trained
+            else [None] * len(before)
+        )
         for old, new in zip(before, after, strict=True):
             results.append(_general(name, old, new))
             say(line(results[-1]))
@@ -62,28 +77,49 @@ def compare(
 def _found(subject: Subject, folder: Path, tasks: Sequence[str]) -> Iterator[tuple[str, Path]]:
     known = ENCODER_TASKS if subject.texts is None else TASKS
     if unknown := [name for name in tasks if name not in known]:
-        raise DataError(f'there is no general task "{unknown[0]}" for this kind of model', expected=", ".join(known))
+        raise DataError(
+            f'there is no general task "{unknown[0]}" for this kind of model',
+            expected=", ".join(known),
+        )
     any_found = False
     for name in tasks or known:
         file = known[name].file
-        path = next((place for place in (folder / file, folder / Path(file).name, folder.parent / file) if place.is_file()), None)
+        path = next(
+            (
+                place
+                for place in (folder / file, folder / Path(file).name, folder.parent / file)
+                if place.is_file()
+            ),
+            None,
+        )
         if path is None and tasks:
-            raise DataError(f'the file of the general task "{name}" is missing', where=str(folder), expected=file)
+            raise DataError(
+                f'the file of the general task "{name}" is missing',
+                where=str(folder),
+                expected=file,
+            )
         if path is not None:
             any_found = True
             yield name, path
     if not any_found:
         raise DataError(
-            "there is no general-ability set in this folder", where=str(folder),
+            "there is no general-ability set in this folder",
+            where=str(folder),
             expected="one of " + ", ".join(known[name].file for name in known),
             fix="Give the folder with these files.",
-        )  # fmt: skip
+        )
 
 
-def _measure(subject: Subject, name: str, path: Path, *, limit: int | None, adapted: bool) -> list[Measured]:
+def _measure(
+    subject: Subject, name: str, path: Path, *, limit: int | None, adapted: bool
+) -> list[Measured]:
     if subject.texts is None:
-        return ENCODER_TASKS[name].measure(path, lambda texts: subject.embed(texts, adapted=adapted), limit=limit)
-    return TASKS[name].measure(path, subject.texts, lambda items: subject.score(items, adapted=adapted), limit=limit)
+        return ENCODER_TASKS[name].measure(
+            path, lambda texts: subject.embed(texts, adapted=adapted), limit=limit
+        )
+    return TASKS[name].measure(
+        path, subject.texts, lambda items: subject.score(items, adapted=adapted), limit=limit
+    )
 
 
 def _general(task: str, old: Measured, new: Measured | None) -> General:
@@ -93,7 +129,17 @@ def _general(task: str, old: Measured, new: Measured | None) -> General:
         return result
     after = new.statistic(new.values)
     low, high = paired_interval(old.values, new.values, old.statistic)
-    return General(task, old.metric, old.higher_is_better, len(old.values), before, after, after - before, low, high)
+    return General(
+        task,
+        old.metric,
+        old.higher_is_better,
+        len(old.values),
+        before,
+        after,
+        after - before,
+        low,
+        high,
+    )
 
 
 def line(general: General) -> str:

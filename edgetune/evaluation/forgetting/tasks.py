@@ -1,8 +1,8 @@
 """The general-ability sets: their files, how an item is put to a model, and the metrics.
 
-Prompts and metrics are those of lm-evaluation-harness without examples (0-shot): `accuracy` takes the choice of the
-highest log-likelihood, `accuracy_norm` of the highest per character. WikiText-2 is read in windows; each token is
-predicted once.
+Prompts and metrics are those of lm-evaluation-harness without examples (0-shot): `accuracy` takes
+the choice of the highest log-likelihood, `accuracy_norm` of the highest per character. WikiText-2
+is read in windows; each token is predicted once.
 """
 
 from __future__ import annotations
@@ -49,13 +49,18 @@ class Choices:
     file: str
     between: str  # what stands between query and choice
 
-    def measure(self, path: Path, texts: Texts, scorer: Scorer, *, limit: int | None) -> list[Measured]:
+    def measure(
+        self, path: Path, texts: Texts, scorer: Scorer, *, limit: int | None
+    ) -> list[Measured]:
         """accuracy and accuracy_norm."""
         rows = spread(_rows(path, ("query", "choices", "gold")), limit)
         items = [
             make_item(
-                row["query"] + self.between, [f" {choice}" for choice in row["choices"]], texts.encode,
-                start=texts.start, limit=texts.limit,
+                row["query"] + self.between,
+                [f" {choice}" for choice in row["choices"]],
+                texts.encode,
+                start=texts.start,
+                limit=texts.limit,
             )
             for row in rows
         ]
@@ -77,11 +82,19 @@ class LastWord:
 
     file: str
 
-    def measure(self, path: Path, texts: Texts, scorer: Scorer, *, limit: int | None) -> list[Measured]:
+    def measure(
+        self, path: Path, texts: Texts, scorer: Scorer, *, limit: int | None
+    ) -> list[Measured]:
         """Whether every token of the word is the likeliest, and the word's perplexity."""
         rows = spread(_rows(path, ("context", "continuation")), limit)
         items = [
-            make_item(row["context"], [f" {row['continuation']}"], texts.encode, start=texts.start, limit=texts.limit)
+            make_item(
+                row["context"],
+                [f" {row['continuation']}"],
+                texts.encode,
+                start=texts.start,
+                limit=texts.limit,
+            )
             for row in rows
         ]
         scores = [only for (only,) in scorer(items)]
@@ -98,18 +111,24 @@ class RunningText:
 
     file: str
 
-    def measure(self, path: Path, texts: Texts, scorer: Scorer, *, limit: int | None) -> list[Measured]:
+    def measure(
+        self, path: Path, texts: Texts, scorer: Scorer, *, limit: int | None
+    ) -> list[Measured]:
         """Token perplexity and bits per byte."""
         (row,) = read_rows(path).rows
         return text_measures([row.values["text"]], texts, scorer, limit=limit)
 
 
-def text_measures(documents: Sequence[str], texts: Texts, scorer: Scorer, *, limit: int | None = None) -> list[Measured]:
+def text_measures(
+    documents: Sequence[str], texts: Texts, scorer: Scorer, *, limit: int | None = None
+) -> list[Measured]:
     """Perplexity and bits per byte of documents, each in windows of its own."""
     windows, sizes = list[Item](), list[tuple[int, float]]()
     for document in documents:
         ids, length = [*texts.start, *texts.encode(document)], min(WINDOW, texts.limit)
-        cut = [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]  # the last token of one begins the next
+        cut = [
+            ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)
+        ]  # the last token of one begins the next
         share = len(document.encode()) / max(1, len(ids) - 1)
         for window in cut:
             windows.append(Item(window[:1], [window[1:]]))
@@ -117,7 +136,10 @@ def text_measures(documents: Sequence[str], texts: Texts, scorer: Scorer, *, lim
     chosen = spread(range(len(windows)), limit)
     scores = scorer([windows[index] for index in chosen])
     values = np.array([[-scores[n][0].logprob, *sizes[index]] for n, index in enumerate(chosen)])
-    return [Measured("perplexity", False, values, perplexity), Measured("bits_per_byte", False, values, bits_per_byte)]
+    return [
+        Measured("perplexity", False, values, perplexity),
+        Measured("bits_per_byte", False, values, bits_per_byte),
+    ]
 
 
 @dataclass(frozen=True)
@@ -129,7 +151,10 @@ class Similarity:
     def measure(self, path: Path, embed: Embed, *, limit: int | None) -> list[Measured]:
         """Spearman's rank correlation."""
         rows = spread(_rows(path, ("sentence1", "sentence2", "score")), limit)
-        left, right = (np.asarray(embed([row[name] for row in rows]), np.float64) for name in ("sentence1", "sentence2"))
+        left, right = (
+            np.asarray(embed([row[name] for row in rows]), np.float64)
+            for name in ("sentence1", "sentence2")
+        )
         sizes = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
         cosine = (left * right).sum(1) / np.maximum(sizes, 1e-12)
         values = np.stack([cosine, np.array([float(row["score"]) for row in rows])], axis=1)
@@ -157,9 +182,11 @@ def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     for row in source.rows:
         if missing := [name for name in columns if name not in row.values]:
             raise DataError(
-                f'there is no column "{missing[0]}"', where=f"{path}, line {row.line}", expected=", ".join(columns),
+                f'there is no column "{missing[0]}"',
+                where=f"{path}, line {row.line}",
+                expected=", ".join(columns),
                 got=", ".join(row.values),
-            )  # fmt: skip
+            )
     return [row.values for row in source.rows]
 
 

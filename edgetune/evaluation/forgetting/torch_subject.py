@@ -29,10 +29,23 @@ class TorchSubject:
     """See `edgetune.evaluation.forgetting.measure.Subject`."""
 
     def __init__(
-        self, tokenizer: Any, *, kind: Kind, limit: int, pooling: Pooling | None, before: Lend, after: Lend, precision: Precision = "fp32"
+        self,
+        tokenizer: Any,
+        *,
+        kind: Kind,
+        limit: int,
+        pooling: Pooling | None,
+        before: Lend,
+        after: Lend,
+        precision: Precision = "fp32",
     ) -> None:
         self._lend = {False: before, True: after}
-        self._tokenizer, self._limit, self._pooling, self._precision = tokenizer, limit, pooling, precision
+        self._tokenizer, self._limit, self._pooling, self._precision = (
+            tokenizer,
+            limit,
+            pooling,
+            precision,
+        )
         self.texts = Texts(self._encode, beginning(tokenizer), limit) if kind == "decoder" else None
 
     def _encode(self, text: str) -> list[int]:
@@ -46,12 +59,18 @@ class TorchSubject:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], *, adapted: bool) -> Any:
-        """Pooled states (texts, hidden) as a float32 array; longer texts are cut to the model's positions."""
-        ids = self._tokenizer(list(texts), truncation=True, max_length=self._limit, verbose=False)["input_ids"]
+        """Pooled states (texts, hidden) as a float32 array; longer texts are cut to the model's
+        positions.
+        """
+        ids = self._tokenizer(list(texts), truncation=True, max_length=self._limit, verbose=False)[
+            "input_ids"
+        ]
         lengths, rows = [len(row) for row in ids], list[tuple[int, torch.Tensor]]()
         with self._lend[adapted]() as model, autocast(self._precision, device_of(model)):
             for part in in_order_of_length(lengths, 4 * TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
-                batch = self._tokenizer.pad({"input_ids": [ids[index] for index in part]}, return_tensors="pt")
+                batch = self._tokenizer.pad(
+                    {"input_ids": [ids[index] for index in part]}, return_tensors="pt"
+                )
                 inputs = to_device((batch["input_ids"], batch["attention_mask"]), device_of(model))
                 rows += zip(part, self._pooled(model, *inputs).float().cpu(), strict=True)
         return torch.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])]).numpy()

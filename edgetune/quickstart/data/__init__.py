@@ -1,2 +1,1 @@
 """Small data sets written for this project; see README.md."""
-

@@ -1,4 +1,6 @@
-"""The parts of a layer that are many small operations in eager torch, each as one differentiable function."""
+"""The parts of a layer that are many small operations in eager torch, each as one differentiable
+function.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ from transformers.masking_utils import sdpa_mask
 
 from edgetune.training.fast.shared_prefix import ATTENTION, shared_now
 
-SHORT = 192  # tokens up to which attention with stored probabilities is faster than torch's, which recomputes them
-IMPLEMENTATION = (
-    "_attn_implementation_internal"  # where transformers' configuration keeps the attention's name
-)
+# tokens up to which attention with stored probabilities is faster than torch's, which recomputes
+# them
+SHORT = 192
+# where transformers' configuration keeps the attention's name
+IMPLEMENTATION = "_attn_implementation_internal"
 TOLERANCE = 1e-5
 
 
@@ -44,7 +47,9 @@ class RMSNorm(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """Rotary embedding: the halves of x (…, width) turned by the angles in cos and sin, which broadcast over x."""
+    """Rotary embedding: the halves of x (…, width) turned by the angles in cos and sin, which
+    broadcast over x.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,10 +90,12 @@ class GatedSiLU(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """softmax(scaling · q kᵀ + mask) v with the probabilities kept: q (B, heads, T, D), k and v (B, kv_heads, T, D).
+    """softmax(scaling · q kᵀ + mask) v with the probabilities kept: q (B, heads, T, D), k and v (B,
+    kv_heads, T, D).
 
-    Scores and softmax are float32, the other products are in v's format, and so is what is returned, (B, T, heads, D).
-    `hidden` is true where a position must not look, and broadcasts over (B, 1, 1, T, T).
+    Scores and softmax are float32, the other products are in v's format, and so is what is
+    returned, (B, T, heads, D). `hidden` is true where a position must not look, and broadcasts over
+    (B, 1, 1, T, T).
     """
 
     @staticmethod
@@ -120,9 +127,9 @@ class Attention(torch.autograd.Function):
         grad = grads[0].transpose(1, 2).reshape(q.shape)
         d_value = torch.bmm(weights.transpose(1, 2), grad)
         d_weights = torch.bmm(grad, v.transpose(1, 2))
-        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(
-            ctx.scaling
-        )
+        d_scores = torch.ops.aten._softmax_backward_data(
+            d_weights, weights, -1, weights.dtype
+        ).mul_(ctx.scaling)
         d_query = torch.bmm(d_scores, k).view(batch, heads, tokens, width)
         d_key = torch.bmm(d_scores.transpose(1, 2), q)
         d_key, d_value = (d.view(batch, -1, tokens, width) for d in (d_key, d_value))
@@ -135,10 +142,18 @@ def _rows_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface: short rows here, all others by torch's scaled_dot_product_attention.
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: short rows here, all others by torch's
+    scaled_dot_product_attention.
 
     Where a batch's rows share their beginnings they are laid out again as the rows that they are.
     """
@@ -146,15 +161,25 @@ def attention(
     shared = shared_now()
     if shared is None:
         return _attention(module, query, key, value, attention_mask, **given)
-    query, key, value = (shared.spread(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (
+        shared.spread(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value)
+    )
     rows, _ = _attention(module, query, key, value, None, **given)
     return shared.gathered(rows)[None], None
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    *, dropout: float, scaling: float | None, is_causal: bool | None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """The same for rows (batch, heads, seq, width)."""
     tokens, extra = query.shape[2], {name for name, value in kwargs.items() if value is not None}
     plain = not extra & {"softcap", "position_bias", "s_aux", "cache"} and query.shape == (
@@ -168,7 +193,9 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
     if attention_mask is not None:
         hidden = ~attention_mask[:, :, None]
-    elif (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and tokens > 1:
+    elif (
+        is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    ) and tokens > 1:
         hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu_(1)
     else:
         hidden = None
@@ -181,7 +208,9 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' mask interface: torch's mask; none where rows share their beginnings, which are causal and that is all."""
+    """transformers' mask interface: torch's mask; none where rows share their beginnings, which are
+    causal and that is all.
+    """
     return None if shared_now() is not None else sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -190,8 +219,8 @@ AttentionMaskInterface.register(ATTENTION, attention_mask)
 
 @contextlib.contextmanager
 def fused_ops(model: Any) -> Iterator[dict[str, int]]:
-    """Let norms, rotations, gated activations and attention compute as above, relative positions as in `near_positions`; yields
-    how many of the first three there are.
+    """Let norms, rotations, gated activations and attention compute as above, relative positions as
+    in `near_positions`; yields how many of the first three there are.
 
     Only on a processor: a GPU's own kernels are better.
     """
@@ -217,7 +246,9 @@ def fused_ops(model: Any) -> Iterator[dict[str, int]]:
         elif hasattr(module, METHOD):
             swap(module, METHOD, near_positions(module))
     for code in {
-        sys.modules[type(module).__module__] for module in body.modules() if hasattr(module, "config")
+        sys.modules[type(module).__module__]
+        for module in body.modules()
+        if hasattr(module, "config")
     }:
         if _is_rotation(getattr(code, "apply_rotary_pos_emb", None)):
             swap(code, "apply_rotary_pos_emb", rotate)
@@ -231,13 +262,20 @@ def fused_ops(model: Any) -> Iterator[dict[str, int]]:
             delattr(owner, name) if value is None else setattr(owner, name, value)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """transformers' `apply_rotary_pos_emb`: q and k (B, heads, T, D), cos and sin (B, T, turned), turned at most D."""
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """transformers' `apply_rotary_pos_emb`: q and k (B, heads, T, D), cos and sin (B, T, turned),
+    turned at most D.
+    """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     turned = cos.shape[-1]
     if turned == q.shape[-1]:
         return Rotation.apply(q, cos, sin), Rotation.apply(k, cos, sin)
-    q, k = (torch.cat((Rotation.apply(x[..., :turned], cos, sin), x[..., turned:]), dim=-1) for x in (q, k))
+    q, k = (
+        torch.cat((Rotation.apply(x[..., :turned], cos, sin), x[..., turned:]), dim=-1)
+        for x in (q, k)
+    )
     return q, k
 
 
@@ -261,7 +299,9 @@ _verified: dict[Any, bool] = {}
 
 
 def _same(key: Any, theirs: Callable[[], Tensor], ours: Callable[[], Tensor]) -> bool:
-    """Whether both give the same, found out once for each kind; anything that raises is not the same."""
+    """Whether both give the same, found out once for each kind; anything that raises is not the
+    same.
+    """
     if key not in _verified:
         try:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -296,7 +336,9 @@ class _Scaled(nn.Module):
 
 
 def _is_gated_silu(module: Any) -> bool:
-    """Whether the block's own code is down(silu(gate(x)) · up(x)), tried with stand-ins for its linear layers."""
+    """Whether the block's own code is down(silu(gate(x)) · up(x)), tried with stand-ins for its
+    linear layers.
+    """
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return False
     key = (type(module), type(module.act_fn))
@@ -309,7 +351,9 @@ def _is_gated_silu(module: Any) -> bool:
     for name, factor in (("gate_proj", 1.5), ("up_proj", -0.5), ("down_proj", 2.0)):
         setattr(stand_in, name, _Scaled(factor))
     return _same(
-        key, lambda: type(module).forward(stand_in, x), lambda: 2.0 * GatedSiLU.apply(1.5 * x, -0.5 * x)
+        key,
+        lambda: type(module).forward(stand_in, x),
+        lambda: 2.0 * GatedSiLU.apply(1.5 * x, -0.5 * x),
     )
 
 
@@ -333,12 +377,21 @@ METHOD = "disentangled_attention_bias"
 def near_positions(module: Any) -> Callable[..., Tensor]:
     """What stands for the module's `disentangled_attention_bias`: its own code, on fewer rows."""
 
-    def bias(query: Tensor, key: Tensor, relative_pos: Tensor, rel_embeddings: Tensor, scale_factor: int) -> Tensor:
+    def bias(
+        query: Tensor, key: Tensor, relative_pos: Tensor, rel_embeddings: Tensor, scale_factor: int
+    ) -> Tensor:
         span = module.pos_ebd_size
         near = min(span, int(relative_pos.abs().max()) + 1)
         module.pos_ebd_size = near
         try:
-            return getattr(type(module), METHOD)(module, query, key, relative_pos, rel_embeddings[span - near : span + near], scale_factor)  # type: ignore[no-any-return]
+            return getattr(type(module), METHOD)(
+                module,
+                query,
+                key,
+                relative_pos,
+                rel_embeddings[span - near : span + near],
+                scale_factor,
+            )  # type: ignore[no-any-return]
         finally:
             module.pos_ebd_size = span
 

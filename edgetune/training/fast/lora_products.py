@@ -1,9 +1,11 @@
-"""LoRA's linear layer as one differentiable function: PEFT's result with less memory and fewer passes.
+"""LoRA's linear layer as one differentiable function: PEFT's result with less memory and fewer
+passes.
 
-PEFT computes `base(x) + scaling · B(A(dropout(x)))` as separate operations; under autocast each of them keeps its own
-copy of x for the backward pass. Here x is kept once, in the format of the products, and shared by the layers that
-read the same x (q, k, v; gate, up); the delta is added in place, and their low-rank products are one.
-Layers with dropout, DoRA or several active adapters keep PEFT's own forward.
+PEFT computes `base(x) + scaling · B(A(dropout(x)))` as separate operations; under autocast each of
+them keeps its own copy of x for the backward pass. Here x is kept once, in the format of the
+products, and shared by the layers that read the same x (q, k, v; gate, up); the delta is added in
+place, and their low-rank products are one. Layers with dropout, DoRA or several active adapters
+keep PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -24,15 +26,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LoraProducts(torch.autograd.Function):
-    """y = x Wᵀ + b + scaling · (x Aᵀ) Bᵀ for every layer that reads x, with W (out, in) and b frozen, A (r, in), B (out, r).
+    """y = x Wᵀ + b + scaling · (x Aᵀ) Bᵀ for every layer that reads x, with W (out, in) and b
+    frozen, A (r, in), B (out, r).
 
-    The layers' A stand on one another, so that x is multiplied with all of them at once, forward and backward.
+    The layers' A stand on one another, so that x is multiplied with all of them at once, forward
+    and backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, x_cast: Tensor, scalings: Sequence[float], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """`x_cast` (…, in) is x in the format of the products; x only receives the gradient. `tensors` are W, b, A, B of
-        the first layer, then of the next."""
+    def forward(
+        ctx: Any, x: Tensor, x_cast: Tensor, scalings: Sequence[float], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """`x_cast` (…, in) is x in the format of the products; x only receives the gradient.
+        `tensors` are W, b, A, B of the first layer, then of the next."""
         rows = x_cast.reshape(-1, x_cast.shape[-1])
         weights, biases, down, up = (list[Any](tensors[at::4]) for at in range(4))
         ctx.adapter_dtypes = [(a.dtype, b.dtype) for a, b in zip(down, up, strict=True)]
@@ -78,9 +84,13 @@ def _parts(low: Tensor, scaled: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def fused_lora(model: nn.Module, precision: Precision) -> Iterator[int]:
-    """Let the plain LoRA layers of `model` compute as one function each; yields how many there are."""
+    """Let the plain LoRA layers of `model` compute as one function each; yields how many
+    there are.
+    """
     cast = _Cast(DTYPES[precision])
-    layers = [module for module in model.modules() if isinstance(module, Linear) and _is_plain(module)]
+    layers = [
+        module for module in model.modules() if isinstance(module, Linear) and _is_plain(module)
+    ]
     for group in _groups(model, layers):
         for at, layer in enumerate(group.layers):
             layer.forward = _forward_of(group, at, cast)
@@ -92,7 +102,9 @@ def fused_lora(model: nn.Module, precision: Precision) -> Iterator[int]:
 
 
 class _Cast:
-    """x in another format, converted once for the layers that read the same x one after the other."""
+    """x in another format, converted once for the layers that read the same x one after the
+    other.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -120,7 +132,9 @@ def _is_plain(layer: Any) -> bool:
 
 
 class _Group:
-    """Layers that read the same x: the first that is called computes for all, the others take theirs."""
+    """Layers that read the same x: the first that is called computes for all, the others take
+    theirs.
+    """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
@@ -129,9 +143,16 @@ class _Group:
         self._together = True
 
     def __call__(self, at: int, x: Tensor, cast: _Cast) -> Tensor:
-        """What layer `at` gives for x. Layers that turn out to read different x are on their own from then on."""
+        """What layer `at` gives for x. Layers that turn out to read different x are on their own
+        from then on.
+        """
         state = (x, x._version, torch.is_grad_enabled())
-        if at in self._waiting and self._x is not None and self._x[0] is x and self._x[1:] == state[1:]:
+        if (
+            at in self._waiting
+            and self._x is not None
+            and self._x[0] is x
+            and self._x[1:] == state[1:]
+        ):
             return self._taken(at)
         self._together = self._together and not self._waiting
         if not self._together:
@@ -151,7 +172,10 @@ class _Group:
         tensors: list[Tensor | None] = []
         for layer in layers:
             base = layer.base_layer
-            tensors += base.weight.to(cast.dtype), None if base.bias is None else base.bias.to(cast.dtype)
+            tensors += (
+                base.weight.to(cast.dtype),
+                None if base.bias is None else base.bias.to(cast.dtype),
+            )
             tensors += layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         scalings = [layer.scaling[ADAPTER] for layer in layers]
         products: tuple[Tensor, ...] = LoraProducts.apply(x, cast(x), scalings, *tensors)
@@ -159,13 +183,18 @@ class _Group:
 
 
 def _groups(model: nn.Module, layers: Sequence[Any]) -> list[_Group]:
-    """The layers that stand beside each other under the names of TOGETHER; every other one alone."""
+    """The layers that stand beside each other under the names of TOGETHER; every other one
+    alone.
+    """
     left = {id(layer): layer for layer in layers}
     groups = []
     for module in model.modules():
         for names in TOGETHER:
             beside: list[Any] = [getattr(module, name, None) for name in names]
-            if all(id(layer) in left for layer in beside) and len({layer.in_features for layer in beside}) == 1:
+            if (
+                all(id(layer) in left for layer in beside)
+                and len({layer.in_features for layer in beside}) == 1
+            ):
                 groups.append(_Group([left.pop(id(layer)) for layer in beside]))
     return groups + [_Group([layer]) for layer in left.values()]
 

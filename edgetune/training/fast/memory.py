@@ -1,4 +1,6 @@
-"""Around a training step: the format of its products, its fused functions, and memory that is kept for the next step."""
+"""Around a training step: the format of its products, its fused functions, and memory that is kept
+for the next step.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ DEFAULT = 128 << 10  # glibc's own for both
 
 @contextlib.contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """While this lasts, glibc does not give a freed tensor's memory back to the system; afterwards it does at once.
+    """While this lasts, glibc does not give a freed tensor's memory back to the system; afterwards
+    it does at once.
 
-    Without it every step of a small model asks for the same gigabyte anew, and the kernel clears it page by page.
-    Elsewhere than under glibc nothing changes.
+    Without it every step of a small model asks for the same gigabyte anew, and the kernel clears it
+    page by page. Elsewhere than under glibc nothing changes.
     """
     libc = _glibc()
     if libc is None:
@@ -54,5 +57,10 @@ def _glibc() -> ctypes.CDLL | None:
 @contextlib.contextmanager
 def computing(model: Any, batch: Batch, precision: Precision) -> Iterator[None]:
     """For forward passes over `batch`, which is on the model's device."""
-    with autocast(precision, device_of(model)), fused_lora(model, precision), fused_ops(model), prefixes_shared(model, batch):
+    with (
+        autocast(precision, device_of(model)),
+        fused_lora(model, precision),
+        fused_ops(model),
+        prefixes_shared(model, batch),
+    ):
         yield

@@ -1,8 +1,9 @@
-"""Training in several processes: every optimizer step's rows are shared out, and gradients are added up.
+"""Training in several processes: every optimizer step's rows are shared out, and gradients are
+added up.
 
-Started by `torchrun` or `accelerate launch`, which say in the environment who each process is. The sums are those of
-one process over the same rows, so the loss and the gradient are too. One process leads: it alone validates, prints
-and writes.
+Started by `torchrun` or `accelerate launch`, which say in the environment who each process is. The
+sums are those of one process over the same rows, so the loss and the gradient are too. One process
+leads: it alone validates, prints and writes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ ENVIRONMENTS = (
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train together; by default this one alone, for which every method does nothing."""
+    """The processes that train together; by default this one alone, for which every method does
+    nothing.
+    """
 
     rank: int = 0
     size: int = 1
@@ -45,7 +48,9 @@ class Group:
         return self.rank == 0
 
     def share(self, rows: Sequence[int]) -> Sequence[int]:
-        """This process's part of a step's rows; they come sorted by length, so all parts have about as many tokens."""
+        """This process's part of a step's rows; they come sorted by length, so all parts have about
+        as many tokens.
+        """
         return rows if self.size == 1 else rows[self.rank :: self.size]
 
     def total(self, values: Sequence[T]) -> Sequence[T]:
@@ -64,12 +69,16 @@ class Group:
         gradients = []
         for parameter, count in zip(parameters, present, strict=True):
             if count:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = (
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )
                 gradients.append(parameter.grad)
         for bucket in _buckets(gradients):
             together = torch.cat([gradient.reshape(-1) for gradient in bucket])
             dist.all_reduce(together)
-            for gradient, summed in zip(bucket, together.split([g.numel() for g in bucket]), strict=True):
+            for gradient, summed in zip(
+                bucket, together.split([g.numel() for g in bucket]), strict=True
+            ):
                 gradient.copy_(summed.view_as(gradient))
 
     def copy_weights(self, parameters: Sequence[Tensor]) -> None:
@@ -132,7 +141,10 @@ def process_group() -> Iterator[Group]:
     except (ValueError, RuntimeError) as error:
         raise TrainingError(
             "the processes cannot find each other",
-            expected="MASTER_ADDR and MASTER_PORT of the first one, as torchrun and accelerate launch set them",
+            expected=(
+                "MASTER_ADDR and MASTER_PORT of the first one, as torchrun and accelerate launch"
+                " set them"
+            ),
             got=str(error).strip().splitlines()[0],
         ) from error
     try:
@@ -141,7 +153,8 @@ def process_group() -> Iterator[Group]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise TrainingError(
-            f"process {group.rank} of {group.size} lost the others", fix="The one that stopped first says why."
+            f"process {group.rank} of {group.size} lost the others",
+            fix="The one that stopped first says why.",
         ) from error
     finally:
         dist.destroy_process_group()

@@ -1,8 +1,10 @@
-"""Training all weights in several processes that each keep a share of them: FSDP (`torch.distributed.fsdp.fully_shard`).
+"""Training all weights in several processes that each keep a share of them: FSDP
+(`torch.distributed.fsdp.fully_shard`).
 
-Weights, gradients and AdamW's moments are spread over the processes; a layer's weights are whole only while it computes.
-The model of the run itself stays as it is, without its weights' memory: they come back for what the leader alone does
-(validation, checkpoints) and at the end of the stage, so nothing else in the package meets a share of a weight.
+Weights, gradients and AdamW's moments are spread over the processes; a layer's weights are whole
+only while it computes. The model of the run itself stays as it is, without its weights' memory:
+they come back for what the leader alone does (validation, checkpoints) and at the end of the stage,
+so nothing else in the package meets a share of a weight.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Whole:
 
 
 class Shares:
-    """A stage's model in shares: `model` is what learns, `whole` the run's own, which is empty meanwhile.
+    """A stage's model in shares: `model` is what learns, `whole` the run's own, which is empty
+    meanwhile.
 
     Every method but `loss` must be called by all processes.
     """
@@ -57,23 +60,30 @@ class Shares:
             fully_shard(layer, mesh=self._mesh, reshard_after_forward=True)
         fully_shard(self.model, mesh=self._mesh)
         for module in self.model.modules():
-            if isinstance(module, FSDPModule):  # gradients are sums, as in `Group.add_gradients`; gloo scales none itself
+            if isinstance(
+                module, FSDPModule
+            ):  # gradients are sums, as in `Group.add_gradients`; gloo scales none itself
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
-        # An objective may use the model's parts instead of calling it: weights must be whole for all of it.
+        # An objective may use the model's parts instead of calling it: weights must be whole for
+        # all of it.
         self.model.loss_of = MethodType(_loss_of, self.model)
         register_fsdp_forward_method(self.model, "loss_of")
         self._empty()
 
     def loss(self, objective: Objective, batch: Batch) -> tuple[Tensor, int]:
-        """`objective` of the shared model; as often in every process, or the others wait for ever (see `even`)."""
+        """`objective` of the shared model; as often in every process, or the others wait for ever
+        (see `even`).
+        """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             result: tuple[Tensor, int] = self.model.loss_of(objective, batch)
         return result
 
     def even(self, parts: Sequence[Batch], spare: Batch) -> list[Batch]:
-        """The parts of a step, as many as the process with the most has: filled up with parts that count nothing."""
+        """The parts of a step, as many as the process with the most has: filled up with parts that
+        count nothing.
+        """
         most = max(self._group.gathered(len(parts)))
         filling = replace(parts[0] if parts else spare, targets=0) if len(parts) < most else None
         return [*parts, *([filling] if filling is not None else []) * (most - len(parts))]
@@ -92,19 +102,33 @@ class Shares:
     def state_of(self, optimizer: torch.optim.Optimizer) -> Whole:
         """The optimizer's state with whole tensors."""
         found = optimizer.state_dict()
-        state = {key: {name: _whole(value) for name, value in entry.items()} for key, entry in found["state"].items()}
+        state = {
+            key: {name: _whole(value) for name, value in entry.items()}
+            for key, entry in found["state"].items()
+        }
         return Whole({**found, "state": state})
 
     def spread(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """What `state_of` made, with this process's share of each tensor, for `optimizer.load_state_dict`."""
+        """What `state_of` made, with this process's share of each tensor, for
+        `optimizer.load_state_dict`.
+        """
         places = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
         def mine(value: Any, parameter: Any) -> Any:
-            if not isinstance(value, Tensor) or value.shape != parameter.shape or not isinstance(parameter, DTensor):
+            if (
+                not isinstance(value, Tensor)
+                or value.shape != parameter.shape
+                or not isinstance(parameter, DTensor)
+            ):
                 return value
-            return distribute_tensor(value.to(parameter.device), self._mesh, parameter.placements, src_data_rank=None)
+            return distribute_tensor(
+                value.to(parameter.device), self._mesh, parameter.placements, src_data_rank=None
+            )
 
-        spread = {key: {name: mine(value, places[key]) for name, value in entry.items()} for key, entry in state["state"].items()}
+        spread = {
+            key: {name: mine(value, places[key]) for name, value in entry.items()}
+            for key, entry in state["state"].items()
+        }
         return {**state, "state": spread}
 
     def _empty(self) -> None:
@@ -116,9 +140,15 @@ class Shares:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer's layers: the longest list of modules of one class that has weights; none where there is no list."""
+    """The transformer's layers: the longest list of modules of one class that has weights; none
+    where there is no list.
+    """
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    fitting = [layers for layers in lists if len({type(layer) for layer in layers}) == 1 and any(True for _ in layers[0].parameters())]
+    fitting = [
+        layers
+        for layers in lists
+        if len({type(layer) for layer in layers}) == 1 and any(True for _ in layers[0].parameters())
+    ]
     return max(fitting, key=len, default=[])
 
 

@@ -1,6 +1,8 @@
-"""Rollouts by the exported graph in edgetune's own engine: the adapter's tensors go straight into it.
+"""Rollouts by the exported graph in edgetune's own engine: the adapter's tensors go straight into
+it.
 
-The only part of training that knows `export` and `runtime`; it needs the packages of edgetune[export].
+The only part of training that knows `export` and `runtime`; it needs the packages of
+edgetune[export].
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from edgetune.core.errors import RecipeError
 from edgetune.models.base import Base
 from edgetune.training.reinforcement.rollout import ROWS_AT_ONCE, Answer, Sampling, draw
 
-PRECISION = "int8"  # of the engine's weights, unless the adapter is trained for another: as most bundles ship
+# of the engine's weights, unless the adapter is trained for another: as most bundles ship
+PRECISION = "int8"
 
 
 class EngineRollout:
-    """Sampling by the int8 graph (or that of `base_precision`) of the base with the policy's adapter on its inputs.
+    """Sampling by the int8 graph (or that of `base_precision`) of the base with the policy's
+    adapter on its inputs.
 
-    Its distribution is that of the bundle which will ship, not quite the one of the torch model: `exact` is false.
+    Its distribution is that of the bundle which will ship, not quite the one of the torch model:
+    `exact` is false.
     """
 
     exact = False
@@ -34,7 +39,13 @@ class EngineRollout:
         self.engine, self.end = engine, end
 
     def __call__(
-        self, model: Any, prompts: Sequence[Sequence[int]], *, count: int, sampling: Sampling, seed: int
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        count: int,
+        sampling: Sampling,
+        seed: int,
     ) -> list[list[Answer]]:
         """See Rollout."""
         generator = torch.Generator().manual_seed(seed)
@@ -48,7 +59,13 @@ class EngineRollout:
         return answers
 
     def _grow(
-        self, adapter: Any, prompts: Sequence[Sequence[int]], *, count: int, sampling: Sampling, generator: torch.Generator
+        self,
+        adapter: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        count: int,
+        sampling: Sampling,
+        generator: torch.Generator,
     ) -> list[Answer]:
         capacity = max(map(len, prompts)) + sampling.max_new_tokens
         state, first = self.engine.start(prompts, [adapter] * len(prompts), capacity=capacity)
@@ -57,7 +74,9 @@ class EngineRollout:
         growing = list(range(len(answers)))
         for left in range(sampling.max_new_tokens, 0, -1):
             tokens, log_probs = draw(torch.from_numpy(logits), sampling, generator)
-            for index, token, log_prob in zip(growing, tokens.tolist(), log_probs.tolist(), strict=True):
+            for index, token, log_prob in zip(
+                growing, tokens.tolist(), log_probs.tolist(), strict=True
+            ):
                 answers[index].ids.append(token)
                 answers[index].log_probs.append(log_prob)
                 answers[index].ended = token == self.end
@@ -71,15 +90,23 @@ class EngineRollout:
 
 
 def packed(model: Any, manifest: Any) -> Any:
-    """The policy's adapter as the engine's inputs; None while it is switched off. AdapterError when it does not fit."""
+    """The policy's adapter as the engine's inputs; None while it is switched off. AdapterError when
+    it does not fit.
+    """
     from edgetune.runtime.adapters.lora import LoraFolder
     from edgetune.runtime.adapters.packing import pack_lora
     from edgetune.runtime.engine.session import BoundTensors
 
-    layers = {name: module for name, module in model.named_modules() if "default" in getattr(module, "lora_A", {})}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if "default" in getattr(module, "lora_A", {})
+    }
     if all(layer.disable_adapters for layer in layers.values()):
         return None
-    read = LoraFolder(Path("the policy"), model.peft_config["default"].to_dict(), metadata=None, modules=set())
+    read = LoraFolder(
+        Path("the policy"), model.peft_config["default"].to_dict(), metadata=None, modules=set()
+    )
     prefix = "base_model.model."
     for name, layer in layers.items():
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -97,7 +124,9 @@ def check_engine(base: Base) -> None:
         from edgetune.export.graph.families import DECODERS
     except ImportError as error:
         fix = 'Install edgetune[export], or set rollout = "torch".'
-        raise RecipeError(f'rollout = "engine" needs {error.name}, which is not installed', fix=fix) from error
+        raise RecipeError(
+            f'rollout = "engine" needs {error.name}, which is not installed', fix=fix
+        ) from error
     if base.model_type not in DECODERS:
         raise RecipeError(
             f'rollout = "engine" cannot run {base.model_type}',
@@ -110,15 +139,23 @@ def check_engine(base: Base) -> None:
 def open_engine(
     base: Base, model: Any, *, end: int, say: Callable[[str], None], precision: str = PRECISION
 ) -> Iterator[EngineRollout]:
-    """The base's graph, written to a temporary folder and opened; RecipeError when this policy cannot use it."""
+    """The base's graph, written to a temporary folder and opened; RecipeError when this policy
+    cannot use it.
+    """
     from edgetune.export.bundle import build_base
     from edgetune.quantisation.precision import Precision
     from edgetune.runtime.engine.engine import DecoderEngine
 
     if model.peft_config["default"].use_dora:
-        raise RecipeError("DoRA cannot go into the engine's adapter inputs", got='rollout = "engine"', fix='Set rollout = "torch".')
+        raise RecipeError(
+            "DoRA cannot go into the engine's adapter inputs",
+            got='rollout = "engine"',
+            fix='Set rollout = "torch".',
+        )
     with tempfile.TemporaryDirectory(prefix="edgetune-rollout-") as folder:
         stored = base.precision or Precision(precision)
-        manifest = build_base(replace(base, precision=None), Path(folder), precision=stored, say=say)
+        manifest = build_base(
+            replace(base, precision=None), Path(folder), precision=stored, say=say
+        )
         engine = DecoderEngine(Path(folder), manifest, threads=torch.get_num_threads())
         yield EngineRollout(engine, end=end)

@@ -1,4 +1,6 @@
-"""What scores a policy's answers: Python functions, and reward adapters on the policy's own base."""
+"""What scores a policy's answers: Python functions, and reward adapters on the policy's own
+base.
+"""
 
 from __future__ import annotations
 
@@ -109,24 +111,38 @@ def check_rewards(stage: Stage, base: Base) -> None:
 
 
 def reward_digests(stage: Stage) -> dict[str, str]:
-    """sha256 of every function's file and of every adapter's description, which holds the digests of its files."""
+    """sha256 of every function's file and of every adapter's description, which holds the digests
+    of its files.
+    """
     digests: dict[str, str] = {}
     for name in names_of(stage):
         function_of = split_function(name)
-        file = find_adapter(Path(name)) / METADATA if function_of is None else getattr(_load_module(function_of[0], name), "__file__", None)
+        file = (
+            find_adapter(Path(name)) / METADATA
+            if function_of is None
+            else getattr(_load_module(function_of[0], name), "__file__", None)
+        )
         if file is not None:  # a module that is built in has none
             digests[f"reward {name}"] = sha256_file(Path(file))
     return digests
 
 
 def reward_notes(stage: Stage, base: Base) -> Iterator[str]:
-    """A line for each reward adapter that learned on the base rounded otherwise than it is for this policy."""
+    """A line for each reward adapter that learned on the base rounded otherwise than it is for this
+    policy.
+    """
     for name in names_of(stage):
         if split_function(name) is None:
             recorded = check_reward_adapter(Path(name), base)[1].get("base_precision")
-            theirs, ours = recorded and recorded["weights"], base.precision and base.precision.weights
+            theirs, ours = (
+                recorded and recorded["weights"],
+                base.precision and base.precision.weights,
+            )
             if theirs != ours:
-                yield f"the reward {name} was trained on the {theirs or 'unrounded'} base and scores on the {ours or 'unrounded'} one, as the policy does"
+                yield (
+                    f"the reward {name} was trained on the {theirs or 'unrounded'} base and scores"
+                    f" on the {ours or 'unrounded'} one, as the policy does"
+                )
 
 
 @contextlib.contextmanager
@@ -144,30 +160,52 @@ def open_rewards(
                 scorers.append(FunctionScorer(label, load_function(name)))
             else:
                 opened = reward_adapter(
-                    Path(name), model, tokenizer, base, name=f"reward{number}", label=label, precision=precision
+                    Path(name),
+                    model,
+                    tokenizer,
+                    base,
+                    name=f"reward{number}",
+                    label=label,
+                    precision=precision,
                 )
                 scorers.append(stack.enter_context(opened))
         yield Rewards(tuple(scorers), weights)
 
 
 def load_function(name: str) -> RewardFunction:
-    """The function that `module:function` or `file.py:function` names. RecipeError when there is none."""
+    """The function that `module:function` or `file.py:function` names. RecipeError when there is
+    none.
+    """
     function_of = split_function(name)
     if function_of is None:
-        raise RecipeError("not a reward function", got=name, expected='"module:function" or "file.py:function"')
+        raise RecipeError(
+            "not a reward function", got=name, expected='"module:function" or "file.py:function"'
+        )
     place, attribute = function_of
     module = _load_module(place, name)
     function = getattr(module, attribute, None)
     if not callable(function):
-        found = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_"))
+        found = sorted(
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and not key.startswith("_")
+        )
         raise RecipeError(
-            f"there is no function {attribute!r} in {place}", where="reward", got=name, expected=f"one of {', '.join(found) or '(none)'}"
+            f"there is no function {attribute!r} in {place}",
+            where="reward",
+            got=name,
+            expected=f"one of {', '.join(found) or '(none)'}",
         )
     try:
         inspect.signature(function).bind("prompt", "completion", {})
     except TypeError as error:
         expected = "a function (prompt: str, completion: str, row: dict) -> float"
-        raise RecipeError(f"{attribute} cannot be called with three values: {error}", where="reward", got=name, expected=expected) from error
+        raise RecipeError(
+            f"{attribute} cannot be called with three values: {error}",
+            where="reward",
+            got=name,
+            expected=expected,
+        ) from error
     except ValueError:
         pass  # built in, without a signature to look at
     checked: RewardFunction = function
@@ -204,6 +242,8 @@ def _load_module(place: str, name: str) -> Any:
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Short names for logs: the function, or the run folder; numbered where they would be the same."""
+    """Short names for logs: the function, or the run folder; numbered where they would be the
+    same.
+    """
     short = [(split_function(name) or ("", Path(name).name))[1] for name in names]
     return [label if short.count(label) == 1 else f"{label}{at}" for at, label in enumerate(short)]

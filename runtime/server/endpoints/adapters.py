@@ -1,4 +1,6 @@
-"""vLLM's `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters come and go while the base runs."""
+"""vLLM's `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters come and go while the base
+runs.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ async def load_lora_adapter(request: Request) -> Response:
 
 
 async def unload_lora_adapter(request: Request) -> Response:
-    """POST /v1/unload_lora_adapter: 200 and a line of text; texts that are being generated with it go on, or see `in_use`."""
+    """POST /v1/unload_lora_adapter: 200 and a line of text; texts that are being generated with it
+    go on, or see `in_use`.
+    """
     service, body = await _allowed(request, UNLOAD_ADAPTER)
     name: str = body["lora_name"]
     in_use: InUse = body.get("in_use") or "forget"
@@ -44,7 +48,9 @@ async def unload_lora_adapter(request: Request) -> Response:
         if in_use != "wait":
             await service.in_thread(_unload, service, name, in_use)
     if in_use == "wait":  # not under the lock, and not in a thread that others need
-        await service.wait_in_thread(lambda: _unload(service, name, "wait", timeout_s=body.get("timeout_s") or WAIT_S))
+        await service.wait_in_thread(
+            lambda: _unload(service, name, "wait", timeout_s=body.get("timeout_s") or WAIT_S)
+        )
     return PlainTextResponse(f"Success: LoRA adapter '{body['lora_name']}' removed successfully.")
 
 
@@ -55,7 +61,8 @@ async def _allowed(request: Request, schema: Schema) -> tuple[Service, dict[str,
     note(request.scope, adapter=body["lora_name"])
     if not service.options.adapter_folders:
         message = (
-            "Adapters do not load over HTTP here; the operator can allow a folder with --adapter-folder."
+            "Adapters do not load over HTTP here; the operator can allow a folder with"
+            " --adapter-folder."
         )
         raise ApiError(403, message, code="adapter_loading_disabled")
     return service, body
@@ -65,7 +72,10 @@ def _unload(service: Service, name: str, in_use: InUse, *, timeout_s: float | No
     try:
         service.runtime.unload_adapter(name, in_use=in_use, timeout_s=timeout_s)
     except AdapterInUseError as error:
-        message = f"The lora adapter '{name}' is in use by {error.got} requests; unload it later, or with 'in_use' wait or forget."
+        message = (
+            f"The lora adapter '{name}' is in use by {error.got} requests; unload it later, or with"
+            " 'in_use' wait or forget."
+        )
         raise ApiError(409, message, param="in_use", code="adapter_in_use") from error
 
 
@@ -75,19 +85,26 @@ def _one_at_a_time(request: Request) -> asyncio.Lock:
 
 
 def _load(service: Service, name: str, path: str, in_place: bool) -> None:
-    """Every check first; with `in_place` the old adapter of that name goes only when the new one is known to fit."""
+    """Every check first; with `in_place` the old adapter of that name goes only when the new one is
+    known to fit.
+    """
     runtime = service.runtime
     folder = allowed_folder(path, service.options.adapter_folders)
     if not _is_unicode(name):
-        raise bad_request("'lora_name' is not valid Unicode.", param="lora_name", code="invalid_value")
+        raise bad_request(
+            "'lora_name' is not valid Unicode.", param="lora_name", code="invalid_value"
+        )
     if name == service.base:
-        raise bad_request(f"'{name}' is the base model's name.", param="lora_name", code="invalid_value")
+        raise bad_request(
+            f"'{name}' is the base model's name.", param="lora_name", code="invalid_value"
+        )
     if not runtime.registry.knows(name):
         runtime.load_adapter(name, folder)
         return
     if not in_place:
         message = (
-            f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
+            f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace'"
+            " to true."
         )
         raise bad_request(message, param="lora_name", code="adapter_exists")
     runtime.registry.replace(name, folder)
@@ -101,10 +118,12 @@ def _is_unicode(text: str) -> bool:
 def allowed_folder(given: str, roots: Sequence[Path]) -> Path:
     """The adapter folder of a request's `lora_path`: absolute inside a root, or relative to one.
 
-    ApiError: 403 outside every root (also by a link or `..`), 404 not there, 400 no folder. What lies outside is not
-    looked at, so the answer says nothing about it.
+    ApiError: 403 outside every root (also by a link or `..`), 404 not there, 400 no folder. What
+    lies outside is not looked at, so the answer says nothing about it.
     """
-    outside = ApiError(403, "'lora_path' is outside the folders the operator allowed.", code="forbidden_path")
+    outside = ApiError(
+        403, "'lora_path' is outside the folders the operator allowed.", code="forbidden_path"
+    )
     path = PurePath(given)
     if "\0" in given or ".." in path.parts:
         raise outside

@@ -1,4 +1,6 @@
-"""`/classify`, `/score` and `/pooling` (vLLM's shapes), `/tag` (ours) and `/v1/embeddings` (OpenAI's)."""
+"""`/classify`, `/score` and `/pooling` (vLLM's shapes), `/tag` (ours) and `/v1/embeddings`
+(OpenAI's).
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ async def classify(request: Request) -> Response:
     call = await _read(request, CLASSIFY)
     runtime, scheduler = call.service.runtime, call.service.scheduler
     if await call.service.in_thread(runtime.task, call.adapter) != "sequence-classification":
-        message = f"The model '{call.model}' does not classify texts; name an adapter with labels for texts."
+        message = (
+            f"The model '{call.model}' does not classify texts; name an adapter with labels for"
+            " texts."
+        )
         raise bad_request(message, param="model", code="no_labels")
     call.inputs = [tuple(one) if isinstance(one, list) else one for one in call.inputs]
     await call.count(lambda text: len(runtime.text_ids(text, call.adapter, truncate=call.truncate)))
@@ -52,13 +57,17 @@ async def classify(request: Request) -> Response:
 
 
 async def tag(request: Request) -> Response:
-    """POST /tag: every word with its tag and its place in the text, and the entities that the tags mark (ours)."""
+    """POST /tag: every word with its tag and its place in the text, and the entities that the tags
+    mark (ours).
+    """
     call = await _read(request, TAG)
     runtime, scheduler = call.service.runtime, call.service.scheduler
     if await call.service.in_thread(runtime.task, call.adapter) != "token-classification":
         message = f"The model '{call.model}' tags no words; name an adapter that does."
         raise bad_request(message, param="model", code="no_tags")
-    await call.count(lambda row: len(read_words(runtime, row, call.adapter, truncate=call.truncate).ids))
+    await call.count(
+        lambda row: len(read_words(runtime, row, call.adapter, truncate=call.truncate).ids)
+    )
     work = await call.service.in_thread(
         lambda: scheduler.tag(call.inputs, call.adapter, truncate=call.truncate)
     )
@@ -76,7 +85,9 @@ async def tag(request: Request) -> Response:
 
 
 async def embeddings(request: Request) -> Response:
-    """POST /v1/embeddings: pooled states of length 1, as numbers or as base64 of little-endian float32."""
+    """POST /v1/embeddings: pooled states of length 1, as numbers or as base64 of little-endian
+    float32.
+    """
     call = await _read(request, EMBEDDINGS)
     runtime, scheduler = call.service.runtime, call.service.scheduler
     await call.count(lambda text: len(runtime.text_ids(text, call.adapter, truncate=call.truncate)))
@@ -114,8 +125,8 @@ class Call:
         return self.body.get("truncate_prompt_tokens") == -1
 
     async def count(self, length: Callable[[Any], int], *, param: str = "input") -> None:
-        """Every input's tokens, before the first is computed. ApiError, which names `param`, when one is too long, for the
-        model or for this server, or no text."""
+        """Every input's tokens, before the first is computed. ApiError, which names `param`, when
+        one is too long, for the model or for this server, or no text."""
         longest = self.service.options.max_prompt_tokens
 
         def bounded(one: Any) -> int:
@@ -130,14 +141,22 @@ class Call:
         except InputError as error:
             long = "longer" in error.what
             plain = InputError(error.what, expected=error.expected, got=error.got)
-            fix = " Set 'truncate_prompt_tokens' to -1 to cut it." if long and not self.truncate else ""
+            fix = (
+                " Set 'truncate_prompt_tokens' to -1 to cut it."
+                if long and not self.truncate
+                else ""
+            )
             code = "context_length_exceeded" if long else None
             raise bad_request(f"{plain}.{fix}", param=param, code=code) from error
         note(self.scope, rows=len(self.inputs), prompt_tokens=self.tokens)
 
     def answer(self, kind: str, data: list[dict[str, Any]]) -> Response:
         """A list of results in the shape that OpenAI and vLLM share."""
-        head = {"id": f"{kind}-{request_id_of(self.scope)}", "object": "list", "created": int(time.time())}
+        head = {
+            "id": f"{kind}-{request_id_of(self.scope)}",
+            "object": "list",
+            "created": int(time.time()),
+        }
         usage = {"prompt_tokens": self.tokens, "completion_tokens": 0, "total_tokens": self.tokens}
         return JSONResponse({**head, "model": self.model, "data": data, "usage": usage})
 
@@ -155,7 +174,11 @@ async def _read(request: Request, schema: Schema) -> Call:
 
 
 def _classified(found: Classification) -> dict[str, Any]:
-    own = {"label": found.label, "probs": list(found.scores.values()), "num_classes": len(found.scores)}
+    own = {
+        "label": found.label,
+        "probs": list(found.scores.values()),
+        "num_classes": len(found.scores),
+    }
     several = {} if found.labels is None else {"labels": list(found.labels)}
     return {**own, **several, **({} if found.value is None else {"value": found.value})}
 
@@ -165,7 +188,9 @@ async def in_time(request: Request, call: Call, work: Future[T]) -> T:
     deadline = call.service.deadline(call.body.get("deadline_s"))
     seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
     try:
-        return await unless_gone(request.receive, asyncio.wait_for(asyncio.wrap_future(work), seconds))
+        return await unless_gone(
+            request.receive, asyncio.wait_for(asyncio.wrap_future(work), seconds)
+        )
     except asyncio.TimeoutError:
         raise deadline_exceeded("The deadline passed before the answer was there.") from None
     finally:
@@ -177,20 +202,29 @@ def _base64(row: Any) -> str:
 
 
 SCORE_REQUEST_TOKENS = 65536
-"""Tokens of one request's texts, prompts counted with every answer: what is more has to be asked for in several."""
+"""Tokens of one request's texts, prompts counted with every answer: what is more has to be asked
+for in several.
+"""
 
 
 async def score(request: Request) -> Response:
-    """POST /score: the reward of each answer `text_2` to its prompt `text_1`, or of several answers to one prompt; on an
-    encoder the number that an adapter for pairs of texts gives."""
+    """POST /score: the reward of each answer `text_2` to its prompt `text_1`, or of several answers
+    to one prompt; on an encoder the number that an adapter for pairs of texts gives."""
     call, found = await _scores(request, SCORE, _pairs)
-    return call.answer("score", [{"index": i, "object": "score", "score": value} for i, value in enumerate(found)])
+    return call.answer(
+        "score", [{"index": i, "object": "score", "score": value} for i, value in enumerate(found)]
+    )
 
 
 async def pooling(request: Request) -> Response:
-    """POST /pooling: the reward of a conversation's last answer, or of texts as they stand, as vectors of one number."""
+    """POST /pooling: the reward of a conversation's last answer, or of texts as they stand, as
+    vectors of one number.
+    """
     call, found = await _scores(request, POOLING, _whole)
-    return call.answer("pool", [{"index": i, "object": "pooling", "data": [value]} for i, value in enumerate(found)])
+    return call.answer(
+        "pool",
+        [{"index": i, "object": "pooling", "data": [value]} for i, value in enumerate(found)],
+    )
 
 
 async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Call, list[float]]:
@@ -209,17 +243,27 @@ async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Ca
     if kind == VALUE:
         pairs = _Counted(lambda pair: runtime.text_ids(pair, call.adapter, truncate=call.truncate))
         await call.count(pairs.read, param=param)
-        values = await service.in_thread(lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate))
+        values = await service.in_thread(
+            lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate)
+        )
         return call, [float(found.value or 0.0) for found in await in_time(request, call, values)]
     limit = min(scheduler.context, service.options.max_prompt_tokens or scheduler.context)
-    reader = await service.in_thread(lambda: AnswerReader(runtime, runtime.chosen(call.adapter), truncate=call.truncate, limit=limit))
+    reader = await service.in_thread(
+        lambda: AnswerReader(
+            runtime, runtime.chosen(call.adapter), truncate=call.truncate, limit=limit
+        )
+    )
     answers = _Counted(reader.ids)
     await call.count(answers.read, param=param)
-    return call, await in_time(request, call, await service.in_thread(scheduler.score_ids, answers.ids, call.adapter))
+    return call, await in_time(
+        request, call, await service.in_thread(scheduler.score_ids, answers.ids, call.adapter)
+    )
 
 
 class _Counted:
-    """Reads a request's texts into token ids, which are kept, and stops where they are too many for one request."""
+    """Reads a request's texts into token ids, which are kept, and stops where they are too many for
+    one request.
+    """
 
     def __init__(self, ids_of: Callable[[Any], list[int]]) -> None:
         self._ids_of, self._left = ids_of, SCORE_REQUEST_TOKENS
@@ -230,7 +274,11 @@ class _Counted:
         ids = self._ids_of(one)
         if len(ids) > self._left and self.ids:  # one text alone is bounded by the context
             more = f"more, with text {len(self.ids) + 1}"
-            raise InputError("the texts of one request have too many tokens", expected=f"at most {SCORE_REQUEST_TOKENS} in all", got=more)
+            raise InputError(
+                "the texts of one request have too many tokens",
+                expected=f"at most {SCORE_REQUEST_TOKENS} in all",
+                got=more,
+            )
         self._left -= len(ids)
         self.ids.append(ids)
         return len(ids)
@@ -242,7 +290,11 @@ def _kind(runtime: Runtime, adapter: str | None) -> str | None:
         return REWARD
     chosen = runtime.chosen(adapter)
     packed = None if chosen is None else runtime.adapter(chosen)
-    return VALUE if packed is not None and packed.reads_pairs and packed.problem == "regression" else None
+    return (
+        VALUE
+        if packed is not None and packed.reads_pairs and packed.problem == "regression"
+        else None
+    )
 
 
 def _pairs(body: Mapping[str, Any]) -> list[Answered]:
@@ -250,7 +302,10 @@ def _pairs(body: Mapping[str, Any]) -> list[Answered]:
     if len(prompts) == 1:
         prompts = prompts * len(answers)
     if len(prompts) != len(answers):
-        message = f"'text_2' must have as many texts as 'text_1': expected {len(prompts)}, got {len(answers)}."
+        message = (
+            f"'text_2' must have as many texts as 'text_1': expected {len(prompts)}, got"
+            f" {len(answers)}."
+        )
         raise bad_request(message, param="text_2", code="invalid_value")
     return list(zip(prompts, answers, strict=True))
 
@@ -258,7 +313,9 @@ def _pairs(body: Mapping[str, Any]) -> list[Answered]:
 def _whole(body: Mapping[str, Any]) -> list[Answered]:
     texts, messages = body.get("input"), body.get("messages")
     if (texts is None) == (messages is None):
-        raise bad_request("Give either 'messages' or 'input'.", param="messages", code="invalid_value")
+        raise bad_request(
+            "Give either 'messages' or 'input'.", param="messages", code="invalid_value"
+        )
     if messages is None:
         return list(_listed(texts))
     conversation = [plain_message(message) for message in messages]

@@ -64,7 +64,9 @@ async def _generate(
     )
 
 
-async def _whole(scope: Scope, service: Service, exchange: Exchange, envelope: Envelope) -> dict[str, Any]:
+async def _whole(
+    scope: Scope, service: Service, exchange: Exchange, envelope: Envelope
+) -> dict[str, Any]:
     done: dict[int, Completion] = {}
     with exchange:
         async for row, event in exchange.events():
@@ -77,7 +79,9 @@ async def _whole(scope: Scope, service: Service, exchange: Exchange, envelope: E
 
 
 class EventStream(Response):
-    """Server-sent events. Nothing is sent before the first event, so what fails at once has its own status."""
+    """Server-sent events. Nothing is sent before the first event, so what fails at once has its own
+    status.
+    """
 
     media_type = "text/event-stream"
 
@@ -97,7 +101,9 @@ class EventStream(Response):
         try:
             async for part in self._parts():
                 if not started:
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    await send(
+                        {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                    )
                     started = True
                 await send({"type": "http.response.body", "body": _event(part), "more_body": True})
         except (Exception, asyncio.CancelledError) as error:
@@ -106,7 +112,9 @@ class EventStream(Response):
                 raise
             failure = _failure(scope, error)
             note(scope, error=failure.code)
-            await send({"type": "http.response.body", "body": _event(failure.body()), "more_body": True})
+            await send(
+                {"type": "http.response.body", "body": _event(failure.body()), "more_body": True}
+            )
         note(scope, **_facts(list(self._done.values())))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
@@ -127,7 +135,9 @@ class EventStream(Response):
                     yield envelope.part(piece)
             else:
                 completion = self._done[row]
-                self._service.metrics.completed(completion, rows=self._service.scheduler.stats().running + 1)
+                self._service.metrics.completed(
+                    completion, rows=self._service.scheduler.stats().running + 1
+                )
                 yield envelope.part(answer.closing(row, completion.finish_reason))
         if envelope.plan.include_usage:
             yield envelope.usage([self._done[row] for row in sorted(self._done)])

@@ -34,11 +34,16 @@ async def show_model(request: Request) -> Response:
 
 
 def model_cards(service: Service) -> list[dict[str, Any]]:
-    """Every model as OpenAI lists it, with vLLM's `parent`, `root` and `max_model_len`; the base first.
+    """Every model as OpenAI lists it, with vLLM's `parent`, `root` and `max_model_len`; the base
+    first.
 
     A merged bundle's base is not there any more, so only what was merged is listed.
     """
-    base = [] if service.runtime.manifest.mode == "merged" else [_card(service, service.base, parent=None)]
+    base = (
+        []
+        if service.runtime.manifest.mode == "merged"
+        else [_card(service, service.base, parent=None)]
+    )
     return base + [_adapter_card(service, status) for status in service.runtime.registry.statuses()]
 
 
@@ -46,7 +51,13 @@ def _adapter_card(service: Service, status: AdapterStatus) -> dict[str, Any]:
     facts = dict(_facts(service, status))
     template = service.runtime.tokenizer.template_of(facts.pop("prompt_format", None))
     card = _card(service, status.name, parent=service.base)
-    return {**card, **facts, "prompt_template": template, "resident": status.resident, "bytes": status.nbytes}
+    return {
+        **card,
+        **facts,
+        "prompt_template": template,
+        "resident": status.resident,
+        "bytes": status.nbytes,
+    }
 
 
 def _card(service: Service, name: str, *, parent: str | None) -> dict[str, Any]:
@@ -87,7 +98,9 @@ def _facts(service: Service, status: AdapterStatus) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _described(folder: Path, changed: int) -> dict[str, Any]:
-    """Rank, labels and prompt format out of a PEFT folder's JSON files; `changed` makes the cache notice a new one."""
+    """Rank, labels and prompt format out of a PEFT folder's JSON files; `changed` makes the cache
+    notice a new one.
+    """
     config, own = _read(folder / CONFIG), _read(folder / METADATA)
     if wrong_types(config, own):  # it cannot be used, and the others' cards must not suffer
         return {}

@@ -1,4 +1,6 @@
-"""What each request may hold, as JSON schemas: the validation and `/openapi.json` both read these tables."""
+"""What each request may hold, as JSON schemas: the validation and `/openapi.json` both read these
+tables.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ SAMPLING: dict[str, Schema] = {
     "n": optional("integer", minimum=1, maximum=64),
     "temperature": optional("number", minimum=0, maximum=2),
     "top_p": optional("number", exclusiveMinimum=0, maximum=1),
-    "top_k": optional("integer", minimum=-1, maximum=2**31 - 1, description="0 or -1 is all (vLLM)."),
+    "top_k": optional(
+        "integer", minimum=-1, maximum=2**31 - 1, description="0 or -1 is all (vLLM)."
+    ),
     "min_p": optional("number", minimum=0, maximum=1, description="As vLLM's."),
     "repetition_penalty": optional("number", minimum=0.01, maximum=10, description="As vLLM's."),
     "frequency_penalty": optional("number", minimum=-2, maximum=2),
@@ -57,7 +61,11 @@ SAMPLING: dict[str, Schema] = {
     "seed": optional("integer", minimum=0, maximum=2**63 - 1),
     "stop": either(
         {"type": ["string", "null"], "minLength": 1, "maxLength": 1024},
-        {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 1024}, "maxItems": 16},
+        {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1, "maxLength": 1024},
+            "maxItems": 16,
+        },
     ),
     "max_tokens": optional("integer", minimum=1, maximum=2**31 - 1),
     "stream": optional("boolean"),
@@ -73,7 +81,9 @@ SAMPLING: dict[str, Schema] = {
     "guided_regex": optional(
         "string", minLength=1, maxLength=65536, description="The answer matches it (vLLM)."
     ),
-    "guided_grammar": optional("string", minLength=1, maxLength=65536, description="A Lark grammar (vLLM)."),
+    "guided_grammar": optional(
+        "string", minLength=1, maxLength=65536, description="A Lark grammar (vLLM)."
+    ),
     "user": USER,
     "deadline_s": DEADLINE,
 }
@@ -129,7 +139,9 @@ CHAT = obj(
     store=optional("boolean", enum=[False], description=f"Only false: {NO_STORE}"),
     service_tier=optional("string", enum=["auto", "default"]),
     metadata=unsupported(NO_STORE),
-    modalities=optional("array", items={"type": "string", "enum": ["text"]}, minItems=1, maxItems=1),
+    modalities=optional(
+        "array", items={"type": "string", "enum": ["text"]}, minItems=1, maxItems=1
+    ),
     audio=unsupported("text only."),
     prediction=unsupported("predicted outputs are not used."),
     reasoning_effort=unsupported("there is no reasoning to set."),
@@ -178,11 +190,21 @@ TRUNCATE = optional(
     enum=[-1],
     description="-1 cuts to what the model was trained with; else too long is an error (vLLM).",
 )
-PAIRS = {"type": "array", "items": {"type": "array", "items": TEXT, "minItems": 2, "maxItems": 2}, "minItems": 1, "maxItems": 2048}
+PAIRS = {
+    "type": "array",
+    "items": {"type": "array", "items": TEXT, "minItems": 2, "maxItems": 2},
+    "minItems": 1,
+    "maxItems": 2048,
+}
 CLASSIFY = obj(
     ("model", "input"),
     model=MODEL,
-    input=either(TEXT, INPUTS, PAIRS, description="Texts, or pairs of texts for an adapter that reads two (ours)."),
+    input=either(
+        TEXT,
+        INPUTS,
+        PAIRS,
+        description="Texts, or pairs of texts for an adapter that reads two (ours).",
+    ),
     truncate_prompt_tokens=TRUNCATE,
     use_activation=optional("boolean", enum=[True]),
     user=USER,
@@ -205,28 +227,52 @@ TAG = obj(
 TRUNCATE_ANSWER = optional(
     "integer",
     enum=[-1],
-    description="-1 keeps the end of prompt and answer that are longer than the context (a regression of two texts: cuts the longer "
-    "text first, to what it was trained with); else too long is an error (vLLM).",
+    description=(
+        "-1 keeps the end of prompt and answer that are longer than the context (a regression of"
+        " two texts: cuts the longer text first, to what it was trained with); else too long is an"
+        " error (vLLM)."
+    ),
 )
 SCORE = obj(
     ("model", "text_1", "text_2"),
     model=MODEL,
     text_1=either(TEXT, INPUTS, description="Prompts of a reward adapter, or one for all answers."),
-    text_2=either(TEXT, INPUTS, description="The answers to score: as many, or several to one prompt; 65,536 tokens in all."),
+    text_2=either(
+        TEXT,
+        INPUTS,
+        description=(
+            "The answers to score: as many, or several to one prompt; 65,536 tokens in all."
+        ),
+    ),
     truncate_prompt_tokens=TRUNCATE_ANSWER,
-    use_activation=optional("boolean", enum=[False], description="Only false: scores are as the head gives them."),
+    use_activation=optional(
+        "boolean", enum=[False], description="Only false: scores are as the head gives them."
+    ),
     user=USER,
     deadline_s=DEADLINE,
 )
 POOLING = obj(
     ("model",),
     model=MODEL,
-    messages=optional("array", items=MESSAGE, minItems=1, maxItems=1024, description="A conversation that ends with the answer to score."),
-    input=either({"type": "null"}, TEXT, INPUTS, description="Texts to score as they stand, in place of messages."),
+    messages=optional(
+        "array",
+        items=MESSAGE,
+        minItems=1,
+        maxItems=1024,
+        description="A conversation that ends with the answer to score.",
+    ),
+    input=either(
+        {"type": "null"},
+        TEXT,
+        INPUTS,
+        description="Texts to score as they stand, in place of messages.",
+    ),
     encoding_format=optional("string", enum=["float"]),
     task=optional("string", enum=["classify"]),
     truncate_prompt_tokens=TRUNCATE_ANSWER,
-    use_activation=optional("boolean", enum=[False], description="Only false: scores are as the head gives them."),
+    use_activation=optional(
+        "boolean", enum=[False], description="Only false: scores are as the head gives them."
+    ),
     user=USER,
     deadline_s=DEADLINE,
 )
@@ -254,7 +300,9 @@ LOAD_ADAPTER = obj(
         "type": "string",
         "minLength": 1,
         "maxLength": 4096,
-        "description": "A PEFT folder inside a folder that the operator allowed (`--adapter-folder`).",
+        "description": (
+            "A PEFT folder inside a folder that the operator allowed (`--adapter-folder`)."
+        ),
     },
     load_inplace=optional("boolean", description="Replace an adapter of that name."),
 )
@@ -265,9 +313,17 @@ UNLOAD_ADAPTER = obj(
     in_use=optional(
         "string",
         enum=["forget", "refuse", "wait"],
-        description="Of an adapter that answers just now (ours): its texts go on without its name (default), 409, or wait for them.",
+        description=(
+            "Of an adapter that answers just now (ours): its texts go on without its name"
+            " (default), 409, or wait for them."
+        ),
     ),
-    timeout_s=optional("number", exclusiveMinimum=0, maximum=3600, description="How long to wait, then 409; default 30 (ours)."),
+    timeout_s=optional(
+        "number",
+        exclusiveMinimum=0,
+        maximum=3600,
+        description="How long to wait, then 409; default 30 (ours).",
+    ),
 )
 BODIES: dict[str, Schema] = {
     "ChatRequest": CHAT,

@@ -1,4 +1,6 @@
-"""Errors as OpenAI's clients expect them: a status, and `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as OpenAI's clients expect them: a status, and `{"error": {"message", "type", "param",
+"code"}}`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from starlette.responses import JSONResponse
 
 
 class AsciiJson(JSONResponse):
-    """JSON with every other character escaped: half a surrogate pair, which a client may spell, has no UTF-8."""
+    """JSON with every other character escaped: half a surrogate pair, which a client may spell, has
+    no UTF-8.
+    """
 
     def render(self, content: Any) -> bytes:
         """The body."""
@@ -35,7 +39,14 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the answer."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     def headers(self) -> dict[str, str]:
         """Headers that belong to the answer."""
@@ -55,7 +66,9 @@ def not_found(message: str, *, code: str, param: str | None = None) -> ApiError:
 
 def overloaded(message: str, *, retry_after: int) -> ApiError:
     """429: the queue is full."""
-    return ApiError(429, message, kind="rate_limit_error", code="queue_full", retry_after=retry_after)
+    return ApiError(
+        429, message, kind="rate_limit_error", code="queue_full", retry_after=retry_after
+    )
 
 
 def deadline_exceeded(message: str) -> ApiError:
@@ -73,5 +86,7 @@ def unavailable(message: str, *, retry_after: int = 5) -> ApiError:
 
 def internal(request_id: str) -> ApiError:
     """500: a defect of ours; the log has the story under the request's id."""
-    message = f"The server met an error of its own. Its log has the story under request id {request_id}."
+    message = (
+        f"The server met an error of its own. Its log has the story under request id {request_id}."
+    )
     return ApiError(500, message, kind="server_error", code="internal_error")

@@ -1,7 +1,8 @@
-"""The scheduler's thread on one side, coroutines on the other: requests in, events out, and cancelling.
+"""The scheduler's thread on one side, coroutines on the other: requests in, events out, and
+cancelling.
 
-The worker thread must not wait for the network, so it only appends to a queue; one wake-up of the event loop carries
-whatever has gathered since the last.
+The worker thread must not wait for the network, so it only appends to a queue; one wake-up of the
+event loop carries whatever has gathered since the last.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from edgetune.runtime.scheduler.requests import Event, FailedEvent, FinishedEvent, GenerationRequest, Ticket
+from edgetune.runtime.scheduler.requests import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerationRequest,
+    Ticket,
+)
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
 T = TypeVar("T")
@@ -35,7 +42,9 @@ class Mailroom:
         self._woken = False
 
     def post(self, box: asyncio.Queue[Numbered], letter: Numbered) -> None:
-        """Called by the worker thread; never blocks. A closed loop has no readers left, so nothing is lost."""
+        """Called by the worker thread; never blocks. A closed loop has no readers left, so nothing
+        is lost.
+        """
         self._letters.append((box, letter))
         if not self._woken:
             self._woken = True
@@ -50,7 +59,9 @@ class Mailroom:
 
 
 class Exchange:
-    """The rows of one HTTP request: `submit` them, read `events` inside the context; leaving it cancels what runs."""
+    """The rows of one HTTP request: `submit` them, read `events` inside the context; leaving it
+    cancels what runs.
+    """
 
     def __init__(
         self, scheduler: Scheduler, mailroom: Mailroom, requests: Sequence[GenerationRequest]
@@ -86,7 +97,10 @@ class Exchange:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.cancel()
 
@@ -96,7 +110,9 @@ class Exchange:
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """Await the work, but stop it and raise ClientGone when the client goes away first. The body must be read."""
+    """Await the work, but stop it and raise ClientGone when the client goes away first. The body
+    must be read.
+    """
     task: asyncio.Future[T] = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
     try:

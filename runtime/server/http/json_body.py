@@ -1,4 +1,6 @@
-"""A request's bytes → a checked JSON object: one table of JSON Schema checks a body and stands in `/openapi.json`."""
+"""A request's bytes → a checked JSON object: one table of JSON Schema checks a body and stands in
+`/openapi.json`.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,11 @@ def check(value: Any, schema: Schema, param: str = "") -> None:
         _check_any(value, schema, param)
         return
     kinds = _kinds(schema)
-    if kinds and kind_of(value) not in kinds and not (kind_of(value) == "integer" and "number" in kinds):
+    if (
+        kinds
+        and kind_of(value) not in kinds
+        and not (kind_of(value) == "integer" and "number" in kinds)
+    ):
         raise _wrong_type(value, schema, kinds, param)
     if "enum" in schema and value not in schema["enum"]:
         allowed = ", ".join(repr(choice) for choice in schema["enum"] if choice is not None)
@@ -124,7 +130,9 @@ def _wrong_type(value: Any, schema: Schema, kinds: Sequence[str], param: str) ->
     wanted = [WORDS[kind] for kind in kinds if kind != "null"]
     expected = wanted[0] if len(wanted) == 1 else f"one of {', '.join(wanted[:-1])} or {wanted[-1]}"
     place = f"'{param}'" if param else "the request body"
-    message = f"Invalid type for {place}: expected {expected}, but got {WORDS[kind_of(value)]} instead."
+    message = (
+        f"Invalid type for {place}: expected {expected}, but got {WORDS[kind_of(value)]} instead."
+    )
     return bad_request(message, param=param or None, code="invalid_type")
 
 
@@ -146,15 +154,19 @@ def _check_object(value: Mapping[str, Any], schema: Schema, param: str) -> None:
             check(item, rest, f"{prefix}{name[:60]}")
 
 
-def _check_size(size: int, schema: Schema, param: str, kind: str, unit: str, low: str, high: str) -> None:
+def _check_size(
+    size: int, schema: Schema, param: str, kind: str, unit: str, low: str, high: str
+) -> None:
     if size < schema.get(low, 0):
         message = (
-            f"Invalid '{param}': {kind} too short. Expected at least {schema[low]} {unit}, but got {size}."
+            f"Invalid '{param}': {kind} too short. Expected at least {schema[low]} {unit}, but got"
+            f" {size}."
         )
         raise bad_request(message, param=param, code=f"{kind}_below_min_length")
     if size > schema.get(high, math.inf):
         message = (
-            f"Invalid '{param}': {kind} too long. Expected at most {schema[high]} {unit}, but got {size}."
+            f"Invalid '{param}': {kind} too long. Expected at most {schema[high]} {unit}, but got"
+            f" {size}."
         )
         raise bad_request(message, param=param, code=f"{kind}_above_max_length")
 
@@ -163,7 +175,12 @@ def _check_number(value: float, schema: Schema, param: str) -> None:
     kind = "integer" if isinstance(value, int) else "decimal"
     limits = {
         "minimum": (lambda limit: value >= limit, "below minimum value", ">=", "below_min_value"),
-        "exclusiveMinimum": (lambda limit: value > limit, "below minimum value", ">", "below_min_value"),
+        "exclusiveMinimum": (
+            lambda limit: value > limit,
+            "below minimum value",
+            ">",
+            "below_min_value",
+        ),
         "maximum": (lambda limit: value <= limit, "above maximum value", "<=", "above_max_value"),
     }
     for word, (fits, what, sign, code) in limits.items():
@@ -177,7 +194,9 @@ def _check_number(value: float, schema: Schema, param: str) -> None:
 def _shown(value: Any) -> str:
     """A value in a message: short, whatever it is."""
     text = (
-        repr(value) if not isinstance(value, int) or abs(value) < 10**20 else f"a number of over {10**20:.0e}"
+        repr(value)
+        if not isinstance(value, int) or abs(value) < 10**20
+        else f"a number of over {10**20:.0e}"
     )
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -189,19 +208,28 @@ BODY_SECONDS = 30.0
 
 
 async def read_json(request: Request, schema: Schema, *, limit_mb: float) -> dict[str, Any]:
-    """The request's body, parsed and checked. ApiError: 415 no JSON, 413 too large, 408 too slow, 400 not fitting."""
+    """The request's body, parsed and checked. ApiError: 415 no JSON, 413 too large, 408 too slow,
+    400 not fitting.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        # Also what keeps other sites' pages out: a form or plain text needs no leave of ours, JSON does (CORS).
+        # Also what keeps other sites' pages out: a form or plain text needs no leave of ours, JSON
+        # does (CORS).
         message = f"Content-Type must be application/json, but got {kind or 'none'!r}."
         raise ApiError(415, message, code="unsupported_media_type")
     try:
         raw = await asyncio.wait_for(_body(request, int(limit_mb * 1e6)), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise ApiError(408, "The request's body did not arrive in time.", code="body_timeout") from None
+        raise ApiError(
+            408, "The request's body did not arrive in time.", code="body_timeout"
+        ) from None
     except ClientDisconnect:
         raise ClientGone from None
-    value = await asyncio.to_thread(_checked, raw, schema) if len(raw) > LARGE else _checked(raw, schema)
+    value = (
+        await asyncio.to_thread(_checked, raw, schema)
+        if len(raw) > LARGE
+        else _checked(raw, schema)
+    )
     return {name: item for name, item in value.items() if item is not None}
 
 
@@ -228,7 +256,10 @@ async def _body(request: Request, limit: int) -> bytes:
 def _parse(raw: bytes) -> Any:
     try:
         return json.loads(raw, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
         raise bad_request(f"The body is not valid JSON: {reason}.", code="invalid_json") from None
 

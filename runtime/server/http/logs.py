@@ -1,4 +1,6 @@
-"""Structured logs: one JSON object a line on stderr, one line a request, each with its request id."""
+"""Structured logs: one JSON object a line on stderr, one line a request, each with its
+request id.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,22 @@ KEY = "edgetune.request"
 
 
 class JsonLines(logging.Formatter):
-    """A log record as one JSON object: time, level, event, and the fields of `extra={"fields": …}`."""
+    """A log record as one JSON object: time, level, event, and the fields of
+    `extra={"fields": …}`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, whatever the values hold."""
         moment = (
-            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z"
         )
         line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
-        line |= {name: value for name, value in getattr(record, "fields", {}).items() if value is not None}
+        line |= {
+            name: value
+            for name, value in getattr(record, "fields", {}).items()
+            if value is not None
+        }
         if record.exc_info and record.exc_info[1] is not None:
             line["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
         return json.dumps(line, default=str)
@@ -50,7 +59,11 @@ def set_up_logging(level: str = "info") -> None:
     """Send this server's, the runtime's and uvicorn's log lines to standard error, in one form."""
     handler = Stderr()
     handler.setFormatter(JsonLines())
-    for name, least in (("edgetune.server", level.upper()), ("edgetune.runtime", "WARNING"), ("uvicorn.error", "WARNING")):
+    for name, least in (
+        ("edgetune.server", level.upper()),
+        ("edgetune.runtime", "WARNING"),
+        ("uvicorn.error", "WARNING"),
+    ):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)

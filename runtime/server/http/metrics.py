@@ -1,4 +1,6 @@
-"""What `/metrics` tells Prometheus: HTTP requests and latencies counted here, the scheduler's own counters read live."""
+"""What `/metrics` tells Prometheus: HTTP requests and latencies counted here, the scheduler's own
+counters read live.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,17 @@ REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 
 
 class Metrics:
-    """One server's counters, in a registry of their own so that two servers in a process do not meet."""
+    """One server's counters, in a registry of their own so that two servers in a process do not
+    meet.
+    """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "edgetune_http_requests", "Requests answered.", ("route", "status"), registry=self.registry
+            "edgetune_http_requests",
+            "Requests answered.",
+            ("route", "status"),
+            registry=self.registry,
         )
         self.seconds = Histogram(
             "edgetune_http_request_seconds",
@@ -35,7 +42,9 @@ class Metrics:
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
         )
-        self.open = Gauge("edgetune_http_requests_open", "Requests under way.", registry=self.registry)
+        self.open = Gauge(
+            "edgetune_http_requests_open", "Requests under way.", registry=self.registry
+        )
         self.ttft = Histogram(
             "edgetune_ttft_seconds",
             "Time to first token, the wait in the queue included.",
@@ -49,7 +58,10 @@ class Metrics:
             registry=self.registry,
         )
         self.queue_wait = Histogram(
-            "edgetune_queue_wait_seconds", "Wait in the queue.", buckets=TTFT_BUCKETS, registry=self.registry
+            "edgetune_queue_wait_seconds",
+            "Wait in the queue.",
+            buckets=TTFT_BUCKETS,
+            registry=self.registry,
         )
         self.batch = Histogram(
             "edgetune_answer_batch_rows",
@@ -105,20 +117,36 @@ class SchedulerCollector(Collector):
                 stats.prefix_hit_tokens_total,
                 "Prompt tokens found in the cache.",
             ),
-            "edgetune_prefix_evictions": (stats.prefix_evictions_total, "Cached prefixes given up."),
-            "edgetune_adapter_evictions": (stats.adapter_evictions_total, "Adapters put out of memory."),
+            "edgetune_prefix_evictions": (
+                stats.prefix_evictions_total,
+                "Cached prefixes given up.",
+            ),
+            "edgetune_adapter_evictions": (
+                stats.adapter_evictions_total,
+                "Adapters put out of memory.",
+            ),
             "edgetune_guessed_tokens": (stats.guessed_tokens_total, "Tokens guessed from prompts."),
-            "edgetune_right_guesses": (stats.right_guesses_total, "Guessed tokens that were right."),
+            "edgetune_right_guesses": (
+                stats.right_guesses_total,
+                "Guessed tokens that were right.",
+            ),
             "edgetune_encoded_rows": (stats.encoded_rows_total, "Texts classified or embedded."),
         }
         for name, (count, text) in totals.items():
             yield CounterMetricFamily(name, text, value=count)
-        running = GaugeMetricFamily("edgetune_execution_provider", "Execution providers in use, in order of preference.", labels=("provider",))
+        running = GaugeMetricFamily(
+            "edgetune_execution_provider",
+            "Execution providers in use, in order of preference.",
+            labels=("provider",),
+        )
         for place, name in enumerate(self._scheduler.runtime.providers.names, 1):
             running.add_metric([name], place)
         yield running
         yield _labelled(
-            "edgetune_completions", "Completions by how they ended.", "reason", stats.requests_total.items()
+            "edgetune_completions",
+            "Completions by how they ended.",
+            "reason",
+            stats.requests_total.items(),
         )
         adapters = stats.adapters.items()
         yield _labelled(
@@ -141,7 +169,9 @@ class SchedulerCollector(Collector):
         )
 
 
-def _labelled(name: str, text: str, label: str, values: Iterable[tuple[str, float]]) -> CounterMetricFamily:
+def _labelled(
+    name: str, text: str, label: str, values: Iterable[tuple[str, float]]
+) -> CounterMetricFamily:
     family = CounterMetricFamily(name, text, labels=(label,))
     for key, value in values:
         family.add_metric([key], value)

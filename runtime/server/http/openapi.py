@@ -95,22 +95,36 @@ def document() -> dict[str, Any]:
     paths = {
         "/v1/models": {"get": _get("List the base model and its adapters.", "ModelList")},
         "/v1/models/{model}": {"get": _show_model()},
-        "/v1/chat/completions": {"post": _post("Answer a conversation.", "ChatRequest", "Generated", EVENTS)},
-        "/v1/completions": {"post": _post("Continue a text.", "CompletionRequest", "Generated", EVENTS)},
+        "/v1/chat/completions": {
+            "post": _post("Answer a conversation.", "ChatRequest", "Generated", EVENTS)
+        },
+        "/v1/completions": {
+            "post": _post("Continue a text.", "CompletionRequest", "Generated", EVENTS)
+        },
         "/classify": {"post": _post("Classify texts.", "ClassifyRequest", "Listed", {})},
         "/tag": {"post": _post("Tag the words of texts.", "TagRequest", "Listed", {})},
         "/score": {"post": _post("Score answers to prompts.", "ScoreRequest", "Listed", {})},
-        "/pooling": {"post": _post("Score a conversation or texts.", "PoolingRequest", "Listed", {})},
+        "/pooling": {
+            "post": _post("Score a conversation or texts.", "PoolingRequest", "Listed", {})
+        },
         "/v1/embeddings": {"post": _post("Embed texts.", "EmbeddingRequest", "Listed", {})},
         "/v1/load_lora_adapter": {
             "post": _adapters("Load an adapter from an allowed folder.", "LoadAdapterRequest")
         },
-        "/v1/unload_lora_adapter": {"post": _adapters("Unload an adapter.", "UnloadAdapterRequest")},
+        "/v1/unload_lora_adapter": {
+            "post": _adapters("Unload an adapter.", "UnloadAdapterRequest")
+        },
         "/health": {"get": _get("Whether the process lives.", "Status", open_to_all=True)},
         "/ready": {"get": _ready()},
         "/metrics": {"get": _text("Prometheus metrics.", "text/plain")},
     }
-    schemes = {"key": {"type": "http", "scheme": "bearer", "description": "Only when the operator set keys."}}
+    schemes = {
+        "key": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "Only when the operator set keys.",
+        }
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -170,7 +184,11 @@ def _post(summary: str, body: str, answer: str, more: Mapping[str, Any]) -> dict
 
 def _adapters(summary: str, body: str) -> dict[str, Any]:
     okay = {"description": "OK", "content": {"text/plain": {"schema": STRING}}}
-    errors = {**GENERATE_ERRORS, "403": "The operator allows no adapters over HTTP, or not from there.", "409": "The adapter is in use."}
+    errors = {
+        **GENERATE_ERRORS,
+        "403": "The operator allows no adapters over HTTP, or not from there.",
+        "409": "The adapter is in use.",
+    }
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(body)}}},

@@ -1,4 +1,6 @@
-"""A request's fields → generation settings and prompts: OpenAI's words on one side, the runtime's on the other."""
+"""A request's fields → generation settings and prompts: OpenAI's words on one side, the runtime's
+on the other.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Pla
     top = body.get("top_logprobs")
     if top is not None and not body.get("logprobs"):
         raise bad_request(
-            "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs", code="invalid_value"
+            "'top_logprobs' needs 'logprobs' to be true.",
+            param="top_logprobs",
+            code="invalid_value",
         )
     logprobs = (top or 0) if body.get("logprobs") else None
     if body.get("max_tokens") is not None and body.get("max_completion_tokens") is not None:
@@ -66,7 +70,9 @@ def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Pla
             name for name in ("response_format", "guided_regex", "guided_grammar") if body.get(name)
         ]
         if constrained:
-            message = f"A 'tool_choice' that demands a call and '{constrained[0]}' exclude each other."
+            message = (
+                f"A 'tool_choice' that demands a call and '{constrained[0]}' exclude each other."
+            )
             raise bad_request(message, param="tool_choice", code="invalid_value")
         body = {**body, "guided_grammar": grammar}
     prompt = _prompt_ids(service, messages, adapter, tools or None)
@@ -81,10 +87,14 @@ def plan_completion(service: Service, body: Mapping[str, Any], request_id: str) 
     prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     special = body.get("add_special_tokens", True)
     encode = service.runtime.tokenizer.encode
-    ids = [encode(p, add_special_tokens=special) if isinstance(p, str) else list(p) for p in prompts]
+    ids = [
+        encode(p, add_special_tokens=special) if isinstance(p, str) else list(p) for p in prompts
+    ]
     vocabulary = service.runtime.manifest.graph.vocab_size
     if any(token >= vocabulary for row in ids for token in row):
-        raise bad_request(f"'prompt' holds a token id that is not below {vocabulary}.", param="prompt")
+        raise bad_request(
+            f"'prompt' holds a token id that is not below {vocabulary}.", param="prompt"
+        )
     return _plan(service, body, ids, adapter, body.get("logprobs"), request_id)
 
 
@@ -102,7 +112,9 @@ def settings_of(
         "regex": body.get("guided_regex"),
         "grammar": body.get("guided_grammar"),
         "schema": _json_schema(body.get("response_format")),
-        "response_format": {"type": "text"} if (body.get("response_format") or {}).get("type") == "text" else None,
+        "response_format": (
+            {"type": "text"} if (body.get("response_format") or {}).get("type") == "text" else None
+        ),
     }
     constraints = [name for name in ("schema", "regex", "grammar") if given[name] is not None]
     if len(constraints) > 1:
@@ -117,9 +129,13 @@ def error_of(error: Exception, *, param: str | None = None) -> ApiError | None:
         return error
     if isinstance(error, InputError):
         long = "longer than" in error.what
-        return bad_request(str(error), param=param, code="context_length_exceeded" if long else None)
+        return bad_request(
+            str(error), param=param, code="context_length_exceeded" if long else None
+        )
     if isinstance(error, AdapterError) and error.what.startswith("unknown adapter"):
-        return not_found(f"The model '{error.got}' does not exist.", code="model_not_found", param="model")
+        return not_found(
+            f"The model '{error.got}' does not exist.", code="model_not_found", param="model"
+        )
     if isinstance(error, AdapterError):
         return bad_request(str(error), param=param, code="adapter_error")
     return None
@@ -146,7 +162,9 @@ def _plan(
         service.deadline(body.get("deadline_s")),
     )
     rows = [
-        GenerationRequest(ids, adapter, settings, deadline=deadline, request_id=request_id, choice=choice)
+        GenerationRequest(
+            ids, adapter, settings, deadline=deadline, request_id=request_id, choice=choice
+        )
         for ids in prompts
         for choice in range(count)
     ]
@@ -162,7 +180,10 @@ def _check_task(service: Service) -> None:
 
 def _check_text(service: Service, adapter: str | None) -> None:
     if service.runtime.task(adapter) == REWARD:
-        what = f"The model '{service.runtime.chosen(adapter)}' scores answers; it generates no text. Ask /score or /pooling."
+        what = (
+            f"The model '{service.runtime.chosen(adapter)}' scores answers; it generates no text."
+            " Ask /score or /pooling."
+        )
         raise bad_request(what, param="model", code="wrong_task")
 
 
@@ -174,14 +195,19 @@ def _check_length(service: Service, tokens: int, *, param: str) -> None:
             "The prompt is empty: expected one token at least.", param=param, code="empty_prompt"
         )
     if tokens > limit:
-        message = f"The prompt has {tokens} tokens, but at most {limit} are allowed, so that one can follow."
+        message = (
+            f"The prompt has {tokens} tokens, but at most {limit} are allowed, so that one can"
+            " follow."
+        )
         raise bad_request(message, param=param, code="context_length_exceeded")
 
 
 def _check_rows(service: Service, rows: int) -> None:
     limit = service.scheduler.max_queue
     if rows > limit:
-        raise bad_request(f"The request asks for {rows} texts, but at most {limit} fit the queue.", param="n")
+        raise bad_request(
+            f"The request asks for {rows} texts, but at most {limit} fit the queue.", param="n"
+        )
 
 
 def _prompt_ids(
@@ -197,11 +223,15 @@ def _prompt_ids(
 
 
 def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Text parts joined; `developer` is OpenAI's newer word for `system`. What is null does not reach the template."""
+    """Text parts joined; `developer` is OpenAI's newer word for `system`. What is null does not
+    reach the template.
+    """
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise bad_request(
-            "A message without 'content' must have 'tool_calls'.", param="messages", code="invalid_value"
+            "A message without 'content' must have 'tool_calls'.",
+            param="messages",
+            code="invalid_value",
         )
     text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
     role = "system" if message["role"] == "developer" else message["role"]
@@ -209,7 +239,9 @@ def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": role, "content": text, **name, **plain_tool_messages(message)}
 
 
-def _bias(service: Service, bias: Mapping[str, float] | None) -> tuple[tuple[int, float], ...] | None:
+def _bias(
+    service: Service, bias: Mapping[str, float] | None
+) -> tuple[tuple[int, float], ...] | None:
     if bias is None:
         return None
     vocabulary, pairs = service.runtime.manifest.graph.vocab_size, []

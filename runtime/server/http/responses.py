@@ -1,4 +1,6 @@
-"""Completions and events of the scheduler → OpenAI's answer objects, whole or as chunks of a stream."""
+"""Completions and events of the scheduler → OpenAI's answer objects, whole or as chunks of a
+stream.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class ChatAnswer:
         """The last chunk of a choice says why it ended."""
         return self._delta(index, {}, None, reason)
 
-    def logprobs(self, found: Sequence[TokenLogprob] | None, top: int | None) -> dict[str, Any] | None:
+    def logprobs(
+        self, found: Sequence[TokenLogprob] | None, top: int | None
+    ) -> dict[str, Any] | None:
         """Each token with its likeliest rivals."""
         if top is None or found is None:
             return None
@@ -60,7 +64,9 @@ class ChatAnswer:
         return {"content": content, "refusal": None}
 
     @staticmethod
-    def _delta(index: int, delta: Mapping[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
+    def _delta(
+        index: int, delta: Mapping[str, Any], logprobs: Any, reason: str | None
+    ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
@@ -90,7 +96,11 @@ class ToolAnswer(ChatAnswer):
         """Content at once, a call when it is whole."""
         parser = self._parsers.setdefault(index, ToolParser())
         delta = _tool_delta(parser, text)
-        return self._delta(index, delta, self.logprobs(logprobs, top), None) if delta or logprobs else None
+        return (
+            self._delta(index, delta, self.logprobs(logprobs, top), None)
+            if delta or logprobs
+            else None
+        )
 
     def closing(self, index: int, reason: str) -> dict[str, Any]:
         """What was held back, and why it ended."""
@@ -129,7 +139,9 @@ class TextAnswer:
     def logprobs(
         self, index: int, found: Sequence[TokenLogprob] | None, top: int | None
     ) -> dict[str, Any] | None:
-        """Four lists side by side; offsets count characters of the tokens' texts since the choice's start."""
+        """Four lists side by side; offsets count characters of the tokens' texts since the choice's
+        start.
+        """
         if top is None or found is None:
             return None
         offsets, at = [], self._offsets.get(index, 0)
@@ -140,7 +152,9 @@ class TextAnswer:
         return {
             "tokens": [token.token for token in found],
             "token_logprobs": [_finite(token.logprob) for token in found],
-            "top_logprobs": [{text: _finite(value) for _, text, value in t.top[:top]} for t in found],
+            "top_logprobs": [
+                {text: _finite(value) for _, text, value in t.top[:top]} for t in found
+            ],
             "text_offset": offsets,
         }
 
@@ -157,12 +171,18 @@ class Envelope:
 
     def __init__(self, answer: Answer, plan: Plan, request_id: str) -> None:
         self.answer, self.plan = answer, plan
-        self._head = {"id": f"{answer.prefix}-{request_id}", "created": int(time.time()), "model": plan.model}
+        self._head = {
+            "id": f"{answer.prefix}-{request_id}",
+            "created": int(time.time()),
+            "model": plan.model,
+        }
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The answer in one piece."""
         top = self.plan.top_logprobs
-        choices = [self.answer.choice(i, completion, top) for i, completion in enumerate(completions)]
+        choices = [
+            self.answer.choice(i, completion, top) for i, completion in enumerate(completions)
+        ]
         return {
             **self._head,
             "object": self.answer.whole,
@@ -194,31 +214,44 @@ class Envelope:
 
 
 def timings(completions: Sequence[Completion]) -> dict[str, float | None]:
-    """Milliseconds (ours, beside OpenAI's fields): of the choice that began first, and the mean of a token."""
+    """Milliseconds (ours, beside OpenAI's fields): of the choice that began first, and the mean of
+    a token.
+    """
     if not completions:
         return {"queue_ms": None, "ttft_ms": None, "tpot_ms": None}
     first = min(completions, key=lambda c: c.ttft_ms)
     steady = [c.tpot_ms for c in completions if c.tpot_ms is not None]
     mean = round(sum(steady) / len(steady), 3) if steady else None
-    return {"queue_ms": round(first.queue_ms, 3), "ttft_ms": round(first.ttft_ms, 3), "tpot_ms": mean}
+    return {
+        "queue_ms": round(first.queue_ms, 3),
+        "ttft_ms": round(first.ttft_ms, 3),
+        "tpot_ms": mean,
+    }
 
 
 def _tool_delta(parser: ToolParser, text: str, *, last: bool = False) -> dict[str, Any]:
     first = parser.calls
     content, calls = parser.add(text, last=last)
     numbered = [{"index": first + i, **call} for i, call in enumerate(_calls(calls))]
-    return ({"content": content} if content else {}) | ({"tool_calls": numbered} if numbered else {})
+    return ({"content": content} if content else {}) | (
+        {"tool_calls": numbered} if numbered else {}
+    )
 
 
 def _calls(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": dict(call)} for call in calls
+        {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": dict(call)}
+        for call in calls
     ]
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:
     whole = "\N{REPLACEMENT CHARACTER}" not in text
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
+    return {
+        "token": text,
+        "logprob": _finite(logprob),
+        "bytes": list(text.encode()) if whole else None,
+    }
 
 
 def _finite(logprob: float) -> float:

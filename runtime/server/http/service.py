@@ -1,4 +1,6 @@
-"""What every endpoint shares: the runtime, the scheduler, the operator's options, names of models."""
+"""What every endpoint shares: the runtime, the scheduler, the operator's options, names of
+models.
+"""
 
 from __future__ import annotations
 
@@ -78,18 +80,25 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
     async def wait_in_thread(self, call: Callable[[], T]) -> T:
-        """Run what waits for other requests, in threads that nothing else needs. ApiError 429 when WAITS of them wait."""
+        """Run what waits for other requests, in threads that nothing else needs. ApiError 429 when
+        WAITS of them wait.
+        """
         if not self._may_wait.acquire(blocking=False):
-            raise overloaded(f"{WAITS} requests wait for adapters to be free; ask again, or with 'in_use' refuse or forget.", retry_after=5)
+            raise overloaded(
+                f"{WAITS} requests wait for adapters to be free; ask again, or with 'in_use' refuse"
+                " or forget.",
+                retry_after=5,
+            )
         work = self._waits.submit(call)
         work.add_done_callback(lambda _: self._may_wait.release())
         return await asyncio.wrap_future(work)
 
     async def submit(self, exchange: Exchange) -> None:
-        """Queue an exchange's rows beside the event loop: reading an adapter or compiling a grammar may take seconds.
+        """Queue an exchange's rows beside the event loop: reading an adapter or compiling a grammar
+        may take seconds.
 
-        These have threads of their own, so that nobody else's tokenizing waits behind them. A caller that is cancelled
-        meanwhile leaves no row behind.
+        These have threads of their own, so that nobody else's tokenizing waits behind them. A
+        caller that is cancelled meanwhile leaves no row behind.
         """
         work = asyncio.get_running_loop().run_in_executor(self._submits, exchange.submit)
         try:
@@ -105,20 +114,28 @@ class Service:
             raise
 
     def adapter_of(self, model: str) -> str | None:
-        """The adapter behind a model's name, None for the base. ApiError 404 when there is no such model."""
+        """The adapter behind a model's name, None for the base. ApiError 404 when there is no such
+        model.
+        """
         if model == self.base and self.runtime.manifest.mode != "merged":
             return None
         if self.runtime.registry.knows(model):
             return model
-        raise not_found(f"The model '{model}' does not exist.", code="model_not_found", param="model")
+        raise not_found(
+            f"The model '{model}' does not exist.", code="model_not_found", param="model"
+        )
 
     def models(self) -> list[str]:
-        """Every name that can be asked for, the base first (a merged bundle's base is not there any more)."""
+        """Every name that can be asked for, the base first (a merged bundle's base is not there any
+        more).
+        """
         base = [] if self.runtime.manifest.mode == "merged" else [self.base]
         return [*base, *self.runtime.adapters]
 
     def deadline(self, asked_s: float | None) -> float | None:
-        """The moment of `time.monotonic()` by which an answer must be there: the caller's or the operator's."""
+        """The moment of `time.monotonic()` by which an answer must be there: the caller's or the
+        operator's.
+        """
         limits = [limit for limit in (asked_s, self.options.deadline_s) if limit is not None]
         return time.monotonic() + min(limits) if limits else None
 

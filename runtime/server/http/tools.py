@@ -1,7 +1,9 @@
-"""Tool calls in the Hermes form that many chat templates teach: `<tool_call>{"name", "arguments"}</tool_call>`.
+"""Tool calls in the Hermes form that many chat templates teach: `<tool_call>{"name",
+"arguments"}</tool_call>`.
 
-A template that takes `tools` shows them to the model; what it answers between the two tags becomes `tool_calls`. With
-`tool_choice` "required" or a function's name, a grammar holds the model to a call whose arguments fit the schema.
+A template that takes `tools` shows them to the model; what it answers between the two tags becomes
+`tool_calls`. With `tool_choice` "required" or a function's name, a grammar holds the model to a
+call whose arguments fit the schema.
 """
 
 from __future__ import annotations
@@ -22,36 +24,49 @@ def takes_tools(template: str | None) -> bool:
 
 
 def chosen_tools(body: Mapping[str, Any], template: str | None) -> list[Mapping[str, Any]]:
-    """The tools that a request offers; none with `tool_choice` "none". ApiError when the template knows no tools."""
+    """The tools that a request offers; none with `tool_choice` "none". ApiError when the template
+    knows no tools.
+    """
     tools, choice = body.get("tools") or [], body.get("tool_choice", "auto")
     if choice == "none" or not tools:
         if choice not in ("none", "auto"):
-            raise bad_request("'tool_choice' needs 'tools'.", param="tool_choice", code="invalid_value")
+            raise bad_request(
+                "'tool_choice' needs 'tools'.", param="tool_choice", code="invalid_value"
+            )
         return []
     if not takes_tools(template):
         message = (
-            "Unsupported parameter: 'tools'. This bundle's chat template has no tools; use response_format."
+            "Unsupported parameter: 'tools'. This bundle's chat template has no tools; use"
+            " response_format."
         )
         raise bad_request(message, param="tools", code="unsupported_parameter")
     return list(tools)
 
 
 def call_grammar(tools: Sequence[Mapping[str, Any]], choice: Any) -> str | None:
-    """A Lark grammar (llguidance's, with `%json`) of one call that must be made; None when the model may choose."""
+    """A Lark grammar (llguidance's, with `%json`) of one call that must be made; None when the
+    model may choose.
+    """
     if choice in (None, "auto", "none"):
         return None
     functions = [tool["function"] for tool in tools]
     if choice != "required":
         functions = [f for f in functions if f["name"] == choice["function"]["name"]]
         if not functions:
-            message = f"'tool_choice' names {choice['function']['name']!r}, which is not in 'tools'."
+            message = (
+                f"'tool_choice' names {choice['function']['name']!r}, which is not in 'tools'."
+            )
             raise bad_request(message, param="tool_choice", code="invalid_value")
     calls = [_call_schema(function) for function in functions]
-    return f'start: "{OPENING}\\n" call "\\n{CLOSING}"\ncall: %json {json.dumps({"anyOf": calls})}\n'
+    return (
+        f'start: "{OPENING}\\n" call "\\n{CLOSING}"\ncall: %json {json.dumps({"anyOf": calls})}\n'
+    )
 
 
 class ToolParser:
-    """Text in pieces → content that is certain, and whole calls. What is no JSON call stays content."""
+    """Text in pieces → content that is certain, and whole calls. What is no JSON call stays
+    content.
+    """
 
     def __init__(self) -> None:
         self._held = ""
@@ -61,7 +76,9 @@ class ToolParser:
         """Take more text; (content, calls) that are certain now. `last`: nothing follows."""
         self._held += text
         content, calls = [], []
-        while (start := self._held.find(OPENING)) >= 0 and (end := self._held.find(CLOSING, start)) >= 0:
+        while (start := self._held.find(OPENING)) >= 0 and (
+            end := self._held.find(CLOSING, start)
+        ) >= 0:
             before, inside = self._held[:start], self._held[start + len(OPENING) : end]
             self._held = self._held[end + len(CLOSING) :]
             call = _parse(inside)
@@ -73,13 +90,18 @@ class ToolParser:
             keep = len(self._held) - start
         else:
             keep = stop_overlap(self._held, (OPENING,))
-        certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        certain, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         self.calls += len(calls)
         return "".join([*content, certain]), calls
 
 
 def plain_tool_messages(message: Mapping[str, Any]) -> dict[str, Any]:
-    """What a template reads of an earlier call or its result: arguments as an object, as the model wrote them."""
+    """What a template reads of an earlier call or its result: arguments as an object, as the model
+    wrote them.
+    """
     found: dict[str, Any] = {}
     if message.get("tool_call_id") is not None:
         found["tool_call_id"] = message["tool_call_id"]
@@ -121,6 +143,8 @@ def _parse(inside: str) -> dict[str, Any] | None:
             and isinstance(value.get("name"), str)
             and isinstance(value.get("arguments"), dict)
         )
-        return {"name": value["name"], "arguments": json.dumps(value["arguments"])} if fits else None
+        return (
+            {"name": value["name"], "arguments": json.dumps(value["arguments"])} if fits else None
+        )
     except (ValueError, RecursionError):  # what is nested too deeply is no call either
         return None

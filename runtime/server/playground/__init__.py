@@ -1,4 +1,6 @@
-"""The page at `GET /`: three files of the package joined into one, so that it needs nothing from anywhere else."""
+"""The page at `GET /`: three files of the package joined into one, so that it needs nothing from
+anywhere else.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def page() -> str:
 
 @functools.lru_cache(maxsize=1)
 def security_policy() -> str:
-    """Content-Security-Policy: only this page's own style and script, only requests to this server."""
+    """Content-Security-Policy: only this page's own style and script, only requests to this
+    server.
+    """
     return "; ".join(
         [
             "default-src 'none'",

@@ -1,0 +1,70 @@
+"""What llama.cpp calls the layers of a decoder, and in which order it holds a weight's rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.core.errors import ExportError
+from edgetune.export.gguf import ARCHITECTURES, ROTATES_PAIRS, Rows
+from edgetune.export.graph.families import cache_sizes
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear layer in llama.cpp: the name of its weight there, and which row of ours each of its
+    rows is (None: the same).
+    """
+
+    tensor: str
+    rows: Rows | None
+
+    def reordered(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(out, …) in our order → in llama.cpp's."""
+        return matrix if self.rows is None else matrix[self.rows]
+
+
+def architecture(model_type: str) -> str:
+    """llama.cpp's name; ExportError for a family it does not have."""
+    if model_type not in ARCHITECTURES:
+        raise ExportError(
+            f"llama.cpp has no decoder family {model_type!r}",
+            where="--format gguf-adapter",
+            expected=f"one of {', '.join(ARCHITECTURES)}",
+        )
+    return ARCHITECTURES[model_type]
+
+
+def place_of(module: str, config: Any) -> Place | None:
+    """Where llama.cpp has the linear layer `module` (its path in transformers); None where it has
+    none of that name.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    wanted = architecture(config.model_type)
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == wanted)
+    name = get_tensor_name_map(arch, int(config.num_hidden_layers)).get_name(module)
+    return (
+        None if name is None else Place(f"{name}.weight", _rows(module.rpartition(".")[2], config))
+    )
+
+
+def _rows(kind: str, config: Any) -> Rows | None:
+    sizes, heads = cache_sizes(config), int(config.num_attention_heads)
+    if config.model_type in ROTATES_PAIRS and kind in ("q_proj", "k_proj"):
+        count = heads if kind == "q_proj" else sizes.kv_heads
+        rows = np.arange(count * sizes.head_dim).reshape(count, 2, sizes.head_dim // 2)
+        return rows.swapaxes(1, 2).reshape(-1)
+    if (
+        config.model_type == "gpt_neox" and kind == "query_key_value"
+    ):  # head by head q, k, v → all q, all k, all v
+        return (
+            np.arange(heads * 3 * sizes.head_dim)
+            .reshape(heads, 3, sizes.head_dim)
+            .swapaxes(0, 1)
+            .reshape(-1)
+        )
+    return None
