@@ -19,6 +19,7 @@ test-all: $(STAMP)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p edgetune
 
 coverage: $(STAMP)

@@ -338,21 +338,3 @@ class _BaseWeights:
     def __call__(self, module: str) -> Array:
         name = f"{module}.weight"
         return np.asarray(self._files[name].get_tensor(name), np.float32)
-
-
-Rows = npt.NDArray[np.intp]
-# model_type → llama.cpp's architecture
-ARCHITECTURES = {
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gpt2": "gpt2",
-    "gpt_neox": "gptneox",
-    "llama": "llama",
-    "mistral": "llama",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "smollm3": "smollm3",
-}
-ROTATES_PAIRS = frozenset({"llama", "mistral", "smollm3"})

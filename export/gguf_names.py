@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.core.errors import ExportError
-from edgetune.export.gguf import ARCHITECTURES, ROTATES_PAIRS, Rows
 from edgetune.export.graph.families import cache_sizes
 
 
@@ -68,3 +67,21 @@ def _rows(kind: str, config: Any) -> Rows | None:
             .reshape(-1)
         )
     return None
+
+
+Rows = npt.NDArray[np.intp]
+# model_type → llama.cpp's architecture
+ARCHITECTURES = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "gpt_neox": "gptneox",
+    "llama": "llama",
+    "mistral": "llama",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}
+ROTATES_PAIRS = frozenset({"llama", "mistral", "smollm3"})

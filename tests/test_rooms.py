@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from process_helpers import BLOCKED, HEAVY, python
 from runtime_helpers import decoder_bundle, encoder_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -103,17 +104,6 @@ THIRD_PARTY = {
     "core": {"numpy", "jinja2"},
 }
 SERVE_EXTRA = {"starlette", "uvicorn", "prometheus_client"}
-HEAVY = (
-    "torch",
-    "transformers",
-    "peft",
-    "onnx",
-    "onnx_ir",
-    "onnxscript",
-    "optimum",
-    "accelerate",
-    "datasets",
-)
 
 
 def house() -> dict[str, Path]:
@@ -236,10 +226,6 @@ def test_a_room_cannot_be_imported_under_its_bare_name(room: str) -> None:
     assert f"import edgetune.{room}, not {room}" in done.stderr
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
 def loaded_by(code: str) -> set[str]:
     """Top-level modules in memory after some code ran in a fresh interpreter."""
     done = python(f"{code}\nimport sys\nprint(' '.join({{m.split('.')[0] for m in sys.modules}}))")
@@ -278,14 +264,6 @@ def test_help_loads_nothing_heavy(arguments: str) -> None:
     assert not loaded_by(code) & {*HEAVY, "onnxruntime", "numpy"}
 
 
-BLOCKED = f"""
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {HEAVY!r}:
-            raise ModuleNotFoundError(f'{{name}} is not on this machine', name=name)
-sys.meta_path.insert(0, Block())
-"""
 DEVICE = """
 from edgetune.runtime import Runtime
 from edgetune.runtime.check.latency import Workload, measure_here

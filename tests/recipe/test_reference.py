@@ -1,0 +1,11 @@
+"""The reference page is what the code says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgetune.recipe.reference_page import page
+
+
+def test_the_page_in_docs_is_the_one_the_code_makes() -> None:
+    assert (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8") == page()
