@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from edgetune.core import templates as prompts
 from edgetune.core.errors import BundleError, InputError
 from edgetune.data import prompts as training
+from edgetune.data.completions import encode_prompts
 from edgetune.runtime.bundle.manifest import TokenizerInfo
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer, Detokenizer
 
@@ -166,12 +167,11 @@ def test_a_row_renders_as_in_training(template: str, row: dict[str, Any]) -> Non
 def test_a_prompt_gets_the_ids_of_training(
     form: dict[str, Any], decoder_tokenizer: BundleTokenizer, tiny_decoder: Path
 ) -> None:
-    examples = pytest.importorskip("edgetune.data.loaders")
     reference = AutoTokenizer.from_pretrained(tiny_decoder)
     text = "Turn on the lights"
     if form["template"] == "chat":
         text = training.chat_text(reference, training.chat_messages(text, system=form["system"]))
-    expected = examples.encode_prompts([text], form["template"], reference)[0]
+    expected = encode_prompts([text], form["template"], reference)[0]
     assert decoder_tokenizer.encode_prompt("Turn on the lights", form) == expected
 
 
