@@ -144,6 +144,9 @@ ENGINES = {
 
 def worker(engine: str, model: str, adapter: str, threads: int) -> None:
     """Load, say so, then run a round for every line read."""
+    sys.path.append(str(Path(__file__).parent.parent))  # a peer's environment has no edgetune
+    from edgetune.core.memory import peak_rss_mb
+
     loaded = time.perf_counter()
     once = ENGINES[engine](model, adapter, threads)
     print(json.dumps({"load_s": time.perf_counter() - loaded}), flush=True)
@@ -151,17 +154,10 @@ def worker(engine: str, model: str, adapter: str, threads: int) -> None:
         first, rest = once()
         print(
             json.dumps(
-                {"prefill": PROMPT / first, "decode": (NEW - 1) / rest, "peak_mb": peak_mb()}
+                {"prefill": PROMPT / first, "decode": (NEW - 1) / rest, "peak_mb": peak_rss_mb()}
             ),
             flush=True,
         )
-
-
-def peak_mb() -> float:
-    """Peak resident memory of this process, MB."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def configurations(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:

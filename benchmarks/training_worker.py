@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from edgetune.core.memory import peak_rss_mb
 
 FORMS = {
     "sft": 'prompt = "{{ mr }}"\ncompletion = "{{ ref }}"\nsystem = ""',
@@ -170,7 +171,7 @@ def train_ours(options: argparse.Namespace) -> None:
         say(
             {
                 "held_out": held_out_loss(self.succession.model, options, tokenizer.pad_token_id),
-                "mb": peak_mb(),
+                "mb": peak_rss_mb(),
             }
         )
         raise SystemExit
@@ -224,7 +225,7 @@ def train_theirs(options: argparse.Namespace) -> None:
         counting(kind, seen)(
             model=model, args=arguments, train_dataset=rows, callbacks=[callback], **own
         ).train()
-    say({"held_out": held_out_loss(model, options, tokenizer.pad_token_id), "mb": peak_mb()})
+    say({"held_out": held_out_loss(model, options, tokenizer.pad_token_id), "mb": peak_rss_mb()})
 
 
 def peer_parts(
@@ -349,11 +350,6 @@ def adapt_classifier(model: Any, parameters: Any) -> Any:
         ],
     )
     return get_peft_model(model, config)
-
-
-def peak_mb() -> float:
-    """Peak resident memory of this process, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def multiply(options: argparse.Namespace) -> None:

@@ -4,8 +4,8 @@ kind of model.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import DeviceError
+from edgetune.core.settings import about, from_dict
 from edgetune.devices.budget import Budget, check_budget
 from edgetune.devices.host import probe_host
 
@@ -23,6 +24,7 @@ else:
 PROFILES = Path(__file__).parent / "profiles"
 HOST = "host"
 KINDS = ("decoder", "encoder")
+FIGURES = ("cores", "clock_ghz", "fp32_flops_per_cycle", "memory_mb", "memory_bandwidth_gb_s")
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,26 @@ class Device:
     title: str
     arch: str
     cpu: str
-    cores: int
-    threads: int
-    """threads a runtime should use there"""
-    memory_mb: int | None
-    clock_ghz: float | None = None
-    fp32_flops_per_cycle: float | None = None
-    """per core, fused multiply-add counted as two"""
-    memory_bandwidth_gb_s: float | None = None
+    cores: int = field(metadata=about(help="as many as it has", above=0))
+    threads: int = field(metadata=about(help="what a runtime should use there", above=0))
+    memory_mb: int | None = field(metadata=about(help="all of it", above=0))
+    clock_ghz: float | None = field(
+        default=None, metadata=about(help="of a core at its fastest", above=0)
+    )
+    fp32_flops_per_cycle: float | None = field(
+        default=None,
+        metadata=about(help="per core, fused multiply-add counted as two", above=0),
+    )
+    memory_bandwidth_gb_s: float | None = field(
+        default=None, metadata=about(help="at its peak", above=0)
+    )
     features: tuple[str, ...] = ()
     providers: tuple[str, ...] = ()
     """execution providers in order of preference, as `--provider` takes them; empty: the CPU"""
     notes: str = ""
     budget: dict[str, Budget] = field(default_factory=dict)
     """"decoder" and "encoder" → limits"""
-    sources: tuple[Source, ...] = ()
+    sources: tuple[Source, ...] = field(default=(), metadata=about(key="source"))
 
     @property
     def is_host(self) -> bool:
@@ -114,28 +121,25 @@ def device_from_dict(values: Mapping[str, Any], *, where: str) -> Device:
     """Check a profile's table; unknown keys, missing figures and figures without a source are
     refused.
     """
-    fields = {f.name: f for f in dataclasses.fields(Device)}
-    known = {*fields, "source"} - {"sources"}
-    if unknown := sorted(set(values) - known):
+    device = from_dict(
+        Device,
+        {**values, "budget": _budgets(values.get("budget", {}), where=where)},
+        where=where,
+        error=DeviceError,
+        required=() if values.get("name") == HOST else FIGURES,
+    )
+    sourced = {figure for source in device.sources for figure in source.figures}
+    unsourced = [name for name in FIGURES if name not in sourced]
+    if unsourced and not device.is_host:  # the host's are probed
         raise DeviceError(
-            f"unknown key {unknown[0]!r}",
+            f"{', '.join(unsourced)}: no source",
             where=where,
-            expected=", ".join(sorted(known)),
-            got=unknown[0],
+            fix=f"Add a [[source]] with figures = {json.dumps(unsourced)}.",
         )
-    required = [
-        n
-        for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing := [name for name in required if name not in values]:
-        raise DeviceError(f"missing key {missing[0]!r}", where=where)
-    for name, kind in TYPES.items():
-        if name in values and not isinstance(values[name], kind):
-            expected, got = f"a {'string' if kind is str else 'list'}", repr(values[name])
-            raise DeviceError(f"{name} is wrong", where=where, expected=expected, got=got)
-    sources = tuple(_source(entry, where=where) for entry in values.get("source", []))
-    budget = values.get("budget", {})
+    return device
+
+
+def _budgets(budget: Any, *, where: str) -> dict[str, Budget]:
     tables = isinstance(budget, dict) and all(isinstance(table, dict) for table in budget.values())
     if not tables or set(budget) - set(KINDS):
         raise DeviceError(
@@ -144,59 +148,6 @@ def device_from_dict(values: Mapping[str, Any], *, where: str) -> Device:
             expected="[budget.decoder], [budget.encoder]",
             got=str(budget),
         )
-    limits = {
+    return {
         kind: check_budget(table, where=f"{where}, budget.{kind}") for kind, table in budget.items()
     }
-    plain = {k: v for k, v in values.items() if k not in ("source", "budget")}
-    for name in ("features", "providers"):
-        plain[name] = tuple(plain.get(name, ()))
-        if wrong := [value for value in plain[name] if not isinstance(value, str)]:
-            raise DeviceError(
-                f"{name} is wrong", where=where, expected="a list of strings", got=repr(wrong[0])
-            )
-    device = Device(**plain, budget=limits, sources=sources)
-    _check_figures(device, where=where)
-    return device
-
-
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "name": str,
-    "title": str,
-    "arch": str,
-    "cpu": str,
-    "notes": str,
-    "features": (list, tuple),
-    "providers": (list, tuple),
-    "source": (list, tuple),
-}
-FIGURES = ("cores", "clock_ghz", "fp32_flops_per_cycle", "memory_mb", "memory_bandwidth_gb_s")
-
-
-def _check_figures(device: Device, *, where: str) -> None:
-    """Numbers are numbers, and every one of them has a source (the host's are probed)."""
-    sourced = {figure for source in device.sources for figure in source.figures}
-    for name in (*FIGURES, "threads"):
-        value = getattr(device, name)
-        if value is None and device.is_host:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise DeviceError(
-                f"{name} is wrong", where=where, expected="a number above 0", got=repr(value)
-            )
-        if name in FIGURES and name not in sourced and not device.is_host:
-            raise DeviceError(
-                f"{name} has no source",
-                where=where,
-                fix=f'Add a [[source]] with figures = ["{name}"].',
-            )
-
-
-def _source(entry: Any, *, where: str) -> Source:
-    try:
-        return Source(
-            figures=tuple(entry["figures"]), url=str(entry["url"]), read=str(entry["read"])
-        )
-    except (KeyError, TypeError) as error:
-        raise DeviceError(
-            "a source has figures, url and read", where=where, got=repr(entry)[:80]
-        ) from error

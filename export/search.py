@@ -18,7 +18,7 @@ from typing import Any
 from edgetune.core.errors import EdgetuneError, ExportError, ProofError
 from edgetune.core.files import whole_folder, write_json
 from edgetune.core.progress import Say
-from edgetune.core.tasks import LOWER_IS_BETTER
+from edgetune.core.tasks import lower_is_better
 from edgetune.export.bundle import check_place, export_bundle
 from edgetune.export.candidates import Candidate, candidates
 from edgetune.export.graph.seq2seq_files import check_seq2seq
@@ -232,7 +232,8 @@ def _say_resolution(first: Trial, search: _Search, max_loss: float, say: Say) ->
     """A line where the bound is finer than one answer."""
     for name, metric in search.metric.items():
         if (
-            metric not in (*LOWER_IS_BETTER, "rouge_l", "spearman")
+            not lower_is_better(metric)
+            and metric not in ("rouge_l", "spearman")
             and search.reference[name]
             and 1 / search.rows / search.reference[name] > max_loss
         ):

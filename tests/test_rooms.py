@@ -72,9 +72,7 @@ FLOORS = {
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"
     ),
-    "runtime.server.http": (
-        "core edgetune runtime.check runtime.generation runtime.scheduler runtime.tasks"
-    ),
+    "runtime.server.http": ("core edgetune runtime.generation runtime.scheduler runtime.tasks"),
     "runtime.server.playground": "",
     "runtime.server.endpoints": (
         "core runtime.adapters runtime.scheduler runtime.server.http "

@@ -1,4 +1,5 @@
-"""A frozen dataclass tree read strictly from a dict, and written back as TOML with every default.
+"""A frozen dataclass tree read strictly from a dict (a recipe, a bundle's manifest, a device's
+profile), and written back as TOML with every default.
 
 The dataclass is the only declaration: types come from its annotations; help and limits from
 `option`.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
@@ -15,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from edgetune.core.errors import RecipeError
+from edgetune.core.errors import EdgetuneError, RecipeError
 
 T = TypeVar("T")
 WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -23,50 +25,57 @@ PLURALS = {int: "integers", float: "numbers", str: "strings", bool: "booleans"}
 
 
 def option(
-    default: Any = dataclasses.MISSING,
+    default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, **facts: Any
+) -> Any:
+    """A dataclass field with what is said `about` it."""
+    return dataclasses.field(default=default, default_factory=factory, metadata=about(**facts))
+
+
+def about(
     *,
-    help: str,  # noqa: A002 - the word every command line uses
-    factory: Any = dataclasses.MISSING,
+    help: str = "",  # noqa: A002 - the word every command line uses
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    choices: Sequence[str] = (),
     planned: Sequence[str] = (),
-) -> Any:
-    """A dataclass field with help, limits and `planned` values that are named in the design but not
-    built yet.
+    key: str | None = None,
+    written_where_set: bool = False,
+) -> dict[str, Any]:
+    """Metadata of a dataclass field: help, limits, the choices of a text.
+
+    `planned`: values that are named in the design but not built yet. `key`: its name in the file,
+    where that is another. `written_where_set`: left out of a file while it is the default.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"help": help, "planned": tuple(planned), **limits}
-    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+    texts = {"help": help, "key": key, "choices": tuple(choices), "planned": tuple(planned)}
+    return {**texts, "written_where_set": written_where_set, **limits}
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str, path: str = "") -> T:
-    """Build `cls`; an unknown key, a missing key, a wrong type or a value out of range is a
-    `RecipeError`.
+def from_dict(
+    cls: type[T],
+    values: Mapping[str, Any],
+    *,
+    where: str,
+    error: type[EdgetuneError] = RecipeError,
+    required: Sequence[str] = (),
+    table: str = "a table",
+    fix: str = "",
+) -> T:
+    """Build `cls` strictly; every missing key is named at once.
+
+    Raises `error` for an unknown key, missing keys, a wrong type or a value out of range. Keys of
+    `required` must be there although they have a default. `table` is what the file's language calls
+    a mapping; `fix` is the way out of unknown and missing keys, where the user did not write them.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise RecipeError(
-                f'unknown key "{_join(path, key)}"',
-                where=where,
-                expected="one of " + ", ".join(fields),
-                fix=did_you_mean(key, fields),
-            )
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for name, field in fields.items():
-        if name in values:
-            arguments[name] = _convert(
-                hints[name], values[name], field=field, where=where, path=_join(path, name)
-            )
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            example = f"Add it: {_join(path, name)} = … ({field.metadata['help']})"
-            raise RecipeError(
-                f'the key "{_join(path, name)}" is missing', where=where, fix=example + "."
-            )
-    return cls(**arguments)
+    built: T = _Reader(where, error, table, fix).build(cls, values, "", required=required)
+    return built
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """The name of a field in the file."""
+    return field.metadata.get("key") or field.name
 
 
 def did_you_mean(word: str, choices: typing.Iterable[str]) -> str:
@@ -75,58 +84,190 @@ def did_you_mean(word: str, choices: typing.Iterable[str]) -> str:
     return f'Did you mean "{near[0]}"?' if near else ""
 
 
-def describe(hint: Any) -> str:
+def describe(hint: Any, *, table: str = "a table") -> str:
     """A type in a reader's words: `an integer`, `a list of strings`, `one of "a", "b"`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    plurals = {**PLURALS, Any: "values"}
+    tables = table.split()[-1] + "s"
     if origin is Literal:
-        return "one of " + ", ".join(f'"{choice}"' for choice in arguments)
+        return _one_of(arguments)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(
-            describe(argument) for argument in arguments if argument is not type(None)
-        )
+        return " or ".join(describe(part, table=table) for part in _alternatives(hint))
     if origin is tuple:
-        return f"a list of {PLURALS.get(arguments[0], 'tables')}"
+        return f"a list of {plurals.get(arguments[0], tables)}"
     if origin is dict:
-        return f"a table of {PLURALS[arguments[1]]}"
-    return WORDS.get(hint, "a table")
+        return f"{table} of {plurals.get(arguments[1], tables)}"
+    return WORDS.get(hint, table)
 
 
-def _convert(hint: Any, value: Any, *, field: dataclasses.Field[Any], where: str, path: str) -> Any:
-    """The value as `hint` wants it (int → float, list → tuple, dict → dataclass)."""
-    if isinstance(value, Mapping):
-        hint = next((part for part in _alternatives(hint) if dataclasses.is_dataclass(part)), hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(typing.cast(type, hint), value, where=where, path=path)
-    element = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
-    if dataclasses.is_dataclass(element) and isinstance(value, list):
-        if not all(isinstance(item, Mapping) for item in value):
-            raise RecipeError(
-                "wrong type", where=f"{where}: {path}", expected=describe(hint), got=shown(value)
+def _one_of(choices: typing.Iterable[str]) -> str:
+    return "one of " + ", ".join(f'"{choice}"' for choice in choices)
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Key → field and type. Kept: Python compiles every annotation anew each time it is asked."""
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return {key_of(field): (field, hints[field.name]) for field in fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """What is the same for all values of one file: see `from_dict`."""
+
+    where: str
+    error: type[EdgetuneError]
+    table: str
+    fix: str
+
+    def build(
+        self, cls: type, values: Mapping[str, Any], path: str, *, required: Sequence[str] = ()
+    ) -> Any:
+        """The dataclass from the table at `path`."""
+        fields = _fields(cls)
+        for key in values:
+            if key not in fields:
+                raise self.error(
+                    f'unknown key "{_join(path, key)}"',
+                    where=self.where,
+                    expected="one of " + ", ".join(fields),
+                    fix=self.fix or did_you_mean(key, fields),
+                )
+        if missing := [
+            key
+            for key, (field, _) in fields.items()
+            if key not in values and (key in required or not _has_default(field))
+        ]:
+            raise self._missing({_join(path, key): fields[key] for key in missing})
+        return cls(
+            **{
+                field.name: self._convert(hint, values[key], field=field, path=_join(path, key))
+                for key, (field, hint) in fields.items()
+                if key in values
+            }
+        )
+
+    def _missing(self, keys: Mapping[str, tuple[dataclasses.Field[Any], Any]]) -> EdgetuneError:
+        """`keys`: full name → field and type."""
+        names = ", ".join(f'"{name}"' for name in keys)
+        what, it = ("key {} is", "it") if len(keys) == 1 else ("keys {} are", "them")
+        lines = [
+            _example(name, hint) + (f" ({text})" if (text := field.metadata.get("help")) else "")
+            for name, (field, hint) in keys.items()
+        ]
+        return self.error(
+            f"the {what.format(names)} missing",
+            where=self.where,
+            fix=self.fix or f"Add {it}: {'; '.join(lines)}.",
+        )
+
+    def _convert(self, hint: Any, value: Any, *, field: dataclasses.Field[Any], path: str) -> Any:
+        """The value as `hint` wants it (int → float, list → tuple, dict → dataclass)."""
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        for candidate in _alternatives(hint):
+            matched, converted = self._match(candidate, value, path=path)
+            if matched:
+                self._check_limits(converted, field=field, path=path)
+                return converted
+        if value in field.metadata.get("planned", ()):
+            raise self.error(
+                f'{path} = "{value}" is planned but not in this version',
+                where=self.where,
+                expected=describe(hint, table=self.table),
             )
-        return tuple(
-            from_dict(typing.cast(type, element), item, where=where, path=f"{path}.{index}")
-            for index, item in enumerate(value)
+        choices = [
+            choice
+            for part in _alternatives(hint)
+            for choice in typing.get_args(part)
+            if isinstance(choice, str)
+        ]
+        raise self._wrong(value, path=path, expected=describe(hint, table=self.table), near=choices)
+
+    def _match(self, hint: Any, value: Any, *, path: str) -> tuple[bool, Any]:
+        """Whether `value` is of the type `hint`, strictly (true is no integer), and the value
+        converted.
+        """
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if hint is Any:
+            return True, value
+        if dataclasses.is_dataclass(hint):
+            is_table = isinstance(value, Mapping)
+            return is_table, self.build(typing.cast(type, hint), value, path) if is_table else value
+        if origin is Literal:
+            return isinstance(value, str) and value in arguments, value
+        if origin is tuple:
+            if not isinstance(value, (list, tuple)):
+                return False, value
+            items = [
+                self._match(arguments[0], item, path=f"{path}.{index}")
+                for index, item in enumerate(value)
+            ]
+            return all(matched for matched, _ in items), tuple(item for _, item in items)
+        if origin is dict:
+            if not isinstance(value, Mapping):
+                return False, value
+            pairs = {
+                str(key): self._match(arguments[1], item, path=_join(path, key))
+                for key, item in value.items()
+            }
+            return all(matched for matched, _ in pairs.values()), {
+                key: item for key, (_, item) in pairs.items()
+            }
+        if hint is float:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            matches = is_number and math.isfinite(value)
+            return matches, float(value) if matches else value
+        return type(value) is hint, value
+
+    def _check_limits(self, value: Any, *, field: dataclasses.Field[Any], path: str) -> None:
+        choices = field.metadata.get("choices", ())
+        if choices and value not in choices:
+            raise self._wrong(value, path=path, expected=_one_of(choices), near=choices)
+        tests: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+            "at_least": ("at least", lambda number, limit: number >= limit),
+            "above": ("more than", lambda number, limit: number > limit),
+            "at_most": ("at most", lambda number, limit: number <= limit),
+            "below": ("less than", lambda number, limit: number < limit),
+        }
+        limits = {
+            name: field.metadata[name] for name in tests if field.metadata.get(name) is not None
+        }
+        for number in list(value.values()) if isinstance(value, dict) else [value]:
+            if (
+                limits
+                and not isinstance(number, str)
+                and not all(tests[n][1](number, limits[n]) for n in limits)
+            ):
+                expected = " and ".join(
+                    f"{tests[name][0]} {limit:g}" for name, limit in limits.items()
+                )
+                raise self.error(
+                    f"{path} is out of range", where=self.where, expected=expected, got=shown(value)
+                )
+
+    def _wrong(self, value: Any, *, path: str, expected: str, near: Sequence[str]) -> EdgetuneError:
+        return self.error(
+            f"{path} has a wrong value",
+            where=self.where,
+            expected=expected,
+            got=shown(value),
+            fix=did_you_mean(value, near) if isinstance(value, str) else "",
         )
-    for candidate in _alternatives(hint):
-        matched, converted = _match(candidate, value)
-        if matched:
-            _check_limits(converted, field=field, where=where, path=path)
-            return converted
-    if value in field.metadata.get("planned", ()):
-        raise RecipeError(
-            f'{path} = "{value}" is planned but not in this version',
-            where=where,
-            expected=describe(hint),
-        )
-    choices = [
-        choice
-        for part in _alternatives(hint)
-        for choice in typing.get_args(part)
-        if isinstance(choice, str)
-    ]
-    fix = did_you_mean(value, choices) if isinstance(value, str) else ""
-    raise RecipeError(
-        f"{path} has a wrong value", where=where, expected=describe(hint), got=shown(value), fix=fix
+
+
+def _example(key: str, hint: Any) -> str:
+    """How a key is written in TOML."""
+    if dataclasses.is_dataclass(hint):
+        return f"[{key}]"
+    element = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return f"[[{key}]]" if dataclasses.is_dataclass(element) else f"{key} = …"
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return (
+        field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
     )
 
 
@@ -137,52 +278,6 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
         if is_union
         else (hint,)
     )
-
-
-def _match(hint: Any, value: Any) -> tuple[bool, Any]:
-    """Whether `value` is of the type `hint`, strictly (true is no integer), and the value
-    converted.
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments, value
-    if origin is tuple:
-        matches = isinstance(value, list) and all(_match(arguments[0], item)[0] for item in value)
-        return matches, tuple(value) if matches else value
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            return False, value
-        pairs = {key: _match(arguments[1], item) for key, item in value.items()}
-        return all(matched for matched, _ in pairs.values()), {
-            key: item for key, (_, item) in pairs.items()
-        }
-    if hint is float:
-        matches = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        )
-        return matches, float(value) if matches else value
-    return type(value) is hint, value
-
-
-def _check_limits(value: Any, *, field: dataclasses.Field[Any], where: str, path: str) -> None:
-    numbers = list(value.values()) if isinstance(value, dict) else [value]
-    tests: dict[str, tuple[str, Callable[[float, float], bool]]] = {
-        "at_least": ("at least", lambda number, limit: number >= limit),
-        "above": ("more than", lambda number, limit: number > limit),
-        "at_most": ("at most", lambda number, limit: number <= limit),
-        "below": ("less than", lambda number, limit: number < limit),
-    }
-    limits = {name: field.metadata[name] for name in tests if field.metadata.get(name) is not None}
-    for number in numbers:
-        if (
-            limits
-            and not isinstance(number, str)
-            and not all(tests[n][1](number, limits[n]) for n in limits)
-        ):
-            expected = " and ".join(f"{tests[name][0]} {limit:g}" for name, limit in limits.items())
-            raise RecipeError(
-                f"{path} is out of range", where=where, expected=expected, got=shown(value)
-            )
 
 
 def to_toml(tree: Any) -> str:

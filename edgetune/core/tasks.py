@@ -76,3 +76,8 @@ ENCODER_TASKS = ("sequence-classification", TAGGING)
 GENERATION, REWARD = "text-generation", "reward"
 DECODER_TASKS = (GENERATION, REWARD)
 PROBLEMS = ("single-label", "multi-label", "regression")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is a gain, by the end of its name: `wikitext2 perplexity` too."""
+    return metric.endswith(LOWER_IS_BETTER)

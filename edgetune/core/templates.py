@@ -1,9 +1,8 @@
-"""A row or a conversation → the text the model was trained to continue: prompt formats and chat
-templates.
+"""A row or a conversation → text, in jinja2's sandbox: the same for training and on the device.
 
-The same words as `edgetune/prompts.py` uses for training (a test compares them); here only jinja2
-is needed. Chat templates come with models from elsewhere, so they run in jinja2's sandbox, set up
-as transformers does.
+Row templates: unknown columns are errors, a trailing newline is kept, `tojson` writes plain JSON
+(nothing escaped for HTML). Chat templates come with models from elsewhere; they are set up as
+transformers does.
 """
 
 from __future__ import annotations
@@ -80,49 +79,66 @@ def check_messages(value: Any, *, where: str = "") -> list[Message]:
     return list(value)
 
 
-def render_columns(template: str, row: Mapping[str, Any], *, where: str = "") -> str:
-    """A recorded prompt template over a row's columns; a column the row lacks is an InputError that
-    names it.
+def render_row(template: str, row: Mapping[str, Any]) -> str:
+    """A row template filled in.
+
+    LookupError where the row lacks a column, ValueError where the template cannot be rendered;
+    both with the reason in one line.
     """
     from jinja2 import TemplateError, UndefinedError
 
     try:
-        return str(_row_template(template).render(dict(row)))
+        return str(_compiled_row(template).render(dict(row)))
+    except UndefinedError as error:
+        raise LookupError(str(error.message)) from error
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise ValueError(str(error)) from error
+
+
+def render_columns(template: str, row: Mapping[str, Any], *, where: str = "") -> str:
+    """An adapter's recorded template over a request's row; an InputError names the template and the
+    reason.
+    """
+    try:
+        return render_row(template, row)
+    except LookupError as error:
+        got = f"columns {', '.join(row)}"
+        raise InputError(
+            f"the adapter's prompt {template!r}: {error}", where=where, got=got
+        ) from error
     except ValueError as error:
         raise InputError(f"the adapter's prompt {template!r}: {error}", where=where) from error
-    except UndefinedError as error:
-        raise InputError(
-            f"the adapter's prompt {template!r}: {error}",
-            where=where,
-            got=f"columns {', '.join(row)}",
-        ) from error
-    except TemplateError as error:
-        raise InputError(
-            f"the adapter's prompt {template!r} cannot be rendered: {error}", where=where
-        ) from error
 
 
 @functools.lru_cache(maxsize=256)
 def columns_of(template: str) -> tuple[str, ...]:
-    """The columns a template reads, sorted."""
-    from jinja2 import meta
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    """The columns a row template reads, sorted. InputError where it is not valid Jinja."""
+    from jinja2 import TemplateSyntaxError, meta
 
-    return tuple(
-        sorted(meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(template)))
-    )
+    try:
+        return tuple(sorted(meta.find_undeclared_variables(_rows().parse(template))))
+    except TemplateSyntaxError as error:
+        raise InputError(
+            f"not a valid Jinja template: {error.message}", got=repr(template)
+        ) from error
 
 
 @functools.lru_cache(maxsize=256)
-def _row_template(template: str) -> Any:
+def _compiled_row(template: str) -> Any:
+    return _rows().from_string(template)
+
+
+@functools.lru_cache(maxsize=1)
+def _rows() -> Any:
+    """The sandbox of row templates."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=True, finalize=_printable
     )
-    environment.filters["tojson"] = _tojson
-    return environment.from_string(template)
+    environment.filters["tojson"] = lambda value, indent=None: _tojson(value, indent=indent)
+    return environment
 
 
 @functools.lru_cache(maxsize=32)
@@ -161,7 +177,7 @@ def _printable(value: Any) -> Any:
     if value is None:
         raise ValueError("a column it uses is null")
     if isinstance(value, (dict, list, tuple)):
-        raise ValueError("a column it uses is a list or an object; it needs {{ column | tojson }}")
+        raise ValueError("a column it uses is a list or an object; write {{ column | tojson }}")
     return value
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune.core.errors import BaseModelError, DataError
+from edgetune.core.templates import chat_messages
 from edgetune.data.batching import answer_length
 from edgetune.data.conversations import Prompt, end_token, prompt_text, row_prompt
 from edgetune.data.examples import IGNORED, Example, ExampleSet, Loading, convert_rows, subset
-from edgetune.data.prompts import PromptFormat, chat_messages, chat_text, render, split_messages
+from edgetune.data.prompts import PromptFormat, apply_chat_template, render, split_messages
 from edgetune.data.rows import Row, Rows
 from edgetune.recipe.schema import Stage
 
@@ -39,12 +40,14 @@ def prompted_rows(
     def convert(row: Row, where: str) -> PromptedRow:
         if form.prompt is None or form.completion is None:
             messages, completion = split_messages(row.values, system=form.system, where=where)
-            text = chat_text(tokenizer, messages, where=where)
+            text = apply_chat_template(tokenizer, messages, where=where)
             return PromptedRow(row.line, text, completion, answer_spans(messages, text, tokenizer))
         prompt = render(form.prompt, row.values, where=where, field="prompt")
         completion = render(form.completion, row.values, where=where, field="completion")
         if form.template == "chat":
-            prompt = chat_text(tokenizer, chat_messages(prompt, system=form.system), where=where)
+            prompt = apply_chat_template(
+                tokenizer, chat_messages(prompt, system=form.system), where=where
+            )
         return PromptedRow(row.line, prompt, completion)
 
     return convert_rows(source, convert, skip_invalid=skip_invalid)
@@ -76,7 +79,7 @@ def answer_spans(
     for at, message in enumerate(messages):
         if message["role"] != "assistant" or at == 0 or not message["content"].strip():
             continue
-        before = chat_text(tokenizer, messages[:at])
+        before = apply_chat_template(tokenizer, messages[:at])
         written = next(
             (
                 one

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgetune.core.errors import BaseModelError, DataError
-from edgetune.data.prompts import COLUMN, ROLES, PromptFormat, chat_messages, chat_text, render
+from edgetune.core.templates import chat_messages
+from edgetune.data.prompts import COLUMN, ROLES, PromptFormat, apply_chat_template, render
 
 Prompt = (
     str | list[dict[str, str]]
@@ -68,9 +69,11 @@ def prompt_text(form: PromptFormat, prompt: Prompt, tokenizer: Any, *, where: st
     starts.
     """
     if isinstance(prompt, list):
-        return chat_text(tokenizer, prompt, where=where)
+        return apply_chat_template(tokenizer, prompt, where=where)
     if form.template == "chat":
-        return chat_text(tokenizer, chat_messages(prompt, system=form.system), where=where)
+        return apply_chat_template(
+            tokenizer, chat_messages(prompt, system=form.system), where=where
+        )
     return prompt
 
 

@@ -2,9 +2,7 @@
 around them.
 
 The format is recorded with the adapter, so that a device renders the same prompt from
-`tokenizer.json` and `chat_template.jinja` alone. Row templates are Jinja in a sandbox: unknown
-columns are errors, a trailing newline is kept, `tojson` writes plain JSON (nothing escaped for
-HTML).
+`tokenizer.json` and `chat_template.jinja` alone. Row templates are Jinja (`core.templates`).
 
 System messages (chat only): `None` leaves it to the chat template, which may insert a default one;
 `""` passes an explicit empty system message, which keeps the default out and so saves its tokens on
@@ -13,18 +11,17 @@ a device.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import jinja2
-import jinja2.meta
 
-from edgetune.core.errors import DataError, RecipeError
+from edgetune.core.errors import DataError, InputError, RecipeError
+from edgetune.core.settings import shown
 from edgetune.core.tasks import Method
+from edgetune.core.templates import columns_of, render_row
 from edgetune.core.text import Text
 from edgetune.recipe.checks import column_name
 from edgetune.recipe.schema import Data
@@ -128,12 +125,10 @@ def render(template: str, values: Mapping[str, Any], *, where: str, field: str) 
     """
     _check_type(template, values, where=where, field=field)
     try:
-        text = _compiled(template).render(values)
-    except jinja2.UndefinedError as error:
-        raise _missing(
-            template, values, where=where, field=field, reason=str(error.message)
-        ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        text = render_row(template, values)
+    except LookupError as error:
+        raise _missing(template, values, where=where, field=field, reason=str(error)) from error
+    except ValueError as error:
         raise DataError(
             f"data.{field} cannot be rendered: {error}", where=where, got=template
         ) from error
@@ -169,7 +164,7 @@ def row_text(form: PromptFormat, values: Mapping[str, Any], *, where: str) -> Te
     )
 
 
-def chat_text(tokenizer: Any, messages: list[dict[str, str]], *, where: str = "") -> str:
+def apply_chat_template(tokenizer: Any, messages: list[dict[str, str]], *, where: str = "") -> str:
     """Messages as the tokenizer's chat template writes them, up to where the assistant's answer
     starts.
     """
@@ -185,12 +180,6 @@ def chat_text(tokenizer: Any, messages: list[dict[str, str]], *, where: str = ""
     return text
 
 
-def chat_messages(prompt: str, *, system: str | None) -> list[dict[str, str]]:
-    """One user turn, after an explicit system message unless that is None."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": prompt}]
-
-
 def split_messages(
     values: Mapping[str, Any], *, system: str | None, where: str
 ) -> tuple[list[dict[str, str]], str]:
@@ -202,7 +191,7 @@ def split_messages(
             'the column "messages" cannot be used',
             where=where,
             expected=expected,
-            got=_shown(messages),
+            got=shown(messages),
         )
     for number, message in enumerate(messages):
         usable = (
@@ -215,12 +204,12 @@ def split_messages(
                 f"messages[{number}] cannot be used",
                 where=where,
                 expected=expected,
-                got=_shown(message),
+                got=shown(message),
             )
     *turns, last = [{"role": m["role"], "content": m["content"]} for m in messages]
     if last["role"] != "assistant" or not last["content"].strip():
         raise DataError(
-            "the last message is no answer", where=where, expected=expected, got=_shown(last)
+            "the last message is no answer", where=where, expected=expected, got=shown(last)
         )
     if system is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
@@ -235,44 +224,13 @@ def row_template(given: str | None, column: str, *, key: str) -> str:
     if NAME.fullmatch(source.strip()):
         return "{{ " + source.strip() + " }}"
     try:
-        used = _columns(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise RecipeError(
-            f"{key} is not a valid Jinja template: {error.message}", got=repr(source)
-        ) from error
+        used = columns_of(source)
+    except InputError as error:
+        raise RecipeError(f"{key} is {error.what}", got=error.got) from error
     if not used:
         fix = "Write {{ column }} where the row's text belongs."
         raise RecipeError(f"{key} uses no column of the row", got=repr(source), fix=fix)
     return source
-
-
-def _columns(source: str) -> set[str]:
-    return jinja2.meta.find_undeclared_variables(_environment().parse(source))
-
-
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printable
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    return environment
-
-
-@lru_cache(maxsize=64)
-def _compiled(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
-def _printable(value: Any) -> Any:
-    """Refuses what would be printed in Python's spelling instead of the user's."""
-    if value is None:
-        raise ValueError("a column it uses is null")
-    if isinstance(value, (dict, list, tuple)):
-        raise ValueError("a column it uses is a list or an object; write {{ column | tojson }}")
-    return value
 
 
 def _check_type(template: str, values: Mapping[str, Any], *, where: str, field: str) -> None:
@@ -283,7 +241,7 @@ def _check_type(template: str, values: Mapping[str, Any], *, where: str, field: 
     value = values[column.group(1)]
     usable = isinstance(value, str) or (field == "label" and type(value) is int)
     if not usable:
-        kind = "null" if value is None else f"{type(value).__name__} {_shown(value)}"
+        kind = "null" if value is None else f"{type(value).__name__} {shown(value)}"
         raise DataError(
             f'the column "{column.group(1)}" has the wrong type',
             where=where,
@@ -296,7 +254,7 @@ def _check_type(template: str, values: Mapping[str, Any], *, where: str, field: 
 def _missing(
     template: str, values: Mapping[str, Any], *, where: str, field: str, reason: str
 ) -> DataError:
-    missing = sorted(_columns(template) - set(values))
+    missing = sorted(set(columns_of(template)) - set(values))
     what = (
         f'there is no column "{missing[0]}"'
         if missing
@@ -309,8 +267,3 @@ def _missing(
         got="the columns " + (", ".join(values) or "(none)"),
         fix=f"Correct the row, or set data.{field} to a column or template that fits.",
     )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"

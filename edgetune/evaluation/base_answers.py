@@ -12,7 +12,7 @@ from pathlib import Path
 from edgetune.core.errors import DataError, InputError
 from edgetune.data.completions import encode_prompts
 from edgetune.data.labels import LabelledRow, labelled_rows
-from edgetune.data.prompts import PromptFormat, chat_text, row_template
+from edgetune.data.prompts import PromptFormat, apply_chat_template, row_template
 from edgetune.data.rows import Rows, read_rows
 from edgetune.evaluation.forgetting.likelihood import Item
 from edgetune.evaluation.forgetting.subjects import torch_texts
@@ -158,7 +158,7 @@ class BaseAnswers:
                 for row in self._shots
                 for turn in (_user(str(row.text)), {"role": "assistant", "content": row.label})
             ]
-            return chat_text(self._tokenizer, [*turns, _user(prompt)])
+            return apply_chat_template(self._tokenizer, [*turns, _user(prompt)])
         return (
             "".join(f"{str(row.text).rstrip()} {row.label}{BETWEEN}" for row in self._shots)
             + prompt.rstrip()

@@ -14,13 +14,14 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import InputError
+from edgetune.core.templates import chat_messages
 from edgetune.core.text import OUTSIDE, Text, first_subwords, join_words
 from edgetune.data.batching import Batch, collate, in_order_of_length, split_alike
 from edgetune.data.completions import encode_prompts
 from edgetune.data.conversations import Prompt
 from edgetune.data.examples import Example
 from edgetune.data.preferences import encode_answered
-from edgetune.data.prompts import PromptFormat, chat_messages, chat_text
+from edgetune.data.prompts import PromptFormat, apply_chat_template
 from edgetune.recipe.generation import shaping
 
 MAX_NEW_TOKENS = 256  # where the adapter records no limit
@@ -218,9 +219,9 @@ class TorchAnswers:
 
     def _text(self, prompt: str | list[dict[str, str]]) -> str:
         if isinstance(prompt, list):
-            return chat_text(self.tokenizer, prompt)
+            return apply_chat_template(self.tokenizer, prompt)
         if self.prompt_format.template == "chat":
-            return chat_text(
+            return apply_chat_template(
                 self.tokenizer, chat_messages(prompt, system=self.prompt_format.system)
             )
         return prompt

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import ExportError
+from edgetune.core.progress import Say
 from edgetune.models.fake_quantise import is_transposed, stored_bits
 from edgetune.quantisation.gptq import on_grid, round_to_inputs
 from edgetune.quantisation.precision import Precision
@@ -74,7 +75,7 @@ def calibrate(
     rows: Sequence[Sequence[int]],
     precision: Precision,
     *,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> None:
     """Round every weight that `precision` stores in 4 bits inside the layers of a transformers
     model to the inputs it gets from `rows` of token ids, in place. Weights outside the layers

@@ -16,6 +16,7 @@ import torch
 from edgetune.core.errors import OutputError
 from edgetune.core.files import output_errors, write_json, write_text
 from edgetune.core.layout import JOURNAL
+from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import Progress
 from edgetune.data.rows import read_rows
 from edgetune.devices import load_device
@@ -44,7 +45,6 @@ from edgetune.runtime.check.latency import Workload, host_speed
 from edgetune.runtime.check.latency import measure as measure_latency
 from edgetune.runtime.check.verdict import judge, overall
 from edgetune.training import RunSummary, run_recipe
-from edgetune.training.summary import peak_rss_mb
 
 RUNS, BUNDLES, REPORT, RESULTS = "runs", "bundles", "report.html", "results.json"
 ENCODER_TOKENS = 32  # of a request in the latency check, as the profiles' budgets say

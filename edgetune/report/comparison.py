@@ -16,7 +16,7 @@ from edgetune.core.errors import InputError
 from edgetune.core.layout import JOURNAL, RECIPE, SUMMARY
 from edgetune.core.progress import duration
 from edgetune.core.settings import toml_value
-from edgetune.core.tasks import LOWER_IS_BETTER
+from edgetune.core.tasks import lower_is_better
 from edgetune.metrics.statistics import headline
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.gain_against_loss import UNITS, ComparedRun, measured, plane, table
@@ -204,7 +204,7 @@ def _best(name: str, values: Sequence[float | None]) -> float | None:
     there = [value for value in values if value is not None]
     if len(set(there)) < 2:
         return None
-    if name in LOWER_IS_BETTER:
+    if lower_is_better(name):
         return min(there)
     return max(there) if name.endswith(HIGHER_IS_BETTER) else None
 

@@ -1,7 +1,7 @@
 """Task gain against general loss of one run: a row a metric, right is better, with its interval.
 
-Accuracies, F1 and correlations change in points (0.01 each); losses, perplexities and bits per byte
-in per cent of what they were, with the sign turned, so that right is better everywhere.
+Accuracies, F1 and correlations change in points (0.01 each); losses, perplexities, bits per byte
+and errors in per cent of what they were, with the sign turned, so that right is better everywhere.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from edgetune.core.tasks import lower_is_better
 from edgetune.metrics.statistics import headline
 from edgetune.report.charts import number, ticks
 
 WIDTH, ROW, LEFT, RIGHT, TOP, BOTTOM = 460, 24, 150, 20, 10, 44  # user units
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 # no share and no perplexity: nothing for these axes
 OTHER_UNITS = ("reward", "margin", "completion_length")
 NO_GAIN = ("length_baseline", "above_length", "ended")
@@ -111,7 +111,7 @@ def picture(
 
 
 def _better(metric: str, before: float, after: float) -> float:
-    if metric.endswith(LOWER_IS_BETTER):
+    if lower_is_better(metric):
         return 100 * (before - after) / before if before else 0.0
     return (after - before) * (1 if metric == "bleu" else 100)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from edgetune.core.tasks import lower_is_better
 from edgetune.report.charts import number, ticks
-from edgetune.report.forgetting import LOWER_IS_BETTER, Change, general_changes, task_changes
+from edgetune.report.forgetting import Change, general_changes, task_changes
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (
     460,
@@ -96,7 +97,7 @@ def shared_sets(subjects: Sequence[ComparedRun], unit: str) -> list[str]:
 
 def unit_of(metric: str) -> str:
     """In what a metric's change is counted."""
-    return "%" if metric.endswith(LOWER_IS_BETTER) else "points"
+    return "%" if lower_is_better(metric) else "points"
 
 
 def places(subjects: Sequence[ComparedRun], unit: str) -> list[Place]:

@@ -5,7 +5,6 @@ words.
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import torch
 
 from edgetune import __version__
 from edgetune.adapters.folder import AdapterMetadata
+from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
 from edgetune.data.examples import ExampleSet
 from edgetune.metrics.statistics import headline
@@ -176,12 +176,6 @@ def _max_new_tokens(recipe: Recipe, examples: ExampleSet) -> int:
 
 def _completion_length(labels: list[int] | int) -> int:
     return sum(label >= 0 for label in labels) if isinstance(labels, list) else 0
-
-
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def versions() -> dict[str, str]:

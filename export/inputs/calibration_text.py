@@ -4,7 +4,7 @@ them, or a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from edgetune.adapters.folder import read_metadata
 from edgetune.core.errors import DataError, ExportError
 from edgetune.core.layout import METADATA, RECIPE
+from edgetune.core.progress import Say
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
 from edgetune.data.rows import Row, read_rows
@@ -103,7 +104,7 @@ def calibrate_base(
     precision: Precision,
     *,
     file: Path | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:
     """Round the 4-bit weights of `model` to the inputs that the text of `file`, or of the adapters'
     recipes, gives them.

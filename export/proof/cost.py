@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.progress import Say
 from edgetune.evaluation.forgetting.measure import General, Subject, compare
 from edgetune.evaluation.forgetting.subjects import BundleSubject
 from edgetune.evaluation.forgetting.torch_subject import TorchSubject
@@ -73,7 +74,7 @@ class CostPlan:
         model: Callable[[], Any],
         *,
         threads: int | None,
-        say: Callable[[str], None],
+        say: Say,
     ) -> Cost | None:
         """The base's cost; None, with a line, where it cannot be measured. `model`: what the bundle
         holds, in torch in fp32.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from edgetune.core.errors import EdgetuneError, ExportError
 from edgetune.core.layout import RECIPE
 from edgetune.core.progress import Say
-from edgetune.core.tasks import LOWER_IS_BETTER
+from edgetune.core.tasks import lower_is_better
 from edgetune.data.examples import hold_out
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import Rows, read_rows
@@ -244,7 +244,7 @@ def compare(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows) -> Task
     )
     return TaskResult(
         metric,
-        metric not in LOWER_IS_BETTER,
+        not lower_is_better(metric),
         len(rows.rows.rows),
         rows.found,
         rows.name,

@@ -5,16 +5,14 @@ reads it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgetune.core.errors import BundleError
+from edgetune.core.settings import about, from_dict, key_of
 from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS
 
 MANIFEST = "edgetune.json"
@@ -28,10 +26,6 @@ STATES = "last_hidden_state"
 (decoders)
 """
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
-WHERE_SET = {"where_set": True}
-"""metadata of a field that is written only where it says something: readers from before it open all
-other bundles
-"""
 
 
 @dataclass(frozen=True)
@@ -54,12 +48,12 @@ class Precision:
     not in the middle.
     """
 
-    weights: str
+    weights: str = field(metadata=about(choices=WEIGHTS))
     block_size: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     quantiser: str = "rtn"
     activations: str = "float"
-    symmetric: bool = field(default=True, metadata=WHERE_SET)
+    symmetric: bool = field(default=True, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)
@@ -81,12 +75,14 @@ class GraphInfo:
     layers: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
-    cache_dtype: str | None = "float32"
-    pooling: str | None = None
+    cache_dtype: str | None = field(
+        default="float32", metadata=about(choices=("float32", "float16"))
+    )
+    pooling: str | None = field(default=None, metadata=about(choices=("mean", "cls")))
     token_type_ids: bool = False
-    situations: str | None = field(default=None, metadata=WHERE_SET)
-    encoder: str | None = field(default=None, metadata=WHERE_SET)
-    start_token_id: int | None = field(default=None, metadata=WHERE_SET)
+    situations: str | None = field(default=None, metadata=about(written_where_set=True))
+    encoder: str | None = field(default=None, metadata=about(written_where_set=True))
+    start_token_id: int | None = field(default=None, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)
@@ -111,10 +107,10 @@ class Site:
     name: str
     A: str
     B: str
-    in_features: int
-    out_features: int
+    in_features: int = field(metadata=about(key="in"))  # a Python keyword
+    out_features: int = field(metadata=about(key="out"))
     parts: tuple[Part, ...]
-    graph: str | None = field(default=None, metadata=WHERE_SET)
+    graph: str | None = field(default=None, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class HeadInfo:
 
     weight: str
     bias: str
-    in_features: int
+    in_features: int = field(metadata=about(key="in"))
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ class AdapterEntry:
     digest: str | None
     onnx_adapter: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None
+    problem: str | None = field(default=None, metadata=about(choices=PROBLEMS))
 
 
 @dataclass(frozen=True)
@@ -176,9 +172,9 @@ class Manifest:
 
     schema: int
     edgetune_version: str
-    task: str
+    task: str = field(metadata=about(choices=(GENERATION, *ENCODER_TASKS)))
     base: BaseInfo
-    mode: str
+    mode: str = field(metadata=about(choices=("separate", "merged")))
     precision: Precision
     graph: GraphInfo
     sites: tuple[Site, ...]
@@ -202,16 +198,6 @@ class Manifest:
     def adapter(self, name: str) -> AdapterEntry | None:
         """The shipped adapter of that name, or None."""
         return next((entry for entry in self.adapters if entry.name == name), None)
-
-
-ALLOWED: dict[str, tuple[str, ...]] = {
-    "task": (GENERATION, *ENCODER_TASKS),
-    "mode": ("separate", "merged"),
-    "precision.weights": WEIGHTS,
-    "graph.pooling": ("mean", "cls"),
-    "graph.cache_dtype": ("float32", "float16"),
-}
-JSON_NAMES = {"in_features": "in", "out_features": "out"}  # "in" is a Python keyword
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -248,23 +234,14 @@ def manifest_from_dict(document: Any, *, where: str = MANIFEST) -> Manifest:
             got=repr(document.get("schema")),
             fix="Export it again with this version of edgetune, or upgrade edgetune.",
         )
-    manifest: Manifest = _build(Manifest, document, path="", where=where)
-    for path, allowed in ALLOWED.items():
-        value: Any = manifest
-        for name in path.split("."):
-            value = getattr(value, name)
-        if value is not None and value not in allowed:
-            raise BundleError(
-                f"unknown {path}", where=where, expected=" | ".join(allowed), got=repr(value)
-            )
-    for i, entry in enumerate(manifest.adapters):
-        if entry.problem is not None and entry.problem not in PROBLEMS:
-            raise BundleError(
-                f"unknown adapters[{i}].problem",
-                where=where,
-                expected=" | ".join(PROBLEMS),
-                got=repr(entry.problem),
-            )
+    manifest = from_dict(
+        Manifest,
+        document,
+        where=where,
+        error=BundleError,
+        table="an object",
+        fix="The bundle was written by another version of edgetune: export it again.",
+    )
     _check_paths(manifest, where)
     return manifest
 
@@ -291,78 +268,13 @@ def _check_paths(manifest: Manifest, where: str) -> None:
             raise BundleError("a path leaves the bundle", where=where, got=repr(path))
 
 
-_hints = functools.cache(
-    typing.get_type_hints
-)  # it compiles every annotation again: most of the time that a manifest took
-
-
-def _build(cls: Any, value: Any, *, path: str, where: str) -> Any:
-    """A dataclass from a JSON object, checked field by field."""
-    if not isinstance(value, dict):
-        raise BundleError(
-            f"{path or 'the manifest'} has a wrong type",
-            where=where,
-            expected="an object",
-            got=type(value).__name__,
-        )
-    hints = _hints(cls)
-    fields = {JSON_NAMES.get(f.name, f.name): f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(value) - set(fields))
-    if unknown:
-        raise BundleError(
-            f"unknown field {path}{unknown[0]}",
-            where=where,
-            fix="The bundle was written by another version of edgetune.",
-        )
-    arguments = {}
-    for key, f in fields.items():
-        if key in value:
-            arguments[f.name] = _convert(
-                hints[f.name], value[key], path=f"{path}{key}", where=where
-            )
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise BundleError(
-                f"missing field {path}{key}", where=where, fix="Export the bundle again."
-            )
-    return cls(**arguments)
-
-
-def _convert(hint: Any, value: Any, *, path: str, where: str) -> Any:
-    """One value checked against its type hint."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        inner = [a for a in arguments if a is not type(None)]
-        return None if value is None else _convert(inner[0], value, path=path, where=where)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path=f"{path}.", where=where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(
-            _convert(arguments[0], v, path=f"{path}[{i}]", where=where) for i, v in enumerate(value)
-        )
-    if origin is dict and isinstance(value, dict):
-        return {
-            str(k): _convert(arguments[1], v, path=f"{path}[{k!r}]", where=where)
-            for k, v in value.items()
-        }
-    if origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    expected = {tuple: "a list", dict: "an object"}.get(
-        origin or hint, getattr(hint, "__name__", str(hint))
-    )
-    raise BundleError(
-        f"{path} has a wrong type", where=where, expected=expected, got=repr(value)[:80]
-    )
-
-
 def _plain(value: Any) -> Any:
     """Dataclasses, tuples and mappings as JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            JSON_NAMES.get(f.name, f.name): _plain(getattr(value, f.name))
+            key_of(f): _plain(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if not (f.metadata.get("where_set") and getattr(value, f.name) == f.default)
+            if not (f.metadata.get("written_where_set") and getattr(value, f.name) == f.default)
         }
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}

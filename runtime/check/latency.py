@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.core.errors import BundleError, EdgetuneError
+from edgetune.core.memory import peak_rss_mb
 from edgetune.core.tasks import REWARD, TAGGING
 from edgetune.runtime.check.verdict import Speed, summary
 
@@ -86,7 +87,7 @@ def measure_here(workload: Workload) -> dict[str, Any]:
             for name in names:
                 runs[name].append(_run(runtime, name, workload, seed=i))
         swap_ms = _swaps(runtime, names)
-        peak_rss_mb = peak_rss()
+        peak_mb = peak_rss_mb()
         providers = runtime.providers
     samples = [
         {"adapter": name, **{key: [run[key] for run in rows] for key in rows[0]}}
@@ -100,7 +101,7 @@ def measure_here(workload: Workload) -> dict[str, Any]:
         },
         "load_ms": load_ms,
         "adapter_load_ms": adapter_load_ms,
-        "peak_rss_mb": peak_rss_mb,
+        "peak_rss_mb": peak_mb,
         "bundle_mb": bundle_size(Path(workload.bundle)) / 1e6,
         "adapters": [_summaries(row) for row in samples],
         "swap_ms": summary([swap_ms]) if swap_ms else None,
@@ -127,20 +128,6 @@ def host_speed(threads: int | None = None) -> Speed:
 
         copy_ms = min(_timed_ms(copy_all) for _ in range(5))
     return Speed(gflops=gflops, gb_s=used * 2 * arrays[0][0].nbytes / copy_ms / 1e6)
-
-
-def peak_rss() -> float:
-    """Peak resident memory of this process, MB. (ru_maxrss would count the parent's at the time of
-    the fork.)
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e6
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def bundle_size(folder: Path) -> int:

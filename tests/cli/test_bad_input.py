@@ -81,7 +81,8 @@ def flip(path: Path) -> None:
 
 BAD_RECIPES: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "there is no such recipe file. Give the path of a .toml file."),
-    "empty": (b"", 'the key "base" is missing. Add it: base = …'),
+    "empty": (b"", 'the keys "base", "stage" are missing. Add them: base = …'),
+    "no stage": (b'base = "x"', 'the key "stage" is missing. Add it: [[stage]]'),
     "garbage": (b"\x93\x00\xff", "not UTF-8 text"),
     "no TOML": (b"base : x", "not valid TOML"),
     "unknown key": (

@@ -15,8 +15,9 @@ from runtime_helpers import decoder_bundle, encoder_bundle
 
 from edgetune.cli import main
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.memory import peak_rss_mb
 from edgetune.devices import load_device
-from edgetune.runtime.check.latency import Workload, measure, peak_rss, synthetic_ids
+from edgetune.runtime.check.latency import Workload, measure, synthetic_ids
 from edgetune.runtime.check.verdict import (
     FORMULA,
     Speed,
@@ -132,7 +133,7 @@ def test_a_fresh_process_measures_both_adapters(tiny_decoder: Path) -> None:
     assert [row["adapter"] for row in result["adapters"]] == ["a", "b"]
     run = result["samples"]["runs"][0]
     assert [len(run["ttft_ms"]), [len(steps) for steps in run["tpot_ms"]]] == [3, [4, 4, 4]]
-    assert 20 < result["peak_rss_mb"] < peak_rss()  # the child has no torch, this process has
+    assert 20 < result["peak_rss_mb"] < peak_rss_mb()  # the child has no torch, this process has
     assert set(result["adapter_load_ms"]) == {"a", "b"}
     assert len(result["samples"]["swap_ms"]) > 10
 

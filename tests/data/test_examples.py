@@ -16,7 +16,7 @@ from edgetune.core.tasks import Method
 from edgetune.data.completions import answer_spans
 from edgetune.data.examples import IGNORED, ExampleSet
 from edgetune.data.loaders import load_examples
-from edgetune.data.prompts import chat_text
+from edgetune.data.prompts import apply_chat_template
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
 from edgetune.models.resolve import resolve_base
@@ -141,7 +141,7 @@ def test_an_answer_that_the_template_rewrites_is_not_learned(
         {"role": "assistant", "content": "hm. b"},
         {"role": "user", "content": "c"},
     ]
-    text = chat_text(tokenizer, turns)
+    text = apply_chat_template(tokenizer, turns)
     assert [text[begin:end] for begin, end in answer_spans(turns, text, tokenizer)] == [
         "hm. b<|im_end|>"
     ]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from edgetune.core.errors import DataError, RecipeError
-from edgetune.data.prompts import chat_messages, chat_text, prompt_format, render, split_messages
+from edgetune.core.templates import chat_messages
+from edgetune.data.prompts import apply_chat_template, prompt_format, render, split_messages
 from edgetune.models.load import load_tokenizer
 from edgetune.models.resolve import resolve_base
 from edgetune.recipe.schema import Data
@@ -114,8 +115,8 @@ def test_a_label_may_be_an_integer_but_not_a_truth_value() -> None:
 
 def test_system_none_leaves_the_default_and_empty_replaces_it(tiny_decoder: Path) -> None:
     tokenizer = load_tokenizer(resolve_base(str(tiny_decoder)))
-    default = chat_text(tokenizer, chat_messages("hi", system=None))
-    empty = chat_text(tokenizer, chat_messages("hi", system=""))
+    default = apply_chat_template(tokenizer, chat_messages("hi", system=None))
+    empty = apply_chat_template(tokenizer, chat_messages("hi", system=""))
     assert default.startswith(
         "<|im_start|>system\nYou are a tiny model.<|im_end|>\n<|im_start|>user\nhi"
     )

@@ -75,18 +75,25 @@ def changed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (changed(gpu="x"), "unknown key 'gpu'"),
-        (changed(cores=...), "missing key 'cores'"),
-        (changed(cores=0), "cores is wrong"),
-        (changed(clock_ghz="fast"), "clock_ghz is wrong"),
-        (changed(source=[]), "cores has no source"),
-        (changed(source=[{"url": "x"}]), "a source has figures, url and read"),
+        (changed(gpu="x"), 'unknown key "gpu"'),
+        (changed(cores=...), 'the key "cores" is missing'),
+        (
+            changed(cores=..., memory_mb=..., clock_ghz=...),
+            'the keys "cores", "memory_mb", "clock_ghz" are missing. Add them: cores = …',
+        ),
+        (changed(cores=0), "cores is out of range .expected more than 0, got 0"),
+        (changed(clock_ghz="fast"), 'clock_ghz has a wrong value .expected a number, got "fast"'),
+        (changed(source=[]), "cores, clock_ghz, .*: no source. Add"),
+        (
+            changed(source=[{"url": "x"}]),
+            'the keys "source.0.figures", "source.0.read" are missing',
+        ),
         (changed(budget={"decoder": {"ttft": 1}}), "unknown budget key 'ttft'"),
         (changed(budget={"vision": {}}), "budgets are tables"),
         (changed(budget=3), "budgets are tables"),
         (changed(budget={"decoder": 3}), "budgets are tables"),
-        (changed(features=3), "features is wrong"),
-        (changed(title=3), "title is wrong"),
+        (changed(features=3), "features has a wrong value .expected a list of strings, got 3"),
+        (changed(title=3), "title has a wrong value .expected a string, got 3"),
     ],
 )
 def test_a_mistake_in_a_profile_is_named(values: dict[str, Any], message: str) -> None:

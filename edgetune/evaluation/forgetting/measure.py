@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.core.errors import DataError
+from edgetune.core.progress import Say
+from edgetune.core.tasks import lower_is_better
 from edgetune.evaluation.forgetting.likelihood import Item, Score
 from edgetune.evaluation.forgetting.tasks import ENCODER_TASKS, TASKS, Measured, Texts
 from edgetune.metrics.statistics import paired_interval
-
-Say = Callable[[str], None]
 
 
 class Subject(Protocol):
@@ -124,7 +124,7 @@ def _measure(
 
 def _general(task: str, old: Measured, new: Measured | None) -> General:
     before = old.statistic(old.values)
-    result = General(task, old.metric, old.higher_is_better, len(old.values), before)
+    result = General(task, old.metric, not lower_is_better(old.metric), len(old.values), before)
     if new is None:
         return result
     after = new.statistic(new.values)
@@ -132,7 +132,7 @@ def _general(task: str, old: Measured, new: Measured | None) -> General:
     return General(
         task,
         old.metric,
-        old.higher_is_better,
+        not lower_is_better(old.metric),
         len(old.values),
         before,
         after,

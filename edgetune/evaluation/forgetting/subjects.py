@@ -17,8 +17,9 @@ from edgetune.adapters.lora import adapter_off
 from edgetune.adapters.runs import find_adapter, load_adapted_model
 from edgetune.core.errors import InputError
 from edgetune.core.layout import MODEL
+from edgetune.core.progress import Say
 from edgetune.evaluation.forgetting.likelihood import Item, Score
-from edgetune.evaluation.forgetting.measure import General, Say, compare
+from edgetune.evaluation.forgetting.measure import General, compare
 from edgetune.evaluation.forgetting.tasks import Texts
 from edgetune.evaluation.forgetting.torch_subject import TorchSubject
 from edgetune.models.base import Base, open_folder

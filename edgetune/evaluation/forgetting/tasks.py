@@ -28,7 +28,6 @@ class Measured:
     """One metric of one set: a row of `values` an item, and the statistic of all rows."""
 
     metric: str
-    higher_is_better: bool
     values: Values
     statistic: Statistic
 
@@ -71,8 +70,8 @@ class Choices:
             hits.append(float(logprobs.argmax() == row["gold"]))
             normed.append(float((logprobs / lengths).argmax() == row["gold"]))
         return [
-            Measured("accuracy", True, _column(hits), mean),
-            Measured("accuracy_norm", True, _column(normed), mean),
+            Measured("accuracy", _column(hits), mean),
+            Measured("accuracy_norm", _column(normed), mean),
         ]
 
 
@@ -100,8 +99,8 @@ class LastWord:
         scores = [only for (only,) in scorer(items)]
         nats = np.array([[-score.logprob, 1.0] for score in scores])
         return [
-            Measured("accuracy", True, _column([float(score.greedy) for score in scores]), mean),
-            Measured("perplexity", False, nats, perplexity),
+            Measured("accuracy", _column([float(score.greedy) for score in scores]), mean),
+            Measured("perplexity", nats, perplexity),
         ]
 
 
@@ -137,8 +136,8 @@ def text_measures(
     scores = scorer([windows[index] for index in chosen])
     values = np.array([[-scores[n][0].logprob, *sizes[index]] for n, index in enumerate(chosen)])
     return [
-        Measured("perplexity", False, values, perplexity),
-        Measured("bits_per_byte", False, values, bits_per_byte),
+        Measured("perplexity", values, perplexity),
+        Measured("bits_per_byte", values, bits_per_byte),
     ]
 
 
@@ -158,7 +157,7 @@ class Similarity:
         sizes = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
         cosine = (left * right).sum(1) / np.maximum(sizes, 1e-12)
         values = np.stack([cosine, np.array([float(row["score"]) for row in rows])], axis=1)
-        return [Measured("spearman", True, values, spearman)]
+        return [Measured("spearman", values, spearman)]
 
 
 TASKS: dict[str, Choices | LastWord | RunningText] = {

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from edgetune.runtime.check.latency import peak_rss
+from edgetune.core.memory import peak_rss_mb
 from edgetune.runtime.scheduler.scheduler import Scheduler
 from edgetune.runtime.tasks.answers import Completion
 
@@ -183,4 +183,4 @@ def resident_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return int(peak_rss() * 1e6)
+    return int(peak_rss_mb() * 1e6)

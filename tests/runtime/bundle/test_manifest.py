@@ -40,19 +40,27 @@ def changed(**changes: Any) -> dict[str, Any]:
     ("document", "message"),
     [
         (changed(schema=2), "another schema version (expected 1, got 2)"),
-        (changed(surprise=1), "unknown field surprise"),
+        (changed(surprise=1), 'unknown key "surprise"'),
         (
             changed(task="poetry"),
             (
-                "unknown task (expected text-generation | sequence-classification |"
-                " token-classification, got 'poetry')"
+                'task has a wrong value (expected one of "text-generation",'
+                ' "sequence-classification", "token-classification", got "poetry")'
             ),
         ),
-        (changed(sites=[{"name": "x"}]), "missing field sites[0].A"),
         (
-            changed(base={"name": "x", "digest": 3}),
-            "base.digest has a wrong type (expected str, got 3)",
+            changed(sites=[{"name": "x"}]),
+            (
+                'the keys "sites.0.A", "sites.0.B", "sites.0.in", "sites.0.out", "sites.0.parts"'
+                " are missing. The bundle was written by another version of edgetune"
+            ),
         ),
+        (
+            changed(base={**decoder_manifest().to_dict()["base"], "digest": 3}),
+            "base.digest has a wrong value (expected a string, got 3)",
+        ),
+        (changed(base="x"), 'base has a wrong value (expected an object, got "x")'),
+        (changed(proof=3), "proof has a wrong value (expected an object of values, got 3)"),
         (changed(files={"../out": {"sha256": "0", "bytes": 1}}), "a path leaves the bundle"),
         ([], "a manifest is a JSON object"),
     ],

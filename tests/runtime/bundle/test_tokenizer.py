@@ -12,10 +12,10 @@ import pytest
 from runtime_helpers import decoder_manifest, encoder_manifest
 from transformers import AutoTokenizer
 
-from edgetune.core import templates as prompts
 from edgetune.core.errors import BundleError, InputError
-from edgetune.data import prompts as training
+from edgetune.core.templates import chat_messages, chat_text, with_system
 from edgetune.data.completions import encode_prompts
+from edgetune.data.prompts import apply_chat_template
 from edgetune.runtime.bundle.manifest import TokenizerInfo
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer, Detokenizer
 
@@ -120,7 +120,7 @@ def test_templates_render_as_in_transformers(name: str, tiny_decoder: Path) -> N
         expected = reference.apply_chat_template(
             messages, chat_template=TEMPLATES[name], tokenize=False
         )
-        got = prompts.chat_text(
+        got = chat_text(
             TEMPLATES[name],
             messages,
             special_tokens=reference.special_tokens_map,
@@ -139,21 +139,7 @@ def test_templates_render_as_in_transformers(name: str, tiny_decoder: Path) -> N
 )
 def test_a_template_can_refuse_but_not_reach_out(template: str) -> None:
     with pytest.raises(InputError, match="the chat template refuses"):
-        prompts.chat_text(template, CONVERSATIONS[0], special_tokens={})
-
-
-ROWS: list[tuple[str, dict[str, Any]]] = [
-    ("{{ mr }}", {"mr": "name[Alimentum]"}),
-    ("Ask: {{ a }}\n{% if b %}{{ b | upper }}{% endif %}\n", {"a": "ä <b>", "b": "x"}),
-    ("{{ tags | tojson }} {{ n }}", {"tags": ["ü", 1], "n": 3}),
-]
-
-
-@pytest.mark.parametrize(("template", "row"), ROWS)
-def test_a_row_renders_as_in_training(template: str, row: dict[str, Any]) -> None:
-    assert prompts.render_columns(template, row) == training.render(
-        template, row, where="", field="prompt"
-    )
+        chat_text(template, CONVERSATIONS[0], special_tokens={})
 
 
 @pytest.mark.parametrize(
@@ -170,25 +156,9 @@ def test_a_prompt_gets_the_ids_of_training(
     reference = AutoTokenizer.from_pretrained(tiny_decoder)
     text = "Turn on the lights"
     if form["template"] == "chat":
-        text = training.chat_text(reference, training.chat_messages(text, system=form["system"]))
+        text = apply_chat_template(reference, chat_messages(text, system=form["system"]))
     expected = encode_prompts([text], form["template"], reference)[0]
     assert decoder_tokenizer.encode_prompt("Turn on the lights", form) == expected
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"b": 1}, "'a' is undefined"),
-        ({"a": None}, "a column it uses is null"),
-        ({"a": [1]}, "is a list or an object"),
-    ],
-)
-def test_a_row_without_its_column_is_refused_with_its_place(
-    row: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        prompts.render_columns("{{ a }}", row, where="rows.jsonl, line 3")
-    assert str(caught.value).startswith("rows.jsonl, line 3: ")
 
 
 def test_saved_padding_and_truncation_are_switched_off(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -244,13 +214,13 @@ def test_random_tokens_stream_as_they_decode(decoder_tokenizer: BundleTokenizer)
 
 def test_a_conversation_gets_the_trained_system_message_unless_it_has_one() -> None:
     user = {"role": "user", "content": "hi"}
-    assert prompts.with_system([user], system="be brief")[0] == {
+    assert with_system([user], system="be brief")[0] == {
         "role": "system",
         "content": "be brief",
     }
-    assert prompts.with_system([user], system=None) == [user]
+    assert with_system([user], system=None) == [user]
     own = [{"role": "system", "content": "mine"}, user]
-    assert prompts.with_system(own, system="be brief") == own
+    assert with_system(own, system="be brief") == own
 
 
 def test_messages_without_a_chat_template_are_refused(tiny_decoder: Path) -> None:

@@ -1,0 +1,24 @@
+"""The most memory that this process ever held, as the operating system counts it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process, MB (10^6 bytes).
+
+    From VmHWM, which begins anew with each program. Where there is none (macOS), from getrusage's
+    ru_maxrss, which on Linux would also count what the parent held at the time of the fork.
+    """
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6  # in kB of 1024 bytes
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
