@@ -72,14 +72,6 @@ BLOCK_SIZE = 32
     help="Weights that share a scale.",
 )
 @click.option(
-    "--asymmetric",
-    is_flag=True,
-    help=(
-        "Each block of scaled weights has a zero of its own, instead of one in the middle of its"
-        " range."
-    ),
-)
-@click.option(
     "--activations",
     default="float",
     show_default=True,
@@ -162,7 +154,6 @@ def command(
     precision: str | None,
     max_loss: str | None,
     block_size: int,
-    asymmetric: bool,
     activations: str,
     keep: tuple[str, ...],
     quantiser: str | None,
@@ -199,12 +190,6 @@ def command(
                 fix="Leave one of them out.",
             )
         if precision == "auto":
-            if asymmetric:
-                raise ExportError(
-                    "--precision auto tries weights with the zero in the middle",
-                    got="--asymmetric",
-                    fix="Leave one of them out.",
-                )
             _smallest(
                 sources,
                 out,
@@ -236,7 +221,6 @@ def command(
         chosen = Precision(
             precision,
             block_size=block_size,
-            symmetric=not asymmetric,
             overrides=overrides,
             quantiser=quantiser or "rtn",
             activations=activations,
@@ -330,7 +314,6 @@ OF_BUNDLES = (
     "precision",
     "max_loss",
     "block_size",
-    "asymmetric",
     "activations",
     "keep",
     "threads",

@@ -134,11 +134,6 @@ class StageLog:
         )
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The records of a finished run."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 NOT_A_CURVE = ("kind", "stage", "step")
 
 

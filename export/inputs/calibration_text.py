@@ -56,26 +56,6 @@ def check_quantiser(
         raise ExportError("only gptq reads text", where="--calibration", got=f"--quantiser {name}")
 
 
-def check_symmetry(precision: Precision) -> None:
-    """ExportError for zeros that no weight would have, before anything is loaded."""
-    if precision.symmetric:
-        return
-    if not {"int4", "int8"} & {precision.weights, *precision.overrides.values()}:
-        raise ExportError(
-            "it says where the zero of scaled weights stands, and here none are scaled",
-            where="--asymmetric",
-            got=f"--precision {precision.weights}",
-            fix="Leave it out.",
-        )
-    if precision.activations != "float":
-        raise ExportError(
-            "products of 8-bit integers have weights around zero",
-            where="--asymmetric",
-            got=f"--activations {precision.activations}",
-            fix="Leave one of them out.",
-        )
-
-
 def check_activations(precision: Precision, *, kind: str, mode: str) -> None:
     """ExportError for 8-bit activations where no product can have them, before anything is
     loaded.

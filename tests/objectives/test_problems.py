@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score, mean_squared_error
 from training_helpers import ROOMS, recipe, silent, write_rows
 from transformers import BertForSequenceClassification
 
-from edgetune.adapters.runs import load_run
+from edgetune.adapters.folder import read_metadata
 from edgetune.core.errors import DataError, RecipeError
 from edgetune.data.batching import Batch
 from edgetune.data.labels import collate_targets
@@ -213,7 +213,7 @@ def test_training_learns_and_eval_finds_the_same(
         found[name] == pytest.approx(summary.metrics[name], rel=1e-4) for name in shared
     )
     if train != "full":
-        metadata = load_run(tmp_path / "run").metadata
+        metadata = read_metadata(tmp_path / "run" / "adapter")
         assert metadata["problem"] == problem and metadata["labels"] == (
             ["lights", "music"] if problem == "multi-label" else ["value"]
         )
