@@ -24,6 +24,7 @@ import jinja2
 import jinja2.meta
 
 from edgetune.core.errors import DataError, RecipeError
+from edgetune.core.settings import shown
 from edgetune.core.tasks import Method
 from edgetune.core.text import Text
 from edgetune.recipe.checks import column_name
@@ -202,7 +203,7 @@ def split_messages(
             'the column "messages" cannot be used',
             where=where,
             expected=expected,
-            got=_shown(messages),
+            got=shown(messages),
         )
     for number, message in enumerate(messages):
         usable = (
@@ -215,12 +216,12 @@ def split_messages(
                 f"messages[{number}] cannot be used",
                 where=where,
                 expected=expected,
-                got=_shown(message),
+                got=shown(message),
             )
     *turns, last = [{"role": m["role"], "content": m["content"]} for m in messages]
     if last["role"] != "assistant" or not last["content"].strip():
         raise DataError(
-            "the last message is no answer", where=where, expected=expected, got=_shown(last)
+            "the last message is no answer", where=where, expected=expected, got=shown(last)
         )
     if system is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
@@ -283,7 +284,7 @@ def _check_type(template: str, values: Mapping[str, Any], *, where: str, field: 
     value = values[column.group(1)]
     usable = isinstance(value, str) or (field == "label" and type(value) is int)
     if not usable:
-        kind = "null" if value is None else f"{type(value).__name__} {_shown(value)}"
+        kind = "null" if value is None else f"{type(value).__name__} {shown(value)}"
         raise DataError(
             f'the column "{column.group(1)}" has the wrong type',
             where=where,
@@ -309,8 +310,3 @@ def _missing(
         got="the columns " + (", ".join(values) or "(none)"),
         fix=f"Correct the row, or set data.{field} to a column or template that fits.",
     )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"
