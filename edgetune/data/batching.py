@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -227,36 +227,3 @@ def _collate_labels(examples: Sequence[Example], longest: int) -> Tensor:
         if isinstance(label, list):
             padded[row, : len(label)] = torch.tensor(label, dtype=torch.int64)
     return padded
-
-
-def both_lengths(example: Any) -> int:
-    """Tokens that an example takes in both halves."""
-    return len(example.input_ids) + answer_length(example)
-
-
-def collate_answers(examples: Sequence[Any], pad_id: int) -> Batch:
-    """Prompts padded on the right to the longest, answers (`labels`) too, with IGNORE."""
-    input_ids = _padded([example.input_ids for example in examples], pad_id)
-    mask = _padded([[1] * len(example.input_ids) for example in examples], 0)
-    labels = _padded([example.labels for example in examples], IGNORE)
-    targets = int((labels != IGNORE).sum())
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=mask,
-        labels=labels,
-        rows=tuple(example.row for example in examples),
-        tokens=int(mask.sum()) + targets,
-        targets=targets,
-    )
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
-    for at, row in enumerate(rows):
-        padded[at, : len(row)] = torch.tensor(row, dtype=torch.int64)
-    return padded
-
-
-def answer_length(example: Any) -> int:
-    """Tokens of an example's answer."""
-    return len(example.labels)

@@ -9,14 +9,18 @@ from typing import Any
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import KINDS, Method
-from edgetune.data.completions import load_answers, load_completions, load_prompts
-from edgetune.data.examples import ExampleSet, Loading, hold_out, token_limit
-from edgetune.data.labels import load_labelled, load_targets
-from edgetune.data.plain_text import load_masked, load_packed
+from edgetune.data.completions import load_completions
+from edgetune.data.examples import ExampleSet, Loading, token_limit
+from edgetune.data.labels import load_labelled
+from edgetune.data.masking import load_masked
+from edgetune.data.plain_text import load_packed
 from edgetune.data.preferences import load_preferences
 from edgetune.data.prompts import prompt_format
-from edgetune.data.rows import read_rows
+from edgetune.data.rollout_prompts import load_prompts
+from edgetune.data.rows import hold_out, read_rows
+from edgetune.data.seq2seq import load_answers
 from edgetune.data.tagging import load_tagged
+from edgetune.data.targets import load_targets
 from edgetune.models.base import Base
 from edgetune.recipe.schema import Stage
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.data.batching import Batch, collate, in_order_of_length, split_alike
-from edgetune.data.completions import PromptExample
+from edgetune.data.batching import IGNORE, Batch, collate, in_order_of_length, split_alike
 from edgetune.data.conversations import end_token
-from edgetune.data.examples import IGNORED
+from edgetune.data.rollout_prompts import PromptExample
 from edgetune.models.base import Base
 from edgetune.models.torch_device import Precision, device_of, to_device
 from edgetune.objectives.grpo import (
@@ -244,7 +243,7 @@ class Sampler:
         examples = [
             AnswerExample(
                 row.input_ids + answer.ids,
-                [IGNORED] * len(row.input_ids) + answer.ids,
+                [IGNORE] * len(row.input_ids) + answer.ids,
                 row.row,
                 advantage,
             )

@@ -8,9 +8,10 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgetune.data.batching import both_lengths, collate, collate_answers
-from edgetune.data.labels import collate_targets
+from edgetune.data.batching import collate
+from edgetune.data.seq2seq import both_lengths, collate_answers
 from edgetune.data.tagging import collate_tagged
+from edgetune.data.targets import collate_targets
 from edgetune.models.base import Base
 from edgetune.objectives.grpo import grpo
 from edgetune.objectives.labels import (

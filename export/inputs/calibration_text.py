@@ -15,7 +15,8 @@ from edgetune.core.layout import METADATA, RECIPE
 from edgetune.core.progress import Say
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
-from edgetune.data.rows import Row, read_rows
+from edgetune.data.readers import Row
+from edgetune.data.rows import read_rows
 from edgetune.export.inputs.sources import Source
 from edgetune.models.base import Base
 from edgetune.models.calibration import LENGTH, TOKENS, calibrate

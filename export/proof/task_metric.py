@@ -17,9 +17,8 @@ from edgetune.core.errors import EdgetuneError, ExportError
 from edgetune.core.layout import RECIPE
 from edgetune.core.progress import Say
 from edgetune.core.tasks import lower_is_better
-from edgetune.data.examples import hold_out
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.rows import Rows, read_rows
+from edgetune.data.rows import Rows, hold_out, read_rows
 from edgetune.evaluation.answers import BundleAnswers
 from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
 from edgetune.evaluation.forgetting.tasks import spread

@@ -176,7 +176,7 @@ def test_the_loss_of_pairs_is_transformers(tiny_encoder: Path, tmp_path: Path) -
     examples: list[Any] = load_examples(
         similar_recipe(tiny_encoder, tmp_path).stage[0], tokenizer, base
     ).train[:6]
-    from edgetune.data.labels import collate_targets
+    from edgetune.data.targets import collate_targets
 
     batch = collate_targets(examples, tokenizer.pad_token_id)
     torch.manual_seed(0)

@@ -18,8 +18,8 @@ from training_helpers import action_rows, recipe, sft_recipe, silent, write_rows
 from edgetune.adapters.lora import target_names
 from edgetune.cli import main
 from edgetune.core.errors import BaseModelError, DataError, EdgetuneError, RecipeError
-from edgetune.data.batching import collate_answers
 from edgetune.data.loaders import load_examples
+from edgetune.data.seq2seq import collate_answers
 from edgetune.export.graph.seq2seq import ENCODER
 from edgetune.models.base import open_folder
 from edgetune.models.fake_quantise import stored_bits
