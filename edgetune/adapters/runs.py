@@ -16,7 +16,7 @@ from edgetune.models.load import load_body, load_tokenizer
 from edgetune.models.masked_lm import load_masked_lm
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import trained_precision
-from edgetune.recipe.read import load_recipe
+from edgetune.recipe.read import load_run_recipe
 from edgetune.recipe.schema import Recipe
 
 
@@ -34,7 +34,7 @@ def load_run(run_dir: Path) -> Run:
     """Read a run folder; its adapter's hashes and its base's digest are checked."""
     adapter_dir = find_adapter(run_dir)
     metadata = read_metadata(adapter_dir)
-    recipe = load_recipe(run_dir / RECIPE)
+    recipe = load_run_recipe(run_dir / RECIPE)
     return Run(recipe, _base_of(metadata, adapter_dir), adapter_dir, metadata)
 
 

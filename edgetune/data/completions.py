@@ -14,6 +14,7 @@ from edgetune.data.conversations import Prompt, end_token, prompt_text, row_prom
 from edgetune.data.examples import IGNORED, Example, ExampleSet, Loading, convert_rows, subset
 from edgetune.data.prompts import PromptFormat, chat_messages, chat_text, render, split_messages
 from edgetune.data.rows import Row, Rows
+from edgetune.recipe.own_settings import Grpo
 from edgetune.recipe.schema import Stage
 
 
@@ -196,6 +197,7 @@ class PromptExample:
 def load_prompts(loading: Loading) -> ExampleSet:
     """The prompts of a `grpo` stage; every other column passes on to the reward functions."""
     stage, tokenizer, form, limit = loading.stage, loading.tokenizer, loading.form, loading.limit
+    max_new_tokens = stage.own(Grpo).max_new_tokens
     end_token(tokenizer)  # without one no answer would end
     examples: dict[str, list[Any]] = {}
     skipped = {}
@@ -210,7 +212,7 @@ def load_prompts(loading: Loading) -> ExampleSet:
         rows, unusable = convert_rows(source, convert, skip_invalid=stage.data.skip_invalid)
         ids = encode_prompts([text for *_, text in rows], form.template, tokenizer)
         found = [
-            PromptExample(prompt_ids, row.line, prompt, row.values, stage.max_new_tokens)
+            PromptExample(prompt_ids, row.line, prompt, row.values, max_new_tokens)
             for (row, prompt, _), prompt_ids in zip(rows, ids, strict=True)
         ]
         kept = [example for example in found if example.padded_length <= limit]
@@ -219,7 +221,7 @@ def load_prompts(loading: Loading) -> ExampleSet:
             raise _prompt_too_long(longest, source=source.source, limit=limit)
         examples[name] = kept
         skipped[name] = loading.sources[name].skipped + unusable + len(found) - len(kept)
-    return loading.example_set(examples, skipped=skipped, max_new_tokens=stage.max_new_tokens)
+    return loading.example_set(examples, skipped=skipped, max_new_tokens=max_new_tokens)
 
 
 def _prompt_too_long(example: PromptExample, *, source: str, limit: int) -> DataError:
