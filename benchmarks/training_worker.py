@@ -214,7 +214,9 @@ def train_theirs(options: argparse.Namespace) -> None:
                 else {}
             ),
         }
-        kind, arguments = peer_trainer(options, common, beta=recipe.stage[0].beta)
+        kind, arguments = peer_trainer(
+            options, common, beta=recipe.stage[0].dpo and recipe.stage[0].dpo.beta
+        )
         own = (
             {"processing_class": tokenizer}
             if options.worker == "trl"

@@ -51,26 +51,6 @@ COLUMNS = {
     "sequence-classification": ("text", "text_pair", "label", "label_names"),
     "token-classification": ("tokens", "tags"),
 }
-# Settings of a stage that mean something to one method only.
-OWN_SETTINGS = {
-    "sequence-classification": ("problem",),
-    "dpo": ("beta",),
-    "grpo": (
-        "reward",
-        "reward_weights",
-        "group_size",
-        "iterations",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "clip",
-        "kl",
-        "kl_to",
-        "scale_by_std",
-        "loss_type",
-        "rollout",
-    ),
-}
 TAGGING = "token-classification"
 ENCODER_TASKS = ("sequence-classification", TAGGING)
 GENERATION, REWARD = "text-generation", "reward"

@@ -14,6 +14,7 @@ from edgetune.data.examples import ExampleSet, Loading, load
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.readers import Row
 from edgetune.data.rows import Rows, convert_rows
+from edgetune.recipe.own_settings import Grpo
 
 
 @dataclass(slots=True)
@@ -56,7 +57,8 @@ def prompt_rows(
 
 def load_prompts(loading: Loading) -> ExampleSet:
     """Prompts that leave room for `max_new_tokens`; all columns pass on to the reward functions."""
-    tokenizer, limit, new_tokens = loading.tokenizer, loading.limit, loading.stage.max_new_tokens
+    tokenizer, limit = loading.tokenizer, loading.limit
+    new_tokens = loading.stage.own(Grpo).max_new_tokens
     end_token(tokenizer)  # without one no answer would end
 
     def encode(_: str, rows: list[PromptRow]) -> list[PromptExample]:

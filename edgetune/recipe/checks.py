@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import COLUMNS, KINDS, OWN_SETTINGS
+from edgetune.core.tasks import COLUMNS, KINDS
 from edgetune.recipe.paths import split_function
 from edgetune.recipe.schema import Data, Recipe, Stage
 
 if TYPE_CHECKING:
+    from edgetune.recipe.own_settings import Grpo
     from edgetune.recipe.schema import Parameters
 
 
@@ -117,11 +118,11 @@ def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str
         if changes_the_base(parameters.init)
         else None
     )
-    needed = next(_needs_the_base(stage), None) if stage.method == "grpo" else None
+    needed = None if stage.grpo is None else next(_needs_the_base(stage.grpo), None)
     if key is not None and needed is not None:
         setting, fix = needed
         raise RecipeError(
-            f"{path}.{setting} needs the base as it ships beside the policy",
+            f"{path}.grpo.{setting} needs the base as it ships beside the policy",
             where=where,
             expected="an adapter that leaves it as it is",
             got=f'parameters.{key} = "{getattr(parameters, key)}"',
@@ -186,14 +187,14 @@ def check_forgetting(recipe: Recipe, *, where: str) -> None:
         )
 
 
-def _needs_the_base(stage: Stage) -> Iterator[tuple[str, str]]:
-    """The settings of a grpo stage that use the base beside the policy, and what to do without."""
-    if stage.kl and stage.kl_to == "base":
+def _needs_the_base(grpo: Grpo) -> Iterator[tuple[str, str]]:
+    """The settings of grpo that use the base beside the policy, and what to do without."""
+    if grpo.kl and grpo.kl_to == "base":
         yield 'kl_to = "base"', 'Set kl_to = "start" or kl = 0'
-    for name in (stage.reward,) if isinstance(stage.reward, str) else stage.reward or ():
+    for name in grpo.rewards:
         if split_function(name) is None:
             yield f'reward = "{name}"', "Name reward functions, module:function"
-    if stage.rollout == "engine":
+    if grpo.rollout == "engine":
         yield 'rollout = "engine"', 'Set rollout = "torch"'
 
 
@@ -239,31 +240,29 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
 
 
 def _check_own_settings(stage: Stage, *, path: str, where: str) -> None:
-    for method, keys in OWN_SETTINGS.items():
-        for key in keys:
-            if method != stage.method and getattr(stage, key) != getattr(Stage, key):
-                raise RecipeError(
-                    f"{path}.{key} has no meaning for {stage.method}",
-                    where=where,
-                    expected=f"only with {method}",
-                    fix=f"Remove {key}.",
-                )
-    if stage.method != "grpo":
-        return
-    if not stage.reward:
+    if stage.method != "sequence-classification" and stage.problem != Stage.problem:
         raise RecipeError(
-            f"{path}.reward is missing",
+            f"{path}.problem has no meaning for {stage.method}",
+            where=where,
+            expected="only with sequence-classification",
+            fix="Remove problem.",
+        )
+    grpo = stage.grpo
+    if grpo is None:
+        return
+    if not all(grpo.rewards or ("",)):
+        raise RecipeError(
+            f"{path}.grpo.reward is empty",
             where=where,
             expected='the run folder of a reward stage, or "module:function"',
             fix='For example reward = "rewards.py:score".',
         )
-    count = 1 if isinstance(stage.reward, str) else len(stage.reward)
-    if stage.reward_weights is not None and len(stage.reward_weights) != count:
+    if grpo.reward_weights is not None and len(grpo.reward_weights) != len(grpo.rewards):
         raise RecipeError(
-            f"{path}.reward_weights must weigh each reward",
+            f"{path}.grpo.reward_weights must weigh each reward",
             where=where,
-            expected=f"{count} numbers",
-            got=str(len(stage.reward_weights)),
+            expected=f"{len(grpo.rewards)} numbers",
+            got=str(len(grpo.reward_weights)),
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from edgetune.core.settings import describe, toml_value
+from edgetune.recipe.own_settings import Dpo, Grpo
 from edgetune.recipe.schema import Data, Forgetting, Generation, Parameters, Recipe, Replay, Stage
 
 SECTIONS = (
@@ -20,6 +21,8 @@ SECTIONS = (
     (Stage, "[[stage]]"),
     (Data, "data of a stage"),
     (Replay, "replay of a stage"),
+    (Dpo, "[stage.dpo]"),
+    (Grpo, "[stage.grpo]"),
 )
 OPENING = """# The recipe, key by key
 
@@ -39,7 +42,8 @@ def page() -> str:
 def _section(cls: type, title: str) -> Iterator[str]:
     hints = typing.get_type_hints(cls)
     yield f"## {title}\n"
-    yield f"{(cls.__doc__ or '').strip().splitlines()[0]}\n"
+    opening, _, _ = (cls.__doc__ or "").partition("\n\n")
+    yield " ".join(opening.split()) + "\n"
     yield "| key | type | default | meaning |"
     yield "|---|---|---|---|"
     for field in dataclasses.fields(cls):

@@ -12,6 +12,7 @@ from torch import nn
 from edgetune.data.batching import in_order_of_length
 from edgetune.models.torch_device import Precision, device_of, to_device
 from edgetune.objectives.preference import PairBatch, answer_log_probs, collate_pairs
+from edgetune.recipe.own_settings import Dpo
 from edgetune.training.context import Measure, Prepared, Situation
 from edgetune.training.fast.memory import computing
 from edgetune.training.validation import measure_policy
@@ -29,7 +30,7 @@ def prepare_dpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
     forward pass over the data, shared by all processes, and no second model in memory. A checkpoint
     holds them for a resumed stage.
     """
-    s, beta = situation, situation.stage.beta
+    s, beta = situation, situation.stage.own(Dpo).beta
     pairs: list[Any] = [*s.examples.train, *s.examples.validation]  # of PairExample
     if s.kept is None:
         s.progress.say(f"reference log-probabilities of {len(pairs)} pairs")

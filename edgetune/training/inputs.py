@@ -68,7 +68,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     digests = [
         examples.digests
         | ({} if replay is None else {"replay": replay.digest})
-        | reward_digests(stage)
+        | ({} if stage.grpo is None else reward_digests(stage.grpo))
         for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
     ]
     if start is not None:

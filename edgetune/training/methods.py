@@ -13,7 +13,6 @@ from edgetune.data.seq2seq import both_lengths, collate_answers
 from edgetune.data.tagging import collate_tagged
 from edgetune.data.targets import collate_targets
 from edgetune.models.base import Base
-from edgetune.objectives.grpo import grpo
 from edgetune.objectives.labels import (
     decisions,
     multi_label,
@@ -26,6 +25,7 @@ from edgetune.objectives.language import Objective, masked_lm, sequence_classifi
 from edgetune.objectives.preference import bradley_terry, collate_pairs, dpo
 from edgetune.objectives.seq2seq import answer_logits, answer_loss
 from edgetune.recipe.checks import KIND as SEQ2SEQ
+from edgetune.recipe.own_settings import Dpo, Grpo
 from edgetune.recipe.schema import Stage
 from edgetune.training.context import (
     Collate,
@@ -37,7 +37,13 @@ from edgetune.training.context import (
     tokens_of,
 )
 from edgetune.training.dpo_stage import prepare_dpo
-from edgetune.training.grpo_stage import check_grpo, collate_prompts, first_tokens, prepare_grpo
+from edgetune.training.grpo_stage import (
+    check_grpo,
+    collate_prompts,
+    first_tokens,
+    grpo_objective,
+    prepare_grpo,
+)
 from edgetune.training.validation import (
     Logits,
     classes,
@@ -116,7 +122,7 @@ METHODS = {
         length=padded_length,
     ),
     "dpo": Method(
-        objective=lambda stage: functools.partial(dpo, beta=stage.beta),
+        objective=lambda stage: functools.partial(dpo, beta=stage.own(Dpo).beta),
         measure=measure_policy,
         outputs=next_tokens,
         collate=collate_pairs,
@@ -124,13 +130,7 @@ METHODS = {
         prepare=prepare_dpo,
     ),
     "grpo": Method(
-        objective=lambda stage: functools.partial(
-            grpo,
-            clip=stage.clip,
-            kl=stage.kl,
-            temperature=stage.temperature,
-            loss_type=stage.loss_type,
-        ),
+        objective=lambda stage: grpo_objective(stage.own(Grpo)),
         # the stage's own, which knows the rewards, takes its place
         measure=lambda model, batches, *, precision: {},
         outputs=first_tokens,

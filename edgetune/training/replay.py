@@ -91,7 +91,7 @@ def load_replay(
     source = read_rows(replay.data, stage.data.skip_invalid)
     form = PromptFormat(text=row_template(replay.text, "text", key="replay.text"))
     rows, _ = text_rows(source, form, skip_invalid=stage.data.skip_invalid)
-    answers = stage.group_size if stage.method == "grpo" else 1
+    answers = 1 if stage.grpo is None else stage.grpo.group_size
     step = (
         answers
         * sum(length(example) for example in examples)

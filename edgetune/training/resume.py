@@ -19,7 +19,7 @@ from edgetune.core.errors import RecipeError
 from edgetune.core.layout import RECIPE, SUMMARY
 from edgetune.core.progress import Progress
 from edgetune.models.torch_device import device_of, rng_state, set_rng_state
-from edgetune.recipe.read import load_recipe
+from edgetune.recipe.read import load_run_recipe
 from edgetune.recipe.schema import Recipe
 from edgetune.training.checkpoint import (
     Checkpoints,
@@ -80,7 +80,10 @@ def finished_summary(folder: Path, origin: dict[str, str]) -> dict[str, Any] | N
     """
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        recipe, data = load_recipe(folder / RECIPE), [facts["digests"] for facts in summary["data"]]
+        recipe, data = (
+            load_run_recipe(folder / RECIPE),
+            [facts["digests"] for facts in summary["data"]],
+        )
         rounding = (summary.get("base_precision") or {}).get("rounding")
         found = origin_of(
             recipe,

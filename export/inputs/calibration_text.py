@@ -22,7 +22,7 @@ from edgetune.models.base import Base
 from edgetune.models.calibration import LENGTH, TOKENS, calibrate
 from edgetune.models.heads import SequenceClassifier
 from edgetune.quantisation.precision import QUANTISERS, Precision
-from edgetune.recipe.read import load_recipe
+from edgetune.recipe.read import load_run_recipe
 
 # of a file; those that a row has, one after the other
 TEXT_COLUMNS = ("text", "prompt", "completion", "chosen")
@@ -168,6 +168,6 @@ def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None
     recipe_file = adapter.parent / RECIPE
     if not recipe_file.is_file():
         return None
-    recipe = load_recipe(recipe_file)
+    recipe = load_run_recipe(recipe_file)
     labels = read_metadata(adapter).get("labels") if (adapter / METADATA).is_file() else None
     return load_examples(recipe.stage[-1], tokenizer, base, labels, seed=recipe.seed)

@@ -29,7 +29,7 @@ from edgetune.export.proof.torch_model import trained_base
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
-from edgetune.recipe.read import load_recipe
+from edgetune.recipe.read import load_run_recipe
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
 
@@ -145,7 +145,7 @@ def task_rows(source: Source, *, limit: int, data: Path | None = None) -> TaskRo
     recipe_file = source.folder.parent / RECIPE
     if not recipe_file.is_file():
         return None
-    recipe = load_recipe(recipe_file)
+    recipe = load_run_recipe(recipe_file)
     held = recipe.stage[-1].data
     if held.validation is not None:
         return _chosen(

@@ -30,6 +30,7 @@ from edgetune.models.masked_lm import load_masked_lm
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.blocks import quantise
 from edgetune.quantisation.precision import Precision, shipped_precision
+from edgetune.recipe.own_settings import Grpo
 from edgetune.recipe.schema import Parameters
 from edgetune.training import run_recipe
 from edgetune.training.reinforcement import engine_rollout
@@ -187,9 +188,9 @@ def test_a_reward_that_learned_on_other_weights_is_told_in_a_line(
         tmp_path / "reward",
         AdapterMetadata(base={"name": base.name, "digest": base.digest}, task="reward"),
     )
-    stage = prompt_recipe(tiny_decoder, tmp_path, str(tmp_path / "reward")).stage[0]
-    assert list(reward_notes(stage, base)) == []
-    (line,) = reward_notes(stage, rounded(tiny_decoder))
+    settings = prompt_recipe(tiny_decoder, tmp_path, str(tmp_path / "reward")).stage[0].own(Grpo)
+    assert list(reward_notes(settings, base)) == []
+    (line,) = reward_notes(settings, rounded(tiny_decoder))
     assert "was trained on the unrounded base and scores on the int4 one" in line
 
 

@@ -283,7 +283,7 @@ def test_other_methods_are_refused_by_name(method: str, t5: Path, tmp_path: Path
             }
         ],
     )
-    extra = {"reward": "json_valid"} if method == "grpo" else {}
+    extra = {"grpo": {"reward": "json_valid"}} if method == "grpo" else {}
     with pytest.raises(
         RecipeError,
         match=rf'method "{method}" does not fit.*got t5, an encoder-decoder.*method = "sft"',

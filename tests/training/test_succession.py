@@ -149,7 +149,7 @@ def test_general_text_is_replayed_in_reinforcement_too(
     found = load_replay(
         stage, examples, tokenizer, limit=128, pad_id=0, seed=0, length=padded_length
     )
-    answers = stage.group_size if method == "grpo" else 1
+    answers = 1 if stage.grpo is None else stage.grpo.group_size
     step = (
         answers
         * sum(example.padded_length for example in examples)
@@ -160,7 +160,8 @@ def test_general_text_is_replayed_in_reinforcement_too(
 
 
 def grpo_values(**settings: Any) -> dict[str, Any]:
-    return {"method": "grpo", "data": {"train": "x.jsonl"}, "reward": "rewards:score", **settings}
+    own = {"reward": "rewards:score", **settings}
+    return {"method": "grpo", "data": {"train": "x.jsonl"}, "grpo": own}
 
 
 @pytest.mark.parametrize("parameters", [{"train": "full"}, {"init": "pissa"}])
