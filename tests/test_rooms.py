@@ -66,7 +66,7 @@ FLOORS = {
     ),
     "training": (
         "adapters core data edgetune evaluation.forgetting metrics models objectives "
-        "quantisation recipe report training.fast training.parallel training.reinforcement"
+        "quantisation recipe training.fast training.parallel training.reinforcement"
     ),
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "

@@ -53,10 +53,11 @@ def command(
 
     wait_briefly()
     from edgetune.metrics.statistics import headline
+    from edgetune.report.run_page import write_report
     from edgetune.training import run_recipe
     from edgetune.training.parallel.distributed import launched
 
-    summary = run_recipe(settings, out=out, resume=resume)
+    summary = run_recipe(settings, out=out, resume=resume, write_more=write_report)
     if not launched().leads:
         return  # of several processes one speaks
     numbers = summary.metrics or {"train_loss": summary.train_loss}

@@ -39,6 +39,7 @@ from edgetune.quickstart.outcome import (
 )
 from edgetune.quickstart.page import render_page
 from edgetune.quickstart.plan import Plan, Shipment, Task
+from edgetune.report.run_page import write_report
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.check.latency import Workload, host_speed
@@ -85,7 +86,10 @@ def run_quickstart(plan: Plan, out: Path, *, stream: TextIO | None = None) -> Ou
     for task in plan.tasks:
         with road.step(f"train {task.name}: {task.title}"):
             summary = run_recipe(
-                task.recipe, out=out / RUNS / task.name, progress=Progress(road.stream)
+                task.recipe,
+                out=out / RUNS / task.name,
+                progress=Progress(road.stream),
+                write_more=write_report,
             )
         with road.step(f"measure {task.name} in torch"):
             scores[task.name] = _measure_in_torch(task, out / RUNS / task.name, summary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from edgetune.adapters.full_model import save_full
 from edgetune.adapters.lora import trainable_parameters
 from edgetune.adapters.runs import check_replaceable
 from edgetune.core.files import whole_folder, write_json, write_text
-from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
+from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, SUMMARY
 from edgetune.core.progress import Progress
 from edgetune.evaluation.forgetting.measure import compare
 from edgetune.models.torch_device import (
@@ -27,7 +27,6 @@ from edgetune.models.torch_device import (
 )
 from edgetune.recipe.read import to_toml
 from edgetune.recipe.schema import Device, Recipe
-from edgetune.report.run_page import write_report
 from edgetune.training.checkpoint import State, unfinished
 from edgetune.training.inputs import Inputs, read_inputs
 from edgetune.training.journal import Journal
@@ -36,6 +35,7 @@ from edgetune.training.resume import Course, find_state
 from edgetune.training.stage_model import Succession
 from edgetune.training.stages import Stages, precision_of
 from edgetune.training.summary import (
+    RunResult,
     RunSummary,
     base_precision,
     closing,
@@ -44,6 +44,8 @@ from edgetune.training.summary import (
     summary_of,
 )
 
+WriteMore = Callable[[Path, RunResult], None]
+
 
 def run_recipe(
     recipe: Recipe,
@@ -51,9 +53,12 @@ def run_recipe(
     out: Path | None = None,
     progress: Progress | None = None,
     resume: bool = False,
+    write_more: WriteMore | None = None,
 ) -> RunSummary:
     """Train what the recipe says and write the run folder, whole or not at all.
 
+    `write_more` adds files to the folder before it takes its place, so they are part of the whole;
+    it is given that unfinished folder and the result (`report.run_page.write_report` is one).
     `resume` continues an unfinished run of the same recipe and data where its newest checkpoint
     left it, to the same adapter, bit for bit. Raises the errors of recipe, data and base before
     anything is written; TrainingError when training cannot go on.
@@ -117,7 +122,7 @@ def run_recipe(
             out=folder,
         )
         summary = replace(summary, forgetting=_forgetting(succession, inputs, progress))
-        _write(folder, succession.model, inputs, summary, journal)
+        _write(folder, succession.model, inputs, summary, journal, write_more)
         group.from_leader(summary)
     progress.say(closing(summary))
     return summary
@@ -146,7 +151,14 @@ def _first_model(
     return succession, replace(inputs, recipe=recipe, sets=succession.sets)
 
 
-def _write(folder: Path, model: Any, inputs: Inputs, summary: RunSummary, journal: Journal) -> None:
+def _write(
+    folder: Path,
+    model: Any,
+    inputs: Inputs,
+    summary: RunSummary,
+    journal: Journal,
+    write_more: WriteMore | None,
+) -> None:
     """The run folder, whole or not at all."""
     recipe = inputs.recipe
     with whole_folder(folder) as partial:
@@ -157,10 +169,9 @@ def _write(folder: Path, model: Any, inputs: Inputs, summary: RunSummary, journa
             save_adapter(model, partial / ADAPTER, about)
         write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
         write_json(partial / SUMMARY, asdict(summary))
-        write_report(
-            partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records
-        )
         journal.copy_to(partial)
+        if write_more is not None:
+            write_more(partial, RunResult(recipe, summary, journal.records))
 
 
 @contextlib.contextmanager

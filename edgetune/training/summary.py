@@ -72,6 +72,15 @@ class RunSummary:
     forgetting: list[dict[str, Any]] | None = None
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to."""
+
+    recipe: Recipe  # as trained, every "auto" settled
+    summary: RunSummary
+    records: Sequence[Mapping[str, Any]]  # of metrics.jsonl
+
+
 def summary_of(
     inputs: Inputs,
     results: Sequence[StageResult],

@@ -24,7 +24,7 @@ from edgetune.models.torch_device import choose_precision, hold_frozen_linears_i
 from edgetune.objectives.language import completion_logits
 from edgetune.recipe.read import load_recipe
 from edgetune.recipe.schema import Parameters
-from edgetune.training import run_recipe
+from edgetune.training import RunResult, run_recipe
 from edgetune.training.context import Batching
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
@@ -44,10 +44,32 @@ def test_a_run_folder_holds_everything_and_nothing_else(tiny_decoder: Path, tmp_
         name for name in files if not name.startswith("run/tensorboard/")
     }  # where it is installed
     adapter = {"adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"}
-    expected = {"recipe.toml", "metrics.jsonl", "summary.json", "report.html"} | {
+    expected = {"recipe.toml", "metrics.jsonl", "summary.json"} | {
         f"adapter/{name}" for name in adapter
     }
     assert files == {f"run/{name}" for name in expected}
+
+
+def test_what_a_caller_writes_besides_is_part_of_the_whole(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    recipe, out = sft_recipe(tiny_decoder, tmp_path, max_steps=1), tmp_path / "out" / "run"
+
+    def note(folder: Path, result: RunResult) -> None:
+        assert folder != out and (folder / WEIGHTS).exists()
+        (folder / "note.txt").write_text(f"{len(result.records)} {result.recipe.device}")
+        if result.recipe.seed == 1:
+            raise RuntimeError("no more room for notes")
+
+    run_recipe(recipe, out=out, progress=silent(), write_more=note)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert before[out / "note.txt"] == b"2 cpu"
+    (out / "note.txt").unlink()  # else the folder holds a foreign file
+    with pytest.raises(RuntimeError, match="no more room"):
+        run_recipe(replace(recipe, seed=1), out=out, progress=silent(), write_more=note)
+    assert list((tmp_path / "out").iterdir()) == [out]
+    del before[out / "note.txt"]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_sft_learns_and_the_adapter_has_an_effect(tiny_decoder: Path, tmp_path: Path) -> None:
