@@ -17,7 +17,7 @@ from edgetune.export.graph.onnx_file import ENGINE, write_data, write_graph
 from edgetune.export.graph.seq2seq import DECODER_IDS, ENCODER, POSITIONS, PRESENT
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime.bundle.manifest import Site
-from edgetune.runtime.engine.session import SITUATIONS
+from edgetune.runtime.engine.session import ADAPTER_BRANCH
 
 
 def placed(graph: ir.Model, sites: Sequence[Site]) -> list[Site]:
@@ -37,7 +37,7 @@ def write_graphs(
             write_graph(
                 by_situation(half, own),
                 folder / name,
-                metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"},
+                metadata=note | {ADAPTER_BRANCH: f"{ADAPTED}, {PLAIN}"},
             )
         else:
             write_graph(half, folder / name, metadata=note)

@@ -32,6 +32,7 @@ from edgetune.models.load import load_tokenizer
 from edgetune.recipe.read import load_run_recipe
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.tasks.open_bundle import OpenBundle
 
 # A batch of 16 answers takes torch little longer than one; an encoder reads that many texts in a
 # fraction of a second.
@@ -306,7 +307,7 @@ def measure_tasks(
     if not wanted:
         return {}
     results = {}
-    with Runtime(folder, manifest, threads=threads) as runtime:
+    with Runtime(OpenBundle(folder, manifest, threads=threads)) as runtime:
         for source in wanted:
             on = rows[source.name]
             result = tried(
@@ -393,7 +394,7 @@ class TaskPlan:
             known[ALONE] = _perplexity(
                 torch_texts(load(base, None), load_tokenizer(base)), base.folder, rows
             )
-        with Runtime(folder, manifest, threads=threads) as runtime:
+        with Runtime(OpenBundle(folder, manifest, threads=threads)) as runtime:
             result = compare(
                 known[ALONE], _perplexity(BundleSubject(runtime, None), folder, rows), rows
             )

@@ -30,7 +30,9 @@ from edgetune.export.proof.proof import Outputs, prove
 from edgetune.export.proof.prove import reprove
 from edgetune.models.load import load_tokenizer
 from edgetune.models.resolve import resolve_base
-from edgetune.runtime import Runtime, pack_adapter, read_manifest
+from edgetune.runtime import Runtime
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import read_manifest
 
 WORDS = [
     ["Turn", "on", "the", "lights", "in", "the", "kitchen", ",", "please", "!"],

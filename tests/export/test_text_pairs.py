@@ -34,8 +34,11 @@ from edgetune.models.load import load_body, load_tokenizer
 from edgetune.objectives.labels import regression
 from edgetune.recipe.read import recipe_from_dict
 from edgetune.recipe.schema import Recipe
-from edgetune.runtime import Runtime, Scheduler, pack_adapter, read_manifest
+from edgetune.runtime import Runtime
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import read_manifest
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer
+from edgetune.runtime.scheduler.scheduler import Scheduler
 from edgetune.training import run_recipe
 
 WORDS = [

@@ -144,7 +144,7 @@ def open_engine(
     """
     from edgetune.export.bundle import build_base
     from edgetune.quantisation.precision import Precision
-    from edgetune.runtime.engine.engine import DecoderEngine
+    from edgetune.runtime.engine.decoder import DecoderEngine
 
     if model.peft_config["default"].use_dora:
         raise RecipeError(
