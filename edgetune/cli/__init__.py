@@ -1,4 +1,4 @@
-"""The command line: a click group whose commands are imported only when they are called.
+"""The command line: a click group; a command is imported when it is called.
 
 `edgetune --help` imports neither torch nor onnxruntime. Exit codes: 0 done; 1 a proof, a check or a
 budget failed; 2 bad usage or bad input; 3 too noisy to tell; 130 interrupted.

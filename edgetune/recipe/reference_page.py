@@ -1,5 +1,5 @@
 """The recipe's reference page, derived from its dataclasses: `python -m
-edgetune.recipe.reference_page > docs/recipe.md`.
+edgetune.recipe.reference_page > docs/reference/recipe.md`.
 """
 
 from __future__ import annotations

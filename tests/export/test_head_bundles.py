@@ -448,7 +448,7 @@ def test_an_adapter_that_peft_made_for_transformers_own_tagger_loads(
 def test_plain_onnx_runtime_tags_with_the_shipped_adapter(
     tiny_encoder: Path, runtime: Runtime
 ) -> None:
-    """As docs/bundle.md says: last_hidden_state · head.weight + head.bias."""
+    """As docs/reference/bundle.md says: last_hidden_state · head.weight + head.bias."""
     out = bundle(tiny_encoder)
     adapter, options = ort.LoraAdapter(), ort.RunOptions()
     adapter.Load(str(out / "adapters" / "rooms" / "rooms.onnx_adapter"))
