@@ -17,7 +17,7 @@ import click
 import pytest
 
 from edgetune.cli import COMMANDS, cli
-from edgetune.core.tasks import KINDS
+from edgetune.core.tasks import METHODS
 from edgetune.recipe.read import recipe_from_dict
 
 if sys.version_info >= (3, 11):
@@ -105,7 +105,7 @@ def test_a_recipe_that_is_shown_can_be_read(
     monkeypatch.setenv("EDGETUNE_DATASETS", str(tmp_path))
     for text in blocks(page, "toml"):
         values = tomllib.loads(text)
-        base = BASES[KINDS[values["stage"][0]["method"]]]
+        base = BASES[METHODS[values["stage"][0]["method"]].kinds[0]]
         assert recipe_from_dict({"base": base, **values}, folder=tmp_path).stage
 
 

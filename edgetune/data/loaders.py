@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import KINDS, Method
+from edgetune.core.tasks import METHODS
 from edgetune.data.completions import load_completions
 from edgetune.data.examples import ExampleSet, Loading, token_limit
 from edgetune.data.labels import load_labelled
@@ -24,11 +24,14 @@ from edgetune.data.targets import load_targets
 from edgetune.models.base import Base
 from edgetune.recipe.schema import Stage
 
-LOADERS: dict[Method, Callable[[Loading], ExampleSet]] = {
+# `learned` of a stage → its loader; see core/tasks.py for what else a method is entered with
+LOADERS: dict[str, Callable[[Loading], ExampleSet]] = {
     "causal-lm": load_packed,
     "masked-lm": load_masked,
     "sft": load_completions,
     "sequence-classification": load_labelled,
+    "multi-label": load_targets,
+    "regression": load_targets,
     "token-classification": load_tagged,
     "reward": load_preferences,
     "dpo": load_preferences,
@@ -68,14 +71,12 @@ def load_examples(
 
 
 def _loader(stage: Stage, base: Base) -> Callable[[Loading], ExampleSet]:
-    if base.kind == "encoder-decoder":
-        return load_answers
-    return LOADERS[stage.method] if stage.problem == "single-label" else load_targets
+    return load_answers if base.kind == "encoder-decoder" else LOADERS[stage.learned]
 
 
 def _check_kind(stage: Stage, base: Base) -> None:
-    needed = KINDS[stage.method]
-    if base.kind != needed and not (base.kind == "encoder-decoder" and stage.method == "sft"):
+    needed, *others = METHODS[stage.method].kinds
+    if base.kind not in (needed, *others):
         example = "builtin:smollm2-135m-instruct" if needed == "decoder" else "builtin:minilm-l6"
         raise RecipeError(
             f'method "{stage.method}" does not fit the base {base.name}',

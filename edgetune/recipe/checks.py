@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import COLUMNS, KINDS
+from edgetune.core.tasks import METHODS
+from edgetune.recipe.own_settings import stages_of
 from edgetune.recipe.paths import split_function
 from edgetune.recipe.schema import Data, Recipe, Stage
 
@@ -25,8 +26,6 @@ UNUSABLE_INITS = {
     "eva": "it needs calibration data that a recipe has no place for",
     "lora_ga": "it needs gradients of calibration data that a recipe has no place for",
 }
-# methods whose task head can be trained alone
-HEADED = ("sequence-classification", "token-classification")
 
 
 def check_parameters(parameters: Parameters, *, where: str) -> None:
@@ -92,8 +91,9 @@ def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str
     """RecipeError when a head alone shall learn and the method has none that could, or when the
     method needs the base unchanged beside what learns and the parameters leave none."""
     expected = ""
-    if parameters.train == "head" and stage.method not in HEADED:
-        expected = "a method with a task head: " + ", ".join(HEADED)
+    if parameters.train == "head" and not METHODS[stage.method].has_head:
+        headed = [name for name, method in METHODS.items() if method.has_head]
+        expected = "a method with a task head: " + ", ".join(headed)
     if parameters.train == "full" and stage.method == "reward":
         expected = "an adapter, which scores answers on the base that it shares with a policy"
     if parameters.shard and stage.method == "grpo":
@@ -226,8 +226,8 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
     if stage.data.validation is not None and stage.data.hold_out is not None:
         what = f"{path}.data has both validation and hold_out"
         raise RecipeError(what, where=where, fix="Remove one of them.")
-    used = COLUMNS[stage.method]
-    for key in sorted({column for columns in COLUMNS.values() for column in columns} - set(used)):
+    used = METHODS[stage.method].columns
+    for key in sorted({key for method in METHODS.values() for key in method.columns} - {*used}):
         if getattr(stage.data, key) != getattr(Data, key):
             raise RecipeError(
                 f"{path}.data.{key} has no meaning for {stage.method}",
@@ -235,18 +235,28 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
                 expected="of these, " + ", ".join(used),
                 fix=f"Remove {key}.",
             )
-    _check_own_settings(stage, path=path, where=where)
+    _check_rewards(stage, path=path, where=where)
     check_problem(stage, path=path, where=where)
 
 
-def _check_own_settings(stage: Stage, *, path: str, where: str) -> None:
-    if stage.method != "sequence-classification" and stage.problem != Stage.problem:
-        raise RecipeError(
-            f"{path}.problem has no meaning for {stage.method}",
-            where=where,
-            expected="only with sequence-classification",
-            fix="Remove problem.",
-        )
+def check_own_settings(values: Mapping[str, Any], *, where: str) -> None:
+    """RecipeError for a setting or a table that only another method than the stage's has."""
+    for number, stage in stages_of(values):
+        for name, method in METHODS.items():
+            for key in method.settings:
+                if stage.get("method") != name and stage.get(key) not in (
+                    None,
+                    getattr(Stage, key),
+                ):
+                    raise RecipeError(
+                        f"stage.{number}.{key} has no meaning for {stage.get('method')}",
+                        where=where,
+                        expected=f"only with {name}",
+                        fix=f"Remove {key if key != name else f'[stage.{key}]'}.",
+                    )
+
+
+def _check_rewards(stage: Stage, *, path: str, where: str) -> None:
     grpo = stage.grpo
     if grpo is None:
         return
@@ -271,7 +281,7 @@ def _may_follow(stage: Stage, previous: Stage) -> bool:
     adapter's.
     """
     same = stage.task == previous.task and stage.problem == previous.problem
-    return same or (previous.method == "masked-lm" and KINDS[stage.method] == "encoder")
+    return same or (previous.method == "masked-lm" and "encoder" in METHODS[stage.method].kinds)
 
 
 KIND = "encoder-decoder"

@@ -15,18 +15,17 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.recipe.own_settings import Dpo, Grpo
+from edgetune.recipe.own_settings import Dpo, Grpo, stages_of
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-TABLES = {"dpo": Dpo, "grpo": Grpo}
 # Key of a stage in version 0.1 → the table that holds it now, and its default.
 MOVED = {
     field.name: (table, None if field.default is MISSING else field.default)
-    for table, settings in TABLES.items()
+    for table, settings in (("dpo", Dpo), ("grpo", Grpo))
     for field in fields(settings)
 }
 
@@ -51,7 +50,7 @@ def moves(values: Mapping[str, Any]) -> list[Move]:
     """What a recipe of version 0.1 needs; nothing where every key lies in its place."""
     return [
         Move(number, key, table, left_out=stage.get("method") != table)
-        for number, stage in _stages(values)
+        for number, stage in stages_of(values)
         for key, (table, default) in MOVED.items()
         if key in stage and (stage.get("method") == table or stage[key] == default)
     ]
@@ -89,21 +88,18 @@ def migrate_text(text: str, *, where: str) -> tuple[str, list[Move]]:
 
 
 def check_places(values: Mapping[str, Any], *, where: str) -> None:
-    """RecipeError that names the new place where a stage holds keys of version 0.1, or the table of
-    another method.
-    """
-    for number, stage in _stages(values):
-        path, method = f"stage.{number}", stage.get("method")
-        for key in stage:
-            table, default = MOVED.get(key, (key, None))
-            if table in TABLES and table != method and stage[key] != default:
+    """RecipeError that names the new place of a stage's keys of version 0.1."""
+    for number, stage in stages_of(values):
+        path, old = f"stage.{number}", [key for key in stage if key in MOVED]
+        for key in old:
+            table, default = MOVED[key]
+            if stage.get("method") != table and stage[key] != default:
                 raise RecipeError(
-                    f"{path}.{key} has no meaning for {method}",
+                    f"{path}.{key} has no meaning for {stage.get('method')}",
                     where=where,
                     expected=f"only with {table}",
-                    fix=f"Remove {key if key != table else f'[stage.{table}]'}.",
+                    fix=f"Remove {key}.",
                 )
-        old = [key for key in stage if key in MOVED]
         if old:
             table = MOVED[old[0]][0]
             keys = [key for key in old if MOVED[key][0] == table]
@@ -115,32 +111,12 @@ def check_places(values: Mapping[str, Any], *, where: str) -> None:
             )
 
 
-def with_own_tables(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with the table of its method in every stage, empty where it has none."""
-    new = dict(values)
-    if isinstance(values.get("stage"), list):
-        new["stage"] = [
-            {stage["method"]: {}, **stage}
-            if isinstance(stage, Mapping) and stage.get("method") in (*TABLES,)
-            else stage
-            for stage in values["stage"]
-        ]
-    return new
-
-
 def new_place(path: str) -> str | None:
     """`stage.0.grpo.kl` for `stage.0.kl`; None for a key that lies where it always lay."""
     match = re.fullmatch(r"(stage\.\d+)\.(\w+)", path)
     if match is None or match[2] not in MOVED:
         return None
     return f"{match[1]}.{MOVED[match[2]][0]}.{match[2]}"
-
-
-def _stages(values: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    stages = values.get("stage")
-    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
-        if isinstance(stage, Mapping):
-            yield number, stage
 
 
 def _moved(values: Mapping[str, Any], move: Move, *, where: str) -> dict[str, Any]:

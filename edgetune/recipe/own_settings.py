@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from edgetune.core.settings import option
+from edgetune.core.tasks import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +75,24 @@ class Grpo:
     def rewards(self) -> tuple[str, ...]:
         """`reward` as a tuple."""
         return (self.reward,) if isinstance(self.reward, str) else self.reward
+
+
+def stages_of(values: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The stages of a recipe's plain values with their numbers; what is no table is left out."""
+    stages = values.get("stage")
+    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
+        if isinstance(stage, Mapping):
+            yield number, stage
+
+
+def with_own_tables(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's plain values with the table of its method in every stage, empty where it was
+    missing.
+    """
+    new = dict(values)
+    for number, stage in stages_of(values):
+        for name, method in METHODS.items():
+            if stage.get("method") == name and name in method.settings and name not in stage:
+                new["stage"] = [*new["stage"]]
+                new["stage"][number] = {**stage, name: {}}
+    return new

@@ -12,10 +12,17 @@ from typing import Any
 
 from edgetune.core import settings
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import KINDS
-from edgetune.recipe.checks import _check_stage, check_forgetting, check_parameters, check_trained
+from edgetune.core.tasks import METHODS
+from edgetune.recipe.checks import (
+    _check_stage,
+    check_forgetting,
+    check_own_settings,
+    check_parameters,
+    check_trained,
+)
 from edgetune.recipe.generation import resolve_generation
-from edgetune.recipe.migrate import check_places, migrated, new_place, with_own_tables
+from edgetune.recipe.migrate import check_places, migrated, new_place
+from edgetune.recipe.own_settings import with_own_tables
 from edgetune.recipe.paths import absolute, base_path, data_path, expand, locate_reward
 from edgetune.recipe.schema import Data, Recipe, Replay, Stage
 
@@ -69,6 +76,7 @@ def recipe_from_dict(
     """
     folder = folder if folder is not None else Path()
     check_places(values, where=where)
+    check_own_settings(values, where=where)
     recipe = settings.from_dict(Recipe, with_own_tables(values), where=where)
     if not recipe.stage:
         raise RecipeError("there is no stage", where=where, expected="at least one [[stage]]")
@@ -145,7 +153,7 @@ def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Rep
     if stage.task != "text-generation":
         fix = "Remove replay" + (
             "; masked-lm may come before this stage instead."
-            if KINDS[stage.method] == "encoder"
+            if "encoder" in METHODS[stage.method].kinds
             else "."
         )
         raise RecipeError(

@@ -28,7 +28,9 @@ OPENING = """# The recipe, key by key
 
 Made from the code by `python -m edgetune.recipe.reference_page`; a test keeps it true. Unknown
 keys and wrong types are refused by name. Any key can be set from the command line:
-`edgetune train recipe.toml --set stage.0.epochs=2`.
+`edgetune train recipe.toml --set stage.0.epochs=2`. A recipe of version 0.1 has the keys of
+`[stage.dpo]` and `[stage.grpo]` right in its stage; `edgetune train recipe.toml --migrate` moves
+them.
 """
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from edgetune.core.settings import option
-from edgetune.core.tasks import TASKS, Method, Problem, Task
+from edgetune.core.tasks import METHODS, MethodName, Problem, Task
 from edgetune.recipe.own_settings import Dpo, Grpo
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -176,7 +176,7 @@ class Generation:
 class Stage:
     """One pass of training with one objective; stages run in succession on the same weights."""
 
-    method: Method = option(help="the objective")
+    method: MethodName = option(help="the objective")
     data: Data = option(help="the rows")
     replay: Replay | None = option(
         None, help="general text mixed into the stage; decoders only, not for reward"
@@ -232,6 +232,13 @@ class Stage:
     grpo: Grpo | None = option(None, help="settings of grpo, where `reward` is needed")
 
     @property
+    def learned(self) -> str:
+        """What its loader and its objective are registered under: the method, or the problem where
+        that is another than single-label.
+        """
+        return self.method if self.problem == "single-label" else self.problem
+
+    @property
     def iterations(self) -> int:
         """Optimizer steps on the same rows."""
         return 1 if self.grpo is None else self.grpo.iterations
@@ -244,7 +251,7 @@ class Stage:
     @property
     def task(self) -> Task:
         """What an adapter trained by this stage does."""
-        return TASKS[self.method]
+        return METHODS[self.method].task
 
 
 @dataclass(frozen=True, kw_only=True)

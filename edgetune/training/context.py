@@ -111,7 +111,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a stage needs while it runs; see Method for the parts that are fixed."""
+    """What a stage needs while it runs; see `methods.Training` for the parts that are fixed."""
 
     measure: Measure
     experience: Experience | None = None

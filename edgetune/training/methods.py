@@ -1,6 +1,4 @@
-"""What each method of a stage means to the loop: its objective and its validation. A new method is
-a new entry.
-"""
+"""What each method of a stage means to the loop: its objective and its validation."""
 
 from __future__ import annotations
 
@@ -61,7 +59,7 @@ from edgetune.training.validation import (
 
 
 @dataclass(frozen=True)
-class Method:
+class Training:
     """The parts of training that depend on the method."""
 
     objective: Callable[[Stage], Objective]
@@ -75,36 +73,37 @@ class Method:
     )  # of what the stage names, before anything is trained
 
 
-METHODS = {
-    "causal-lm": Method(
+# `learned` of a stage → its parts; see core/tasks.py for what else a method is entered with
+TRAINING = {
+    "causal-lm": Training(
         objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens
     ),
-    "masked-lm": Method(
+    "masked-lm": Training(
         objective=lambda stage: masked_lm,
         measure=functools.partial(measure_completions, outputs=masked_tokens),
         outputs=masked_tokens,
     ),
-    "sft": Method(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
-    "sequence-classification": Method(
+    "sft": Training(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
+    "sequence-classification": Training(
         objective=lambda stage: functools.partial(
             sequence_classification, label_smoothing=stage.label_smoothing
         ),
         measure=measure_classes,
         outputs=classes,
     ),
-    "multi-label": Method(
+    "multi-label": Training(
         objective=lambda stage: multi_label,
         measure=measure_label_sets,
         outputs=decisions,
         collate=collate_targets,
     ),
-    "regression": Method(
+    "regression": Training(
         objective=lambda stage: regression,
         measure=measure_values,
         outputs=values,
         collate=collate_targets,
     ),
-    "token-classification": Method(
+    "token-classification": Training(
         objective=lambda stage: functools.partial(
             token_classification, label_smoothing=stage.label_smoothing
         ),
@@ -114,14 +113,14 @@ METHODS = {
         collate=collate_tagged,
         prepare=prepare_tagging,
     ),
-    "reward": Method(
+    "reward": Training(
         objective=lambda stage: bradley_terry,
         measure=measure_rewards,
         outputs=preferences,
         collate=collate_pairs,
         length=padded_length,
     ),
-    "dpo": Method(
+    "dpo": Training(
         objective=lambda stage: functools.partial(dpo, beta=stage.own(Dpo).beta),
         measure=measure_policy,
         outputs=next_tokens,
@@ -129,7 +128,7 @@ METHODS = {
         length=padded_length,
         prepare=prepare_dpo,
     ),
-    "grpo": Method(
+    "grpo": Training(
         objective=lambda stage: grpo_objective(stage.own(Grpo)),
         # the stage's own, which knows the rewards, takes its place
         measure=lambda model, batches, *, precision: {},
@@ -141,7 +140,7 @@ METHODS = {
     ),
 }
 # What sft means to an encoder-decoder; no other method fits one.
-ANSWERS = Method(
+ANSWERS = Training(
     objective=lambda stage: answer_loss,
     measure=functools.partial(measure_completions, outputs=answer_logits),
     outputs=answer_logits,
@@ -150,10 +149,10 @@ ANSWERS = Method(
 )
 
 
-def method_of(stage: Stage, kind: str) -> Method:
+def method_of(stage: Stage, kind: str) -> Training:
     """What the stage's method means to a base of this kind, and for sequence-classification its
     problem.
     """
     if kind == SEQ2SEQ:
         return ANSWERS
-    return METHODS[stage.method if stage.problem == "single-label" else stage.problem]
+    return TRAINING[stage.learned]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edgetune.core.errors import DataError, RecipeError
-from edgetune.core.tasks import Method
+from edgetune.core.tasks import MethodName
 from edgetune.data.batching import IGNORE
 from edgetune.data.completions import answer_spans
 from edgetune.data.examples import ExampleSet
@@ -33,7 +33,7 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def loader(folder: Path, tmp_path: Path, method: Method) -> Load:
+def loader(folder: Path, tmp_path: Path, method: MethodName) -> Load:
     base: Base = resolve_base(str(folder))
     tokenizer = load_tokenizer(base)
 

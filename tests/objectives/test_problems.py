@@ -28,7 +28,7 @@ from edgetune.models.load import load_body, load_tokenizer
 from edgetune.objectives.labels import decisions, multi_label, regression, values
 from edgetune.recipe.read import recipe_from_dict
 from edgetune.training import run_recipe
-from edgetune.training.methods import METHODS, method_of
+from edgetune.training.methods import TRAINING, method_of
 
 
 def label_set_rows() -> list[dict[str, Any]]:
@@ -311,5 +311,5 @@ def test_a_single_label_is_what_it_was() -> None:
     ).stage[0]
     assert (
         stage.problem == "single-label"
-        and method_of(stage, "encoder") is METHODS["sequence-classification"]
+        and method_of(stage, "encoder") is TRAINING["sequence-classification"]
     )
