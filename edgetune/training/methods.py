@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from edgetune.data.batching import collate
 from edgetune.data.seq2seq import both_lengths, collate_answers
@@ -27,15 +28,8 @@ from edgetune.objectives.seq2seq import answer_logits, answer_loss
 from edgetune.recipe.checks import KIND as SEQ2SEQ
 from edgetune.recipe.own_settings import Dpo, Grpo
 from edgetune.recipe.schema import Stage
-from edgetune.training.context import (
-    Collate,
-    Length,
-    Measure,
-    Prepare,
-    nothing_to_prepare,
-    padded_length,
-    tokens_of,
-)
+from edgetune.training.batches import Collate, Length, padded_length, tokens_of
+from edgetune.training.context import Logits, Measure, Prepare, nothing_to_prepare
 from edgetune.training.dpo_stage import prepare_dpo
 from edgetune.training.grpo_stage import (
     check_grpo,
@@ -45,7 +39,6 @@ from edgetune.training.grpo_stage import (
     prepare_grpo,
 )
 from edgetune.training.validation import (
-    Logits,
     classes,
     masked_tokens,
     measure_classes,
@@ -70,9 +63,9 @@ class Method:
     collate: Collate = collate  # examples → a batch
     length: Length = tokens_of  # padded tokens that an example takes in a batch
     prepare: Prepare = nothing_to_prepare  # before the stage's first step
-    check: Callable[[Stage, Base], None] = lambda stage, base: (
-        None
-    )  # of what the stage names, before anything is trained
+    settings: type[Any] | None = None  # the table of a stage that only this method has
+    # of what that table names, before anything is trained
+    check: Callable[[Any, Base], None] = lambda settings, base: None
 
 
 METHODS = {
@@ -128,6 +121,7 @@ METHODS = {
         collate=collate_pairs,
         length=padded_length,
         prepare=prepare_dpo,
+        settings=Dpo,
     ),
     "grpo": Method(
         objective=lambda stage: grpo_objective(stage.own(Grpo)),
@@ -137,6 +131,7 @@ METHODS = {
         collate=collate_prompts,
         length=padded_length,
         prepare=prepare_grpo,
+        settings=Grpo,
         check=check_grpo,
     ),
 }
@@ -148,6 +143,11 @@ ANSWERS = Method(
     collate=collate_answers,
     length=both_lengths,
 )
+
+
+def own_settings(stage: Stage, method: Method) -> Any:
+    """What only this method asks for; None where that is nothing."""
+    return None if method.settings is None else stage.own(method.settings)
 
 
 def method_of(stage: Stage, kind: str) -> Method:
