@@ -170,7 +170,7 @@ def train_ours(options: argparse.Namespace) -> None:
     def measure(self: Any) -> Any:
         say(
             {
-                "held_out": held_out_loss(self.succession.model, options, tokenizer.pad_token_id),
+                "held_out": held_out_loss(self.model.model, options, tokenizer.pad_token_id),
                 "mb": peak_rss_mb(),
             }
         )

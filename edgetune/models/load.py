@@ -72,6 +72,21 @@ def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
     return model.eval()
 
 
+def hidden_size(base: Base) -> int:
+    """The width of the model's layers, by its configuration alone."""
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BaseModelError(
+                f"the model cannot be loaded: {line}", where=str(base.folder)
+            ) from error
+    return int(config.hidden_size)
+
+
 def load_tokenizer(base: Base) -> Any:
     """The tokenizer (a PreTrainedTokenizerFast); its ids are those of the folder's
     tokenizer.json.

@@ -30,7 +30,6 @@ from edgetune.training.learner import Learned
 
 SCHEMA = 2
 NAME = re.compile(r"stage-(\d+)-step-(\d+)\.pt")
-STEPS_BETWEEN, PARTS_OF_A_STAGE = 50, 10  # of checkpoints, where the recipe does not say
 # What a run may differ in and still be the same: where it is written, and files, which are compared
 # by their digests.
 NOT_COMPARED = re.compile(
@@ -151,11 +150,6 @@ def check_origin(found: Mapping[str, str], wanted: Mapping[str, str], *, where: 
         got=listed(wanted),
         fix="Without --resume a new run begins and takes its place.",
     )
-
-
-def steps_between(recipe: Recipe, total: int) -> int:
-    """Optimizer steps between two checkpoints of a stage of `total` steps."""
-    return recipe.checkpoint_every or max(STEPS_BETWEEN, -(-total // PARTS_OF_A_STAGE))
 
 
 class Checkpoints:

@@ -30,15 +30,8 @@ from edgetune.objectives.grpo import (
 from edgetune.objectives.language import Objective, projection_only_at
 from edgetune.objectives.preference import token_log_probs
 from edgetune.recipe.own_settings import Grpo
-from edgetune.recipe.schema import Stage
-from edgetune.training.context import (
-    DIFFERENT_AT_ONCE,
-    Batching,
-    Measure,
-    Prepared,
-    Situation,
-    tokens_of,
-)
+from edgetune.training.batches import DISTINCT_AT_ONCE, Batching, tokens_of
+from edgetune.training.context import Prepared, StageStart
 from edgetune.training.fast.memory import computing
 from edgetune.training.fast.shared_prefix import may_share
 from edgetune.training.reinforcement.rewards import (
@@ -100,9 +93,8 @@ def grpo_objective(settings: Grpo) -> Objective:
     )
 
 
-def check_grpo(stage: Stage, base: Base) -> None:
+def check_grpo(settings: Grpo, base: Base) -> None:
     """Raises for rewards that cannot be loaded, and for an engine that cannot run this base."""
-    settings = stage.own(Grpo)
     check_rewards(settings, base)
     if settings.rollout == "engine":
         from edgetune.training.reinforcement.engine_rollout import check_engine
@@ -111,17 +103,17 @@ def check_grpo(stage: Stage, base: Base) -> None:
 
 
 @contextlib.contextmanager
-def prepare_grpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
+def prepare_grpo(start: StageStart) -> Iterator[Prepared]:
     """Rewards opened, the policy at the start kept where the KL penalty refers to it."""
-    s, settings = situation, situation.stage.own(Grpo)
-    for line in reward_notes(settings, s.base):
-        s.progress.say(line)
-    with (
-        _rollout(s) as rollout,
-        open_rewards(settings, s.model, s.tokenizer, s.base, precision=s.precision) as rewards,
-    ):
-        answering = Answering(rollout, rewards, s.tokenizer, settings.max_new_tokens)
-        experience = Sampler(answering, s)
+    stage, settings = start.stage, start.stage.settings
+    for line in reward_notes(settings, stage.base):
+        start.progress.say(line)
+    opened = open_rewards(
+        settings, start.model, stage.tokenizer, stage.base, precision=stage.precision
+    )
+    with _rollout(start) as rollout, opened as rewards:
+        answering = Answering(rollout, rewards, stage.tokenizer, settings.max_new_tokens)
+        experience = Sampler(answering, start)
         yield Prepared(
             functools.partial(measure_greedy, answering),
             experience,
@@ -129,13 +121,16 @@ def prepare_grpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
         )
 
 
-def _rollout(s: Situation) -> contextlib.AbstractContextManager[Rollout]:
-    end = end_token(s.tokenizer)
-    if s.stage.own(Grpo).rollout == "torch":
-        return contextlib.nullcontext(TorchRollout(end=end, pad_id=s.pad_id, precision=s.precision))
+def _rollout(start: StageStart) -> contextlib.AbstractContextManager[Rollout]:
+    stage = start.stage
+    end = end_token(stage.tokenizer)
+    if stage.settings.rollout == "torch":
+        return contextlib.nullcontext(
+            TorchRollout(end=end, pad_id=stage.pad_id, precision=stage.precision)
+        )
     from edgetune.training.reinforcement.engine_rollout import open_engine
 
-    return open_engine(s.base, s.model, end=end, say=s.progress.say)
+    return open_engine(stage.base, start.model, end=end, say=start.progress.say)
 
 
 @dataclass(frozen=True)
@@ -185,24 +180,19 @@ class Sampler:
     facts are means over all of them, weighted by prompts.
     """
 
-    def __init__(self, answering: Answering, situation: Situation) -> None:
-        self.answering, self.seed = answering, situation.seed
-        self.settings = situation.stage.own(Grpo)
-        self.pad_id, self.precision, self.group = (
-            situation.pad_id,
-            situation.precision,
-            situation.group,
-        )
-        self.device, kept = device_of(situation.model), situation.kept
+    def __init__(self, answering: Answering, start: StageStart) -> None:
+        self.answering, self.stage = answering, start.stage
+        self.settings: Grpo = start.stage.settings
+        self.group, self.device, kept = start.group, device_of(start.model), start.kept
         self.start: dict[str, Tensor] | None = None
         if self.settings.kl and self.settings.kl_to == "start":
-            first = _trained(situation.model) if kept is None else kept.reference
+            first = _trained(start.model) if kept is None else kept.reference
             self.start = {name: weights.to(self.device) for name, weights in first.items()}
         collating = functools.partial(
             collate_answers, loss_type=self.settings.loss_type, longest=self.settings.max_new_tokens
         )
-        longest = situation.stage.max_length + self.settings.max_new_tokens
-        self._batching = Batching(self.pad_id, collating, alike=may_share(situation.model, longest))
+        shares = may_share(start.model, self.stage.max_length + self.settings.max_new_tokens)
+        self._batching = Batching(self.stage.pad_id, collating, by_prefix=shares)
         self._kept: tuple[list[AnswerExample], dict[str, float]] | None = None
         if kept is not None and kept.samples is not None:
             answers, facts = kept.samples
@@ -242,7 +232,7 @@ class Sampler:
         """Answers to the prompts, whether each one's group all got the same reward, and facts about
         them.
         """
-        settings, seed = self.settings, _seed(self.seed, step, self.group.rank)
+        settings, seed = self.settings, _seed(self.stage.seed, step, self.group.rank)
         groups = self.answering.sample(
             model,
             rows,
@@ -306,9 +296,9 @@ class Sampler:
         found: list[list[float]] = [[] for _ in examples]
         for part in self._together(examples):
             batch = to_device(
-                collate([examples[index] for index in part], self.pad_id), self.device
+                collate([examples[index] for index in part], self.stage.pad_id), self.device
             )
-            with computing(model, batch, self.precision):
+            with computing(model, batch, self.stage.precision):
                 log_probs, rows = token_log_probs(
                     model, batch, temperature=self.settings.temperature
                 )
@@ -318,8 +308,8 @@ class Sampler:
         return found
 
     def _together(self, examples: Sequence[AnswerExample]) -> list[list[int]]:
-        if self._batching.alike:
-            return split_alike([example.input_ids for example in examples], DIFFERENT_AT_ONCE)
+        if self._batching.by_prefix:
+            return split_alike([example.input_ids for example in examples], DISTINCT_AT_ONCE)
         return in_order_of_length(
             [len(example.input_ids) for example in examples],
             TOKENS_AT_ONCE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from edgetune.data.batching import collate
 from edgetune.data.seq2seq import both_lengths, collate_answers
@@ -25,15 +26,8 @@ from edgetune.objectives.seq2seq import answer_logits, answer_loss
 from edgetune.recipe.checks import KIND as SEQ2SEQ
 from edgetune.recipe.own_settings import Dpo, Grpo
 from edgetune.recipe.schema import Stage
-from edgetune.training.context import (
-    Collate,
-    Length,
-    Measure,
-    Prepare,
-    nothing_to_prepare,
-    padded_length,
-    tokens_of,
-)
+from edgetune.training.batches import Collate, Length, padded_length, tokens_of
+from edgetune.training.context import Logits, Measure, Prepare, nothing_to_prepare
 from edgetune.training.dpo_stage import prepare_dpo
 from edgetune.training.grpo_stage import (
     check_grpo,
@@ -43,7 +37,6 @@ from edgetune.training.grpo_stage import (
     prepare_grpo,
 )
 from edgetune.training.validation import (
-    Logits,
     classes,
     masked_tokens,
     measure_classes,
@@ -68,9 +61,9 @@ class Training:
     collate: Collate = collate  # examples → a batch
     length: Length = tokens_of  # padded tokens that an example takes in a batch
     prepare: Prepare = nothing_to_prepare  # before the stage's first step
-    check: Callable[[Stage, Base], None] = lambda stage, base: (
-        None
-    )  # of what the stage names, before anything is trained
+    settings: type[Any] | None = None  # the table of a stage that only this method has
+    # of what that table names, before anything is trained
+    check: Callable[[Any, Base], None] = lambda settings, base: None
 
 
 # `learned` of a stage → its parts; see core/tasks.py for what else a method is entered with
@@ -127,6 +120,7 @@ TRAINING = {
         collate=collate_pairs,
         length=padded_length,
         prepare=prepare_dpo,
+        settings=Dpo,
     ),
     "grpo": Training(
         objective=lambda stage: grpo_objective(stage.own(Grpo)),
@@ -136,6 +130,7 @@ TRAINING = {
         collate=collate_prompts,
         length=padded_length,
         prepare=prepare_grpo,
+        settings=Grpo,
         check=check_grpo,
     ),
 }
@@ -147,6 +142,11 @@ ANSWERS = Training(
     collate=collate_answers,
     length=both_lengths,
 )
+
+
+def own_settings(stage: Stage, method: Training) -> Any:
+    """What only this method asks for; None where that is nothing."""
+    return None if method.settings is None else stage.own(method.settings)
 
 
 def method_of(stage: Stage, kind: str) -> Training:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from training_helpers import decoder_batch, intent_recipe, sft_recipe, silent, write_rows
+from training_helpers import decoder_batch, intent_recipe, resolved, sft_recipe, silent, write_rows
 from transformers import AutoModelForCausalLM
 
 from edgetune.adapters.folder import read_metadata
@@ -19,16 +19,15 @@ from edgetune.adapters.lora import adapt
 from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import OutputError, TrainingError
 from edgetune.core.files import sha256_file
-from edgetune.data.batching import Example
 from edgetune.models.torch_device import choose_precision, hold_frozen_linears_in_bf16
 from edgetune.objectives.language import completion_logits
 from edgetune.recipe.read import load_recipe
 from edgetune.recipe.schema import Parameters
 from edgetune.training import RunResult, run_recipe
-from edgetune.training.context import Batching
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
-from edgetune.training.loop import build_optimizer, total_steps, train_stage, warmup_cosine
+from edgetune.training.loop import build_optimizer, train_stage, warmup_cosine
+from edgetune.training.resolve import total_steps
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -226,7 +225,7 @@ def test_accumulated_parts_give_the_same_adapter_as_one_pass(
 ) -> None:
     recipe = sft_recipe(tiny_decoder, tmp_path, max_steps=1)
     run_recipe(recipe, out=tmp_path / "whole", progress=silent())
-    monkeypatch.setattr("edgetune.training.context.MAX_TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr("edgetune.training.batches.MAX_TOKENS_AT_ONCE", 64)
     run_recipe(recipe, out=tmp_path / "parts", progress=silent())
     whole, parts = (
         json.loads((tmp_path / n / "metrics.jsonl").open().readline()) for n in ("whole", "parts")
@@ -236,25 +235,11 @@ def test_accumulated_parts_give_the_same_adapter_as_one_pass(
 
 
 def test_frozen_weights_stay_as_they_were(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.data.loaders import load_examples
-    from edgetune.models.base import open_folder
-    from edgetune.models.load import load_tokenizer
-    from edgetune.objectives.language import sft
-
-    base, stage = (
-        open_folder(tiny_decoder, name="tiny"),
-        sft_recipe(tiny_decoder, tmp_path).stage[0],
-    )
-    examples: list[Example] = list(load_examples(stage, load_tokenizer(base), base).train)
     model = adapt(decoder_batch(tiny_decoder, tmp_path)[0], Parameters(), task="text-generation")
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     train_stage(
         Learner(model, "fp32"),
-        stage,
-        examples,
-        objective=sft,
-        batching=Batching(pad_id=0),
-        seed=0,
+        resolved(sft_recipe(tiny_decoder, tmp_path)).stages[0],
         log=StageLog(Journal(tmp_path / "journal.jsonl"), silent(), 0),
     )
     assert frozen and all(p.grad is None for p in model.parameters() if not p.requires_grad)
