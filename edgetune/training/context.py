@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from edgetune.core.progress import Progress
-from edgetune.data.batching import Batch, collate, split, split_alike
+from edgetune.data.batching import Batch, collate, split, split_by_prefix
 from edgetune.data.examples import ExampleSet, Mask
 from edgetune.models.base import Base
 from edgetune.models.torch_device import Precision
@@ -58,7 +58,7 @@ class Batching:
         DIFFERENT_AT_ONCE where they begin alike.
         """
         if self.alike:
-            parts = split_alike([example.input_ids for example in examples], DIFFERENT_AT_ONCE)
+            parts = split_by_prefix([example.input_ids for example in examples], DIFFERENT_AT_ONCE)
         else:
             parts = split(
                 range(len(examples)),
