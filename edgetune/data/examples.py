@@ -113,12 +113,10 @@ class Labels(Generic[R]):
     """
 
     names: Names
-    find: Callable[
-        [Sequence[R], str], Names
-    ]  # (rows, their file) → names; asked when there are none
-    unknown: Callable[
-        [R, str, Names], DataError | None
-    ]  # why a row's labels are not among the names
+    # (rows, their file) → names; asked when there are none
+    find: Callable[[Sequence[R], str], Names]
+    # (row, its file, names) → why the row's labels are not among them, or None
+    unknown: Callable[[R, str, Names], DataError | None]
 
     def known(self, rows: list[R], source: str, *, skip_invalid: bool) -> tuple[list[R], int]:
         """The rows whose labels are known, and how many others there are."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune.data.batching import Batch, collate, split, split_alike
+from edgetune.data.batching import Batch, collate, split, split_by_prefix
 from edgetune.data.examples import Mask
 
 # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
@@ -49,7 +49,7 @@ class Batching:
         DISTINCT_AT_ONCE where they are put together by their prefix.
         """
         if self.by_prefix:
-            parts = split_alike([example.input_ids for example in examples], DISTINCT_AT_ONCE)
+            parts = split_by_prefix([example.input_ids for example in examples], DISTINCT_AT_ONCE)
         else:
             parts = split(
                 range(len(examples)),

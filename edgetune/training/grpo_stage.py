@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.data.batching import IGNORE, Batch, collate, in_order_of_length, split_alike
+from edgetune.data.batching import IGNORE, Batch, collate, in_order_of_length, split_by_prefix
 from edgetune.data.conversations import end_token
 from edgetune.data.rollout_prompts import PromptExample
 from edgetune.models.base import Base
@@ -309,7 +309,7 @@ class Sampler:
 
     def _together(self, examples: Sequence[AnswerExample]) -> list[list[int]]:
         if self._batching.by_prefix:
-            return split_alike([example.input_ids for example in examples], DISTINCT_AT_ONCE)
+            return split_by_prefix([example.input_ids for example in examples], DISTINCT_AT_ONCE)
         return in_order_of_length(
             [len(example.input_ids) for example in examples],
             TOKENS_AT_ONCE,
