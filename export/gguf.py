@@ -23,6 +23,7 @@ from edgetune.export.gguf_names import Place, architecture, place_of
 from edgetune.export.inputs.sources import Source, base_of, check_names, read_source
 from edgetune.models.base import Base, weight_files
 from edgetune.models.gguf import SOURCE
+from edgetune.models.load import TASK_OF_KIND, auto_class
 from edgetune.runtime.adapters.lora import CONFIG, LoraFolder, is_target, read_lora, refuse_if
 
 Array = npt.NDArray[Any]
@@ -199,11 +200,11 @@ def _deltas(source: Source, base: Base) -> tuple[list[Delta], LoraFolder]:
 def _skeleton(base: Base) -> Any:
     """The base's modules without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(TASK_OF_KIND[base.kind]).from_config(config)
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, int]]:
