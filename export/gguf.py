@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgetune.adapters.lora import ALL_LINEAR, target_names
+from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError, ExportError, OutputError, ProofError, listed
 from edgetune.core.files import whole_file
+from edgetune.core.layout import ADAPTER_CONFIG
 from edgetune.core.progress import Say
 from edgetune.export.gguf_names import Place, architecture, place_of
 from edgetune.export.inputs.sources import Source, base_of, check_names, read_source
 from edgetune.models.base import Base, weight_files
 from edgetune.models.gguf import SOURCE
-from edgetune.runtime.adapters.lora import CONFIG, LoraFolder, is_target, read_lora, refuse_if
+from edgetune.runtime.adapters.lora import LoraFolder, is_target, read_lora, refuse_if
 
-Array = npt.NDArray[Any]
 CLOSE = 1e-4  # of a product's largest value: float32 sums in another order
 
 
@@ -184,7 +184,9 @@ def _deltas(source: Source, base: Base) -> tuple[list[Delta], LoraFolder]:
     names = {short.get(name, name) for name in read.modules or ()} | set(read.modules or ())
     wanted = [name for name in target_names(model, ALL_LINEAR) if is_target(read.config, name)]
     problems += [
-        f"{name}: missing, {CONFIG} targets this module" for name in wanted if name not in names
+        f"{name}: missing, {ADAPTER_CONFIG} targets this module"
+        for name in wanted
+        if name not in names
     ]
     if problems:
         raise AdapterError(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.core.arrays import Array
 from edgetune.core.errors import ExportError
 from edgetune.export.graph.families import cache_sizes
 
@@ -21,7 +22,7 @@ class Place:
     tensor: str
     rows: Rows | None
 
-    def reordered(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def reordered(self, matrix: Array) -> Array:
         """(out, …) in our order → in llama.cpp's."""
         return matrix if self.rows is None else matrix[self.rows]
 

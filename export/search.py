@@ -17,6 +17,7 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError, ExportError, ProofError
 from edgetune.core.files import whole_folder, write_json
+from edgetune.core.layout import MANIFEST
 from edgetune.core.progress import Say
 from edgetune.core.tasks import lower_is_better
 from edgetune.export.bundle import check_place, export_bundle
@@ -32,7 +33,7 @@ from edgetune.export.proof.torch_model import torch_model
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
 from edgetune.quantisation.precision import Precision
-from edgetune.runtime.bundle.manifest import MANIFEST, Manifest
+from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.check.latency import Latency, Workload, side_by_side
 
 AUTO_ROWS = {"decoder": 64, "encoder": 1000, "encoder-decoder": 64}

@@ -36,8 +36,8 @@ def command(out: Path) -> int:
 
 def conclude(outcome: Outcome, out: Path) -> int:
     """Print table, time and what is over the budget; the exit code."""
+    from edgetune.core.layout import REPORT
     from edgetune.quickstart.outcome import closing, table_lines
-    from edgetune.quickstart.run import REPORT
 
     click.echo("\n" + "\n".join(table_lines(outcome)))
     click.echo(f"\n{closing(outcome)}\nreport: {out / REPORT}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from edgetune.core.layout import BUILTIN
 from edgetune.core.progress import duration
 
 
@@ -175,7 +176,7 @@ def percent(share: float) -> str:
 
 def short_name(base: str) -> str:
     """A built-in base without its prefix, a folder without its parents."""
-    return PurePath(base.removeprefix("builtin:")).name
+    return PurePath(base.removeprefix(BUILTIN)).name
 
 
 def counted(count: int, noun: str) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from edgetune.core.errors import OutputError
 from edgetune.core.files import output_errors, write_json, write_text
-from edgetune.core.layout import JOURNAL
+from edgetune.core.layout import ADAPTER_WEIGHTS, ADAPTERS, JOURNAL, REPORT
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import Progress
 from edgetune.data.rows import read_rows
@@ -46,7 +46,7 @@ from edgetune.runtime.check.latency import measure as measure_latency
 from edgetune.runtime.check.verdict import judge, overall
 from edgetune.training import RunSummary, run_recipe
 
-RUNS, BUNDLES, REPORT, RESULTS = "runs", "bundles", "report.html", "results.json"
+RUNS, BUNDLES, RESULTS = "runs", "bundles", "results.json"
 ENCODER_TOKENS = 32  # of a request in the latency check, as the profiles' budgets say
 PROBE = "frozen encoder + logistic regression"
 Scores = tuple[str, int, str, float, float]  # metric, rows, what the base's is, the base's, torch's
@@ -260,7 +260,7 @@ def _adapter_outcome(
 ) -> AdapterOutcome:
     metric, rows, base_how, base_score, torch_score = scores
     journal = (out / RUNS / task.name / JOURNAL).read_text(encoding="utf-8").splitlines()
-    entry = f"adapters/{task.name}/adapter_model.safetensors"
+    entry = f"{ADAPTERS}/{task.name}/{ADAPTER_WEIGHTS}"
     return AdapterOutcome(
         name=task.name,
         title=task.title,

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetune.adapters.folder import read_metadata
 from edgetune.core.errors import DataError, ExportError
-from edgetune.core.layout import METADATA, RECIPE
+from edgetune.core.layout import ADAPTER_METADATA, RECIPE
 from edgetune.core.progress import Say
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
@@ -188,5 +188,7 @@ def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None
     if not recipe_file.is_file():
         return None
     recipe = load_recipe(recipe_file)
-    labels = read_metadata(adapter).get("labels") if (adapter / METADATA).is_file() else None
+    labels = (
+        read_metadata(adapter).get("labels") if (adapter / ADAPTER_METADATA).is_file() else None
+    )
     return load_examples(recipe.stage[-1], tokenizer, base, labels, seed=recipe.seed)

@@ -13,11 +13,12 @@ from typing import Any
 from edgetune.adapters.folder import read_metadata
 from edgetune.adapters.full_model import full_folder, own_base, read_full
 from edgetune.core.errors import AdapterError, ExportError, listed
+from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
+from edgetune.core.precisions import PRECISIONS
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
-from edgetune.quantisation.precision import PRECISIONS, Precision
-from edgetune.runtime.adapters.lora import WEIGHTS, read_lora, refuse_if
-from edgetune.runtime.bundle.manifest import MANIFEST
+from edgetune.quantisation.precision import Precision
+from edgetune.runtime.adapters.lora import read_lora, refuse_if
 
 MODES = ("separate", "merged")
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a folder of the bundle
@@ -75,8 +76,8 @@ def read_source(name: str, folder: Path) -> Source:
     check_names([name])
     if (own := full_folder(folder)) is not None:
         return Source(name, own, read_full(own)[1], {}, frozenset(), is_model=True)
-    inner = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
-    if not (inner / "adapter_config.json").is_file():
+    inner = folder / ADAPTER if (folder / ADAPTER / ADAPTER_CONFIG).is_file() else folder
+    if not (inner / ADAPTER_CONFIG).is_file():
         raise AdapterError(
             "no adapter here",
             where=str(folder),
@@ -84,7 +85,7 @@ def read_source(name: str, folder: Path) -> Source:
             got=_what_is(folder),
         )
     read = read_lora(inner)
-    refuse_if([problem for problem in read.problems if problem.startswith(WEIGHTS)], inner)
+    refuse_if([problem for problem in read.problems if problem.startswith(ADAPTER_WEIGHTS)], inner)
     metadata = read_metadata(inner) if read.metadata is not None else {}
     return Source(
         name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems)
@@ -97,7 +98,7 @@ def _what_is(folder: Path) -> str:
     return (
         "a bundle; its adapters are in its folder adapters"
         if (folder / MANIFEST).is_file()
-        else "a folder without adapter_config.json"
+        else f"a folder without {ADAPTER_CONFIG}"
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import ExportError
+from edgetune.core.layout import ADAPTERS
 from edgetune.core.progress import Say
 from edgetune.core.tasks import REWARD, TAGGING
 from edgetune.core.text import second_of, typed_at
@@ -210,7 +211,7 @@ def _shipped(folder: Path, manifest: Manifest) -> tuple[Base, list[Source]]:
     places = (
         (
             entry.name,
-            base.folder if _is_the_base(entry, folder) else folder / "adapters" / entry.name,
+            base.folder if _is_the_base(entry, folder) else folder / ADAPTERS / entry.name,
         )
         for entry in manifest.adapters
     )
@@ -218,4 +219,4 @@ def _shipped(folder: Path, manifest: Manifest) -> tuple[Base, list[Source]]:
 
 
 def _is_the_base(entry: AdapterEntry, folder: Path) -> bool:
-    return entry.path is None and not (folder / "adapters" / entry.name).is_dir()
+    return entry.path is None and not (folder / ADAPTERS / entry.name).is_dir()

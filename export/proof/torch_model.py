@@ -20,7 +20,8 @@ from torch import nn
 
 from edgetune.adapters.folder import load_adapter
 from edgetune.core.errors import ExportError
-from edgetune.core.layout import ADAPTER, METADATA
+from edgetune.core.layout import ADAPTER, ADAPTER_METADATA
+from edgetune.core.precisions import FLOATS
 from edgetune.core.tasks import REWARD
 from edgetune.export.inputs.sources import Source
 from edgetune.export.proof.probe import torch_outputs
@@ -31,10 +32,9 @@ from edgetune.models.fake_quantise import round_weights
 from edgetune.models.heads import RewardModel, build_classifier
 from edgetune.models.load import load_body
 from edgetune.quantisation.blocks import ROUNDING
-from edgetune.quantisation.precision import FLOATS, Precision, coarsest, trained_precision
+from edgetune.quantisation.precision import Precision, coarsest, trained_precision
 from edgetune.runtime.adapters.trained_for import is_held
-from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.bundle.manifest import Precision as PrecisionInfo
+from edgetune.runtime.bundle.manifest import Manifest, PrecisionInfo
 
 
 def torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
@@ -179,9 +179,9 @@ def precision_trained_for(folders: Sequence[Path]) -> str | None:
     it raises."""
     found: set[str | None] = set()
     for folder in folders:
-        inner = folder / ADAPTER if (folder / ADAPTER / METADATA).is_file() else folder
+        inner = folder / ADAPTER if (folder / ADAPTER / ADAPTER_METADATA).is_file() else folder
         try:
-            recorded = json.loads((inner / METADATA).read_text(encoding="utf-8")).get(
+            recorded = json.loads((inner / ADAPTER_METADATA).read_text(encoding="utf-8")).get(
                 "base_precision"
             )
             found.add(recorded and str(recorded["weights"]))

@@ -20,12 +20,12 @@ from edgetune.export.proof.prove import reprove
 from edgetune.models.fake_quantise import round_weights
 from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
-from edgetune.quantisation.precision import Precision as Chosen
+from edgetune.quantisation.precision import PrecisionInfo as Chosen
 from edgetune.quantisation.precision import shipped_precision
 from edgetune.runtime import Runtime
 from edgetune.runtime.adapters.trained_for import is_held, other_weights
 from edgetune.runtime.bundle.diff import diff
-from edgetune.runtime.bundle.manifest import Precision, manifest_from_dict, read_manifest
+from edgetune.runtime.bundle.manifest import PrecisionInfo, manifest_from_dict, read_manifest
 
 IDS = [5, 9, 30, 31]
 
@@ -129,7 +129,7 @@ def test_an_adapter_that_learned_on_symmetric_blocks_is_told(bundle: Path) -> No
     assert is_held({**trained, "symmetric": False}, stored) and not other_weights(
         {**trained, "symmetric": False}, stored
     )
-    symmetric = Precision("int4", 32, {"lm_head": "int8"})
+    symmetric = PrecisionInfo("int4", 32, {"lm_head": "int8"})
     assert "export with --precision int4 --asymmetric" in other_weights(
         {**trained, "symmetric": False}, symmetric
     )

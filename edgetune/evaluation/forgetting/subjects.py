@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.adapters.full_model import METADATA as MODEL_METADATA
 from edgetune.adapters.full_model import full_folder, read_full
 from edgetune.adapters.lora import adapter_off
 from edgetune.adapters.runs import find_adapter, load_adapted_model
 from edgetune.core.errors import InputError
-from edgetune.core.layout import MODEL
+from edgetune.core.layout import BUILTIN, MANIFEST, MODEL, MODEL_CONFIG, MODEL_METADATA
 from edgetune.core.progress import Say
 from edgetune.evaluation.forgetting.likelihood import Item, Score
 from edgetune.evaluation.forgetting.measure import General, compare
@@ -27,7 +26,6 @@ from edgetune.models.heads import unwrapped
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.models.resolve import resolve_base
 
-BUNDLE_MANIFEST = "edgetune.json"
 ROWS_AT_ONCE = 8
 
 
@@ -36,11 +34,11 @@ def is_base(target: Path) -> bool:
     and nothing of a run.
     """
     name = str(target)
-    if name.startswith("builtin:") or name.endswith(".gguf") or "#" in name:
+    if name.startswith(BUILTIN) or name.endswith(".gguf") or "#" in name:
         return True
     return (
-        (target / "config.json").is_file()
-        and not (target / BUNDLE_MANIFEST).is_file()
+        (target / MODEL_CONFIG).is_file()
+        and not (target / MANIFEST).is_file()
         and full_folder(target) is None
     )
 
@@ -58,7 +56,7 @@ def forgetting(
     """General ability of a run or bundle before and after, or of a bare base. `providers`:
     execution providers of a bundle.
     """
-    if (target / BUNDLE_MANIFEST).is_file():
+    if (target / MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
         with Runtime.open(target, providers=providers) as runtime:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from edgetune.core.errors import RecipeError
+from edgetune.core.layout import PEFT_PREFIX
 from edgetune.models.base import Base
 from edgetune.training.reinforcement.rollout import ROWS_AT_ONCE, Answer, Sampling, draw
 
@@ -107,11 +108,10 @@ def packed(model: Any, manifest: Any) -> Any:
     read = LoraFolder(
         Path("the policy"), model.peft_config["default"].to_dict(), metadata=None, modules=set()
     )
-    prefix = "base_model.model."
     for name, layer in layers.items():
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         scaled = b.detach().float() * layer.scaling["default"]
-        module = name.removeprefix(prefix)
+        module = name.removeprefix(PEFT_PREFIX)
         read.deltas[module] = (a.detach().float().cpu().numpy(), scaled.cpu().numpy())
         assert read.modules is not None
         read.modules.add(module)
