@@ -32,7 +32,7 @@ from edgetune.export.inputs.calibration_text import (
     check_quantiser,
     check_symmetry,
 )
-from edgetune.export.inputs.sources import Source, base_of, check_sources, read_source
+from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
 from edgetune.export.proof.cost import CostPlan
 from edgetune.export.proof.probe import probe_rows
 from edgetune.export.proof.proof import demand
@@ -174,7 +174,7 @@ def check_place(out: Path) -> None:
 
 def _build(
     base: Base,
-    sources: Sequence[Source],
+    sources: Sequence[AdapterSource],
     folder: Path,
     *,
     mode: str,
@@ -244,7 +244,7 @@ def _build(
     return manifest, rows
 
 
-def _task(base: Base, sources: Sequence[Source]) -> str:
+def _task(base: Base, sources: Sequence[AdapterSource]) -> str:
     """What the bundle is for: of an encoder, tagging only where none of its adapters does anything
     else.
     """
@@ -266,7 +266,9 @@ def build_base(
     return _build(base, [], folder, mode="separate", precision=precision, say=say)[0]
 
 
-def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) -> AdapterEntry:
+def _add_adapter(
+    source: AdapterSource, folder: Path, manifest: Manifest, *, say: Say
+) -> AdapterEntry:
     """Copy the PEFT folder, write the same weights for other engines, describe both."""
     place = Path(ADAPTERS) / source.name
     if not source.is_model:

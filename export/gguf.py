@@ -20,8 +20,8 @@ from edgetune.core.errors import AdapterError, ExportError, OutputError, ProofEr
 from edgetune.core.files import whole_file
 from edgetune.core.layout import ADAPTER_CONFIG
 from edgetune.core.progress import Say
-from edgetune.export.gguf_names import Place, architecture, place_of
-from edgetune.export.inputs.sources import Source, base_of, check_names, read_source
+from edgetune.export.gguf_names import TensorPlace, architecture, place_of
+from edgetune.export.inputs.sources import AdapterSource, base_of, check_names, read_source
 from edgetune.models.base import Base, weight_files
 from edgetune.models.gguf import SOURCE
 from edgetune.runtime.adapters.lora import LoraFolder, is_target, read_lora, refuse_if
@@ -38,7 +38,7 @@ class Delta:
     module: str
     a: Array
     b: Array
-    place: Place
+    place: TensorPlace
     transposed: bool  # the base's file holds the weight (in, out)
 
 
@@ -129,7 +129,7 @@ def _is_adapter(path: Path) -> bool:
         return False
 
 
-def _check_kind(source: Source) -> None:
+def _check_kind(source: AdapterSource) -> None:
     where = str(source.folder)
     if source.is_model:
         raise ExportError(
@@ -146,7 +146,7 @@ def _check_kind(source: Source) -> None:
         )
 
 
-def _deltas(source: Source, base: Base) -> tuple[list[Delta], LoraFolder]:
+def _deltas(source: AdapterSource, base: Base) -> tuple[list[Delta], LoraFolder]:
     """The adapter's layers with their places; AdapterError lists everything that has none, has
     another shape, or is missing.
     """
@@ -232,7 +232,7 @@ def _is_transposed(model: Any, module: str) -> bool:
 
 
 def _write(
-    path: Path, deltas: Sequence[Delta], read: LoraFolder, *, source: Source, base: Base
+    path: Path, deltas: Sequence[Delta], read: LoraFolder, *, source: AdapterSource, base: Base
 ) -> None:
     from gguf import GGUFWriter, Keys, LlamaFileType
 

@@ -22,11 +22,11 @@ Cells = Sequence[str]
 def write_page(folder: Path, manifest: Manifest) -> dict[str, FileInfo]:
     """Write the page beside the files that `manifest` lists; its own entry for the manifest."""
     path = folder / REPORT
-    write_text(path, render_page(manifest))
+    write_text(path, render_proof(manifest))
     return {REPORT: FileInfo(sha256_file(path), path.stat().st_size)}
 
 
-def render_page(manifest: Manifest) -> str:
+def render_proof(manifest: Manifest) -> str:
     """The page as HTML."""
     title = f"Bundle of {manifest.base.name}"
     parts = [

@@ -25,7 +25,7 @@ from edgetune.export.candidates import Candidate, candidates
 from edgetune.export.graph.seq2seq_files import check_seq2seq
 from edgetune.export.graph.trace import Traced
 from edgetune.export.inputs.calibration_text import check_quantiser, has_recipe
-from edgetune.export.inputs.sources import Source, base_of, check_sources, read_source
+from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
 from edgetune.export.proof.cost import CostPlan
 from edgetune.export.proof.probe import probe_rows
 from edgetune.export.proof.task_metric import TaskPlan, rows_of
@@ -167,7 +167,7 @@ def export_smallest(
         return search.finish(chosen, out, max_loss)
 
 
-def _plan(task: TaskPlan, base: Base, sources: Sequence[Source]) -> TaskPlan:
+def _plan(task: TaskPlan, base: Base, sources: Sequence[AdapterSource]) -> TaskPlan:
     """What to measure on; ExportError where an adapter has no rows."""
     limit = AUTO_ROWS[base.kind] if task.rows is None else task.rows
     complaints: list[str] = []
@@ -185,7 +185,11 @@ def _plan(task: TaskPlan, base: Base, sources: Sequence[Source]) -> TaskPlan:
 
 
 def _quantisers(
-    asked: str | None, base: Base, sources: Sequence[Source], mode: str, calibration: Path | None
+    asked: str | None,
+    base: Base,
+    sources: Sequence[AdapterSource],
+    mode: str,
+    calibration: Path | None,
 ) -> tuple[str, ...]:
     """How 4-bit weights are rounded: what was asked for, else to nearest and then more
     carefully.
@@ -211,7 +215,7 @@ def _quantisers(
 
 def _candidates(
     base: Base,
-    sources: Sequence[Source],
+    sources: Sequence[AdapterSource],
     keep: Mapping[str, str],
     quantisers: Sequence[str],
     *,

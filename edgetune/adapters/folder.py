@@ -25,7 +25,7 @@ from edgetune.core.files import sha256_file, whole_folder, write_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, PEFT_PREFIX
 
 SCHEMA = 1
-TASKS = {
+PEFT_TASKS = {
     "text-generation": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",

@@ -271,7 +271,7 @@ def _smallest(
 ) -> None:
     """Search, and print what was tried."""
     from edgetune.export.search import export_smallest
-    from edgetune.export.search_page import table_lines, write_page
+    from edgetune.export.search_page import trial_lines, write_page
 
     if block_size != BLOCK_SIZE:
         raise ExportError(
@@ -286,7 +286,7 @@ def _smallest(
         say=lambda line: click.echo(line, err=True),
         **options,
     )
-    for line in table_lines(found):
+    for line in trial_lines(found):
         click.echo(line)
     trial = found.trials[found.chosen]
     click.echo(

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from edgetune.core.errors import DataError
+from edgetune.core.settings import shown
 from edgetune.core.tasks import VALUE
 from edgetune.core.text import Text, typed
 from edgetune.data.batching import Batch, collate
 from edgetune.data.examples import Example, ExampleSet, Loading, convert_rows, sample
 from edgetune.data.prompts import PromptFormat, render, row_text
 from edgetune.data.rows import Row, Rows
-from edgetune.data.tagging import FIX, is_text, shown
+from edgetune.data.tagging import FIX, is_text
 from edgetune.recipe.checks import column_name
 
 NO_LINE = 0  # of a row that is a label's name and stands in no file

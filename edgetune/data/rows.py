@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +78,12 @@ def read_rows(source: str | Path, skip_invalid: bool = False) -> Rows:
             "there are no rows in this file", where=str(path), expected="at least one row", got=got
         )
     return Rows(source=str(path), rows=rows, skipped=skipped, digest="sha256:" + sha256_file(path))
+
+
+def spread(rows: Sequence[Any], limit: int | None) -> list[Any]:
+    """All rows, or `limit` of them at equal distances."""
+    count = len(rows) if limit is None else min(limit, len(rows))
+    return [rows[at * len(rows) // count] for at in range(count)]
 
 
 def _check_file(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from edgetune.core.errors import DataError
+from edgetune.core.settings import shown
 from edgetune.core.text import first_subwords, join_words
 from edgetune.data.batching import Batch, collate
 from edgetune.data.examples import IGNORED, Example, ExampleSet, Loading, convert_rows, sample
@@ -219,9 +219,3 @@ def _texts(
 def is_text(item: Any) -> bool:
     """A string without halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
     return isinstance(item, str) and item.encode(errors="ignore").decode() == item
-
-
-def shown(value: Any) -> str:
-    """A value of a row for an error, cut to 60 characters."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"

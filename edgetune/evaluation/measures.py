@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 
 from edgetune.core.errors import DataError, InputError
 from edgetune.core.tasks import TAGGING
-from edgetune.data.conversations import row_answer, row_prompt
+from edgetune.data.conversations import Prompt, row_answer, row_prompt
 from edgetune.data.labels import labelled_rows, multi_label_rows, unknown_label, value_rows
 from edgetune.data.plain_text import text_rows
 from edgetune.data.preferences import preference_rows
 from edgetune.data.prompts import PromptFormat, split_messages
 from edgetune.data.rows import Row, Rows
 from edgetune.data.tagging import tagged_rows, unknown_tag
-from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, Prompt
+from edgetune.evaluation.answers import Advance, Answers, BundleAnswers
 from edgetune.evaluation.forgetting.measure import Subject
 from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
 from edgetune.evaluation.forgetting.tasks import text_measures

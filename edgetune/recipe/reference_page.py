@@ -29,7 +29,7 @@ keys and wrong types are refused by name. Any key can be set from the command li
 """
 
 
-def page() -> str:
+def reference_page() -> str:
     """The whole page as Markdown."""
     return OPENING + "".join(
         "\n" + "\n".join(_section(cls, title)) + "\n" for cls, title in SECTIONS
@@ -61,4 +61,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(reference_page(), end="")

@@ -15,7 +15,7 @@ from typing import Literal
 from edgetune.core.settings import option
 from edgetune.core.tasks import TASKS, Method, Problem, Task
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
+DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +362,7 @@ class Recipe:
     threads: int | None = option(
         None, help="CPU threads; not set: as many as torch chooses", at_least=1
     )
-    device: Device = option(
+    device: DeviceChoice = option(
         "auto", help="where training computes; auto = a CUDA GPU, else Apple's (MPS), else the CPU"
     )
     checkpoint_every: int | None = option(

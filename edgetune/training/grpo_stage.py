@@ -22,7 +22,7 @@ from edgetune.models.base import Base
 from edgetune.models.torch_device import Precision, device_of, to_device
 from edgetune.objectives.grpo import (
     AnswerExample,
-    collate_answers,
+    collate_rollouts,
     group_advantages,
     k3,
     without_flat,
@@ -74,7 +74,7 @@ def collate_prompts(examples: Sequence[PromptExample], pad_id: int) -> PromptBat
     )
 
 
-def first_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def first_answer_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits (rows, vocab) of the first token of each answer, and the likeliest tokens."""
     rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
     column = torch.zeros_like(
@@ -185,7 +185,7 @@ class Sampler:
             first = _trained(situation.model) if kept is None else kept.reference
             self.start = {name: weights.to(self.device) for name, weights in first.items()}
         collating = functools.partial(
-            collate_answers, loss_type=self.stage.loss_type, longest=self.stage.max_new_tokens
+            collate_rollouts, loss_type=self.stage.loss_type, longest=self.stage.max_new_tokens
         )
         longest = self.stage.max_length + self.stage.max_new_tokens
         self._batching = Batching(self.pad_id, collating, alike=may_share(situation.model, longest))

@@ -36,7 +36,12 @@ from edgetune.training.context import (
     tokens_of,
 )
 from edgetune.training.dpo_stage import prepare_dpo
-from edgetune.training.grpo_stage import check_grpo, collate_prompts, first_tokens, prepare_grpo
+from edgetune.training.grpo_stage import (
+    check_grpo,
+    collate_prompts,
+    first_answer_tokens,
+    prepare_grpo,
+)
 from edgetune.training.validation import (
     Logits,
     classes,
@@ -132,7 +137,7 @@ METHODS = {
         ),
         # the stage's own, which knows the rewards, takes its place
         measure=lambda model, batches, *, precision: {},
-        outputs=first_tokens,
+        outputs=first_answer_tokens,
         collate=collate_prompts,
         length=padded_length,
         prepare=prepare_grpo,

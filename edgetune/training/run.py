@@ -19,14 +19,14 @@ from edgetune.adapters.runs import check_replaceable
 from edgetune.core.files import whole_folder, write_json, write_text
 from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, REPORT, SUMMARY
 from edgetune.core.progress import Progress
-from edgetune.evaluation.forgetting.measure import compare
+from edgetune.evaluation.forgetting.measure import compare_general
 from edgetune.models.torch_device import (
     choose_device,
     choose_precision,
     hold_frozen_linears_in_bf16,
 )
-from edgetune.recipe.read import to_toml
-from edgetune.recipe.schema import Device, Recipe
+from edgetune.recipe.read import recipe_to_toml
+from edgetune.recipe.schema import DeviceChoice, Recipe
 from edgetune.report.run_page import write_report
 from edgetune.training.checkpoint import State, unfinished
 from edgetune.training.inputs import Inputs, read_inputs
@@ -155,7 +155,9 @@ def _write(folder: Path, model: Any, inputs: Inputs, summary: RunSummary, journa
             save_full(model, partial, final=folder, base=inputs.base, metadata=about)
         else:
             save_adapter(model, partial / ADAPTER, about)
-        write_text(partial / RECIPE, to_toml(replace(recipe, threads=torch.get_num_threads())))
+        write_text(
+            partial / RECIPE, recipe_to_toml(replace(recipe, threads=torch.get_num_threads()))
+        )
         write_json(partial / SUMMARY, asdict(summary))
         write_report(
             partial / REPORT, recipe=recipe, summary=asdict(summary), records=journal.records
@@ -194,7 +196,7 @@ def _forgetting(
         after=lambda: contextlib.nullcontext(succession.model),
         precision=precision_of(inputs.recipe.stage[-1]),
     )
-    found = compare(
+    found = compare_general(
         subject, Path(wanted.general), limit=wanted.limit, tasks=wanted.tasks, say=progress.say
     )
     return [asdict(general) for general in found]
@@ -214,4 +216,4 @@ def _resolve(recipe: Recipe, state: State | None, *, hidden: int, device: torch.
     stages = [
         replace(stage, precision=chosen[s]) for stage, s in zip(recipe.stage, settings, strict=True)
     ]
-    return replace(recipe, stage=tuple(stages), device=cast(Device, device.type))
+    return replace(recipe, stage=tuple(stages), device=cast(DeviceChoice, device.type))

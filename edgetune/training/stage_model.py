@@ -26,7 +26,7 @@ from edgetune.models.heads import (
 )
 from edgetune.models.load import load_body
 from edgetune.models.masked_lm import exchange_body, head_parameters, load_masked_lm
-from edgetune.models.torch_device import CPU, generators_untouched
+from edgetune.models.torch_device import CPU_DEVICE, generators_untouched
 from edgetune.recipe.checks import changes_the_base
 from edgetune.recipe.schema import Recipe
 from edgetune.training.probes import fit_head, fit_reward_probe, pooled_features, with_word_features
@@ -42,7 +42,7 @@ class Succession:
         sets: Sequence[ExampleSet],
         *,
         pad_id: int,
-        device: torch.device = CPU,
+        device: torch.device = CPU_DEVICE,
         start: StartAdapter | None = None,
     ) -> None:
         self._recipe, self._base, self._pad_id, self._device = recipe, base, pad_id, device

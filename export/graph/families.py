@@ -62,7 +62,7 @@ CHANGING_ROTARY = {
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CacheSizes:
     """A decoder's key-value cache."""
 
     layers: int
@@ -134,19 +134,19 @@ def seq2seq_family(config: Any) -> Family:
     return known_family(config.model_type, kind="encoder-decoder")
 
 
-def seq2seq_sizes(config: Any) -> Sizes:
+def seq2seq_sizes(config: Any) -> CacheSizes:
     """Sizes of the decoder's cache, which are those of the encoder's keys and values too."""
-    return Sizes(int(config.num_decoder_layers), int(config.num_heads), int(config.d_kv))
+    return CacheSizes(int(config.num_decoder_layers), int(config.num_heads), int(config.d_kv))
 
 
-def cache_sizes(config: Any) -> Sizes:
+def cache_sizes(config: Any) -> CacheSizes:
     """Sizes of the cache; families that do not name a number have as many key heads as heads of
     hidden_size / heads.
     """
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return Sizes(int(config.num_hidden_layers), kv_heads, head_dim)
+    return CacheSizes(int(config.num_hidden_layers), kv_heads, head_dim)
 
 
 def fixed_length(config: Any, max_length: int) -> int:

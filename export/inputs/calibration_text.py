@@ -16,7 +16,7 @@ from edgetune.core.progress import Say
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
 from edgetune.data.rows import Row, read_rows
-from edgetune.export.inputs.sources import Source
+from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import Base
 from edgetune.models.calibration import LENGTH, TOKENS, calibrate
 from edgetune.models.heads import SequenceClassifier
@@ -99,7 +99,7 @@ def check_activations(precision: Precision, *, kind: str, mode: str) -> None:
 def calibrate_base(
     model: Any,
     base: Base,
-    sources: Sequence[Source],
+    sources: Sequence[AdapterSource],
     tokenizer: Any,
     precision: Precision,
     *,
@@ -119,7 +119,7 @@ def calibrate_base(
     )
 
 
-def recipe_rows(sources: Sequence[Source], tokenizer: Any, base: Base) -> list[list[int]]:
+def recipe_rows(sources: Sequence[AdapterSource], tokenizer: Any, base: Base) -> list[list[int]]:
     """Training rows of the runs, in turn from each, as token ids; about as many as `calibrate`
     takes.
     """
@@ -172,7 +172,7 @@ def _evenly(rows: Sequence[Any]) -> Iterator[Any]:
     return (rows[(at * step) % len(rows)] for at in range(count))
 
 
-def has_recipe(sources: Sequence[Source]) -> bool:
+def has_recipe(sources: Sequence[AdapterSource]) -> bool:
     """Whether a recipe beside any of the adapters says what it was trained on."""
     return any((source.folder.parent / RECIPE).is_file() for source in sources)
 

@@ -25,7 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a fo
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterSource:
     """A trained adapter on its way into a bundle."""
 
     name: str
@@ -71,11 +71,11 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
-def read_source(name: str, folder: Path) -> Source:
+def read_source(name: str, folder: Path) -> AdapterSource:
     """A run or PEFT folder, its files read and checked before anything is traced."""
     check_names([name])
     if (own := full_folder(folder)) is not None:
-        return Source(name, own, read_full(own)[1], {}, frozenset(), is_model=True)
+        return AdapterSource(name, own, read_full(own)[1], {}, frozenset(), is_model=True)
     inner = folder / ADAPTER if (folder / ADAPTER / ADAPTER_CONFIG).is_file() else folder
     if not (inner / ADAPTER_CONFIG).is_file():
         raise AdapterError(
@@ -87,7 +87,7 @@ def read_source(name: str, folder: Path) -> Source:
     read = read_lora(inner)
     refuse_if([problem for problem in read.problems if problem.startswith(ADAPTER_WEIGHTS)], inner)
     metadata = read_metadata(inner) if read.metadata is not None else {}
-    return Source(
+    return AdapterSource(
         name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems)
     )
 
@@ -103,7 +103,7 @@ def _what_is(folder: Path) -> str:
 
 
 def check_sources(
-    sources: Sequence[Source], mode: str, precision: Precision, base_name: str | None
+    sources: Sequence[AdapterSource], mode: str, precision: Precision, base_name: str | None
 ) -> None:
     """ExportError or AdapterError for what cannot stand in one bundle, or not in this mode."""
     if mode not in MODES:
@@ -154,7 +154,7 @@ def check_sources(
             )
 
 
-def base_of(sources: Sequence[Source], base_name: str | None) -> Base:
+def base_of(sources: Sequence[AdapterSource], base_name: str | None) -> Base:
     """The one base all adapters were trained on, checked by digest."""
     if any(source.is_model for source in sources):
         if sources[0].metadata["task"] != "text-generation":
@@ -191,7 +191,7 @@ def base_of(sources: Sequence[Source], base_name: str | None) -> Base:
     return base
 
 
-def original_base(source: Source) -> Base:
+def original_base(source: AdapterSource) -> Base:
     """What a fully trained model was before."""
     origin = source.metadata["base"]
     base = resolve_base(origin["name"])

@@ -100,7 +100,7 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
             ids = torch.tensor([list(row)])
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             if getattr(inner.config, "is_encoder_decoder", False):
-                logits.append(answer_logits(inner, row))
+                logits.append(_answer_logits(inner, row))
             elif isinstance(inner, TokenClassifier):
                 hidden = inner.states(ids, torch.ones_like(ids))[0]
                 states.append(hidden.numpy())
@@ -257,7 +257,7 @@ def text_pairs(texts: Sequence[str], tokenizer: Any, *, limit: int) -> list[list
     return [probe_pair(first, second, limit=limit) for first, second in itertools.pairwise(ids)]
 
 
-def answer_logits(model: Any, row: Sequence[int]) -> Float32:
+def _answer_logits(model: Any, row: Sequence[int]) -> Float32:
     """torch's logits (answer, vocab) of a row's answer, in float32."""
     prompt, answer = _parts(row)
     begun = [int(model.config.decoder_start_token_id), *answer[:-1]]

@@ -123,7 +123,7 @@ def _plain_name(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX).replace(".base_layer", "")
 
 
-def summary(layers: dict[str, Survival]) -> dict[str, Any]:
+def survival_summary(layers: dict[str, Survival]) -> dict[str, Any]:
     """For the manifest: all layers together (weighted by |ΔW|²), the weakest one, and each."""
     total = sum(layer.size**2 for layer in layers.values())
     moved = sum(

@@ -18,7 +18,7 @@ from edgetune.core.settings import about, from_dict, key_of
 from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS
 
 SCHEMA = 1
-SCORE = "score"
+SCORE_OUTPUT = "score"
 """graph output of a decoder whose head is in the graph: a merged reward, or the graph for other
 engines
 """

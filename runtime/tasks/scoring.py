@@ -13,7 +13,7 @@ import numpy as np
 from edgetune.core.arrays import Float32
 from edgetune.core.errors import InputError
 from edgetune.core.templates import Message, check_messages, columns_of, render_columns, with_system
-from edgetune.runtime.bundle.manifest import SCORE, STATES
+from edgetune.runtime.bundle.manifest import SCORE_OUTPUT, STATES
 from edgetune.runtime.engine.engine import (
     CACHE_STEP,
     PREFILL_CHUNK,
@@ -44,7 +44,7 @@ class Reading:
         engine.check(rows)
         self._engine, self._rows, self._adapters = engine, rows, adapter_per_row(rows, adapters)
         outputs = {STATES: engine.graph.hidden_size} | (
-            {} if engine.manifest.head is not None else {SCORE: 1}
+            {} if engine.manifest.head is not None else {SCORE_OUTPUT: 1}
         )
         if missing := [name for name in outputs if name not in engine.outputs]:
             raise InputError(
@@ -75,7 +75,7 @@ class Reading:
                 return None
         states = self._state.results[STATES][:, 0]
         if self._engine.manifest.head is None:
-            return self._state.results[SCORE][:, 0, 0].copy(), states.copy()
+            return self._state.results[SCORE_OUTPUT][:, 0, 0].copy(), states.copy()
         return (
             np.array(
                 [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgetune.recipe.reference_page import page
+from edgetune.recipe.reference_page import reference_page
 
 
 def test_the_page_in_docs_is_the_one_the_code_makes() -> None:
-    assert (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8") == page()
+    assert (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(
+        encoding="utf-8"
+    ) == reference_page()

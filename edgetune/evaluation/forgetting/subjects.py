@@ -17,8 +17,8 @@ from edgetune.adapters.runs import find_adapter, load_adapted_model
 from edgetune.core.errors import InputError
 from edgetune.core.layout import BUILTIN, MANIFEST, MODEL, MODEL_CONFIG, MODEL_METADATA
 from edgetune.core.progress import Say
-from edgetune.evaluation.forgetting.likelihood import Item, Score
-from edgetune.evaluation.forgetting.measure import General, compare
+from edgetune.evaluation.forgetting.likelihood import ChoiceItem, Score
+from edgetune.evaluation.forgetting.measure import General, compare_general
 from edgetune.evaluation.forgetting.tasks import Texts
 from edgetune.evaluation.forgetting.torch_subject import TorchSubject
 from edgetune.models.base import Base, open_folder
@@ -66,7 +66,7 @@ def forgetting(
                     where=str(target),
                     fix="Measure the run instead.",
                 )
-            return compare(
+            return compare_general(
                 BundleSubject(runtime, adapter), general, limit=limit, tasks=tasks, say=say
             )
     if providers:
@@ -77,10 +77,10 @@ def forgetting(
         )
     if is_base(target):
         base = resolve_base(str(target))
-        return compare(
+        return compare_general(
             base_subject(base), general, limit=limit, tasks=tasks, trained=False, say=say
         )
-    return compare(run_subject(target), general, limit=limit, tasks=tasks, say=say)
+    return compare_general(run_subject(target), general, limit=limit, tasks=tasks, say=say)
 
 
 def base_subject(base: Base) -> TorchSubject:
@@ -209,7 +209,7 @@ class BundleSubject:
         first = tokenizer.encode("a")[:1]
         return first if bos is not None and first == [tokenizer.tokenizer.token_to_id(bos)] else []
 
-    def score(self, items: Sequence[Item], *, adapted: bool) -> list[list[Score]]:
+    def score(self, items: Sequence[ChoiceItem], *, adapted: bool) -> list[list[Score]]:
         """A score for every choice of every item; the engine runs each choice with its context."""
         pairs = [
             (n, item.context, choice) for n, item in enumerate(items) for choice in item.choices
