@@ -26,7 +26,7 @@ from serving_load import make_adapters
 from edgetune.runtime import Runtime
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.engine.batch import Batch
-from edgetune.runtime.engine.engine import DecoderEngine
+from edgetune.runtime.engine.decoder import DecoderEngine
 from edgetune.runtime.engine.session import BoundTensors
 
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}

@@ -32,7 +32,7 @@ from edgetune.models.resolve import resolve_base
 from edgetune.recipe.schema import Parameters
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.bundle.manifest import read_manifest
-from edgetune.runtime.engine.engine import EncoderEngine
+from edgetune.runtime.engine.encoder import EncoderEngine
 
 LENGTHS, LABELS = (16, 64, 256), ("a", "b", "c")
 VARIANTS = {

@@ -48,7 +48,7 @@ def perplexity(logits_of: Logits, rows: list[list[int]]) -> float:
 def engine_logits(bundle: Path) -> Logits:
     """One prefill a row."""
     from edgetune.runtime.bundle.manifest import read_manifest
-    from edgetune.runtime.engine.engine import DecoderEngine
+    from edgetune.runtime.engine.decoder import DecoderEngine
 
     engine = DecoderEngine(bundle, read_manifest(bundle), threads=2)
     return lambda row: engine.logits([row])[0]

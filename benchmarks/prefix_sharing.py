@@ -38,7 +38,7 @@ from edgetune.objectives.language import sft
 from edgetune.objectives.preference import bradley_terry, collate_pairs, dpo
 from edgetune.recipe.read import load_recipe
 from edgetune.recipe.schema import Parameters
-from edgetune.training.context import Batching, padded_length
+from edgetune.training.batches import Batching, padded_length
 from edgetune.training.fast import shared_prefix as prefix_sharing
 from edgetune.training.learner import Learner
 
@@ -97,7 +97,7 @@ def steps_of(
             for group in groups.values()
             if len(group) >= SIZE
         ]
-        batching, units = Batching(pad_id, collate_rollouts, alike=shared), full
+        batching, units = Batching(pad_id, collate_rollouts, by_prefix=shared), full
     else:
         pairs = task in ("dpo", "reward")
         batching, units = (

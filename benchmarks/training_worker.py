@@ -170,7 +170,7 @@ def train_ours(options: argparse.Namespace) -> None:
     def measure(self: Any) -> Any:
         say(
             {
-                "held_out": held_out_loss(self.succession.model, options, tokenizer.pad_token_id),
+                "held_out": held_out_loss(self.model.model, options, tokenizer.pad_token_id),
                 "mb": peak_rss_mb(),
             }
         )
@@ -214,7 +214,9 @@ def train_theirs(options: argparse.Namespace) -> None:
                 else {}
             ),
         }
-        kind, arguments = peer_trainer(options, common, beta=recipe.stage[0].beta)
+        kind, arguments = peer_trainer(
+            options, common, beta=recipe.stage[0].dpo and recipe.stage[0].dpo.beta
+        )
         own = (
             {"processing_class": tokenizer}
             if options.worker == "trl"

@@ -1,5 +1,4 @@
-"""Device profiles (one TOML a device), their budgets, and a probe of this machine; standard library
-only.
+"""Device profiles, their budgets and a probe of this machine; standard library only.
 
 The names below are imported when they are first used, so that `import edgetune.devices` is quick.
 """

@@ -1,4 +1,4 @@
-"""Base + adapters → bundle: traced graph, quantised weights, adapter files, proof, manifest.
+"""Base + adapters → bundle: graph, rounded weights, adapter files, proof, manifest.
 
 `export_bundle` writes one; `reprove` repeats the proof of one. See `edgetune.export.bundle` and
 `edgetune.export.proof.prove`.

@@ -30,7 +30,6 @@ from edgetune.export.inputs.calibration_text import (
     calibrate_base,
     check_activations,
     check_quantiser,
-    check_symmetry,
 )
 from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
 from edgetune.export.proof.cost import CostPlan
@@ -89,7 +88,6 @@ def export_bundle(
         mode = "merged"
     check_sources(sources, mode, precision, base_name)
     swaps = not any(source.is_model or source.config.get("use_dora") for source in sources)
-    check_symmetry(precision)
     check_quantiser(precision, mode=mode, calibration=calibration, swaps=swaps)
     base = base_of(sources, base_name)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
@@ -224,7 +222,6 @@ def _build(
             dict(precision.overrides),
             precision.quantiser,
             precision.activations,
-            precision.symmetric,
         ),
         graph=info,
         sites=tuple(sites),

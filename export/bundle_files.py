@@ -23,7 +23,7 @@ from edgetune.core.layout import (
     TOKENIZER,
     TOKENIZER_FILES,
 )
-from edgetune.export.graph.families import DECODERS, cache_sizes
+from edgetune.export.graph.families import DECODERS, cache_sizes, normalised
 from edgetune.export.graph.onnx_file import STANDARD
 from edgetune.models.base import Base
 from edgetune.runtime.adapters.packing import PackedAdapter
@@ -80,12 +80,13 @@ def write_genai_config(
 ) -> None:
     """`genai_config.json`, so that onnxruntime-genai opens this folder as it is."""
     ends, sizes = list(tokenizer.eos_token_ids), cache_sizes(config)
+    named = normalised(config)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": STANDARD,
         "head_size": sizes.head_dim,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
+        "hidden_size": named.hidden_size,
+        "num_attention_heads": named.num_attention_heads,
         "num_hidden_layers": sizes.layers,
         "num_key_value_heads": sizes.kv_heads,
         "inputs": {
@@ -106,7 +107,7 @@ def write_genai_config(
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
         "context_length": max_length,
         "type": DECODERS[config.model_type].genai,
-        "vocab_size": config.vocab_size,
+        "vocab_size": named.vocab_size,
         "decoder": decoder,
     }
     search = {

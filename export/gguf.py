@@ -24,6 +24,7 @@ from edgetune.export.gguf_names import TensorPlace, architecture, place_of
 from edgetune.export.inputs.sources import AdapterSource, base_of, check_names, read_source
 from edgetune.models.base import Base, weight_files
 from edgetune.models.gguf import SOURCE
+from edgetune.models.load import TASK_OF_KIND, auto_class
 from edgetune.runtime.adapters.lora import LoraFolder, is_target, read_lora, refuse_if
 
 CLOSE = 1e-4  # of a product's largest value: float32 sums in another order
@@ -201,11 +202,11 @@ def _deltas(source: AdapterSource, base: Base) -> tuple[list[Delta], LoraFolder]
 def _skeleton(base: Base) -> Any:
     """The base's modules without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(TASK_OF_KIND[base.kind]).from_config(config)
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, int]]:

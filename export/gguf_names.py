@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edgetune.core.arrays import Array
 from edgetune.core.errors import ExportError
-from edgetune.export.graph.families import cache_sizes
+from edgetune.export.graph.families import cache_sizes, normalised
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def place_of(module: str, config: Any) -> TensorPlace | None:
 
     wanted = architecture(config.model_type)
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == wanted)
-    name = get_tensor_name_map(arch, int(config.num_hidden_layers)).get_name(module)
+    name = get_tensor_name_map(arch, int(normalised(config).num_layers)).get_name(module)
     return (
         None
         if name is None
@@ -55,7 +55,7 @@ def place_of(module: str, config: Any) -> TensorPlace | None:
 
 
 def _rows(kind: str, config: Any) -> RowOrder | None:
-    sizes, heads = cache_sizes(config), int(config.num_attention_heads)
+    sizes, heads = cache_sizes(config), int(normalised(config).num_attention_heads)
     if config.model_type in ROTATES_PAIRS and kind in ("q_proj", "k_proj"):
         count = heads if kind == "q_proj" else sizes.kv_heads
         rows = np.arange(count * sizes.head_dim).reshape(count, 2, sizes.head_dim // 2)

@@ -17,7 +17,6 @@ TWINS = {
     "Answer": "the server's form of one over HTTP; training's sampled one",
     "Answered": "a prompt with its answer: read from a request; sampled in training",
     "Batch": "rows of one training step, in torch; rows that the engine decodes together, in numpy",
-    "Method": "the name of a training method; its row in training's table",
     "Precision": "of the arithmetic of training; of a bundle's weights",
     "Prompt": "training's are lists of dicts; a request's may be any sequence of mappings",
     "log": "each file's own logger",

@@ -37,10 +37,7 @@ FLOORS = {
         "core devices runtime.adapters runtime.bundle runtime.engine runtime.generation"
     ),
     "runtime.scheduler": "core runtime.adapters runtime.engine runtime.generation runtime.tasks",
-    "runtime": (
-        "runtime.adapters runtime.bundle runtime.engine runtime.generation runtime.scheduler "
-        "runtime.tasks"
-    ),
+    "runtime": "runtime.tasks",
     "evaluation.forgetting": "adapters core data metrics models objectives runtime",
     "evaluation": "adapters core data evaluation.forgetting metrics models recipe runtime",
     "export.inputs": ("adapters core data models quantisation recipe runtime.adapters"),
@@ -64,7 +61,7 @@ FLOORS = {
     ),
     "training": (
         "adapters core data edgetune evaluation.forgetting metrics models objectives "
-        "quantisation recipe report training.fast training.parallel training.reinforcement"
+        "quantisation recipe training.fast training.parallel training.reinforcement"
     ),
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "

@@ -49,13 +49,6 @@ def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: Adapt
         save_adapter(adapt_head(model), run / ADAPTER, replace(metadata, base=own))
 
 
-def is_full(folder: Path) -> bool:
-    """Whether this is a run whose result is a model and no adapter, or such a model's own
-    folder.
-    """
-    return full_folder(folder) is not None
-
-
 def full_folder(folder: Path) -> Path | None:
     """The model folder of such a run; None for a run with an adapter and for anything else."""
     if (folder / MODEL / MODEL_METADATA).is_file() and not (folder / ADAPTER).is_dir():

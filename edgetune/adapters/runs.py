@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgetune.adapters.folder import load_adapter, read_metadata
 from edgetune.adapters.full_model import full_folder, own_base, read_full
 from edgetune.core.errors import AdapterError, OutputError
-from edgetune.core.layout import ADAPTER, ADAPTER_METADATA, LAYOUT, RECIPE
+from edgetune.core.layout import ADAPTER, ADAPTER_METADATA, LAYOUT
 from edgetune.models.base import Base
 from edgetune.models.heads import RewardModel, build_classifier
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.models.masked_lm import load_masked_lm
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import trained_precision
-from edgetune.recipe.read import load_recipe
-from edgetune.recipe.schema import Recipe
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
-
-    recipe: Recipe
-    base: Base
-    adapter_dir: Path
-    metadata: dict[str, Any]  # edgetune_adapter.json
-
-
-def load_run(run_dir: Path) -> Run:
-    """Read a run folder; its adapter's hashes and its base's digest are checked."""
-    adapter_dir = find_adapter(run_dir)
-    metadata = read_metadata(adapter_dir)
-    recipe = load_recipe(run_dir / RECIPE)
-    return Run(recipe, _base_of(metadata, adapter_dir), adapter_dir, metadata)
 
 
 def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The command line: a click group whose commands are imported only when they are called.
+"""The command line: a click group; a command is imported when it is called.
 
 `edgetune --help` imports neither torch nor onnxruntime. Exit codes: 0 done; 1 a proof, a check or a
 budget failed; 2 bad usage or bad input; 3 too noisy to tell; 130 interrupted.
@@ -102,7 +102,7 @@ def main(args: list[str] | None = None) -> None:
 def _extra_of(module: str) -> str | None:
     """The extra that brings a missing package, or None when it is not one of ours."""
     top = module.split(".")[0]
-    if top in {"onnx", "onnxscript", "optimum", "onnx_ir"}:
+    if top in {"onnx", "onnxscript", "onnx_ir"}:
         return "export"
     if top in {"starlette", "uvicorn", "prometheus_client"}:
         return "serve"
@@ -114,9 +114,11 @@ def _extra_of(module: str) -> str | None:
         "datasets",
         "pyarrow",
         "gguf",
-        "matplotlib",
+        "optimum",
         "sklearn",
+        "scipy",
         "sacrebleu",
+        "rouge_score",
     }:
         return "train"
     return None

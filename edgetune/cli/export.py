@@ -73,14 +73,6 @@ BLOCK_SIZE = 32
     help="Weights that share a scale.",
 )
 @click.option(
-    "--asymmetric",
-    is_flag=True,
-    help=(
-        "Each block of scaled weights has a zero of its own, instead of one in the middle of its"
-        " range."
-    ),
-)
-@click.option(
     "--activations",
     default="float",
     show_default=True,
@@ -163,7 +155,6 @@ def command(
     precision: str | None,
     max_loss: str | None,
     block_size: int,
-    asymmetric: bool,
     activations: str,
     keep: tuple[str, ...],
     quantiser: str | None,
@@ -201,12 +192,6 @@ def command(
                 fix="Leave one of them out.",
             )
         if precision == "auto":
-            if asymmetric:
-                raise ExportError(
-                    "--precision auto tries weights with the zero in the middle",
-                    got="--asymmetric",
-                    fix="Leave one of them out.",
-                )
             _smallest(
                 sources,
                 out,
@@ -238,7 +223,6 @@ def command(
         chosen = Precision(
             precision,
             block_size=block_size,
-            symmetric=not asymmetric,
             overrides=overrides,
             quantiser=quantiser or "rtn",
             activations=activations,
@@ -332,7 +316,6 @@ OF_BUNDLES = (
     "precision",
     "max_loss",
     "block_size",
-    "asymmetric",
     "activations",
     "keep",
     "threads",

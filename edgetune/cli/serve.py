@@ -13,6 +13,7 @@ import click
 from edgetune.cli.options import chosen_providers, device_option, provider_option
 
 if TYPE_CHECKING:
+    from edgetune.runtime.server.http.service import Service
     from edgetune.runtime.tasks.runtime import Runtime
 
 
@@ -214,16 +215,17 @@ def command(
     )
     set_up_logging(log_level)
     share_memory_between_threads()
-    opened = {
-        "threads": threads,
-        "providers": chosen_providers(providers, device_name),
-        "verify": not no_verify,
-        "adapter_folder": library,
-        "situations": True,
-    }
     with (
         listen(host, port) as place,
-        Runtime.open(bundle, adapter_memory_mb=adapter_memory_mb, **opened) as runtime,  # type: ignore[arg-type]
+        Runtime.open(
+            bundle,
+            threads=threads,
+            providers=chosen_providers(providers, device_name),
+            verify=not no_verify,
+            adapter_folder=library,
+            adapter_memory_mb=adapter_memory_mb,
+            situations=True,
+        ) as runtime,
     ):
         for line in load_adapters(runtime, named, pins):
             click.echo(f"note: {line}", err=True)
@@ -237,18 +239,21 @@ def command(
         )
         service = Service(runtime, scheduler, options)
         with scheduler:
-            address = f"[{host}]" if ":" in host else host
-            on = "" if runtime.providers.names == ("cpu",) else f" on {runtime.providers}"
-            click.echo(
-                f"serving {', '.join(service.models())} at"
-                f" http://{address}:{place.getsockname()[1]}{on}"
-            )
-            if host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
-                click.echo(
-                    "note: whoever reaches this address can use it; keys close it (--api-key-file)",
-                    err=True,
-                )
+            _announce(service, host, place.getsockname()[1])
             DrainingServer(service).run(sockets=[place])
+
+
+def _announce(service: Service, host: str, port: int) -> None:
+    """Say what is served where, and whether anyone may use it."""
+    providers = service.runtime.providers
+    address = f"[{host}]" if ":" in host else host
+    on = "" if providers.names == ("cpu",) else f" on {providers}"
+    click.echo(f"serving {', '.join(service.models())} at http://{address}:{port}{on}")
+    if host not in ("127.0.0.1", "::1", "localhost") and not service.options.api_keys:
+        click.echo(
+            "note: whoever reaches this address can use it; keys close it (--api-key-file)",
+            err=True,
+        )
 
 
 def load_adapters(

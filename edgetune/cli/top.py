@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 import urllib.error
 import urllib.request
@@ -43,8 +42,6 @@ def command(url: str, interval: float, once: bool) -> None:
         time.sleep(interval)
 
 
-LINE = re.compile(r"(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
-LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 BLOCKS = "▁▂▃▄▅▆▇█"
 Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 """(name, labels) → value"""
@@ -90,7 +87,10 @@ def read_metrics(
         raise InputError(
             f"no answer: {reason}", where=url, expected="a running server", fix=fix
         ) from error
-    samples = parse(text)
+    try:
+        samples = parse(text)
+    except ValueError:  # another server's page
+        samples = {}
     if not any(name.startswith("edgetune_") for name, _ in samples):
         raise InputError(
             "this is no server of edgetune's", where=url, expected="edgetune_… metrics"
@@ -98,14 +98,15 @@ def read_metrics(
     return MetricsReading(moment, samples)
 
 
-def parse(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Prometheus' text format, without types and help."""
-    found = {}
-    for line in text.splitlines():
-        if match := LINE.fullmatch(line):
-            labels = tuple(sorted(LABEL.findall(match["labels"] or "")))
-            found[match["name"], labels] = float(match["value"])
-    return found
+def parse(text: str) -> Samples:
+    """The samples in Prometheus' text format; ValueError for another text."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): float(sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 class Watch:

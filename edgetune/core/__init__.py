@@ -1,1 +1,1 @@
-"""What any room may import and what imports no room: errors, files, settings, words and names."""
+"""What any room may import and what imports no room: errors, files, settings, names."""

@@ -1,13 +1,16 @@
-"""Methods, tasks and problems: what each is called, needs and measures."""
+"""Methods, tasks and problems: what each is called and needs. A new method is a row here; what it
+brings is registered under its name in data/loaders.py and training/methods.py.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
 THRESHOLD = 0.5  # of a label's probability: the logit 0
 VALUE = "value"  # the name of a regression head's only output
-Method = Literal[
+MethodName = Literal[
     "causal-lm",
     "sft",
     "dpo",
@@ -21,61 +24,63 @@ Problem = Literal["single-label", "multi-label", "regression"]
 Task = Literal[
     "text-generation", "reward", "masked-lm", "sequence-classification", "token-classification"
 ]
-TASKS: dict[str, Task] = {
-    "causal-lm": "text-generation",
-    "sft": "text-generation",
-    "dpo": "text-generation",
-    "grpo": "text-generation",
-    "reward": "reward",
-    "masked-lm": "masked-lm",
-    "sequence-classification": "sequence-classification",
-    "token-classification": "token-classification",
-}
-KINDS: dict[str, Literal["decoder", "encoder"]] = {
-    "causal-lm": "decoder",
-    "sft": "decoder",
-    "dpo": "decoder",
-    "grpo": "decoder",
-    "reward": "decoder",
-    "masked-lm": "encoder",
-    "sequence-classification": "encoder",
-    "token-classification": "encoder",
-}
-COLUMNS = {
-    "causal-lm": ("text",),
-    "sft": ("prompt", "completion", "system", "template"),
-    "dpo": ("prompt", "chosen", "rejected", "system", "template"),
-    "grpo": ("prompt", "completion", "system", "template"),
-    "reward": ("prompt", "chosen", "rejected", "system", "template"),
-    "masked-lm": ("text",),
-    "sequence-classification": ("text", "text_pair", "label", "label_names"),
-    "token-classification": ("tokens", "tags"),
-}
-# Settings of a stage that mean something to one method only.
-OWN_SETTINGS = {
-    "sequence-classification": ("problem",),
-    "dpo": ("beta",),
-    "grpo": (
-        "reward",
-        "reward_weights",
-        "group_size",
-        "iterations",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "clip",
-        "kl",
-        "kl_to",
-        "scale_by_std",
-        "loss_type",
-        "rollout",
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
+TAGGING: Task = "token-classification"
+GENERATION: Task = "text-generation"
+REWARD: Task = "reward"
+PROBLEMS = get_args(Problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a recipe may say of a stage with this method."""
+
+    task: Task  # what its adapter does
+    kinds: tuple[Kind, ...]  # of base, the usual one first
+    columns: tuple[str, ...]  # keys of `data` that it reads, of those that not every method does
+    settings: tuple[str, ...] = ()  # keys of the stage that it alone reads; a table has its name
+    has_head: bool = False  # a task head that can be trained alone
+
+
+METHODS: dict[MethodName, Method] = {
+    "causal-lm": Method(task=GENERATION, kinds=("decoder",), columns=("text",)),
+    "sft": Method(
+        task=GENERATION,
+        kinds=("decoder", "encoder-decoder"),
+        columns=("prompt", "completion", "system", "template"),
+    ),
+    "dpo": Method(
+        task=GENERATION,
+        kinds=("decoder",),
+        columns=("prompt", "chosen", "rejected", "system", "template"),
+        settings=("dpo",),
+    ),
+    "grpo": Method(
+        task=GENERATION,
+        kinds=("decoder",),
+        columns=("prompt", "completion", "system", "template"),
+        settings=("grpo",),
+    ),
+    "reward": Method(
+        task=REWARD,
+        kinds=("decoder",),
+        columns=("prompt", "chosen", "rejected", "system", "template"),
+    ),
+    "masked-lm": Method(task="masked-lm", kinds=("encoder",), columns=("text",)),
+    "sequence-classification": Method(
+        task="sequence-classification",
+        kinds=("encoder",),
+        columns=("text", "text_pair", "label", "label_names"),
+        settings=("problem",),
+        has_head=True,
+    ),
+    "token-classification": Method(
+        task=TAGGING, kinds=("encoder",), columns=("tokens", "tags"), has_head=True
     ),
 }
-TAGGING = "token-classification"
-ENCODER_TASKS = ("sequence-classification", TAGGING)
-GENERATION, REWARD = "text-generation", "reward"
-DECODER_TASKS = (GENERATION, REWARD)
-PROBLEMS = ("single-label", "multi-label", "regression")
+# What a bundle of a decoder and of an encoder answers.
+DECODER_TASKS = tuple(dict.fromkeys(m.task for m in METHODS.values() if "decoder" in m.kinds))
+ENCODER_TASKS = tuple(dict.fromkeys(m.task for m in METHODS.values() if m.has_head))
 
 
 def lower_is_better(metric: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch import Tensor
 from edgetune.core.text import second_of
 
 IGNORE = -100  # the label of a position without loss, as in torch's cross entropy
-# rows are sorted by length within pools of this many batches: < 3 % padding on E2E, order still
-# random
+# rows are sorted by length within pools of this many batches: less than 3 % of the tokens of the
+# E2E data are padding, and the order is still random
 POOL_BATCHES = 32
-# of rows that begin alike: attention and the projection still see what they repeat
+# padded tokens for each distinct one, where rows share a prefix: attention and the projection onto
+# the vocabulary compute a repeated prefix every time
 PADDED_AT_MOST = 2
 
 
@@ -115,32 +116,32 @@ def split(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> li
     return parts
 
 
-def split_alike(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Cut rows of token ids into parts in which those that begin alike stand together: at most
-    `max_tokens` different tokens each (see `training.prefix_sharing`), and PADDED_AT_MOST times as
-    many padded ones.
+def split_by_prefix(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """Cut rows of token ids into parts in which those that share a prefix stand together.
 
-    A row longer than that is a part of its own.
+    A part has at most `max_tokens` distinct tokens, where a prefix that a row shares with the one
+    before it counts once (the model computes it once), and at most PADDED_AT_MOST times as many
+    padded ones. A row longer than that is a part of its own.
     """
     parts: list[list[int]] = []
-    different = longest = 0
+    distinct = longest = 0
     before: Sequence[int] = ()
     for index in sorted(range(len(rows)), key=lambda index: list(rows[index])):
         row = rows[index]
-        new = len(row) - _in_common(before, row)
+        new = len(row) - _shared_prefix(before, row)
         padded = max(longest, len(row)) * (len(parts[-1]) + 1) if parts else 0
-        if parts and different + new <= max_tokens and padded <= PADDED_AT_MOST * max_tokens:
+        if parts and distinct + new <= max_tokens and padded <= PADDED_AT_MOST * max_tokens:
             parts[-1].append(index)
-            different, longest = different + new, max(longest, len(row))
+            distinct, longest = distinct + new, max(longest, len(row))
         else:
             parts.append([index])
-            different, longest = len(row), len(row)
+            distinct, longest = len(row), len(row)
         before = row
     return parts
 
 
-def _in_common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two rows begin with in common."""
+def _shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """The length in tokens of the longest prefix that both rows share."""
     return next(
         (at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
         min(len(left), len(right)),
@@ -227,36 +228,3 @@ def _collate_labels(examples: Sequence[Example], longest: int) -> Tensor:
         if isinstance(label, list):
             padded[row, : len(label)] = torch.tensor(label, dtype=torch.int64)
     return padded
-
-
-def both_lengths(example: Any) -> int:
-    """Tokens that an example takes in both halves."""
-    return len(example.input_ids) + answer_length(example)
-
-
-def collate_answers(examples: Sequence[Any], pad_id: int) -> Batch:
-    """Prompts padded on the right to the longest, answers (`labels`) too, with IGNORE."""
-    input_ids = _padded([example.input_ids for example in examples], pad_id)
-    mask = _padded([[1] * len(example.input_ids) for example in examples], 0)
-    labels = _padded([example.labels for example in examples], IGNORE)
-    targets = int((labels != IGNORE).sum())
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=mask,
-        labels=labels,
-        rows=tuple(example.row for example in examples),
-        tokens=int(mask.sum()) + targets,
-        targets=targets,
-    )
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
-    for at, row in enumerate(rows):
-        padded[at, : len(row)] = torch.tensor(row, dtype=torch.int64)
-    return padded
-
-
-def answer_length(example: Any) -> int:
-    """Tokens of an example's answer."""
-    return len(example.labels)

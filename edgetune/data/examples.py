@@ -1,33 +1,36 @@
-"""What every kind of example shares: the example itself, a stage's set of them, reading and
-choosing rows.
+"""Examples, and the one loop that makes a stage's rows into them.
+
+A method brings three functions to the loop (`load`): one reads rows as texts, one encodes them, one
+says why an example cannot be used, which is mostly that it is too long. What can be told apart
+(`Labels`) is found on the way.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from edgetune.core.errors import DataError
 from edgetune.data.batching import Batch
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.rows import Row, Rows
+from edgetune.data.rows import Rows, sample
 from edgetune.models.base import Base
 from edgetune.recipe.schema import Stage
 
-IGNORED = -100  # a position without loss, as in torch's cross_entropy
+R = TypeVar("R")  # a row as texts
+E = TypeVar("E")  # an example
 T = TypeVar("T")
-Mask = Callable[
-    [Batch, int], Batch
-]  # hides tokens of the batch of an optimizer step; of step 0, for measuring
+Names = tuple[str, ...]
+# hides tokens of the batch of an optimizer step; of step 0, for measuring
+Mask = Callable[[Batch, int], Batch]
 
 
 @dataclass(slots=True)
 class Example:
-    """`labels`: per token, IGNORED where there is no loss, or one class index. `row`: line in the
+    """`labels`: per token, IGNORE where there is no loss, or one class index. `row`: line in the
     file.
 
     `position_ids` only where several documents share the example: it starts again at 0 with each.
@@ -49,7 +52,7 @@ class ExampleSet:
 
     train: list[Example]
     validation: list[Example]
-    labels: tuple[str, ...] | None
+    labels: Names | None
     digests: dict[str, str]
     prompt_format: PromptFormat
     max_length: int
@@ -58,9 +61,8 @@ class ExampleSet:
     # what an answer may take; None: as the longest completion says
     max_new_tokens: int | None = None
     mask: Mask | None = None
-    unseen_words: dict[str, dict[str, int]] = field(
-        default_factory=dict
-    )  # of tagged rows: {"cut", "no_sub_word"}
+    # of tagged rows: {"cut", "no_sub_word"}
+    unseen_words: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Loading:
     classes.
     """
 
-    sources: dict[str, Rows]
+    sources: dict[str, Rows]  # "train" first, then perhaps "validation"
     form: PromptFormat
     stage: Stage
     tokenizer: Any
@@ -77,29 +79,111 @@ class Loading:
     limit: int  # tokens an example may have
     seed: int
 
-    def example_set(
-        self,
-        examples: dict[str, list[Any]],
-        *,
-        labels: tuple[str, ...] | None = None,
-        skipped: dict[str, int],
-        truncated: dict[str, int] | None = None,
-        max_new_tokens: int | None = None,
-        mask: Mask | None = None,
-    ) -> ExampleSet:
-        """The finished set; the dictionaries have the keys of `sources`."""
-        return ExampleSet(
-            train=examples["train"],
-            validation=examples.get("validation", []),
-            labels=labels,
-            digests={name: source.digest for name, source in self.sources.items()},
-            prompt_format=self.form,
-            max_length=self.limit,
-            skipped=skipped,
-            truncated=truncated or {},
-            max_new_tokens=max_new_tokens,
-            mask=mask,
+    def too_long(
+        self, what: str, where: str, tokens: int, *, raise_or_skip: str = ", or"
+    ) -> DataError:
+        """The error for an example of so many tokens: `what` says which text is too long."""
+        skip = "leave such rows out with data.skip_invalid = true."
+        if self.limit < self.stage.max_length:
+            fix = f"Shorten the row: the base has no more positions. Or {skip}"
+        else:
+            fix = f"Set max_length = {tokens} or more{raise_or_skip} {skip}"
+        return DataError(
+            what, where=where, expected=f"at most {self.limit} tokens", got=str(tokens), fix=fix
         )
+
+
+class Read(Protocol[R]):
+    """Rows as texts, and how many cannot be read so; the first of these raises a DataError unless
+    `skip_invalid`.
+    """
+
+    def __call__(
+        self, source: Rows, form: PromptFormat, *, skip_invalid: bool
+    ) -> tuple[list[R], int]: ...
+
+
+Refuse = Callable[[T, str], DataError | None]  # (row or example, its file) → why not, or None
+
+
+@dataclass
+class Labels(Generic[R]):
+    """What a head tells apart: the names that an adapter has already, else those of the whole
+    training file.
+    """
+
+    names: Names
+    # (rows, their file) → names; asked when there are none
+    find: Callable[[Sequence[R], str], Names]
+    # (row, its file, names) → why the row's labels are not among them, or None
+    unknown: Callable[[R, str, Names], DataError | None]
+
+    def known(self, rows: list[R], source: str, *, skip_invalid: bool) -> tuple[list[R], int]:
+        """The rows whose labels are known, and how many others there are."""
+        self.names = self.names or self.find(rows, source)
+        return keep(
+            rows,
+            lambda row, file: self.unknown(row, file, self.names),
+            source,
+            skip_invalid=skip_invalid,
+        )
+
+
+def load(
+    loading: Loading,
+    read: Read[R],
+    encode: Callable[[str, list[R]], list[E]],
+    *,
+    refuse: Refuse[E] = lambda example, source: None,
+    labels: Labels[R] | None = None,
+) -> ExampleSet:
+    """The examples of all files of a stage, and how many rows were left out.
+
+    `encode` gets "train" or "validation" and the rows to encode. A row that cannot be read, has
+    unknown `labels`, or whose example `refuse` gives a reason against, raises a DataError; with
+    `data.skip_invalid` it is counted, and an error is raised only where no row is left.
+    """
+    data = loading.stage.data
+    examples: dict[str, list[Any]] = {}
+    skipped = {}
+    for name, source in loading.sources.items():
+        limit = data.limit if name == "train" else None
+        if labels is None:
+            drawn = replace(source, rows=sample(source.rows, limit, seed=loading.seed))
+            rows, unread = read(drawn, loading.form, skip_invalid=data.skip_invalid)
+            unknown = 0
+        else:  # of the whole file, so that data.limit never changes the head's shape
+            rows, unread = read(source, loading.form, skip_invalid=data.skip_invalid)
+            rows, unknown = labels.known(rows, source.source, skip_invalid=data.skip_invalid)
+            rows = sample(rows, limit, seed=loading.seed)
+        examples[name], refused = keep(
+            encode(name, rows), refuse, source.source, skip_invalid=data.skip_invalid
+        )
+        skipped[name] = source.skipped + unread + unknown + refused
+    return ExampleSet(
+        train=examples["train"],
+        validation=examples.get("validation", []),
+        labels=labels.names if labels is not None else None,
+        digests={name: source.digest for name, source in loading.sources.items()},
+        prompt_format=loading.form,
+        max_length=loading.limit,
+        skipped=skipped,
+    )
+
+
+def keep(
+    items: list[T], refuse: Refuse[T], source: str, *, skip_invalid: bool
+) -> tuple[list[T], int]:
+    """The rows or examples that there is no reason against, and how many others there are.
+
+    The first reason is raised, unless `skip_invalid` and something is left.
+    """
+    reasons = [refuse(item, source) for item in items]
+    kept = [item for item, reason in zip(items, reasons, strict=True) if reason is None]
+    first = next((reason for reason in reasons if reason is not None), None)
+    if first is not None and not (skip_invalid and kept):
+        raise first
+    return kept, len(items) - len(kept)
 
 
 def token_limit(max_length: int, tokenizer: Any, base: Base) -> int:
@@ -107,55 +191,3 @@ def token_limit(max_length: int, tokenizer: Any, base: Base) -> int:
     positions.
     """
     return min(max_length, base.max_length, int(min(tokenizer.model_max_length, 2**31)))
-
-
-def convert_rows(
-    source: Rows, convert: Callable[[Row, str], T], *, skip_invalid: bool
-) -> tuple[list[T], int]:
-    """Every row converted; the first bad one raises, or all bad ones are counted. None left is an
-    error.
-    """
-    converted: list[T] = []
-    first: DataError | None = None
-    for row in source.rows:
-        try:
-            converted.append(convert(row, f"{source.source}, line {row.line}"))
-        except DataError as error:
-            if not skip_invalid:
-                raise
-            first = first or error
-    skipped = len(source.rows) - len(converted)
-    if not converted and first is not None:
-        raise DataError(
-            f"none of {skipped} rows can be used; the first: {first}", where=source.source
-        ) from first
-    return converted, skipped
-
-
-def subset(source: Rows, limit: int | None, *, seed: int) -> Rows:
-    rows = sample(source.rows, limit, seed=seed)
-    return Rows(source=source.source, rows=rows, skipped=source.skipped, digest=source.digest)
-
-
-def hold_out(source: Rows, count: int, *, seed: int) -> tuple[Rows, Rows]:
-    """The rows without `count` random ones, and these; both in file order. The same seed draws the
-    same rows.
-    """
-    if count >= len(source.rows):
-        raise DataError(
-            "data.hold_out leaves no row to train on",
-            where=source.source,
-            expected=f"less than {len(source.rows)}",
-            got=str(count),
-        )
-    drawn = set(random.Random(seed).sample(range(len(source.rows)), count))
-    kept = [row for at, row in enumerate(source.rows) if at not in drawn]
-    held = [row for at, row in enumerate(source.rows) if at in drawn]
-    return replace(source, rows=kept), replace(source, rows=held, skipped=0)
-
-
-def sample(rows: list[T], limit: int | None, *, seed: int) -> list[T]:
-    """A random subset in file order; the same seed draws the same rows."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]

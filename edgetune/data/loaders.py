@@ -8,23 +8,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import KINDS, Method
-from edgetune.data.completions import load_answers, load_completions, load_prompts
-from edgetune.data.examples import ExampleSet, Loading, hold_out, token_limit
-from edgetune.data.labels import load_labelled, load_targets
-from edgetune.data.plain_text import load_masked, load_packed
+from edgetune.core.tasks import METHODS
+from edgetune.data.completions import load_completions
+from edgetune.data.examples import ExampleSet, Loading, token_limit
+from edgetune.data.labels import load_labelled
+from edgetune.data.masking import load_masked
+from edgetune.data.plain_text import load_packed
 from edgetune.data.preferences import load_preferences
 from edgetune.data.prompts import prompt_format
-from edgetune.data.rows import read_rows
+from edgetune.data.rollout_prompts import load_prompts
+from edgetune.data.rows import hold_out, read_rows
+from edgetune.data.seq2seq import load_answers
 from edgetune.data.tagging import load_tagged
+from edgetune.data.targets import load_targets
 from edgetune.models.base import Base
 from edgetune.recipe.schema import Stage
 
-LOADERS: dict[Method, Callable[[Loading], ExampleSet]] = {
+# `learned` of a stage → its loader; see core/tasks.py for what else a method is entered with
+LOADERS: dict[str, Callable[[Loading], ExampleSet]] = {
     "causal-lm": load_packed,
     "masked-lm": load_masked,
     "sft": load_completions,
     "sequence-classification": load_labelled,
+    "multi-label": load_targets,
+    "regression": load_targets,
     "token-classification": load_tagged,
     "reward": load_preferences,
     "dpo": load_preferences,
@@ -64,14 +71,12 @@ def load_examples(
 
 
 def _loader(stage: Stage, base: Base) -> Callable[[Loading], ExampleSet]:
-    if base.kind == "encoder-decoder":
-        return load_answers
-    return LOADERS[stage.method] if stage.problem == "single-label" else load_targets
+    return load_answers if base.kind == "encoder-decoder" else LOADERS[stage.learned]
 
 
 def _check_kind(stage: Stage, base: Base) -> None:
-    needed = KINDS[stage.method]
-    if base.kind != needed and not (base.kind == "encoder-decoder" and stage.method == "sft"):
+    needed, *others = METHODS[stage.method].kinds
+    if base.kind not in (needed, *others):
         example = "builtin:smollm2-135m-instruct" if needed == "decoder" else "builtin:minilm-l6"
         raise RecipeError(
             f'method "{stage.method}" does not fit the base {base.name}',

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune.core.errors import DataError
-from edgetune.data.completions import encode_prompts
+from edgetune.data.batching import IGNORE
+from edgetune.data.completions import encode_completions, encode_prompts
 from edgetune.data.conversations import (
     Prompt,
     closing_tokens,
@@ -16,9 +17,10 @@ from edgetune.data.conversations import (
     row_answer,
     row_prompt,
 )
-from edgetune.data.examples import IGNORED, ExampleSet, Loading, convert_rows, subset
+from edgetune.data.examples import ExampleSet, Loading, load
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.rows import Row, Rows
+from edgetune.data.readers import Row
+from edgetune.data.rows import Rows, convert_rows
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class PreferenceRow:
 
 @dataclass(slots=True)
 class PairExample:
-    """Two sequences of one prompt. `labels` as for sft: IGNORED on the prompt, the tokens of the
+    """Two sequences of one prompt. `labels` as for sft: IGNORE on the prompt, the tokens of the
     answer after it.
     """
 
@@ -87,24 +89,25 @@ def preference_rows(
 
 def load_preferences(loading: Loading) -> ExampleSet:
     """Pairs for `reward` (closed as the chat template closes a turn) and for `dpo` (ended as for
-    sft).
+    sft); both answers of at most `max_length` tokens with the prompt.
     """
-    stage, tokenizer, form, limit = loading.stage, loading.tokenizer, loading.form, loading.limit
-    ending = closing_tokens(form, tokenizer) if stage.method == "reward" else [end_token(tokenizer)]
-    examples: dict[str, list[Any]] = {}
-    skipped = {}
-    for name, source in loading.sources.items():
-        if name == "train":
-            source = subset(source, stage.data.limit, seed=loading.seed)
-        rows, unusable = preference_rows(source, form, skip_invalid=stage.data.skip_invalid)
-        encoded = encode_pairs(rows, form, tokenizer, ending=ending)
-        kept = [pair for pair in encoded if pair.padded_length <= 2 * limit]
-        if len(kept) < len(encoded) and (not stage.data.skip_invalid or not kept):
-            longest = next(pair for pair in encoded if pair.padded_length > 2 * limit)
-            raise _too_long(longest, source=source.source, asked=stage.max_length, limit=limit)
-        examples[name] = kept
-        skipped[name] = loading.sources[name].skipped + unusable + len(encoded) - len(kept)
-    return loading.example_set(examples, skipped=skipped)
+    tokenizer, form = loading.tokenizer, loading.form
+    reward = loading.stage.method == "reward"
+    ending = closing_tokens(form, tokenizer) if reward else [end_token(tokenizer)]
+
+    def encode(_: str, rows: list[PreferenceRow]) -> list[PairExample]:
+        return encode_pairs(rows, form, tokenizer, ending=ending)
+
+    def refuse(pair: PairExample, source: str) -> DataError | None:
+        tokens = pair.padded_length // 2
+        if tokens <= loading.limit:
+            return None
+        where = f"{source}, line {pair.row}"
+        return loading.too_long(
+            "prompt and answer are too long", where, tokens, raise_or_skip=". Or"
+        )
+
+    return load(loading, preference_rows, encode, refuse=refuse)
 
 
 def encode_pairs(
@@ -115,11 +118,11 @@ def encode_pairs(
     """
     texts = [prompt_text(form, row.prompt, tokenizer, where=f"line {row.line}") for row in rows]
     prompts = encode_prompts(texts, form.template, tokenizer)
-    chosen = encode_answers([row.chosen for row in rows], tokenizer)
-    rejected = encode_answers([row.rejected for row in rows], tokenizer)
+    chosen = encode_completions([row.chosen for row in rows], tokenizer)
+    rejected = encode_completions([row.rejected for row in rows], tokenizer)
     pairs = []
     for row, prompt, better, worse in zip(rows, prompts, chosen, rejected, strict=True):
-        unlabelled = [IGNORED] * len(prompt)
+        unlabelled = [IGNORE] * len(prompt)
         better, worse = better + ending, worse + ending
         pairs.append(
             PairExample(
@@ -132,32 +135,6 @@ def encode_pairs(
             )
         )
     return pairs
-
-
-def encode_answers(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of answers, without anything before or after them."""
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    return ids
-
-
-def _too_long(pair: PairExample, *, source: str, asked: int, limit: int) -> DataError:
-    tokens = pair.padded_length // 2
-    raised = (
-        "Shorten the row: the base has no more positions."
-        if limit < asked
-        else f"Set max_length = {tokens} or more."
-    )
-    return DataError(
-        "prompt and answer are too long",
-        where=f"{source}, line {pair.row}",
-        expected=f"at most {limit} tokens",
-        got=str(tokens),
-        fix=f"{raised} Or leave such rows out with data.skip_invalid = true.",
-    )
 
 
 def encode_answered(
@@ -173,5 +150,5 @@ def encode_answered(
         [prompt_text(form, prompt, tokenizer) for prompt in prompts], form.template, tokenizer
     )
     closing = closing_tokens(form, tokenizer)
-    answers = encode_answers(completions, tokenizer)
+    answers = encode_completions(completions, tokenizer)
     return [(head + answer + closing)[-limit:] for head, answer in zip(heads, answers, strict=True)]

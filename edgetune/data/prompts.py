@@ -20,7 +20,7 @@ import jinja2
 
 from edgetune.core.errors import DataError, InputError, RecipeError
 from edgetune.core.settings import shown
-from edgetune.core.tasks import Method
+from edgetune.core.tasks import GENERATION, METHODS, MethodName
 from edgetune.core.templates import columns_of, render_row
 from edgetune.core.text import Text
 from edgetune.recipe.checks import column_name
@@ -55,7 +55,7 @@ class PromptFormat:
 
 
 def prompt_format(
-    data: Data, *, method: Method, chat_template: str | None, columns: Mapping[str, Any]
+    data: Data, *, method: MethodName, chat_template: str | None, columns: Mapping[str, Any]
 ) -> PromptFormat:
     """The format of a stage; `columns` is a row, by which `messages` is told from `prompt` +
     `completion`.
@@ -63,13 +63,14 @@ def prompt_format(
     Raises RecipeError for a template that is not valid Jinja or uses no column, or `chat` without a
     template.
     """
-    if method in ("causal-lm", "masked-lm"):
+    read = METHODS[method].columns
+    if read == ("text",):
         return PromptFormat(text=row_template(data.text, "text", key="data.text"))
-    if method == "token-classification":
+    if "tags" in read:
         return PromptFormat(
             tokens=column_name(data.tokens or "tokens"), tags=column_name(data.tags or "tags")
         )
-    if method == "sequence-classification":
+    if "label" in read:
         text, label = (
             row_template(data.text, "text", key="data.text"),
             row_template(data.label, "label", key="data.label"),
@@ -107,11 +108,11 @@ def prompt_format(
             )
         return PromptFormat(template=template, system=data.system)
     prompt = row_template(data.prompt, "prompt", key="data.prompt")
-    if method in ("reward", "dpo"):
+    if "chosen" in read:
         chosen = row_template(data.chosen, "chosen", key="data.chosen")
         rejected = row_template(data.rejected, "rejected", key="data.rejected")
         # A policy is evaluated on what it should have answered; a reward answers nothing.
-        completion = chosen if method == "dpo" else None
+        completion = chosen if METHODS[method].task == GENERATION else None
         return PromptFormat(
             template, data.system, prompt, completion, chosen=chosen, rejected=rejected
         )

@@ -1,31 +1,26 @@
-"""Data files as rows: JSON Lines, CSV, TSV, Parquet and text, each also gzipped, or a hub data set.
+"""Rows of data files, or of hub data sets: read, drawn, held out and converted.
 
-Every complaint names file, line, column, what was expected, what was found and what to do.
+Every error names file, line, column, what was expected, what was found and what to do.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
-import sys
+import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 from edgetune.core.errors import DataError
 from edgetune.core.files import sha256_file, sha256_text
+from edgetune.data.readers import READERS, Row
 from edgetune.recipe.paths import SUFFIXES, _kind, is_hub_id
 
-
-class Row(NamedTuple):
-    """One row: its line in the file (from 1; in Parquet the row's number) and its columns."""
-
-    line: int
-    values: dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ def read_rows(source: str | Path, skip_invalid: bool = False) -> Rows:
     kind = _check_file(path)
     rows: list[Row] = []
     skipped = 0
-    try:
+    with _reading(path):
         for row in READERS[kind](path):
             if isinstance(row, Row):
                 rows.append(row)
@@ -58,20 +53,6 @@ def read_rows(source: str | Path, skip_invalid: bool = False) -> Rows:
                 skipped += 1
             else:
                 raise row
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        fix = "Fetch or compress the file again."
-        raise DataError(f"damaged gzip file: {error}", where=str(path), fix=fix) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "not UTF-8 text",
-            where=str(path),
-            got=f"byte 0x{error.object[error.start]:02x}",
-            fix="Save it as UTF-8.",
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"cannot read the file: {error.strerror or error}", where=str(path)
-        ) from error
     if not rows:
         got = f"{skipped} invalid rows" if skipped else "none"
         raise DataError(
@@ -80,10 +61,59 @@ def read_rows(source: str | Path, skip_invalid: bool = False) -> Rows:
     return Rows(source=str(path), rows=rows, skipped=skipped, digest="sha256:" + sha256_file(path))
 
 
+def convert_rows(
+    source: Rows, convert: Callable[[Row, str], T], *, skip_invalid: bool
+) -> tuple[list[T], int]:
+    """Every row converted, and how many were left out. `convert` gets the row and "file, line n"
+    for its errors.
+
+    The DataError of the first bad row is raised; with `skip_invalid` only where all rows are bad.
+    """
+    converted: list[T] = []
+    first: DataError | None = None
+    for row in source.rows:
+        try:
+            converted.append(convert(row, f"{source.source}, line {row.line}"))
+        except DataError as error:
+            if not skip_invalid:
+                raise
+            first = first or error
+    skipped = len(source.rows) - len(converted)
+    if not converted and first is not None:
+        raise DataError(
+            f"none of {skipped} rows can be used; the first: {first}", where=source.source
+        ) from first
+    return converted, skipped
+
+
+def sample(rows: list[T], limit: int | None, *, seed: int) -> list[T]:
+    """A random subset in file order; the same seed draws the same rows. No `limit`: all of them."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+
+
 def spread(rows: Sequence[Any], limit: int | None) -> list[Any]:
     """All rows, or `limit` of them at equal distances."""
     count = len(rows) if limit is None else min(limit, len(rows))
     return [rows[at * len(rows) // count] for at in range(count)]
+
+
+def hold_out(source: Rows, count: int, *, seed: int) -> tuple[Rows, Rows]:
+    """The rows without `count` random ones, and these; both in file order. The same seed draws the
+    same rows.
+    """
+    if count >= len(source.rows):
+        raise DataError(
+            "data.hold_out leaves no row to train on",
+            where=source.source,
+            expected=f"less than {len(source.rows)}",
+            got=str(count),
+        )
+    drawn = set(random.Random(seed).sample(range(len(source.rows)), count))
+    kept = [row for at, row in enumerate(source.rows) if at not in drawn]
+    held = [row for at, row in enumerate(source.rows) if at in drawn]
+    return replace(source, rows=kept), replace(source, rows=held, skipped=0)
 
 
 def _check_file(path: Path) -> str:
@@ -113,132 +143,25 @@ def _check_file(path: Path) -> str:
     return kind
 
 
-def _open_text(path: Path) -> io.TextIOBase:
-    """Text of a plain or gzipped file, without a byte order mark; newlines as the csv module wants
-    them.
-    """
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[return-value]
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
-    with _open_text(path) as file:
-        for line, text in enumerate(file, start=1):
-            if text.strip():
-                yield _json_row(text, path=path, line=line)
-
-
-def _json_row(text: str, *, path: Path, line: int) -> Row | DataError:
-    where = f"{path}, line {line}"
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What a damaged file raises, as a DataError."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        return DataError(
-            f"not valid JSON at column {error.colno}: {error.msg}",
-            where=where,
-            expected="one JSON object a line",
-            got=_shown(text),
-            fix="Correct the line, or leave such rows out with data.skip_invalid = true.",
-        )
-    except RecursionError:
-        return DataError("JSON nested too deeply", where=where, got=_shown(text))
-    if not isinstance(value, dict):
-        expected = 'a JSON object such as {"text": "…", "label": "…"}'
-        return DataError(
-            "the row is not an object", where=where, expected=expected, got=_shown(text)
-        )
-    return Row(line, value)
-
-
-def _read_csv(path: Path) -> Iterator[Row | DataError]:
-    return _read_table(path, delimiter=",")
-
-
-def _read_tsv(path: Path) -> Iterator[Row | DataError]:
-    return _read_table(path, delimiter="\t")
-
-
-def _read_table(path: Path, *, delimiter: str) -> Iterator[Row | DataError]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with _open_text(path) as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-            _check_header(header, path=path)
-            first = (
-                reader.line_num + 1
-            )  # where the next record starts: a quoted field may span lines
-            for fields in reader:
-                if fields:
-                    yield _table_row(header, fields, path=path, line=first)
-                first = reader.line_num + 1
-        except csv.Error as error:
-            fix = "Correct the quoting of this row."
-            raise DataError(
-                f"damaged table: {error}", where=f"{path}, line {reader.line_num}", fix=fix
-            ) from error
-
-
-def _check_header(header: list[str], *, path: Path) -> None:
-    where = f"{path}, line 1"
-    expected = "a first line with the columns' names"
-    if not header or not all(name.strip() for name in header):
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        fix = "Fetch or compress the file again."
+        raise DataError(f"damaged gzip file: {error}", where=str(path), fix=fix) from error
+    except UnicodeDecodeError as error:
         raise DataError(
-            "a column has no name", where=where, expected=expected, got=_shown(",".join(header))
-        )
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
+            "not UTF-8 text",
+            where=str(path),
+            got=f"byte 0x{error.object[error.start]:02x}",
+            fix="Save it as UTF-8.",
+        ) from error
+    except OSError as error:
         raise DataError(
-            f'the column "{twice[0]}" appears twice', where=where, fix="Rename one of them."
-        )
-
-
-def _table_row(header: list[str], fields: list[str], *, path: Path, line: int) -> Row | DataError:
-    if len(fields) != len(header):
-        return DataError(
-            "wrong number of fields",
-            where=f"{path}, line {line}",
-            expected=f"{len(header)} ({', '.join(header)})",
-            got=str(len(fields)),
-            fix="Put fields that contain the separator in double quotes.",
-        )
-    return Row(line, dict(zip(header, fields, strict=True)))
-
-
-def _read_parquet(path: Path) -> Iterator[Row | DataError]:
-    import pyarrow
-    import pyarrow.parquet
-
-    source: Any = (
-        io.BytesIO(gzip.decompress(path.read_bytes()))
-        if path.name.lower().endswith(".gz")
-        else path
-    )
-    try:
-        table = pyarrow.parquet.read_table(source)
-    except (pyarrow.ArrowException, OSError) as error:
-        message = str(error).splitlines()[0]
-        raise DataError(f"not a readable Parquet file: {message}", where=str(path)) from error
-    for number, values in enumerate(table.to_pylist(), start=1):
-        yield Row(number, values)
-
-
-def _read_txt(path: Path) -> Iterator[Row | DataError]:
-    """One document: the whole file in the column `text`."""
-    with _open_text(path) as file:
-        text = file.read()
-    if text.strip():
-        yield Row(1, {"text": text})
-
-
-READERS: dict[str, Callable[[Path], Iterator[Row | DataError]]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-}
+            f"cannot read the file: {error.strerror or error}", where=str(path)
+        ) from error
 
 
 def _read_hub(source: str) -> Rows:
@@ -272,8 +195,3 @@ def _read_hub(source: str) -> Rows:
         "\n".join(json.dumps(row.values, sort_keys=True, default=str) for row in rows)
     )
     return Rows(source=source, rows=rows, skipped=0, digest="sha256:" + digest)
-
-
-def _shown(text: str) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= 60 else text[:57] + "…")

@@ -1,22 +1,24 @@
-"""Rows of words with a tag each become token ids, with a label at every word's first sub-word."""
+"""Rows of words with a tag each (`token-classification`): token ids, with a label at every word's
+first sub-word.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from edgetune.core.errors import DataError
-from edgetune.core.settings import shown
 from edgetune.core.text import first_subwords, join_words
-from edgetune.data.batching import Batch, collate
-from edgetune.data.examples import IGNORED, Example, ExampleSet, Loading, convert_rows, sample
+from edgetune.data.batching import IGNORE, Batch, collate
+from edgetune.data.columns import FIX, tags_in, words_in
+from edgetune.data.examples import Example, ExampleSet, Labels, Loading, load
+from edgetune.data.labels import first_of, two_or_more
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.rows import Row, Rows
-
-FIX = "Correct the row, or leave such rows out with data.skip_invalid = true."
+from edgetune.data.readers import Row
+from edgetune.data.rows import Rows, convert_rows
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class TaggedRow:
 
 @dataclass(slots=True)
 class TaggedExample(Example):
-    """`labels` is IGNORED except at a word's first sub-word; `tags` are all words', `first` their
+    """`labels` is IGNORE except at a word's first sub-word; `tags` are all words', `first` their
     first sub-words.
 
     `features` are (words that are seen, hidden).
@@ -49,12 +51,8 @@ def tagged_rows(
     words_column, tags_column = form.tokens or "tokens", form.tags or "tags"
 
     def convert(row: Row, where: str) -> TaggedRow:
-        words = _texts(
-            row.values, words_column, where=where, example='["New", "York"]', integers=False
-        )
-        tags = _texts(
-            row.values, tags_column, where=where, example='["B-place", "I-place"]', integers=True
-        )
+        words = words_in(row, words_column, where=where)
+        tags = tags_in(row, tags_column, where=where)
         if len(tags) != len(words):
             raise DataError(
                 f'the column "{tags_column}" has another length than "{words_column}"',
@@ -69,35 +67,51 @@ def tagged_rows(
 
 
 def load_tagged(loading: Loading) -> ExampleSet:
-    """Tags come from the whole training file, so that `data.limit` never changes the head's
-    shape.
+    """Sentences, longer ones cut to `max_length` tokens; words that the model never sees are
+    counted.
     """
-    stage = loading.stage
-    examples: dict[str, list[Any]] = {}
-    skipped, truncated, unseen = {}, {}, {}
-    names = tuple(loading.labels) if loading.labels is not None else None
-    for name, source in loading.sources.items():
-        rows, unusable = tagged_rows(source, loading.form, skip_invalid=stage.data.skip_invalid)
-        if names is None:
-            names = _tag_names(rows, source=source.source)
-        known = [row for row in rows if set(row.tags) <= set(names)]
-        if len(known) < len(rows) and (not stage.data.skip_invalid or not known):
-            raise unknown_tag(
-                next(row for row in rows if not set(row.tags) <= set(names)), source.source, names
-            )
-        chosen = sample(known, stage.data.limit if name == "train" else None, seed=loading.seed)
-        examples[name], truncated[name], unseen[name] = encode_tagged(
-            chosen, names, loading.tokenizer, limit=loading.limit
+    truncated: dict[str, int] = {}
+    unseen: dict[str, dict[str, int]] = {}
+    labels = Labels(tuple(loading.labels or ()), tag_names, unknown_tag)
+
+    def encode(name: str, rows: list[TaggedRow]) -> list[TaggedExample]:
+        examples, truncated[name], unseen[name] = encode_tagged(
+            rows, labels.names, loading.tokenizer, limit=loading.limit
         )
-        skipped[name] = source.skipped + unusable + len(rows) - len(known)
-        if not any(first is not None for example in examples[name] for first in example.first):
+        if not any(first is not None for example in examples for first in example.first):
             raise DataError(
                 "there is no word to tag",
-                where=source.source,
+                where=loading.sources[name].source,
                 expected="at least one word that the tokenizer keeps",
             )
-    found = loading.example_set(examples, labels=names, skipped=skipped, truncated=truncated)
-    return replace(found, unseen_words=unseen)
+        return examples
+
+    found = load(loading, tagged_rows, encode, labels=labels)
+    return replace(found, truncated=truncated, unseen_words=unseen)
+
+
+def tag_names(rows: Sequence[TaggedRow], source: str) -> tuple[str, ...]:
+    """The sorted tags of a training file, of which there must be two."""
+    return two_or_more({tag for row in rows for tag in row.tags}, "tags", source)
+
+
+def unknown_tag(
+    row: TaggedRow,
+    source: str,
+    names: Sequence[str],
+    *,
+    what: str = "does not occur in the training rows",
+) -> DataError | None:
+    """The error for the first tag of a row that is not among `names`; None where all are."""
+    at = next((at for at, tag in enumerate(row.tags) if tag not in names), None)
+    if at is None:
+        return None
+    return DataError(
+        f'the tag "{row.tags[at]}" of word {at + 1}, "{row.words[at]}", {what}',
+        where=f"{source}, line {row.line}",
+        expected=f"one of {first_of(names, 'tags')}",
+        fix="Correct the tag or add training rows for it.",
+    )
 
 
 def encode_tagged(
@@ -114,7 +128,7 @@ def encode_tagged(
         rows, texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
         first = first_subwords(text, offsets, words)
-        labels = [IGNORED] * len(ids)
+        labels = [IGNORE] * len(ids)
         for token, tag in zip(first, row.tags, strict=True):
             if token is not None:
                 labels[token] = index[tag]
@@ -131,6 +145,12 @@ def encode_tagged(
     return examples, cut_rows, unseen
 
 
+def _encode(tokenizer: Any, texts: Sequence[str], **how: Any) -> Any:
+    if not texts:
+        return {"input_ids": [], "offset_mapping": []}
+    return tokenizer(list(texts), return_offsets_mapping=True, verbose=False, **how)
+
+
 def collate_tagged(examples: Sequence[Any], pad_id: int) -> Batch:
     """A batch whose targets are the labelled tokens; features (words, hidden) stand row after
     row.
@@ -140,82 +160,6 @@ def collate_tagged(examples: Sequence[Any], pad_id: int) -> Batch:
     batch = collate(bare, pad_id)
     return replace(
         batch,
-        targets=int((batch.labels != IGNORED).sum()),
+        targets=int((batch.labels != IGNORE).sum()),
         features=torch.cat(features) if features else None,
     )
-
-
-def unknown_tag(
-    row: TaggedRow,
-    source: str,
-    names: Sequence[str],
-    *,
-    what: str = "does not occur in the training rows",
-) -> DataError:
-    """The error for a tag that is not among `names`."""
-    at = next(at for at, tag in enumerate(row.tags) if tag not in names)
-    shown = ", ".join(names[:8]) + (f" … ({len(names)} tags)" if len(names) > 8 else "")
-    return DataError(
-        f'the tag "{row.tags[at]}" of word {at + 1}, "{row.words[at]}", {what}',
-        where=f"{source}, line {row.line}",
-        expected=f"one of {shown}",
-        fix="Correct the tag or add training rows for it.",
-    )
-
-
-def _encode(tokenizer: Any, texts: Sequence[str], **how: Any) -> Any:
-    if not texts:
-        return {"input_ids": [], "offset_mapping": []}
-    return tokenizer(list(texts), return_offsets_mapping=True, verbose=False, **how)
-
-
-def _tag_names(rows: Iterable[TaggedRow], *, source: str) -> tuple[str, ...]:
-    names = tuple(sorted({tag for row in rows for tag in row.tags}))
-    if len(names) < 2:
-        raise DataError(
-            "there is nothing to tell apart",
-            where=source,
-            expected="at least two tags",
-            got=f"only {names[0]!r}",
-        )
-    return names
-
-
-def _texts(
-    values: dict[str, Any], column: str, *, where: str, example: str, integers: bool
-) -> list[str]:
-    """A column that holds a list of strings that are not empty (tags: or integers)."""
-    if column not in values:
-        raise DataError(
-            f'there is no column "{column}"',
-            where=where,
-            expected=f"a list such as {example}",
-            got="the columns " + (", ".join(values) or "(none)"),
-            fix="Set data.tokens and data.tags to the columns that hold words and tags.",
-        )
-    value = values[column]
-    if not isinstance(value, list) or not value:
-        got = "an empty list" if value == [] else f"{type(value).__name__} {shown(value)}"
-        raise DataError(
-            f'the column "{column}" is no list of {"tags" if integers else "words"}',
-            where=where,
-            expected=f"a list such as {example}",
-            got=got,
-            fix=FIX,
-        )
-    for at, item in enumerate(value):
-        if not ((is_text(item) and (item or not integers)) or (integers and type(item) is int)):
-            kinds = "a string or an integer" if integers else "a string"
-            raise DataError(
-                f"{column}[{at}] cannot be used",
-                where=where,
-                expected=kinds,
-                got=f"{type(item).__name__} {shown(item)}",
-                fix=FIX,
-            )
-    return [str(item) for item in value]
-
-
-def is_text(item: Any) -> bool:
-    """A string without halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
-    return isinstance(item, str) and item.encode(errors="ignore").decode() == item

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 from edgetune.core.errors import DataError, InputError
 from edgetune.core.tasks import TAGGING
 from edgetune.data.conversations import Prompt, row_answer, row_prompt
-from edgetune.data.labels import labelled_rows, multi_label_rows, unknown_label, value_rows
+from edgetune.data.labels import labelled_rows
 from edgetune.data.plain_text import text_rows
 from edgetune.data.preferences import preference_rows
 from edgetune.data.prompts import PromptFormat, split_messages
-from edgetune.data.rows import Row, Rows
+from edgetune.data.readers import Row
+from edgetune.data.rows import Rows
 from edgetune.data.tagging import tagged_rows, unknown_tag
+from edgetune.data.targets import multi_label_rows, unknown_labels, value_rows
 from edgetune.evaluation.answers import Advance, Answers, BundleAnswers
 from edgetune.evaluation.forgetting.measure import Subject
 from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
@@ -58,8 +60,8 @@ def measure_tags(answers: Any, source: Rows, skip_invalid: bool, advance: Advanc
     rows, skipped = tagged_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
     known = set(answers.labels or ())
     for row in rows:
-        if not set(row.tags) <= known:
-            raise unknown_tag(row, source.source, sorted(known), what=UNKNOWN)
+        if error := unknown_tag(row, source.source, sorted(known), what=UNKNOWN):
+            raise error
     predicted = _answered(answers.tag, [row.words for row in rows], advance)
     metrics = tag_metrics(predicted, [row.tags for row in rows], answers.labels or ())
     predictions = [
@@ -76,8 +78,8 @@ def measure_label_sets(
     rows, skipped = multi_label_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
     known = set(answers.labels or ())
     for row in rows:
-        if not set(row.target) <= known:
-            raise unknown_label(row, source.source, sorted(known), what=UNKNOWN)
+        if error := unknown_labels(row, source.source, sorted(known), what=UNKNOWN):
+            raise error
     predicted = _answered(answers.label_sets, [row.text for row in rows], advance)
     predictions = [
         {"line": row.line, "prediction": list(labels), "labels": list(row.target)}

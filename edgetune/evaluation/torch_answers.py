@@ -16,7 +16,7 @@ from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import InputError
 from edgetune.core.templates import chat_messages
 from edgetune.core.text import OUTSIDE, Text, first_subwords, join_words
-from edgetune.data.batching import Batch, collate, in_order_of_length, split_alike
+from edgetune.data.batching import Batch, collate, in_order_of_length, split_by_prefix
 from edgetune.data.completions import encode_prompts
 from edgetune.data.conversations import Prompt
 from edgetune.data.examples import Example
@@ -245,7 +245,7 @@ def score_rows(
     by_length = functools.partial(
         in_order_of_length, [len(row) for row in rows], TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE
     )
-    for part in split_alike(rows, DIFFERENT_AT_ONCE) if alike else by_length():
+    for part in split_by_prefix(rows, DIFFERENT_AT_ONCE) if alike else by_length():
         batch = collate([Example(rows[index], 0, index) for index in part], 0)
         for index, value in zip(part, reward(batch).tolist(), strict=True):
             rewards[index] = value

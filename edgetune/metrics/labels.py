@@ -1,18 +1,18 @@
 """Metrics of labels, sets of labels, numbers and tagged words. Pure functions of predictions and
-references.
+references; scikit-learn counts.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from edgetune.core.text import entities, has_entities
-from edgetune.metrics.statistics import spearman
+from edgetune.core.text import Entity, entities, has_entities
+from edgetune.metrics.statistics import correlation, share, spearman
 
+T = TypeVar("T", bound=Hashable)
 Sentences = Sequence[Sequence[str]]  # the tags of each sentence
 
 
@@ -34,7 +34,7 @@ def tag_metrics(
     pairs = [
         (read(ours), read(theirs)) for ours, theirs in zip(predictions, references, strict=True)
     ]
-    words["exact_match"] = sum(ours == theirs for ours, theirs in pairs) / max(1, len(pairs))
+    words["exact_match"] = share(ours == theirs for ours, theirs in pairs)
     if not has_entities(labels):
         return words | {"macro_f1": macro_f1(predicted, expected)}
     return entity_metrics(predictions, references) | words
@@ -46,52 +46,65 @@ def entity_metrics(predictions: Sentences, references: Sentences) -> dict[str, f
 
     An entity counts when its first word, its last word and its type are right (conlleval; Tjong Kim
     Sang and De Meulder 2003). Types are those of predictions and references together, as in
-    seqeval.
+    seqeval, which reads tags otherwise than the runtime does: of BILOU it makes neighbours of one
+    type one entity.
     """
-    hits, found, wanted = Counter[str](), Counter[str](), Counter[str]()
-    for predicted, expected in zip(predictions, references, strict=True):
-        ours, theirs = set(entities(predicted)), set(entities(expected))
-        hits.update(entity.type for entity in ours & theirs)
-        found.update(entity.type for entity in ours)
-        wanted.update(entity.type for entity in theirs)
-    types = sorted(found.keys() | wanted.keys())
-    right, predicted_count, expected_count = hits.total(), found.total(), wanted.total()
-    each = [2 * hits[kind] / (found[kind] + wanted[kind]) for kind in types]
+    found, wanted = ([set(entities(tags)) for tags in rows] for rows in (predictions, references))
+    precision, recall, f1, macro_f1 = _scores_of_sets(found, wanted, _type)
     return {
-        "entity_f1": 2 * right / max(1, predicted_count + expected_count),
-        "macro_entity_f1": sum(each) / len(each) if each else 0.0,
-        "entity_precision": right / max(1, predicted_count),
-        "entity_recall": right / max(1, expected_count),
+        "entity_f1": f1,
+        "macro_entity_f1": macro_f1,
+        "entity_precision": precision,
+        "entity_recall": recall,
     }
+
+
+def _type(entity: Entity) -> str:
+    return entity.type
+
+
+def _scores_of_sets(
+    found: Sequence[set[T]], wanted: Sequence[set[T]], label_of: Callable[[T], str]
+) -> tuple[float, float, float, float]:
+    """Precision, recall and F1 over all items of all rows, and the mean of the labels' F1; 0 where
+    there are no items.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    rows = list(zip(found, wanted, strict=True))
+    labels = sorted({label_of(item) for ours, theirs in rows for item in ours | theirs})
+    if not labels:
+        return 0.0, 0.0, 0.0, 0.0
+    number = {label: at for at, label in enumerate(labels)}
+    # an item that one side lacks is of no label there: -1
+    pairs = [
+        [number[label_of(item)] if item in side else -1 for side in (theirs, ours)]
+        for ours, theirs in rows
+        for item in ours | theirs
+    ]
+    micro, macro = (
+        precision_recall_fscore_support(
+            *np.array(pairs).T, labels=range(len(labels)), average=average, zero_division=0
+        )
+        for average in ("micro", "macro")
+    )
+    return float(micro[0]), float(micro[1]), float(micro[2]), float(macro[2])
 
 
 def accuracy(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of rows with the right label."""
-    return _share(p == r for p, r in zip(predictions, references, strict=True))
+    return share(p == r for p, r in zip(predictions, references, strict=True))
 
 
 def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean F1 over the labels that occur in predictions or references, each label weighing the
     same.
     """
-    labels = sorted(set(predictions) | set(references))
-    return (
-        sum(_f1(label, predictions, references) for label in labels) / len(labels)
-        if labels
-        else 0.0
-    )
+    from sklearn.metrics import f1_score
 
-
-def _f1(label: str, predictions: Sequence[str], references: Sequence[str]) -> float:
-    pairs = list(zip(predictions, references, strict=True))
-    hits = sum(p == r == label for p, r in pairs)
-    wrong = sum((p == label) != (r == label) for p, r in pairs)
-    return 2 * hits / (2 * hits + wrong) if hits else 0.0
-
-
-def _share(hits: Any) -> float:
-    flags = list(hits)
-    return sum(flags) / len(flags) if flags else 0.0
+    if not references:
+        return 0.0
+    return float(f1_score(references, predictions, average="macro", zero_division=0))
 
 
 def multi_label_metrics(
@@ -100,26 +113,12 @@ def multi_label_metrics(
     """F1 over all decisions (micro), its mean over the labels that occur (macro), and the share of
     rows all right.
     """
-    pairs = [
-        (set(predicted), set(expected))
-        for predicted, expected in zip(predictions, references, strict=True)
-    ]
-    labels = sorted(set[str]().union(*(predicted | expected for predicted, expected in pairs)))
-    hits = {
-        label: sum(label in predicted and label in expected for predicted, expected in pairs)
-        for label in labels
-    }
-    named = {
-        label: sum((label in predicted) + (label in expected) for predicted, expected in pairs)
-        for label in labels
-    }
-    each = [2 * hits[label] / named[label] for label in labels]
+    found, wanted = ([set(labels) for labels in rows] for rows in (predictions, references))
+    *_, micro_f1, macro_f1 = _scores_of_sets(found, wanted, str)
     return {
-        "micro_f1": 2 * sum(hits.values()) / max(1, sum(named.values())),
-        "macro_f1": sum(each) / len(each) if each else 0.0,
-        "exact_match": (
-            sum(predicted == expected for predicted, expected in pairs) / max(1, len(pairs))
-        ),
+        "micro_f1": micro_f1,
+        "macro_f1": macro_f1,
+        "exact_match": share(ours == theirs for ours, theirs in zip(found, wanted, strict=True)),
     }
 
 
@@ -130,11 +129,8 @@ def regression_metrics(
     error.
     """
     pairs = np.array([predictions, references], np.float64).T  # (rows, 2)
-    x, y = (pairs - pairs.mean(axis=0)).T
-    size = float(np.sqrt((x * x).sum() * (y * y).sum()))
-    pearson = float((x * y).sum()) / size if size else 0.0
     return {
-        "pearson": pearson,
+        "pearson": correlation(pairs),
         "spearman": spearman(pairs),
-        "mse": float(((pairs[:, 0] - pairs[:, 1]) ** 2).mean()),
+        "mse": float(((pairs[:, 0] - pairs[:, 1]) ** 2).mean()) if len(pairs) else 0.0,
     }

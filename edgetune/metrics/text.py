@@ -5,12 +5,11 @@ predictions and references.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from edgetune.metrics.labels import _share
+from edgetune.metrics.statistics import share
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -18,7 +17,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
     aside.
     """
     pairs = zip(predictions, references, strict=True)
-    return _share(p.strip() in {reference.strip() for reference in r} for p, r in pairs)
+    return share(p.strip() in {reference.strip() for reference in r} for p, r in pairs)
 
 
 def json_exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -26,12 +25,12 @@ def json_exact_match(predictions: Sequence[str], references: Sequence[Sequence[s
     keys is free.
     """
     pairs = zip(predictions, references, strict=True)
-    return _share(_same_json(p, r) for p, r in pairs)
+    return share(_same_json(p, r) for p, r in pairs)
 
 
 def json_valid(predictions: Sequence[str]) -> float:
     """Share of rows whose text is JSON."""
-    return _share(canonical_json(p) is not None for p in predictions)
+    return share(canonical_json(p) is not None for p in predictions)
 
 
 def is_json_task(references: Sequence[Sequence[str]]) -> bool:
@@ -112,34 +111,14 @@ def _leaves(value: Any, *, path: str) -> Iterator[tuple[str, str]]:
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean over rows of the best ROUGE-L F-measure over a row's references (Lin 2004, section 3.1).
-
-    As google's `rouge_score` without stemming: lower-case words of a-z and 0-9; F = 2PR / (P + R)
-    over the longest common subsequence.
+    """Mean over rows of the best ROUGE-L F-measure over a row's references (Lin 2004, section 3.1),
+    by google's `rouge_score` without stemming.
     """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
     scores = [
-        max(_rouge_l(_words(p), _words(r)) for r in row)
-        for p, row in zip(predictions, references, strict=True)
+        scorer.score_multi(row, prediction)["rougeL"].fmeasure
+        for prediction, row in zip(predictions, references, strict=True)
     ]
-    return sum(scores) / len(scores) if scores else 0.0
-
-
-def _words(text: str) -> list[str]:
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
-
-
-def _rouge_l(prediction: Sequence[str], reference: Sequence[str]) -> float:
-    common = _common_subsequence(prediction, reference)
-    return 2 * common / (len(prediction) + len(reference)) if common else 0.0
-
-
-def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for at, other in enumerate(b, start=1):
-            above = row[at]
-            row[at] = diagonal + 1 if word == other else max(above, row[at - 1])
-            diagonal = above
-    return row[-1]
+    return float(sum(scores) / len(scores)) if scores else 0.0

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from edgetune.core.errors import BaseModelError
 from edgetune.core.files import CHUNK
 from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, MODEL_CONFIG, MODEL_WEIGHTS, TOKENIZER
+from edgetune.core.tasks import Kind
 from edgetune.quantisation.precision import Precision
 
-Kind = Literal["decoder", "encoder", "encoder-decoder"]
 Pooling = Literal["mean", "cls"]
 # Keys that change what the weights compute; other keys vary with the version of transformers that
 # wrote the file.

@@ -218,7 +218,6 @@ def _round(modules: Mapping[str, Any], inputs: _Inputs, precision: Precision) ->
             gram,
             bits=4,
             block_size=precision.block_size,
-            symmetric=precision.symmetric,
         )
         for module, weight in zip(
             group, rounded.split([len(weight) for weight in weights]), strict=True

@@ -18,7 +18,7 @@ from typing import Any
 
 from edgetune.core.errors import BaseModelError
 from edgetune.core.layout import TOKENIZER_CONFIG
-from edgetune.models.load import quiet
+from edgetune.models.load import auto_class, quiet
 
 SOURCE = "source.gguf"
 # The splitting rules by llama.cpp's names (src/llama-vocab.cpp, llama_vocab_pre_type): regexes
@@ -39,13 +39,13 @@ SPLITS = {
 def convert_gguf(source: Path, folder: Path) -> None:
     """Write the model in `source` to `folder` and keep the file itself there as `source.gguf`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     fields = _fields(source)
     shutil.copyfile(source, folder / SOURCE)
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = auto_class("text-generation").from_pretrained(
                 folder, gguf_file=SOURCE, dtype=torch.float32
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SOURCE)
@@ -95,13 +95,14 @@ def _save_weights(loaded: Any, folder: Path) -> None:
     trace of GGUF.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = loaded.config.to_dict()
     for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
         config.pop(key, None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(type(loaded.config)(**config), dtype=torch.float32)
+        model = auto_class("text-generation").from_config(
+            type(loaded.config)(**config), dtype=torch.float32
+        )
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config

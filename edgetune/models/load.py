@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import BaseModelError
@@ -11,6 +11,13 @@ from edgetune.models.base import Base
 
 if TYPE_CHECKING:
     import torch
+
+# kind of base → the task whose model is loaded
+TASK_OF_KIND = {
+    "decoder": "text-generation",
+    "encoder": "feature-extraction",
+    "encoder-decoder": "text2text-generation",
+}
 
 
 @contextlib.contextmanager
@@ -29,47 +36,73 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model in evaluation mode (float32 by default): a decoder or encoder-decoder
-    with its output projection, or an encoder without head; with the weights of the bundle where the
-    base has a `precision`. Weights that are missing in the file raise, but for an encoder's unused
-    pooler."""
-    import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def auto_class(task: str) -> Any:
+    """transformers' Auto class of a task, by optimum's name of it: text-generation, fill-mask …"""
+    from optimum.exporters.tasks import TasksManager
 
-    loader = {
-        "decoder": AutoModelForCausalLM,
-        "encoder": AutoModel,
-        "encoder-decoder": AutoModelForSeq2SeqLM,
-    }[base.kind]
+    return TasksManager.get_model_class_for_task(task)
+
+
+def load_for(base: Base, task: str, *, dtype: torch.dtype | None = None) -> tuple[Any, set[str]]:
+    """The transformers model of a task (float32 by default), and the names of its tensors that are
+    not in the base's files; an encoder's unused pooler is not among them.
+    """
+    import torch
+
     with quiet():
         try:
-            model, report = loader.from_pretrained(
+            model, report = auto_class(task).from_pretrained(
                 base.folder,
                 dtype=dtype or torch.float32,
                 local_files_only=True,
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            line = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BaseModelError(
                 f"the model cannot be loaded: {line}", where=str(base.folder)
             ) from error
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    return model, {name for name in report["missing_keys"] if "pooler" not in name}
+
+
+def refuse_missing(missing: Collection[str], base: Base) -> None:
+    """BaseModelError where there are any."""
     if missing:
         raise BaseModelError(
             f"{len(missing)} tensors of the model are not in its files",
             where=str(base.folder),
-            got="without " + ", ".join(missing[:3]),
+            got="without " + ", ".join(sorted(missing)[:3]),
             fix="The configuration does not fit the weights; copy the folder again.",
         )
+
+
+def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
+    """The transformers model in evaluation mode (float32 by default): a decoder or encoder-decoder
+    with its output projection, or an encoder without head; with the weights of the bundle where the
+    base has a `precision`. Weights that are missing in the file raise, but for an encoder's unused
+    pooler."""
+    model, missing = load_for(base, TASK_OF_KIND[base.kind], dtype=dtype)
+    refuse_missing(missing, base)
     if base.precision is not None:
         from edgetune.models.fake_quantise import round_weights
 
         round_weights(model, base.precision)
     return model.eval()
+
+
+def hidden_size(base: Base) -> int:
+    """The width of the model's layers, by its configuration alone."""
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BaseModelError(
+                f"the model cannot be loaded: {line}", where=str(base.folder)
+            ) from error
+    return int(config.hidden_size)
 
 
 def load_tokenizer(base: Base) -> Any:

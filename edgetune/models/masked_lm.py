@@ -11,38 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgetune.core.errors import BaseModelError
 from edgetune.models.base import Base
 from edgetune.models.fake_quantise import round_weights
 from edgetune.models.heads import unwrapped
-from edgetune.models.load import quiet
+from edgetune.models.load import load_for, refuse_missing
 
 
 def load_masked_lm(base: Base, *, seed: int) -> tuple[Any, bool]:
     """transformers' …ForMaskedLM in float32 and evaluation mode, and whether its head is new (drawn
     with the seed).
     """
-    from transformers import AutoModelForMaskedLM
-
-    with quiet():
-        try:
-            model, report = AutoModelForMaskedLM.from_pretrained(
-                base.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BaseModelError(
-                f"masked-lm cannot load this base: {line}", where=str(base.folder)
-            ) from error
-    missing = {name for name in report["missing_keys"] if "pooler" not in name}
-    body = f"{model.base_model_prefix}."
-    absent = sorted(name for name in missing if name.startswith(body))
-    if absent:
-        raise BaseModelError(
-            f"{len(absent)} tensors of the model are not in its files",
-            where=str(base.folder),
-            got="without " + ", ".join(absent[:3]),
-        )
+    model, missing = load_for(base, "fill-mask")
+    refuse_missing(
+        [name for name in missing if name.startswith(f"{model.base_model_prefix}.")], base
+    )
     _draw(model, missing, seed=seed)
     if base.precision is not None:
         round_weights(model.base_model, base.precision)

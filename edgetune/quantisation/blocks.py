@@ -150,15 +150,13 @@ def in_blocks(weight: Tensor, block_size: int) -> Tensor:
     return padded.view(weight.shape[0], -1, block_size)
 
 
-def steps_of(
-    blocks: Tensor, *, bits: int, symmetric: bool, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (rows, blocks) for values that are yet to be chosen; scales are ones that
-    float16 holds, as `grids` reads them back.
+def steps_of(blocks: Tensor, *, bits: int, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (rows, blocks) of symmetric blocks whose values are yet to be chosen; scales
+    are ones that float16 holds, as `grids` reads them back.
 
     `importance` (…, block_size): weight of each column's squared error.
     """
-    scale, zero = _choose(_candidates(blocks, bits, symmetric), blocks, bits, importance)
+    scale, zero = _choose(_candidates(blocks, bits, True), blocks, bits, importance)
     stored = scale.half().float()
     return torch.where(stored == 0, torch.where(scale < 0, -1.0, 1.0) * SMALLEST_HALF, stored), zero
 

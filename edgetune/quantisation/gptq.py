@@ -28,7 +28,6 @@ def round_to_inputs(
     *,
     bits: int,
     block_size: int,
-    symmetric: bool,
     offsets: bool = True,
 ) -> Tensor:
     """W (out, in) with every row on a grid of `bits`, given H = `gram` (in, in) of its inputs; rows
@@ -43,9 +42,7 @@ def round_to_inputs(
     gram = torch.nn.functional.pad(gram.double(), (0, missing, 0, missing))
     gram += torch.eye(len(gram), dtype=gram.dtype) * DAMPING * (gram.diagonal().mean() or 1.0)
     importance = gram.diagonal().float()
-    scale, zero = steps_of(
-        blocks, bits=bits, symmetric=symmetric, importance=importance.view(1, -1, block_size)
-    )
+    scale, zero = steps_of(blocks, bits=bits, importance=importance.view(1, -1, block_size))
     order = torch.argsort(importance, descending=True, stable=True)
     rounded = torch.empty_like(blocks.flatten(1))
     of_block = order // block_size

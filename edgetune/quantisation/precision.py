@@ -27,7 +27,7 @@ class Precision:
 
     weights: str = "fp32"
     block_size: int = BLOCK_SIZE
-    symmetric: bool = True
+    symmetric: bool = True  # False only of a bundle of version 0.1, whose proof is repeated
     overrides: Mapping[str, str] = field(default_factory=dict)
     quantiser: str = "rtn"
     activations: str = "float"

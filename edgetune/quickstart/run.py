@@ -15,7 +15,7 @@ import torch
 
 from edgetune.core.errors import OutputError
 from edgetune.core.files import output_errors, write_json, write_text
-from edgetune.core.layout import ADAPTER_WEIGHTS, ADAPTERS, JOURNAL, REPORT
+from edgetune.core.layout import JOURNAL, REPORT
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import Progress
 from edgetune.data.rows import read_rows, spread
@@ -39,6 +39,7 @@ from edgetune.quickstart.outcome import (
 )
 from edgetune.quickstart.page import render_quickstart
 from edgetune.quickstart.plan import QuickstartPlan, QuickstartTask, Shipment
+from edgetune.report.run_page import write_report
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.check.latency import Workload, host_speed, measure_latency
@@ -84,7 +85,10 @@ def run_quickstart(plan: QuickstartPlan, out: Path, *, stream: TextIO | None = N
     for task in plan.tasks:
         with road.step(f"train {task.name}: {task.title}"):
             summary = run_recipe(
-                task.recipe, out=out / RUNS / task.name, progress=Progress(road.stream)
+                task.recipe,
+                out=out / RUNS / task.name,
+                progress=Progress(road.stream),
+                write_more=write_report,
             )
         with road.step(f"measure {task.name} in torch"):
             scores[task.name] = _measure_in_torch(task, out / RUNS / task.name, summary)
@@ -260,7 +264,7 @@ def _adapter_outcome(
 ) -> AdapterOutcome:
     metric, rows, base_how, base_score, torch_score = scores
     journal = (out / RUNS / task.name / JOURNAL).read_text(encoding="utf-8").splitlines()
-    entry = f"{ADAPTERS}/{task.name}/{ADAPTER_WEIGHTS}"
+    entry = f"adapters/{task.name}/adapter_model.safetensors"
     return AdapterOutcome(
         name=task.name,
         title=task.title,

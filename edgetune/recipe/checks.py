@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import COLUMNS, KINDS, OWN_SETTINGS
+from edgetune.core.tasks import METHODS
+from edgetune.recipe.own_settings import stages_of
 from edgetune.recipe.paths import split_function
 from edgetune.recipe.schema import Data, Recipe, Stage
 
 if TYPE_CHECKING:
+    from edgetune.recipe.own_settings import Grpo
     from edgetune.recipe.schema import Parameters
 
 
@@ -24,8 +26,6 @@ UNUSABLE_INITS = {
     "eva": "it needs calibration data that a recipe has no place for",
     "lora_ga": "it needs gradients of calibration data that a recipe has no place for",
 }
-# methods whose task head can be trained alone
-HEADED = ("sequence-classification", "token-classification")
 
 
 def check_parameters(parameters: Parameters, *, where: str) -> None:
@@ -91,8 +91,9 @@ def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str
     """RecipeError when a head alone shall learn and the method has none that could, or when the
     method needs the base unchanged beside what learns and the parameters leave none."""
     expected = ""
-    if parameters.train == "head" and stage.method not in HEADED:
-        expected = "a method with a task head: " + ", ".join(HEADED)
+    if parameters.train == "head" and not METHODS[stage.method].has_head:
+        headed = [name for name, method in METHODS.items() if method.has_head]
+        expected = "a method with a task head: " + ", ".join(headed)
     if parameters.train == "full" and stage.method == "reward":
         expected = "an adapter, which scores answers on the base that it shares with a policy"
     if parameters.shard and stage.method == "grpo":
@@ -117,11 +118,11 @@ def check_trained(parameters: Parameters, stage: Stage, *, path: str, where: str
         if changes_the_base(parameters.init)
         else None
     )
-    needed = next(_needs_the_base(stage), None) if stage.method == "grpo" else None
+    needed = None if stage.grpo is None else next(_needs_the_base(stage.grpo), None)
     if key is not None and needed is not None:
         setting, fix = needed
         raise RecipeError(
-            f"{path}.{setting} needs the base as it ships beside the policy",
+            f"{path}.grpo.{setting} needs the base as it ships beside the policy",
             where=where,
             expected="an adapter that leaves it as it is",
             got=f'parameters.{key} = "{getattr(parameters, key)}"',
@@ -186,14 +187,14 @@ def check_forgetting(recipe: Recipe, *, where: str) -> None:
         )
 
 
-def _needs_the_base(stage: Stage) -> Iterator[tuple[str, str]]:
-    """The settings of a grpo stage that use the base beside the policy, and what to do without."""
-    if stage.kl and stage.kl_to == "base":
+def _needs_the_base(grpo: Grpo) -> Iterator[tuple[str, str]]:
+    """The settings of grpo that use the base beside the policy, and what to do without."""
+    if grpo.kl and grpo.kl_to == "base":
         yield 'kl_to = "base"', 'Set kl_to = "start" or kl = 0'
-    for name in (stage.reward,) if isinstance(stage.reward, str) else stage.reward or ():
+    for name in grpo.rewards:
         if split_function(name) is None:
             yield f'reward = "{name}"', "Name reward functions, module:function"
-    if stage.rollout == "engine":
+    if grpo.rollout == "engine":
         yield 'rollout = "engine"', 'Set rollout = "torch"'
 
 
@@ -225,8 +226,8 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
     if stage.data.validation is not None and stage.data.hold_out is not None:
         what = f"{path}.data has both validation and hold_out"
         raise RecipeError(what, where=where, fix="Remove one of them.")
-    used = COLUMNS[stage.method]
-    for key in sorted({column for columns in COLUMNS.values() for column in columns} - set(used)):
+    used = METHODS[stage.method].columns
+    for key in sorted({key for method in METHODS.values() for key in method.columns} - {*used}):
         if getattr(stage.data, key) != getattr(Data, key):
             raise RecipeError(
                 f"{path}.data.{key} has no meaning for {stage.method}",
@@ -234,36 +235,44 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
                 expected="of these, " + ", ".join(used),
                 fix=f"Remove {key}.",
             )
-    _check_own_settings(stage, path=path, where=where)
+    _check_rewards(stage, path=path, where=where)
     check_problem(stage, path=path, where=where)
 
 
-def _check_own_settings(stage: Stage, *, path: str, where: str) -> None:
-    for method, keys in OWN_SETTINGS.items():
-        for key in keys:
-            if method != stage.method and getattr(stage, key) != getattr(Stage, key):
-                raise RecipeError(
-                    f"{path}.{key} has no meaning for {stage.method}",
-                    where=where,
-                    expected=f"only with {method}",
-                    fix=f"Remove {key}.",
-                )
-    if stage.method != "grpo":
+def check_own_settings(values: Mapping[str, Any], *, where: str) -> None:
+    """RecipeError for a setting or a table that only another method than the stage's has."""
+    for number, stage in stages_of(values):
+        for name, method in METHODS.items():
+            for key in method.settings:
+                if stage.get("method") != name and stage.get(key) not in (
+                    None,
+                    getattr(Stage, key),
+                ):
+                    raise RecipeError(
+                        f"stage.{number}.{key} has no meaning for {stage.get('method')}",
+                        where=where,
+                        expected=f"only with {name}",
+                        fix=f"Remove {key if key != name else f'[stage.{key}]'}.",
+                    )
+
+
+def _check_rewards(stage: Stage, *, path: str, where: str) -> None:
+    grpo = stage.grpo
+    if grpo is None:
         return
-    if not stage.reward:
+    if not all(grpo.rewards or ("",)):
         raise RecipeError(
-            f"{path}.reward is missing",
+            f"{path}.grpo.reward is empty",
             where=where,
             expected='the run folder of a reward stage, or "module:function"',
             fix='For example reward = "rewards.py:score".',
         )
-    count = 1 if isinstance(stage.reward, str) else len(stage.reward)
-    if stage.reward_weights is not None and len(stage.reward_weights) != count:
+    if grpo.reward_weights is not None and len(grpo.reward_weights) != len(grpo.rewards):
         raise RecipeError(
-            f"{path}.reward_weights must weigh each reward",
+            f"{path}.grpo.reward_weights must weigh each reward",
             where=where,
-            expected=f"{count} numbers",
-            got=str(len(stage.reward_weights)),
+            expected=f"{len(grpo.rewards)} numbers",
+            got=str(len(grpo.reward_weights)),
         )
 
 
@@ -272,7 +281,7 @@ def _may_follow(stage: Stage, previous: Stage) -> bool:
     adapter's.
     """
     same = stage.task == previous.task and stage.problem == previous.problem
-    return same or (previous.method == "masked-lm" and KINDS[stage.method] == "encoder")
+    return same or (previous.method == "masked-lm" and "encoder" in METHODS[stage.method].kinds)
 
 
 KIND = "encoder-decoder"

@@ -12,9 +12,17 @@ from typing import Any
 
 from edgetune.core import settings
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import KINDS
-from edgetune.recipe.checks import _check_stage, check_forgetting, check_parameters, check_trained
+from edgetune.core.tasks import METHODS
+from edgetune.recipe.checks import (
+    _check_stage,
+    check_forgetting,
+    check_own_settings,
+    check_parameters,
+    check_trained,
+)
 from edgetune.recipe.generation import resolve_generation
+from edgetune.recipe.migrate import check_places, migrated, new_place
+from edgetune.recipe.own_settings import with_own_tables
 from edgetune.recipe.paths import absolute, base_path, data_path, expand, locate_reward
 from edgetune.recipe.schema import Data, Recipe, Replay, Stage
 
@@ -26,12 +34,27 @@ else:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file; each override is `key.path=value`, e.g. `stage.0.epochs=2`."""
+    values = tomllib.loads(read_toml(path))
+    for setting in overrides:
+        override(values, setting)
+    return recipe_from_dict(values, folder=path.parent, where=str(path))
+
+
+def load_run_recipe(path: Path) -> Recipe:
+    """Read the recipe.toml of a run, which may be of version 0.1."""
+    values = migrated(tomllib.loads(read_toml(path)), where=str(path))
+    return recipe_from_dict(values, folder=path.parent, where=str(path))
+
+
+def read_toml(path: Path) -> str:
+    """The text of a recipe file as it stands. RecipeError where it is no valid TOML."""
     if not path.exists():
         raise RecipeError(
             "there is no such recipe file", where=str(path), fix="Give the path of a .toml file."
         )
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode("utf-8")
+        tomllib.loads(text)
     except IsADirectoryError:
         raise RecipeError("this is a folder", where=str(path), expected="a .toml file") from None
     except OSError as error:
@@ -42,9 +65,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"not valid TOML: {error}", where=str(path)) from error
-    for setting in overrides:
-        override(values, setting)
-    return recipe_from_dict(values, folder=path.parent, where=str(path))
+    return text
 
 
 def recipe_from_dict(
@@ -54,7 +75,9 @@ def recipe_from_dict(
     current one).
     """
     folder = folder if folder is not None else Path()
-    recipe = settings.from_dict(Recipe, values, where=where)
+    check_places(values, where=where)
+    check_own_settings(values, where=where)
+    recipe = settings.from_dict(Recipe, with_own_tables(values), where=where)
     if not recipe.stage:
         raise RecipeError("there is no stage", where=where, expected="at least one [[stage]]")
     check_parameters(recipe.parameters, where=where)
@@ -65,7 +88,7 @@ def recipe_from_dict(
         _check_stage(stage, previous, path=f"stage.{index}", where=where)
     stages = tuple(
         replace(
-            _resolve_reward(stage, folder=folder, path=f"stage.{index}.reward", where=where),
+            _resolve_reward(stage, folder=folder, path=f"stage.{index}.grpo.reward", where=where),
             data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where),
             replay=_resolve_replay(stage, folder=folder, path=f"stage.{index}.replay", where=where),
         )
@@ -104,11 +127,14 @@ def recipe_to_toml(recipe: Recipe) -> str:
 
 def _resolve_reward(stage: Stage, *, folder: Path, path: str, where: str) -> Stage:
     """Absolute paths of reward runs and of the files that hold reward functions."""
-    if stage.reward is None:
+    grpo = stage.grpo
+    if grpo is None:
         return stage
-    given = (stage.reward,) if isinstance(stage.reward, str) else stage.reward
-    found = tuple(locate_reward(expand(value, path=path, where=where), folder) for value in given)
-    return replace(stage, reward=found[0] if isinstance(stage.reward, str) else found)
+    found = tuple(
+        locate_reward(expand(value, path=path, where=where), folder) for value in grpo.rewards
+    )
+    reward = found[0] if isinstance(grpo.reward, str) else found
+    return replace(stage, grpo=replace(grpo, reward=reward))
 
 
 def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:
@@ -127,7 +153,7 @@ def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Rep
     if stage.task != "text-generation":
         fix = "Remove replay" + (
             "; masked-lm may come before this stage instead."
-            if KINDS[stage.method] == "encoder"
+            if "encoder" in METHODS[stage.method].kinds
             else "."
         )
         raise RecipeError(
@@ -142,12 +168,6 @@ def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Rep
     )
 
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
 def override(values: dict[str, Any], setting: str) -> None:
     """Put one `key.path=value` into the plain values; the value is TOML, or else a string."""
     key, equals, text = setting.partition("=")
@@ -160,6 +180,10 @@ def override(values: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    if (new := new_place(key.strip())) is not None:
+        raise RecipeError(
+            f"{key.strip()} is {new} now", where=where, fix=f"Write --set {new}={text}."
+        )
     *parents, last = key.strip().split(".")
     place: Any = values
     for part in parents:

@@ -1,5 +1,5 @@
 """The recipe's reference page, derived from its dataclasses: `python -m
-edgetune.recipe.reference_page > docs/recipe.md`.
+edgetune.recipe.reference_page > docs/reference/recipe.md`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from edgetune.core.settings import describe, toml_value
+from edgetune.recipe.own_settings import Dpo, Grpo
 from edgetune.recipe.schema import Data, Forgetting, Generation, Parameters, Recipe, Replay, Stage
 
 SECTIONS = (
@@ -20,12 +21,16 @@ SECTIONS = (
     (Stage, "[[stage]]"),
     (Data, "data of a stage"),
     (Replay, "replay of a stage"),
+    (Dpo, "[stage.dpo]"),
+    (Grpo, "[stage.grpo]"),
 )
 OPENING = """# The recipe, key by key
 
 Made from the code by `python -m edgetune.recipe.reference_page`; a test keeps it true. Unknown
 keys and wrong types are refused by name. Any key can be set from the command line:
-`edgetune train recipe.toml --set stage.0.epochs=2`.
+`edgetune train recipe.toml --set stage.0.epochs=2`. A recipe of version 0.1 has the keys of
+`[stage.dpo]` and `[stage.grpo]` right in its stage; `edgetune train recipe.toml --migrate` moves
+them.
 """
 
 
@@ -39,7 +44,8 @@ def reference_page() -> str:
 def _section(cls: type, title: str) -> Iterator[str]:
     hints = typing.get_type_hints(cls)
     yield f"## {title}\n"
-    yield f"{(cls.__doc__ or '').strip().splitlines()[0]}\n"
+    opening, _, _ = (cls.__doc__ or "").partition("\n\n")
+    yield " ".join(opening.split()) + "\n"
     yield "| key | type | default | meaning |"
     yield "|---|---|---|---|"
     for field in dataclasses.fields(cls):

@@ -10,12 +10,14 @@ current folder.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from edgetune.core.settings import option
-from edgetune.core.tasks import TASKS, Method, Problem, Task
+from edgetune.core.tasks import METHODS, MethodName, Problem, Task
+from edgetune.recipe.own_settings import Dpo, Grpo
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
+Own = TypeVar("Own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,7 @@ class Generation:
 class Stage:
     """One pass of training with one objective; stages run in succession on the same weights."""
 
-    method: Method = option(help="the objective")
+    method: MethodName = option(help="the objective")
     data: Data = option(help="the rows")
     replay: Replay | None = option(
         None, help="general text mixed into the stage; decoders only, not for reward"
@@ -226,66 +228,30 @@ class Stage:
             " Kumar et al. 2022); random"
         ),
     )
-    beta: float = option(
-        0.1, help="dpo: how strongly the policy is held near its start (β of the paper)", above=0
-    )
-    reward: str | tuple[str, ...] | None = option(
-        None,
-        help=(
-            "grpo: what scores the answers: the run folder of a `reward` stage, or a Python"
-            ' function as "module:function" or "file.py:function", also found beside the recipe; or'
-            " a list of these"
-        ),
-    )
-    reward_weights: tuple[float, ...] | None = option(
-        None, help="grpo: a weight for each reward; not set: 1 each"
-    )
-    group_size: int = option(8, help="grpo: answers sampled for each prompt", at_least=2)
-    iterations: int = option(
-        1, help="grpo: optimizer steps on the same samples (μ of the paper)", at_least=1
-    )
-    max_new_tokens: int = option(128, help="grpo: tokens of an answer at most", at_least=1)
-    temperature: float = option(
-        1.0, help="grpo: of sampling; the loss sees the same distribution", above=0
-    )
-    top_p: float = option(
-        1.0,
-        help="grpo: sample among the likeliest tokens of this total probability",
-        above=0,
-        at_most=1,
-    )
-    clip: float = option(
-        0.2, help="grpo: the policy's ratio to the sampling one is clipped to 1 ± this (ε)", above=0
-    )
-    kl: float = option(
-        0.04, help="grpo: weight of the KL penalty (β of the GRPO paper); 0: none", at_least=0
-    )
-    kl_to: Literal["base", "start"] = option(
-        "base",
-        help=(
-            "grpo: base = the model without its adapter; start = the policy at the start of this"
-            " stage"
-        ),
-    )
-    scale_by_std: bool = option(
-        True, help="grpo: divide advantages by their group's std; false: as Dr. GRPO"
-    )
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
-        "grpo",
-        help=(
-            "grpo: mean over answers of token means; dapo: mean over tokens; dr_grpo: sum /"
-            " max_new_tokens"
-        ),
-    )
-    rollout: Literal["torch", "engine"] = option(
-        "torch",
-        help="grpo: what samples; engine = the exported int8 graph, faster, needs edgetune[export]",
-    )
+    dpo: Dpo | None = option(None, help="settings of dpo; not set: the defaults")
+    grpo: Grpo | None = option(None, help="settings of grpo, where `reward` is needed")
+
+    @property
+    def learned(self) -> str:
+        """What its loader and its objective are registered under: the method, or the problem where
+        that is another than single-label.
+        """
+        return self.method if self.problem == "single-label" else self.problem
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps on the same rows."""
+        return 1 if self.grpo is None else self.grpo.iterations
+
+    def own(self, table: type[Own]) -> Own:
+        """The settings that only this stage's method has: `stage.own(Grpo).kl`."""
+        settings = getattr(self, self.method, None)
+        return settings if isinstance(settings, table) else table()
 
     @property
     def task(self) -> Task:
         """What an adapter trained by this stage does."""
-        return TASKS[self.method]
+        return METHODS[self.method].task
 
 
 @dataclass(frozen=True, kw_only=True)

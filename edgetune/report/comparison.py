@@ -18,6 +18,7 @@ from edgetune.core.progress import duration
 from edgetune.core.settings import toml_value
 from edgetune.core.tasks import lower_is_better
 from edgetune.metrics.statistics import headline
+from edgetune.recipe.migrate import migrated
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.gain_against_loss import UNITS, ComparedRun, gain_table, measured, plane
 from edgetune.report.html import STYLE, words
@@ -96,7 +97,8 @@ def _read_run(folder: Path, name: str) -> FinishedRun:
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
-        recipe = tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        text = (folder / RECIPE).read_text(encoding="utf-8")
+        recipe = migrated(tomllib.loads(text), where=str(folder / RECIPE))
         return FinishedRun(
             name, summary, [json.loads(line) for line in lines], _settings(recipe, summary)
         )

@@ -5,11 +5,13 @@ dark.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from edgetune.core.files import write_text
+from edgetune.core.layout import REPORT
 from edgetune.core.progress import duration
 from edgetune.core.settings import flat
 from edgetune.metrics.statistics import headline
@@ -26,11 +28,23 @@ EFFECT_WORDS = {
 }
 
 
-def write_report(
-    path: Path, *, recipe: Recipe, summary: Mapping[str, Any], records: Sequence[Record]
-) -> None:
-    """Write the page, whole or not at all."""
-    write_text(path, render_report(recipe=recipe, summary=summary, records=records))
+class Result(Protocol):
+    """What a run came to; see `training.run_recipe`."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def summary(self) -> Any: ...  # a dataclass: summary.json
+    @property
+    def records(self) -> Sequence[Record]: ...  # metrics.jsonl
+
+
+def write_report(folder: Path, result: Result) -> None:
+    """Write `folder`/report.html, whole or not at all."""
+    page = render_report(
+        recipe=result.recipe, summary=asdict(result.summary), records=result.records
+    )
+    write_text(folder / REPORT, page)
 
 
 def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequence[Record]) -> str:

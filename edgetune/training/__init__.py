@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from edgetune.training.run import run_recipe
-from edgetune.training.summary import RunSummary
+from edgetune.training.summary import RunResult, RunSummary
 
-__all__ = ["RunSummary", "run_recipe"]
+__all__ = ["RunResult", "RunSummary", "run_recipe"]

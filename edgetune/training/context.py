@@ -1,4 +1,6 @@
-"""What a stage works with from its start to its end, beyond model and rows."""
+"""What a run and its stages are, settled before the model is built; and what a stage has while it
+runs.
+"""
 
 from __future__ import annotations
 
@@ -7,65 +9,98 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from edgetune.adapters.warm_start import StartAdapter
 from edgetune.core.progress import Progress
-from edgetune.data.batching import Batch, collate, split, split_alike
-from edgetune.data.examples import ExampleSet, Mask
+from edgetune.core.tasks import MethodName, Problem, Task
+from edgetune.data.batching import Batch
+from edgetune.data.examples import ExampleSet
 from edgetune.models.base import Base
 from edgetune.models.torch_device import Precision
-from edgetune.recipe.schema import Stage
+from edgetune.objectives.language import Objective
+from edgetune.recipe.schema import Forgetting, Parameters, Recipe
+from edgetune.training.batches import Batching
 from edgetune.training.parallel.distributed import Group
+from edgetune.training.replay import ReplayText
 
-# padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts
-MAX_TOKENS_AT_ONCE = 1536
-# different tokens, where rows begin alike and the model computes these once
-DIFFERENT_AT_ONCE = 1024
 Measure = Callable[..., dict[str, float]]  # (model, batches, *, precision) → metrics
-Collate = Callable[[Sequence[Any], int], Batch]  # (examples, pad_id)
-Length = Callable[[Any], int]  # an example → the padded tokens it takes
+# (model, batch) → logits (n, classes), targets (n,)
+Logits = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
-def tokens_of(example: Any) -> int:
-    """The length of an example that is one sequence."""
-    return len(example.input_ids)
+@dataclass(frozen=True, kw_only=True)
+class ResolvedStage:
+    """A stage with nothing left open: what runs it asks neither the recipe nor the base again.
+
+    Steps are optimizer steps. A name that `recipe.schema.Stage` has too means the same here.
+    """
+
+    index: int
+    method: MethodName
+    task: Task
+    problem: Problem
+    settings: Any  # the table that only this method has; None where there is none
+    precision: Precision
+    seed: int  # of the stage's own draws
+    # the rows
+    examples: ExampleSet
+    digests: Mapping[str, str]  # of everything that the stage reads, by what it is for
+    max_length: int  # as asked for; `examples.max_length` is what the base has positions for
+    replay: ReplayText | None
+    tokenizer: Any
+    base: Base
+    batching: Batching
+    # what the method means to this base
+    objective: Objective
+    measure: Measure
+    outputs: Logits
+    prepare: Prepare
+    # the steps
+    batch_size: int
+    iterations: int  # steps on the same rows
+    total_steps: int
+    validate_every: int
+    save_every: int  # steps between two checkpoints
+    # the optimizer
+    learning_rate: float
+    head_learning_rate: float | None
+    weight_decay: float
+    warmup_ratio: float
+    max_grad_norm: float
+    fit_head: bool  # by regression on the frozen features, where the head is new
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills a batch's rows."""
+        return self.batching.pad_id
 
 
-def padded_length(example: Any) -> int:
-    """The length of an example that says it itself."""
-    length: int = example.padded_length
-    return length
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """A run with nothing left open, made before its model is."""
 
-
-@dataclass(frozen=True)
-class Batching:
-    """How examples become batches."""
-
+    recipe: Recipe  # every "auto" replaced, so that it repeats the run exactly; to be written down
+    base: Base  # as training sees it
+    tokenizer: Any
     pad_id: int
-    collate: Collate = collate
-    length: Length = tokens_of
-    mask: Mask | None = None  # hides tokens of every batch
-    # examples that begin alike stand in one part; see `prefix_sharing.may_share`
-    alike: bool = False
+    device: torch.device
+    threads: int
+    seed: int
+    task: Task
+    train: str  # which weights: "lora", "head" or "full"
+    shard: bool  # spread them over the processes
+    parameters: Parameters
+    start: StartAdapter | None  # to go on from
+    generation: Mapping[str, Any] | None  # how the adapter answers where a request does not say
+    forgetting: Forgetting | None
+    stages: tuple[ResolvedStage, ...]
 
-    def batch(self, examples: Sequence[Any], step: int) -> Batch:
-        """One batch of optimizer step `step`; of step 0, for measuring."""
-        batch = self.collate(examples, self.pad_id)
-        return batch if self.mask is None else self.mask(batch, step)
-
-    def parts(self, examples: Sequence[Any], step: int) -> list[Batch]:
-        """The examples of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens, or
-        DIFFERENT_AT_ONCE where they begin alike.
-        """
-        if self.alike:
-            parts = split_alike([example.input_ids for example in examples], DIFFERENT_AT_ONCE)
-        else:
-            parts = split(
-                range(len(examples)),
-                [self.length(example) for example in examples],
-                MAX_TOKENS_AT_ONCE,
-            )
-        return [self.batch([examples[i] for i in part], step) for part in parts]
+    @property
+    def first(self) -> ResolvedStage:
+        """The first stage of the run's own task."""
+        return next(stage for stage in self.stages if stage.task == self.task)
 
 
 class Experience(Protocol):
@@ -93,17 +128,11 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Situation:
-    """Where a stage starts, or goes on: then with what was `kept`."""
+class StageStart:
+    """A stage where it starts, or goes on: then with what was `kept`."""
 
+    stage: ResolvedStage
     model: Any
-    stage: Stage
-    examples: ExampleSet
-    tokenizer: Any
-    base: Base
-    pad_id: int
-    precision: Precision
-    seed: int
     progress: Progress
     group: Group = field(default_factory=Group)
     kept: Kept | None = None
@@ -111,13 +140,12 @@ class Situation:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a stage needs while it runs; see Method for the parts that are fixed."""
+    """What a stage needs while it runs beyond what is settled; `measure` is its validation."""
 
     measure: Measure
     experience: Experience | None = None
-    reference: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # what refers to the stage's first weights
+    # what refers to the stage's first weights
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
 
     def kept(self) -> Kept:
         """For a checkpoint, now."""
@@ -126,10 +154,10 @@ class Prepared:
         )
 
 
+Prepare = Callable[[StageStart], contextlib.AbstractContextManager[Prepared]]
+
+
 @contextlib.contextmanager
-def nothing_to_prepare(situation: Situation, measure: Measure) -> Iterator[Prepared]:
+def nothing_to_prepare(start: StageStart) -> Iterator[Prepared]:
     """For methods whose rows are all they need."""
-    yield Prepared(measure)
-
-
-Prepare = Callable[[Situation, Measure], contextlib.AbstractContextManager[Prepared]]
+    yield Prepared(start.stage.measure)

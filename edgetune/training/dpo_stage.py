@@ -12,7 +12,7 @@ from torch import nn
 from edgetune.data.batching import in_order_of_length
 from edgetune.models.torch_device import Precision, device_of, to_device
 from edgetune.objectives.preference import PairBatch, answer_log_probs, collate_pairs
-from edgetune.training.context import Measure, Prepared, Situation
+from edgetune.training.context import Prepared, StageStart
 from edgetune.training.fast.memory import computing
 from edgetune.training.validation import measure_policy
 
@@ -21,7 +21,7 @@ LOG_PROBS = "log_probs"  # (pairs, 2): of the chosen and the rejected answers, t
 
 
 @contextlib.contextmanager
-def prepare_dpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
+def prepare_dpo(start: StageStart) -> Iterator[Prepared]:
     """Store with every pair its log-probabilities under the policy as it is now, the reference of
     this stage.
 
@@ -29,19 +29,18 @@ def prepare_dpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
     forward pass over the data, shared by all processes, and no second model in memory. A checkpoint
     holds them for a resumed stage.
     """
-    s, beta = situation, situation.stage.beta
-    pairs: list[Any] = [*s.examples.train, *s.examples.validation]  # of PairExample
-    if s.kept is None:
-        s.progress.say(f"reference log-probabilities of {len(pairs)} pairs")
-        mine = [pairs[index] for index in s.group.share(range(len(pairs)))]
-        store_references(s.model, mine, pad_id=s.pad_id, precision=s.precision)
-        for rank, found in enumerate(s.group.gathered([pair.reference for pair in mine])):
-            for pair, reference in zip(pairs[rank :: s.group.size], found, strict=True):
+    stage, group, beta = start.stage, start.group, start.stage.settings.beta
+    pairs: list[Any] = [*stage.examples.train, *stage.examples.validation]  # of PairExample
+    if start.kept is None:
+        start.progress.say(f"reference log-probabilities of {len(pairs)} pairs")
+        mine = [pairs[index] for index in group.share(range(len(pairs)))]
+        store_references(start.model, mine, pad_id=stage.pad_id, precision=stage.precision)
+        for rank, found in enumerate(group.gathered([pair.reference for pair in mine])):
+            for pair, reference in zip(pairs[rank :: group.size], found, strict=True):
                 pair.reference = reference
     else:
-        for pair, (chosen, rejected) in zip(
-            pairs, s.kept.reference[LOG_PROBS].tolist(), strict=True
-        ):
+        found_before = start.kept.reference[LOG_PROBS].tolist()
+        for pair, (chosen, rejected) in zip(pairs, found_before, strict=True):
             pair.reference = (chosen, rejected)
 
     def measure_with_beta(

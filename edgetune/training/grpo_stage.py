@@ -14,30 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.data.batching import Batch, collate, in_order_of_length, split_alike
-from edgetune.data.completions import PromptExample
+from edgetune.data.batching import IGNORE, Batch, collate, in_order_of_length, split_by_prefix
 from edgetune.data.conversations import end_token
-from edgetune.data.examples import IGNORED
+from edgetune.data.rollout_prompts import PromptExample
 from edgetune.models.base import Base
 from edgetune.models.torch_device import Precision, device_of, to_device
 from edgetune.objectives.grpo import (
     AnswerExample,
     collate_rollouts,
     group_advantages,
+    grpo,
     k3,
     without_flat,
 )
-from edgetune.objectives.language import projection_only_at
+from edgetune.objectives.language import Objective, projection_only_at
 from edgetune.objectives.preference import token_log_probs
-from edgetune.recipe.schema import Stage
-from edgetune.training.context import (
-    DIFFERENT_AT_ONCE,
-    Batching,
-    Measure,
-    Prepared,
-    Situation,
-    tokens_of,
-)
+from edgetune.recipe.own_settings import Grpo
+from edgetune.training.batches import DISTINCT_AT_ONCE, Batching, tokens_of
+from edgetune.training.context import Prepared, StageStart
 from edgetune.training.fast.memory import computing
 from edgetune.training.fast.shared_prefix import may_share
 from edgetune.training.reinforcement.rewards import (
@@ -88,27 +82,38 @@ def first_answer_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits, logits.argmax(-1)
 
 
-def check_grpo(stage: Stage, base: Base) -> None:
+def grpo_objective(settings: Grpo) -> Objective:
+    """The loss of answers with advantages."""
+    return functools.partial(
+        grpo,
+        clip=settings.clip,
+        kl=settings.kl,
+        temperature=settings.temperature,
+        loss_type=settings.loss_type,
+    )
+
+
+def check_grpo(settings: Grpo, base: Base) -> None:
     """Raises for rewards that cannot be loaded, and for an engine that cannot run this base."""
-    check_rewards(stage, base)
-    if stage.rollout == "engine":
+    check_rewards(settings, base)
+    if settings.rollout == "engine":
         from edgetune.training.reinforcement.engine_rollout import check_engine
 
         check_engine(base)
 
 
 @contextlib.contextmanager
-def prepare_grpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
+def prepare_grpo(start: StageStart) -> Iterator[Prepared]:
     """Rewards opened, the policy at the start kept where the KL penalty refers to it."""
-    s = situation
-    for line in reward_notes(s.stage, s.base):
-        s.progress.say(line)
-    with (
-        _rollout(s) as rollout,
-        open_rewards(s.stage, s.model, s.tokenizer, s.base, precision=s.precision) as rewards,
-    ):
-        answering = Answering(rollout, rewards, s.tokenizer, s.stage)
-        experience = Sampler(answering, s)
+    stage, settings = start.stage, start.stage.settings
+    for line in reward_notes(settings, stage.base):
+        start.progress.say(line)
+    opened = open_rewards(
+        settings, start.model, stage.tokenizer, stage.base, precision=stage.precision
+    )
+    with _rollout(start) as rollout, opened as rewards:
+        answering = Answering(rollout, rewards, stage.tokenizer, settings.max_new_tokens)
+        experience = Sampler(answering, start)
         yield Prepared(
             functools.partial(measure_greedy, answering),
             experience,
@@ -116,13 +121,16 @@ def prepare_grpo(situation: Situation, measure: Measure) -> Iterator[Prepared]:
         )
 
 
-def _rollout(s: Situation) -> contextlib.AbstractContextManager[Rollout]:
-    end = end_token(s.tokenizer)
-    if s.stage.rollout == "torch":
-        return contextlib.nullcontext(TorchRollout(end=end, pad_id=s.pad_id, precision=s.precision))
+def _rollout(start: StageStart) -> contextlib.AbstractContextManager[Rollout]:
+    stage = start.stage
+    end = end_token(stage.tokenizer)
+    if stage.settings.rollout == "torch":
+        return contextlib.nullcontext(
+            TorchRollout(end=end, pad_id=stage.pad_id, precision=stage.precision)
+        )
     from edgetune.training.reinforcement.engine_rollout import open_engine
 
-    return open_engine(s.base, s.model, end=end, say=s.progress.say)
+    return open_engine(stage.base, start.model, end=end, say=start.progress.say)
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class Answering:
     rollout: Rollout
     rewards: Rewards
     tokenizer: Any
-    stage: Stage
+    max_new_tokens: int
 
     def sample(
         self,
@@ -145,7 +153,7 @@ class Answering:
         seed: int,
     ) -> list[list[Answer]]:
         """`count` answers for each prompt."""
-        sampling = Sampling(self.stage.max_new_tokens, temperature, top_p)
+        sampling = Sampling(self.max_new_tokens, temperature, top_p)
         return self.rollout(
             model, [row.input_ids for row in rows], count=count, sampling=sampling, seed=seed
         )
@@ -172,23 +180,21 @@ class Sampler:
     facts are means over all of them, weighted by prompts.
     """
 
-    def __init__(self, answering: Answering, situation: Situation) -> None:
-        self.answering, self.stage, self.seed = answering, situation.stage, situation.seed
-        self.pad_id, self.precision, self.group = (
-            situation.pad_id,
-            situation.precision,
-            situation.group,
-        )
-        self.device, kept = device_of(situation.model), situation.kept
+    def __init__(self, answering: Answering, start: StageStart) -> None:
+        self.answering, self.stage = answering, start.stage
+        self.settings: Grpo = start.stage.settings
+        self.group, self.device, kept = start.group, device_of(start.model), start.kept
         self.start: dict[str, Tensor] | None = None
-        if self.stage.kl and self.stage.kl_to == "start":
-            first = _trained(situation.model) if kept is None else kept.reference
+        if self.settings.kl and self.settings.kl_to == "start":
+            first = _trained(start.model) if kept is None else kept.reference
             self.start = {name: weights.to(self.device) for name, weights in first.items()}
         collating = functools.partial(
-            collate_rollouts, loss_type=self.stage.loss_type, longest=self.stage.max_new_tokens
+            collate_rollouts,
+            loss_type=self.settings.loss_type,
+            longest=self.settings.max_new_tokens,
         )
-        longest = self.stage.max_length + self.stage.max_new_tokens
-        self._batching = Batching(self.pad_id, collating, alike=may_share(situation.model, longest))
+        shares = may_share(start.model, self.stage.max_length + self.settings.max_new_tokens)
+        self._batching = Batching(self.stage.pad_id, collating, by_prefix=shares)
         self._kept: tuple[list[AnswerExample], dict[str, float]] | None = None
         if kept is not None and kept.samples is not None:
             answers, facts = kept.samples
@@ -198,7 +204,7 @@ class Sampler:
         self, model: nn.Module, rows: Sequence[PromptExample], *, step: int
     ) -> tuple[list[Batch], Mapping[str, float]]:
         """See Experience; `step` counts from 1."""
-        if self._kept is None or (step - 1) % self.stage.iterations == 0:
+        if self._kept is None or (step - 1) % self.settings.iterations == 0:
             self._kept = self._sample(model, rows, step=step)
         model.train()
         answers, facts = self._kept
@@ -206,7 +212,7 @@ class Sampler:
 
     def samples(self) -> Any:
         """See Experience; nothing where every step samples anew."""
-        if self._kept is None or self.stage.iterations == 1:
+        if self._kept is None or self.settings.iterations == 1:
             return None
         answers, facts = self._kept
         return [asdict(answer) for answer in answers], facts
@@ -216,9 +222,9 @@ class Sampler:
     ) -> tuple[list[AnswerExample], dict[str, float]]:
         """In every process together; one of them may be without rows."""
         examples, flat, facts = self._answer(model, rows, step=step) if rows else ([], [], {})
-        if not self.stage.kl:
+        if not self.settings.kl:
             examples = without_flat(
-                examples, flat, loss_type=self.stage.loss_type, total=self.group.total
+                examples, flat, loss_type=self.settings.loss_type, total=self.group.total
             )
         return examples, _weighted(self.group.gathered((len(rows), facts)))
 
@@ -228,23 +234,25 @@ class Sampler:
         """Answers to the prompts, whether each one's group all got the same reward, and facts about
         them.
         """
-        stage, seed = self.stage, _seed(self.seed, step, self.group.rank)
+        settings, seed = self.settings, _seed(self.stage.seed, step, self.group.rank)
         groups = self.answering.sample(
             model,
             rows,
-            count=stage.group_size,
-            temperature=stage.temperature,
-            top_p=stage.top_p,
+            count=settings.group_size,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
             seed=seed,
         )
         totals, each = self.answering.score(rows, groups)
-        rewards = torch.tensor(totals).view(len(rows), stage.group_size)
-        advantages = group_advantages(rewards, scale_by_std=stage.scale_by_std).flatten().tolist()
+        rewards = torch.tensor(totals).view(len(rows), settings.group_size)
+        advantages = (
+            group_advantages(rewards, scale_by_std=settings.scale_by_std).flatten().tolist()
+        )
         flat = [(row, answer) for row, group in zip(rows, groups, strict=True) for answer in group]
         examples = [
             AnswerExample(
                 row.input_ids + answer.ids,
-                [IGNORED] * len(row.input_ids) + answer.ids,
+                [IGNORE] * len(row.input_ids) + answer.ids,
                 row.row,
                 advantage,
             )
@@ -253,7 +261,7 @@ class Sampler:
         if not self.answering.rollout.exact:
             for example, (_, answer) in zip(examples, flat, strict=True):
                 example.old = answer.log_probs
-        elif stage.iterations > 1:
+        elif settings.iterations > 1:
             for example, old in zip(examples, self._log_probs(model, examples), strict=True):
                 example.old = old
         is_flat = rewards.std(dim=1) < FLAT
@@ -266,7 +274,7 @@ class Sampler:
         }
         if len(each) > 1:
             facts |= {f"reward/{name}": fmean(values) for name, values in each.items()}
-        if stage.kl:
+        if settings.kl:
             with self._reference(model):
                 references = self._log_probs(model, examples)
             for example, reference in zip(examples, references, strict=True):
@@ -275,7 +283,7 @@ class Sampler:
             facts["kl"] = float(
                 k3(sampled, torch.tensor([x for r in references for x in r])).mean()
             )
-        return examples, is_flat.repeat_interleave(stage.group_size).tolist(), facts
+        return examples, is_flat.repeat_interleave(settings.group_size).tolist(), facts
 
     def _reference(self, model: Any) -> contextlib.AbstractContextManager[None]:
         """The model that the KL penalty refers to: without its adapter, or with the one the stage
@@ -290,18 +298,20 @@ class Sampler:
         found: list[list[float]] = [[] for _ in examples]
         for part in self._together(examples):
             batch = to_device(
-                collate([examples[index] for index in part], self.pad_id), self.device
+                collate([examples[index] for index in part], self.stage.pad_id), self.device
             )
-            with computing(model, batch, self.precision):
-                log_probs, rows = token_log_probs(model, batch, temperature=self.stage.temperature)
+            with computing(model, batch, self.stage.precision):
+                log_probs, rows = token_log_probs(
+                    model, batch, temperature=self.settings.temperature
+                )
             counts = torch.bincount(rows, minlength=len(part)).tolist()
             for index, values in zip(part, log_probs.split(counts), strict=True):
                 found[index] = values.tolist()
         return found
 
     def _together(self, examples: Sequence[AnswerExample]) -> list[list[int]]:
-        if self._batching.alike:
-            return split_alike([example.input_ids for example in examples], DIFFERENT_AT_ONCE)
+        if self._batching.by_prefix:
+            return split_by_prefix([example.input_ids for example in examples], DISTINCT_AT_ONCE)
         return in_order_of_length(
             [len(example.input_ids) for example in examples],
             TOKENS_AT_ONCE,

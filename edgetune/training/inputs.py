@@ -4,10 +4,12 @@ an adapter to go on from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetune.adapters.warm_start import StartAdapter, read_start
+from edgetune.data.batching import steps_per_epoch
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
 from edgetune.models.base import Base
@@ -17,9 +19,9 @@ from edgetune.quantisation.blocks import ROUNDING
 from edgetune.quantisation.precision import shipped_precision
 from edgetune.recipe.checks import KIND as SEQ2SEQ
 from edgetune.recipe.checks import check_recipe
-from edgetune.recipe.schema import Recipe
+from edgetune.recipe.schema import Recipe, Stage
 from edgetune.training.checkpoint import origin_of
-from edgetune.training.methods import method_of
+from edgetune.training.methods import method_of, own_settings
 from edgetune.training.reinforcement.rewards import reward_digests
 from edgetune.training.replay import ReplayText, load_replay
 
@@ -58,7 +60,8 @@ def read_inputs(recipe: Recipe) -> Inputs:
     tokenizer = load_tokenizer(base)
     sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
     for stage in recipe.stage:
-        method_of(stage, base.kind).check(stage, base)
+        method = method_of(stage, base.kind)
+        method.check(own_settings(stage, method), base)
     pad_id = (
         tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None
@@ -68,7 +71,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     digests = [
         examples.digests
         | ({} if replay is None else {"replay": replay.digest})
-        | reward_digests(stage)
+        | ({} if stage.grpo is None else reward_digests(stage.grpo))
         for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
     ]
     if start is not None:
@@ -104,14 +107,29 @@ def _load_replays(
 ) -> list[ReplayText | None]:
     """Every stage's general text; None for a stage without."""
     return [
-        load_replay(
-            stage,
-            examples.train,
+        None
+        if stage.replay is None
+        else load_replay(
+            stage.replay,
             tokenizer,
+            step_tokens=step_tokens(stage, examples.train, kind=kind),
             limit=examples.max_length,
             pad_id=pad_id,
             seed=recipe.seed + index,
-            length=method_of(stage, kind).length,
+            skip_invalid=stage.data.skip_invalid,
         )
         for index, (stage, examples) in enumerate(zip(recipe.stage, sets, strict=True))
     ]
+
+
+def step_tokens(stage: Stage, examples: Sequence[Any], *, kind: str) -> float:
+    """Tokens that an optimizer step learns from, on the mean; of grpo's answers as many as there
+    may be.
+    """
+    length = method_of(stage, kind).length
+    answers = 1 if stage.grpo is None else stage.grpo.group_size
+    return (
+        answers
+        * sum(length(example) for example in examples)
+        / steps_per_epoch(len(examples), stage.batch_size)
+    )

@@ -90,13 +90,10 @@ class StageLog:
         learned: Learned,
         replayed: Learned | None,
         facts: Mapping[str, float],
-        *,
-        epoch: float,
-        learning_rate: float,
-        grad_norm: float,
+        rates: Mapping[str, float],
     ) -> None:
-        """Show the step `at` has come to; about LOGGED_STEPS of them write a line, with means over
-        those since the last.
+        """Show the step `at` has come to; about LOGGED_STEPS of them write a line: `rates` as they
+        are now, `facts` as means over the steps since the last.
         """
         speed = at.tokens / at.seconds
         self.progress.step(
@@ -114,10 +111,10 @@ class StageLog:
             kind="train",
             stage=self.index,
             step=at.step,
-            epoch=epoch,
+            epoch=rates["epoch"],
             loss=at.final_loss,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
+            learning_rate=rates["learning_rate"],
+            grad_norm=rates["grad_norm"],
             tokens=at.tokens,
             tokens_per_second=speed,
             seconds=at.seconds,
@@ -132,11 +129,6 @@ class StageLog:
             f"step {step}/{total}  validation  "
             + "  ".join(f"{k} {v:.4f}" for k, v in headline(metrics).items())
         )
-
-
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The records of a finished run."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 NOT_A_CURVE = ("kind", "stage", "step")

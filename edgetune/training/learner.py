@@ -17,7 +17,7 @@ from edgetune.models.torch_device import Precision, autocast, device_of, to_devi
 from edgetune.objectives.language import Objective
 from edgetune.training.fast.memory import computing
 from edgetune.training.parallel.distributed import Group
-from edgetune.training.parallel.shards import Shares, Stateful, norm_of
+from edgetune.training.parallel.shards import Shards, Stateful, norm_of
 
 ALONE = Group()
 
@@ -33,7 +33,7 @@ class Learned:
 
 class Learner:
     """`whole` is the run's own model; `model` is what learns: the same, or with `shard` this
-    process's share of its weights.
+    process's shard of its weights.
 
     Every method must be called by all processes.
     """
@@ -47,8 +47,8 @@ class Learner:
             group,
             device_of(whole),
         )
-        self._shares = Shares(whole, group, self.device) if shard and group.size > 1 else None
-        self.model = whole if self._shares is None else self._shares.model
+        self._shards = Shards(whole, group, self.device) if shard and group.size > 1 else None
+        self.model = whole if self._shards is None else self._shards.model
         self._trainable = [
             parameter for parameter in self.model.parameters() if parameter.requires_grad
         ]
@@ -69,8 +69,8 @@ class Learner:
         targets, tokens, padded = self.group.total(
             [sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0]
         )
-        if self._shares is not None:
-            parts = self._shares.even(parts, to_device(spare(), self.device))
+        if self._shards is not None:
+            parts = self._shards.even(parts, to_device(spare(), self.device))
         loss = 0.0
         for part in parts:
             part_loss, share = self._loss(objective, part), part.targets / max(1, targets)
@@ -81,41 +81,41 @@ class Learner:
 
     def clip_gradient(self, at_most: float) -> float:
         """Add up the processes' gradients and clip their norm; the norm before."""
-        if self._shares is None:
+        if self._shards is None:
             self.group.add_gradients(self._trainable)
         return norm_of(self._trainable, at_most=at_most)
 
     @contextlib.contextmanager
     def in_one_piece(self) -> Iterator[None]:
         """Meanwhile `whole` has its weights, in the leader."""
-        if self._shares is not None:
-            self._shares.give_back()
+        if self._shards is not None:
+            self._shards.give_back()
         yield
-        if self._shares is not None:
-            self._shares.take_back()
+        if self._shards is not None:
+            self._shards.take_back()
 
     def finish(self) -> None:
         """Leave the weights as they are now in `whole`, in all processes."""
-        if self._shares is not None:
-            self._shares.give_back(to_all=True)
+        if self._shards is not None:
+            self._shards.give_back(to_all=True)
         self.whole.eval()
 
     def state_of(self, optimizer: torch.optim.Optimizer) -> Stateful:
         """The optimizer's state as a single process has it, for a checkpoint."""
-        return optimizer if self._shares is None else self._shares.state_of(optimizer)
+        return optimizer if self._shards is None else self._shards.state_of(optimizer)
 
     def load_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Put back what `state_of` gave."""
         optimizer.load_state_dict(
-            state if self._shares is None else self._shares.spread(state, optimizer)
+            state if self._shards is None else self._shards.spread(state, optimizer)
         )
 
     def _loss(self, objective: Objective, batch: Batch) -> Tensor:
-        """The fused functions look at a layer's weights, so a model in shares computes without
+        """The fused functions look at a layer's weights, so a sharded model computes without
         them.
         """
-        if self._shares is not None:
+        if self._shards is not None:
             with autocast(self.precision, self.device):
-                return self._shares.loss(objective, batch)[0]
+                return self._shards.loss(objective, batch)[0]
         with computing(self.model, batch, self.precision):
             return objective(self.model, batch)[0]

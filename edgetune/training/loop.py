@@ -1,7 +1,7 @@
 """The training loop: one for every method, on one page.
 
-What differs between methods comes in as arguments: `objective` (model, batch → loss), `batching`
-(rows → batches) and `validate` (model → metrics).
+What differs between methods comes in with the stage: `objective` (model, batch → loss) and
+`batching` (rows → batches); and as arguments: `validate` (model → metrics) and `experience`.
 """
 
 from __future__ import annotations
@@ -9,25 +9,22 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from edgetune.core.errors import TrainingError
-from edgetune.data.batching import Example, steps, steps_per_epoch
+from edgetune.data.batching import Batch, steps
 from edgetune.models.heads import HEADS, unwrapped
 from edgetune.models.masked_lm import head_parameters
-from edgetune.objectives.language import Objective
-from edgetune.recipe.schema import Stage
 from edgetune.training.checkpoint import Position, State
-from edgetune.training.context import Batching, Experience
+from edgetune.training.context import Experience, ResolvedStage
 from edgetune.training.fast.memory import freed_memory_kept
 from edgetune.training.journal import StageLog
 from edgetune.training.learner import Learner
 from edgetune.training.parallel.shards import Stateful
-from edgetune.training.replay import ReplayText
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
 Save = Callable[[Position, Stateful], None]
@@ -48,42 +45,27 @@ class StageResult:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def total_steps(stage: Stage, rows: int) -> int:
-    """Optimizer steps of a stage over this many rows."""
-    planned = (
-        max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size))) * stage.iterations
-    )
-    return min(planned, stage.max_steps or planned)
-
-
 @freed_memory_kept()
 def train_stage(
     learner: Learner,
-    stage: Stage,
-    examples: Sequence[Example],
+    stage: ResolvedStage,
     *,
-    objective: Objective,
-    batching: Batching,
-    seed: int,
     log: StageLog,
     validate: Validate | None = None,
     experience: Experience | None = None,
-    replay: ReplayText | None = None,
     resumed: State | None = None,
     save: Save | None = None,
-    save_every: int = 1,
 ) -> StageResult:
-    """Minimise `objective` over `examples` and leave the run's model with the last step's weights.
+    """Minimise the stage's objective over its rows and leave the run's model with the last step's
+    weights.
 
-    With `experience` a step learns from what it makes of the step's rows; `replay` adds general
-    text to every step. `resumed` continues a stage where `save`, called every `save_every` steps,
-    saw it. Of several processes each works on its share of every step's rows. Raises TrainingError
-    when the loss or a gradient is not finite; the weights are then those before that step.
+    With `experience` a step learns from what it makes of the step's rows; the stage's `replay` adds
+    general text to every step. `resumed` continues a stage where `save`, called every `save_every`
+    steps, saw it. Of several processes each works on its share of every step's rows. Raises
+    TrainingError when the loss or a gradient is not finite; the weights are then those before that
+    step.
     """
-    total = total_steps(stage, len(examples))
-    validate_every = (
-        stage.validate_every or steps_per_epoch(len(examples), stage.batch_size) * stage.iterations
-    )
+    rows, replay, total = stage.examples.train, stage.replay, stage.total_steps
     optimizer = build_optimizer(
         learner.model,
         learning_rate=stage.learning_rate,
@@ -95,49 +77,30 @@ def train_stage(
         at = replace(resumed.position)
         learner.load_state(optimizer, resumed.optimizer)
     learner.model.train()
-    lengths = [batching.length(example) for example in examples]
-    order = steps(
-        lengths, stage.batch_size, seed=seed, total=total, start=at.step, repeat=stage.iterations
-    )
-    for step, indices in enumerate(order, start=at.step + 1):
+    for step, indices in enumerate(_order(stage, start=at.step), start=at.step + 1):
         started = time.perf_counter()
         learning_rate = set_learning_rate(
             optimizer, warmup_cosine(step - 1, total, warmup_ratio=stage.warmup_ratio)
         )
-        rows = [examples[i] for i in learner.group.share(indices)]
-        parts, facts = (
-            (batching.parts(rows, step), {})
-            if experience is None
-            else experience(learner.whole, rows, step=step)
-        )
-        spare = functools.partial(batching.batch, examples[:1], step)
+        parts, facts = _parts(learner, stage, experience, indices, step=step)
+        spare = functools.partial(stage.batching.batch, rows[:1], step)
         learned = learner.add_gradient(
-            objective, parts, spare=spare, weight=1.0 - replay.share if replay else 1.0
+            stage.objective, parts, spare=spare, weight=1.0 - replay.share if replay else 1.0
         )
         replayed = replay.add_gradient(learner, step) if replay else None
         norm = learner.clip_gradient(stage.max_grad_norm)
         _check_finite(
-            {"loss": learned.loss, "gradient norm": norm}, step, [examples[i].row for i in indices]
+            {"loss": learned.loss, "gradient norm": norm}, step, [rows[i].row for i in indices]
         )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         at.add(learned, replayed, facts, seconds=time.perf_counter() - started)
-        epoch = step * stage.batch_size / len(examples) / stage.iterations
-        log.step(
-            at,
-            total,
-            learned,
-            replayed,
-            facts,
-            epoch=epoch,
-            learning_rate=learning_rate,
-            grad_norm=norm,
-        )
-        measures, saves = (
-            step % validate_every == 0 or step == total,
-            save is not None and step % save_every == 0,
-        )
+        epoch = step * stage.batch_size / len(rows) / stage.iterations
+        rates = {"epoch": epoch, "learning_rate": learning_rate, "grad_norm": norm}
+        log.step(at, total, learned, replayed, facts, rates)
+        measures = step % stage.validate_every == 0 or step == total  # in every process
+        saves = save is not None and step % stage.save_every == 0
         if measures or saves:
             with learner.in_one_piece():
                 if validate is not None and measures:
@@ -148,6 +111,34 @@ def train_stage(
     log.progress.close()
     learner.finish()
     return StageResult(total, at.tokens, at.padded_tokens, at.seconds, at.final_loss)
+
+
+def _order(stage: ResolvedStage, *, start: int) -> Iterator[list[int]]:
+    """The rows of every step that is left, as indices."""
+    lengths = [stage.batching.length(example) for example in stage.examples.train]
+    return steps(
+        lengths,
+        stage.batch_size,
+        seed=stage.seed,
+        total=stage.total_steps,
+        start=start,
+        repeat=stage.iterations,
+    )
+
+
+def _parts(
+    learner: Learner,
+    stage: ResolvedStage,
+    experience: Experience | None,
+    indices: Sequence[int],
+    *,
+    step: int,
+) -> tuple[Sequence[Batch], Mapping[str, float]]:
+    """What this process learns from in a step, and what was measured on the way to it."""
+    rows = [stage.examples.train[i] for i in learner.group.share(indices)]
+    if experience is None:
+        return stage.batching.parts(rows, step), {}
+    return experience(learner.whole, rows, step=step)
 
 
 def _check_finite(values: Mapping[str, float], step: int, rows: Sequence[int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgetune.core.tasks import Problem
 from edgetune.data.batching import IGNORE, Example, collate, in_order_of_length
 from edgetune.data.examples import ExampleSet
 from edgetune.data.tagging import TaggedExample, collate_tagged
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
 from edgetune.models.torch_device import device_of, to_device
 from edgetune.objectives.preference import collate_pairs
-from edgetune.recipe.schema import Stage
 
 TOKENS_AT_ONCE, ROWS_AT_ONCE = 4096, 64
 # inverse L2 strength; by development rows of Banking77, flat between 10 and 100 for 5, 10 and 100
@@ -150,14 +149,14 @@ RIDGE = np.logspace(
 
 
 def fit_head(
-    model: SequenceClassifier, stage: Stage, examples: Sequence[Any], *, pad_id: int
+    model: SequenceClassifier, examples: Sequence[Any], *, problem: Problem, pad_id: int
 ) -> None:
     """The head's first weights on the frozen body's features, as its task needs them."""
     if isinstance(model, TokenClassifier):
         fit_word_probe(model, examples, pad_id=pad_id)
-    elif stage.problem == "multi-label":
+    elif problem == "multi-label":
         fit_label_probes(model, examples, pad_id=pad_id)
-    elif stage.problem == "regression":
+    elif problem == "regression":
         fit_value_probe(model, examples, pad_id=pad_id)
     else:
         fit_probe(model, examples, pad_id=pad_id)
@@ -215,20 +214,20 @@ def _set(head: nn.Linear, weights: NDArray[np.float64], biases: NDArray[np.float
 PROBE_WORDS = 20_000  # of more, the first weights are fitted to rows at equal distances
 
 
-def with_word_features(model: TokenClassifier, examples: ExampleSet, *, pad_id: int) -> ExampleSet:
-    """The set with the states of every labelled token in fp32: where only the head learns, the body
-    runs once.
+def keep_features(model: Any, examples: ExampleSet, *, pad_id: int) -> None:
+    """Give every example its pooled features, or those of its single words where words are tagged,
+    in fp32: where only the head learns, the body runs once.
     """
-
-    def featured(rows: Sequence[Any]) -> list[Any]:
-        return [
-            replace(row, features=states)
-            for row, states in zip(rows, word_states(model, rows, pad_id=pad_id), strict=True)
-        ]
-
-    return replace(
-        examples, train=featured(examples.train), validation=featured(examples.validation)
-    )
+    for rows in (examples.train, examples.validation):
+        tagged: list[Any] = [*rows]
+        if isinstance(model, TokenClassifier):
+            found = word_states(model, tagged, pad_id=pad_id)
+        elif rows:
+            found = list(torch.from_numpy(pooled_features(model, rows, pad_id=pad_id)))
+        else:
+            found = []
+        for example, features in zip(rows, found, strict=True):
+            example.features = features
 
 
 @torch.no_grad()

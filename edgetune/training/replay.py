@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgetune.core.errors import DataError, TrainingError
-from edgetune.data.batching import Batch, Example, collate, steps_per_epoch
+from edgetune.data.batching import Batch, Example, collate
 from edgetune.data.plain_text import encode_documents, pack, text_rows
 from edgetune.data.prompts import PromptFormat, row_template
 from edgetune.data.rows import read_rows
 from edgetune.objectives.language import sft
-from edgetune.recipe.schema import Stage
-from edgetune.training.context import Length, tokens_of
+from edgetune.recipe.schema import Replay
 from edgetune.training.learner import Learned, Learner
 
 SHORTEST = 32  # tokens of a sequence; below, a step would see too little context to learn from
@@ -71,33 +69,24 @@ class ReplayText:
 
 
 def load_replay(
-    stage: Stage,
-    examples: Sequence[Any],
+    replay: Replay,
     tokenizer: Any,
     *,
+    step_tokens: float,
     limit: int,
     pad_id: int,
     seed: int,
-    length: Length = tokens_of,
-) -> ReplayText | None:
-    """The text of a stage's `replay`, cut to what a step needs; None when it has none.
+    skip_invalid: bool = False,
+) -> ReplayText:
+    """General text, cut to what a step needs.
 
-    `limit`: tokens a sequence may have; `length`: those of an example of the stage, for grpo as
-    long as it may get. DataError for rows that cannot be used.
+    `step_tokens`: those of the stage's own rows in a step; `limit`: tokens a sequence may have.
+    DataError for rows that cannot be used.
     """
-    replay = stage.replay
-    if replay is None:
-        return None
-    source = read_rows(replay.data, stage.data.skip_invalid)
+    source = read_rows(replay.data, skip_invalid)
     form = PromptFormat(text=row_template(replay.text, "text", key="replay.text"))
-    rows, _ = text_rows(source, form, skip_invalid=stage.data.skip_invalid)
-    answers = stage.group_size if stage.method == "grpo" else 1
-    step = (
-        answers
-        * sum(length(example) for example in examples)
-        / steps_per_epoch(len(examples), stage.batch_size)
-    )
-    wanted = replay.share / (1 - replay.share) * step
+    rows, _ = text_rows(source, form, skip_invalid=skip_invalid)
+    wanted = replay.share / (1 - replay.share) * step_tokens
     count = max(1, round(wanted / limit))
     packed: list[Example] = [
         *pack(encode_documents(rows, tokenizer), min(limit, max(SHORTEST, round(wanted / count))))

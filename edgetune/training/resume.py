@@ -8,7 +8,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from edgetune.core.errors import RecipeError
 from edgetune.core.layout import RECIPE, SUMMARY
 from edgetune.core.progress import Progress
 from edgetune.models.torch_device import device_of, rng_state, set_rng_state
-from edgetune.recipe.read import load_recipe
-from edgetune.recipe.schema import Recipe
+from edgetune.recipe.read import load_run_recipe
 from edgetune.training.checkpoint import (
     Checkpoints,
     Position,
@@ -30,7 +29,7 @@ from edgetune.training.checkpoint import (
     origin_of,
     restore_weights,
 )
-from edgetune.training.context import Kept
+from edgetune.training.context import Kept, ResolvedStage
 from edgetune.training.journal import Journal
 from edgetune.training.loop import StageResult
 from edgetune.training.parallel.distributed import Group
@@ -80,7 +79,10 @@ def finished_summary(folder: Path, origin: dict[str, str]) -> dict[str, Any] | N
     """
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        recipe, data = load_recipe(folder / RECIPE), [facts["digests"] for facts in summary["data"]]
+        recipe, data = (
+            load_run_recipe(folder / RECIPE),
+            [facts["digests"] for facts in summary["data"]],
+        )
         rounding = (summary.get("base_precision") or {}).get("rounding")
         found = origin_of(
             recipe,
@@ -103,7 +105,7 @@ class Course:
     """A run's way through its stages: knows where it stands, and writes it down for the leader."""
 
     model: nn.Module
-    recipe: Recipe  # precision and device resolved
+    stages: Sequence[ResolvedStage]
     origin: dict[str, str]
     journal: Journal
     group: Group
@@ -124,8 +126,8 @@ class Course:
         """Train every stage that is not finished: `run_stage(index, resumed=, save=)` trains
         one.
         """
-        first, stages = self.state.stage if self.state is not None else 0, len(self.recipe.stage)
-        for index in range(first, stages):
+        first = self.state.stage if self.state is not None else 0
+        for index in range(first, len(self.stages)):
             within = (
                 self.state
                 if self.state is not None and self.state.position.step and index == first
@@ -134,7 +136,7 @@ class Course:
             self.results.append(
                 run_stage(index, resumed=within, save=functools.partial(self.save, index))
             )
-            if index + 1 < stages:
+            if index + 1 < len(self.stages):
                 self.save(index + 1, Position(), None, Kept())
         self.state = None  # its tensors are in the model now
         return self.results
@@ -151,7 +153,7 @@ class Course:
                 stage=stage,
                 position=position,
                 finished=[asdict(result) for result in self.results],
-                precisions=[stage.precision for stage in self.recipe.stage],
+                precisions=[stage.precision for stage in self.stages],
                 weights=learned(self.model),
                 optimizer=optimizer.state_dict() if optimizer is not None else {},
                 rng=rng,

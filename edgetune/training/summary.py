@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgetune import __version__
 from edgetune.adapters.folder import AdapterMetadata
 from edgetune.core.memory import peak_rss_mb
@@ -22,11 +20,9 @@ from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.torch_device import peak_device_mb
 from edgetune.quantisation.blocks import ROUNDING
-from edgetune.recipe.generation import generation_defaults
-from edgetune.recipe.schema import Recipe, Stage, what_learns
-from edgetune.training.inputs import Inputs
+from edgetune.recipe.schema import Recipe
+from edgetune.training.context import ResolvedRun, ResolvedStage
 from edgetune.training.loop import StageResult
-from edgetune.training.replay import ReplayText
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
 
@@ -72,45 +68,49 @@ class RunSummary:
     forgetting: list[dict[str, Any]] | None = None
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to."""
+
+    recipe: Recipe  # as trained, every "auto" settled
+    summary: RunSummary
+    records: Sequence[Mapping[str, Any]]  # of metrics.jsonl
+
+
 def summary_of(
-    inputs: Inputs,
+    run: ResolvedRun,
     results: Sequence[StageResult],
     measured: Mapping[str, Any],
     *,
     trainable: int,
     seconds: float,
-    device: torch.device,
     processes: int,
     out: Path,
 ) -> RunSummary:
-    """What came of the inputs, their recipe resolved; `measured` are the metrics and the effect."""
+    """What came of a run; `measured` are the metrics and the effect."""
     training_seconds = sum(result.seconds for result in results)
-    recipe, base = inputs.recipe, inputs.base
     return RunSummary(
-        task=recipe.task,
-        base={"name": base.name, "digest": base.digest},
+        task=run.task,
+        base={"name": run.base.name, "digest": run.base.digest},
         **measured,
         train_loss=results[-1].final_loss,
         stages=[
-            stage_facts(stage, result) for stage, result in zip(recipe.stage, results, strict=True)
+            stage_facts(stage, result) for stage, result in zip(run.stages, results, strict=True)
         ],
         trainable_parameters=trainable,
         tokens_per_second=sum(result.tokens for result in results) / max(1e-9, training_seconds),
         training_seconds=training_seconds,
         seconds=seconds,
         peak_rss_mb=peak_rss_mb(),
-        peak_device_mb=peak_device_mb(device),
-        data=[
-            data_facts(*each)
-            for each in zip(inputs.sets, inputs.replays, inputs.digests, strict=True)
-        ],
-        seed=recipe.seed,
-        threads=torch.get_num_threads(),
-        device=device.type,
+        peak_device_mb=peak_device_mb(run.device),
+        data=[data_facts(stage) for stage in run.stages],
+        seed=run.seed,
+        threads=run.threads,
+        device=run.device.type,
         processes=processes,
         versions=versions(),
         out=str(out),
-        base_precision=base_precision(base),
+        base_precision=base_precision(run.base),
     )
 
 
@@ -119,19 +119,18 @@ def base_precision(base: Base) -> dict[str, Any] | None:
     return None if base.precision is None else base.precision.to_dict() | {"rounding": ROUNDING}
 
 
-def stage_facts(stage: Stage, result: StageResult) -> dict[str, Any]:
+def stage_facts(stage: ResolvedStage, result: StageResult) -> dict[str, Any]:
     """What a stage did, for summary.json."""
     facts = {**asdict(result), "tokens_per_second": result.tokens_per_second}
     return {"method": stage.method, "precision": stage.precision, **facts}
 
 
-def data_facts(
-    examples: ExampleSet, replay: ReplayText | None, digests: dict[str, str]
-) -> dict[str, Any]:
+def data_facts(stage: ResolvedStage) -> dict[str, Any]:
     """A stage's rows, for summary.json; `rows` of packed text are sequences."""
-    replayed = {} if replay is None else {"replay": len(replay.examples)}
+    examples = stage.examples
+    replayed = {} if stage.replay is None else {"replay": len(stage.replay.examples)}
     return {
-        "digests": digests,
+        "digests": dict(stage.digests),
         "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,
@@ -139,43 +138,21 @@ def data_facts(
     }
 
 
-def metadata(
-    recipe: Recipe, base: Base, examples: ExampleSet, summary: RunSummary
-) -> AdapterMetadata:
+def metadata(run: ResolvedRun, summary: RunSummary) -> AdapterMetadata:
     """What a device needs to know to use the adapter."""
+    stage, examples = run.stages[-1], run.stages[-1].examples
     return AdapterMetadata(
         base=summary.base,
-        task=recipe.task,
+        task=run.task,
         labels=examples.labels,
-        pooling=base.pooling,
-        problem=recipe.stage[-1].problem if recipe.task == "sequence-classification" else None,
+        pooling=run.base.pooling,
+        problem=stage.problem if run.task == "sequence-classification" else None,
         prompt_format=examples.prompt_format.to_dict(),
-        generation=(
-            generation_defaults(recipe, _max_new_tokens(recipe, examples))
-            if recipe.task == "text-generation"
-            else None
-        ),
+        generation=None if run.generation is None else dict(run.generation),
         max_length=examples.max_length,
         metrics=summary.metrics,
         base_precision=summary.base_precision,
     )
-
-
-def _max_new_tokens(recipe: Recipe, examples: ExampleSet) -> int:
-    """A little more than the longest answer that was learned; packed text is as long as it can be,
-    answers need not be.
-    """
-    longest = (
-        max((_completion_length(e.labels) for e in examples.train + examples.validation), default=0)
-        + 16
-    )
-    return examples.max_new_tokens or (
-        min(longest, 256) if recipe.stage[-1].method == "causal-lm" else longest
-    )
-
-
-def _completion_length(labels: list[int] | int) -> int:
-    return sum(label >= 0 for label in labels) if isinstance(labels, list) else 0
 
 
 def versions() -> dict[str, str]:
@@ -184,14 +161,11 @@ def versions() -> dict[str, str]:
     return {"edgetune": __version__, "python": platform.python_version(), **found}
 
 
-def opening(recipe: Recipe, base: Base, sets: Sequence[ExampleSet]) -> str:
-    """What is about to be trained, in a line or two."""
+def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) -> str:
+    """What is about to be trained, in a line or two; `learns` says which weights."""
     rows = " + ".join(str(len(examples.train)) for examples in sets)
     held_out = len(sets[-1].validation)
-    lines = [
-        f"{recipe.stage[-1].method} of {base.name}: {rows} rows, {held_out} held out,"
-        f" {what_learns(recipe.parameters)}"
-    ]
+    lines = [f"{method} of {base.name}: {rows} rows, {held_out} held out, {learns}"]
     for what in ("skipped", "truncated"):
         counts = {
             name: count

@@ -27,7 +27,8 @@ from edgetune.models.torch_device import Precision, autocast, device_of, to_devi
 from edgetune.objectives.labels import word_logits
 from edgetune.objectives.language import class_logits, completion_logits, masked_logits
 from edgetune.objectives.preference import PairBatch, implicit_rewards, pair_rewards
-from edgetune.training.context import Batching, Measure, Prepared, Situation
+from edgetune.training.batches import Batching
+from edgetune.training.context import Logits, Prepared, StageStart
 from edgetune.training.fast.memory import computing
 
 ROWS_AT_ONCE = 64
@@ -36,9 +37,6 @@ TOKENS_AT_ONCE = 256
 # of more, a validation takes rows at equal distances; `edgetune eval` takes them all
 VALIDATION_TOKENS = 50_000
 EFFECT_TOKENS = 5_000
-Logits = Callable[
-    [nn.Module, Any], tuple[Tensor, Tensor]
-]  # (model, batch) → logits (n, classes), targets (n,)
 
 
 def batches_for_measuring(
@@ -243,9 +241,9 @@ def _on(row: torch.Tensor) -> list[str]:
 
 
 @contextlib.contextmanager
-def prepare_tagging(situation: Situation, measure: Measure) -> Iterator[Prepared]:
+def prepare_tagging(start: StageStart) -> Iterator[Prepared]:
     """Validation needs the sentences: words that no batch holds count as well, as O."""
-    examples = situation.examples
+    examples = start.stage.examples
     sentences = {example.row: example for example in examples.validation}
     yield Prepared(
         functools.partial(measure_tags, sentences=sentences, names=examples.labels or ())

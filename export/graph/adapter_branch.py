@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnx import helper
 
 from edgetune.runtime.bundle.manifest import Site
-from edgetune.runtime.engine.session import SITUATIONS
+from edgetune.runtime.engine.session import ADAPTER_BRANCH
 
 ADAPTED, PLAIN = "adapted", "plain"
 
@@ -36,7 +36,7 @@ def by_situation(model: ir.Model, sites: Sequence[Site]) -> ir.Model:
         graph,
         PLAIN,
     )
-    group, active = f"{SITUATIONS}.group", f"{SITUATIONS}.active"
+    group, active = f"{ADAPTER_BRANCH}.group", f"{ADAPTER_BRANCH}.active"
     nodes = [
         helper.make_node("Shape", [sites[0].A], [group], name=group, start=0, end=1),
         helper.make_node("Cast", [group], [active], name=active, to=onnx.TensorProto.BOOL),
@@ -44,7 +44,7 @@ def by_situation(model: ir.Model, sites: Sequence[Site]) -> ir.Model:
             "If",
             [active],
             [value.name for value in graph.output],
-            name=SITUATIONS,
+            name=ADAPTER_BRANCH,
             then_branch=adapted,
             else_branch=plain,
         ),
@@ -57,7 +57,7 @@ def by_situation(model: ir.Model, sites: Sequence[Site]) -> ir.Model:
 def adapted_graph(model: onnx.ModelProto) -> onnx.GraphProto:
     """The nodes that run when an adapter is active, whether or not the graph knows situations."""
     for node in model.graph.node:
-        if node.op_type == "If" and node.name == SITUATIONS:
+        if node.op_type == "If" and node.name == ADAPTER_BRANCH:
             return next(
                 attribute.g for attribute in node.attribute if attribute.name == "then_branch"
             )

@@ -42,7 +42,7 @@ from edgetune.models.base import Base
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier, has_token_types
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime.bundle.manifest import GraphInfo, HeadInfo, Site
-from edgetune.runtime.engine.session import SITUATIONS
+from edgetune.runtime.engine.session import ADAPTER_BRANCH
 
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
@@ -168,7 +168,7 @@ def _write_graphs(
         write_graph(
             by_situation(graph, sites),
             folder / info.situations,
-            metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"},
+            metadata=note | {ADAPTER_BRANCH: f"{ADAPTED}, {PLAIN}"},
         )
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
     name_for_people(standard.graph)

@@ -134,19 +134,30 @@ def seq2seq_family(config: Any) -> Family:
     return known_family(config.model_type, kind="encoder-decoder")
 
 
-def seq2seq_sizes(config: Any) -> CacheSizes:
-    """Sizes of the decoder's cache, which are those of the encoder's keys and values too."""
-    return CacheSizes(int(config.num_decoder_layers), int(config.num_heads), int(config.d_kv))
+def normalised(config: Any) -> Any:
+    """optimum's view of a configuration, which calls sizes by one name whatever the family does:
+    `num_layers`, `num_attention_heads`, `hidden_size`, `vocab_size`.
+    """
+    from optimum.utils import NormalizedConfigManager, NormalizedTextConfigWithGQA
+
+    try:
+        view = NormalizedConfigManager.get_normalized_config_class(config.model_type)
+    except KeyError:  # gemma2, gemma3_text, umt5: not in its table, and called as most are
+        view = NormalizedTextConfigWithGQA
+    return view(config)
 
 
 def cache_sizes(config: Any) -> CacheSizes:
-    """Sizes of the cache; families that do not name a number have as many key heads as heads of
-    hidden_size / heads.
+    """Sizes of a decoder's cache, of an encoder-decoder also those of the encoder's keys and
+    values; families that name none have as many key heads as heads, of hidden_size / heads.
     """
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return CacheSizes(int(config.num_hidden_layers), kv_heads, head_dim)
+    sizes = normalised(config)
+    heads = sizes.num_attention_heads
+    return CacheSizes(
+        layers=int(getattr(sizes, "num_decoder_layers", sizes.num_layers)),
+        kv_heads=int(getattr(sizes, "num_key_value_heads", heads)),
+        head_dim=int(getattr(sizes, "head_dim", sizes.hidden_size // heads)),
+    )
 
 
 def fixed_length(config: Any, max_length: int) -> int:

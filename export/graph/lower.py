@@ -172,7 +172,6 @@ class _Lowering:
             weight,
             bits=bits,
             block_size=self.precision.block_size,
-            symmetric=self.precision.symmetric,
             offsets=offsets,
             method=self.precision.quantiser,
         )

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from edgetune.core.errors import ExportError
 from edgetune.export.graph.attention import now
-from edgetune.export.graph.families import seq2seq_family, seq2seq_sizes
+from edgetune.export.graph.families import cache_sizes, seq2seq_family
 from edgetune.export.graph.symbolic_layers import DOMAIN, symbolic_leaves
 from edgetune.export.graph.trace import BATCH, KEEP, OPSET, PAST, SEQ, silent
 
@@ -229,7 +229,7 @@ def trace_seq2seq(model: PreTrainedModel) -> ir.Model:
     """Trace both halves into one graph; `seq2seq_files` parts it again."""
     seq2seq_family(model.config)
     _one_embedding(model)
-    sizes = seq2seq_sizes(model.config)
+    sizes = cache_sizes(model.config)
 
     def pairs(length: int) -> list[tuple[Tensor, Tensor]]:
         shape = (BATCH, sizes.kv_heads, length, sizes.head_dim)

@@ -11,13 +11,13 @@ import onnx_ir as ir
 
 from edgetune.core.errors import ExportError
 from edgetune.export.graph.adapter_branch import ADAPTED, PLAIN, by_situation
-from edgetune.export.graph.families import seq2seq_sizes
+from edgetune.export.graph.families import cache_sizes
 from edgetune.export.graph.fuse import drop_dead
 from edgetune.export.graph.onnx_file import ENGINE, write_data, write_graph
 from edgetune.export.graph.seq2seq import DECODER_IDS, ENCODER, POSITIONS, PRESENT
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime.bundle.manifest import Site
-from edgetune.runtime.engine.session import SITUATIONS
+from edgetune.runtime.engine.session import ADAPTER_BRANCH
 
 
 def placed(graph: ir.Model, sites: Sequence[Site]) -> list[Site]:
@@ -37,7 +37,7 @@ def write_graphs(
             write_graph(
                 by_situation(half, own),
                 folder / name,
-                metadata=note | {SITUATIONS: f"{ADAPTED}, {PLAIN}"},
+                metadata=note | {ADAPTER_BRANCH: f"{ADAPTED}, {PLAIN}"},
             )
         else:
             write_graph(half, folder / name, metadata=note)
@@ -106,7 +106,7 @@ def check_seq2seq(precision: Precision) -> None:
 def seq2seq_shape(config: Any) -> dict[str, Any]:
     """What the manifest says of the graphs beyond what it says of all."""
     return {
-        **asdict(seq2seq_sizes(config)),
+        **asdict(cache_sizes(config)),
         "standard": None,
         "encoder": ENCODER,
         "start_token_id": int(config.decoder_start_token_id),

@@ -15,13 +15,14 @@ from edgetune.core.layout import ADAPTER_METADATA, RECIPE
 from edgetune.core.progress import Say
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
-from edgetune.data.rows import Row, read_rows
+from edgetune.data.readers import Row
+from edgetune.data.rows import read_rows
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import Base
 from edgetune.models.calibration import LENGTH, TOKENS, calibrate
 from edgetune.models.heads import SequenceClassifier
 from edgetune.quantisation.precision import QUANTISERS, Precision
-from edgetune.recipe.read import load_recipe
+from edgetune.recipe.read import load_run_recipe
 
 # of a file; those that a row has, one after the other
 TEXT_COLUMNS = ("text", "prompt", "completion", "chosen")
@@ -54,26 +55,6 @@ def check_quantiser(
         )
     if calibration is not None and name != "gptq":
         raise ExportError("only gptq reads text", where="--calibration", got=f"--quantiser {name}")
-
-
-def check_symmetry(precision: Precision) -> None:
-    """ExportError for zeros that no weight would have, before anything is loaded."""
-    if precision.symmetric:
-        return
-    if not {"int4", "int8"} & {precision.weights, *precision.overrides.values()}:
-        raise ExportError(
-            "it says where the zero of scaled weights stands, and here none are scaled",
-            where="--asymmetric",
-            got=f"--precision {precision.weights}",
-            fix="Leave it out.",
-        )
-    if precision.activations != "float":
-        raise ExportError(
-            "products of 8-bit integers have weights around zero",
-            where="--asymmetric",
-            got=f"--activations {precision.activations}",
-            fix="Leave one of them out.",
-        )
 
 
 def check_activations(precision: Precision, *, kind: str, mode: str) -> None:
@@ -187,7 +168,7 @@ def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None
     recipe_file = adapter.parent / RECIPE
     if not recipe_file.is_file():
         return None
-    recipe = load_recipe(recipe_file)
+    recipe = load_run_recipe(recipe_file)
     labels = (
         read_metadata(adapter).get("labels") if (adapter / ADAPTER_METADATA).is_file() else None
     )

@@ -20,6 +20,7 @@ from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.tasks.open_bundle import OpenBundle
 
 TASK = {"decoder": "wikitext2", "encoder": "stsb"}
 ITEMS = {"decoder": 6, "encoder": 400}  # windows of 512 tokens; pairs of sentences
@@ -94,7 +95,7 @@ class CostPlan:
             if base.digest not in known:
                 known[base.digest] = self._one(_in_torch(base, model()), base, limit)
             base_alone = manifest if manifest.mode == "merged" else replace(manifest, adapters=())
-            with Runtime(folder, base_alone, threads=threads) as runtime:
+            with Runtime(OpenBundle(folder, base_alone, threads=threads)) as runtime:
                 shipped = self._one(BundleSubject(runtime, None), base, limit)
         except EdgetuneError as error:
             say(f"cost of {manifest.precision.weights}: not measured: {error}")

@@ -25,13 +25,8 @@ from edgetune.data.labels import encode_texts
 from edgetune.export.inputs.calibration_text import run_examples
 from edgetune.export.proof.proof import Outputs
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
-from edgetune.runtime.engine.engine import (
-    CACHE_STEP,
-    DecoderEngine,
-    DecodeState,
-    EncoderEngine,
-    round_up,
-)
+from edgetune.runtime.engine.decoder import CACHE_STEP, DecoderEngine, DecodeState, round_up
+from edgetune.runtime.engine.encoder import EncoderEngine
 from edgetune.runtime.tasks.scoring import read_scores
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision, coarsest
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
-from edgetune.runtime.engine.engine import DecoderEngine, EncoderEngine
+from edgetune.runtime.engine.decoder import DecoderEngine
+from edgetune.runtime.engine.encoder import EncoderEngine
 from edgetune.runtime.engine.seq2seq import Seq2SeqEngine, decoder_engine
 
 

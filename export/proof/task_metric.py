@@ -17,9 +17,8 @@ from edgetune.core.errors import EdgetuneError, ExportError
 from edgetune.core.layout import RECIPE
 from edgetune.core.progress import Say
 from edgetune.core.tasks import lower_is_better
-from edgetune.data.examples import hold_out
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.rows import Rows, read_rows, spread
+from edgetune.data.rows import Rows, hold_out, read_rows, spread
 from edgetune.evaluation.answers import BundleAnswers
 from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
 from edgetune.evaluation.measures import Evaluation, measure_rows, measure_text
@@ -29,9 +28,10 @@ from edgetune.export.proof.torch_model import trained_base
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
-from edgetune.recipe.read import load_recipe
+from edgetune.recipe.read import load_run_recipe
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.tasks.open_bundle import OpenBundle
 
 # A batch of 16 answers takes torch little longer than one; an encoder reads that many texts in a
 # fraction of a second.
@@ -145,7 +145,7 @@ def task_rows(source: AdapterSource, *, limit: int, data: Path | None = None) ->
     recipe_file = source.folder.parent / RECIPE
     if not recipe_file.is_file():
         return None
-    recipe = load_recipe(recipe_file)
+    recipe = load_run_recipe(recipe_file)
     held = recipe.stage[-1].data
     if held.validation is not None:
         return _chosen(
@@ -310,7 +310,7 @@ def measure_tasks(
     if not wanted:
         return {}
     results = {}
-    with Runtime(folder, manifest, threads=threads) as runtime:
+    with Runtime(OpenBundle(folder, manifest, threads=threads)) as runtime:
         for source in wanted:
             on = rows[source.name]
             result = tried(
@@ -397,7 +397,7 @@ class TaskPlan:
             known[ALONE] = _perplexity(
                 torch_texts(load(base, None), load_tokenizer(base)), base.folder, rows
             )
-        with Runtime(folder, manifest, threads=threads) as runtime:
+        with Runtime(OpenBundle(folder, manifest, threads=threads)) as runtime:
             result = compare_on_task(
                 known[ALONE], _perplexity(BundleSubject(runtime, None), folder, rows), rows
             )

@@ -1,6 +1,4 @@
-"""Whether an adapter's JSON files hold values of the types that everything behind them counts
-on.
-"""
+"""A type check of an adapter's JSON files."""
 
 from __future__ import annotations
 

@@ -89,20 +89,6 @@ class LoraFolder:
         return max((a.shape[0] for a, _ in self.deltas.values()), default=0)
 
 
-def lora_deltas(
-    folder: str | Path, *, base_digest: str | None = None
-) -> dict[str, tuple[Array, Array]]:
-    """module → (A (r, in), scaling·B (out, r)), float32, so that ΔW = B @ A. Module names as in
-    PEFT's base model.
-
-    AdapterError lists everything that a merge could not take (DoRA, biases, damaged files, another
-    base).
-    """
-    read = read_lora(folder, base_digest=base_digest)
-    refuse_if(read.problems, read.path)
-    return read.deltas
-
-
 def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFolder:
     """Read a PEFT folder; AdapterError when its JSON files are none of a LoRA's at all, else see
     `.problems`.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from edgetune.core.errors import AdapterError
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.sources import AdapterSources, Source
 from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.engine.session import BoundTensors
+from edgetune.runtime.engine.interface import BoundAdapter, Tensors
 
 InUse = Literal["forget", "refuse", "wait"]
 """What `unload` does with an adapter that is in use: see there."""
@@ -34,7 +34,7 @@ class Resident:
     """
 
     packed: PackedAdapter
-    bound: BoundTensors
+    bound: BoundAdapter
     serial: int = 0
 
 
@@ -95,15 +95,18 @@ class AdapterRegistry:
         folder: Path,
         manifest: Manifest,
         *,
+        bind: Callable[[Tensors], BoundAdapter],
         adapter_folder: Path | None = None,
         memory_mb: float | None = None,
     ) -> None:
-        """`adapter_folder`: each PEFT folder in it is an adapter of its name.
+        """`bind` makes an adapter's tensors ready for the engine. Each PEFT folder in
+        `adapter_folder` is an adapter of its name.
 
         `memory_mb` (10⁶ bytes) bounds the resident ones, but for those that are pinned or in use;
         None is no bound.
         """
         self._sources = AdapterSources(folder, manifest, adapter_folder)
+        self._bind = bind
         self._limit = None if memory_mb is None else memory_mb * 1e6
         self._change = threading.Condition()
         self._serials, self._clock = itertools.count(1), itertools.count(1)
@@ -276,7 +279,7 @@ class AdapterRegistry:
             )
         known.fingerprint = fingerprint
         known.used = next(self._clock)
-        known.resident = Resident(packed, BoundTensors(packed.tensors), known.serial)
+        known.resident = Resident(packed, self._bind(packed.tensors), known.serial)
         return known.resident
 
     def _release(self, known: _Known) -> None:

@@ -52,10 +52,6 @@ def _options(trained: PrecisionInfo, stored: PrecisionInfo) -> str:
         options.append(f"--quantiser {trained.quantiser}")
     if trained.weights == stored.weights and trained.block_size != stored.block_size:
         options.append(f"--block-size {trained.block_size}")
-    if not trained.symmetric:
-        options.append("--asymmetric")
-    elif not stored.symmetric:
-        options.append("without --asymmetric")
     return " ".join(options)
 
 

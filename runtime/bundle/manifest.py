@@ -44,8 +44,8 @@ class PrecisionInfo:
     by rtn, hqq or gptq.
 
     `activations` int8: what the products of 8-bit layers read is rounded to 8 bits too; their
-    weights have a scale an output. `symmetric` false: a block's zero stands where it costs least,
-    not in the middle.
+    weights have a scale an output. `symmetric` false (only bundles of version 0.1): a block's
+    zero stands where it costs least, not in the middle.
     """
 
     weights: str = field(metadata=about(choices=PRECISIONS))

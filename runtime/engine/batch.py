@@ -6,42 +6,44 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from edgetune.core.arrays import Float32, Int64
 from edgetune.core.errors import InputError
-from edgetune.runtime.engine.engine import DecoderEngine
-from edgetune.runtime.engine.kv_cache import CacheArena, new_arena
+from edgetune.runtime.engine.interface import BatchRow, BoundAdapter
+from edgetune.runtime.engine.kv_cache import CacheArena, PrefixCache, new_arena
 from edgetune.runtime.engine.mixed_adapters import AdapterRows
-from edgetune.runtime.engine.session import BoundTensors, ort_value
-
-
-class BatchRow:
-    """One row: `length` tokens of it are in the cache; `slot` may change when another row
-    leaves.
-    """
-
-    def __init__(self, slot: int, adapter: BoundTensors | None) -> None:
-        self.slot, self.adapter, self.length = slot, adapter, 0
+from edgetune.runtime.engine.session import GraphSession, ort_value
 
 
 class Batch:
     """Rows 0…n-1 are decoded together; one more may be in prefill, alone, because grouped-query
     attention continues a prompt only in a batch of one. Not thread-safe: one thread steps."""
 
+    prefills_in_pieces = checks_guesses = True
+
     def __init__(
-        self, engine: DecoderEngine, *, rows: int, budget: int, max_context: int | None = None
+        self,
+        engine: GraphSession,
+        *,
+        rows: int,
+        budget: int,
+        max_context: int | None = None,
+        prefix_blocks: int = 0,
     ) -> None:
         """`rows` at once at most; `budget`: tokens of cache over all of them; `max_context`: tokens
-        of one.
+        of one; `prefix_blocks`: blocks of shared prefixes, where the cache can share any.
         """
         self.engine = engine
         context = min(engine.graph.max_length, budget, max_context or budget)
         self.arena = new_arena(
             engine.graph, slots=rows, capacity=context, budget=budget, place=engine.place
+        )
+        self.prefixes = PrefixCache(
+            self.arena, blocks=prefix_blocks if self.arena.shares_prefixes else 0
         )
         self.decoding: list[BatchRow] = []
         self.filling: BatchRow | None = None
@@ -55,11 +57,40 @@ class Batch:
         """Rows in decode and prefill."""
         return len(self.decoding) + (self.filling is not None)
 
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer that one row may have."""
+        return self.arena.capacity
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values in use: those promised to rows, and shared prefixes."""
+        return self.arena.reserved * self.arena.token_bytes + self.prefixes.nbytes
+
+    @property
+    def cache_bytes_total(self) -> int:
+        """Memory that keys and values may come to."""
+        return self.arena.budget * self.arena.token_bytes + self.prefixes.limit_bytes
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """Tokens of prompts that were copied instead of computed, since the start."""
+        return self.prefixes.hit_tokens
+
+    @property
+    def prefix_evictions(self) -> int:
+        """Blocks of shared prefixes that were forgotten to make room, since the start."""
+        return self.prefixes.evictions
+
+    def lend(self, tokens: int) -> None:
+        """So many tokens of the budget are held by a cache beside the arena; 0: none."""
+        self.arena.lent = tokens
+
     def has_room(self, tokens: int) -> bool:
         """Whether a row that may grow to so many tokens can begin its prefill now."""
         return self.filling is None and self.rows < self.arena.slots and self.arena.fits(tokens)
 
-    def begin(self, adapter: BoundTensors | None, *, tokens: int) -> BatchRow:
+    def begin(self, adapter: BoundAdapter | None, *, tokens: int) -> BatchRow:
         """Give a row the next slot and room for `tokens` tokens (prompt and answer); `has_room`
         must be true.
         """
@@ -71,6 +102,13 @@ class Batch:
             self.leave(row)
             raise
         return row
+
+    def restore(self, key: Hashable, prompt: Sequence[int]) -> int:
+        """Copy what is known of the beginning of the filling row's prompt; how many tokens."""
+        row = self.filling
+        assert row is not None
+        row.length = self.prefixes.restore(row.slot, key, prompt)
+        return row.length
 
     def prefill(self, piece: Sequence[int]) -> Float32:
         """Run a piece of the filling row's prompt; logits (vocab,) after its last token."""
@@ -115,6 +153,10 @@ class Batch:
         row.length += len(tokens)
         return step.run(np.array([tokens], np.int64), [row.length], every=True)[0]
 
+    def remember(self, row: BatchRow, key: Hashable, tokens: Sequence[int]) -> None:
+        """Keep the beginning of a row, which is `tokens`, for prompts that begin alike."""
+        self.prefixes.store(row.slot, key, tokens)
+
     def leave(self, row: BatchRow) -> None:
         """End a row; the last one takes its slot."""
         self.arena.free(row.slot)
@@ -148,13 +190,13 @@ an adapter's.
 class RowBindings:
     """The bindings of an arena's rows; the least recently used ones go first."""
 
-    def __init__(self, engine: DecoderEngine, arena: CacheArena, mixed: AdapterRows) -> None:
+    def __init__(self, engine: GraphSession, arena: CacheArena, mixed: AdapterRows) -> None:
         self._engine, self._arena, self._mixed = engine, arena, mixed
         self._kept: OrderedDict[tuple[int, int, int], tuple[weakref.ref[Any], RowBinding]] = (
             OrderedDict()
         )
 
-    def of(self, adapters: Sequence[BoundTensors | None], *, first: int = 0) -> RowBinding:
+    def of(self, adapters: Sequence[BoundAdapter | None], *, first: int = 0) -> RowBinding:
         """Bound for the rows in slots first, first + 1, … with these adapters; the caller keeps the
         adapters alive.
         """
@@ -184,7 +226,7 @@ class RowBinding:
     The memory of the adapters it names is not its own: it runs only while they live.
     """
 
-    def __init__(self, engine: DecoderEngine, arena: CacheArena, first: int, count: int) -> None:
+    def __init__(self, engine: GraphSession, arena: CacheArena, first: int, count: int) -> None:
         self._engine, self.io = engine, engine.session.io_binding()
         self._cache = arena.bind(self.io, first, count)
         self._seqlens, self._total = np.zeros(count, np.int32), np.zeros((), np.int32)

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.core.arrays import Float32
-from edgetune.runtime.engine.session import BoundTensors, GraphSession, ort_value
+from edgetune.runtime.engine.interface import BoundAdapter
+from edgetune.runtime.engine.session import BoundTensors, GraphSession, ort_value, own
 
 Sizes = npt.NDArray[np.int64]
 LINE = 16
@@ -55,13 +56,13 @@ class AdapterRows:
         written = sum(occupant is not _nobody for occupant in self._occupants)
         return written * 4 * int(self._sizes.prod(axis=1).sum())
 
-    def source(self, adapters: Sequence[BoundTensors | None]) -> BoundTensors | MixedBlock:
+    def source(self, adapters: Sequence[BoundAdapter | None]) -> BoundTensors | MixedBlock:
         """Where these rows' tensors are: in the adapter that all share, or in the block, written
         for them here.
         """
         first = adapters[0]
         if all(adapter is first for adapter in adapters):
-            return self.session.empty if first is None else first
+            return self.session.empty if first is None else own(first)
         self._write(adapters)
         return self._block
 
@@ -75,9 +76,9 @@ class AdapterRows:
         for name, value in source.values(rows).items():
             io.bind_ortvalue_input(name, value)
 
-    def _write(self, adapters: Sequence[BoundTensors | None]) -> None:
+    def _write(self, adapters: Sequence[BoundAdapter | None]) -> None:
         empty = self.session.empty
-        wanted = [empty if adapter is None else adapter for adapter in adapters]
+        wanted = [empty if adapter is None else own(adapter) for adapter in adapters]
         self._fit(wanted)
         for row, adapter in enumerate(wanted):
             if self._occupants[row]() is adapter:

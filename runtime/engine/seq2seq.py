@@ -19,16 +19,12 @@ import numpy.typing as npt
 from edgetune.core.arrays import Float32
 from edgetune.core.errors import BundleError, InputError
 from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.engine.batch import Batch, BatchRow, RowBinding
-from edgetune.runtime.engine.engine import (
-    CACHE_STEP,
-    DecoderEngine,
-    DecodeState,
-    adapter_per_row,
-    round_up,
-)
+from edgetune.runtime.engine.batch import Batch, RowBinding
+from edgetune.runtime.engine.decoder import CACHE_STEP, DecoderEngine, DecodeState, round_up
+from edgetune.runtime.engine.interface import AdapterRow, BatchRow, BoundAdapter, adapter_per_row
+from edgetune.runtime.engine.kv_cache import plan_cache
 from edgetune.runtime.engine.providers import CPU
-from edgetune.runtime.engine.session import AdapterRow, BoundTensors, GraphSession, ort_value
+from edgetune.runtime.engine.session import GraphSession, ort_value
 
 PRESENT, CROSS, MASK = "cross_present", "cross_past", "encoder_attention_mask"
 
@@ -212,6 +208,15 @@ class Seq2SeqEngine(DecoderEngine):
             fix="Measure its answers.",
         )
 
+    def new_batch(
+        self, *, rows: int, cache_mb: float | None = None, max_context: int | None = None
+    ) -> Seq2SeqBatch:
+        """See `Decoder`. A row is two texts, each as long as the context at most, and no prefix is
+        shared: an adapter changes all of a prompt.
+        """
+        budget = plan_cache(self.graph, rows=2 * rows, cache_mb=cache_mb).tokens
+        return Seq2SeqBatch(self, rows=rows, budget=budget, max_context=max_context)
+
     def _state(
         self, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow] | None, *, capacity: int
     ) -> Seq2SeqState:
@@ -226,13 +231,13 @@ def decoder_engine(
     *,
     threads: int | None = None,
     providers: Sequence[str] = (),
-    situations: bool = False,
+    adapter_branch: bool = False,
 ) -> DecoderEngine:
-    """The engine of a bundle that generates text; see `GraphSession`."""
+    """The engine of a bundle that generates text; see `GraphSession` for the arguments."""
     if manifest.graph.encoder is not None:
         return Seq2SeqEngine(folder, manifest, threads=threads, providers=providers)
     return DecoderEngine(
-        folder, manifest, threads=threads, providers=providers, situations=situations
+        folder, manifest, threads=threads, providers=providers, adapter_branch=adapter_branch
     )
 
 
@@ -242,6 +247,7 @@ class Seq2SeqBatch(Batch):
     """
 
     engine: Seq2SeqEngine
+    prefills_in_pieces = checks_guesses = False
 
     def __init__(
         self, engine: Seq2SeqEngine, *, rows: int, budget: int, max_context: int | None = None
@@ -265,11 +271,16 @@ class Seq2SeqBatch(Batch):
         )
 
     @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values in use, of prompts and of answers."""
+        return self.promised * self.arena.token_bytes
+
+    @property
     def promised(self) -> int:
         """Tokens of prompts and answers that the rows may come to."""
         return sum(self._promised.values())
 
-    def begin(self, adapter: BoundTensors | None, *, tokens: int) -> BatchRow:
+    def begin(self, adapter: BoundAdapter | None, *, tokens: int) -> BatchRow:
         """Give a row the next slot; its prompt takes no place there."""
         row = super().begin(adapter, tokens=min(tokens, self.arena.capacity))
         self._promised[row] = tokens

@@ -23,6 +23,7 @@ from edgetune.devices.host import threads_to_ask_for
 from edgetune.devices.paging import use_large_pages
 from edgetune.runtime.bundle.manifest import GraphInfo, Manifest
 from edgetune.runtime.engine.device_memory import OutputBuffer, bind_cache, cache_place
+from edgetune.runtime.engine.interface import AdapterRow, BoundAdapter, Tensors
 from edgetune.runtime.engine.providers import (
     CPU,
     ProvidersInUse,
@@ -32,17 +33,17 @@ from edgetune.runtime.engine.providers import (
     parse_providers,
 )
 
-Tensors = Mapping[str, Float32]
-"""An adapter's graph inputs, as `pack_adapter(...).tensors`."""
 SETTLED = 4
 """Runs after which a session that lives long moves its weights to large pages: a first token does
 not wait for that.
 """
-SITUATIONS = "situations"
-"""Metadata of a graph that skips its adapter nodes when its first adapter input has group 0."""
+ADAPTER_BRANCH = "situations"
+"""Metadata of a graph with an adapter branch: it skips its adapter nodes when its first adapter
+input has group 0.
+"""
 
 
-class BoundTensors:
+class BoundTensors(BoundAdapter):
     """Adapter tensors as OrtValues, made once and bound many times; keeps the memory alive."""
 
     def __init__(self, tensors: Tensors) -> None:
@@ -53,15 +54,18 @@ class BoundTensors:
         self.active = any(array.size for array in self.tensors.values())
 
 
-AdapterRow = BoundTensors | Tensors | None
-"""What one row of a batch uses: bound tensors, packed tensors, or None for the base model."""
-
-
 def ort_value(array: npt.NDArray[Any]) -> Any:
     """An OrtValue on the array's own memory, which must be contiguous; it holds the array."""
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def own(adapter: BoundAdapter) -> BoundTensors:
+    """An adapter that this engine has bound; AdapterError for one of another engine."""
+    if not isinstance(adapter, BoundTensors):
+        raise AdapterError("this adapter was bound for another engine", fix="Bind it again.")
+    return adapter
 
 
 def open_session(
@@ -125,19 +129,18 @@ class GraphSession:
         *,
         threads: int | None = None,
         providers: Sequence[str] = (),
-        situations: bool = False,
+        adapter_branch: bool = False,
     ) -> None:
         """`providers`: execution providers in order of preference; see `providers_in_use` for what
         came of it.
 
-        `situations`: open the graph with a branch for each situation, where the bundle has one and
-        the CPU alone runs it.
+        `adapter_branch`: open the graph that skips its adapter nodes while no adapter is active,
+        where the bundle has one and the CPU alone runs it.
         """
         self.manifest, self.graph = manifest, manifest.graph
         on_cpu = all(choice.provider.name == CPU for choice in parse_providers(providers))
-        graph = Path(folder) / (
-            (manifest.graph.situations if situations and on_cpu else None) or manifest.graph.engine
-        )
+        branched = manifest.graph.situations if adapter_branch and on_cpu else None
+        graph = Path(folder) / (branched or manifest.graph.engine)
         self.session, self.providers_in_use = open_session(
             graph, threads=threads, providers=providers
         )
@@ -168,7 +171,7 @@ class GraphSession:
         head = manifest.head
         self._known = {*empty, *(() if head is None else (head.weight, head.bias))}
         self._inactive = self.empty.values
-        if manifest.sites and SITUATIONS in self.session.get_modelmeta().custom_metadata_map:
+        if manifest.sites and ADAPTER_BRANCH in self.session.get_modelmeta().custom_metadata_map:
             first = manifest.sites[0]
             self._inactive = self.empty.values | {
                 first.A: ort_value(np.zeros((0, first.in_features, 0), np.float32))
@@ -219,10 +222,14 @@ class GraphSession:
             if not self._runs_to_settle:
                 use_large_pages()
 
+    def bind(self, tensors: Tensors) -> BoundTensors:
+        """Make an adapter ready for this engine; see `Engine`."""
+        return BoundTensors(tensors)
+
     def _bound(self, adapter: AdapterRow) -> BoundTensors:
         if adapter is None:
             return self.empty
-        bound = adapter if isinstance(adapter, BoundTensors) else BoundTensors(adapter)
+        bound = own(adapter) if isinstance(adapter, BoundAdapter) else BoundTensors(adapter)
         if unknown := sorted(set(bound.tensors) - self._known):
             raise AdapterError(
                 f"this graph has no adapter input {unknown[0]}",

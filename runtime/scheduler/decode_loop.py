@@ -12,14 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from edgetune.core.arrays import Float32
 from edgetune.core.errors import InputError
-from edgetune.runtime.engine.batch import Batch, BatchRow
-from edgetune.runtime.engine.engine import DecoderEngine
-from edgetune.runtime.engine.kv_cache import PrefixCache
-from edgetune.runtime.engine.seq2seq import Seq2SeqBatch
+from edgetune.runtime.engine.interface import BatchRow, DecoderBatch
 from edgetune.runtime.scheduler.counters import Counters
 from edgetune.runtime.scheduler.requests import Running
 
@@ -30,45 +26,24 @@ class DecodeLoop:
     """
 
     def __init__(
-        self,
-        engine: DecoderEngine,
-        counters: Counters,
-        *,
-        rows: int,
-        tokens: int,
-        prefix_blocks: int,
-        chunk: int,
-        lookup: int = 0,
-        max_context: int | None = None,
+        self, batch: DecoderBatch, counters: Counters, *, chunk: int, lookup: int = 0
     ) -> None:
-        """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none."""
-        self.batch = self._new_batch(engine, rows=rows, budget=tokens, max_context=max_context)
-        self.prefixes = PrefixCache(
-            self.batch.arena, blocks=prefix_blocks if self.batch.arena.shares_prefixes else 0
-        )
-        self.counters, self.chunk, self.lookup = counters, chunk, lookup
+        """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none.
+
+        InputError for a batch that cannot check guesses.
+        """
+        if lookup and not batch.checks_guesses:
+            raise InputError(
+                "an encoder-decoder guesses no tokens", expected="lookup 0", got=str(lookup)
+            )
+        self.batch, self.counters, self.chunk, self.lookup = batch, counters, chunk, lookup
         self.filling: Running | None = None
         self._rows: dict[BatchRow, Running] = {}
-
-    def _new_batch(
-        self, engine: DecoderEngine, *, rows: int, budget: int, max_context: int | None
-    ) -> Batch:
-        return Batch(engine, rows=rows, budget=budget, max_context=max_context)
 
     @property
     def running(self) -> list[Running]:
         """Requests that have a row."""
         return [*self._rows.values(), *([] if self.filling is None else [self.filling])]
-
-    @property
-    def cache_bytes(self) -> int:
-        """Memory of keys and values in use: rows and shared prefixes."""
-        return self.batch.arena.reserved * self.batch.arena.token_bytes + self.prefixes.nbytes
-
-    @property
-    def cache_bytes_total(self) -> int:
-        """Memory that keys and values may come to."""
-        return self.batch.arena.budget * self.batch.arena.token_bytes + self.prefixes.limit_bytes
 
     def turn(self, next_waiting: Callable[[Callable[[Running], bool]], Running | None]) -> None:
         """One round: let in, prefill `chunk` tokens, decode a step; what was called off meanwhile
@@ -129,22 +104,22 @@ class DecodeLoop:
 
     def _begin(self, running: Running) -> None:
         """Copy what is known of a prompt into its row."""
-        assert running.row is not None
         prompt = running.request.prompt_ids
-        running.cached = self.prefixes.restore(running.row.slot, running.adapter_key, prompt)
-        running.row.length = running.cached
+        running.cached = self.batch.restore(running.adapter_key, prompt)
         self.counters.started(running)
 
     def _prefill(self, tokens: int) -> None:
         running = self.filling
         assert running is not None and running.row is not None
         prompt, start = running.request.prompt_ids, time.monotonic()
+        if not self.batch.prefills_in_pieces:
+            tokens = max(tokens, len(prompt))
         logits = self.batch.prefill(prompt[running.row.length : running.row.length + tokens])
         if running.row.length == len(prompt):
             self.filling = None
             self.batch.join()
             self._rows[running.row] = running
-            self.prefixes.store(running.row.slot, running.adapter_key, prompt)
+            self.batch.remember(running.row, running.adapter_key, prompt)
             self._take(running, logits)
         self.counters.prefilled(time.monotonic() - start)
 
@@ -201,7 +176,7 @@ class DecodeLoop:
             self._rows.pop(row, None) is not None and error is None
         ):  # a conversation may go on from here
             written = [*running.request.prompt_ids, *running.sequence.tokens][: row.length]
-            self.prefixes.store(row.slot, running.adapter_key, written)
+            self.batch.remember(row, running.adapter_key, written)
         self.batch.leave(row)
         self.counters.ended(reason)
         if error is None:
@@ -219,37 +194,3 @@ class DecodeLoop:
             for running in affected:
                 if running in self.running:
                     self._end(running, "failed", error)
-
-
-class Seq2SeqLoop(DecodeLoop):
-    """See `DecodeLoop`. A prompt goes through the encoder in one piece, and none is shared: an
-    adapter changes all of it.
-    """
-
-    def __init__(
-        self,
-        engine: Any,
-        counters: Counters,
-        *,
-        lookup: int = 0,
-        prefix_blocks: int = 0,
-        **sizes: Any,
-    ) -> None:
-        if lookup:
-            raise InputError(
-                "an encoder-decoder guesses no tokens", expected="lookup 0", got=str(lookup)
-            )
-        super().__init__(engine, counters, lookup=0, prefix_blocks=0, **sizes)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Memory of keys and values in use, of prompts and of answers."""
-        batch: Any = self.batch
-        return int(batch.promised) * self.batch.arena.token_bytes
-
-    def _new_batch(self, engine: Any, *, rows: int, budget: int, max_context: int | None) -> Batch:
-        return Seq2SeqBatch(engine, rows=rows, budget=budget, max_context=max_context)
-
-    def _prefill(self, tokens: int) -> None:
-        assert self.filling is not None
-        super()._prefill(max(tokens, len(self.filling.request.prompt_ids)))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.runtime.adapters.registry import Lease
-from edgetune.runtime.engine.batch import BatchRow
-from edgetune.runtime.engine.session import BoundTensors
+from edgetune.runtime.engine.interface import BatchRow, BoundAdapter
 from edgetune.runtime.generation.prompt_lookup import PromptLookup
 from edgetune.runtime.generation.sampling import TokenLogprob, TokenSequence
 from edgetune.runtime.generation.settings import GenerationSettings
@@ -107,54 +106,6 @@ class Ticket:
         return self._done.wait(timeout_s)
 
 
-@dataclass(frozen=True)
-class AdapterCounters:
-    """Since the start, of one adapter ("" is the base model)."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class SchedulerStats:
-    """A moment's picture. Counters (…_total, sums) only grow; the rest are levels."""
-
-    running: int
-    """rows in prefill or decode"""
-    waiting: int
-    """requests in the queue"""
-    batch_rows: int
-    """rows of the last decode step"""
-    cache_slots_used: int
-    cache_slots_total: int
-    requests_total: Mapping[str, int]
-    """finish reason → requests; also "failed" and "refused" (queue full)"""
-    prompt_tokens_total: int
-    tokens_generated_total: int
-    steps_total: int
-    step_seconds_total: float
-    """time inside decode steps"""
-    prefill_seconds_total: float
-    queue_wait_seconds_total: float
-    """from submission to the first piece of prefill, over all started requests"""
-    adapters: Mapping[str, AdapterCounters] = field(default_factory=dict)
-    cache_bytes: int = 0
-    """memory of the key-value cache in use"""
-    cache_bytes_total: int = 0
-    prefix_hit_tokens_total: int = 0
-    """prompt tokens that were copied instead of computed"""
-    prefix_evictions_total: int = 0
-    adapter_evictions_total: int = 0
-    adapter_bytes: int = 0
-    encoded_rows_total: int = 0
-    """texts classified or embedded"""
-    guessed_tokens_total: int = 0
-    """tokens guessed by prompt lookup"""
-    right_guesses_total: int = 0
-    """of them, those that were right: each saved a step"""
-
-
 log = logging.getLogger("edgetune.runtime")
 
 
@@ -185,7 +136,7 @@ class Running:
         return len(self.request.prompt_ids) + self.sequence.limit
 
     @property
-    def adapter(self) -> BoundTensors | None:
+    def adapter(self) -> BoundAdapter | None:
         """What the engine takes."""
         return None if self._lease is None else self._lease.resident.bound
 

@@ -9,12 +9,11 @@ from typing import Any
 from edgetune.core.errors import InputError
 from edgetune.core.tasks import REWARD
 from edgetune.core.templates import Message, check_messages, with_system
-from edgetune.runtime.engine.engine import DecodeState
-from edgetune.runtime.engine.session import AdapterRow
+from edgetune.runtime.engine.interface import AdapterRow, DecoderState
 from edgetune.runtime.generation.sampling import TokenSequence
 from edgetune.runtime.generation.settings import GenerationSettings, settings_from
 from edgetune.runtime.tasks.answers import Completion, TextStream, completion_of
-from edgetune.runtime.tasks.open_bundle import OpenBundle, batches, bound, each
+from edgetune.runtime.tasks.open_bundle import OpenBundle, batches, bound
 from edgetune.runtime.tasks.scoring import Answered, AnswerReader, read_scores, score_batches
 
 Prompt = str | Sequence[Message]
@@ -25,8 +24,11 @@ list.
 """
 
 
-class DecoderAnswers(OpenBundle):
-    """Generate, stream and score; one adapter for all rows or one a row."""
+class DecoderAnswers:
+    """Generate, stream and score; see the methods of `Runtime` with the same names."""
+
+    def __init__(self, opened: OpenBundle) -> None:
+        self._opened = opened
 
     def generate(
         self,
@@ -37,16 +39,14 @@ class DecoderAnswers(OpenBundle):
         n: int = 1,
         **settings: Any,
     ) -> list[Completion]:
-        """A completion of each prompt, with one adapter for all or one (or None) a prompt, mixed in
-        a batch.
-
-        `n` completions of each prompt stand one after the other; sampling makes them differ.
-        `settings`: fields of GenerationSettings; what is not given comes from the row's adapter,
-        then the defaults.
-        """
+        """See `Runtime.generate`."""
         if n < 1:
             raise InputError("n is out of range", expected="1 or more", got=str(n))
-        names = [name for name in self._names(len(prompts), adapter, adapters) for _ in range(n)]
+        names = [
+            name
+            for name in self._opened.chosen_for(len(prompts), adapter, adapters)
+            for _ in range(n)
+        ]
         repeated = [prompt for prompt in prompts for _ in range(n)]
         ids = [self.prompt_ids(prompt, name) for prompt, name in zip(repeated, names, strict=True)]
         rows = [
@@ -54,8 +54,8 @@ class DecoderAnswers(OpenBundle):
             for i, (row, name) in enumerate(zip(ids, names, strict=True))
         ]
         results: list[Completion | None] = [None] * len(rows)
-        with self._held(names) as held:
-            tensors = [bound(found) for found in each(held, names)]
+        with self._opened.held(names) as held:
+            tensors = [bound(held[name]) for name in names]
             for places in batches([len(row) for row in ids], GENERATE_ROWS):
                 batch = (
                     [ids[i] for i in places],
@@ -68,13 +68,13 @@ class DecoderAnswers(OpenBundle):
         return [completion for completion in results if completion is not None]
 
     def stream(self, prompt: Prompt, adapter: str | None = None, **settings: Any) -> TextStream:
-        """The text of one prompt in pieces, as they become certain."""
-        adapter = self.chosen(adapter)
+        """See `Runtime.stream`."""
+        adapter = self._opened.chosen(adapter)
         ids = self.prompt_ids(prompt, adapter)
         sequence = self._sequence(ids, adapter, settings, index=0)
 
         def pieces() -> Iterator[str | Completion]:
-            with self.registry.lease(adapter) as held:
+            with self._opened.registry.lease(adapter) as held:
                 # begun at once: the adapter is held from now on, until the stream ends or is
                 # dropped
                 yield ("")
@@ -98,20 +98,15 @@ class DecoderAnswers(OpenBundle):
         adapters: Sequence[str | None] | None = None,
         truncate: bool = False,
     ) -> list[float]:
-        """The reward of each answer, with one reward adapter for all or one an answer.
-
-        An answer is a conversation that ends with it, a pair (prompt, answer), or a text that is
-        read as it stands. `truncate` keeps the end of what is longer than the context; else that is
-        an InputError.
-        """
-        names = self._names(len(answers), adapter, adapters)
+        """See `Runtime.score`."""
+        names = self._opened.chosen_for(len(answers), adapter, adapters)
         for name in {*names}:
             self.need_scores(name)
-        engine = self._need(self.decoder)
-        readers = {name: AnswerReader(self, name, truncate=truncate) for name in {*names}}
+        engine = self._opened.need_decoder()
+        readers = {name: AnswerReader(self._opened, name, truncate=truncate) for name in {*names}}
         ids = [readers[name].ids(answered) for answered, name in zip(answers, names, strict=True)]
         scores = [0.0] * len(ids)
-        with self._held(names) as held:
+        with self._opened.held(names) as held:
             for places in score_batches([len(row) for row in ids]):
                 found, _ = read_scores(
                     engine, [ids[i] for i in places], [bound(held[names[i]]) for i in places]
@@ -122,20 +117,20 @@ class DecoderAnswers(OpenBundle):
 
     def need_text(self, name: str | None) -> None:
         """InputError for an adapter that gives scores instead of text."""
-        if self.task(name) == REWARD:
-            what = f"the adapter {self.chosen(name)!r} gives scores, not text"
+        if self._opened.task(name) == REWARD:
+            what = f"the adapter {self._opened.chosen(name)!r} gives scores, not text"
             raise InputError(
                 what, expected="an adapter that generates, or none", fix="Use Runtime.score."
             )
 
     def need_scores(self, name: str | None) -> None:
         """InputError for an adapter that gives no scores."""
-        if self.task(name) != REWARD:
+        if self._opened.task(name) != REWARD:
             what = (
                 "no adapter is chosen" if name is None else f"the adapter {name!r} gives no scores"
             )
             there = ", ".join(
-                entry.name for entry in self.manifest.adapters if entry.task == REWARD
+                entry.name for entry in self._opened.manifest.adapters if entry.task == REWARD
             )
             raise InputError(what, expected=there or "an adapter of method reward")
 
@@ -151,16 +146,16 @@ class DecoderAnswers(OpenBundle):
 
         `tools` (OpenAI's objects) reach the chat template of a conversation.
         """
-        self._need(self.decoder)
-        adapter = self.chosen(adapter)
+        self._opened.need_decoder()
+        adapter = self._opened.chosen(adapter)
         self.need_text(adapter)
-        form = None if adapter is None else self.adapter(adapter).prompt_format
+        form = None if adapter is None else self._opened.adapter(adapter).prompt_format
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode_prompt(prompt, form)
+            ids = self._opened.tokenizer.encode_prompt(prompt, form)
         else:
             messages = with_system(check_messages(prompt), system=(form or {}).get("system"))
-            ids = self.tokenizer.encode_chat(messages, tools=tools)
-        limit = self.manifest.graph.max_length
+            ids = self._opened.tokenizer.encode_chat(messages, tools=tools)
+        limit = self._opened.manifest.graph.max_length
         if not ids:
             raise InputError("an empty prompt", expected="one token at least")
         if len(ids) >= limit:
@@ -174,8 +169,8 @@ class DecoderAnswers(OpenBundle):
         """Generation settings: what is given (None: not given), else the adapter's own defaults,
         else edgetune's.
         """
-        adapter = self.chosen(adapter)
-        defaults = {} if adapter is None else self.adapter(adapter).generation
+        adapter = self._opened.chosen(adapter)
+        defaults = {} if adapter is None else self._opened.adapter(adapter).generation
         return settings_from(defaults, given, base=GenerationSettings())
 
     def sequence(
@@ -189,12 +184,12 @@ class DecoderAnswers(OpenBundle):
         """One answer to be generated; `context`: tokens of prompt and answer, at most (None: the
         graph's).
         """
-        graph = self.manifest.graph
+        graph = self._opened.manifest.graph
         before = (
             ids if graph.start_token_id is None else [graph.start_token_id]
         )  # the prompt is another text than the answer
         return TokenSequence(
-            self.tokenizer,
+            self._opened.tokenizer,
             settings,
             row=choice,
             limit=(context or graph.max_length) - len(before),
@@ -218,7 +213,7 @@ class DecoderAnswers(OpenBundle):
         """
         if not ids:
             return
-        engine = self._need(self.decoder)
+        engine = self._opened.need_decoder()
         start = time.perf_counter()
         capacity = max(len(row) + sequence.limit for row, sequence in zip(ids, rows, strict=True))
         state, logits = engine.start(ids, adapters, capacity=capacity)
@@ -242,7 +237,7 @@ class DecoderAnswers(OpenBundle):
 
     @staticmethod
     def _keep_unfinished(
-        state: DecodeState, live: list[int], rows: Sequence[TokenSequence]
+        state: DecoderState, live: list[int], rows: Sequence[TokenSequence]
     ) -> list[int]:
         places = [place for place, i in enumerate(live) if rows[i].finish_reason is None]
         if places:

@@ -131,14 +131,17 @@ def _request(
         if runtime.task(chosen) == REWARD:
             answered = answered_of(row, form, where=where)
             content: Prompt | Words | Answered | Text = answered
-            tokens = len(answered_ids(runtime, answered, chosen, truncate=truncate))
+            tokens = len(answered_ids(runtime.opened, answered, chosen, truncate=truncate))
         elif runtime.manifest.is_decoder:
             prompt = prompt_of(row, form, where=where)
             content = prompt
             tokens = len(runtime.prompt_ids(prompt, chosen))
         elif runtime.task(chosen) == TAGGING:
             words = words_of(row, form, where=where)
-            content, tokens = words, len(read_words(runtime, words, chosen, truncate=truncate).ids)
+            content, tokens = (
+                words,
+                len(read_words(runtime.opened, words, chosen, truncate=truncate).ids),
+            )
         else:
             text = text_of(row, form, where=where)
             content, tokens = text, len(runtime.text_ids(text, chosen, truncate=truncate))

@@ -8,21 +8,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from edgetune.core.arrays import Float32
 from edgetune.core.errors import InputError
 from edgetune.core.templates import Message, check_messages, columns_of, render_columns, with_system
-from edgetune.runtime.bundle.manifest import SCORE_OUTPUT, STATES
-from edgetune.runtime.engine.engine import (
-    CACHE_STEP,
-    PREFILL_CHUNK,
-    DecoderEngine,
-    DecodeState,
-    adapter_per_row,
-    round_up,
-)
-from edgetune.runtime.engine.session import AdapterRow
+from edgetune.runtime.bundle.tokenizer import BundleTokenizer
+from edgetune.runtime.engine.interface import AdapterRow, Decoder
+from edgetune.runtime.tasks.open_bundle import OpenBundle
 
 Answered = str | Sequence[Message] | tuple[str | Sequence[Message], str]
 """What is scored: a conversation that ends with the assistant's answer, a (prompt, answer) pair, or
@@ -33,66 +24,15 @@ SCORE_TOKENS, SCORE_ROWS = 512, 16
 PLACE = "the assistant's answer"  # stands for an answer where only what follows it is wanted
 
 
-class Reading:
-    """Rows on their way to their scores. `step` does one piece of the work, so that others need not
-    wait for all of it.
-    """
-
-    def __init__(
-        self, engine: DecoderEngine, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]
-    ) -> None:
-        engine.check(rows)
-        self._engine, self._rows, self._adapters = engine, rows, adapter_per_row(rows, adapters)
-        outputs = {STATES: engine.graph.hidden_size} | (
-            {} if engine.manifest.head is not None else {SCORE_OUTPUT: 1}
-        )
-        if missing := [name for name in outputs if name not in engine.outputs]:
-            raise InputError(
-                f"this bundle's graph gives no {missing[0]}, so nothing can be scored",
-                fix="Export it again.",
-            )
-        capacity = round_up(max(map(len, rows)), CACHE_STEP)
-        self.tokens = capacity * len(rows)
-        """tokens of cache that it holds until its scores are there"""
-        self._state, self._done = (
-            DecodeState(engine, self._adapters, capacity=capacity, outputs=outputs),
-            0,
-        )
-
-    def step(self) -> tuple[Float32, Float32] | None:
-        """Scores (rows,) and last tokens' states (rows, hidden) once the last piece is read; None
-        before.
-        """
-        if len(self._rows) > 1:
-            self._state.prefill(
-                self._rows, index=np.array([[len(row) - 1] for row in self._rows], np.int64)
-            )
-        else:
-            piece = self._rows[0][self._done : self._done + PREFILL_CHUNK]
-            self._state.extend(piece)
-            self._done += len(piece)
-            if self._done < len(self._rows[0]):
-                return None
-        states = self._state.results[STATES][:, 0]
-        if self._engine.manifest.head is None:
-            return self._state.results[SCORE_OUTPUT][:, 0, 0].copy(), states.copy()
-        return (
-            np.array(
-                [
-                    self._engine.score_of(row, a)
-                    for row, a in zip(states, self._adapters, strict=True)
-                ],
-                np.float32,
-            ),
-            states.copy(),
-        )
-
-
 def read_scores(
-    engine: DecoderEngine, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]
+    engine: Decoder, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]
 ) -> tuple[Float32, Float32]:
-    """Scores (rows,) of one batch and the last tokens' states (rows, hidden); see `Reading`."""
-    reading = Reading(engine, rows, adapters)
+    """Scores (rows,) of one batch and the last tokens' states (rows, hidden).
+
+    InputError for a row that is empty, too long or holds an unknown id, and for an adapter without
+    a score.
+    """
+    reading = engine.begin_scores(rows, adapters)
     while (found := reading.step()) is None:
         pass
     return found
@@ -121,17 +61,17 @@ class AnswerReader:
     """
 
     def __init__(
-        self, runtime: Any, adapter: str | None, *, truncate: bool, limit: int | None = None
+        self, opened: OpenBundle, adapter: str | None, *, truncate: bool, limit: int | None = None
     ) -> None:
         """`limit`: tokens of one answer with its prompt (None: the graph's context); `truncate`
         keeps the end.
         """
-        self._tokenizer, self._truncate = runtime.tokenizer, truncate
-        self._form: Mapping[str, Any] = (
-            runtime.adapter(adapter).prompt_format if adapter is not None else None
+        self._tokenizer, self._truncate = opened.tokenizer, truncate
+        self._form: dict[str, Any] = (
+            opened.adapter(adapter).prompt_format if adapter is not None else None
         ) or {}
         self._template = self._tokenizer.template_of(self._form)
-        self._limit = limit or runtime.manifest.graph.max_length
+        self._limit = limit or opened.manifest.graph.max_length
         self._heads: dict[str, list[int]] = {}
         self._closing: list[int] | None = None
 
@@ -173,7 +113,7 @@ class AnswerReader:
 
 
 def answered_ids(
-    runtime: Any,
+    opened: OpenBundle,
     answered: Answered,
     adapter: str | None,
     *,
@@ -181,7 +121,7 @@ def answered_ids(
     limit: int | None = None,
 ) -> list[int]:
     """Token ids of one answer; see `AnswerReader`."""
-    return AnswerReader(runtime, adapter, truncate=truncate, limit=limit).ids(answered)
+    return AnswerReader(opened, adapter, truncate=truncate, limit=limit).ids(answered)
 
 
 def prompt_and_answer(answered: Any) -> tuple[str | list[Message], str]:
@@ -201,7 +141,7 @@ def prompt_and_answer(answered: Any) -> tuple[str | list[Message], str]:
     return messages[:-1], last["content"]
 
 
-def closing_ids(tokenizer: Any, template: str) -> list[int]:
+def closing_ids(tokenizer: BundleTokenizer, template: str) -> list[int]:
     """What follows a finished answer: what the chat template writes there, or the end token;
     without tokens at the end that also pad, as in training
     (`edgetune.data.conversations.closing_tokens`)."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from edgetune.core.errors import InputError
 from edgetune.core.text import OUTSIDE, entities, first_subwords, join_words, split_words
 from edgetune.runtime.generation.sampling import softmax
+from edgetune.runtime.tasks.open_bundle import OpenBundle
 
 Words = str | Sequence[str]
 """A plain text, which `edgetune.core.text.split_words` cuts into words, or words."""
@@ -79,7 +80,7 @@ class Tagging:
 
 
 @dataclass(frozen=True)
-class Reading:
+class WordReading:
     """A row made ready: its text, its words' places there, its token ids and the tokens that begin
     the words.
     """
@@ -102,7 +103,9 @@ class Reading:
         return Tagging(self.text, tuple(words))
 
 
-def read_words(runtime: Any, row: Words, adapter: str | None, *, truncate: bool) -> Reading:
+def read_words(
+    opened: OpenBundle, row: Words, adapter: str | None, *, truncate: bool
+) -> WordReading:
     """Token ids of a row as it was trained: its words with a space between each two.
 
     InputError when it is longer than the model's positions; `truncate` cuts it to what the adapter
@@ -113,11 +116,11 @@ def read_words(runtime: Any, row: Words, adapter: str | None, *, truncate: bool)
     joined, places = join_words(words)
     text, shown = (row, spans) if isinstance(row, str) else (joined, places)
     if not words:
-        return Reading(text, [], [], [])
-    limit = runtime.manifest.graph.max_length
-    trained = runtime.adapter(adapter).metadata.get("max_length") if adapter is not None else None
+        return WordReading(text, [], [], [])
+    limit = opened.manifest.graph.max_length
+    trained = opened.adapter(adapter).metadata.get("max_length") if adapter is not None else None
     most = min(limit, trained or limit) if truncate else None
-    ids, offsets = runtime.tokenizer.encode_with_offsets(joined, max_tokens=most)
+    ids, offsets = opened.tokenizer.encode_with_offsets(joined, max_tokens=most)
     if len(ids) > limit:
         raise InputError(
             "the text is longer than the model's positions",
@@ -125,7 +128,7 @@ def read_words(runtime: Any, row: Words, adapter: str | None, *, truncate: bool)
             got=f"{len(ids)} tokens",
             fix="Shorten it, or pass truncate=True (`--truncate`).",
         )
-    return Reading(text, list(shown), ids, first_subwords(joined, offsets, places))
+    return WordReading(text, list(shown), ids, first_subwords(joined, offsets, places))
 
 
 def check_words(value: Any, *, where: str = "") -> list[str]:

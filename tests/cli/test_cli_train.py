@@ -40,6 +40,11 @@ def test_train_prints_the_run_folder_and_its_metrics(
     assert config["r"] == 2 and not (tmp_path / "run").exists()
 
 
+def test_the_run_folder_holds_the_report(recipe: Path, tmp_path: Path) -> None:
+    assert run("train", recipe) == 0
+    assert "<h2>Settings</h2>" in (tmp_path / "run" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

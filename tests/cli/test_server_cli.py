@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +207,28 @@ def test_top_without_a_server_is_one_line(
     assert message in err
 
 
+def test_top_of_another_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>not metrics</html>")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever).start()
+        code, _, err = run(capsys, "top", f"127.0.0.1:{server.server_port}", "--once")
+        server.shutdown()
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "no server of edgetune's" in err
+
+
 def test_metrics_text_is_parsed_with_its_labels() -> None:
     text = '# HELP x y\nx_total{a="1",b="q\\"}"} 3.0\nx_bucket{le="+Inf"} 2\nplain 1e3\n'
     expected: dict[Any, float] = {
-        ("x_total", (("a", "1"), ("b", 'q\\"}'))): 3.0,
+        ("x_total", (("a", "1"), ("b", 'q"}'))): 3.0,
         ("plain", ()): 1000.0,
     }
     assert parse(text) == expected | {("x_bucket", (("le", "+Inf"),)): 2.0}

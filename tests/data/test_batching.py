@@ -15,7 +15,7 @@ from edgetune.data.batching import (
     epoch_order,
     in_order_of_length,
     split,
-    split_alike,
+    split_by_prefix,
     steps,
     steps_per_epoch,
 )
@@ -90,15 +90,15 @@ def test_measuring_batches_hold_every_row_once() -> None:
     assert max(map(len, parts)) <= 16
 
 
-def test_rows_that_begin_alike_stand_in_one_part() -> None:
+def test_rows_that_share_a_prefix_stand_in_one_part() -> None:
     prompts = [[1] * 30, [2] * 30]
     rows = [prompts[at % 2] + [10 + at] * 5 for at in range(12)]
-    parts = split_alike(rows, 60)
+    parts = split_by_prefix(rows, 60)
     assert sorted(index for part in parts for index in part) == list(range(12))
     assert all(len({rows[index][0] for index in part}) == 1 for part in parts)
     for part in parts:
         padded = max(len(rows[index]) for index in part) * len(part)
         different = 30 + 5 * len(part)
         assert padded <= 2 * 60 and different <= 60
-    assert split_alike([[1] * 99, [1] * 99, [3]], 60) == [[0], [1], [2]]
-    assert split_alike([], 60) == []
+    assert split_by_prefix([[1] * 99, [1] * 99, [3]], 60) == [[0], [1], [2]]
+    assert split_by_prefix([], 60) == []

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from edgetune.core.errors import DataError, RecipeError
-from edgetune.core.tasks import Method
+from edgetune.core.tasks import MethodName
+from edgetune.data.batching import IGNORE
 from edgetune.data.completions import answer_spans
-from edgetune.data.examples import IGNORED, ExampleSet
+from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
 from edgetune.data.prompts import apply_chat_template
 from edgetune.models.base import Base
@@ -32,7 +33,7 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def loader(folder: Path, tmp_path: Path, method: Method) -> Load:
+def loader(folder: Path, tmp_path: Path, method: MethodName) -> Load:
     base: Base = resolve_base(str(folder))
     tokenizer = load_tokenizer(base)
 
@@ -75,7 +76,7 @@ def test_ids_are_those_of_the_chat_template(tiny_decoder: Path, load_pairs: Load
         tokenizer.eos_token_id,
     ]
     assert example.input_ids == prompt + answer
-    assert example.labels == [IGNORED] * len(prompt) + answer
+    assert example.labels == [IGNORE] * len(prompt) + answer
 
 
 def test_a_plain_prompt_is_the_text_alone(tiny_decoder: Path, load_pairs: Load) -> None:
@@ -123,10 +124,10 @@ def test_every_answer_of_a_conversation_is_learned_and_nothing_else(
         [{"messages": [{"role": role, "content": content} for role, content in says]}]
     )
     (example,) = loaded.train
-    learned = [label for label in example.labels if label != IGNORED]  # type: ignore[union-attr]
+    learned = [label for label in example.labels if label != IGNORE]  # type: ignore[union-attr]
     assert tokenizer.decode(learned) == "b c <|im_end|>d<|im_end|>e f<|im_end|>"
     assert all(
-        label in (IGNORED, token)
+        label in (IGNORE, token)
         for label, token in zip(example.labels, example.input_ids, strict=True)
     )  # type: ignore[arg-type]
 
@@ -156,7 +157,7 @@ def test_of_one_exchange_the_answer_is_learned(tiny_decoder: Path, load_pairs: L
         {"role": "assistant", "content": "b c"},
     ]
     loaded = load_pairs([{"messages": turns}])
-    learned = [label for label in loaded.train[0].labels if label != IGNORED]  # type: ignore[union-attr]
+    learned = [label for label in loaded.train[0].labels if label != IGNORE]  # type: ignore[union-attr]
     assert tokenizer.decode(learned) == "b c<|im_end|>"
     assert loaded.prompt_format.prompt is None
 

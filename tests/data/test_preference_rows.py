@@ -179,15 +179,16 @@ def test_a_prompt_without_room_for_its_answer_is_refused(
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("dpo", {"group_size": 4}, "group_size has no meaning for dpo"),
-        ("grpo", {}, "reward is missing"),
-        ("grpo", {"reward": "a:b", "beta": 0.2}, "beta has no meaning for grpo"),
+        ("dpo", {"grpo": {"group_size": 4}}, "stage.0.grpo has no meaning for dpo"),
+        ("grpo", {}, 'key "stage.0.grpo.reward" is missing'),
+        ("grpo", {"grpo": {"reward": []}}, "stage.0.grpo.reward is empty"),
+        ("grpo", {"grpo": {"reward": "a:b"}, "dpo": {"beta": 0.2}}, "dpo has no meaning for grpo"),
         (
             "grpo",
-            {"reward": ["a:b", "c:d"], "reward_weights": [1.0]},
+            {"grpo": {"reward": ["a:b", "c:d"], "reward_weights": [1.0]}},
             r"weigh each reward \(expected 2 numbers, got 1\)",
         ),
-        ("grpo", {"reward": "a:b", "group_size": 1}, "group_size is out of range"),
+        ("grpo", {"grpo": {"reward": "a:b", "group_size": 1}}, "group_size is out of range"),
     ],
 )
 def test_settings_of_another_method_are_refused(

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from training_helpers import TEXTS, packed_recipe, recipe, sft_recipe, silent, write_rows
 
 from edgetune.core.errors import DataError
-from edgetune.data.batching import collate
-from edgetune.data.examples import IGNORED
+from edgetune.data.batching import IGNORE, collate
 from edgetune.data.loaders import load_examples
 from edgetune.data.plain_text import pack
 from edgetune.models.base import open_folder
@@ -31,7 +30,7 @@ def test_sequences_are_full_and_predict_every_token_but_a_documents_first_once()
     ]
     packed = pack(documents, 8)
     assert all(len(example.input_ids) >= 7 for example in packed[:-1])
-    predicted = [label for example in packed for label in example.labels if label != IGNORED]  # type: ignore[union-attr]
+    predicted = [label for example in packed for label in example.labels if label != IGNORE]  # type: ignore[union-attr]
     assert predicted == [token for _, ids in documents for token in ids[1:]]
 
 
@@ -39,8 +38,8 @@ def test_a_piece_starts_at_position_0_without_label() -> None:
     first, second = pack([(1, [10, 11, 12]), (2, [20, 21, 22, 23, 24, 25, 26])], 8)
     assert first.input_ids == [10, 11, 12, 20, 21, 22, 23, 24]
     assert first.position_ids == [0, 1, 2, 0, 1, 2, 3, 4]
-    assert first.labels == [IGNORED, 11, 12, IGNORED, 21, 22, 23, 24]
-    assert (second.input_ids, second.labels) == ([24, 25, 26], [IGNORED, 25, 26])
+    assert first.labels == [IGNORE, 11, 12, IGNORE, 21, 22, 23, 24]
+    assert (second.input_ids, second.labels) == ([24, 25, 26], [IGNORE, 25, 26])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "as in training"])

@@ -24,9 +24,10 @@ from edgetune.models.fake_quantise import stored_bits
 from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.blocks import ROUNDING
-from edgetune.quantisation.precision import Precision
+from edgetune.quantisation.precision import Precision, shipped_precision
 from edgetune.runtime.adapters.packing import pack_adapter
-from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.adapters.trained_for import other_weights
+from edgetune.runtime.bundle.manifest import PrecisionInfo, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,15 @@ def test_merged_into_weights_on_the_grid_it_is_told_and_may_not_survive(
         )
     assert_told(said)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_of_version_0_1_with_zeros_of_its_own_has_other_weights() -> None:
+    trained = shipped_precision("int4", "decoder").to_dict()
+    stored = PrecisionInfo("int4", 32, {"lm_head": "int8"}, symmetric=False)
+    assert "this one is int4 (blocks of 32, zeros of their own, lm_head int8)" in other_weights(
+        trained, stored
+    )
+    assert not other_weights(trained, replace(stored, symmetric=True))
 
 
 def assert_told(said: list[str]) -> None:

@@ -25,10 +25,10 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from edgetune.cli.export import command
 from edgetune.core.errors import AdapterError, EdgetuneError, ExportError, OutputError, ProofError
-from edgetune.export import gguf as gguf_names
+from edgetune.export import gguf_names
 from edgetune.export.gguf import export_gguf_adapters
 from edgetune.models.resolve import resolve_base
-from edgetune.runtime.adapters.lora import lora_deltas
+from edgetune.runtime.adapters.lora import read_lora
 
 PATTERNS = {
     "rank_pattern": {"q_proj": 2, "down_proj": 6},
@@ -140,7 +140,7 @@ def test_other_families_keep_the_order_of_their_rows(
 ) -> None:
     base = make_family(family, tiny_decoder, tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "a")
-    a, b = lora_deltas(adapter)[module]
+    a, b = read_lora(adapter).deltas[module]
     np.testing.assert_allclose(change(written(adapter), f"blk.0.{layer}"), b @ a, atol=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_gpt_neox_is_taken_apart_into_all_queries_then_keys_then_values(
 ) -> None:
     base = make_family("gpt_neox", tiny_decoder, tmp_path / "base")  # 2 heads of 32
     adapter = make_adapter(base, tmp_path / "a")
-    a, b = lora_deltas(adapter)["gpt_neox.layers.0.attention.query_key_value"]
+    a, b = read_lora(adapter).deltas["gpt_neox.layers.0.attention.query_key_value"]
     by_head = (b @ a).reshape(2, 3, 32, 64)
     expected = np.concatenate([by_head[:, part].reshape(64, 64) for part in range(3)])
     np.testing.assert_allclose(change(written(adapter), "blk.0.attn_qkv"), expected, atol=1e-6)

@@ -30,7 +30,9 @@ from edgetune.export.proof.proof import Outputs, prove
 from edgetune.export.proof.prove import reprove
 from edgetune.models.load import load_tokenizer
 from edgetune.models.resolve import resolve_base
-from edgetune.runtime import Runtime, pack_adapter, read_manifest
+from edgetune.runtime import Runtime
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import read_manifest
 
 WORDS = [
     ["Turn", "on", "the", "lights", "in", "the", "kitchen", ",", "please", "!"],
@@ -446,7 +448,7 @@ def test_an_adapter_that_peft_made_for_transformers_own_tagger_loads(
 def test_plain_onnx_runtime_tags_with_the_shipped_adapter(
     tiny_encoder: Path, runtime: Runtime
 ) -> None:
-    """As docs/bundle.md says: last_hidden_state · head.weight + head.bias."""
+    """As docs/reference/bundle.md says: last_hidden_state · head.weight + head.bias."""
     out = bundle(tiny_encoder)
     adapter, options = ort.LoraAdapter(), ort.RunOptions()
     adapter.Load(str(out / "adapters" / "rooms" / "rooms.onnx_adapter"))

@@ -27,8 +27,10 @@ from edgetune.evaluation.evaluate import evaluate
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.export.proof.prove import reprove
 from edgetune.models.resolve import resolve_base
-from edgetune.runtime import GenerationRequest, Runtime, Scheduler, read_manifest
-from edgetune.runtime.scheduler.requests import SchedulerClosed
+from edgetune.runtime import Runtime
+from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.scheduler.requests import GenerationRequest, SchedulerClosed
+from edgetune.runtime.scheduler.scheduler import Scheduler
 from edgetune.runtime.tasks.scoring import answered_ids
 from edgetune.training import run_recipe
 
@@ -241,17 +243,17 @@ def test_what_a_long_answer_holds_counts_as_cache_until_it_is_read(runtime: Runt
     scheduler = Scheduler(runtime)
     pair = QUESTIONS[0], "Yes, sir, at once. " * 12
     tokens, future = (
-        len(answered_ids(runtime, pair, "polite", truncate=False)),
+        len(answered_ids(runtime.opened, pair, "polite", truncate=False)),
         scheduler.score([pair], "polite"),
     )
-    assert scheduler._loop is not None
-    scheduler._turn()
+    assert scheduler.worker.loop is not None
+    scheduler.worker.turn()
     assert (
         not future.done()
-        and scheduler.stats().cache_bytes >= tokens * scheduler._loop.batch.arena.token_bytes
+        and scheduler.stats().cache_bytes >= tokens * scheduler.worker.loop.batch.arena.token_bytes
     )
     while not future.done():
-        scheduler._turn()
+        scheduler.worker.turn()
     assert scheduler.stats().cache_bytes == 0
     scheduler.close()
 
@@ -377,7 +379,7 @@ def test_plain_onnx_runtime_scores_with_its_own_adapter_format(
     folder, manifest = bundle(tiny_decoder), runtime.manifest
     session = plain_session(folder)
     answers = [(QUESTIONS[0], ANSWERS[0])]
-    ids = np.array([answered_ids(runtime, answers[0], "polite", truncate=False)])
+    ids = np.array([answered_ids(runtime.opened, answers[0], "polite", truncate=False)])
     feed = decoder_feed(manifest, ids, np.ones_like(ids))
     assert session.run(["score"], feed)[0].shape == (1, 0)  # no adapter, no score
     adapter, options = ort.LoraAdapter(), ort.RunOptions()
@@ -462,7 +464,7 @@ def test_the_server_scores_pairs_conversations_and_texts(server: Running) -> Non
     assert [(row["index"], row["object"]) for row in answer["data"]] == [(0, "score"), (1, "score")]
     np.testing.assert_allclose([row["score"] for row in answer["data"]], expected, atol=1e-5)
     assert answer["usage"]["prompt_tokens"] == sum(
-        len(answered_ids(server.runtime, pair, "polite", truncate=False)) for pair in pairs
+        len(answered_ids(server.runtime.opened, pair, "polite", truncate=False)) for pair in pairs
     )
     turns = [
         {"role": "user", "content": QUESTIONS[0]},

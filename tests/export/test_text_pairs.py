@@ -34,8 +34,11 @@ from edgetune.models.load import load_body, load_tokenizer
 from edgetune.objectives.labels import regression
 from edgetune.recipe.read import recipe_from_dict
 from edgetune.recipe.schema import Recipe
-from edgetune.runtime import Runtime, Scheduler, pack_adapter, read_manifest
+from edgetune.runtime import Runtime
+from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.bundle.manifest import read_manifest
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer
+from edgetune.runtime.scheduler.scheduler import Scheduler
 from edgetune.training import run_recipe
 
 WORDS = [
@@ -176,7 +179,7 @@ def test_the_loss_of_pairs_is_transformers(tiny_encoder: Path, tmp_path: Path) -
     examples: list[Any] = load_examples(
         similar_recipe(tiny_encoder, tmp_path).stage[0], tokenizer, base
     ).train[:6]
-    from edgetune.data.labels import collate_targets
+    from edgetune.data.targets import collate_targets
 
     batch = collate_targets(examples, tokenizer.pad_token_id)
     torch.manual_seed(0)

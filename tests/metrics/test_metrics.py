@@ -1,25 +1,55 @@
-"""Metrics against scikit-learn, sacrebleu and cases worked by hand."""
+"""Metrics of labels and texts: cases worked by hand."""
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
-from edgetune.metrics.labels import accuracy, macro_f1
-from edgetune.metrics.text import bleu, exact_match, is_json_task, json_exact_match, json_valid
+from edgetune.metrics.labels import (
+    accuracy,
+    macro_f1,
+    multi_label_metrics,
+    regression_metrics,
+    tag_metrics,
+)
+from edgetune.metrics.text import (
+    bleu,
+    exact_match,
+    is_json_task,
+    json_exact_match,
+    json_valid,
+    rouge_l,
+)
 
 
-def test_accuracy_and_macro_f1_are_scikit_learns() -> None:
-    from sklearn.metrics import accuracy_score, f1_score
+def test_every_label_that_occurs_weighs_the_same() -> None:
+    expected, predicted = list("aaab"), list("aabc")
+    assert accuracy(predicted, expected) == 0.5
+    # F1 of a is 2·2/(2 + 3); of b and of c, which only the prediction has, 0
+    assert macro_f1(predicted, expected) == pytest.approx(4 / 5 / 3)
 
-    rng = random.Random(0)
-    expected = [rng.choice("abcd") for _ in range(200)]
-    predicted = [label if rng.random() < 0.6 else rng.choice("abcde") for label in expected]
-    assert accuracy(predicted, expected) == pytest.approx(accuracy_score(expected, predicted))
-    assert macro_f1(predicted, expected) == pytest.approx(
-        f1_score(expected, predicted, average="macro", zero_division=0)
-    )
+
+def test_of_no_rows_every_metric_is_0() -> None:
+    found = {
+        **multi_label_metrics([], []),
+        **regression_metrics([], []),
+        **tag_metrics([], [], ["B-a", "O"]),
+        "accuracy": accuracy([], []),
+        "macro": macro_f1([], []),
+        "rouge_l": rouge_l([], []),
+    }
+    assert found == dict.fromkeys(found, 0.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_label_and_labels_never_right_are_counted_without_a_warning() -> None:
+    assert multi_label_metrics([["a"], []], [["a"], ["a"]]) == {
+        "micro_f1": pytest.approx(2 / 3),
+        "macro_f1": pytest.approx(2 / 3),
+        "exact_match": 0.5,
+    }
+    assert multi_label_metrics([[], []], [[], []])["exact_match"] == 1.0
+    assert macro_f1([f"l{i}" for i in range(40)], ["other"] * 40) == 0.0
+    assert regression_metrics([0.1, 0.1, 0.1], [1.0, 2.0, 3.0])["pearson"] == 0.0
 
 
 def test_exact_match_takes_any_reference_and_ignores_white_space_around() -> None:

@@ -61,28 +61,24 @@ def random_weight(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.1
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("columns", [96, 80])
-def test_on_correlated_inputs_the_output_moves_less_than_half_as_far(
-    columns: int, symmetric: bool
-) -> None:
+def test_on_correlated_inputs_the_output_moves_less_than_half_as_far(columns: int) -> None:
     weight, x, fresh = (
         random_weight(64, columns),
         correlated(columns)[:700],
         correlated(columns)[700:],
     )
-    rounded = round_to_inputs(weight, x.t() @ x, bits=4, block_size=32, symmetric=symmetric)
-    nearest = quantise(weight, bits=4, symmetric=symmetric).dequantise()
+    rounded = round_to_inputs(weight, x.t() @ x, bits=4, block_size=32)
+    nearest = quantise(weight, bits=4).dequantise()
     assert moved(weight, rounded, fresh) < 0.6 * moved(weight, nearest, fresh)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_result_lies_on_a_grid_that_is_stored_bit_for_bit(symmetric: bool) -> None:
+def test_the_result_lies_on_a_grid_that_is_stored_bit_for_bit() -> None:
     weight, x = random_weight(64, 96) * 1e-3, correlated(96)
-    rounded = round_to_inputs(weight, x.t() @ x, bits=4, block_size=32, symmetric=symmetric)
-    stored = quantise(rounded, bits=4, symmetric=symmetric)
+    rounded = round_to_inputs(weight, x.t() @ x, bits=4, block_size=32)
+    stored = quantise(rounded, bits=4)
     assert torch.equal(stored.dequantise(), rounded) and stored.inputs == stored.columns
-    assert (stored.zeros is None) == symmetric  # so that the file and the engine need none
+    assert stored.zeros is None  # so that the file and the engine need none
 
 
 def test_gptq_is_what_its_paper_says_column_by_column() -> None:
@@ -92,7 +88,7 @@ def test_gptq_is_what_its_paper_says_column_by_column() -> None:
     weight, x = random_weight(8, 32), correlated(32)
     gram = (x.t() @ x).double()
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
-    rounded = round_to_inputs(weight, gram.float(), bits=4, block_size=32, symmetric=True)
+    rounded = round_to_inputs(weight, gram.float(), bits=4, block_size=32)
     stored = quantise(rounded, bits=4)
     left, free = weight.double(), torch.argsort(gram.diagonal(), descending=True).tolist()
     while free:
@@ -161,10 +157,10 @@ def test_every_method_keeps_a_grid_as_it_is(method: str) -> None:
 def test_rows_that_lie_on_a_grid_are_not_touched() -> None:
     weight, x = random_weight(64, 96), correlated(96)
     weight[10:20] = torch.randint(-8, 8, (10, 96)) * 0.0625
-    rounded = round_to_inputs(weight, x.t() @ x, bits=4, block_size=32, symmetric=True)
+    rounded = round_to_inputs(weight, x.t() @ x, bits=4, block_size=32)
     assert torch.equal(rounded[10:20], weight[10:20]) and not torch.equal(rounded[20:], weight[20:])
     assert torch.equal(
-        round_to_inputs(weight[10:20], x.t() @ x, bits=4, block_size=32, symmetric=True),
+        round_to_inputs(weight[10:20], x.t() @ x, bits=4, block_size=32),
         weight[10:20],
     )
 
@@ -172,12 +168,10 @@ def test_rows_that_lie_on_a_grid_are_not_touched() -> None:
 def test_inputs_that_never_occur_do_no_harm() -> None:
     weight, x = random_weight(16, 64), correlated(64)
     x[:, 5], x[:, 40:] = 0, 0
-    rounded = round_to_inputs(weight, x.t() @ x, bits=4, block_size=32, symmetric=True)
+    rounded = round_to_inputs(weight, x.t() @ x, bits=4, block_size=32)
     never = (rounded - weight)[:, [5, *range(40, 64)]].abs()
     assert torch.isfinite(rounded).all() and never.max() < 0.1 < weight.abs().max()
-    assert torch.isfinite(
-        round_to_inputs(weight, torch.zeros(64, 64), bits=4, block_size=32, symmetric=True)
-    ).all()
+    assert torch.isfinite(round_to_inputs(weight, torch.zeros(64, 64), bits=4, block_size=32)).all()
 
 
 def test_a_base_that_lies_on_its_grid_is_left_as_it_is_without_running_it(

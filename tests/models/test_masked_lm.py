@@ -16,7 +16,7 @@ from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import BaseModelError, RecipeError
 from edgetune.data.batching import IGNORE, Batch, collate
 from edgetune.data.loaders import load_examples
-from edgetune.data.plain_text import Masking
+from edgetune.data.masking import Masking
 from edgetune.models.base import open_folder
 from edgetune.models.load import load_tokenizer
 from edgetune.models.masked_lm import exchange_body, load_masked_lm

@@ -15,11 +15,11 @@ from sklearn.metrics import f1_score, mean_squared_error
 from training_helpers import ROOMS, recipe, silent, write_rows
 from transformers import BertForSequenceClassification
 
-from edgetune.adapters.runs import load_run
+from edgetune.adapters.folder import read_metadata
 from edgetune.core.errors import DataError, RecipeError
 from edgetune.data.batching import Batch
-from edgetune.data.labels import collate_targets
 from edgetune.data.loaders import load_examples
+from edgetune.data.targets import collate_targets
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.metrics.labels import multi_label_metrics, regression_metrics
 from edgetune.models.base import open_folder
@@ -28,7 +28,7 @@ from edgetune.models.load import load_body, load_tokenizer
 from edgetune.objectives.labels import decisions, multi_label, regression, values
 from edgetune.recipe.read import recipe_from_dict
 from edgetune.training import run_recipe
-from edgetune.training.methods import METHODS, method_of
+from edgetune.training.methods import TRAINING, method_of
 
 
 def label_set_rows() -> list[dict[str, Any]]:
@@ -213,7 +213,7 @@ def test_training_learns_and_eval_finds_the_same(
         found[name] == pytest.approx(summary.metrics[name], rel=1e-4) for name in shared
     )
     if train != "full":
-        metadata = load_run(tmp_path / "run").metadata
+        metadata = read_metadata(tmp_path / "run" / "adapter")
         assert metadata["problem"] == problem and metadata["labels"] == (
             ["lights", "music"] if problem == "multi-label" else ["value"]
         )
@@ -311,5 +311,5 @@ def test_a_single_label_is_what_it_was() -> None:
     ).stage[0]
     assert (
         stage.problem == "single-label"
-        and method_of(stage, "encoder") is METHODS["sequence-classification"]
+        and method_of(stage, "encoder") is TRAINING["sequence-classification"]
     )

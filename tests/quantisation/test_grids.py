@@ -31,7 +31,7 @@ from edgetune.quantisation.blocks import quantise
 from edgetune.quantisation.grids import find_grid
 from edgetune.quantisation.precision import Precision, shipped_precision
 from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.engine.engine import DecoderEngine
+from edgetune.runtime.engine.decoder import DecoderEngine
 
 
 def q4_0(rows: int, columns: int, *, levels: int = 16) -> Tensor:

@@ -200,7 +200,8 @@ def test_a_syntax_error_has_its_line(tmp_path: Path) -> None:
 def test_every_setting_has_a_help_text() -> None:
     from dataclasses import fields
 
+    from edgetune.recipe.own_settings import Dpo, Grpo
     from edgetune.recipe.schema import Data, Parameters, Stage
 
-    for part in (Recipe, Parameters, Stage, Data):
+    for part in (Recipe, Parameters, Stage, Data, Dpo, Grpo):
         assert all(field.metadata["help"] for field in fields(part))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from edgetune.recipe.reference_page import reference_page
 
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "recipe.md"
+
 
 def test_the_page_in_docs_is_the_one_the_code_makes() -> None:
-    assert (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(
-        encoding="utf-8"
-    ) == reference_page()
+    assert PAGE.read_text(encoding="utf-8") == reference_page()

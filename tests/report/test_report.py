@@ -12,13 +12,15 @@ from training_helpers import sft_recipe, silent
 
 from edgetune.core.progress import Progress, duration
 from edgetune.report.charts import Series, line_chart, number, ticks
+from edgetune.report.run_page import write_report
 from edgetune.training import run_recipe
 
 
 @pytest.fixture(scope="module")
 def page(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("report")
-    run_recipe(sft_recipe(tiny_decoder, folder), out=folder / "run", progress=silent())
+    recipe = sft_recipe(tiny_decoder, folder)
+    run_recipe(recipe, out=folder / "run", progress=silent(), write_more=write_report)
     return (folder / "run" / "report.html").read_text()
 
 

@@ -13,7 +13,7 @@ import torch
 from preference_helpers import VOWELS, prompt_recipe
 from resume_helpers import WEIGHTS, stopped_at
 from torch import nn
-from training_helpers import intent_recipe, sft_recipe, silent
+from training_helpers import intent_recipe, resolved, sft_recipe, silent
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from edgetune.adapters.folder import AdapterMetadata, save_adapter
@@ -21,21 +21,21 @@ from edgetune.adapters.lora import adapt
 from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import RecipeError
 from edgetune.core.files import sha256_file
-from edgetune.data.loaders import load_examples
 from edgetune.models.base import Base
 from edgetune.models.fake_quantise import round_weights
 from edgetune.models.heads import RewardModel
-from edgetune.models.load import load_body, load_tokenizer
+from edgetune.models.load import load_body
 from edgetune.models.masked_lm import load_masked_lm
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.blocks import quantise
 from edgetune.quantisation.precision import Precision, shipped_precision
+from edgetune.recipe.own_settings import Grpo
 from edgetune.recipe.schema import Parameters
 from edgetune.training import run_recipe
 from edgetune.training.reinforcement import engine_rollout
 from edgetune.training.reinforcement.engine_rollout import EngineRollout
 from edgetune.training.reinforcement.rewards import reward_notes
-from edgetune.training.stage_model import Succession
+from edgetune.training.stage_model import RunModel
 
 INT4 = {"base_precision": "int4"}
 
@@ -94,14 +94,13 @@ def test_a_run_is_not_resumed_on_other_weights(tiny_decoder: Path, tmp_path: Pat
 def test_training_and_what_it_is_compared_with_have_the_rounded_base(
     tiny_decoder: Path, tmp_path: Path, weights: str
 ) -> None:
-    recipe, base = sft_recipe(tiny_decoder, tmp_path), rounded(tiny_decoder, weights)
-    examples = load_examples(recipe.stage[0], load_tokenizer(base), base)
-    succession = Succession(recipe, base, [examples], pad_id=2)
-    assert is_rounded(succession.model, tiny_decoder, weights)
+    recipe = sft_recipe(tiny_decoder, tmp_path, parameters={"base_precision": weights})
+    run, base = RunModel(resolved(recipe)), rounded(tiny_decoder, weights)
+    assert is_rounded(run.model, tiny_decoder, weights)
     ids = torch.tensor([[5, 9, 30, 31]])
     with (
         torch.no_grad(),
-        succession.before() as before,
+        run.before() as before,
     ):  # of forgetting, of the adapter's effect, of the KL penalty
         assert torch.equal(before(input_ids=ids).logits, load_body(base)(input_ids=ids).logits)
 
@@ -187,9 +186,9 @@ def test_a_reward_that_learned_on_other_weights_is_told_in_a_line(
         tmp_path / "reward",
         AdapterMetadata(base={"name": base.name, "digest": base.digest}, task="reward"),
     )
-    stage = prompt_recipe(tiny_decoder, tmp_path, str(tmp_path / "reward")).stage[0]
-    assert list(reward_notes(stage, base)) == []
-    (line,) = reward_notes(stage, rounded(tiny_decoder))
+    settings = prompt_recipe(tiny_decoder, tmp_path, str(tmp_path / "reward")).stage[0].own(Grpo)
+    assert list(reward_notes(settings, base)) == []
+    (line,) = reward_notes(settings, rounded(tiny_decoder))
     assert "was trained on the unrounded base and scores on the int4 one" in line
 
 

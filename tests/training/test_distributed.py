@@ -311,7 +311,7 @@ def test_only_all_weights_are_shared(
     stage = {
         "method": method,
         "data": {"train": "rows.jsonl"},
-        **({"reward": "a:b", "kl": 0.0} if method == "grpo" else {}),
+        **({"grpo": {"reward": "a:b", "kl": 0.0}} if method == "grpo" else {}),
     }
     with pytest.raises(RecipeError, match=message):
         recipe_from_dict({"base": str(tiny_decoder), "parameters": parameters, "stage": [stage]})

@@ -155,16 +155,16 @@ def test_features_are_those_of_the_frozen_body_in_the_order_of_the_rows(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
     from edgetune.data.loaders import load_examples
-    from edgetune.training.stage_model import with_features
+    from edgetune.training.probes import keep_features
 
     base = open_folder(tiny_encoder, name="tiny")
     examples = load_examples(
         intent_recipe(tiny_encoder, tmp_path).stage[0], load_tokenizer(base), base
     )
     model = SequenceClassifier(load_body(base), labels=3, pooling="mean").eval()
-    featured = with_features(model, examples, pad_id=0)
     one_by_one = [pooled_features(model, [example], pad_id=0)[0] for example in examples.train]
-    for example, expected in zip(featured.train, one_by_one, strict=True):
+    keep_features(model, examples, pad_id=0)
+    for example, expected in zip(examples.train, one_by_one, strict=True):
         assert example.features is not None
         np.testing.assert_allclose(example.features.numpy(), expected, atol=1e-5)
 

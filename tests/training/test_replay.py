@@ -15,6 +15,7 @@ from training_helpers import (
     decoder_batch,
     intent_recipe,
     replayed,
+    resolved,
     silent,
     write_rows,
 )
@@ -30,7 +31,7 @@ from edgetune.objectives.language import sft
 from edgetune.recipe.read import recipe_from_dict
 from edgetune.recipe.schema import Parameters
 from edgetune.training import run_recipe
-from edgetune.training.context import Batching
+from edgetune.training.inputs import step_tokens
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
 from edgetune.training.loop import train_stage
@@ -43,8 +44,11 @@ def text_of(
     base = open_folder(base_folder, name="tiny")
     tokenizer, stage = load_tokenizer(base), replayed(base_folder, folder, share=share).stage[0]
     examples: list[Example] = [*load_examples(stage, tokenizer, base).train]
-    found = load_replay(stage, examples, tokenizer, limit=limit, pad_id=0, seed=seed)
-    assert found is not None
+    assert stage.replay is not None
+    tokens = step_tokens(stage, examples, kind=base.kind)
+    found = load_replay(
+        stage.replay, tokenizer, step_tokens=tokens, limit=limit, pad_id=0, seed=seed
+    )
     return found, examples
 
 
@@ -75,9 +79,10 @@ def test_a_step_follows_the_weighted_sum_of_both_losses(
     tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     share, (text, examples) = 0.3, text_of(tiny_decoder, tmp_path, 0.3)
-    stage = replayed(
+    recipe = replayed(
         tiny_decoder, tmp_path, share=share, max_steps=1, batch_size=12, warmup_ratio=0.0
-    ).stage[0]
+    )
+    stage = replace(resolved(recipe).stages[0], replay=text)
 
     def fresh() -> Any:
         torch.manual_seed(0)
@@ -99,11 +104,6 @@ def test_a_step_follows_the_weighted_sum_of_both_losses(
     train_stage(
         Learner(fresh(), "fp32"),
         stage,
-        examples,
-        objective=sft,
-        batching=Batching(pad_id=0),
-        seed=0,
-        replay=text,
         log=StageLog(Journal(tmp_path / "journal.jsonl"), silent(), 0),
     )
     torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-4)

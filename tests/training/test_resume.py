@@ -30,7 +30,7 @@ from edgetune.models.torch_device import CPU_DEVICE, rng_state, set_rng_state
 from edgetune.recipe.read import recipe_to_toml
 from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
-from edgetune.training.checkpoint import steps_between
+from edgetune.training.resolve import steps_between
 
 
 def two_stages(one: Recipe) -> Recipe:
@@ -251,10 +251,8 @@ def test_every_generator_goes_on_where_it_was() -> None:
     assert [draw(), random.gauss(0, 1), np.random.randn()] == expected
 
 
-def test_without_a_word_in_the_recipe_a_stage_has_about_ten_checkpoints(generation: Whole) -> None:
-    recipe = replace(generation.recipe, checkpoint_every=None)
-    assert [steps_between(recipe, total) for total in (6, 500, 5000)] == [50, 50, 500]
-    assert steps_between(replace(recipe, checkpoint_every=7), 5000) == 7
+def test_without_a_word_in_the_recipe_a_stage_has_about_ten_checkpoints() -> None:
+    assert [steps_between(total) for total in (6, 500, 5000)] == [50, 50, 500]
 
 
 def test_a_folder_that_lost_its_place_to_a_kill_gets_it_back(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from training_helpers import action_rows, recipe, sft_recipe, silent, write_rows
 from edgetune.adapters.lora import target_names
 from edgetune.cli import main
 from edgetune.core.errors import BaseModelError, DataError, EdgetuneError, RecipeError
-from edgetune.data.batching import collate_answers
 from edgetune.data.loaders import load_examples
+from edgetune.data.seq2seq import collate_answers
 from edgetune.export.graph.seq2seq import ENCODER
 from edgetune.models.base import open_folder
 from edgetune.models.fake_quantise import stored_bits
@@ -283,7 +283,7 @@ def test_other_methods_are_refused_by_name(method: str, t5: Path, tmp_path: Path
             }
         ],
     )
-    extra = {"reward": "json_valid"} if method == "grpo" else {}
+    extra = {"grpo": {"reward": "json_valid"}} if method == "grpo" else {}
     with pytest.raises(
         RecipeError,
         match=rf'method "{method}" does not fit.*got t5, an encoder-decoder.*method = "sft"',

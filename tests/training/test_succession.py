@@ -25,7 +25,7 @@ from edgetune.objectives.preference import collate_pairs
 from edgetune.recipe.read import recipe_from_dict
 from edgetune.recipe.schema import Parameters, Recipe, Replay
 from edgetune.training import run_recipe
-from edgetune.training.context import padded_length
+from edgetune.training.inputs import step_tokens
 from edgetune.training.replay import load_replay
 from edgetune.training.validation import measure_rewards
 
@@ -146,21 +146,20 @@ def test_general_text_is_replayed_in_reinforcement_too(
     )
     base, tokenizer = tiny(tiny_decoder)
     examples: Any = load_examples(stage, tokenizer, base).train
-    found = load_replay(
-        stage, examples, tokenizer, limit=128, pad_id=0, seed=0, length=padded_length
-    )
-    answers = stage.group_size if method == "grpo" else 1
+    tokens = step_tokens(stage, examples, kind=base.kind)
+    found = load_replay(text, tokenizer, step_tokens=tokens, limit=128, pad_id=0, seed=0)
+    answers = 1 if stage.grpo is None else stage.grpo.group_size
     step = (
         answers
         * sum(example.padded_length for example in examples)
         / (len(examples) / stage.batch_size)
     )
-    assert found is not None
     assert found.batch(1).tokens / (found.batch(1).tokens + step) == pytest.approx(0.3, abs=0.07)
 
 
 def grpo_values(**settings: Any) -> dict[str, Any]:
-    return {"method": "grpo", "data": {"train": "x.jsonl"}, "reward": "rewards:score", **settings}
+    own = {"reward": "rewards:score", **settings}
+    return {"method": "grpo", "data": {"train": "x.jsonl"}, "grpo": own}
 
 
 @pytest.mark.parametrize("parameters", [{"train": "full"}, {"init": "pissa"}])

@@ -11,24 +11,23 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from training_helpers import decoder_batch, intent_recipe, sft_recipe, silent, write_rows
+from training_helpers import decoder_batch, intent_recipe, resolved, sft_recipe, silent, write_rows
 from transformers import AutoModelForCausalLM
 
 from edgetune.adapters.folder import read_metadata
 from edgetune.adapters.lora import adapt
-from edgetune.adapters.runs import load_adapted_model, load_run
+from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import OutputError, TrainingError
 from edgetune.core.files import sha256_file
-from edgetune.data.batching import Example
 from edgetune.models.torch_device import choose_precision, hold_frozen_linears_in_bf16
 from edgetune.objectives.language import completion_logits
 from edgetune.recipe.read import load_recipe
 from edgetune.recipe.schema import Parameters
-from edgetune.training import run_recipe
-from edgetune.training.context import Batching
+from edgetune.training import RunResult, run_recipe
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
-from edgetune.training.loop import build_optimizer, total_steps, train_stage, warmup_cosine
+from edgetune.training.loop import build_optimizer, train_stage, warmup_cosine
+from edgetune.training.resolve import total_steps
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -44,10 +43,32 @@ def test_a_run_folder_holds_everything_and_nothing_else(tiny_decoder: Path, tmp_
         name for name in files if not name.startswith("run/tensorboard/")
     }  # where it is installed
     adapter = {"adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json"}
-    expected = {"recipe.toml", "metrics.jsonl", "summary.json", "report.html"} | {
+    expected = {"recipe.toml", "metrics.jsonl", "summary.json"} | {
         f"adapter/{name}" for name in adapter
     }
     assert files == {f"run/{name}" for name in expected}
+
+
+def test_what_a_caller_writes_besides_is_part_of_the_whole(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    recipe, out = sft_recipe(tiny_decoder, tmp_path, max_steps=1), tmp_path / "out" / "run"
+
+    def note(folder: Path, result: RunResult) -> None:
+        assert folder != out and (folder / WEIGHTS).exists()
+        (folder / "note.txt").write_text(f"{len(result.records)} {result.recipe.device}")
+        if result.recipe.seed == 1:
+            raise RuntimeError("no more room for notes")
+
+    run_recipe(recipe, out=out, progress=silent(), write_more=note)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert before[out / "note.txt"] == b"2 cpu"
+    (out / "note.txt").unlink()  # else the folder holds a foreign file
+    with pytest.raises(RuntimeError, match="no more room"):
+        run_recipe(replace(recipe, seed=1), out=out, progress=silent(), write_more=note)
+    assert list((tmp_path / "out").iterdir()) == [out]
+    del before[out / "note.txt"]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_sft_learns_and_the_adapter_has_an_effect(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -158,11 +179,11 @@ def test_the_summary_and_the_journal_say_what_happened(tiny_decoder: Path, tmp_p
 
 def test_a_run_can_be_read_back(tiny_encoder: Path, tmp_path: Path) -> None:
     run_recipe(intent_recipe(tiny_encoder, tmp_path), out=tmp_path / "run", progress=silent())
-    run = load_run(tmp_path / "run")
-    assert run.recipe.parameters.rank == 8
-    assert run.metadata["labels"] == ["heat", "lights", "music"]
-    assert run.metadata["pooling"] == "mean"
-    assert read_metadata(run.adapter_dir) == run.metadata
+    recipe = load_recipe(tmp_path / "run" / "recipe.toml")
+    _, _, metadata = load_adapted_model(tmp_path / "run")
+    assert recipe.parameters.rank == 8
+    assert metadata["labels"] == ["heat", "lights", "music"] and metadata["pooling"] == "mean"
+    assert read_metadata(tmp_path / "run" / "adapter") == metadata
 
 
 def test_a_loss_that_is_no_number_names_step_and_rows(tiny_decoder: Path, tmp_path: Path) -> None:
@@ -204,7 +225,7 @@ def test_accumulated_parts_give_the_same_adapter_as_one_pass(
 ) -> None:
     recipe = sft_recipe(tiny_decoder, tmp_path, max_steps=1)
     run_recipe(recipe, out=tmp_path / "whole", progress=silent())
-    monkeypatch.setattr("edgetune.training.context.MAX_TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr("edgetune.training.batches.MAX_TOKENS_AT_ONCE", 64)
     run_recipe(recipe, out=tmp_path / "parts", progress=silent())
     whole, parts = (
         json.loads((tmp_path / n / "metrics.jsonl").open().readline()) for n in ("whole", "parts")
@@ -214,25 +235,11 @@ def test_accumulated_parts_give_the_same_adapter_as_one_pass(
 
 
 def test_frozen_weights_stay_as_they_were(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.data.loaders import load_examples
-    from edgetune.models.base import open_folder
-    from edgetune.models.load import load_tokenizer
-    from edgetune.objectives.language import sft
-
-    base, stage = (
-        open_folder(tiny_decoder, name="tiny"),
-        sft_recipe(tiny_decoder, tmp_path).stage[0],
-    )
-    examples: list[Example] = list(load_examples(stage, load_tokenizer(base), base).train)
     model = adapt(decoder_batch(tiny_decoder, tmp_path)[0], Parameters(), task="text-generation")
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     train_stage(
         Learner(model, "fp32"),
-        stage,
-        examples,
-        objective=sft,
-        batching=Batching(pad_id=0),
-        seed=0,
+        resolved(sft_recipe(tiny_decoder, tmp_path)).stages[0],
         log=StageLog(Journal(tmp_path / "journal.jsonl"), silent(), 0),
     )
     assert frozen and all(p.grad is None for p in model.parameters() if not p.requires_grad)

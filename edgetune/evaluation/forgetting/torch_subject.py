@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from edgetune.core.tasks import Kind
 from edgetune.data.batching import in_order_of_length
 from edgetune.evaluation.forgetting.likelihood import (
     SEQUENCES_AT_ONCE,
@@ -18,7 +19,7 @@ from edgetune.evaluation.forgetting.likelihood import (
     score_items,
 )
 from edgetune.evaluation.forgetting.tasks import Texts
-from edgetune.models.base import Kind, Pooling
+from edgetune.models.base import Pooling
 from edgetune.models.heads import SequenceClassifier, pool, unwrapped
 from edgetune.models.torch_device import Precision, autocast, device_of, to_device
 

@@ -1,10 +1,10 @@
-"""Training all weights in several processes that each keep a share of them: FSDP
+"""Training all weights in several processes that each keep a shard of them: FSDP
 (`torch.distributed.fsdp.fully_shard`).
 
 Weights, gradients and AdamW's moments are spread over the processes; a layer's weights are whole
 only while it computes. The model of the run itself stays as it is, without its weights' memory:
 they come back for what the leader alone does (validation, checkpoints) and at the end of the stage,
-so nothing else in the package meets a share of a weight.
+so nothing else in the package meets a shard.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Whole:
         return self._state
 
 
-class Shares:
-    """A stage's model in shares: `model` is what learns, `whole` the run's own, which is empty
+class Shards:
+    """A stage's model in shards: `model` is what learns, `whole` the run's own, which is empty
     meanwhile.
 
     Every method but `loss` must be called by all processes.
@@ -72,7 +72,7 @@ class Shares:
         self._empty()
 
     def loss(self, objective: Objective, batch: Batch) -> tuple[Tensor, int]:
-        """`objective` of the shared model; as often in every process, or the others wait for ever
+        """`objective` of the sharded model; as often in every process, or the others wait for ever
         (see `even`).
         """
         with warnings.catch_warnings():
@@ -109,7 +109,7 @@ class Shares:
         return Whole({**found, "state": state})
 
     def spread(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """What `state_of` made, with this process's share of each tensor, for
+        """What `state_of` made, with this process's shard of each tensor, for
         `optimizer.load_state_dict`.
         """
         places = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -153,7 +153,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def norm_of(parameters: Sequence[nn.Parameter], *, at_most: float) -> float:
-    """Clip the gradients' norm over all weights, shared ones too; the norm before."""
+    """Clip the gradients' norm over all weights, sharded ones too; the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, at_most)
     return float(_whole(norm))
 

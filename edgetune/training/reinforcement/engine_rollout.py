@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.layout import PEFT_PREFIX
+from edgetune.core.progress import Say
 from edgetune.models.base import Base
 from edgetune.training.reinforcement.rollout import ROWS_AT_ONCE, Answer, Sampling, draw
 
@@ -137,14 +138,14 @@ def check_engine(base: Base) -> None:
 
 @contextlib.contextmanager
 def open_engine(
-    base: Base, model: Any, *, end: int, say: Callable[[str], None], precision: str = PRECISION
+    base: Base, model: Any, *, end: int, say: Say, precision: str = PRECISION
 ) -> Iterator[EngineRollout]:
     """The base's graph, written to a temporary folder and opened; RecipeError when this policy
     cannot use it.
     """
     from edgetune.export.bundle import build_base
     from edgetune.quantisation.precision import Precision
-    from edgetune.runtime.engine.engine import DecoderEngine
+    from edgetune.runtime.engine.decoder import DecoderEngine
 
     if model.peft_config["default"].use_dora:
         raise RecipeError(

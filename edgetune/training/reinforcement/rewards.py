@@ -22,8 +22,8 @@ from edgetune.core.layout import ADAPTER_METADATA
 from edgetune.data.conversations import Prompt, last_turn
 from edgetune.models.base import Base
 from edgetune.models.torch_device import Precision
+from edgetune.recipe.own_settings import Grpo
 from edgetune.recipe.paths import split_function
-from edgetune.recipe.schema import Stage
 from edgetune.training.reinforcement.reward_adapter import check_reward_adapter, reward_adapter
 
 RewardFunction = Callable[[str, str, dict[str, Any]], float]  # (prompt, completion, row) → reward
@@ -95,27 +95,21 @@ class Rewards:
         return totals, scores
 
 
-def names_of(stage: Stage) -> tuple[str, ...]:
-    """The stage's rewards as a tuple."""
-    reward = stage.reward or ()
-    return (reward,) if isinstance(reward, str) else reward
-
-
-def check_rewards(stage: Stage, base: Base) -> None:
+def check_rewards(grpo: Grpo, base: Base) -> None:
     """RecipeError or AdapterError for a reward that cannot be loaded."""
-    for name in names_of(stage):
+    for name in grpo.rewards:
         if split_function(name) is not None:
             load_function(name)
         else:
             check_reward_adapter(Path(name), base)
 
 
-def reward_digests(stage: Stage) -> dict[str, str]:
+def reward_digests(grpo: Grpo) -> dict[str, str]:
     """sha256 of every function's file and of every adapter's description, which holds the digests
     of its files.
     """
     digests: dict[str, str] = {}
-    for name in names_of(stage):
+    for name in grpo.rewards:
         function_of = split_function(name)
         file = (
             find_adapter(Path(name)) / ADAPTER_METADATA
@@ -127,11 +121,11 @@ def reward_digests(stage: Stage) -> dict[str, str]:
     return digests
 
 
-def reward_notes(stage: Stage, base: Base) -> Iterator[str]:
+def reward_notes(grpo: Grpo, base: Base) -> Iterator[str]:
     """A line for each reward adapter that learned on the base rounded otherwise than it is for this
     policy.
     """
-    for name in names_of(stage):
+    for name in grpo.rewards:
         if split_function(name) is None:
             recorded = check_reward_adapter(Path(name), base)[1].get("base_precision")
             theirs, ours = (
@@ -147,12 +141,12 @@ def reward_notes(stage: Stage, base: Base) -> Iterator[str]:
 
 @contextlib.contextmanager
 def open_rewards(
-    stage: Stage, model: Any, tokenizer: Any, base: Base, *, precision: Precision = "fp32"
+    grpo: Grpo, model: Any, tokenizer: Any, base: Base, *, precision: Precision = "fp32"
 ) -> Iterator[Rewards]:
-    """The stage's rewards; reward adapters are on the model for as long as this is open."""
-    names = names_of(stage)
+    """The rewards; reward adapters are on the model for as long as this is open."""
+    names = grpo.rewards
     labels = _labels(names)
-    weights = stage.reward_weights or (1.0,) * len(names)
+    weights = grpo.reward_weights or (1.0,) * len(names)
     with contextlib.ExitStack() as stack:
         scorers: list[Scorer] = []
         for number, (name, label) in enumerate(zip(names, labels, strict=True)):

@@ -66,7 +66,7 @@ async def tag(request: Request) -> Response:
         message = f"The model '{call.model}' tags no words; name an adapter that does."
         raise bad_request(message, param="model", code="no_tags")
     await call.count(
-        lambda row: len(read_words(runtime, row, call.adapter, truncate=call.truncate).ids)
+        lambda row: len(read_words(runtime.opened, row, call.adapter, truncate=call.truncate).ids)
     )
     work = await call.service.in_thread(
         lambda: scheduler.tag(call.inputs, call.adapter, truncate=call.truncate)
@@ -250,7 +250,7 @@ async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Ca
     limit = min(scheduler.context, service.options.max_prompt_tokens or scheduler.context)
     reader = await service.in_thread(
         lambda: AnswerReader(
-            runtime, runtime.chosen(call.adapter), truncate=call.truncate, limit=limit
+            runtime.opened, runtime.chosen(call.adapter), truncate=call.truncate, limit=limit
         )
     )
     answers = _Counted(reader.ids)

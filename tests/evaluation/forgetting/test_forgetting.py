@@ -47,6 +47,7 @@ from edgetune.models.base import open_folder
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.recipe.schema import Forgetting
 from edgetune.report.forgetting import Gain, general_changes, picture, task_changes
+from edgetune.report.run_page import write_report
 from edgetune.runtime import Runtime
 from edgetune.training import run_recipe
 
@@ -95,7 +96,7 @@ def run(tiny_decoder: Path, general: Path, tmp_path_factory: pytest.TempPathFact
         sft_recipe(tiny_decoder, folder, epochs=4),
         forgetting=Forgetting(general=str(general), limit=6),
     )
-    run_recipe(recipe, out=folder / "run", progress=silent())
+    run_recipe(recipe, out=folder / "run", progress=silent(), write_more=write_report)
     return folder / "run"
 
 

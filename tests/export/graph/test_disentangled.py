@@ -35,7 +35,7 @@ from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime import Runtime
 from edgetune.runtime.adapters.packing import pack_adapter
-from edgetune.runtime.engine.engine import EncoderEngine
+from edgetune.runtime.engine.encoder import EncoderEngine
 from edgetune.training import run_recipe
 from edgetune.training.fast.fused_layers import fused_ops
 

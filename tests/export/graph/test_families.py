@@ -25,7 +25,8 @@ from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.engine.engine import DecoderEngine, DecodeState, EncoderEngine
+from edgetune.runtime.engine.decoder import DecoderEngine, DecodeState
+from edgetune.runtime.engine.encoder import EncoderEngine
 
 LENGTHS = (3, 29, 14)  # tokens; windows are 6
 STEPS = 4

@@ -98,8 +98,8 @@ def test_runtime_and_scheduler_keep_the_cache_in_it_and_agree(decoder: Path) -> 
                 scheduler.submit(request(runtime, ids, "chat", max_new_tokens=6), listener)
             assert [list(listener.done().token_ids) for listener in listeners] == expected
             assert (
-                scheduler._loop is not None
-                and scheduler._loop.batch.arena.memory.dtype == np.float16
+                scheduler.worker.loop is not None
+                and scheduler.worker.loop.batch.arena.memory.dtype == np.float16
             )
 
 

@@ -338,7 +338,7 @@ def test_what_an_export_cannot_do_is_said_before_it_begins(
 
 def test_what_is_not_there_is_refused_in_a_line(tiny: Tiny) -> None:
     from edgetune.evaluation.forgetting.subjects import BundleSubject
-    from edgetune.runtime import Scheduler
+    from edgetune.runtime.scheduler.scheduler import Scheduler
 
     with Runtime.open(tiny.bundle, threads=1) as runtime:
         with pytest.raises(InputError, match="guesses no tokens"):

@@ -17,8 +17,8 @@ from edgetune.export.graph.adapter_branch import adapted_graph
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.bundle.manifest import read_manifest
 from edgetune.runtime.engine import session as binding
-from edgetune.runtime.engine.engine import DecoderEngine
-from edgetune.runtime.engine.session import SITUATIONS, BoundTensors
+from edgetune.runtime.engine.decoder import DecoderEngine
+from edgetune.runtime.engine.session import ADAPTER_BRANCH, BoundTensors
 
 PROMPT = [5, 9, 11, 3]
 
@@ -32,7 +32,7 @@ def bundle(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def engine(bundle: Path) -> DecoderEngine:
-    return DecoderEngine(bundle, read_manifest(bundle), threads=1, situations=True)
+    return DecoderEngine(bundle, read_manifest(bundle), threads=1, adapter_branch=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def adapter(bundle: Path) -> BoundTensors:
 
 def branch_of(bundle: Path, name: str) -> onnx.GraphProto:
     model = onnx.load(str(bundle / "situations.onnx"), load_external_data=False)
-    node = next(node for node in model.graph.node if node.name == SITUATIONS)
+    node = next(node for node in model.graph.node if node.name == ADAPTER_BRANCH)
     return next(attribute.g for attribute in node.attribute if attribute.name == name)
 
 
@@ -96,13 +96,13 @@ def test_the_graph_of_one_situation_answers_the_same_and_is_what_is_opened_unles
     for chosen in (None, adapter):
         for got, expected in zip(tokens(plain, [chosen]), tokens(engine, [chosen]), strict=True):
             assert np.array_equal(got, expected)
-    DecoderEngine(bundle, manifest, threads=1, providers=["cpu"], situations=True)
-    DecoderEngine(bundle, manifest, threads=1, providers=["cuda", "cpu"], situations=True)
+    DecoderEngine(bundle, manifest, threads=1, providers=["cpu"], adapter_branch=True)
+    DecoderEngine(bundle, manifest, threads=1, providers=["cuda", "cpu"], adapter_branch=True)
     DecoderEngine(
         bundle,
         replace(manifest, graph=replace(manifest.graph, situations=None)),
         threads=1,
-        situations=True,
+        adapter_branch=True,
     )
     assert (
         opened == ["engine.onnx", "situations.onnx", "engine.onnx", "engine.onnx"]

@@ -23,7 +23,7 @@ from edgetune.export.proof.torch_model import merge_adapter
 from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
-from edgetune.runtime.adapters.lora import lora_deltas
+from edgetune.runtime.adapters.lora import read_lora
 from edgetune.runtime.bundle.manifest import read_manifest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,7 +37,7 @@ def logits(base: Path, adapter: Path, *, merged: bool = False) -> torch.Tensor:
 
 
 def delta(folder: Path, module: str) -> Any:
-    deltas = lora_deltas(folder)
+    deltas = read_lora(folder).deltas
     return deltas[module][1] @ deltas[module][0] if module in deltas else 0.0
 
 
@@ -58,7 +58,7 @@ def test_a_sum_of_adapters_is_the_sum_of_their_changes(tiny_decoder: Path, tmp_p
         target_modules=["q_proj", "up_proj"],
     )
     combine([Term("a", tmp_path / "a", 1.0), Term("b", tmp_path / "b", -0.5)], tmp_path / "ab")
-    for module in {*lora_deltas(tmp_path / "a"), *lora_deltas(tmp_path / "b")}:
+    for module in {*read_lora(tmp_path / "a").deltas, *read_lora(tmp_path / "b").deltas}:
         expected = delta(tmp_path / "a", module) - 0.5 * delta(tmp_path / "b", module)
         torch.testing.assert_close(
             torch.tensor(delta(tmp_path / "ab", module)),
@@ -83,7 +83,7 @@ def test_peft_opens_the_sum_and_answers_as_with_the_summed_weights(
     model = load_body(resolve_base(str(tiny_decoder)))
     with torch.no_grad():
         for name, weight in (("a", 0.7), ("b", 0.5)):
-            for module in lora_deltas(tmp_path / name):
+            for module in read_lora(tmp_path / name).deltas:
                 model.get_submodule(module).weight += weight * torch.tensor(
                     delta(tmp_path / name, module)
                 )
@@ -239,7 +239,7 @@ def test_unsloths_configuration_and_unstripped_names_are_read(
     tiny_decoder: Path, tmp_path: Path
 ) -> None:
     peft_adapter(tiny_decoder, tmp_path / "a")
-    before, deltas = logits(tiny_decoder, tmp_path / "a"), lora_deltas(tmp_path / "a")
+    before, deltas = logits(tiny_decoder, tmp_path / "a"), read_lora(tmp_path / "a").deltas
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
     extra = {
         "auto_mapping": {
@@ -260,7 +260,7 @@ def test_unsloths_configuration_and_unstripped_names_are_read(
         tmp_path / "a" / WEIGHTS,
     )
     assert torch.equal(logits(tiny_decoder, tmp_path / "a"), before)
-    assert lora_deltas(tmp_path / "a").keys() == deltas.keys()
+    assert read_lora(tmp_path / "a").deltas.keys() == deltas.keys()
     manifest = export(tmp_path / "bundle", make_adapter(tiny_decoder, tmp_path / "own", rank=2))
     from edgetune.runtime.adapters.packing import pack_adapter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,18 @@ def adapted(base: Path, adapter: Path) -> torch.nn.Module:
     return load_adapter(load_body(resolve_base(str(base))), adapter)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["today", "of version 0.1"])
 def test_each_layers_figures_are_those_of_the_definition(
-    tiny_decoder: Path, tmp_path: Path
+    tiny_decoder: Path, tmp_path: Path, symmetric: bool
 ) -> None:
+    def rounded(weight: torch.Tensor) -> torch.Tensor:
+        return quantise(weight, bits=4, symmetric=symmetric).dequantise()
+
     model = adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / "a", strength=0.05))
-    found = survival(model, INT4)["model.layers.1.mlp.up_proj"]
+    found = survival(model, replace(INT4, symmetric=symmetric))["model.layers.1.mlp.up_proj"]
     layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
     weight, change = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
-    shipped = quantise(weight + change, bits=4).dequantise() - quantise(weight, bits=4).dequantise()
+    shipped = rounded(weight + change) - rounded(weight)
     assert found.strength == pytest.approx(
         float((shipped * change).sum() / change.square().sum()), rel=1e-4
     )

@@ -19,6 +19,7 @@ from edgetune.core.errors import AdapterError
 from edgetune.runtime import Runtime
 from edgetune.runtime.adapters.registry import AdapterRegistry
 from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.engine.session import BoundTensors
 
 Open = Callable[..., AdapterRegistry]
 
@@ -38,7 +39,7 @@ def folders(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def registry(tiny_decoder: Path, folders: Path) -> Open:
     bundle = decoder_bundle(tiny_decoder)
     return lambda **options: AdapterRegistry(
-        bundle, read_manifest(bundle), adapter_folder=folders, **options
+        bundle, read_manifest(bundle), bind=BoundTensors, adapter_folder=folders, **options
     )
 
 

@@ -32,6 +32,13 @@ def test_sites_use_the_words_in_and_out() -> None:
     }
 
 
+def test_blocks_with_zeros_of_their_own_are_read_as_version_0_1_wrote_them() -> None:
+    document = decoder_manifest().to_dict()
+    document["precision"] |= {"weights": "int8", "block_size": 32, "symmetric": False}
+    manifest = manifest_from_dict(document)
+    assert not manifest.precision.symmetric and manifest.to_dict() == document
+
+
 def changed(**changes: Any) -> dict[str, Any]:
     return {**decoder_manifest().to_dict(), **changes}
 

@@ -13,10 +13,11 @@ import onnxruntime
 import pytest
 from runtime_helpers import decoder_bundle
 
-from edgetune.runtime import GenerationRequest, Runtime, Scheduler
+from edgetune.runtime import Runtime
 from edgetune.runtime.engine.device_memory import DeviceBlock, DeviceKVCache, Place, view
 from edgetune.runtime.engine.kv_cache import DeviceArena
-from edgetune.runtime.scheduler.requests import Event, FinishedEvent
+from edgetune.runtime.scheduler.requests import Event, FinishedEvent, GenerationRequest
+from edgetune.runtime.scheduler.scheduler import Scheduler
 
 PLACE = Place("cpu")
 PROMPTS = ["hello", "a longer prompt than the others are", "x", "what is this?", "no"]
@@ -94,8 +95,8 @@ def test_the_scheduler_gives_the_same_tokens_while_rows_join_and_leave(tiny_deco
             opened(bundle, place) as runtime,
             Scheduler(runtime, max_rows=3, prefill_chunk=4) as scheduler,
         ):
-            assert scheduler._loop is not None
-            assert isinstance(scheduler._loop.batch.arena, DeviceArena) == (place is not None)
+            assert scheduler.worker.loop is not None
+            assert isinstance(scheduler.worker.loop.batch.arena, DeviceArena) == (place is not None)
             found.append(answers(runtime, scheduler))
     assert found[0] == found[1]
 

@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from edgetune.core.errors import AdapterError, BundleError, InputError
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.bundle.manifest import read_manifest
-from edgetune.runtime.engine.engine import DecoderEngine, EncoderEngine
+from edgetune.runtime.engine.decoder import DecoderEngine
+from edgetune.runtime.engine.encoder import EncoderEngine
 from edgetune.runtime.engine.session import BoundTensors
 
 TOLERANCE = 2e-3
@@ -116,7 +117,7 @@ def test_a_long_prompt_goes_through_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
     length: int,
 ) -> None:
-    monkeypatch.setattr("edgetune.runtime.engine.engine.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("edgetune.runtime.engine.decoder.PREFILL_CHUNK", 8)
     row = [3 + (7 * i) % 300 for i in range(length)]
     whole = decoder.logits([[*row, 9]], [adapters["a"]])[0]
     state, logits = decoder.start([row], [adapters["a"]])

@@ -14,7 +14,7 @@ import pytest
 from runtime_helpers import decoder_bundle, peft_adapter
 
 from edgetune.core.errors import AdapterError
-from edgetune.runtime import Completion, Runtime
+from edgetune.runtime import Runtime
 from edgetune.runtime.scheduler.requests import (
     Event,
     FinishedEvent,
@@ -23,6 +23,7 @@ from edgetune.runtime.scheduler.requests import (
     TokenEvent,
 )
 from edgetune.runtime.scheduler.scheduler import Scheduler
+from edgetune.runtime.tasks.answers import Completion
 
 RANKS = {"m0": 1, "m1": 2, "m2": 4, "m3": 8}
 PROMPTS = [[5, 6, 7], list(range(10, 80)), [300] * 40, [*range(10, 50), 9]]

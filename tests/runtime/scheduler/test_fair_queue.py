@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgetune.runtime.scheduler.encode_queue import FairQueue
+from edgetune.runtime.scheduler.fair_queue import FairQueue
 
 
 def drained(queue: FairQueue[str]) -> str:

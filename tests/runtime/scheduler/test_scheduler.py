@@ -278,8 +278,8 @@ def test_a_request_that_cannot_begin_fails_alone(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Scheduler(runtime, max_rows=1) as scheduler:
-        assert scheduler._loop is not None
-        bindings, arena = scheduler._loop.batch._bindings, scheduler._loop.batch.arena
+        assert scheduler.worker.loop is not None
+        bindings, arena = scheduler.worker.loop.batch._bindings, scheduler.worker.loop.batch.arena
         of, problems = bindings.of, [RuntimeError("no memory on the device")]
 
         def failing(*adapters: Any, **slots: Any) -> Any:
@@ -294,13 +294,13 @@ def test_a_request_that_cannot_begin_fails_alone(
         with pytest.raises(RuntimeError, match="no memory on the device"):
             listeners[0].done()
         assert list(listeners[1].done().token_ids) == alone(runtime, [5, 6, 7], "a", 3)
-        monkeypatch.setattr(scheduler._loop.prefixes, "restore", lambda *a: 1 / 0)
+        monkeypatch.setattr(scheduler.worker.loop.batch, "restore", lambda *a: 1 / 0)
         scheduler.submit(request(runtime, [5, 6, 7], "a", max_new_tokens=3), listener := Listener())
         with pytest.raises(ZeroDivisionError):
             listener.done()
         assert (
             arena.reserved,
-            scheduler._loop.batch.rows,
+            scheduler.worker.loop.batch.rows,
             scheduler.stats().requests_total["failed"],
         ) == (0, 0, 2)
 
@@ -372,11 +372,11 @@ def test_a_batch_that_fails_ends_its_callers_only(classifier: Runtime) -> None:
 def test_texts_of_a_caller_that_left_between_batches_are_dropped(classifier: Runtime) -> None:
     scheduler = Scheduler(classifier)
     left = scheduler.embed(["lights"] * 60, "intent")
-    scheduler._turn()
-    assert len(scheduler._encodes) == 60 - 32
+    scheduler.worker.turn()
+    assert len(scheduler.worker.texts) == 60 - 32
     assert left.cancel()
-    scheduler._turn()
-    assert (len(scheduler._encodes), scheduler.stats().waiting) == (0, 0)
+    scheduler.worker.turn()
+    assert (len(scheduler.worker.texts), scheduler.stats().waiting) == (0, 0)
     assert [status.users for status in classifier.registry.statuses()] == [0, 0]
 
 

@@ -53,7 +53,7 @@ def test_rows_join_turn_by_turn(runtime: Runtime, lengths: list[int], joined: li
     scheduler, events = Scheduler(runtime, max_rows=8, prefill_chunk=CHUNK), list[list[Event]]()
     submitted(scheduler, lengths, events)
     for expected in joined:
-        scheduler._turn()
+        scheduler.worker.turn()
         assert sum(bool(heard) for heard in events) == expected
     scheduler.close(drain=False)
 
@@ -67,7 +67,7 @@ def test_all_that_share_a_turn_answer_as_alone(runtime: Runtime) -> None:
         )
         submitted(scheduler, [7, 7, 7, 9, 40], events)
         for _ in range(40):
-            scheduler._turn()
+            scheduler.worker.turn()
         finished = [heard[-1] for heard in events]
         answers.append(
             [event.completion.token_ids for event in finished if isinstance(event, FinishedEvent)]

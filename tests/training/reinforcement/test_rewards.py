@@ -18,6 +18,7 @@ from edgetune.adapters.lora import adapter_off
 from edgetune.core.errors import AdapterError, RecipeError, TrainingError
 from edgetune.data.preferences import encode_answered
 from edgetune.evaluation.torch_answers import TorchAnswers
+from edgetune.recipe.own_settings import Grpo
 from edgetune.recipe.read import load_recipe
 from edgetune.training import run_recipe
 from edgetune.training.reinforcement.rewards import (
@@ -131,10 +132,10 @@ def test_a_function_is_found_beside_the_recipe_and_by_the_recorded_recipe(
     )
     (tmp_path / "scoring.py").write_text(text)
     recipe = prompt_recipe(tiny_decoder, tmp_path, "scoring:score", epochs=1, kl=0.1)
-    assert recipe.stage[0].reward == f"{tmp_path / 'scoring.py'}:score"
+    assert recipe.stage[0].own(Grpo).reward == f"{tmp_path / 'scoring.py'}:score"
     summary = run_recipe(recipe, out=tmp_path / "run", progress=silent())
     assert summary.metrics["reward"] > 2.0
-    assert load_recipe(tmp_path / "run" / "recipe.toml").stage[0].reward == recipe.stage[0].reward
+    assert load_recipe(tmp_path / "run" / "recipe.toml").stage[0].grpo == recipe.stage[0].grpo
 
 
 def test_a_reward_adapter_scores_as_in_its_own_run_and_in_transformers(
@@ -142,7 +143,7 @@ def test_a_reward_adapter_scores_as_in_its_own_run_and_in_transformers(
 ) -> None:
     base, tokenizer = tiny(tiny_decoder)
     policy = adapted(tiny_decoder, seed=5)
-    stage = prompt_recipe(tiny_decoder, tmp_path, str(reward_run)).stage[0]
+    stage = prompt_recipe(tiny_decoder, tmp_path, str(reward_run)).stage[0].own(Grpo)
     before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
     trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     with open_rewards(stage, policy, tokenizer, base) as rewards:
@@ -177,7 +178,9 @@ def test_several_rewards_are_weighed(tiny_decoder: Path, tmp_path: Path, reward_
     base, tokenizer = tiny(tiny_decoder)
     (tmp_path / "scoring.py").write_text("def score(p, c, r):\n    return len(c)\n")
     names = ["scoring:score", str(reward_run)]
-    stage = prompt_recipe(tiny_decoder, tmp_path, names, reward_weights=[0.5, 2.0]).stage[0]
+    stage = (
+        prompt_recipe(tiny_decoder, tmp_path, names, reward_weights=[0.5, 2.0]).stage[0].own(Grpo)
+    )
     with open_rewards(stage, adapted(tiny_decoder), tokenizer, base) as rewards:
         totals, each = rewards(ANSWERED)
     assert list(each) == ["score", "run"]
@@ -205,7 +208,7 @@ def test_a_reward_adapter_of_another_base_is_refused(
     base, _ = tiny(tiny_decoder)
     with pytest.raises(AdapterError, match="trained on another base than this policy"):
         check_rewards(
-            prompt_recipe(tiny_decoder, tmp_path, str(reward_run)).stage[0],
+            prompt_recipe(tiny_decoder, tmp_path, str(reward_run)).stage[0].own(Grpo),
             replace(base, digest="sha256:0"),
         )
 

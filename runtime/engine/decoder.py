@@ -4,8 +4,6 @@ without copies.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,18 +11,13 @@ import numpy as np
 
 from edgetune.core.arrays import Float32, Int64
 from edgetune.core.errors import InputError
-from edgetune.core.text import second_of
-from edgetune.devices.host import saturates_int8
+from edgetune.runtime.bundle.manifest import SCORE_OUTPUT, STATES
+from edgetune.runtime.engine.batch import Batch
 from edgetune.runtime.engine.device_memory import DeviceKVCache, OutputBuffer
-from edgetune.runtime.engine.session import (
-    AdapterRow,
-    BoundTensors,
-    GraphSession,
-    KVCache,
-    ort_value,
-)
+from edgetune.runtime.engine.interface import AdapterRow, adapter_per_row
+from edgetune.runtime.engine.kv_cache import plan_cache
+from edgetune.runtime.engine.session import GraphSession, KVCache, ort_value
 
-log = logging.getLogger("edgetune.runtime")
 CACHE_STEP = 64
 """Cache capacity is a multiple of this many tokens."""
 PREFILL_CHUNK = 128
@@ -216,6 +209,27 @@ class DecoderEngine(GraphSession):
         logits = state.prefill(rows, index=index)
         return [logits[i, : len(row)].copy() for i, row in enumerate(wanted)]
 
+    def begin_scores(
+        self, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]
+    ) -> GraphScoreReading:
+        """Read answers for their scores; InputError as in `check`, and for a graph that gives
+        none.
+        """
+        return GraphScoreReading(self, rows, adapters)
+
+    def new_batch(
+        self, *, rows: int, cache_mb: float | None = None, max_context: int | None = None
+    ) -> Batch:
+        """See `Decoder`; a quarter of the memory is for shared prefixes."""
+        plan = plan_cache(self.graph, rows=rows, cache_mb=cache_mb)
+        return Batch(
+            self,
+            rows=rows,
+            budget=plan.tokens,
+            max_context=max_context,
+            prefix_blocks=plan.prefix_blocks,
+        )
+
     def score_of(self, state: Float32, adapter: AdapterRow) -> float:
         """A reward adapter's head on a token's state (hidden,); InputError for an adapter without
         one.
@@ -252,146 +266,51 @@ class DecoderEngine(GraphSession):
                 )
 
 
-class EncoderEngine(GraphSession):
-    """An encoder graph: texts in, pooled states and the head's logits out."""
+class GraphScoreReading:
+    """Answers on their way to their scores; see `ScoreReading`.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.manifest.precision.activations == "int8" and saturates_int8():
-            log.warning(
-                "this processor has no VNNI: products of 8-bit integers saturate, and answers are"
-                " less exact than where it has; export without --activations int8 for it"
+    Several rows are read at once; a row that stands alone goes through in pieces, so that others
+    need not wait for all of it.
+    """
+
+    def __init__(
+        self, engine: DecoderEngine, rows: Sequence[Sequence[int]], adapters: Sequence[AdapterRow]
+    ) -> None:
+        engine.check(rows)
+        self._engine, self._rows, self._adapters = engine, rows, adapter_per_row(rows, adapters)
+        outputs = {STATES: engine.graph.hidden_size} | (
+            {} if engine.manifest.head is not None else {SCORE_OUTPUT: 1}
+        )
+        if missing := [name for name in outputs if name not in engine.outputs]:
+            raise InputError(
+                f"this bundle's graph gives no {missing[0]}, so nothing can be scored",
+                fix="Export it again.",
             )
-        self._last: list[tuple[BoundTensors, Any]] = []
-        """the last run's adapter and what it was bound to: binding fifty inputs anew takes a tenth
-        of a short text's time
-        """
+        capacity = round_up(max(map(len, rows)), CACHE_STEP)
+        self.tokens = capacity * len(rows)
+        """tokens of cache that it holds until its scores are there"""
+        self._state = DecodeState(engine, self._adapters, capacity=capacity, outputs=outputs)
+        self._done = 0
 
-    def run(
-        self,
-        rows: Sequence[Sequence[int]],
-        adapters: Sequence[AdapterRow] | None = None,
-        *,
-        pad_token_id: int = 0,
-    ) -> tuple[list[Float32], Float32]:
-        """Logits (labels of the row's head,) a row, and pooled states (rows, hidden), not
-        normalised.
-
-        InputError when a row is empty or longer than the graph's positions.
-        """
-        chosen = adapter_per_row(rows, adapters)
-        logits, pooled = self._run(self._padded(rows, pad_token_id), chosen, ("logits", "pooled"))
-        return [
-            logits[i, : self._labels(adapter, logits)] for i, adapter in enumerate(chosen)
-        ], pooled
-
-    def tokens(
-        self,
-        rows: Sequence[Sequence[int]],
-        adapters: Sequence[AdapterRow] | None = None,
-        *,
-        pad_token_id: int = 0,
-    ) -> tuple[list[Float32], list[Float32]]:
-        """The head's logits of every token (tokens, labels), and the tokens' states (tokens,
-        hidden), a row each.
-
-        The head is applied here: one graph serves heads that read a text and heads that read its
-        tokens. A merged bundle that tags holds it in the graph. InputError as in `run`.
-        """
-        chosen, head = adapter_per_row(rows, adapters), self.manifest.head
-        inputs = self._padded(rows, pad_token_id)
-        wanted = ("last_hidden_state",) if head is not None else ("last_hidden_state", "logits")
-        found = self._run(inputs, chosen, wanted)
-        states = [found[0][i, : len(row)] for i, row in enumerate(rows)]
-        if head is None:
-            return [found[1][i, : len(row)] for i, row in enumerate(rows)], states
-        logits = []
-        for adapter, row in zip(chosen, states, strict=True):
-            tensors = self._bound(adapter).tensors
-            weight, bias = (
-                tensors.get(name, self.empty.tensors[name])[0] for name in (head.weight, head.bias)
-            )
-            logits.append(row @ weight + bias)
-        return logits, states
-
-    def _padded(self, rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Int64]:
-        """Ids, mask and, where the graph takes them, types (1 in the second text of a row), (rows,
-        longest), right-padded.
-        """
-        limit = self.graph.max_length
-        for i, row in enumerate(rows):
-            if not 0 < len(row) <= limit:
-                raise InputError(
-                    "a text of a length the model cannot take",
-                    where=f"row {i}",
-                    expected=f"1 to {limit} tokens",
-                    got=str(len(row)),
-                )
-        width = max(map(len, rows))
-        ids = np.full((len(rows), width), pad_token_id, np.int64)
-        mask, types = np.zeros_like(ids), np.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = row, 1
-            if (second := second_of(row)) is not None:
-                types[i, second : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask} | (
-            {"token_type_ids": types} if "token_type_ids" in self.inputs else {}
-        )
-
-    def _run(
-        self, inputs: Mapping[str, Int64], adapters: Sequence[AdapterRow], outputs: Sequence[str]
-    ) -> list[Float32]:
-        bound = self.group(adapters)
-        io = self._binding_of(bound)
-        values = {name: ort_value(array) for name, array in inputs.items()}
-        for name, value in values.items():
-            io.bind_ortvalue_input(name, value)
-        for name in outputs:
-            io.bind_output(name, "cpu")
-        self.run_io(io)
-        arrays = [value.numpy() for value in io.get_outputs()]
-        io.clear_binding_outputs()
-        if bound is self.empty or bound is adapters[0]:  # not what was stacked for this batch alone
-            self._last = [(bound, io)]
-        del values
-        return arrays
-
-    def _binding_of(self, bound: BoundTensors) -> Any:
-        """A binding whose adapter inputs are these: the last run's where it used the same, and no
-        other thread has it now.
-        """
-        with contextlib.suppress(IndexError):
-            last, io = self._last.pop()
-            if last is bound:
-                return io
-        io = self.session.io_binding()
-        self.bind_adapters(io, bound)
-        return io
-
-    def _labels(self, adapter: AdapterRow, logits: Float32) -> int:
-        """How many of the padded logits belong to this row's head."""
-        head = self.manifest.head
-        if head is None:
-            return int(logits.shape[1])
-        tensors = (
-            {}
-            if adapter is None
-            else adapter.tensors
-            if isinstance(adapter, BoundTensors)
-            else adapter
-        )
-        bias = tensors.get(head.bias)
-        return 0 if bias is None else int(bias.shape[1])
-
-
-def adapter_per_row(rows: Sequence[Any], adapters: Sequence[AdapterRow] | None) -> list[AdapterRow]:
-    """One entry a row; None for all when none are given."""
-    chosen: list[AdapterRow] = [None] * len(rows) if adapters is None else list(adapters)
-    if len(chosen) != len(rows):
-        raise InputError(
-            "one adapter (or None) for each row", expected=str(len(rows)), got=str(len(chosen))
-        )
-    return chosen
+    def step(self) -> tuple[Float32, Float32] | None:
+        """Read one piece. None before the last; then scores (rows,) and states (rows, hidden)."""
+        if len(self._rows) > 1:
+            last = np.array([[len(row) - 1] for row in self._rows], np.int64)
+            self._state.prefill(self._rows, index=last)
+        else:
+            piece = self._rows[0][self._done : self._done + PREFILL_CHUNK]
+            self._state.extend(piece)
+            self._done += len(piece)
+            if self._done < len(self._rows[0]):
+                return None
+        states = self._state.results[STATES][:, 0]
+        if self._engine.manifest.head is None:
+            return self._state.results[SCORE_OUTPUT][:, 0, 0].copy(), states.copy()
+        scores = [
+            self._engine.score_of(row, adapter)
+            for row, adapter in zip(states, self._adapters, strict=True)
+        ]
+        return np.array(scores, np.float32), states.copy()
 
 
 def round_up(value: int, step: int) -> int:

@@ -1,0 +1,150 @@
+"""Everything that a recipe leaves open, settled in one place before the model is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from edgetune.data.batching import steps_per_epoch
+from edgetune.data.examples import ExampleSet
+from edgetune.models.load import hidden_size
+from edgetune.models.torch_device import Precision, choose_precision
+from edgetune.recipe.generation import generation_defaults
+from edgetune.recipe.schema import DeviceChoice, Recipe, Stage
+from edgetune.training.batches import Batching
+from edgetune.training.context import ResolvedRun, ResolvedStage
+from edgetune.training.inputs import Inputs
+from edgetune.training.methods import method_of, own_settings
+from edgetune.training.parallel.distributed import Group
+
+STEPS_BETWEEN, PARTS_OF_A_STAGE = 50, 10  # of checkpoints, where the recipe does not say
+
+
+def resolve(
+    inputs: Inputs,
+    *,
+    device: torch.device,
+    group: Group,
+    precisions: Sequence[str] | None = None,
+) -> ResolvedRun:
+    """The run that a recipe asks for, on this machine; alike in every process.
+
+    `precisions`: those that a resumed run began with, which to measure again might change.
+    """
+    recipe = inputs.recipe
+    asked = precisions or [stage.precision for stage in recipe.stage]
+    chosen = group.from_leader(_precisions(inputs, asked, device))
+    stages = tuple(
+        resolve_stage(inputs, index, precision=precision) for index, precision in enumerate(chosen)
+    )
+    return ResolvedRun(
+        recipe=replace(
+            recipe,
+            stage=tuple(
+                replace(stage, precision=precision)
+                for stage, precision in zip(recipe.stage, chosen, strict=True)
+            ),
+            device=cast(DeviceChoice, device.type),
+            threads=torch.get_num_threads(),
+        ),
+        base=inputs.base,
+        tokenizer=inputs.tokenizer,
+        pad_id=inputs.pad_id,
+        device=device,
+        threads=torch.get_num_threads(),
+        seed=recipe.seed,
+        task=recipe.task,
+        train=recipe.parameters.train,
+        shard=recipe.parameters.shard,
+        parameters=recipe.parameters,
+        start=inputs.start,
+        generation=_generation(recipe, inputs.sets[-1]),
+        forgetting=recipe.forgetting,
+        stages=stages,
+    )
+
+
+def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> ResolvedStage:
+    """Stage `index` of the recipe."""
+    stage, examples = inputs.recipe.stage[index], inputs.sets[index]
+    method = method_of(stage, inputs.base.kind)
+    total, rows = total_steps(stage, len(examples.train)), len(examples.train)
+    return ResolvedStage(
+        index=index,
+        method=stage.method,
+        task=stage.task,
+        problem=stage.problem,
+        settings=own_settings(stage, method),
+        precision=precision,
+        seed=inputs.recipe.seed + index,
+        examples=examples,
+        digests=inputs.digests[index],
+        max_length=stage.max_length,
+        replay=inputs.replays[index],
+        tokenizer=inputs.tokenizer,
+        base=inputs.base,
+        batching=Batching(inputs.pad_id, method.collate, method.length, examples.mask),
+        objective=method.objective(stage),
+        measure=method.measure,
+        outputs=method.outputs,
+        prepare=method.prepare,
+        batch_size=stage.batch_size,
+        iterations=stage.iterations,
+        total_steps=total,
+        validate_every=(
+            stage.validate_every or steps_per_epoch(rows, stage.batch_size) * stage.iterations
+        ),
+        save_every=inputs.recipe.checkpoint_every or steps_between(total),
+        learning_rate=stage.learning_rate,
+        head_learning_rate=stage.head_learning_rate,
+        weight_decay=stage.weight_decay,
+        warmup_ratio=stage.warmup_ratio,
+        max_grad_norm=stage.max_grad_norm,
+        fit_head=stage.head_init == "probe",
+    )
+
+
+def total_steps(stage: Stage, rows: int) -> int:
+    """Optimizer steps of a stage over this many rows."""
+    planned = (
+        max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size))) * stage.iterations
+    )
+    return min(planned, stage.max_steps or planned)
+
+
+def steps_between(total: int) -> int:
+    """Optimizer steps between two checkpoints of a stage of `total` steps."""
+    return max(STEPS_BETWEEN, -(-total // PARTS_OF_A_STAGE))
+
+
+def _precisions(inputs: Inputs, asked: Sequence[str], device: torch.device) -> list[Precision]:
+    """Every stage's number format; "auto" is measured, once."""
+    hidden = hidden_size(inputs.base) if "auto" in asked else 0
+    chosen = {
+        setting: choose_precision(setting, hidden=hidden, device=device) for setting in set(asked)
+    }
+    return [chosen[setting] for setting in asked]
+
+
+def _generation(recipe: Recipe, examples: ExampleSet) -> dict[str, Any] | None:
+    """How the adapter answers; None for one that does not.
+
+    As many tokens as the longest answer that was learned and a few more; packed text is as long as
+    it can be, answers need not be.
+    """
+    if recipe.task != "text-generation":
+        return None
+    longest = 16 + max(
+        (_completion_length(e.labels) for e in examples.train + examples.validation), default=0
+    )
+    if recipe.stage[-1].method == "causal-lm":
+        longest = min(longest, 256)
+    return generation_defaults(recipe, examples.max_new_tokens or longest)
+
+
+def _completion_length(labels: list[int] | int) -> int:
+    return sum(label >= 0 for label in labels) if isinstance(labels, list) else 0
