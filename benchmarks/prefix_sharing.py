@@ -33,7 +33,7 @@ from edgetune.models.heads import RewardModel
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.models.resolve import resolve_base
 from edgetune.models.torch_device import choose_precision, hold_frozen_linears_in_bf16
-from edgetune.objectives.grpo import AnswerExample, collate_answers, grpo
+from edgetune.objectives.grpo import AnswerExample, collate_rollouts, grpo
 from edgetune.objectives.language import sft
 from edgetune.objectives.preference import bradley_terry, collate_pairs, dpo
 from edgetune.recipe.read import load_recipe
@@ -97,7 +97,7 @@ def steps_of(
             for group in groups.values()
             if len(group) >= SIZE
         ]
-        batching, units = Batching(pad_id, collate_answers, by_prefix=shared), full
+        batching, units = Batching(pad_id, collate_rollouts, by_prefix=shared), full
     else:
         pairs = task in ("dpo", "reward")
         batching, units = (

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 from serving_load import (
-    WEIGHTS,
     Answer,
     Job,
     Prompts,
@@ -48,6 +47,7 @@ from serving_load import (
 )
 from serving_soak import soak
 
+from edgetune.core.layout import ADAPTER_WEIGHTS
 from edgetune.runtime import Runtime
 from edgetune.runtime.engine.batch import Batch
 from edgetune.runtime.scheduler.scheduler import Scheduler
@@ -175,7 +175,7 @@ def swap(options: argparse.Namespace, work: Path) -> list[Row]:
         used = memory_mb() - before
         cold = []
         for name in many[:50]:  # evicted long ago, unless everything fits
-            _drop_from_page_cache(work / "many" / name / WEIGHTS)
+            _drop_from_page_cache(work / "many" / name / ADAPTER_WEIGHTS)
             cold.append(_seconds(lambda name=name: runtime.registry.get(name)))  # type: ignore[misc]
         evictions = runtime.registry.evictions
     rows = [

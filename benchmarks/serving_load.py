@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.scheduler.requests import (
@@ -32,13 +33,6 @@ from edgetune.runtime.scheduler.requests import (
     TokenEvent,
 )
 from edgetune.runtime.scheduler.scheduler import Scheduler
-
-WEIGHTS, CONFIG, METADATA = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "edgetune_adapter.json",
-)
-
 
 # --------------------------------------------------------------------------------
 # the table
@@ -110,7 +104,7 @@ def make_adapters(
     """
     from safetensors.numpy import load_file, save_file
 
-    given = {} if source is None else load_file(source / WEIGHTS)
+    given = {} if source is None else load_file(source / ADAPTER_WEIGHTS)
     names = [f"a{k}" for k in range(count)]
     for seed, name in enumerate(names):
         random_numbers = np.random.default_rng(seed)
@@ -129,7 +123,7 @@ def make_adapters(
             ).astype(np.float32)
         folder = out / name
         folder.mkdir(parents=True)
-        save_file(tensors, folder / WEIGHTS)
+        save_file(tensors, folder / ADAPTER_WEIGHTS)
         modules = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors})
         plain = {
             "peft_type": "LORA",
@@ -138,9 +132,9 @@ def make_adapters(
             "target_modules": modules,
             "task_type": "CAUSAL_LM",
         }
-        config = plain if source is None else json.loads((source / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps(config))
-        (folder / METADATA).write_text(json.dumps(_metadata(folder, manifest)))
+        config = plain if source is None else json.loads((source / ADAPTER_CONFIG).read_text())
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+        (folder / ADAPTER_METADATA).write_text(json.dumps(_metadata(folder, manifest)))
     return names
 
 
@@ -162,7 +156,7 @@ def _metadata(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "max_length": 256,
         "files": {
             name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for name in (WEIGHTS, CONFIG)
+            for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
         },
         "metrics": {},
         "edgetune_version": "0.1.0",
@@ -175,7 +169,7 @@ def linked(out: Path, made: Path, names: Sequence[str], count: int) -> list[str]
     """
     for k in range(count):
         (out / f"n{k}").mkdir(parents=True)
-        for name in (WEIGHTS, CONFIG, METADATA):
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, ADAPTER_METADATA):
             os.link(made / names[k % len(names)] / name, out / f"n{k}" / name)
     return [f"n{k}" for k in range(count)]
 

@@ -28,7 +28,7 @@ FIGURES = ("cores", "clock_ghz", "fp32_flops_per_cycle", "memory_mb", "memory_ba
 
 
 @dataclass(frozen=True)
-class Source:
+class FigureSource:
     """Where figures were read: the page, and what it says."""
 
     figures: tuple[str, ...]
@@ -65,7 +65,7 @@ class Device:
     notes: str = ""
     budget: dict[str, Budget] = field(default_factory=dict)
     """"decoder" and "encoder" → limits"""
-    sources: tuple[Source, ...] = field(default=(), metadata=about(key="source"))
+    sources: tuple[FigureSource, ...] = field(default=(), metadata=about(key="source"))
 
     @property
     def is_host(self) -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 from edgetune import __version__
 from edgetune.core.errors import OutputError
 from edgetune.core.files import sha256_file, whole_folder, write_json
+from edgetune.core.layout import ADAPTER_WEIGHTS, ADAPTERS, MANIFEST
+from edgetune.core.precisions import FLOATS
 from edgetune.core.progress import Say
 from edgetune.core.tasks import REWARD, TAGGING
 from edgetune.export.bundle_files import (
@@ -29,7 +31,7 @@ from edgetune.export.inputs.calibration_text import (
     check_activations,
     check_quantiser,
 )
-from edgetune.export.inputs.sources import Source, base_of, check_sources, read_source
+from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
 from edgetune.export.proof.cost import CostPlan
 from edgetune.export.proof.probe import probe_rows
 from edgetune.export.proof.proof import demand
@@ -39,17 +41,16 @@ from edgetune.export.proof.torch_model import as_stored, torch_model, warning
 from edgetune.export.proof_page import write_page
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
-from edgetune.quantisation.precision import FLOATS, INT4_DECODER, Precision
+from edgetune.quantisation.precision import INT4_DECODER, Precision
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.bundle.manifest import (
-    MANIFEST,
     SCHEMA,
     AdapterEntry,
     BaseInfo,
     FileInfo,
     Manifest,
+    PrecisionInfo,
 )
-from edgetune.runtime.bundle.manifest import Precision as PrecisionInfo
 
 
 def export_bundle(
@@ -171,7 +172,7 @@ def check_place(out: Path) -> None:
 
 def _build(
     base: Base,
-    sources: Sequence[Source],
+    sources: Sequence[AdapterSource],
     folder: Path,
     *,
     mode: str,
@@ -240,7 +241,7 @@ def _build(
     return manifest, rows
 
 
-def _task(base: Base, sources: Sequence[Source]) -> str:
+def _task(base: Base, sources: Sequence[AdapterSource]) -> str:
     """What the bundle is for: of an encoder, tagging only where none of its adapters does anything
     else.
     """
@@ -262,9 +263,11 @@ def build_base(
     return _build(base, [], folder, mode="separate", precision=precision, say=say)[0]
 
 
-def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) -> AdapterEntry:
+def _add_adapter(
+    source: AdapterSource, folder: Path, manifest: Manifest, *, say: Say
+) -> AdapterEntry:
     """Copy the PEFT folder, write the same weights for other engines, describe both."""
-    place = Path("adapters") / source.name
+    place = Path(ADAPTERS) / source.name
     if not source.is_model:
         copy_adapter(source.folder, folder / place)
     entry = AdapterEntry(
@@ -276,9 +279,7 @@ def _add_adapter(source: Source, folder: Path, manifest: Manifest, *, say: Say) 
         prompt_format=source.metadata.get("prompt_format"),
         generation=source.metadata.get("generation"),
         rank=int(source.config.get("r", 0)),
-        digest=(
-            None if source.is_model else sha256_file(source.folder / "adapter_model.safetensors")
-        ),
+        digest=(None if source.is_model else sha256_file(source.folder / ADAPTER_WEIGHTS)),
         onnx_adapter=None,
         metrics=dict(source.metadata.get("metrics") or {}),
     )

@@ -14,19 +14,22 @@ import onnxruntime as ort
 
 from edgetune.core.errors import OutputError
 from edgetune.core.files import write_json
+from edgetune.core.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_METADATA,
+    ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE,
+    MODEL_CONFIG,
+    TOKENIZER,
+    TOKENIZER_FILES,
+)
 from edgetune.export.graph.families import DECODERS, cache_sizes, normalised
 from edgetune.export.graph.onnx_file import STANDARD
 from edgetune.models.base import Base
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.bundle.manifest import TokenizerInfo
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json")
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_METADATA)
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -35,17 +38,17 @@ def copy_tokenizer(base: Base, tokenizer: Any, folder: Path) -> TokenizerInfo:
     for name in TOKENIZER_FILES:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
-    template = folder / "chat_template.jinja"
+    template = folder / CHAT_TEMPLATE
     if not template.exists() and isinstance(tokenizer.chat_template, str):
         template.write_text(tokenizer.chat_template, encoding="utf-8")
-    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((base.folder / MODEL_CONFIG).read_text(encoding="utf-8"))
     ends = [
         tokenizer.eos_token_id,
         *_listed(config.get("eos_token_id")),
         *_listed(_generation_config(base).get("eos_token_id")),
     ]
     return TokenizerInfo(
-        file="tokenizer.json",
+        file=TOKENIZER,
         chat_template=template.name if template.exists() else None,
         special_tokens={
             name: getattr(tokenizer, name)

@@ -33,7 +33,7 @@ from edgetune.quantisation.precision import INT4_DECODER, Precision, named
 INT4_BLOCKS, INT8_BLOCKS, MIXED_BLOCK = (128, 64, 32, 16), (128, 32), 32
 NUMBERED = re.compile(r".*\.\d+\.(?P<end>.+)")
 SCALE_BYTES = 4
-Kind = tuple[str, ...]
+LayerKind = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,13 @@ def _by_each(
 
 def _by_sensitivity(
     model: Any, rows: Sequence[Sequence[int]], precision: Precision, keep: Mapping[str, str]
-) -> list[Kind]:
+) -> list[LayerKind]:
     """Kinds that 4 bits would be used for, those first that suffer most per byte; none that `keep`
     decides for.
     """
     layers = linear_layers(base_of_model(model))
     reference = torch_outputs(model, rows, adapter=True).logits
-    suffered: dict[Kind, float] = {}
+    suffered: dict[LayerKind, float] = {}
     for kind, paths in kinds(model, rows[0]).items():
         four = [path for path in paths if precision.bits([path]) == 4]
         if not four or any(named(end, paths) for end in keep):
@@ -160,7 +160,7 @@ def _by_sensitivity(
     return sorted(suffered, key=lambda kind: -suffered[kind])
 
 
-def kinds(model: Any, row: Sequence[int]) -> dict[Kind, list[str]]:
+def kinds(model: Any, row: Sequence[int]) -> dict[LayerKind, list[str]]:
     """Kind → paths of its layers, found by running the model on a row of token ids: what reads one
     tensor stands together.
     """
@@ -182,7 +182,7 @@ def kinds(model: Any, row: Sequence[int]) -> dict[Kind, list[str]]:
     finally:
         for hook in hooks:
             hook.remove()
-    found: dict[Kind, list[str]] = {}
+    found: dict[LayerKind, list[str]] = {}
     for paths in groups.values():
         numbered = [match["end"] for path in paths if (match := NUMBERED.fullmatch(path))]
         if len(numbered) == len(

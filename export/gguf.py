@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgetune.adapters.lora import ALL_LINEAR, target_names
+from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError, ExportError, OutputError, ProofError, listed
 from edgetune.core.files import whole_file
+from edgetune.core.layout import ADAPTER_CONFIG
 from edgetune.core.progress import Say
-from edgetune.export.gguf_names import Place, architecture, place_of
-from edgetune.export.inputs.sources import Source, base_of, check_names, read_source
+from edgetune.export.gguf_names import TensorPlace, architecture, place_of
+from edgetune.export.inputs.sources import AdapterSource, base_of, check_names, read_source
 from edgetune.models.base import Base, weight_files
 from edgetune.models.gguf import SOURCE
 from edgetune.models.load import TASK_OF_KIND, auto_class
-from edgetune.runtime.adapters.lora import CONFIG, LoraFolder, is_target, read_lora, refuse_if
+from edgetune.runtime.adapters.lora import LoraFolder, is_target, read_lora, refuse_if
 
-Array = npt.NDArray[Any]
 CLOSE = 1e-4  # of a product's largest value: float32 sums in another order
 
 
@@ -39,7 +39,7 @@ class Delta:
     module: str
     a: Array
     b: Array
-    place: Place
+    place: TensorPlace
     transposed: bool  # the base's file holds the weight (in, out)
 
 
@@ -130,7 +130,7 @@ def _is_adapter(path: Path) -> bool:
         return False
 
 
-def _check_kind(source: Source) -> None:
+def _check_kind(source: AdapterSource) -> None:
     where = str(source.folder)
     if source.is_model:
         raise ExportError(
@@ -147,7 +147,7 @@ def _check_kind(source: Source) -> None:
         )
 
 
-def _deltas(source: Source, base: Base) -> tuple[list[Delta], LoraFolder]:
+def _deltas(source: AdapterSource, base: Base) -> tuple[list[Delta], LoraFolder]:
     """The adapter's layers with their places; AdapterError lists everything that has none, has
     another shape, or is missing.
     """
@@ -185,7 +185,9 @@ def _deltas(source: Source, base: Base) -> tuple[list[Delta], LoraFolder]:
     names = {short.get(name, name) for name in read.modules or ()} | set(read.modules or ())
     wanted = [name for name in target_names(model, ALL_LINEAR) if is_target(read.config, name)]
     problems += [
-        f"{name}: missing, {CONFIG} targets this module" for name in wanted if name not in names
+        f"{name}: missing, {ADAPTER_CONFIG} targets this module"
+        for name in wanted
+        if name not in names
     ]
     if problems:
         raise AdapterError(
@@ -231,7 +233,7 @@ def _is_transposed(model: Any, module: str) -> bool:
 
 
 def _write(
-    path: Path, deltas: Sequence[Delta], read: LoraFolder, *, source: Source, base: Base
+    path: Path, deltas: Sequence[Delta], read: LoraFolder, *, source: AdapterSource, base: Base
 ) -> None:
     from gguf import GGUFWriter, Keys, LlamaFileType
 

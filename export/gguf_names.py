@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.core.arrays import Array
 from edgetune.core.errors import ExportError
 from edgetune.export.graph.families import cache_sizes, normalised
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A linear layer in llama.cpp: the name of its weight there, and which row of ours each of its
     rows is (None: the same).
     """
 
     tensor: str
-    rows: Rows | None
+    rows: RowOrder | None
 
-    def reordered(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def reordered(self, matrix: Array) -> Array:
         """(out, …) in our order → in llama.cpp's."""
         return matrix if self.rows is None else matrix[self.rows]
 
@@ -37,7 +38,7 @@ def architecture(model_type: str) -> str:
     return ARCHITECTURES[model_type]
 
 
-def place_of(module: str, config: Any) -> Place | None:
+def place_of(module: str, config: Any) -> TensorPlace | None:
     """Where llama.cpp has the linear layer `module` (its path in transformers); None where it has
     none of that name.
     """
@@ -47,11 +48,13 @@ def place_of(module: str, config: Any) -> Place | None:
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == wanted)
     name = get_tensor_name_map(arch, int(normalised(config).num_layers)).get_name(module)
     return (
-        None if name is None else Place(f"{name}.weight", _rows(module.rpartition(".")[2], config))
+        None
+        if name is None
+        else TensorPlace(f"{name}.weight", _rows(module.rpartition(".")[2], config))
     )
 
 
-def _rows(kind: str, config: Any) -> Rows | None:
+def _rows(kind: str, config: Any) -> RowOrder | None:
     sizes, heads = cache_sizes(config), int(normalised(config).num_attention_heads)
     if config.model_type in ROTATES_PAIRS and kind in ("q_proj", "k_proj"):
         count = heads if kind == "q_proj" else sizes.kv_heads
@@ -69,7 +72,7 @@ def _rows(kind: str, config: Any) -> Rows | None:
     return None
 
 
-Rows = npt.NDArray[np.intp]
+RowOrder = npt.NDArray[np.intp]
 # model_type → llama.cpp's architecture
 ARCHITECTURES = {
     "gemma": "gemma",

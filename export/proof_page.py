@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.files import sha256_file, write_text
+from edgetune.core.layout import REPORT
 from edgetune.report.html import STYLE, figure, words
 from edgetune.runtime.bundle.manifest import FileInfo, Manifest
 
-PAGE = "report.html"
 # digests and figures stay in one piece; a wide table scrolls
 MORE_STYLE = "td { overflow-wrap: normal; }"
 Cells = Sequence[str]
@@ -21,12 +21,12 @@ Cells = Sequence[str]
 
 def write_page(folder: Path, manifest: Manifest) -> dict[str, FileInfo]:
     """Write the page beside the files that `manifest` lists; its own entry for the manifest."""
-    path = folder / PAGE
-    write_text(path, render_page(manifest))
-    return {PAGE: FileInfo(sha256_file(path), path.stat().st_size)}
+    path = folder / REPORT
+    write_text(path, render_proof(manifest))
+    return {REPORT: FileInfo(sha256_file(path), path.stat().st_size)}
 
 
-def render_page(manifest: Manifest) -> str:
+def render_proof(manifest: Manifest) -> str:
     """The page as HTML."""
     title = f"Bundle of {manifest.base.name}"
     parts = [

@@ -17,6 +17,7 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError, ExportError, ProofError
 from edgetune.core.files import whole_folder, write_json
+from edgetune.core.layout import MANIFEST
 from edgetune.core.progress import Say
 from edgetune.core.tasks import lower_is_better
 from edgetune.export.bundle import check_place, export_bundle
@@ -24,7 +25,7 @@ from edgetune.export.candidates import Candidate, candidates
 from edgetune.export.graph.seq2seq_files import check_seq2seq
 from edgetune.export.graph.trace import Traced
 from edgetune.export.inputs.calibration_text import check_quantiser, has_recipe
-from edgetune.export.inputs.sources import Source, base_of, check_sources, read_source
+from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
 from edgetune.export.proof.cost import CostPlan
 from edgetune.export.proof.probe import probe_rows
 from edgetune.export.proof.task_metric import TaskPlan, rows_of
@@ -32,7 +33,7 @@ from edgetune.export.proof.torch_model import torch_model
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
 from edgetune.quantisation.precision import Precision
-from edgetune.runtime.bundle.manifest import MANIFEST, Manifest
+from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.check.latency import Latency, Workload, side_by_side
 
 AUTO_ROWS = {"decoder": 64, "encoder": 1000, "encoder-decoder": 64}
@@ -166,7 +167,7 @@ def export_smallest(
         return search.finish(chosen, out, max_loss)
 
 
-def _plan(task: TaskPlan, base: Base, sources: Sequence[Source]) -> TaskPlan:
+def _plan(task: TaskPlan, base: Base, sources: Sequence[AdapterSource]) -> TaskPlan:
     """What to measure on; ExportError where an adapter has no rows."""
     limit = AUTO_ROWS[base.kind] if task.rows is None else task.rows
     complaints: list[str] = []
@@ -184,7 +185,11 @@ def _plan(task: TaskPlan, base: Base, sources: Sequence[Source]) -> TaskPlan:
 
 
 def _quantisers(
-    asked: str | None, base: Base, sources: Sequence[Source], mode: str, calibration: Path | None
+    asked: str | None,
+    base: Base,
+    sources: Sequence[AdapterSource],
+    mode: str,
+    calibration: Path | None,
 ) -> tuple[str, ...]:
     """How 4-bit weights are rounded: what was asked for, else to nearest and then more
     carefully.
@@ -210,7 +215,7 @@ def _quantisers(
 
 def _candidates(
     base: Base,
-    sources: Sequence[Source],
+    sources: Sequence[AdapterSource],
     keep: Mapping[str, str],
     quantisers: Sequence[str],
     *,

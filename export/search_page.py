@@ -22,7 +22,7 @@ MORE_STYLE = (
 LONGEST = 76  # characters of a cell in the terminal
 
 
-def table(found: Found) -> list[tuple[str, ...]]:
+def trial_table(found: Found) -> list[tuple[str, ...]]:
     """Head and a row for each precision: number, name, MB, ms of a token or request, each adapter's
     metric, loss, remark.
     """
@@ -92,11 +92,11 @@ def _row(
     )
 
 
-def table_lines(found: Found) -> list[str]:
+def trial_lines(found: Found) -> list[str]:
     """The table for a terminal."""
     rows = [
         tuple(cell if len(cell) <= LONGEST else f"{cell[: LONGEST - 1]}…" for cell in row)
-        for row in table(found)
+        for row in trial_table(found)
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -113,11 +113,11 @@ def page_beside(bundle: Path) -> Path:
 def write_page(found: Found, bundle: Path) -> Path:
     """Write the page, whole or not at all; where it is."""
     path = page_beside(bundle)
-    write_text(path, render_page(found, bundle.name))
+    write_text(path, render_search(found, bundle.name))
     return path
 
 
-def render_page(found: Found, name: str) -> str:
+def render_search(found: Found, name: str) -> str:
     """The page as HTML."""
     title = f"{name}: which precision"
     note = (
@@ -125,7 +125,7 @@ def render_page(found: Found, name: str) -> str:
         f" torch in fp32, on {found.rows:,} rows, through the real engine. Precisions were tried"
         " from the smallest on until one held; fp32 is what they are seen against."
     )
-    head, *rows = table(found)
+    head, *rows = trial_table(found)
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

@@ -40,9 +40,7 @@ FLOORS = {
     "runtime": "runtime.tasks",
     "evaluation.forgetting": "adapters core data metrics models objectives runtime",
     "evaluation": "adapters core data evaluation.forgetting metrics models recipe runtime",
-    "export.inputs": (
-        "adapters core data models quantisation recipe runtime.adapters runtime.bundle"
-    ),
+    "export.inputs": ("adapters core data models quantisation recipe runtime.adapters"),
     "export.graph": "core edgetune export.inputs models quantisation runtime.bundle runtime.engine",
     "export.proof": (
         "adapters core data evaluation evaluation.forgetting export.inputs metrics models "

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.layout import PREFIX
+from edgetune.core.layout import PEFT_PREFIX
 from edgetune.models.fake_quantise import is_transposed
 from edgetune.quantisation.gptq import on_grid
 from edgetune.quantisation.precision import Precision
@@ -86,7 +86,7 @@ def start_from_rounding(model: PeftModel, original: nn.Module, precision: Precis
     """
     lossy = 0
     for name, layer in adapted_layers(model):
-        path, base_layer = name.removeprefix(PREFIX), layer.get_base_layer()
+        path, base_layer = name.removeprefix(PEFT_PREFIX), layer.get_base_layer()
         weight, rounded = (
             _upright(module) for module in (original.get_submodule(path), base_layer)
         )

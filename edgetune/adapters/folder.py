@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from edgetune import __version__
 from edgetune.core.errors import AdapterError
 from edgetune.core.files import sha256_file, whole_folder, write_json
-from edgetune.core.layout import CONFIG, METADATA, PREFIX, WEIGHTS
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, PEFT_PREFIX
 
 SCHEMA = 1
-TASKS = {
+PEFT_TASKS = {
     "text-generation": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
@@ -61,12 +61,14 @@ def save_adapter(model: PeftModel, folder: Path, metadata: AdapterMetadata) -> N
         for name in sorted(tensors)
     }
     with whole_folder(folder) as partial:
-        (partial / WEIGHTS).write_bytes(
+        (partial / ADAPTER_WEIGHTS).write_bytes(
             save(contiguous, metadata={"format": "pt"})
         )  # a full disk is then an OSError
-        write_json(partial / CONFIG, _config_dict(model, metadata))
-        files = {name: sha256_file(partial / name) for name in (WEIGHTS, CONFIG)}
-        write_json(partial / METADATA, {"schema": SCHEMA, **asdict(metadata), "files": files})
+        write_json(partial / ADAPTER_CONFIG, _config_dict(model, metadata))
+        files = {name: sha256_file(partial / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
+        write_json(
+            partial / ADAPTER_METADATA, {"schema": SCHEMA, **asdict(metadata), "files": files}
+        )
 
 
 def _config_dict(model: PeftModel, metadata: AdapterMetadata) -> dict[str, Any]:
@@ -82,13 +84,13 @@ def _config_dict(model: PeftModel, metadata: AdapterMetadata) -> dict[str, Any]:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """`edgetune_adapter.json`, its hashes verified against the files beside it."""
-    path = folder / METADATA
+    path = folder / ADAPTER_METADATA
     try:
         metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(
             f"{folder} is not an adapter that edgetune trained",
-            expected=METADATA,
+            expected=ADAPTER_METADATA,
             got="no such file",
             fix="Name a run folder or its adapter folder.",
         ) from error
@@ -133,7 +135,7 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     config = LoraConfig.from_pretrained(str(folder))
     adapted = PeftModel(model, config)
     tensors = _without_copies(
-        {peft_name(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()},
+        {peft_name(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()},
         model,
         folder,
     )
@@ -154,7 +156,7 @@ def peft_name(name: str) -> str:
         r".\1",
         name.replace(".modules_to_save.default", ""),
     )
-    return name if name.startswith(PREFIX) else f"{PREFIX}{name}"
+    return name if name.startswith(PEFT_PREFIX) else f"{PEFT_PREFIX}{name}"
 
 
 def _without_copies(
@@ -169,7 +171,7 @@ def _without_copies(
     own = model.state_dict()
     kept = dict(tensors)
     for name in [name for name in kept if name.endswith(".base_layer.weight")]:
-        theirs, ours = kept.pop(name), own.get(name.removeprefix(PREFIX))
+        theirs, ours = kept.pop(name), own.get(name.removeprefix(PEFT_PREFIX))
         if (
             ours is None
             or ours.shape != theirs.shape

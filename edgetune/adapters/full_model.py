@@ -17,18 +17,14 @@ from edgetune.adapters.folder import AdapterMetadata, save_adapter
 from edgetune.adapters.lora import adapt_head
 from edgetune.core.errors import AdapterError
 from edgetune.core.files import output_errors, write_json
-from edgetune.core.layout import ADAPTER, MODEL
+from edgetune.core.layout import ADAPTER, MODEL, MODEL_METADATA, TOKENIZER_FILES
 from edgetune.models.base import Base, digest_of, open_folder
 from edgetune.models.heads import SequenceClassifier
 from edgetune.models.load import quiet
 
-METADATA = "edgetune_model.json"
 SCHEMA = 1
 BESIDE = (  # files of the base that are not the model's own
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+    *TOKENIZER_FILES,
     "vocab.txt",
     "generation_config.json",
     "1_Pooling/config.json",
@@ -47,7 +43,7 @@ def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: Adapt
             if (base.folder / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(base.folder / name, folder / name)
-    write_json(folder / METADATA, {"schema": SCHEMA, **asdict(metadata)})
+    write_json(folder / MODEL_METADATA, {"schema": SCHEMA, **asdict(metadata)})
     if isinstance(model, SequenceClassifier):
         own = {"name": str(final.absolute() / MODEL), "digest": digest_of(folder)}
         save_adapter(adapt_head(model), run / ADAPTER, replace(metadata, base=own))
@@ -55,14 +51,14 @@ def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: Adapt
 
 def full_folder(folder: Path) -> Path | None:
     """The model folder of such a run; None for a run with an adapter and for anything else."""
-    if (folder / MODEL / METADATA).is_file() and not (folder / ADAPTER).is_dir():
+    if (folder / MODEL / MODEL_METADATA).is_file() and not (folder / ADAPTER).is_dir():
         return folder / MODEL
-    return folder if (folder / METADATA).is_file() else None
+    return folder if (folder / MODEL_METADATA).is_file() else None
 
 
 def read_full(folder: Path) -> tuple[Base, dict[str, Any]]:
     """The model as a base, and what `edgetune_model.json` says."""
-    path = folder / METADATA
+    path = folder / MODEL_METADATA
     try:
         metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -91,7 +87,7 @@ def own_base(adapter: Path, digest: str) -> Base | None:
     have been moved.
     """
     folder = adapter.parent / MODEL
-    if not (folder / METADATA).is_file():
+    if not (folder / MODEL_METADATA).is_file():
         return None
     base = open_folder(folder.absolute(), name=str(folder.absolute()))
     return base if base.digest == digest else None

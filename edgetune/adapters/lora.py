@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from edgetune.adapters.folder import TASKS
+from edgetune.adapters.folder import PEFT_TASKS
 from edgetune.core.errors import RecipeError
 from edgetune.models.heads import HEAD, HEADS, UNUSED, SequenceClassifier, TokenClassifier, head_of
 from edgetune.recipe.checks import changes_the_base
@@ -34,7 +34,9 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
     head = head_of(model)
     config = LoraConfig(
         task_type=(
-            "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else TASKS[task]
+            "SEQ_2_SEQ_LM"
+            if getattr(model.config, "is_encoder_decoder", False)
+            else PEFT_TASKS[task]
         ),  # type: ignore[union-attr]
         r=parameters.rank,
         lora_alpha=_whole(parameters.alpha),

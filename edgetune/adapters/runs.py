@@ -9,7 +9,7 @@ from typing import Any
 from edgetune.adapters.folder import load_adapter, read_metadata
 from edgetune.adapters.full_model import full_folder, own_base, read_full
 from edgetune.core.errors import AdapterError, OutputError
-from edgetune.core.layout import ADAPTER, LAYOUT, METADATA
+from edgetune.core.layout import ADAPTER, ADAPTER_METADATA, LAYOUT
 from edgetune.models.base import Base
 from edgetune.models.heads import RewardModel, build_classifier
 from edgetune.models.load import load_body, load_tokenizer
@@ -55,11 +55,11 @@ def find_adapter(folder: Path) -> Path:
             expected="a run folder or an adapter folder",
         )
     adapter_dir = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-    if not (adapter_dir / METADATA).is_file():
+    if not (adapter_dir / ADAPTER_METADATA).is_file():
         raise AdapterError(
             "this is neither a run nor an adapter that edgetune trained",
             where=str(folder),
-            expected=METADATA,
+            expected=ADAPTER_METADATA,
         )
     return adapter_dir
 

@@ -14,7 +14,7 @@ from edgetune.adapters.folder import mismatches, read_metadata
 from edgetune.adapters.runs import find_adapter
 from edgetune.core.errors import AdapterError, RecipeError
 from edgetune.core.files import sha256_file
-from edgetune.core.layout import WEIGHTS
+from edgetune.core.layout import ADAPTER_WEIGHTS
 from edgetune.models.base import Base
 from edgetune.recipe.schema import Recipe
 
@@ -55,7 +55,7 @@ class StartAdapter:
         another adapter.
         """
         self._check_settings(model.peft_config["default"])
-        tensors = load_file(self.folder / WEIGHTS)
+        tensors = load_file(self.folder / ADAPTER_WEIGHTS)
         if problems := mismatches(
             get_peft_model_state_dict(model, save_embedding_layers=False), tensors
         ):
@@ -120,7 +120,7 @@ def read_start(recipe: Recipe, base: Base) -> StartAdapter | None:
     return StartAdapter(
         folder,
         None if labels is None else tuple(labels),
-        "sha256:" + sha256_file(folder / WEIGHTS),
+        "sha256:" + sha256_file(folder / ADAPTER_WEIGHTS),
         metadata.get("base_precision"),
     )
 

@@ -96,7 +96,7 @@ def command(
     from edgetune.core.errors import AdapterError, DeviceError
     from edgetune.devices import load_device, parse_budget
     from edgetune.runtime.bundle.manifest import read_manifest
-    from edgetune.runtime.check.latency import Workload, host_speed, measure
+    from edgetune.runtime.check.latency import Workload, host_speed, measure_latency
     from edgetune.runtime.check.verdict import judge, overall
 
     manifest = read_manifest(bundle)
@@ -123,7 +123,7 @@ def command(
     click.echo(
         f"measuring {bundle} with {used} threads, {runs} requests of {length} tokens …", err=True
     )
-    measured = measure(workload)
+    measured = measure_latency(workload)
     for note in measured["providers"]["notes"]:
         click.echo(f"warning: {note}", err=True)
     speed = None if device.is_host else host_speed(used)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from edgetune.core.errors import ExportError
+from edgetune.core.precisions import PRECISIONS
 
 BLOCK_SIZE = 32
 
@@ -49,7 +50,7 @@ BLOCK_SIZE = 32
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int8", "int4", "auto"]),
+    type=click.Choice([*PRECISIONS, "auto"]),
     help=(
         "How weights are stored; fp16 (activations and cache too) is for GPUs; auto: the smallest"
         " that keeps within --max-loss; not given: what all adapters were trained for"
@@ -169,11 +170,12 @@ def command(
     if form == "gguf-adapter":
         _gguf(adapters, out, base_name)
         return
+    from edgetune.core.precisions import BITS, FLOATS
     from edgetune.export.bundle import export_bundle
     from edgetune.export.inputs.combine import FORM, resolve_sums
     from edgetune.export.proof.task_metric import TaskPlan
     from edgetune.export.proof.torch_model import precision_trained_for
-    from edgetune.quantisation.precision import BITS, FLOATS, Precision
+    from edgetune.quantisation.precision import Precision
 
     overrides = dict(_pair(text, "--keep", "MODULE=PRECISION") for text in keep)
     for value in overrides.values():
@@ -253,7 +255,7 @@ def _smallest(
 ) -> None:
     """Search, and print what was tried."""
     from edgetune.export.search import export_smallest
-    from edgetune.export.search_page import table_lines, write_page
+    from edgetune.export.search_page import trial_lines, write_page
 
     if block_size != BLOCK_SIZE:
         raise ExportError(
@@ -268,7 +270,7 @@ def _smallest(
         say=lambda line: click.echo(line, err=True),
         **options,
     )
-    for line in table_lines(found):
+    for line in trial_lines(found):
         click.echo(line)
     trial = found.trials[found.chosen]
     click.echo(

@@ -205,12 +205,12 @@ def _answer_file(
 ) -> None:
     from edgetune.runtime.tasks.prediction_file import (
         answer_rows,
-        read_rows,
+        read_request_rows,
         requests_of,
         write_rows,
     )
 
-    rows = read_rows(source)
+    rows = read_request_rows(source)
     requests = requests_of(runtime, rows, path=str(source), adapter=adapter, truncate=truncate)
     if adapter is None and (bare := sum("adapter" not in row for _, row in rows)):
         _note_embedding(runtime, f"{bare} of {len(rows)} rows get")

@@ -36,11 +36,11 @@ def command(out: Path) -> int:
 
 def conclude(outcome: Outcome, out: Path) -> int:
     """Print table, time and what is over the budget; the exit code."""
-    from edgetune.quickstart.outcome import closing, table_lines
-    from edgetune.quickstart.run import REPORT
+    from edgetune.core.layout import REPORT
+    from edgetune.quickstart.outcome import last_words, result_lines
 
-    click.echo("\n" + "\n".join(table_lines(outcome)))
-    click.echo(f"\n{closing(outcome)}\nreport: {out / REPORT}")
+    click.echo("\n" + "\n".join(result_lines(outcome)))
+    click.echo(f"\n{last_words(outcome)}\nreport: {out / REPORT}")
     for failure in outcome.failures:
         click.echo(f"over the budget: {failure}", err=True)
     return 1 if outcome.failures else 0

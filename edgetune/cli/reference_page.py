@@ -26,7 +26,7 @@ Made from the code by `python -m edgetune.cli.reference_page`; a test keeps it t
 """
 
 
-def page() -> str:
+def command_line_page() -> str:
     """The whole page as Markdown."""
     context = click.Context(cli, info_name="edgetune")
     return OPENING + "".join("\n" + "\n".join(_section(context, name)) + "\n" for name in COMMANDS)
@@ -71,4 +71,4 @@ def _default(option: click.Option) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(command_line_page(), end="")

@@ -48,7 +48,7 @@ Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 @dataclass(frozen=True)
-class Reading:
+class MetricsReading:
     """One answer of `/metrics`, at a moment of `time.monotonic()`."""
 
     moment: float
@@ -70,7 +70,7 @@ class Reading:
 
 def read_metrics(
     url: str, moment: float, *, key: str | None = None, timeout_s: float = 5.0
-) -> Reading:
+) -> MetricsReading:
     """Ask a server. InputError when it does not answer, wants a key, or is no such server."""
     request = urllib.request.Request(f"{url.rstrip('/')}/metrics", headers=_headers(key))
     try:
@@ -95,7 +95,7 @@ def read_metrics(
         raise InputError(
             "this is no server of edgetune's", where=url, expected="edgetune_… metrics"
         )
-    return Reading(moment, samples)
+    return MetricsReading(moment, samples)
 
 
 def parse(text: str) -> Samples:
@@ -115,13 +115,13 @@ class Watch:
     def __init__(self, url: str) -> None:
         self.url = url
         self._speeds: deque[float] = deque(maxlen=40)
-        self._last: Reading | None = None
+        self._last: MetricsReading | None = None
 
-    def page(self, now: Reading) -> str:
+    def page(self, now: MetricsReading) -> str:
         """What changed since the last reading (at the first: since the server's start), and the
         levels of now.
         """
-        before = self._last or Reading(now.moment, {})
+        before = self._last or MetricsReading(now.moment, {})
         seconds = now.moment - before.moment
         self._last = now
         rate = Rates(before, now, seconds)
@@ -138,7 +138,7 @@ class Watch:
         ]
         return "\n".join([*blocks, "", *_answers(rate)])
 
-    def _header(self, now: Reading) -> str:
+    def _header(self, now: MetricsReading) -> str:
         memory = now.value("edgetune_resident_memory_bytes") / 1e6
         return f"edgetune  {self.url}   {memory:.0f} MB resident"
 
@@ -159,7 +159,7 @@ class Watch:
 class Rates:
     """Differences of two readings."""
 
-    def __init__(self, before: Reading, now: Reading, seconds: float) -> None:
+    def __init__(self, before: MetricsReading, now: MetricsReading, seconds: float) -> None:
         self.before, self.now, self.seconds = before, now, seconds
 
     def per_second(self, name: str, **labels: str) -> float | None:
@@ -196,7 +196,7 @@ def sparkline(values: Iterable[float]) -> str:
     )
 
 
-def _levels(now: Reading) -> list[str]:
+def _levels(now: MetricsReading) -> list[str]:
     cache, whole = (
         now.value("edgetune_cache_used_bytes") / 1e6,
         now.value("edgetune_cache_bytes") / 1e6,

@@ -1,13 +1,20 @@
-"""What a run folder and an adapter folder hold, by name."""
+"""What the folders hold, by name: of a run, of an adapter, of a base model and of a bundle."""
 
 from __future__ import annotations
 
 RECIPE, ADAPTER, MODEL, JOURNAL = "recipe.toml", "adapter", "model", "metrics.jsonl"
 SUMMARY, REPORT, CHECKPOINTS, CURVES = "summary.json", "report.html", "checkpoints", "tensorboard"
 LAYOUT = frozenset({RECIPE, ADAPTER, MODEL, JOURNAL, SUMMARY, REPORT, CHECKPOINTS, CURVES})
-CONFIG, WEIGHTS, METADATA = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "edgetune_adapter.json",
-)
-PREFIX = "base_model.model."
+# An adapter: PEFT's own two files, and ours.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_METADATA = "edgetune_adapter.json"
+PEFT_PREFIX = "base_model.model."  # of every name in its weights
+# A base model.
+BUILTIN = "builtin:"  # before the name of one that edgetune knows where to find
+MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
+MODEL_METADATA = "edgetune_model.json"  # of a run that trained all weights
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TOKENS, CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE)
+# A bundle, which keeps each adapter in a folder of ADAPTERS.
+MANIFEST, ADAPTERS = "edgetune.json", "adapters"

@@ -341,8 +341,9 @@ def toml_value(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as the user wrote it, cut to 60 characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """A value as the user wrote it, cut to 60 characters; halves of surrogate pairs are escaped."""
+    written = json.dumps(value, ensure_ascii=False, default=str)
+    text = written.encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "…"
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
 
 from edgetune.core.errors import DataError
+from edgetune.core.settings import shown
 from edgetune.data.prompts import render
 from edgetune.data.readers import Row
 from edgetune.recipe.checks import column_name
@@ -128,5 +128,4 @@ def _is_text(item: Any) -> bool:
 
 def _described(value: Any) -> str:
     """A value of a row for an error: its type and itself, cut to 60 characters."""
-    text = json.dumps(value, default=str)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"
+    return f"{type(value).__name__} {shown(value)}"

@@ -9,11 +9,11 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from edgetune.core.errors import DataError
 from edgetune.core.files import sha256_file, sha256_text
@@ -91,6 +91,12 @@ def sample(rows: list[T], limit: int | None, *, seed: int) -> list[T]:
     if limit is None or limit >= len(rows):
         return rows
     return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+
+
+def spread(rows: Sequence[Any], limit: int | None) -> list[Any]:
+    """All rows, or `limit` of them at equal distances."""
+    count = len(rows) if limit is None else min(limit, len(rows))
+    return [rows[at * len(rows) // count] for at in range(count)]
 
 
 def hold_out(source: Rows, count: int, *, seed: int) -> tuple[Rows, Rows]:

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from edgetune.core.errors import InputError
 from edgetune.core.text import Text
+from edgetune.data.conversations import Prompt
 from edgetune.data.prompts import PromptFormat
 from edgetune.recipe.generation import shaping
 
-Prompt = str | list[dict[str, str]]  # the user's turn, or a conversation
 Advance = Callable[[int, int], None]  # (rows done, rows in all)
 
 

@@ -14,13 +14,13 @@ from edgetune.data.completions import encode_prompts
 from edgetune.data.labels import LabelledRow, labelled_rows
 from edgetune.data.prompts import PromptFormat, apply_chat_template, row_template
 from edgetune.data.rows import Rows, read_rows
-from edgetune.evaluation.forgetting.likelihood import Item
+from edgetune.evaluation.forgetting.likelihood import ChoiceItem
 from edgetune.evaluation.forgetting.subjects import torch_texts
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.models.resolve import resolve_base
 
-Message = dict[str, str]
+Turn = dict[str, str]
 BETWEEN = "\n\n"  # examples of a plain prompt
 MARGIN = 16  # tokens that an answer may be longer than the longest reference
 
@@ -125,12 +125,14 @@ class BaseAnswers:
                 got=str(tokens),
                 fix="Show fewer --shots.",
             )
-        scored = self._subject.score([Item(context, ends) for context in contexts], adapted=False)
+        scored = self._subject.score(
+            [ChoiceItem(context, ends) for context in contexts], adapted=False
+        )
         return [
             labels[max(range(len(labels)), key=lambda at: scores[at].logprob)] for scores in scored
         ]
 
-    def generate(self, prompts: Sequence[str | list[Message]]) -> list[str]:
+    def generate(self, prompts: Sequence[str | list[Turn]]) -> list[str]:
         """The completion of each prompt, greedily; a plain one ends where the next example would
         begin.
         """
@@ -146,7 +148,7 @@ class BaseAnswers:
         """After a chat template's header a text begins at once, after plain text with a space."""
         return label if self._form.template == "chat" else f" {label}"
 
-    def _text(self, prompt: str | list[Message]) -> str:
+    def _text(self, prompt: str | list[Turn]) -> str:
         if not isinstance(prompt, str):
             raise InputError(
                 "rows with messages cannot be put to a bare base",
@@ -174,7 +176,7 @@ class BaseAnswers:
         return found
 
 
-def _user(text: str) -> Message:
+def _user(text: str) -> Turn:
     return {"role": "user", "content": text}
 
 

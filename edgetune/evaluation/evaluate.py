@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgetune.core.errors import InputError
+from edgetune.core.layout import MANIFEST
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import read_rows
 from edgetune.evaluation.answers import Advance, Answers, BundleAnswers
 from edgetune.evaluation.base_answers import BaseAnswers, Prompting
-from edgetune.evaluation.forgetting.subjects import BUNDLE_MANIFEST, base_subject, is_base
+from edgetune.evaluation.forgetting.subjects import base_subject, is_base
 from edgetune.evaluation.measures import Evaluation, _check_answers, measure_rows, measure_text
 
 
@@ -31,7 +32,7 @@ def evaluate(
     `how` says. What learned from text is measured on text: perplexity and bits per byte.
     `providers`: execution providers of a bundle.
     """
-    if providers and not (folder / BUNDLE_MANIFEST).is_file():
+    if providers and not (folder / MANIFEST).is_file():
         raise InputError(
             "--provider chooses what runs a bundle",
             where=str(folder),
@@ -47,7 +48,7 @@ def evaluate(
             where=str(folder),
             got="a run or a bundle",
         )
-    if (folder / BUNDLE_MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
         with Runtime.open(folder, providers=providers) as runtime:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from edgetune.core.errors import DataError, InputError
 from edgetune.core.tasks import TAGGING
-from edgetune.data.conversations import row_answer, row_prompt
+from edgetune.data.conversations import Prompt, row_answer, row_prompt
 from edgetune.data.labels import labelled_rows
 from edgetune.data.plain_text import text_rows
 from edgetune.data.preferences import preference_rows
@@ -20,7 +20,7 @@ from edgetune.data.readers import Row
 from edgetune.data.rows import Rows
 from edgetune.data.tagging import tagged_rows, unknown_tag
 from edgetune.data.targets import multi_label_rows, unknown_labels, value_rows
-from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, Prompt
+from edgetune.evaluation.answers import Advance, Answers, BundleAnswers
 from edgetune.evaluation.forgetting.measure import Subject
 from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
 from edgetune.evaluation.forgetting.tasks import text_measures

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from edgetune.core.errors import BaseModelError
 from edgetune.core.files import CHUNK
+from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, MODEL_CONFIG, MODEL_WEIGHTS, TOKENIZER
+from edgetune.core.tasks import Kind
 from edgetune.quantisation.precision import Precision
 
-Kind = Literal["decoder", "encoder", "encoder-decoder"]
 Pooling = Literal["mean", "cls"]
 # Keys that change what the weights compute; other keys vary with the version of transformers that
 # wrote the file.
@@ -164,14 +165,14 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(_json(index).get("weight_map", {}).values()))
         files = [folder / name for name in names]
     else:
-        files = [folder / "model.safetensors"]
+        files = [folder / MODEL_WEIGHTS]
     missing = [path.name for path in files if not path.exists()]
     if missing or not files:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
         raise BaseModelError(
             "there are no weights in this folder",
             where=str(folder),
-            expected=", ".join(missing[:3]) or "model.safetensors",
+            expected=", ".join(missing[:3]) or MODEL_WEIGHTS,
             got=found or "an empty folder",
             fix="Save the model with save_pretrained (safetensors).",
         )
@@ -217,9 +218,9 @@ def _tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int, int, Path
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    path = folder / MODEL_CONFIG
     if not path.exists():
-        is_adapter = (folder / "adapter_config.json").exists() or (folder / "adapter").exists()
+        is_adapter = (folder / ADAPTER_CONFIG).exists() or (folder / ADAPTER).exists()
         raise BaseModelError(
             (
                 "this is an adapter or a run, not a base model"
@@ -237,7 +238,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    if not (folder / "tokenizer.json").exists():
+    if not (folder / TOKENIZER).exists():
         fix = (
             "Write it once:"
             f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
@@ -267,7 +268,7 @@ def _kind(config: dict[str, Any], folder: Path) -> Kind:
         return "encoder"
     raise BaseModelError(
         "neither a decoder (…ForCausalLM) nor a known encoder",
-        where=str(folder / "config.json"),
+        where=str(folder / MODEL_CONFIG),
         expected="one of the encoders " + ", ".join(sorted(ENCODERS)),
         got=f"model_type {config['model_type']!r}, architectures {classes}",
     )
@@ -283,14 +284,14 @@ def _seq2seq(config: dict[str, Any], classes: list[str], folder: Path) -> Kind:
     if not fits:
         raise BaseModelError(
             "this encoder-decoder is not supported",
-            where=str(folder / "config.json"),
+            where=str(folder / MODEL_CONFIG),
             expected=f"…ForConditionalGeneration of {', '.join(sorted(SEQ2SEQ))}",
             got=f"model_type {config['model_type']!r}, architectures {classes}",
         )
     if config.get("decoder_start_token_id") is None:
         raise BaseModelError(
             "the configuration names no decoder_start_token_id",
-            where=str(folder / "config.json"),
+            where=str(folder / MODEL_CONFIG),
             expected="a token id, of T5 0",
         )
     return "encoder-decoder"
@@ -298,7 +299,7 @@ def _seq2seq(config: dict[str, Any], classes: list[str], folder: Path) -> Kind:
 
 def _pooling(folder: Path) -> Pooling:
     """A sentence encoder's own pooling; other encoders are read at their first token."""
-    path = folder / "1_Pooling" / "config.json"
+    path = folder / "1_Pooling" / MODEL_CONFIG
     if not path.exists():
         return "cls"
     values = _json(path)

@@ -16,17 +16,24 @@ from pathlib import Path
 
 from edgetune.core.errors import BaseModelError
 from edgetune.core.files import sha256_file
+from edgetune.core.layout import (
+    BUILTIN,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
 from edgetune.models.base import Base
 from edgetune.models.cache import cache_folder, cached, read_record
 from edgetune.models.gguf import convert_gguf
 
-PREFIX = "builtin:"
 SENTENCE_ENCODER_FILES = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
     "vocab.txt",
     "1_Pooling/config.json",
 )
@@ -49,7 +56,7 @@ class Builtin:
     @property
     def folder(self) -> Path:
         """Its place in the cache."""
-        return cache_folder() / "bases" / self.name.removeprefix(PREFIX)
+        return cache_folder() / "bases" / self.name.removeprefix(BUILTIN)
 
 
 def unpack_sentence_encoder(inside: Path, folder: Path) -> None:
@@ -59,7 +66,7 @@ def unpack_sentence_encoder(inside: Path, folder: Path) -> None:
     for name in SENTENCE_ENCODER_FILES:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((inside / name).read_bytes())
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     values = json.loads(path.read_text(encoding="utf-8")) | {"truncation": None, "padding": None}
     path.write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import BaseModelError
+from edgetune.core.layout import TOKENIZER_CONFIG
 from edgetune.models.load import auto_class, quiet
 
 SOURCE = "source.gguf"
@@ -56,7 +57,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
         _set_splits(tokenizer, fields, source)
         tokenizer.model_max_length = loaded.config.max_position_embeddings
         tokenizer.save_pretrained(folder)
-    _clean(folder / "tokenizer_config.json", "is_local", "local_files_only")
+    _clean(folder / TOKENIZER_CONFIG, "is_local", "local_files_only")
 
 
 def _fields(source: Path) -> dict[str, Any]:

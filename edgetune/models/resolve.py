@@ -7,9 +7,10 @@ from pathlib import Path
 
 from edgetune.core.errors import BaseModelError
 from edgetune.core.files import sha256_file
+from edgetune.core.layout import BUILTIN, MODEL, MODEL_CONFIG
 from edgetune.core.settings import did_you_mean
 from edgetune.models.base import Base, open_folder
-from edgetune.models.builtin import BUILTINS, PREFIX, resolve_builtin
+from edgetune.models.builtin import BUILTINS, resolve_builtin
 from edgetune.models.cache import cache_folder, cached
 from edgetune.models.gguf import convert_gguf
 
@@ -27,7 +28,7 @@ def resolve_base(name: str) -> Base:
 
     `builtin:NAME` | local folder | file.gguf | folder#file.gguf | hub id | hub id#file.gguf
     """
-    if name.startswith(PREFIX):
+    if name.startswith(BUILTIN):
         if name not in BUILTINS:
             fix = did_you_mean(name, BUILTINS)
             raise BaseModelError(
@@ -42,10 +43,10 @@ def resolve_base(name: str) -> Base:
         path = path.absolute()  # not resolve(): the hub's cache links to files without endings
     if (
         path.is_dir()
-        and not (path / "config.json").exists()
-        and (path / "model" / "config.json").exists()
+        and not (path / MODEL_CONFIG).exists()
+        and (path / MODEL / MODEL_CONFIG).exists()
     ):
-        path = path / "model"  # a run that trained all weights
+        path = path / MODEL  # a run that trained all weights
     if path.is_dir() and not file:
         return open_folder(path, name=name)
     if path.is_dir() or path.is_file():

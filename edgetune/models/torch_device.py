@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from edgetune.core.errors import TrainingError
 from edgetune.models.heads import HEADS
 
-CPU = torch.device("cpu")
+CPU_DEVICE = torch.device("cpu")
 T = TypeVar("T")
 
 
@@ -131,14 +131,14 @@ TOKENS, ROUNDS = 512, 5
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-def choose_precision(setting: str, *, hidden: int, device: torch.device = CPU) -> Precision:
+def choose_precision(setting: str, *, hidden: int, device: torch.device = CPU_DEVICE) -> Precision:
     """Resolve "auto" by timing the matrix product of a layer of this width in both formats."""
     if setting == "auto":
         return "bf16" if has_bf16(device) and _bf16_speedup(hidden, device) >= FASTER else "fp32"
     return "bf16" if setting == "bf16" else "fp32"
 
 
-def has_bf16(device: torch.device = CPU) -> bool:
+def has_bf16(device: torch.device = CPU_DEVICE) -> bool:
     """Whether the device multiplies bf16 itself; True where torch cannot tell, the measurement then
     decides.
     """
@@ -181,7 +181,7 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def autocast(
-    precision: Precision, device: torch.device = CPU
+    precision: Precision, device: torch.device = CPU_DEVICE
 ) -> contextlib.AbstractContextManager[object]:
     """Matrix products in bf16, or nothing."""
     if precision == "bf16":

@@ -77,7 +77,7 @@ def without_flat(
     return [replace(answer, advantage=answer.advantage * share) for answer in kept]
 
 
-def collate_answers(
+def collate_rollouts(
     answers: Sequence[AnswerExample], pad_id: int, *, loss_type: str = "grpo", longest: int = 0
 ) -> AnswerBatch:
     """Answers → one batch. `targets` is what the loss is a mean over: tokens for dapo, else

@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edgetune.core.errors import AdapterError, ExportError
+from edgetune.core.precisions import BITS, PRECISIONS
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")  # of a bundle's weights, the finest first
-BITS = {"fp32": 0, "int8": 8, "int4": 4}
-FLOATS = ("fp32", "fp16")  # precisions of a whole bundle in which nothing is rounded to integers
 BLOCK_SIZE = 32  # weights that share a scale, unless `edgetune export` is told otherwise
 # how 4-bit weights are rounded: to nearest, half-quadratic, to the layer's inputs
 QUANTISERS = ("rtn", "hqq", "gptq")

@@ -98,8 +98,3 @@ class FewShotBase:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-
-
-def spread(rows: Sequence[Row], count: int) -> list[Row]:
-    """`count` rows at equal distances."""
-    return [rows[at * len(rows) // count] for at in range(min(count, len(rows)))]

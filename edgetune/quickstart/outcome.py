@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from edgetune.core.layout import BUILTIN
 from edgetune.core.progress import duration
 
 
 @dataclass(frozen=True)
-class Call:
+class TimedCall:
     """One request and its answers from the bundle: with the adapter, and without where the base can
     answer at all.
     """
@@ -38,7 +39,7 @@ class AdapterOutcome:
     adapter_mb: float  # MB of 10^6 bytes
     proof: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]  # the run's metrics.jsonl
-    calls: Sequence[Call]
+    calls: Sequence[TimedCall]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Outcome:
         ]
 
 
-HEAD = (
+COLUMNS_SHOWN = (
     "adapter",
     "base model",
     "metric",
@@ -117,12 +118,12 @@ HEAD = (
 METRICS = {"json_exact_match": "exact match", "exact_match": "exact match"}
 
 
-def table(outcome: Outcome) -> list[tuple[str, ...]]:
-    """HEAD's cells for every adapter."""
+def result_table(outcome: Outcome) -> list[tuple[str, ...]]:
+    """The cells of COLUMNS_SHOWN for every adapter."""
     return [
         (
             adapter.name,
-            short_name(adapter.base),
+            short_base_name(adapter.base),
             f"{METRICS.get(adapter.metric, adapter.metric)}, {adapter.rows} rows",
             percent(adapter.base_score),
             percent(adapter.torch_score),
@@ -136,22 +137,22 @@ def table(outcome: Outcome) -> list[tuple[str, ...]]:
     ]
 
 
-def table_lines(outcome: Outcome) -> list[str]:
+def result_lines(outcome: Outcome) -> list[str]:
     """The table as text, columns aligned, with what the base's column means below."""
-    rows = [HEAD, *table(outcome)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    rows = [COLUMNS_SHOWN, *result_table(outcome)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS_SHOWN))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
     lines.insert(1, "  ".join("─" * width for width in widths))
     how = dict.fromkeys(
-        f"{short_name(a.base)}: {a.base_how}" for s in outcome.shipments for a in s.adapters
+        f"{short_base_name(a.base)}: {a.base_how}" for s in outcome.shipments for a in s.adapters
     )
     return [*lines, "base = " + "; ".join(how)]
 
 
-def closing(outcome: Outcome) -> str:
+def last_words(outcome: Outcome) -> str:
     """Time and memory in one line."""
     prepared = f" (and {duration(outcome.preparation_seconds)} to prepare the bases)"
     return (
@@ -173,9 +174,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def short_name(base: str) -> str:
+def short_base_name(base: str) -> str:
     """A built-in base without its prefix, a folder without its parents."""
-    return PurePath(base.removeprefix("builtin:")).name
+    return PurePath(base.removeprefix(BUILTIN)).name
 
 
 def counted(count: int, noun: str) -> str:

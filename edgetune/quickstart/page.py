@@ -8,7 +8,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from edgetune.core.progress import duration
-from edgetune.quickstart.outcome import HEAD, AdapterOutcome, Outcome, counted, percent, table
+from edgetune.quickstart.outcome import (
+    COLUMNS_SHOWN,
+    AdapterOutcome,
+    Outcome,
+    counted,
+    percent,
+    result_table,
+)
 from edgetune.report.charts import Bar, Series, bar_chart, line_chart
 from edgetune.report.html import STYLE
 
@@ -29,10 +36,10 @@ KINDS = {
     "tpot_ms": "Time per output token",
     "request_ms": "Time per request",
 }
-Cells = Sequence[str]
+TableCells = Sequence[str]
 
 
-def render_page(outcome: Outcome) -> str:
+def render_quickstart(outcome: Outcome) -> str:
     """The page as HTML."""
     title = "edgetune quickstart"
     parts = [
@@ -89,7 +96,10 @@ def _tiles(outcome: Outcome) -> str:
 def _results(outcome: Outcome) -> str:
     how = dict.fromkeys(f"{a.name}: {a.base_how}" for s in outcome.shipments for a in s.adapters)
     note = "The base's row: " + "; ".join(how) + ". All three scores are of the same held-out rows."
-    return _table(HEAD, table(outcome), kind="results") + f'<p class="note">{escape(note)}</p>'
+    return (
+        _table(COLUMNS_SHOWN, result_table(outcome), kind="results")
+        + f'<p class="note">{escape(note)}</p>'
+    )
 
 
 def _accuracy(outcome: Outcome) -> str:
@@ -256,11 +266,11 @@ def _mark(state: str) -> str:
     )
 
 
-def _table(head: Cells, rows: Iterable[Cells], *, kind: str = "") -> str:
+def _table(head: TableCells, rows: Iterable[TableCells], *, kind: str = "") -> str:
     return _raw_table(head, ([escape(cell) for cell in row] for row in rows), kind=kind)
 
 
-def _raw_table(head: Cells, rows: Iterable[Cells], *, kind: str = "") -> str:
+def _raw_table(head: TableCells, rows: Iterable[TableCells], *, kind: str = "") -> str:
     """Cells of `rows` are HTML."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)

@@ -17,7 +17,7 @@ SMOLLM2, MINILM = "builtin:smollm2-135m-instruct", "builtin:minilm-l6"
 
 
 @dataclass(frozen=True)
-class Task:
+class QuickstartTask:
     """One adapter: how it is trained, what it is measured on and called with."""
 
     name: str
@@ -33,13 +33,13 @@ class Shipment:
     """One bundle: the adapters of one base, and how its weights are stored."""
 
     name: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[QuickstartTask, ...]
     precision: str = "int8"
     overrides: Mapping[str, str] = field(default_factory=dict)  # module name ending → precision
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuickstartPlan:
     """The whole road."""
 
     shipments: tuple[Shipment, ...]
@@ -49,7 +49,7 @@ class Plan:
     new_tokens: int = 32
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
+    def tasks(self) -> tuple[QuickstartTask, ...]:
         """Every adapter in the order of training."""
         return tuple(task for shipment in self.shipments for task in shipment.tasks)
 
@@ -61,7 +61,7 @@ class Plan:
 
 def embedded_plan(
     *, decoder: str = SMOLLM2, encoder: str = MINILM, overrides: Sequence[str] = ()
-) -> Plan:
+) -> QuickstartPlan:
     """The plan on the embedded data; `overrides` are recipe settings for every training
     (`stage.0.max_steps=3`).
     """
@@ -96,7 +96,9 @@ def embedded_plan(
             "A fresh coat of paint for the fence would be nice.",
         ),
     )
-    return Plan(shipments=(Shipment("smollm2", (home,)), Shipment("minilm", (support, urgency))))
+    return QuickstartPlan(
+        shipments=(Shipment("smollm2", (home,)), Shipment("minilm", (support, urgency)))
+    )
 
 
 def data_file(name: str) -> Path:
@@ -106,6 +108,6 @@ def data_file(name: str) -> Path:
 
 def _task(
     name: str, title: str, base: str, overrides: Sequence[str], *, calls: tuple[str, ...]
-) -> Task:
+) -> QuickstartTask:
     recipe = load_recipe(data_file(f"{name}.toml"), [f'base="{base}"', *overrides])
-    return Task(name, title, recipe, data_file(f"{name}_test.jsonl"), calls)
+    return QuickstartTask(name, title, recipe, data_file(f"{name}_test.jsonl"), calls)

@@ -15,10 +15,10 @@ import torch
 
 from edgetune.core.errors import OutputError
 from edgetune.core.files import output_errors, write_json, write_text
-from edgetune.core.layout import JOURNAL
+from edgetune.core.layout import JOURNAL, REPORT
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import Progress
-from edgetune.data.rows import read_rows
+from edgetune.data.rows import read_rows, spread
 from edgetune.devices import load_device
 from edgetune.evaluation.answers import BundleAnswers
 from edgetune.evaluation.evaluate import measure
@@ -27,27 +27,26 @@ from edgetune.export.bundle import export_bundle
 from edgetune.export.proof.task_metric import TaskPlan
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
-from edgetune.quickstart.fewshot import FewShotBase, spread
+from edgetune.quickstart.fewshot import FewShotBase
 from edgetune.quickstart.outcome import (
     AdapterOutcome,
-    Call,
     Outcome,
     ShipmentOutcome,
     Step,
+    TimedCall,
     counted,
     percent,
 )
-from edgetune.quickstart.page import render_page
-from edgetune.quickstart.plan import Plan, Shipment, Task
+from edgetune.quickstart.page import render_quickstart
+from edgetune.quickstart.plan import QuickstartPlan, QuickstartTask, Shipment
 from edgetune.report.run_page import write_report
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.check.latency import Workload, host_speed
-from edgetune.runtime.check.latency import measure as measure_latency
+from edgetune.runtime.check.latency import Workload, host_speed, measure_latency
 from edgetune.runtime.check.verdict import judge, overall
 from edgetune.training import RunSummary, run_recipe
 
-RUNS, BUNDLES, REPORT, RESULTS = "runs", "bundles", "report.html", "results.json"
+RUNS, BUNDLES, RESULTS = "runs", "bundles", "results.json"
 ENCODER_TOKENS = 32  # of a request in the latency check, as the profiles' budgets say
 PROBE = "frozen encoder + logistic regression"
 Scores = tuple[str, int, str, float, float]  # metric, rows, what the base's is, the base's, torch's
@@ -73,7 +72,7 @@ class Road:
         self.stream.flush()
 
 
-def run_quickstart(plan: Plan, out: Path, *, stream: TextIO | None = None) -> Outcome:
+def run_quickstart(plan: QuickstartPlan, out: Path, *, stream: TextIO | None = None) -> Outcome:
     """Go the whole road and write runs, bundles, results.json and report.html into `out`.
 
     ProofError when a bundle does not answer as what was trained; budgets that are exceeded are in
@@ -106,7 +105,7 @@ def run_quickstart(plan: Plan, out: Path, *, stream: TextIO | None = None) -> Ou
         out / RESULTS,
         {"schema": 1, "seconds": outcome.seconds, "failures": outcome.failures, **asdict(outcome)},
     )
-    write_text(out / REPORT, render_page(outcome))
+    write_text(out / REPORT, render_quickstart(outcome))
     return outcome
 
 
@@ -126,7 +125,7 @@ def _open_folder(out: Path) -> None:
         )
 
 
-def _prepare(plan: Plan, road: Road) -> float:
+def _prepare(plan: QuickstartPlan, road: Road) -> float:
     """Have every base in the cache; seconds."""
     started = time.perf_counter()
     for name in plan.bases:
@@ -135,7 +134,7 @@ def _prepare(plan: Plan, road: Road) -> float:
     return time.perf_counter() - started
 
 
-def _measure_in_torch(task: Task, run: Path, summary: RunSummary) -> Scores:
+def _measure_in_torch(task: QuickstartTask, run: Path, summary: RunSummary) -> Scores:
     """The base's score and the adapted model's, on the held-out rows."""
     adapted = TorchAnswers.open(run)
     found = measure(adapted, run, task.test)
@@ -159,7 +158,7 @@ def _measure_in_torch(task: Task, run: Path, summary: RunSummary) -> Scores:
 
 
 def _ship(
-    shipment: Shipment, plan: Plan, out: Path, scores: Mapping[str, Scores], road: Road
+    shipment: Shipment, plan: QuickstartPlan, out: Path, scores: Mapping[str, Scores], road: Road
 ) -> ShipmentOutcome:
     """Export, prove, measure, call and check one bundle."""
     folder, names = out / BUNDLES / shipment.name, tuple(task.name for task in shipment.tasks)
@@ -198,21 +197,21 @@ def _ship(
     )
 
 
-def _measure_in_bundle(task: Task, runtime: Runtime, folder: Path) -> float:
+def _measure_in_bundle(task: QuickstartTask, runtime: Runtime, folder: Path) -> float:
     metrics = measure(BundleAnswers(runtime, task.name), folder, task.test).metrics
     return next(
         metrics[name] for name in ("accuracy", "json_exact_match", "exact_match") if name in metrics
     )
 
 
-def _call(task: Task, runtime: Runtime, road: Road) -> list[Call]:
+def _call(task: QuickstartTask, runtime: Runtime, road: Road) -> list[TimedCall]:
     """The adapter's answers to new requests; beside a decoder's, in the same batch, those of the
     base.
     """
     requests = list(task.calls)
     if runtime.labels(task.name) is not None:
         found = runtime.classify(requests, task.name)
-        calls = [Call(r, c.label, c.score, None) for r, c in zip(requests, found, strict=True)]
+        calls = [TimedCall(r, c.label, c.score, None) for r, c in zip(requests, found, strict=True)]
     else:
         adapters = [task.name] * len(requests) + [None] * len(requests)
         limit = (runtime.adapter(task.name).generation or {}).get("max_new_tokens", 32)
@@ -222,7 +221,8 @@ def _call(task: Task, runtime: Runtime, road: Road) -> list[Call]:
         ]
         pairs = zip(requests, texts[: len(requests)], texts[len(requests) :], strict=True)
         calls = [
-            Call(request, with_adapter, None, without) for request, with_adapter, without in pairs
+            TimedCall(request, with_adapter, None, without)
+            for request, with_adapter, without in pairs
         ]
     for call in calls:
         road.say(
@@ -232,7 +232,7 @@ def _call(task: Task, runtime: Runtime, road: Road) -> list[Call]:
     return calls
 
 
-def _check(plan: Plan, folder: Path, manifest: Manifest, road: Road) -> dict[str, Any]:
+def _check(plan: QuickstartPlan, folder: Path, manifest: Manifest, road: Road) -> dict[str, Any]:
     """What `edgetune check` measures, against the device's budget."""
     device = load_device(plan.device)
     kind = "decoder" if manifest.is_decoder else "encoder"
@@ -255,12 +255,12 @@ def _check(plan: Plan, folder: Path, manifest: Manifest, road: Road) -> dict[str
 
 
 def _adapter_outcome(
-    task: Task,
+    task: QuickstartTask,
     out: Path,
     manifest: Manifest,
     scores: Scores,
     in_bundle: float,
-    calls: Sequence[Call],
+    calls: Sequence[TimedCall],
 ) -> AdapterOutcome:
     metric, rows, base_how, base_score, torch_score = scores
     journal = (out / RUNS / task.name / JOURNAL).read_text(encoding="utf-8").splitlines()

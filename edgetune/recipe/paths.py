@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from edgetune.core.errors import RecipeError
+from edgetune.core.layout import BUILTIN
 
 
 def data_path(value: str, *, folder: Path, path: str, where: str) -> str:
@@ -30,7 +31,7 @@ def base_path(value: str, folder: Path, *, where: str) -> str:
             where=where,
             expected="builtin:NAME, a folder, a .gguf file or a hub id",
         )
-    if value.startswith("builtin:"):
+    if value.startswith(BUILTIN):
         return value
     value = expand(value, path="base", where=where)
     location = folder / value.partition("#")[0]

@@ -120,7 +120,7 @@ def recipe_from_dict(
     )
 
 
-def to_toml(recipe: Recipe) -> str:
+def recipe_to_toml(recipe: Recipe) -> str:
     """The recipe with every default written out; reading it again gives an equal recipe."""
     return settings.to_toml(recipe)
 

@@ -34,7 +34,7 @@ them.
 """
 
 
-def page() -> str:
+def reference_page() -> str:
     """The whole page as Markdown."""
     return OPENING + "".join(
         "\n" + "\n".join(_section(cls, title)) + "\n" for cls, title in SECTIONS
@@ -67,4 +67,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(reference_page(), end="")

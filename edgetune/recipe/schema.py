@@ -16,7 +16,7 @@ from edgetune.core.settings import option
 from edgetune.core.tasks import METHODS, MethodName, Problem, Task
 from edgetune.recipe.own_settings import Dpo, Grpo
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
+DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 Own = TypeVar("Own")
 
 
@@ -328,7 +328,7 @@ class Recipe:
     threads: int | None = option(
         None, help="CPU threads; not set: as many as torch chooses", at_least=1
     )
-    device: Device = option(
+    device: DeviceChoice = option(
         "auto", help="where training computes; auto = a CUDA GPU, else Apple's (MPS), else the CPU"
     )
     checkpoint_every: int | None = option(

@@ -20,7 +20,7 @@ from edgetune.core.tasks import lower_is_better
 from edgetune.metrics.statistics import headline
 from edgetune.recipe.migrate import migrated
 from edgetune.report.charts import Series, line_chart
-from edgetune.report.gain_against_loss import UNITS, ComparedRun, measured, plane, table
+from edgetune.report.gain_against_loss import UNITS, ComparedRun, gain_table, measured, plane
 from edgetune.report.html import STYLE, words
 from edgetune.report.run_page import in_one_row, with_interval
 
@@ -263,7 +263,7 @@ def _forgetting(runs: Sequence[FinishedRun]) -> Iterator[str]:
     )
     rows = "".join(
         f"<tr>{_cell(name)}{''.join(_cell(text, kind='number') for text in cells)}</tr>"
-        for name, *cells in table(shown)
+        for name, *cells in gain_table(shown)
     )
     note = (
         "Changes against the base, for the better to the right and up: points of accuracies, per"

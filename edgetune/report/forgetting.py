@@ -23,7 +23,7 @@ NO_GAIN = ("length_baseline", "above_length", "ended")
 
 
 @dataclass(frozen=True)
-class Change:
+class Gain:
     """A bar of the picture, in the picture's unit; `low` and `high` are None where there is no
     interval.
     """
@@ -36,7 +36,7 @@ class Change:
 
 def task_changes(
     metrics: Mapping[str, float], base_metrics: Mapping[str, float] | None
-) -> list[Change]:
+) -> list[Gain]:
     """What the task gained on its validation rows; the loss only where nothing else was
     measured.
     """
@@ -48,10 +48,10 @@ def task_changes(
         if n in base and n.partition("/")[0] not in left_out
     ]
     better = [entry for entry in both if entry[0] != "loss" or len(both) == 1]
-    return [Change(f"task {name}", _better(name, old, new)) for name, old, new in better]
+    return [Gain(f"task {name}", _better(name, old, new)) for name, old, new in better]
 
 
-def general_changes(results: Sequence[Mapping[str, Any]]) -> list[Change]:
+def general_changes(results: Sequence[Mapping[str, Any]]) -> list[Gain]:
     """What general ability gained (or lost), from the dictionaries of `General`; those without an
     after are left out.
     """
@@ -63,13 +63,13 @@ def general_changes(results: Sequence[Mapping[str, Any]]) -> list[Change]:
         value, *ends = (
             _better(metric, before, before + result[key]) for key in ("change", "low", "high")
         )
-        changes.append(Change(f"{result['task']} {metric}", value, min(ends), max(ends)))
+        changes.append(Gain(f"{result['task']} {metric}", value, min(ends), max(ends)))
     return changes
 
 
 def picture(
-    task: Sequence[Change],
-    general: Sequence[Change],
+    task: Sequence[Gain],
+    general: Sequence[Gain],
     *,
     title: str = "Task gain against general loss",
 ) -> str:
@@ -124,7 +124,7 @@ def _mark(x: float, value: float, height: int) -> str:
     )
 
 
-def _row(index: int, change: Change, x: Any, *, color: int) -> str:
+def _row(index: int, change: Gain, x: Any, *, color: int) -> str:
     y = TOP + ROW * (index + 0.5)
     start, end = sorted((x(0.0), x(change.value)))
     parts = [

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgetune.core.tasks import lower_is_better
 from edgetune.report.charts import number, ticks
-from edgetune.report.forgetting import Change, general_changes, task_changes
+from edgetune.report.forgetting import Gain, general_changes, task_changes
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (
     460,
@@ -38,7 +38,7 @@ class ComparedRun:
     summary: Mapping[str, Any]
 
     @property
-    def task(self) -> dict[str, Change]:
+    def task(self) -> dict[str, Gain]:
         """Metric → the gain over the base, in the order of the summary."""
         changes = task_changes(self.summary["metrics"], self.summary.get("base_metrics"))
         return {
@@ -48,7 +48,7 @@ class ComparedRun:
         }
 
     @property
-    def general(self) -> dict[str, Change]:
+    def general(self) -> dict[str, Gain]:
         """Set and metric → the change for the better."""
         return {
             change.name: change
@@ -58,7 +58,7 @@ class ComparedRun:
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPoint:
     """Where a run lies: its gain on the task, its general change, and that one's 95 % interval."""
 
     name: str
@@ -100,7 +100,7 @@ def unit_of(metric: str) -> str:
     return "%" if lower_is_better(metric) else "points"
 
 
-def places(subjects: Sequence[ComparedRun], unit: str) -> list[Place]:
+def places(subjects: Sequence[ComparedRun], unit: str) -> list[RunPoint]:
     """Every subject's place, where they share a task metric and general sets of this unit."""
     metric, sets = task_metric(subjects), shared_sets(subjects, unit)
     if metric is None or not sets:
@@ -114,7 +114,7 @@ def places(subjects: Sequence[ComparedRun], unit: str) -> list[Place]:
             for end in ("low", "high")
         )
         found.append(
-            Place(
+            RunPoint(
                 subject.name,
                 subject.color,
                 subject.task[metric].value,
@@ -126,7 +126,7 @@ def places(subjects: Sequence[ComparedRun], unit: str) -> list[Place]:
     return found
 
 
-def _width(change: Change, end: str) -> float:
+def _width(change: Gain, end: str) -> float:
     value = getattr(change, end)
     return 0.0 if value is None or not math.isfinite(value) else abs(value - change.value)
 
@@ -161,7 +161,7 @@ def plane(subjects: Sequence[ComparedRun], unit: str) -> str:
     return f"<figure><figcaption>{escape(title)}{keys}</figcaption>{svg}</figure>"
 
 
-def table(subjects: Sequence[ComparedRun]) -> list[list[str]]:
+def gain_table(subjects: Sequence[ComparedRun]) -> list[list[str]]:
     """A row of cells a metric, a cell a subject: the task's gain first, then every general change
     with its interval.
     """
@@ -183,7 +183,7 @@ def table(subjects: Sequence[ComparedRun]) -> list[list[str]]:
     ]
 
 
-def _cell(change: Change | None, name: str) -> str:
+def _cell(change: Gain | None, name: str) -> str:
     if change is None:
         return "–"
     ends = (
@@ -240,7 +240,7 @@ def _label(metric: str, sets: Sequence[str], unit: str) -> str:
     )
 
 
-def _dot(place: Place, x: Any, y: Any) -> str:
+def _dot(place: RunPoint, x: Any, y: Any) -> str:
     at, height = x(place.change), y(place.gain)
     whisker = f"{x(place.low):.1f},{height:.1f} {x(place.high):.1f},{height:.1f}"
     words = (
@@ -254,7 +254,7 @@ def _dot(place: Place, x: Any, y: Any) -> str:
     )
 
 
-def _names(shown: Sequence[Place], x: Any, y: Any) -> list[str]:
+def _names(shown: Sequence[RunPoint], x: Any, y: Any) -> list[str]:
     """Each name beside its point: above or below, to the right or the left, where it covers no
     other name or point.
     """

@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import DataError, EdgetuneError, OutputError, RecipeError, TrainingError
 from edgetune.core.files import PARTIAL, clear_interrupted, output_errors, whole_file
 from edgetune.core.layout import CHECKPOINTS
+from edgetune.core.progress import Say
 from edgetune.core.settings import flat, toml_value
 from edgetune.recipe.schema import Recipe
 from edgetune.training.learner import Learned
@@ -165,7 +166,7 @@ class Checkpoints:
         named = [path for path in self.folder.iterdir() if NAME.fullmatch(path.name)]
         return sorted(named, key=lambda path: _place(path))
 
-    def load(self, origin: Mapping[str, str], *, say: Callable[[str], None]) -> State | None:
+    def load(self, origin: Mapping[str, str], *, say: Say) -> State | None:
         """The newest checkpoint that can be read, None when there is none. Raises where it is of
         another run.
         """
@@ -210,7 +211,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def unfinished(run: Path, *, keep: int, say: Callable[[str], None]) -> Iterator[Checkpoints]:
+def unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
     """RUN/checkpoints while a run is under way. When it stops with an error, the folder stays if a
     checkpoint is in it, and the error says so; else nothing is left behind."""
     run = run.resolve()

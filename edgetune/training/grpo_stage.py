@@ -21,7 +21,7 @@ from edgetune.models.base import Base
 from edgetune.models.torch_device import Precision, device_of, to_device
 from edgetune.objectives.grpo import (
     AnswerExample,
-    collate_answers,
+    collate_rollouts,
     group_advantages,
     grpo,
     k3,
@@ -68,7 +68,7 @@ def collate_prompts(examples: Sequence[PromptExample], pad_id: int) -> PromptBat
     )
 
 
-def first_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def first_answer_tokens(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits (rows, vocab) of the first token of each answer, and the likeliest tokens."""
     rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
     column = torch.zeros_like(
@@ -189,7 +189,9 @@ class Sampler:
             first = _trained(start.model) if kept is None else kept.reference
             self.start = {name: weights.to(self.device) for name, weights in first.items()}
         collating = functools.partial(
-            collate_answers, loss_type=self.settings.loss_type, longest=self.settings.max_new_tokens
+            collate_rollouts,
+            loss_type=self.settings.loss_type,
+            longest=self.settings.max_new_tokens,
         )
         shares = may_share(start.model, self.stage.max_length + self.settings.max_new_tokens)
         self._batching = Batching(self.stage.pad_id, collating, by_prefix=shares)

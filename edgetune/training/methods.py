@@ -32,7 +32,7 @@ from edgetune.training.dpo_stage import prepare_dpo
 from edgetune.training.grpo_stage import (
     check_grpo,
     collate_prompts,
-    first_tokens,
+    first_answer_tokens,
     grpo_objective,
     prepare_grpo,
 )
@@ -126,7 +126,7 @@ TRAINING = {
         objective=lambda stage: grpo_objective(stage.own(Grpo)),
         # the stage's own, which knows the rewards, takes its place
         measure=lambda model, batches, *, precision: {},
-        outputs=first_tokens,
+        outputs=first_answer_tokens,
         collate=collate_prompts,
         length=padded_length,
         prepare=prepare_grpo,

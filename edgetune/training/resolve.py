@@ -14,7 +14,7 @@ from edgetune.data.examples import ExampleSet
 from edgetune.models.load import hidden_size
 from edgetune.models.torch_device import Precision, choose_precision
 from edgetune.recipe.generation import generation_defaults
-from edgetune.recipe.schema import Device, Recipe, Stage
+from edgetune.recipe.schema import DeviceChoice, Recipe, Stage
 from edgetune.training.batches import Batching
 from edgetune.training.context import ResolvedRun, ResolvedStage
 from edgetune.training.inputs import Inputs
@@ -48,7 +48,7 @@ def resolve(
                 replace(stage, precision=precision)
                 for stage, precision in zip(recipe.stage, chosen, strict=True)
             ),
-            device=cast(Device, device.type),
+            device=cast(DeviceChoice, device.type),
             threads=torch.get_num_threads(),
         ),
         base=inputs.base,

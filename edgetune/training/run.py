@@ -19,9 +19,9 @@ from edgetune.adapters.runs import check_replaceable
 from edgetune.core.files import whole_folder, write_json, write_text
 from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, SUMMARY
 from edgetune.core.progress import Progress
-from edgetune.evaluation.forgetting.measure import compare
+from edgetune.evaluation.forgetting.measure import compare_general
 from edgetune.models.torch_device import choose_device, hold_frozen_linears_in_bf16
-from edgetune.recipe.read import to_toml
+from edgetune.recipe.read import recipe_to_toml
 from edgetune.recipe.schema import Recipe, what_learns
 from edgetune.training.checkpoint import Checkpoints, State, unfinished
 from edgetune.training.context import ResolvedRun
@@ -165,7 +165,7 @@ def _write(
             save_full(model, partial, final=folder, base=run.base, metadata=about)
         else:
             save_adapter(model, partial / ADAPTER, about)
-        write_text(partial / RECIPE, to_toml(run.recipe))
+        write_text(partial / RECIPE, recipe_to_toml(run.recipe))
         write_json(partial / SUMMARY, asdict(summary))
         journal.copy_to(partial)
         if write_more is not None:
@@ -203,7 +203,7 @@ def _forgetting(
         after=lambda: contextlib.nullcontext(model.model),
         precision=run.stages[-1].precision,
     )
-    found = compare(
+    found = compare_general(
         subject, Path(wanted.general), limit=wanted.limit, tasks=wanted.tasks, say=progress.say
     )
     return [asdict(general) for general in found]

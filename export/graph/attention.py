@@ -30,7 +30,7 @@ HIDDEN = -1e4
 TABLE_STEP = 8
 
 
-class Situation:
+class AttentionInputs:
     """What attention needs beyond its arguments; filled by the wrapper's forward while tracing."""
 
     past: list[tuple[Tensor, Tensor]]
@@ -46,7 +46,7 @@ class Situation:
     """cos and sin (positions, rotary dimensions / 2) of the next attention"""
 
 
-now = Situation()
+now = AttentionInputs()
 
 
 def note_rotation(

@@ -37,7 +37,7 @@ from edgetune.export.graph.seq2seq import trace_seq2seq
 from edgetune.export.graph.seq2seq_files import placed, seq2seq_shape, write_graphs
 from edgetune.export.graph.standard import standard_decoder, standard_encoder
 from edgetune.export.graph.trace import Traced, trace_decoder, trace_encoder
-from edgetune.export.inputs.sources import Source
+from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import Base
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier, has_token_types
 from edgetune.quantisation.precision import Precision
@@ -50,7 +50,7 @@ LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 def _graph(
     base: Base,
     model: Any,
-    sources: Sequence[Source],
+    sources: Sequence[AdapterSource],
     *,
     mode: str,
     precision: Precision,
@@ -135,7 +135,7 @@ def _trace(base: Base, model: Any) -> ir.Model:
     return graph
 
 
-def _untouched(sources: Sequence[Source]) -> frozenset[str]:
+def _untouched(sources: Sequence[AdapterSource]) -> frozenset[str]:
     """The output projection gets adapter inputs only when an adapter of this bundle was trained
     there.
     """

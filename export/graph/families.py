@@ -62,7 +62,7 @@ CHANGING_ROTARY = {
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CacheSizes:
     """A decoder's key-value cache."""
 
     layers: int
@@ -147,13 +147,13 @@ def normalised(config: Any) -> Any:
     return view(config)
 
 
-def cache_sizes(config: Any) -> Sizes:
+def cache_sizes(config: Any) -> CacheSizes:
     """Sizes of a decoder's cache, of an encoder-decoder also those of the encoder's keys and
     values; families that name none have as many key heads as heads, of hidden_size / heads.
     """
     sizes = normalised(config)
     heads = sizes.num_attention_heads
-    return Sizes(
+    return CacheSizes(
         layers=int(getattr(sizes, "num_decoder_layers", sizes.num_layers)),
         kv_heads=int(getattr(sizes, "num_key_value_heads", heads)),
         head_dim=int(getattr(sizes, "head_dim", sizes.hidden_size // heads)),

@@ -13,7 +13,7 @@ from edgetune.export.graph.lower import _input
 from edgetune.models.base import Base
 from edgetune.models.heads import RewardModel
 from edgetune.models.load import load_body
-from edgetune.runtime.bundle.manifest import SCORE, STATES, HeadInfo
+from edgetune.runtime.bundle.manifest import SCORE_OUTPUT, STATES, HeadInfo
 
 
 def causal_model(model: Any, base: Base) -> Any:
@@ -59,7 +59,7 @@ def _output(graph: ir.Graph, name: str) -> ir.Value:
 
 
 def _add_output(graph: ir.Graph, value: ir.Value, shape: list[str | int]) -> None:
-    value.name, value.dtype, value.shape = SCORE, ir.DataType.FLOAT, ir.Shape(shape)
+    value.name, value.dtype, value.shape = SCORE_OUTPUT, ir.DataType.FLOAT, ir.Shape(shape)
     graph.outputs.append(value)
 
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from edgetune.export.graph.fuse import constant, drop_dead
 from edgetune.export.graph.heads import _add_output, _head_input, _output
-from edgetune.runtime.bundle.manifest import SCORE, STATES
+from edgetune.runtime.bundle.manifest import SCORE_OUTPUT, STATES
 
 
 def standard_decoder(engine: ir.Model) -> ir.Model:
@@ -121,8 +121,8 @@ def standard_score(model: ir.Model) -> None:
         return
     axis = constant(graph, "head.axis", np.array([1], np.int64))
     states = _output(graph, STATES)
-    if SCORE in names:
-        score = _output(graph, SCORE)
+    if SCORE_OUTPUT in names:
+        score = _output(graph, SCORE_OUTPUT)
         graph.outputs.remove(score)
         score.name = "score.kept"
         nodes = [ir.node("Squeeze", [score, axis])]

@@ -11,13 +11,13 @@ from typing import Any
 
 from edgetune.adapters.folder import read_metadata
 from edgetune.core.errors import DataError, ExportError
-from edgetune.core.layout import METADATA, RECIPE
+from edgetune.core.layout import ADAPTER_METADATA, RECIPE
 from edgetune.core.progress import Say
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
 from edgetune.data.readers import Row
 from edgetune.data.rows import read_rows
-from edgetune.export.inputs.sources import Source
+from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import Base
 from edgetune.models.calibration import LENGTH, TOKENS, calibrate
 from edgetune.models.heads import SequenceClassifier
@@ -80,7 +80,7 @@ def check_activations(precision: Precision, *, kind: str, mode: str) -> None:
 def calibrate_base(
     model: Any,
     base: Base,
-    sources: Sequence[Source],
+    sources: Sequence[AdapterSource],
     tokenizer: Any,
     precision: Precision,
     *,
@@ -100,7 +100,7 @@ def calibrate_base(
     )
 
 
-def recipe_rows(sources: Sequence[Source], tokenizer: Any, base: Base) -> list[list[int]]:
+def recipe_rows(sources: Sequence[AdapterSource], tokenizer: Any, base: Base) -> list[list[int]]:
     """Training rows of the runs, in turn from each, as token ids; about as many as `calibrate`
     takes.
     """
@@ -153,7 +153,7 @@ def _evenly(rows: Sequence[Any]) -> Iterator[Any]:
     return (rows[(at * step) % len(rows)] for at in range(count))
 
 
-def has_recipe(sources: Sequence[Source]) -> bool:
+def has_recipe(sources: Sequence[AdapterSource]) -> bool:
     """Whether a recipe beside any of the adapters says what it was trained on."""
     return any((source.folder.parent / RECIPE).is_file() for source in sources)
 
@@ -169,5 +169,7 @@ def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None
     if not recipe_file.is_file():
         return None
     recipe = load_run_recipe(recipe_file)
-    labels = read_metadata(adapter).get("labels") if (adapter / METADATA).is_file() else None
+    labels = (
+        read_metadata(adapter).get("labels") if (adapter / ADAPTER_METADATA).is_file() else None
+    )
     return load_examples(recipe.stage[-1], tokenizer, base, labels, seed=recipe.seed)

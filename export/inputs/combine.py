@@ -11,24 +11,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError, ExportError
 from edgetune.core.files import sha256_file, write_json
-from edgetune.export.inputs.sources import check_names
-from edgetune.runtime.adapters.lora import (
-    CONFIG,
-    METADATA,
-    PREFIX,
-    WEIGHTS,
-    LoraFolder,
-    read_lora,
-    refuse_if,
+from edgetune.core.layout import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_METADATA,
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
 )
+from edgetune.export.inputs.sources import check_names
+from edgetune.runtime.adapters.lora import LoraFolder, read_lora, refuse_if
 
 FORM = "NAME=RUN, or NAME=A+0.5*B of other adapters' names or run folders"
 DEFAULTS = {
@@ -103,7 +101,7 @@ def _terms(value: str, known: Mapping[str, Path], *, name: str) -> list[Term]:
         terms.append(
             Term(
                 label,
-                folder / "adapter" if (folder / "adapter" / CONFIG).is_file() else folder,
+                folder / ADAPTER if (folder / ADAPTER / ADAPTER_CONFIG).is_file() else folder,
                 weight,
             )
         )
@@ -125,7 +123,7 @@ def combine(terms: Sequence[Term], out: Path) -> None:
                 where=str(one.path),
             )
     _one_base(read)
-    tensors: dict[str, npt.NDArray[Any]] = {}
+    tensors: dict[str, Array] = {}
     ranks: dict[str, int] = {}
     for module in sorted({module for one in read for module in one.deltas}):
         parts = [
@@ -134,13 +132,13 @@ def combine(terms: Sequence[Term], out: Path) -> None:
             if module in one.deltas
         ]
         _same_shapes([(a.shape[1], b.shape[0]) for _, a, b in parts], module, terms)
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.concatenate(
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = np.concatenate(
             [a for _, a, _ in parts]
         ).astype(np.float32)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.concatenate(
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = np.concatenate(
             [np.float32(w) * b for w, _, b in parts], axis=1
         ).astype(np.float32)
-        ranks[module] = tensors[f"{PREFIX}{module}.lora_A.weight"].shape[0]
+        ranks[module] = tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"].shape[0]
     _write(out, tensors, ranks, read[0], {term.label: term.weight for term in terms})
 
 
@@ -188,14 +186,14 @@ def _same_shapes(shapes: Sequence[tuple[int, int]], module: str, terms: Sequence
 
 def _write(
     out: Path,
-    tensors: Mapping[str, npt.NDArray[Any]],
+    tensors: Mapping[str, Array],
     ranks: Mapping[str, int],
     first: LoraFolder,
     weights: Mapping[str, float],
 ) -> None:
     """The folder, its ranks and alphas module by module (alpha = rank: scaling 1)."""
     out.mkdir(parents=True)
-    save_file(dict(tensors), out / WEIGHTS, metadata={"format": "pt"})
+    save_file(dict(tensors), out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     largest = max(ranks.values())
     pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != largest}
     changes = {
@@ -205,9 +203,10 @@ def _write(
         "alpha_pattern": pattern,
         "target_modules": sorted(ranks),
     }
-    write_json(out / CONFIG, {**first.config, **DEFAULTS, **changes})
+    write_json(out / ADAPTER_CONFIG, {**first.config, **DEFAULTS, **changes})
     if first.metadata is not None:
-        files = {name: sha256_file(out / name) for name in (WEIGHTS, CONFIG)}
+        files = {name: sha256_file(out / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
         write_json(
-            out / METADATA, {**first.metadata, "metrics": {"sum_of": dict(weights)}, "files": files}
+            out / ADAPTER_METADATA,
+            {**first.metadata, "metrics": {"sum_of": dict(weights)}, "files": files},
         )

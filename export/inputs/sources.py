@@ -13,18 +13,19 @@ from typing import Any
 from edgetune.adapters.folder import read_metadata
 from edgetune.adapters.full_model import full_folder, own_base, read_full
 from edgetune.core.errors import AdapterError, ExportError, listed
+from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
+from edgetune.core.precisions import PRECISIONS
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
-from edgetune.quantisation.precision import PRECISIONS, Precision
-from edgetune.runtime.adapters.lora import WEIGHTS, read_lora, refuse_if
-from edgetune.runtime.bundle.manifest import MANIFEST
+from edgetune.quantisation.precision import Precision
+from edgetune.runtime.adapters.lora import read_lora, refuse_if
 
 MODES = ("separate", "merged")
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a folder of the bundle
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterSource:
     """A trained adapter on its way into a bundle."""
 
     name: str
@@ -70,13 +71,13 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
-def read_source(name: str, folder: Path) -> Source:
+def read_source(name: str, folder: Path) -> AdapterSource:
     """A run or PEFT folder, its files read and checked before anything is traced."""
     check_names([name])
     if (own := full_folder(folder)) is not None:
-        return Source(name, own, read_full(own)[1], {}, frozenset(), is_model=True)
-    inner = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
-    if not (inner / "adapter_config.json").is_file():
+        return AdapterSource(name, own, read_full(own)[1], {}, frozenset(), is_model=True)
+    inner = folder / ADAPTER if (folder / ADAPTER / ADAPTER_CONFIG).is_file() else folder
+    if not (inner / ADAPTER_CONFIG).is_file():
         raise AdapterError(
             "no adapter here",
             where=str(folder),
@@ -84,9 +85,9 @@ def read_source(name: str, folder: Path) -> Source:
             got=_what_is(folder),
         )
     read = read_lora(inner)
-    refuse_if([problem for problem in read.problems if problem.startswith(WEIGHTS)], inner)
+    refuse_if([problem for problem in read.problems if problem.startswith(ADAPTER_WEIGHTS)], inner)
     metadata = read_metadata(inner) if read.metadata is not None else {}
-    return Source(
+    return AdapterSource(
         name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems)
     )
 
@@ -97,12 +98,12 @@ def _what_is(folder: Path) -> str:
     return (
         "a bundle; its adapters are in its folder adapters"
         if (folder / MANIFEST).is_file()
-        else "a folder without adapter_config.json"
+        else f"a folder without {ADAPTER_CONFIG}"
     )
 
 
 def check_sources(
-    sources: Sequence[Source], mode: str, precision: Precision, base_name: str | None
+    sources: Sequence[AdapterSource], mode: str, precision: Precision, base_name: str | None
 ) -> None:
     """ExportError or AdapterError for what cannot stand in one bundle, or not in this mode."""
     if mode not in MODES:
@@ -153,7 +154,7 @@ def check_sources(
             )
 
 
-def base_of(sources: Sequence[Source], base_name: str | None) -> Base:
+def base_of(sources: Sequence[AdapterSource], base_name: str | None) -> Base:
     """The one base all adapters were trained on, checked by digest."""
     if any(source.is_model for source in sources):
         if sources[0].metadata["task"] != "text-generation":
@@ -190,7 +191,7 @@ def base_of(sources: Sequence[Source], base_name: str | None) -> Base:
     return base
 
 
-def original_base(source: Source) -> Base:
+def original_base(source: AdapterSource) -> Base:
     """What a fully trained model was before."""
     origin = source.metadata["base"]
     base = resolve_base(origin["name"])

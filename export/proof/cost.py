@@ -13,7 +13,7 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.progress import Say
-from edgetune.evaluation.forgetting.measure import General, Subject, compare
+from edgetune.evaluation.forgetting.measure import General, Subject, compare_general
 from edgetune.evaluation.forgetting.subjects import BundleSubject
 from edgetune.evaluation.forgetting.torch_subject import TorchSubject
 from edgetune.models.base import Base
@@ -113,9 +113,9 @@ class CostPlan:
         return cost
 
     def _one(self, subject: Subject, base: Base, limit: int) -> General:
-        return compare(subject, self.general, limit=limit, tasks=(TASK[base.kind],), trained=False)[
-            0
-        ]
+        return compare_general(
+            subject, self.general, limit=limit, tasks=(TASK[base.kind],), trained=False
+        )[0]
 
 
 def _in_torch(base: Base, model: Any) -> TorchSubject:

@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Array = npt.NDArray[np.float32]
+from edgetune.core.arrays import Float32
+
 ELEMENTS_AT_ONCE = 1 << 20  # in float64 8 MB: a few arrays of it stay in the cache
 
 
-def mean_kl(p: Array, q: Array) -> float:
+def mean_kl(p: Float32, q: Float32) -> float:
     """Mean over rows of KL(softmax(p) ‖ softmax(q)), in nats; p and q are logits (positions,
     classes).
     """
     return mean_kls(p, [q])[0]
 
 
-def mean_kls(p: Array, others: Sequence[Array | None]) -> list[float]:
+def mean_kls(p: Float32, others: Sequence[Float32 | None]) -> list[float]:
     """`mean_kl` of one p and each of several q; None: a guess that favours no class."""
     sums = [0.0] * len(others)
     for part in pieces(p):
@@ -50,7 +50,9 @@ class Movement:
     """|p|, of the trained states themselves"""
 
 
-def movement(trained: Array, trained_off: Array, shipped: Array, shipped_off: Array) -> Movement:
+def movement(
+    trained: Float32, trained_off: Float32, shipped: Float32, shipped_off: Float32
+) -> Movement:
     """d = p − p₀ against e = q − q₀, each (positions, width); a constant added to all logits means
     nothing.
     """
@@ -69,12 +71,12 @@ def movement(trained: Array, trained_off: Array, shipped: Array, shipped_off: Ar
     return Movement(product, size**0.5, moved**0.5, states**0.5)
 
 
-def largest_difference(p: Array, q: Array) -> float:
+def largest_difference(p: Float32, q: Float32) -> float:
     """max |p − q|; NaN where either has one."""
     return float(np.max([np.abs(p[part] - q[part]).max() for part in pieces(p)]))
 
 
-def pieces(array: Array) -> Iterator[slice]:
+def pieces(array: Float32) -> Iterator[slice]:
     """Runs of rows that hold about `ELEMENTS_AT_ONCE` numbers."""
     rows = max(1, ELEMENTS_AT_ONCE // max(1, array.shape[-1]))
     return (slice(start, start + rows) for start in range(0, len(array), rows))
@@ -84,7 +86,7 @@ def _double(array: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).double()
 
 
-def _log_softmax(logits: Array) -> Tensor:
+def _log_softmax(logits: Float32) -> Tensor:
     return torch.log_softmax(_double(logits), -1)
 
 

@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from edgetune.adapters.folder import read_metadata
+from edgetune.core.arrays import Float32
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.layout import METADATA
+from edgetune.core.layout import ADAPTER_METADATA
 from edgetune.core.tasks import REWARD
 from edgetune.core.text import PairIds, Text, first_tokens, second_of
 from edgetune.data.batching import IGNORE, token_types
 from edgetune.data.labels import encode_texts
 from edgetune.export.inputs.calibration_text import run_examples
-from edgetune.export.proof.distances import Array
 from edgetune.export.proof.proof import Outputs
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
 from edgetune.runtime.engine.decoder import CACHE_STEP, DecoderEngine, DecodeState, round_up
@@ -76,7 +75,7 @@ def probe_rows(adapter: Path, tokenizer: Any, base: Any) -> list[list[int]]:
 
 
 def _reads_pairs(adapter: Path) -> bool:
-    path = adapter / METADATA
+    path = adapter / ADAPTER_METADATA
     return (
         path.is_file()
         and (read_metadata(adapter).get("prompt_format") or {}).get("text_pair") is not None
@@ -96,7 +95,7 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
             ids = torch.tensor([list(row)])
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             if getattr(inner.config, "is_encoder_decoder", False):
-                logits.append(answer_logits(inner, row))
+                logits.append(_answer_logits(inner, row))
             elif isinstance(inner, TokenClassifier):
                 hidden = inner.states(ids, torch.ones_like(ids))[0]
                 states.append(hidden.numpy())
@@ -231,9 +230,9 @@ def decide_by(problem: str | None, trained: Outputs) -> Decide:
     return lambda outputs: outputs
 
 
-def _pairs(logits: Any) -> Array:
+def _pairs(logits: Any) -> Float32:
     """(n,) → (n, 2): the softmax of [0, x] is the sigmoid of x."""
-    pairs: Array = np.stack([np.zeros_like(logits), logits], axis=-1).astype(np.float32)
+    pairs: Float32 = np.stack([np.zeros_like(logits), logits], axis=-1).astype(np.float32)
     return pairs
 
 
@@ -253,11 +252,11 @@ def text_pairs(texts: Sequence[str], tokenizer: Any, *, limit: int) -> list[list
     return [probe_pair(first, second, limit=limit) for first, second in itertools.pairwise(ids)]
 
 
-def answer_logits(model: Any, row: Sequence[int]) -> npt.NDArray[np.float32]:
+def _answer_logits(model: Any, row: Sequence[int]) -> Float32:
     """torch's logits (answer, vocab) of a row's answer, in float32."""
     prompt, answer = _parts(row)
     begun = [int(model.config.decoder_start_token_id), *answer[:-1]]
-    logits: npt.NDArray[np.float32] = (
+    logits: Float32 = (
         model(
             input_ids=torch.tensor([prompt]),
             decoder_input_ids=torch.tensor([begun]),

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from edgetune.core.arrays import Float32
 from edgetune.core.errors import ProofError
-from edgetune.export.proof.distances import Array, largest_difference, mean_kls, movement
+from edgetune.export.proof.distances import largest_difference, mean_kls, movement
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Outputs:
     cannot hide an adapter that does nothing.
     """
 
-    logits: Array
-    states: Array
+    logits: Float32
+    states: Float32
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _failures(figures: Mapping[str, float], bounds: Bounds, relative_effect: flo
     return failures
 
 
-def top1_agreement(p: Array, q: Array) -> float:
+def top1_agreement(p: Float32, q: Float32) -> float:
     """Share of positions where q's likeliest class is p's, or one that p itself cannot tell from it
     (0.1 nats).
     """

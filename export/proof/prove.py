@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import ExportError
+from edgetune.core.layout import ADAPTERS
 from edgetune.core.progress import Say
 from edgetune.core.tasks import REWARD, TAGGING
 from edgetune.core.text import second_of, typed_at
-from edgetune.export.inputs.sources import Source, original_base, read_source
+from edgetune.export.inputs.sources import AdapterSource, original_base, read_source
 from edgetune.export.proof.probe import (
     decide_by,
     decoder_outputs,
@@ -40,7 +41,7 @@ def prove_bundle(
     folder: Path,
     manifest: Manifest,
     base: Base,
-    sources: Sequence[Source],
+    sources: Sequence[AdapterSource],
     rows: Mapping[str, list[list[int]]],
     *,
     threads: int | None = None,
@@ -66,7 +67,7 @@ def _prove_one(
     engine: DecoderEngine | EncoderEngine,
     manifest: Manifest,
     base: Base,
-    source: Source,
+    source: AdapterSource,
     rows: list[list[int]],
 ) -> Proof:
     reference = reference_base(base, source.metadata, manifest)
@@ -199,7 +200,7 @@ def remeasure(
     return task.measure(folder, manifest, base, sources, load=torch_model, threads=threads, say=say)
 
 
-def _shipped(folder: Path, manifest: Manifest) -> tuple[Base, list[Source]]:
+def _shipped(folder: Path, manifest: Manifest) -> tuple[Base, list[AdapterSource]]:
     """The base that a bundle names, and its adapters as they lie in it; ExportError for another
     base.
     """
@@ -211,7 +212,7 @@ def _shipped(folder: Path, manifest: Manifest) -> tuple[Base, list[Source]]:
     places = (
         (
             entry.name,
-            base.folder if _is_the_base(entry, folder) else folder / "adapters" / entry.name,
+            base.folder if _is_the_base(entry, folder) else folder / ADAPTERS / entry.name,
         )
         for entry in manifest.adapters
     )
@@ -219,4 +220,4 @@ def _shipped(folder: Path, manifest: Manifest) -> tuple[Base, list[Source]]:
 
 
 def _is_the_base(entry: AdapterEntry, folder: Path) -> bool:
-    return entry.path is None and not (folder / "adapters" / entry.name).is_dir()
+    return entry.path is None and not (folder / ADAPTERS / entry.name).is_dir()

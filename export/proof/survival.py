@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from edgetune.core.layout import PEFT_PREFIX
 from edgetune.models.heads import HEADS
 from edgetune.quantisation.blocks import quantise
 from edgetune.quantisation.precision import Precision
 
 LEAST_STRENGTH = 0.5
 PEFT_NAME = "default"
-WRAPPED = "base_model.model."
 NOT_THE_BASE = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save", *HEADS}
 
 
@@ -120,10 +120,10 @@ def _weight(layer: Any) -> Tensor:
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix(WRAPPED).replace(".base_layer", "")
+    return name.removeprefix(PEFT_PREFIX).replace(".base_layer", "")
 
 
-def summary(layers: dict[str, Survival]) -> dict[str, Any]:
+def survival_summary(layers: dict[str, Survival]) -> dict[str, Any]:
     """For the manifest: all layers together (weighted by |ΔW|²), the weakest one, and each."""
     total = sum(layer.size**2 for layer in layers.values())
     moved = sum(

@@ -18,13 +18,12 @@ from edgetune.core.layout import RECIPE
 from edgetune.core.progress import Say
 from edgetune.core.tasks import lower_is_better
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.rows import Rows, hold_out, read_rows
+from edgetune.data.rows import Rows, hold_out, read_rows, spread
 from edgetune.evaluation.answers import BundleAnswers
 from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
-from edgetune.evaluation.forgetting.tasks import spread
 from edgetune.evaluation.measures import Evaluation, measure_rows, measure_text
 from edgetune.evaluation.torch_answers import TorchAnswers
-from edgetune.export.inputs.sources import Source
+from edgetune.export.inputs.sources import AdapterSource
 from edgetune.export.proof.torch_model import trained_base
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
@@ -135,7 +134,7 @@ def relative_loss(reference: float, value: float, *, higher_is_better: bool) -> 
     return change / abs(reference) if reference else 1.0 if change > 0 else -1.0
 
 
-def task_rows(source: Source, *, limit: int, data: Path | None = None) -> TaskRows | None:
+def task_rows(source: AdapterSource, *, limit: int, data: Path | None = None) -> TaskRows | None:
     """At most `limit` rows of `data`, else of the run's own validation rows; None where there are
     none.
 
@@ -167,7 +166,11 @@ def _chosen(rows: Rows, limit: int, *, skip_invalid: bool) -> TaskRows:
 
 
 def rows_of(
-    sources: Sequence[Source], *, limit: int, data: Path | None = None, say: Say = lambda line: None
+    sources: Sequence[AdapterSource],
+    *,
+    limit: int,
+    data: Path | None = None,
+    say: Say = lambda line: None,
 ) -> dict[str, TaskRows]:
     """The rows of each adapter that has any; for the others a line that says why not, where a
     reason can be told.
@@ -195,7 +198,7 @@ def rows_of(
     return found
 
 
-def measure_in_torch(model: Any, base: Base, source: Source, rows: TaskRows) -> Evaluation:
+def measure_in_torch(model: Any, base: Base, source: AdapterSource, rows: TaskRows) -> Evaluation:
     """The answers of a trained model on its rows."""
     return _measured(
         TorchAnswers(model, load_tokenizer(base), dict(source.metadata)), source.folder, rows
@@ -214,7 +217,7 @@ class FreeAnswers(BundleAnswers):
         ]
 
 
-def measure_in_bundle(runtime: Runtime, source: Source, rows: TaskRows) -> Evaluation:
+def measure_in_bundle(runtime: Runtime, source: AdapterSource, rows: TaskRows) -> Evaluation:
     """The answers of the bundle with that adapter."""
     return _measured(FreeAnswers(runtime, source.name), runtime.folder, rows)
 
@@ -225,7 +228,7 @@ def _measured(answers: Any, folder: Path, rows: TaskRows) -> Evaluation:
     )
 
 
-def compare(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows) -> TaskResult:
+def compare_on_task(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows) -> TaskResult:
     """Both sides of one adapter. ExportError where it has no metric that is known here."""
     metric = next((name for name in METRICS if name in in_torch.metrics), None)
     if metric is None:
@@ -267,11 +270,11 @@ def _answer(prediction: Mapping[str, Any]) -> Any:
 def measure_tasks(
     folder: Path,
     manifest: Manifest,
-    sources: Sequence[Source],
+    sources: Sequence[AdapterSource],
     rows: Mapping[str, TaskRows],
     *,
     base: Base,
-    trained: Callable[[Source], Any],
+    trained: Callable[[AdapterSource], Any],
     threads: int | None = None,
     known: dict[str, Evaluation] | None = None,
     strict: bool = False,
@@ -286,7 +289,7 @@ def measure_tasks(
     """
     in_torch = {} if known is None else known
 
-    def tried(source: Source, take: Callable[[], T]) -> T | None:
+    def tried(source: AdapterSource, take: Callable[[], T]) -> T | None:
         try:
             return take()
         except EdgetuneError as error:
@@ -312,7 +315,7 @@ def measure_tasks(
             on = rows[source.name]
             result = tried(
                 source,
-                lambda one=source, on=on: compare(  # type: ignore[misc]
+                lambda one=source, on=on: compare_on_task(  # type: ignore[misc]
                     in_torch[one.name], measure_in_bundle(runtime, one, on), on
                 ),
             )
@@ -343,9 +346,9 @@ class TaskPlan:
         folder: Path,
         manifest: Manifest,
         base: Base,
-        sources: Sequence[Source],
+        sources: Sequence[AdapterSource],
         *,
-        load: Callable[[Base, Source | None], Any],
+        load: Callable[[Base, AdapterSource | None], Any],
         threads: int | None,
         say: Say,
     ) -> dict[str, TaskResult]:
@@ -359,7 +362,7 @@ class TaskPlan:
             )
         rows = rows_of(sources, limit=limit, data=self.data, say=say)
 
-        def trained(source: Source) -> Any:
+        def trained(source: AdapterSource) -> Any:
             return load(trained_base(base, source.metadata), source)
 
         return measure_tasks(
@@ -382,7 +385,7 @@ class TaskPlan:
         base: Base,
         limit: int,
         *,
-        load: Callable[[Base, Source | None], Any],
+        load: Callable[[Base, AdapterSource | None], Any],
         threads: int | None,
         say: Say,
     ) -> dict[str, TaskResult]:
@@ -395,7 +398,7 @@ class TaskPlan:
                 torch_texts(load(base, None), load_tokenizer(base)), base.folder, rows
             )
         with Runtime(OpenBundle(folder, manifest, threads=threads)) as runtime:
-            result = compare(
+            result = compare_on_task(
                 known[ALONE], _perplexity(BundleSubject(runtime, None), folder, rows), rows
             )
         say(f"task {ALONE}: {result.line()}")

@@ -20,24 +20,24 @@ from torch import nn
 
 from edgetune.adapters.folder import load_adapter
 from edgetune.core.errors import ExportError
-from edgetune.core.layout import ADAPTER, METADATA
+from edgetune.core.layout import ADAPTER, ADAPTER_METADATA
+from edgetune.core.precisions import FLOATS
 from edgetune.core.tasks import REWARD
-from edgetune.export.inputs.sources import Source
+from edgetune.export.inputs.sources import AdapterSource
 from edgetune.export.proof.probe import torch_outputs
 from edgetune.export.proof.proof import Outputs, Proof, prove, with_survival
-from edgetune.export.proof.survival import LEAST_STRENGTH, PEFT_NAME, summary, survival
+from edgetune.export.proof.survival import LEAST_STRENGTH, PEFT_NAME, survival, survival_summary
 from edgetune.models.base import Base
 from edgetune.models.fake_quantise import round_weights
 from edgetune.models.heads import RewardModel, build_classifier
 from edgetune.models.load import load_body
 from edgetune.quantisation.blocks import ROUNDING
-from edgetune.quantisation.precision import FLOATS, Precision, coarsest, trained_precision
+from edgetune.quantisation.precision import Precision, coarsest, trained_precision
 from edgetune.runtime.adapters.trained_for import is_held
-from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.bundle.manifest import Precision as PrecisionInfo
+from edgetune.runtime.bundle.manifest import Manifest, PrecisionInfo
 
 
-def torch_model(base: Base, source: Source | None = None, *, merge: bool = False) -> Any:
+def torch_model(base: Base, source: AdapterSource | None = None, *, merge: bool = False) -> Any:
     """The base in torch fp32, with a source's adapter on it (or merged into it)."""
     body = load_body(base).float().eval()
     if source is None or source.is_model:
@@ -62,7 +62,7 @@ def torch_model(base: Base, source: Source | None = None, *, merge: bool = False
     return merge_adapter(adapted, where=str(source.folder)) if merge else adapted
 
 
-def as_stored(base: Base, sources: Sequence[Source], mode: str) -> Any:
+def as_stored(base: Base, sources: Sequence[AdapterSource], mode: str) -> Any:
     """What a bundle's graph holds with no adapter active, in torch in fp32."""
     return (
         torch_model(trained_base(base, sources[0].metadata), sources[0], merge=True)
@@ -160,7 +160,7 @@ def prove_merged(
         shipped_off=rounded_off,
         precision=judged,
     )
-    return with_survival(proof, summary(layers), least=LEAST_STRENGTH)
+    return with_survival(proof, survival_summary(layers), least=LEAST_STRENGTH)
 
 
 def trained_base(base: Base, metadata: Mapping[str, Any]) -> Base:
@@ -179,9 +179,9 @@ def precision_trained_for(folders: Sequence[Path]) -> str | None:
     it raises."""
     found: set[str | None] = set()
     for folder in folders:
-        inner = folder / ADAPTER if (folder / ADAPTER / METADATA).is_file() else folder
+        inner = folder / ADAPTER if (folder / ADAPTER / ADAPTER_METADATA).is_file() else folder
         try:
-            recorded = json.loads((inner / METADATA).read_text(encoding="utf-8")).get(
+            recorded = json.loads((inner / ADAPTER_METADATA).read_text(encoding="utf-8")).get(
                 "base_precision"
             )
             found.add(recorded and str(recorded["weights"]))

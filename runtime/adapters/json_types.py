@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgetune.core.errors import InputError
+from edgetune.core.precisions import PRECISIONS
 from edgetune.core.tasks import PROBLEMS
-from edgetune.runtime.bundle.manifest import WEIGHTS
 
 Check = Callable[[Any], bool]
 Table = Mapping[str, tuple[Check, str]]
@@ -130,7 +130,7 @@ GENERATION: Table = {
     "stop": (_either(_is_text, _list_of(_is_text)), "a text or a list of texts"),
 }
 BASE_PRECISION: Table = {
-    "weights": _one_of(*WEIGHTS),
+    "weights": _one_of(*PRECISIONS),
     "block_size": POSITIVE,
     "symmetric": (lambda value: isinstance(value, bool), "true or false"),
     "overrides": (

@@ -22,15 +22,16 @@ import numpy as np
 from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError, listed
 from edgetune.core.files import sha256_file
+from edgetune.core.layout import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_METADATA,
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
+)
 from edgetune.runtime.adapters.json_types import wrong_config, wrong_metadata
 from edgetune.runtime.adapters.tensor_file import TensorFile
 
-CONFIG, WEIGHTS, METADATA = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "edgetune_adapter.json",
-)
-PREFIX = "base_model.model."
 LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 HEAD = re.compile(
     r"(?P<name>classifier|score)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>weight|bias)"
@@ -93,12 +94,12 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
     `.problems`.
     """
     path = Path(folder)
-    config = _read_json(path, CONFIG, required=True)
-    metadata = _read_json(path, METADATA, required=False)
+    config = _read_json(path, ADAPTER_CONFIG, required=True)
+    metadata = _read_json(path, ADAPTER_METADATA, required=False)
     refuse_if(wrong_types(config or {}, metadata or {}), path)
     read = LoraFolder(path=path, config=config or {}, metadata=metadata)
     read.problems += _config_problems(read.config)
-    weights, place = path / WEIGHTS, len(read.problems)
+    weights, place = path / ADAPTER_WEIGHTS, len(read.problems)
     with ThreadPoolExecutor(
         1
     ) as beside:  # hashing takes half of the time, and another core can do it
@@ -108,9 +109,9 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
             _sort_tensors(file, read)
             read.digest = digest.result()
         except FileNotFoundError:
-            read.problems.append(f"{WEIGHTS}: missing")
+            read.problems.append(f"{ADAPTER_WEIGHTS}: missing")
         except ValueError as error:
-            read.problems.append(f"{WEIGHTS}: {error}")
+            read.problems.append(f"{ADAPTER_WEIGHTS}: {error}")
     if metadata is not None:  # said first: another base explains every other misfit
         read.problems[place:place] = _metadata_problems(read, metadata, base_digest)
     return read
@@ -118,10 +119,10 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
 
 def wrong_types(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:
     """A line for each value of a folder's JSON files that nothing could be made of."""
-    own = [f"{METADATA}: {line}" for line in wrong_metadata(metadata)]
+    own = [f"{ADAPTER_METADATA}: {line}" for line in wrong_metadata(metadata)]
     if config.get("peft_type") != "LORA":
         return own
-    return [f"{CONFIG}: {line}" for line in wrong_config(config)] + own
+    return [f"{ADAPTER_CONFIG}: {line}" for line in wrong_config(config)] + own
 
 
 def refuse_if(problems: Sequence[str], path: Path) -> None:
@@ -191,9 +192,9 @@ def _read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any] | N
     if not path.is_file():
         if not required:
             return None
-        inside = folder / "adapter"  # of a run of `edgetune train`
+        inside = folder / ADAPTER  # of a run of `edgetune train`
         fix = f"Give {inside}, or another" if (inside / name).is_file() else "Give a"
-        fix += f" PEFT adapter folder: one with {CONFIG} and {WEIGHTS}."
+        fix += f" PEFT adapter folder: one with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
         raise AdapterError(
             f"no {name} here" if folder.is_dir() else "no such folder", where=str(folder), fix=fix
         )
@@ -209,22 +210,26 @@ def _read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any] | N
 def _config_problems(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
-        return [f"{CONFIG}: peft_type: expected LORA, got {kind}"]
-    problems = [f"{CONFIG}: {key}: {reason}" for key, reason in REFUSED.items() if config.get(key)]
+        return [f"{ADAPTER_CONFIG}: peft_type: expected LORA, got {kind}"]
+    problems = [
+        f"{ADAPTER_CONFIG}: {key}: {reason}" for key, reason in REFUSED.items() if config.get(key)
+    ]
     if config.get("bias", "none") != "none":
         problems.append(
-            f"{CONFIG}: bias: expected none, got {config['bias']}; trained biases have no graph"
-            " input"
+            f"{ADAPTER_CONFIG}: bias: expected none, got {config['bias']}; trained biases have no"
+            " graph input"
         )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(REFUSED_INITS):
         fix = "save it with path_initial_model_for_weight_conversion"
-        problems.append(f"{CONFIG}: init_lora_weights={start} also changed the base weights; {fix}")
+        problems.append(
+            f"{ADAPTER_CONFIG}: init_lora_weights={start} also changed the base weights; {fix}"
+        )
     for name in config.get("modules_to_save") or ():
         if name not in HEAD_NAMES:
             problems.append(
-                f"{CONFIG}: modules_to_save: the graph takes no trained {name!r}; only a linear"
-                " head swaps"
+                f"{ADAPTER_CONFIG}: modules_to_save: the graph takes no trained {name!r}; only a"
+                " linear head swaps"
             )
     return problems
 
@@ -234,19 +239,25 @@ def _metadata_problems(
 ) -> list[str]:
     problems = []
     if metadata.get("schema") != 1:
-        problems.append(f"{METADATA}: schema: expected 1, got {metadata.get('schema')!r}")
+        problems.append(f"{ADAPTER_METADATA}: schema: expected 1, got {metadata.get('schema')!r}")
     base = metadata.get("base") or {}
     if base_digest is not None and base.get("digest") != base_digest:
         got = f"{base.get('name', '?')} {str(base.get('digest'))[:23]}…"
-        problems.append(f"{METADATA}: base model: expected digest {base_digest[:23]}…, got {got}")
+        problems.append(
+            f"{ADAPTER_METADATA}: base model: expected digest {base_digest[:23]}…, got {got}"
+        )
     for name, expected in (metadata.get("files") or {}).items():
         file = read.path / Path(name).name
-        if file.name == WEIGHTS and read.digest is None:
+        if file.name == ADAPTER_WEIGHTS and read.digest is None:
             continue  # missing or damaged: reported by itself
         if not file.is_file():
             problems.append(f"{name}: missing")
             continue
-        got = read.digest if file.name == WEIGHTS and read.digest is not None else sha256_file(file)
+        got = (
+            read.digest
+            if file.name == ADAPTER_WEIGHTS and read.digest is not None
+            else sha256_file(file)
+        )
         if got != expected:
             problems.append(
                 f"{name}: sha256: expected {str(expected)[:16]}…, got {got[:16]}…; copy it again"
@@ -260,7 +271,7 @@ def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
     not_finite = file.not_finite()  # raises where the file cannot be read
     read.modules = set()
     for key, tensor in file.tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = key.removeprefix(PEFT_PREFIX)
         if match := LORA.fullmatch(name):
             sides.setdefault(match["module"], {})[match["side"]] = tensor
             read.modules.add(match["module"])

@@ -13,16 +13,9 @@ import numpy as np
 
 from edgetune.core.arrays import Float32
 from edgetune.core.errors import AdapterError
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, PEFT_PREFIX
 from edgetune.core.tasks import DECODER_TASKS, ENCODER_TASKS, REWARD, TAGGING
-from edgetune.runtime.adapters.lora import (
-    CONFIG,
-    METADATA,
-    PREFIX,
-    LoraFolder,
-    is_target,
-    read_lora,
-    refuse_if,
-)
+from edgetune.runtime.adapters.lora import LoraFolder, is_target, read_lora, refuse_if
 from edgetune.runtime.adapters.trained_for import other_weights
 from edgetune.runtime.bundle.manifest import HeadInfo, Manifest, Part
 
@@ -134,7 +127,7 @@ def _place(read: LoraFolder, manifest: Manifest) -> Placed:
     index, placed = _part_index(manifest), Placed()
     for module, (a, b) in read.deltas.items():
         found = index.get(module) or index.get(_without_first(module))
-        key = f"{PREFIX}{module}"
+        key = f"{PEFT_PREFIX}{module}"
         if found is None:
             read.problems.append(
                 f"{key}.lora_A.weight {a.shape}: unknown, this graph has no adapter input for"
@@ -159,7 +152,7 @@ def _place(read: LoraFolder, manifest: Manifest) -> Placed:
                 " another vocabulary"
             )
     read.problems += [
-        f"{PREFIX}{name}.base_layer.weight: unknown"
+        f"{PEFT_PREFIX}{name}.base_layer.weight: unknown"
         for name in read.copies.keys() - read.deltas.keys()
     ]
     return placed
@@ -198,7 +191,7 @@ def _missing(read: LoraFolder, manifest: Manifest) -> list[str]:
         if index[p.module] not in places and is_target(read.config, p.module)
     ]
     return [
-        f"{PREFIX}{module}.lora_A.weight: missing, {CONFIG} targets this module"
+        f"{PEFT_PREFIX}{module}.lora_A.weight: missing, {ADAPTER_CONFIG} targets this module"
         for module in absent
     ]
 
@@ -252,21 +245,23 @@ def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
         DECODER_TASKS if manifest.is_decoder else ENCODER_TASKS
     )  # one base serves every kind of head
     if task is not None and task not in fitting:
-        problems.append(f"{METADATA}: task: expected {' or '.join(fitting)}, got {task}")
+        problems.append(f"{ADAPTER_METADATA}: task: expected {' or '.join(fitting)}, got {task}")
     pooling = metadata.get("pooling")
     if pooling is not None and pooling != manifest.graph.pooling:
-        problems.append(f"{METADATA}: pooling: expected {manifest.graph.pooling}, got {pooling}")
+        problems.append(
+            f"{ADAPTER_METADATA}: pooling: expected {manifest.graph.pooling}, got {pooling}"
+        )
     pairs = (metadata.get("prompt_format") or {}).get("text_pair") is not None
     if pairs and manifest.base.model_type in TYPED and not manifest.graph.token_type_ids:
         problems.append(
-            f"{METADATA}: prompt_format.text_pair: this graph takes no token types; export the"
-            " bundle again"
+            f"{ADAPTER_METADATA}: prompt_format.text_pair: this graph takes no token types; export"
+            " the bundle again"
         )
     if read.head and manifest.head is None:
         shape = next(iter(read.head.values())).shape
         fix = "; export the bundle again" if manifest.is_decoder else ""
         problems.append(
-            f"{PREFIX}{_head_name(read)} {shape}: unknown, this graph takes no task head{fix}"
+            f"{PEFT_PREFIX}{_head_name(read)} {shape}: unknown, this graph takes no task head{fix}"
         )
     return problems
 
@@ -275,7 +270,7 @@ def _head_problems(read: LoraFolder, head: HeadInfo, rows: int | None) -> list[s
     weight, bias, name = (
         read.head.get("weight"),
         read.head.get("bias"),
-        f"{PREFIX}{_head_name(read)}",
+        f"{PEFT_PREFIX}{_head_name(read)}",
     )
     if weight is None:
         scores = (read.metadata or {}).get("task") == REWARD
@@ -340,8 +335,8 @@ def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
         line = other_weights(read.metadata.get("base_precision"), manifest.precision)
         return (line,) if line else ()
     notes = [
-        f"no {METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its base could"
-        " not be checked"
+        f"no {ADAPTER_METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its"
+        " base could not be checked"
     ]
     if read.head and manifest.is_decoder:
         notes.append("its head is applied to the last token's state: it gives a score")

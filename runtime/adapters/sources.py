@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import AdapterError, BundleError
-from edgetune.runtime.adapters.lora import CONFIG, METADATA
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA
 from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
 
@@ -33,7 +33,7 @@ class AdapterSources:
         """The adapters in the folder of many, as they are there now."""
         if self._many is None:
             return []
-        return sorted(path.parent.name for path in self._many.glob(f"*/{CONFIG}"))
+        return sorted(path.parent.name for path in self._many.glob(f"*/{ADAPTER_CONFIG}"))
 
     def find(self, name: str) -> Path | None:
         """An adapter of the folder of many; a name is never a path, so nothing outside can be asked
@@ -42,7 +42,7 @@ class AdapterSources:
         if self._many is None or Path(name).name != name or name in (".", "..") or "\0" in name:
             return None
         path = self._many / name
-        return path if (path / CONFIG).is_file() else None
+        return path if (path / ADAPTER_CONFIG).is_file() else None
 
     def folder(self, source: Source | None) -> str | None:
         """Where a source's files lie; None for an adapter that is merged into the weights."""
@@ -78,7 +78,7 @@ class AdapterSources:
 def _fingerprint(packed: PackedAdapter, folder: Path) -> str:
     """The weights' digest and the other files' content: alpha or a label changes answers too."""
     digest = hashlib.sha256(packed.digest.encode())
-    for name in (CONFIG, METADATA):
+    for name in (ADAPTER_CONFIG, ADAPTER_METADATA):
         path = folder / name
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
@@ -95,7 +95,7 @@ def _metadata(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
         "prompt_format": entry.prompt_format,
         "generation": entry.generation,
     }
-    path = folder / (entry.path or "") / METADATA
+    path = folder / (entry.path or "") / ADAPTER_METADATA
     if entry.path is not None and path.is_file():
         return {**json.loads(path.read_text(encoding="utf-8")), **known}
     return known

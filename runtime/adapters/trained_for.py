@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgetune.runtime.bundle.manifest import Precision
+from edgetune.runtime.bundle.manifest import PrecisionInfo
 
 
-def is_held(recorded: Mapping[str, Any], stored: Precision) -> bool:
+def is_held(recorded: Mapping[str, Any], stored: PrecisionInfo) -> bool:
     """Whether `stored` is what `edgetune_adapter.json` has as `base_precision`: bits, block size,
     exceptions, quantiser, zeros.
     """
@@ -20,7 +20,7 @@ def is_held(recorded: Mapping[str, Any], stored: Precision) -> bool:
     return same and recorded.get("symmetric", True) == stored.symmetric
 
 
-def other_weights(recorded: Mapping[str, Any] | None, stored: Precision) -> str:
+def other_weights(recorded: Mapping[str, Any] | None, stored: PrecisionInfo) -> str:
     """A line for a person where the adapter meets other weights than it learned on; empty where it
     does not.
     """
@@ -30,7 +30,7 @@ def other_weights(recorded: Mapping[str, Any] | None, stored: Precision) -> str:
         dict(recorded.get("overrides") or {}),
         str(recorded.get("quantiser", "rtn")),
     )
-    trained = Precision(
+    trained = PrecisionInfo(
         str(recorded.get("weights")),
         recorded.get("block_size"),
         overrides,
@@ -43,7 +43,7 @@ def other_weights(recorded: Mapping[str, Any] | None, stored: Precision) -> str:
     )
 
 
-def _options(trained: Precision, stored: Precision) -> str:
+def _options(trained: PrecisionInfo, stored: PrecisionInfo) -> str:
     """What to give `edgetune export` for the weights that it was trained for; the precision, and
     what else differs.
     """
@@ -55,7 +55,7 @@ def _options(trained: Precision, stored: Precision) -> str:
     return " ".join(options)
 
 
-def _words(stored: Precision) -> str:
+def _words(stored: PrecisionInfo) -> str:
     """`int4 (blocks of 32, lm_head int8)`."""
     if stored.block_size is None:
         return (

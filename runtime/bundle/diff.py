@@ -16,12 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgetune.core.errors import BundleError
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, REPORT
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest, read_manifest
 
-METADATA = "edgetune_adapter.json"
 TELLS = {
-    "report.html",
-    METADATA,
+    REPORT,
+    ADAPTER_METADATA,
 }  # the second file's answers-changing parts stand in the manifest too, or are OF_ENCODERS
 OF_ENCODERS = ("max_length", "pooling")  # where a text is cut, and which of its states are read
 VERIFY = "`edgetune verify` names every file that is not as exported."
@@ -155,10 +155,10 @@ def _adapter(folder: Path, entry: AdapterEntry, manifest: Manifest) -> dict[str,
         if f.name not in ("name", "path", "onnx_adapter", "rank")
     }
     place = None if entry.path is None else folder / entry.path
-    if place is not None and not manifest.is_decoder and (place / METADATA).is_file():
-        recorded = _json(place / METADATA)
+    if place is not None and not manifest.is_decoder and (place / ADAPTER_METADATA).is_file():
+        recorded = _json(place / ADAPTER_METADATA)
         known |= {name: recorded.get(name) for name in OF_ENCODERS}
-    path = None if place is None else place / "adapter_config.json"
+    path = None if place is None else place / ADAPTER_CONFIG
     if path is None or not path.is_file():
         return {"rank": entry.rank, **known}
     config = _json(path)

@@ -12,12 +12,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgetune.core.errors import BundleError
+from edgetune.core.layout import MANIFEST
+from edgetune.core.precisions import PRECISIONS
 from edgetune.core.settings import about, from_dict, key_of
 from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS
 
-MANIFEST = "edgetune.json"
 SCHEMA = 1
-SCORE = "score"
+SCORE_OUTPUT = "score"
 """graph output of a decoder whose head is in the graph: a merged reward, or the graph for other
 engines
 """
@@ -25,7 +26,6 @@ STATES = "last_hidden_state"
 """graph output: every token's state (encoders), or the states that the logits asked for are made of
 (decoders)
 """
-WEIGHTS = ("fp32", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class BaseInfo:
 
 
 @dataclass(frozen=True)
-class Precision:
+class PrecisionInfo:
     """How the weights are stored: fp32, int8 or int4 (`block_size` weights share a scale), rounded
     by rtn, hqq or gptq.
 
@@ -48,7 +48,7 @@ class Precision:
     zero stands where it costs least, not in the middle.
     """
 
-    weights: str = field(metadata=about(choices=WEIGHTS))
+    weights: str = field(metadata=about(choices=PRECISIONS))
     block_size: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     quantiser: str = "rtn"
@@ -175,7 +175,7 @@ class Manifest:
     task: str = field(metadata=about(choices=(GENERATION, *ENCODER_TASKS)))
     base: BaseInfo
     mode: str = field(metadata=about(choices=("separate", "merged")))
-    precision: Precision
+    precision: PrecisionInfo
     graph: GraphInfo
     sites: tuple[Site, ...]
     head: HeadInfo | None

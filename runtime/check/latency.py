@@ -42,7 +42,7 @@ class Workload:
     """execution providers in order of preference; empty: the CPU"""
 
 
-def measure(workload: Workload) -> dict[str, Any]:
+def measure_latency(workload: Workload) -> dict[str, Any]:
     """Run the workload in a fresh process; times in ms, memory and size in MB (10⁶ bytes), raw
     samples included.
 
@@ -252,7 +252,7 @@ def side_by_side(workloads: Mapping[str, Workload], *, rounds: int = 3) -> dict[
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in workloads}
     for at in range(rounds):
         for name in list(workloads)[:: -1 if at % 2 else 1]:
-            results[name].append(measure(workloads[name]))
+            results[name].append(measure_latency(workloads[name]))
     return {name: _medians(found) for name, found in results.items()}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgetune.core.arrays import Float32, Int64
 from edgetune.core.errors import InputError
-from edgetune.runtime.bundle.manifest import SCORE, STATES
+from edgetune.runtime.bundle.manifest import SCORE_OUTPUT, STATES
 from edgetune.runtime.engine.batch import Batch
 from edgetune.runtime.engine.device_memory import DeviceKVCache, OutputBuffer
 from edgetune.runtime.engine.interface import AdapterRow, adapter_per_row
@@ -279,7 +279,7 @@ class GraphScoreReading:
         engine.check(rows)
         self._engine, self._rows, self._adapters = engine, rows, adapter_per_row(rows, adapters)
         outputs = {STATES: engine.graph.hidden_size} | (
-            {} if engine.manifest.head is not None else {SCORE: 1}
+            {} if engine.manifest.head is not None else {SCORE_OUTPUT: 1}
         )
         if missing := [name for name in outputs if name not in engine.outputs]:
             raise InputError(
@@ -305,7 +305,7 @@ class GraphScoreReading:
                 return None
         states = self._state.results[STATES][:, 0]
         if self._engine.manifest.head is None:
-            return self._state.results[SCORE][:, 0, 0].copy(), states.copy()
+            return self._state.results[SCORE_OUTPUT][:, 0, 0].copy(), states.copy()
         scores = [
             self._engine.score_of(row, adapter)
             for row, adapter in zip(states, self._adapters, strict=True)

@@ -34,7 +34,7 @@ class TokenLogprob:
     """the likeliest tokens, best first: id, text, log-probability"""
 
 
-def choose(logits: Float32, settings: GenerationSettings, rng: np.random.Generator) -> int:
+def choose_token(logits: Float32, settings: GenerationSettings, rng: np.random.Generator) -> int:
     """The next token of one row; `logits` (vocab,). Order as in transformers: temperature, top-k,
     top-p, min-p.
     """
@@ -137,7 +137,7 @@ class TokenSequence:
         shifted = self._penalties.apply(logits) if self._penalties.active else logits
         if self._constraint is not None:
             shifted = np.where(self._constraint.mask(), shifted, -np.inf)
-        token = choose(shifted, self.settings, self._rng)
+        token = choose_token(shifted, self.settings, self._rng)
         if (
             not 0 <= token < logits.size
         ):  # the row ends alone, before the id spoils the others' step

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgetune.runtime.generation.settings import GenerationSettings
 
 
-Mask = npt.NDArray[np.bool_]
+TokenMask = npt.NDArray[np.bool_]
 JSON_DEFAULTS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,16}"}
 """Room for an indentation, and an end to it: a small model can write blanks until its tokens run
 out.
@@ -43,13 +43,13 @@ class Constraint:
 
     def __init__(self, matcher: Any, vocab_size: int, eos: frozenset[int]) -> None:
         self._matcher, self._vocab_size, self._eos = matcher, vocab_size, eos
-        self._next: Future[Mask] | None = None
+        self._next: Future[TokenMask] | None = None
 
     def start(self) -> None:
         """Begin to compute the mask of the next token."""
         self._next = _mask_thread().submit(self._compute)
 
-    def mask(self) -> Mask:
+    def mask(self) -> TokenMask:
         """True for each token (vocab,) that may come next; waits for it where it is not ready
         yet.
         """
@@ -74,10 +74,10 @@ class Constraint:
         """Whether nothing more can follow."""
         return bool(self._matcher.is_stopped())
 
-    def _compute(self) -> Mask:
+    def _compute(self) -> TokenMask:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        mask: Mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].view(np.bool_)
+        mask: TokenMask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].view(np.bool_)
         if mask.size < self._vocab_size:
             mask = np.concatenate([mask, np.zeros(self._vocab_size - mask.size, np.bool_)])
         return mask

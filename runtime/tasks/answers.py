@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.core.tasks import THRESHOLD, VALUE
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.generation.sampling import TokenLogprob, TokenSequence, softmax
-
-THRESHOLD, VALUE = 0.5, "value"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Request:
     """length of the prompt, by which rows are batched"""
 
 
-def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def read_request_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line, row) of a `.jsonl` or `.jsonl.gz` file. InputError names file, line, expected
     and got.
     """

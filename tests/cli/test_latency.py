@@ -17,7 +17,7 @@ from edgetune.cli import main
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.memory import peak_rss_mb
 from edgetune.devices import load_device
-from edgetune.runtime.check.latency import Workload, measure, synthetic_ids
+from edgetune.runtime.check.latency import Workload, measure_latency, synthetic_ids
 from edgetune.runtime.check.verdict import (
     FORMULA,
     Speed,
@@ -129,7 +129,7 @@ def test_synthetic_ids_avoid_special_tokens_and_repeat() -> None:
 
 
 def test_a_fresh_process_measures_both_adapters(tiny_decoder: Path) -> None:
-    result = measure(Workload(str(decoder_bundle(tiny_decoder)), ("a", "b"), 2, 3, 20, 5))
+    result = measure_latency(Workload(str(decoder_bundle(tiny_decoder)), ("a", "b"), 2, 3, 20, 5))
     assert [row["adapter"] for row in result["adapters"]] == ["a", "b"]
     run = result["samples"]["runs"][0]
     assert [len(run["ttft_ms"]), [len(steps) for steps in run["tpot_ms"]]] == [3, [4, 4, 4]]
@@ -140,7 +140,7 @@ def test_a_fresh_process_measures_both_adapters(tiny_decoder: Path) -> None:
 
 def test_what_the_child_refuses_is_raised_here(tmp_path: Path) -> None:
     with pytest.raises(EdgetuneError, match=r"no edgetune\.json in this folder"):
-        measure(Workload(str(tmp_path)))
+        measure_latency(Workload(str(tmp_path)))
 
 
 def check(*arguments: object) -> int:

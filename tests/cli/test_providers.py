@@ -21,7 +21,7 @@ from edgetune.cli.check import command as check
 from edgetune.core.errors import DeviceError, EdgetuneError, InputError
 from edgetune.devices import load_device
 from edgetune.runtime import Runtime
-from edgetune.runtime.check.latency import Workload, measure
+from edgetune.runtime.check.latency import Workload, measure_latency
 from edgetune.runtime.engine.providers import (
     PROVIDERS,
     Choice,
@@ -203,7 +203,7 @@ def test_an_error_of_the_measuring_process_is_told_without_what_it_logged_before
     tiny_encoder: Path,
 ) -> None:
     with pytest.raises(EdgetuneError) as caught:
-        measure(
+        measure_latency(
             Workload(
                 str(encoder_bundle(tiny_encoder)),
                 ("nobody",),

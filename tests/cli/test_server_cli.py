@@ -21,7 +21,7 @@ from server_helpers import serve
 
 from edgetune.cli import main
 from edgetune.cli.serve import load_adapters, read_keys
-from edgetune.cli.top import Rates, Reading, Watch, parse, read_metrics, sparkline
+from edgetune.cli.top import MetricsReading, Rates, Watch, parse, read_metrics, sparkline
 from edgetune.runtime import Runtime
 
 
@@ -236,7 +236,7 @@ def test_metrics_text_is_parsed_with_its_labels() -> None:
 
 def test_a_quantile_is_linear_inside_its_bucket() -> None:
     text = 'x_bucket{le="1.0"} 2\nx_bucket{le="3.0"} 6\nx_bucket{le="+Inf"} 8\n'
-    rates = Rates(Reading(0, {}), Reading(1, parse(text)), 1.0)
+    rates = Rates(MetricsReading(0, {}), MetricsReading(1, parse(text)), 1.0)
     assert rates.quantile("x", 0.5) == pytest.approx(2.0)
     assert rates.quantile("x", 0.95) == 3.0
     assert rates.quantile("y", 0.5) is None

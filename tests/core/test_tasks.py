@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from edgetune.adapters.folder import TASKS
+from edgetune.adapters.folder import PEFT_TASKS
 from edgetune.core.tasks import (
     DECODER_TASKS,
     ENCODER_TASKS,
@@ -20,7 +20,7 @@ from edgetune.training.methods import TRAINING
 
 def test_every_method_has_a_row_and_every_task_a_method() -> None:
     assert set(METHODS) == set(get_args(MethodName))
-    assert {method.task for method in METHODS.values()} == set(get_args(Task)) == set(TASKS)
+    assert {method.task for method in METHODS.values()} == set(get_args(Task)) == set(PEFT_TASKS)
 
 
 def test_every_method_and_problem_has_a_loader_and_an_objective() -> None:

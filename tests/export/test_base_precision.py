@@ -27,8 +27,7 @@ from edgetune.quantisation.blocks import ROUNDING
 from edgetune.quantisation.precision import Precision, shipped_precision
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.adapters.trained_for import other_weights
-from edgetune.runtime.bundle.manifest import Precision as PrecisionInfo
-from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.bundle.manifest import PrecisionInfo, read_manifest
 
 
 @pytest.fixture(scope="module")

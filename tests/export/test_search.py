@@ -18,7 +18,7 @@ from edgetune.export.inputs.sources import read_source
 from edgetune.export.proof.task_metric import TaskPlan
 from edgetune.export.proof.torch_model import torch_model
 from edgetune.export.search import Found, Trial, export_smallest
-from edgetune.export.search_page import render_page, table_lines
+from edgetune.export.search_page import render_search, trial_lines
 from edgetune.models.fake_quantise import linear_layers
 from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
@@ -273,14 +273,14 @@ def test_what_another_beats_in_everything_is_not_on_the_front() -> None:
     )
     found = Found(None, trials, 3, 0.005, {"a": "accuracy"}, {"a": 1.0}, 10)  # type: ignore[arg-type]
     assert found.front == {1, 3}
-    lines = table_lines(found)
+    lines = trial_lines(found)
     assert (
         "beaten" in lines[2]
         and "chosen" in lines[5]
         and "failed: no" in lines[6]
         and "accuracy a" in lines[0]
     )
-    assert render_page(found, "b").count("<circle") == 8
+    assert render_search(found, "b").count("<circle") == 8
 
 
 @pytest.mark.parametrize(

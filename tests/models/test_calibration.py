@@ -36,7 +36,7 @@ from edgetune.quantisation.blocks import quantise
 from edgetune.quantisation.gptq import round_to_inputs
 from edgetune.quantisation.hqq import half_quadratic_steps
 from edgetune.quantisation.precision import Precision, shipped_precision, trained_precision
-from edgetune.recipe.read import to_toml
+from edgetune.recipe.read import recipe_to_toml
 from edgetune.runtime.adapters.trained_for import other_weights
 from edgetune.runtime.bundle.manifest import Manifest, read_manifest
 
@@ -254,7 +254,7 @@ def run(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     base = correlate(shutil.copytree(tiny_decoder, folder / "base"))
     make_adapter(base, folder / "adapter", strength=0.5)
-    (folder / "recipe.toml").write_text(to_toml(sft_recipe(base, folder)))
+    (folder / "recipe.toml").write_text(recipe_to_toml(sft_recipe(base, folder)))
     return folder
 
 
@@ -457,7 +457,7 @@ def test_rows_of_a_run_are_read_as_training_read_them(tiny_encoder: Path, tmp_pa
     stage, base = settings.stage[0], resolve_base(str(tiny_encoder))
     tokenizer = load_tokenizer(base)
     held = replace(settings, stage=(replace(stage, data=replace(stage.data, hold_out=3)),), seed=5)
-    (tmp_path / "recipe.toml").write_text(to_toml(held))
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(held))
     expected = load_examples(held.stage[0], tokenizer, base, seed=5)
     assert len(expected.validation) == 3 and len(expected.train) == 6
     assert probe_rows(adapter, tokenizer, base) == [
@@ -467,7 +467,7 @@ def test_rows_of_a_run_are_read_as_training_read_them(tiny_encoder: Path, tmp_pa
     assert sorted(calibrated) == sorted(example.input_ids for example in expected.train)
     high = write_rows(tmp_path / "dev.jsonl", [{"text": "a new label", "label": "high"}])
     (tmp_path / "recipe.toml").write_text(
-        to_toml(
+        recipe_to_toml(
             replace(
                 settings, stage=(replace(stage, data=replace(stage.data, validation=str(high))),)
             )

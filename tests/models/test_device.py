@@ -15,7 +15,7 @@ from training_helpers import classifier_batch, decoder_batch
 from edgetune.adapters.lora import adapt
 from edgetune.core.errors import TrainingError
 from edgetune.models.torch_device import (
-    CPU,
+    CPU_DEVICE,
     choose_device,
     choose_precision,
     device_of,
@@ -57,7 +57,7 @@ def test_every_tensor_of_a_batch_goes_along_and_nothing_else_changes(
 
 def test_on_the_cpu_a_batch_is_itself(tiny_decoder: Path, tmp_path: Path) -> None:
     _, batch = decoder_batch(tiny_decoder, tmp_path)
-    assert to_device(batch, CPU) is batch
+    assert to_device(batch, CPU_DEVICE) is batch
 
 
 def test_a_device_that_is_not_there_is_named_with_those_that_are() -> None:
@@ -75,7 +75,11 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are() -> None:
             match=rf'device = "{kind}" is not on this machine \(expected one of .*cpu',
         ):
             choose_device(kind)
-    assert choose_device("cpu") == CPU and choose_device("auto").type in ("cpu", "cuda", "mps")
+    assert choose_device("cpu") == CPU_DEVICE and choose_device("auto").type in (
+        "cpu",
+        "cuda",
+        "mps",
+    )
 
 
 def test_bf16_is_not_chosen_by_itself_where_it_is_emulated() -> None:
@@ -154,4 +158,7 @@ def test_nothing_is_kept_below_the_first_adapted_layer(
     assert learned == {
         name for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    assert not any(".0." in name.split("lora_")[0] for name in learned) and device_of(model) == CPU
+    assert (
+        not any(".0." in name.split("lora_")[0] for name in learned)
+        and device_of(model) == CPU_DEVICE
+    )

@@ -10,7 +10,7 @@ from family_helpers import DECODERS, ENCODERS
 from seq2seq_helpers import FAMILIES, SMALL, TYPES
 from transformers import AutoConfig
 
-from edgetune.export.graph.families import Sizes, cache_sizes, normalised
+from edgetune.export.graph.families import CacheSizes, cache_sizes, normalised
 from edgetune.models.load import TASK_OF_KIND, auto_class
 
 IDS = torch.tensor([[3, 4, 5]])
@@ -29,7 +29,7 @@ def test_a_decoders_sizes_are_those_of_the_cache_it_fills(family: str) -> None:
     cache = model(IDS, use_cache=True, output_hidden_states=True)
     layers = cache.past_key_values.layers
     _, kv_heads, _, head_dim = layers[0].keys.shape  # (B, kv_heads, T, head_dim)
-    assert cache_sizes(model.config) == Sizes(len(layers), kv_heads, head_dim)
+    assert cache_sizes(model.config) == CacheSizes(len(layers), kv_heads, head_dim)
     named = normalised(model.config)
     assert (named.hidden_size, named.vocab_size) == (cache.hidden_states[0].shape[-1], 40)
     assert named.num_attention_heads == (2 if family == "gpt_neox" else 4)
@@ -42,7 +42,7 @@ def test_an_encoder_decoders_sizes_are_those_of_both_its_caches(family: str) -> 
     cache = model(input_ids=IDS, decoder_input_ids=IDS[:, :1], use_cache=True).past_key_values
     for half in (cache.self_attention_cache, cache.cross_attention_cache):
         _, heads, _, head_dim = half.layers[0].keys.shape
-        assert cache_sizes(model.config) == Sizes(len(half.layers), heads, head_dim)
+        assert cache_sizes(model.config) == CacheSizes(len(half.layers), heads, head_dim)
     assert len(half.layers) != model.config.num_layers  # else the encoder's would do
 
 

@@ -19,7 +19,7 @@ from edgetune.data.batching import IGNORE
 from edgetune.objectives.grpo import (
     AnswerBatch,
     AnswerExample,
-    collate_answers,
+    collate_rollouts,
     group_advantages,
     grpo,
     k3,
@@ -216,7 +216,7 @@ def test_grpo_loss_and_gradient_are_trls(
     trainer = grpo_trainer(beta=kl, temperature=temperature, loss_type=loss_type)
     trainer.current_gradient_accumulation_steps = 1
     model, examples = trainer.model.eval(), answers()
-    batch = collate_answers(examples, 0, loss_type=loss_type, longest=12)
+    batch = collate_rollouts(examples, 0, loss_type=loss_type, longest=12)
     ours, _ = grpo(model, batch, clip=0.2, kl=kl, temperature=temperature, loss_type=loss_type)
     # TRL scales by its accumulation steps in training only; this adapter has no dropout
     model.train()
@@ -227,7 +227,7 @@ def test_without_old_log_probabilities_the_ratio_is_one(tiny_decoder: Path) -> N
     model, examples = adapted(tiny_decoder), answers()
     for example in examples:
         example.old = None
-    loss, _ = grpo(model, collate_answers(examples, 0), clip=0.2, kl=0.0)
+    loss, _ = grpo(model, collate_rollouts(examples, 0), clip=0.2, kl=0.0)
     assert loss.item() == pytest.approx(-sum(e.advantage for e in examples) / 4, abs=1e-6)
     assert max(gradient.abs().max() for gradient in gradients(model, loss).values()) > 1e-4
 
@@ -236,7 +236,7 @@ def test_parts_of_a_step_add_up_to_the_whole(tiny_decoder: Path) -> None:
     model, examples = adapted(tiny_decoder), answers()
     for loss_type in ("grpo", "dapo", "dr_grpo"):
         batches = [
-            collate_answers(part, 0, loss_type=loss_type, longest=12)
+            collate_rollouts(part, 0, loss_type=loss_type, longest=12)
             for part in (examples, examples[:1], examples[1:])
         ]
         whole, *parts = [
@@ -258,7 +258,7 @@ def test_flat_groups_can_be_left_out_without_a_change(tiny_decoder: Path, loss_t
     whole, few = (
         grpo(
             model,
-            collate_answers(some, 0, loss_type=loss_type, longest=12),
+            collate_rollouts(some, 0, loss_type=loss_type, longest=12),
             clip=0.2,
             kl=0.0,
             loss_type=loss_type,
@@ -283,7 +283,7 @@ def test_processes_leave_flat_groups_out_together(tiny_decoder: Path, loss_type:
         return [sum(each) for each in zip(*counted, strict=True)]
 
     def loss_of(some: Sequence[AnswerExample]) -> Tensor:
-        batch = collate_answers(some, 0, loss_type=loss_type, longest=12)
+        batch = collate_rollouts(some, 0, loss_type=loss_type, longest=12)
         return grpo(model, batch, clip=0.2, kl=0.0, loss_type=loss_type)[0]
 
     without_flat(examples[:2], flat[:2], loss_type=loss_type, total=total)

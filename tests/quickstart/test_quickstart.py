@@ -15,12 +15,12 @@ import torch
 from edgetune.adapters.lora import adapter_off
 from edgetune.cli.quickstart import conclude
 from edgetune.core.errors import OutputError
-from edgetune.data.rows import read_rows
+from edgetune.data.rows import read_rows, spread
 from edgetune.evaluation.torch_answers import TorchAnswers
-from edgetune.quickstart.fewshot import FewShotBase, spread
-from edgetune.quickstart.outcome import Outcome, percent, table_lines
-from edgetune.quickstart.page import render_page
-from edgetune.quickstart.plan import Plan, Task, data_file, embedded_plan
+from edgetune.quickstart.fewshot import FewShotBase
+from edgetune.quickstart.outcome import Outcome, percent, result_lines
+from edgetune.quickstart.page import render_quickstart
+from edgetune.quickstart.plan import QuickstartPlan, QuickstartTask, data_file, embedded_plan
 from edgetune.quickstart.run import run_quickstart
 
 COLUMNS = {
@@ -92,7 +92,9 @@ def test_the_recipes_read_the_installed_data() -> None:
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_decoder: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(
+    tiny_decoder: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> QuickstartPlan:
     """The embedded plan on tiny bases, a few steps and rows; fp32, because random weights do not
     survive rounding.
     """
@@ -121,7 +123,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcome(plan: Plan, out: Path) -> Outcome:
+def outcome(plan: QuickstartPlan, out: Path) -> Outcome:
     return run_quickstart(plan, out, stream=io.StringIO())
 
 
@@ -149,14 +151,14 @@ def test_every_adapter_is_proved_measured_and_called(outcome: Outcome) -> None:
 
 
 def test_the_table_has_a_row_for_each_adapter(outcome: Outcome) -> None:
-    lines = table_lines(outcome)
+    lines = result_lines(outcome)
     assert len(lines) == 2 + 3 + 1
     assert re.search(r"^home .* exact match, 6 rows .* TTFT .* tokens/s", lines[2])
     assert re.search(r"^support .* accuracy, 6 rows .* ms", lines[3])
 
 
 def test_the_page_is_self_contained_and_shows_every_adapter(outcome: Outcome) -> None:
-    page = render_page(outcome)
+    page = render_quickstart(outcome)
     assert (
         not re.search(r"(?:src|href)=|@import|url\(", page) and "prefers-color-scheme: dark" in page
     )
@@ -178,17 +180,19 @@ def test_an_exceeded_budget_is_a_failure_and_a_noisy_one_is_not(outcome: Outcome
     changed = replace(outcome, shipments=(replace(shipment, verdicts=verdicts),))
     assert len(changed.failures) == 1 and changed.failures[0].startswith("smollm2: ttft_ms")
     assert conclude(changed, Path("out")) == 1
-    assert "exceeded" in render_page(changed)
+    assert "exceeded" in render_quickstart(changed)
 
 
-def test_a_folder_with_other_files_is_left_alone(plan: Plan, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(plan: QuickstartPlan, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match=r"thesis\.txt"):
         run_quickstart(plan, tmp_path, stream=io.StringIO())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_the_shared_prefix_changes_no_answer(plan: Plan, outcome: Outcome, out: Path) -> None:
+def test_the_shared_prefix_changes_no_answer(
+    plan: QuickstartPlan, outcome: Outcome, out: Path
+) -> None:
     adapted = TorchAnswers.open(out / "runs" / "home")
     base = FewShotBase(adapted, spread(read_rows(plan.tasks[0].test).rows, 1))
     questions = ["dim the hall", "stop"]
@@ -214,7 +218,7 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def shortened(task: Task, folder: Path) -> Task:
+def shortened(task: QuickstartTask, folder: Path) -> QuickstartTask:
     """The task measured on the first six held-out rows, with one short example for the base."""
     test = folder / f"{task.name}.jsonl"
     test.write_text(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edgetune.core.errors import RecipeError
-from edgetune.recipe.read import load_recipe, recipe_from_dict, to_toml
+from edgetune.recipe.read import load_recipe, recipe_from_dict, recipe_to_toml
 from edgetune.recipe.schema import Recipe
 
 RECIPE = """
@@ -55,12 +55,12 @@ def test_toml_with_every_default_reads_back_equal(recipe_file: Path, tmp_path: P
     recipe = load_recipe(recipe_file)
     again = tmp_path / "elsewhere" / "recipe.toml"
     again.parent.mkdir()
-    again.write_text(to_toml(recipe))
+    again.write_text(recipe_to_toml(recipe))
     assert load_recipe(again) == recipe
 
 
 def test_toml_names_every_setting(recipe_file: Path) -> None:
-    text = to_toml(load_recipe(recipe_file))
+    text = recipe_to_toml(load_recipe(recipe_file))
     for name in (
         "dropout = 0.0",
         "warmup_ratio = 0.05",
@@ -74,7 +74,7 @@ def test_toml_keeps_awkward_text(tmp_path: Path) -> None:
     awkward = 'a"b\\c\n\t\x7f é 😀'
     recipe = recipe_from_dict(stage(data={"train": "t.jsonl", "prompt": "{{ x }}" + awkward}))
     path = tmp_path / "r.toml"
-    path.write_text(to_toml(recipe), encoding="utf-8")
+    path.write_text(recipe_to_toml(recipe), encoding="utf-8")
     assert load_recipe(path).stage[0].data.prompt == "{{ x }}" + awkward
 
 

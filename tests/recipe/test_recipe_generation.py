@@ -10,7 +10,7 @@ import pytest
 
 from edgetune.core.errors import RecipeError
 from edgetune.recipe.generation import generation_defaults
-from edgetune.recipe.read import load_recipe, recipe_from_dict, to_toml
+from edgetune.recipe.read import load_recipe, recipe_from_dict, recipe_to_toml
 from edgetune.recipe.schema import Recipe
 
 SCHEMA = {"type": "object", "properties": {"intent": {"type": "string"}}}
@@ -44,7 +44,7 @@ def test_the_written_recipe_reads_back_from_anywhere(tmp_path: Path) -> None:
     first = recipe(tmp_path, schema="schema.json")
     (tmp_path / "elsewhere").mkdir()
     written = tmp_path / "elsewhere" / "recipe.toml"
-    written.write_text(to_toml(first))
+    written.write_text(recipe_to_toml(first))
     assert load_recipe(written) == first
 
 

@@ -8,9 +8,9 @@ import pytest
 from edgetune.core.tasks import LOWER_IS_BETTER, lower_is_better
 from edgetune.data.rows import Rows
 from edgetune.evaluation.forgetting.measure import _general
-from edgetune.evaluation.forgetting.tasks import Measured
+from edgetune.evaluation.forgetting.tasks import MeasuredSet
 from edgetune.evaluation.measures import Evaluation
-from edgetune.export.proof.task_metric import METRICS, TaskRows, compare
+from edgetune.export.proof.task_metric import METRICS, TaskRows, compare_on_task
 from edgetune.metrics.statistics import mean
 from edgetune.report.comparison import _best
 from edgetune.report.forgetting import general_changes, task_changes
@@ -38,7 +38,7 @@ def test_an_accuracy_that_falls_to_half_loses_points(metric: str) -> None:
 @pytest.mark.parametrize("metric", [*LOWER_IS_BETTER, *HIGHER])
 def test_general_ability_and_its_picture_agree_on_the_direction(metric: str) -> None:
     before, after = (
-        Measured(metric, np.full((4, 1), value, np.float64), mean) for value in (1.0, 0.5)
+        MeasuredSet(metric, np.full((4, 1), value, np.float64), mean) for value in (1.0, 0.5)
     )
     general = _general("set", before, after)
     (change,) = general_changes([vars(general)])
@@ -51,4 +51,4 @@ def test_the_proof_of_a_bundle_counts_the_same_direction(metric: str) -> None:
     before, after = (
         Evaluation("", None, "", "", "", 0, 0, {metric: value}, 0.0, []) for value in (1.0, 0.5)
     )
-    assert (compare(before, after, rows).loss < 0) == lower_is_better(metric)
+    assert (compare_on_task(before, after, rows).loss < 0) == lower_is_better(metric)

@@ -21,7 +21,7 @@ from training_helpers import intent_recipe, sft_recipe, silent, write_rows
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.files import sha256_file
-from edgetune.recipe.read import recipe_from_dict, to_toml
+from edgetune.recipe.read import recipe_from_dict, recipe_to_toml
 from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 from edgetune.training.parallel.distributed import Group, launched
@@ -46,7 +46,7 @@ def assert_same_training(together: Path, alone: Path) -> None:
 
 def train_together(recipe: Recipe, folder: Path, *options: str, size: int = 2) -> list[str]:
     """Train in `size` processes; what each of them printed."""
-    (folder / "recipe.toml").write_text(to_toml(recipe))
+    (folder / "recipe.toml").write_text(recipe_to_toml(recipe))
     arguments, port = ["train", str(folder / "recipe.toml"), *options], free_port()
     logs = [folder / f"rank{rank}.log" for rank in range(size)]
     codes = in_processes(
@@ -103,7 +103,7 @@ def test_two_processes_resume_with_the_dropout_of_each(tiny_decoder: Path, tmp_p
     recipe = sft_recipe(tiny_decoder, tmp_path, parameters={"dropout": 0.2})
     recipe = replace(recipe, checkpoint_every=4, out=str(tmp_path / "two"))
     train_together(replace(recipe, out=str(tmp_path / "whole")), tmp_path)
-    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
     stop_after_checkpoint(tmp_path)
     first, _ = train_together(recipe, tmp_path, "--resume")
     assert "resumed at stage 0, step 4" in first
@@ -126,7 +126,9 @@ def test_two_processes_resume_grpo_with_the_samples_of_each(
     }
     recipe = replace(prompt_recipe(tiny_decoder, tmp_path, LENGTH, **settings), checkpoint_every=4)
     train_together(replace(recipe, out=str(tmp_path / "whole")), tmp_path)
-    (tmp_path / "recipe.toml").write_text(to_toml(replace(recipe, out=str(tmp_path / "two"))))
+    (tmp_path / "recipe.toml").write_text(
+        recipe_to_toml(replace(recipe, out=str(tmp_path / "two")))
+    )
     stop_after_checkpoint(tmp_path)
     first, _ = train_together(replace(recipe, out=str(tmp_path / "two")), tmp_path, "--resume")
     assert "resumed at stage 0, step 4" in first
@@ -160,7 +162,9 @@ def dying_rank(rank: int, size: int, port: int, arguments: list[str], log: Path)
 
 def test_a_loss_that_is_no_number_stops_every_process(tiny_decoder: Path, tmp_path: Path) -> None:
     recipe = sft_recipe(tiny_decoder, tmp_path, learning_rate=1e30, max_grad_norm=1e30)
-    (tmp_path / "recipe.toml").write_text(to_toml(replace(recipe, out=str(tmp_path / "run"))))
+    (tmp_path / "recipe.toml").write_text(
+        recipe_to_toml(replace(recipe, out=str(tmp_path / "run")))
+    )
     port, logs = free_port(), [tmp_path / f"{rank}.log" for rank in range(2)]
     arguments = ["train", str(tmp_path / "recipe.toml")]
     assert in_processes(
@@ -201,7 +205,7 @@ def test_the_launchers_start_it(launcher: str, tiny_decoder: Path, tmp_path: Pat
     recipe = replace(
         sft_recipe(tiny_decoder, tmp_path, learning_rate=1e-3), out=str(tmp_path / "two")
     )
-    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
     program, port = shutil.which(launcher, path=str(Path(sys.executable).parent)), str(free_port())
     assert program is not None
     options = {
@@ -287,7 +291,7 @@ def test_processes_that_share_the_weights_resume_to_the_same_bits(
     )
     recipe = replace(recipe, checkpoint_every=4, out=str(tmp_path / "two"))
     train_together(replace(recipe, out=str(tmp_path / "whole")), tmp_path)
-    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
     stop_after_checkpoint(tmp_path)
     first, _ = train_together(recipe, tmp_path, "--resume")
     assert "resumed at stage 0, step 4" in first

@@ -170,8 +170,8 @@ def test_a_bad_row_of_general_text_is_named(tiny_decoder: Path, tmp_path: Path) 
 
 
 def test_the_table_can_be_written_and_read_again(tiny_decoder: Path, tmp_path: Path) -> None:
-    from edgetune.recipe.read import load_recipe, to_toml
+    from edgetune.recipe.read import load_recipe, recipe_to_toml
 
     recipe = replayed(tiny_decoder, tmp_path, share=0.25)
-    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
     assert load_recipe(tmp_path / "recipe.toml").stage[0].replay == recipe.stage[0].replay

@@ -26,8 +26,8 @@ from edgetune.cli import main
 from edgetune.core.errors import DataError, RecipeError, TrainingError
 from edgetune.core.files import clear_interrupted, sha256_file
 from edgetune.core.progress import Progress
-from edgetune.models.torch_device import CPU, rng_state, set_rng_state
-from edgetune.recipe.read import to_toml
+from edgetune.models.torch_device import CPU_DEVICE, rng_state, set_rng_state
+from edgetune.recipe.read import recipe_to_toml
 from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 from edgetune.training.resolve import steps_between
@@ -245,9 +245,9 @@ def test_every_generator_goes_on_where_it_was() -> None:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
     random.gauss(0, 1), np.random.randn()  # leaves half a pair behind
-    state = rng_state(CPU)
+    state = rng_state(CPU_DEVICE)
     expected = [draw(), random.gauss(0, 1), np.random.randn()]
-    set_rng_state(state, CPU)
+    set_rng_state(state, CPU_DEVICE)
     assert [draw(), random.gauss(0, 1), np.random.randn()] == expected
 
 
@@ -271,7 +271,7 @@ def test_the_command_line_killed_from_outside_resumes(
     recipe = replace(
         generation.recipe, out=str(tmp_path / "run"), stage=(longer,), checkpoint_every=5
     )
-    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
     command = [sys.executable, "-m", "edgetune", "train", str(tmp_path / "recipe.toml")]
     process = subprocess.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL

@@ -27,7 +27,7 @@ from edgetune.models.base import open_folder
 from edgetune.models.heads import TokenClassifier
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.objectives.labels import token_classification, word_logits
-from edgetune.recipe.read import recipe_from_dict, to_toml, tomllib
+from edgetune.recipe.read import recipe_from_dict, recipe_to_toml, tomllib
 from edgetune.training import run_recipe
 from edgetune.training.probes import word_states
 
@@ -149,7 +149,7 @@ def test_words_and_tags_may_have_other_columns_and_tags_may_be_integers(
         and found.prompt_format.tokens == "words"
         and found.prompt_format.tags == "ner_tags"
     )
-    assert recipe_from_dict(tomllib.loads(to_toml(made))) == made
+    assert recipe_from_dict(tomllib.loads(recipe_to_toml(made))) == made
 
 
 BAD = [
@@ -311,7 +311,7 @@ def test_raw_text_may_come_first(tiny_encoder: Path, tmp_path: Path) -> None:
         "max_steps": 2,
         "precision": "fp32",
     }
-    values = tomllib.loads(to_toml(tags))
+    values = tomllib.loads(recipe_to_toml(tags))
     made = recipe_from_dict({**values, "stage": [first, *values["stage"]]})
     summary = run_recipe(made, out=tmp_path / "run", progress=silent())
     assert summary.task == "token-classification" and "entity_f1" in summary.metrics

@@ -20,7 +20,7 @@ Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
-class Item:
+class ChoiceItem:
     """`context` has one token at least, and so has each of `choices`."""
 
     context: list[int]
@@ -42,16 +42,16 @@ class Score:
     greedy: bool
 
 
-class Scorer(Protocol):
+class ItemScorer(Protocol):
     """Something that scores: a model in torch or a bundle."""
 
-    def __call__(self, items: Sequence[Item]) -> list[list[Score]]:
+    def __call__(self, items: Sequence[ChoiceItem]) -> list[list[Score]]:
         """A score for every choice of every item."""
 
 
 def make_item(
     context: str, choices: Sequence[str], encode: Encode, *, start: Sequence[int], limit: int
-) -> Item:
+) -> ChoiceItem:
     """An item of texts. `start`: ids that every sequence begins with (bos, or none); `limit`:
     positions of the model.
 
@@ -68,7 +68,7 @@ def make_item(
             got=repr(context[:40]),
         )
     room = max(1, limit - max(map(len, encoded)))
-    return Item(context_ids[-room:], [choice[: limit - 1] for choice in encoded])
+    return ChoiceItem(context_ids[-room:], [choice[: limit - 1] for choice in encoded])
 
 
 def beginning(tokenizer: Any) -> list[int]:
@@ -78,23 +78,27 @@ def beginning(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
-TOKENS_AT_ONCE, ROWS_AT_ONCE = 1024, 32
+TOKENS_AT_ONCE, SEQUENCES_AT_ONCE = 1024, 32
 
 
 @torch.no_grad()
-def score(model: Any, items: Sequence[Item], *, precision: Precision = "fp32") -> list[list[Score]]:
+def score_items(
+    model: Any, items: Sequence[ChoiceItem], *, precision: Precision = "fp32"
+) -> list[list[Score]]:
     """A score for every choice of every item, in their order."""
     model.eval()
     scores: list[list[Score]] = [[] for _ in items]
     lengths = [item.tokens for item in items]
-    for part in in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
+    for part in in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=SEQUENCES_AT_ONCE):
         found = _score_batch(model, [items[index] for index in part], precision=precision)
         for index, row in zip(part, found, strict=True):
             scores[index] = row
     return scores
 
 
-def _score_batch(model: Any, items: Sequence[Item], *, precision: Precision) -> list[list[Score]]:
+def _score_batch(
+    model: Any, items: Sequence[ChoiceItem], *, precision: Precision
+) -> list[list[Score]]:
     input_ids, position_ids, mask = _tree(items)
     places, targets = zip(*(_predicted(item) for item in items), strict=True)
     wanted = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -128,7 +132,7 @@ def _score_batch(model: Any, items: Sequence[Item], *, precision: Precision) -> 
     return scores
 
 
-def _tree(items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
+def _tree(items: Sequence[ChoiceItem]) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and positions (batch, seq), and who sees whom (batch, 1, seq, seq)."""
     width = max(item.tokens for item in items)
     input_ids, position_ids = (
@@ -157,7 +161,7 @@ def _tree(items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
     return input_ids, position_ids, mask[:, None]
 
 
-def _predicted(item: Item) -> tuple[list[int], list[int]]:
+def _predicted(item: ChoiceItem) -> tuple[list[int], list[int]]:
     """For every token of every choice: the position that predicts it, and the token."""
     places, targets, start = list[int](), list[int](), len(item.context)
     for choice in item.choices:

@@ -10,8 +10,13 @@ from typing import Any, Protocol
 from edgetune.core.errors import DataError
 from edgetune.core.progress import Say
 from edgetune.core.tasks import lower_is_better
-from edgetune.evaluation.forgetting.likelihood import Item, Score
-from edgetune.evaluation.forgetting.tasks import ENCODER_TASKS, TASKS, Measured, Texts
+from edgetune.evaluation.forgetting.likelihood import ChoiceItem, Score
+from edgetune.evaluation.forgetting.tasks import (
+    GENERAL_ENCODER_TASKS,
+    GENERAL_TASKS,
+    MeasuredSet,
+    Texts,
+)
 from edgetune.metrics.statistics import paired_interval
 
 
@@ -22,7 +27,7 @@ class Subject(Protocol):
 
     texts: Texts | None
 
-    def score(self, items: Sequence[Item], *, adapted: bool) -> list[list[Score]]:
+    def score(self, items: Sequence[ChoiceItem], *, adapted: bool) -> list[list[Score]]:
         """A score for every choice of every item (decoders)."""
 
     def embed(self, texts: Sequence[str], *, adapted: bool) -> Any:
@@ -46,7 +51,7 @@ class General:
     high: float | None = None
 
 
-def compare(
+def compare_general(
     subject: Subject,
     folder: Path,
     *,
@@ -75,7 +80,7 @@ def compare(
 
 
 def _found(subject: Subject, folder: Path, tasks: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    known = ENCODER_TASKS if subject.texts is None else TASKS
+    known = GENERAL_ENCODER_TASKS if subject.texts is None else GENERAL_TASKS
     if unknown := [name for name in tasks if name not in known]:
         raise DataError(
             f'there is no general task "{unknown[0]}" for this kind of model',
@@ -112,17 +117,17 @@ def _found(subject: Subject, folder: Path, tasks: Sequence[str]) -> Iterator[tup
 
 def _measure(
     subject: Subject, name: str, path: Path, *, limit: int | None, adapted: bool
-) -> list[Measured]:
+) -> list[MeasuredSet]:
     if subject.texts is None:
-        return ENCODER_TASKS[name].measure(
+        return GENERAL_ENCODER_TASKS[name].measure(
             path, lambda texts: subject.embed(texts, adapted=adapted), limit=limit
         )
-    return TASKS[name].measure(
+    return GENERAL_TASKS[name].measure(
         path, subject.texts, lambda items: subject.score(items, adapted=adapted), limit=limit
     )
 
 
-def _general(task: str, old: Measured, new: Measured | None) -> General:
+def _general(task: str, old: MeasuredSet, new: MeasuredSet | None) -> General:
     before = old.statistic(old.values)
     result = General(task, old.metric, not lower_is_better(old.metric), len(old.values), before)
     if new is None:

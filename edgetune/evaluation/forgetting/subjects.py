@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.adapters.full_model import METADATA as MODEL_METADATA
 from edgetune.adapters.full_model import full_folder, read_full
 from edgetune.adapters.lora import adapter_off
 from edgetune.adapters.runs import find_adapter, load_adapted_model
 from edgetune.core.errors import InputError
-from edgetune.core.layout import MODEL
+from edgetune.core.layout import BUILTIN, MANIFEST, MODEL, MODEL_CONFIG, MODEL_METADATA
 from edgetune.core.progress import Say
-from edgetune.evaluation.forgetting.likelihood import Item, Score
-from edgetune.evaluation.forgetting.measure import General, compare
+from edgetune.evaluation.forgetting.likelihood import ChoiceItem, Score
+from edgetune.evaluation.forgetting.measure import General, compare_general
 from edgetune.evaluation.forgetting.tasks import Texts
 from edgetune.evaluation.forgetting.torch_subject import TorchSubject
 from edgetune.models.base import Base, open_folder
@@ -27,7 +26,6 @@ from edgetune.models.heads import unwrapped
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.models.resolve import resolve_base
 
-BUNDLE_MANIFEST = "edgetune.json"
 ROWS_AT_ONCE = 8
 
 
@@ -36,11 +34,11 @@ def is_base(target: Path) -> bool:
     and nothing of a run.
     """
     name = str(target)
-    if name.startswith("builtin:") or name.endswith(".gguf") or "#" in name:
+    if name.startswith(BUILTIN) or name.endswith(".gguf") or "#" in name:
         return True
     return (
-        (target / "config.json").is_file()
-        and not (target / BUNDLE_MANIFEST).is_file()
+        (target / MODEL_CONFIG).is_file()
+        and not (target / MANIFEST).is_file()
         and full_folder(target) is None
     )
 
@@ -58,7 +56,7 @@ def forgetting(
     """General ability of a run or bundle before and after, or of a bare base. `providers`:
     execution providers of a bundle.
     """
-    if (target / BUNDLE_MANIFEST).is_file():
+    if (target / MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
         with Runtime.open(target, providers=providers) as runtime:
@@ -68,7 +66,7 @@ def forgetting(
                     where=str(target),
                     fix="Measure the run instead.",
                 )
-            return compare(
+            return compare_general(
                 BundleSubject(runtime, adapter), general, limit=limit, tasks=tasks, say=say
             )
     if providers:
@@ -79,10 +77,10 @@ def forgetting(
         )
     if is_base(target):
         base = resolve_base(str(target))
-        return compare(
+        return compare_general(
             base_subject(base), general, limit=limit, tasks=tasks, trained=False, say=say
         )
-    return compare(run_subject(target), general, limit=limit, tasks=tasks, say=say)
+    return compare_general(run_subject(target), general, limit=limit, tasks=tasks, say=say)
 
 
 def base_subject(base: Base) -> TorchSubject:
@@ -211,7 +209,7 @@ class BundleSubject:
         first = tokenizer.encode("a")[:1]
         return first if bos is not None and first == [tokenizer.tokenizer.token_to_id(bos)] else []
 
-    def score(self, items: Sequence[Item], *, adapted: bool) -> list[list[Score]]:
+    def score(self, items: Sequence[ChoiceItem], *, adapted: bool) -> list[list[Score]]:
         """A score for every choice of every item; the engine runs each choice with its context."""
         pairs = [
             (n, item.context, choice) for n, item in enumerate(items) for choice in item.choices

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from edgetune.core.errors import DataError
-from edgetune.data.rows import read_rows
-from edgetune.evaluation.forgetting.likelihood import Encode, Item, Scorer, make_item
+from edgetune.data.rows import read_rows, spread
+from edgetune.evaluation.forgetting.likelihood import ChoiceItem, Encode, ItemScorer, make_item
 from edgetune.metrics.statistics import Statistic, Values, bits_per_byte, mean, perplexity, spearman
 
 WINDOW = 512  # tokens
@@ -24,7 +24,7 @@ Embed = Callable[[Sequence[str]], Any]  # texts → (texts, hidden)
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSet:
     """One metric of one set: a row of `values` an item, and the statistic of all rows."""
 
     metric: str
@@ -49,8 +49,8 @@ class Choices:
     between: str  # what stands between query and choice
 
     def measure(
-        self, path: Path, texts: Texts, scorer: Scorer, *, limit: int | None
-    ) -> list[Measured]:
+        self, path: Path, texts: Texts, scorer: ItemScorer, *, limit: int | None
+    ) -> list[MeasuredSet]:
         """accuracy and accuracy_norm."""
         rows = spread(_rows(path, ("query", "choices", "gold")), limit)
         items = [
@@ -70,8 +70,8 @@ class Choices:
             hits.append(float(logprobs.argmax() == row["gold"]))
             normed.append(float((logprobs / lengths).argmax() == row["gold"]))
         return [
-            Measured("accuracy", _column(hits), mean),
-            Measured("accuracy_norm", _column(normed), mean),
+            MeasuredSet("accuracy", _column(hits), mean),
+            MeasuredSet("accuracy_norm", _column(normed), mean),
         ]
 
 
@@ -82,8 +82,8 @@ class LastWord:
     file: str
 
     def measure(
-        self, path: Path, texts: Texts, scorer: Scorer, *, limit: int | None
-    ) -> list[Measured]:
+        self, path: Path, texts: Texts, scorer: ItemScorer, *, limit: int | None
+    ) -> list[MeasuredSet]:
         """Whether every token of the word is the likeliest, and the word's perplexity."""
         rows = spread(_rows(path, ("context", "continuation")), limit)
         items = [
@@ -99,8 +99,8 @@ class LastWord:
         scores = [only for (only,) in scorer(items)]
         nats = np.array([[-score.logprob, 1.0] for score in scores])
         return [
-            Measured("accuracy", _column([float(score.greedy) for score in scores]), mean),
-            Measured("perplexity", nats, perplexity),
+            MeasuredSet("accuracy", _column([float(score.greedy) for score in scores]), mean),
+            MeasuredSet("perplexity", nats, perplexity),
         ]
 
 
@@ -111,18 +111,18 @@ class RunningText:
     file: str
 
     def measure(
-        self, path: Path, texts: Texts, scorer: Scorer, *, limit: int | None
-    ) -> list[Measured]:
+        self, path: Path, texts: Texts, scorer: ItemScorer, *, limit: int | None
+    ) -> list[MeasuredSet]:
         """Token perplexity and bits per byte."""
         (row,) = read_rows(path).rows
         return text_measures([row.values["text"]], texts, scorer, limit=limit)
 
 
 def text_measures(
-    documents: Sequence[str], texts: Texts, scorer: Scorer, *, limit: int | None = None
-) -> list[Measured]:
+    documents: Sequence[str], texts: Texts, scorer: ItemScorer, *, limit: int | None = None
+) -> list[MeasuredSet]:
     """Perplexity and bits per byte of documents, each in windows of its own."""
-    windows, sizes = list[Item](), list[tuple[int, float]]()
+    windows, sizes = list[ChoiceItem](), list[tuple[int, float]]()
     for document in documents:
         ids, length = [*texts.start, *texts.encode(document)], min(WINDOW, texts.limit)
         cut = [
@@ -130,14 +130,14 @@ def text_measures(
         ]  # the last token of one begins the next
         share = len(document.encode()) / max(1, len(ids) - 1)
         for window in cut:
-            windows.append(Item(window[:1], [window[1:]]))
+            windows.append(ChoiceItem(window[:1], [window[1:]]))
             sizes.append((len(window) - 1, share * (len(window) - 1)))
     chosen = spread(range(len(windows)), limit)
     scores = scorer([windows[index] for index in chosen])
     values = np.array([[-scores[n][0].logprob, *sizes[index]] for n, index in enumerate(chosen)])
     return [
-        Measured("perplexity", values, perplexity),
-        Measured("bits_per_byte", values, bits_per_byte),
+        MeasuredSet("perplexity", values, perplexity),
+        MeasuredSet("bits_per_byte", values, bits_per_byte),
     ]
 
 
@@ -147,7 +147,7 @@ class Similarity:
 
     file: str
 
-    def measure(self, path: Path, embed: Embed, *, limit: int | None) -> list[Measured]:
+    def measure(self, path: Path, embed: Embed, *, limit: int | None) -> list[MeasuredSet]:
         """Spearman's rank correlation."""
         rows = spread(_rows(path, ("sentence1", "sentence2", "score")), limit)
         left, right = (
@@ -157,23 +157,17 @@ class Similarity:
         sizes = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
         cosine = (left * right).sum(1) / np.maximum(sizes, 1e-12)
         values = np.stack([cosine, np.array([float(row["score"]) for row in rows])], axis=1)
-        return [Measured("spearman", values, spearman)]
+        return [MeasuredSet("spearman", values, spearman)]
 
 
-TASKS: dict[str, Choices | LastWord | RunningText] = {
+GENERAL_TASKS: dict[str, Choices | LastWord | RunningText] = {
     "wikitext2": RunningText("wikitext2_raw_test.txt.gz"),
     "lambada": LastWord("lambada_openai_test.jsonl.gz"),
     "piqa": Choices("piqa_val.jsonl.gz", between="Answer:"),
     "hellaswag": Choices("hellaswag_val_1000.jsonl.gz", between=""),
     "arc_easy": Choices("arc_easy_test.jsonl.gz", between="\nAnswer:"),
 }
-ENCODER_TASKS = {"stsb": Similarity("stsb_en/test.jsonl.gz")}
-
-
-def spread(rows: Sequence[Any], limit: int | None) -> list[Any]:
-    """All rows, or `limit` of them at equal distances."""
-    count = len(rows) if limit is None else min(limit, len(rows))
-    return [rows[at * len(rows) // count] for at in range(count)]
+GENERAL_ENCODER_TASKS = {"stsb": Similarity("stsb_en/test.jsonl.gz")}
 
 
 def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
+from edgetune.core.tasks import Kind
 from edgetune.data.batching import in_order_of_length
 from edgetune.evaluation.forgetting.likelihood import (
-    ROWS_AT_ONCE,
+    SEQUENCES_AT_ONCE,
     TOKENS_AT_ONCE,
-    Item,
+    ChoiceItem,
     Score,
     beginning,
-    score,
+    score_items,
 )
 from edgetune.evaluation.forgetting.tasks import Texts
-from edgetune.models.base import Kind, Pooling
+from edgetune.models.base import Pooling
 from edgetune.models.heads import SequenceClassifier, pool, unwrapped
 from edgetune.models.torch_device import Precision, autocast, device_of, to_device
 
@@ -52,10 +53,10 @@ class TorchSubject:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def score(self, items: Sequence[Item], *, adapted: bool) -> list[list[Score]]:
+    def score(self, items: Sequence[ChoiceItem], *, adapted: bool) -> list[list[Score]]:
         """A score for every choice of every item."""
         with self._lend[adapted]() as model:
-            return score(model, items, precision=self._precision)
+            return score_items(model, items, precision=self._precision)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], *, adapted: bool) -> Any:
@@ -67,7 +68,9 @@ class TorchSubject:
         ]
         lengths, rows = [len(row) for row in ids], list[tuple[int, torch.Tensor]]()
         with self._lend[adapted]() as model, autocast(self._precision, device_of(model)):
-            for part in in_order_of_length(lengths, 4 * TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
+            for part in in_order_of_length(
+                lengths, 4 * TOKENS_AT_ONCE, batch_size=SEQUENCES_AT_ONCE
+            ):
                 batch = self._tokenizer.pad(
                     {"input_ids": [ids[index] for index in part]}, return_tensors="pt"
                 )

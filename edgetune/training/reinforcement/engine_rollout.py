@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from edgetune.core.errors import RecipeError
+from edgetune.core.layout import PEFT_PREFIX
+from edgetune.core.progress import Say
 from edgetune.models.base import Base
 from edgetune.training.reinforcement.rollout import ROWS_AT_ONCE, Answer, Sampling, draw
 
@@ -107,11 +109,10 @@ def packed(model: Any, manifest: Any) -> Any:
     read = LoraFolder(
         Path("the policy"), model.peft_config["default"].to_dict(), metadata=None, modules=set()
     )
-    prefix = "base_model.model."
     for name, layer in layers.items():
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         scaled = b.detach().float() * layer.scaling["default"]
-        module = name.removeprefix(prefix)
+        module = name.removeprefix(PEFT_PREFIX)
         read.deltas[module] = (a.detach().float().cpu().numpy(), scaled.cpu().numpy())
         assert read.modules is not None
         read.modules.add(module)
@@ -137,7 +138,7 @@ def check_engine(base: Base) -> None:
 
 @contextlib.contextmanager
 def open_engine(
-    base: Base, model: Any, *, end: int, say: Callable[[str], None], precision: str = PRECISION
+    base: Base, model: Any, *, end: int, say: Say, precision: str = PRECISION
 ) -> Iterator[EngineRollout]:
     """The base's graph, written to a temporary folder and opened; RecipeError when this policy
     cannot use it.

@@ -18,7 +18,7 @@ from edgetune.adapters.folder import mismatches, read_metadata
 from edgetune.adapters.lora import only_adapter
 from edgetune.adapters.runs import find_adapter
 from edgetune.core.errors import AdapterError
-from edgetune.core.layout import WEIGHTS
+from edgetune.core.layout import ADAPTER_WEIGHTS
 from edgetune.data.batching import Batch
 from edgetune.data.conversations import Prompt
 from edgetune.data.preferences import encode_answered
@@ -126,7 +126,7 @@ def reward_adapter(
     adapter_dir, metadata = check_reward_adapter(folder, base)
     config = LoraConfig.from_pretrained(str(adapter_dir))
     config.modules_to_save = None  # the score is applied here: a policy has no such module
-    tensors = load_file(adapter_dir / WEIGHTS)
+    tensors = load_file(adapter_dir / ADAPTER_WEIGHTS)
     score = tensors.pop(SCORE_WEIGHT, None)
     model.add_adapter(name, config)
     try:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from edgetune.adapters.runs import find_adapter
 from edgetune.core.errors import EdgetuneError, RecipeError, TrainingError
 from edgetune.core.files import sha256_file
-from edgetune.core.layout import METADATA
+from edgetune.core.layout import ADAPTER_METADATA
 from edgetune.data.conversations import Prompt, last_turn
 from edgetune.models.base import Base
 from edgetune.models.torch_device import Precision
@@ -112,7 +112,7 @@ def reward_digests(grpo: Grpo) -> dict[str, str]:
     for name in grpo.rewards:
         function_of = split_function(name)
         file = (
-            find_adapter(Path(name)) / METADATA
+            find_adapter(Path(name)) / ADAPTER_METADATA
             if function_of is None
             else getattr(_load_module(function_of[0], name), "__file__", None)
         )

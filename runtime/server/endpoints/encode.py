@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from edgetune.core.errors import InputError
-from edgetune.core.tasks import REWARD
+from edgetune.core.tasks import REWARD, VALUE
 from edgetune.runtime.server.http.bodies import CLASSIFY, EMBEDDINGS, POOLING, SCORE, TAG
 from edgetune.runtime.server.http.errors import bad_request, deadline_exceeded
 from edgetune.runtime.server.http.exchange import unless_gone
@@ -26,7 +26,7 @@ from edgetune.runtime.server.http.json_body import Schema, read_json
 from edgetune.runtime.server.http.logs import note, request_id_of
 from edgetune.runtime.server.http.requests import plain_message
 from edgetune.runtime.server.http.service import Service
-from edgetune.runtime.tasks.answers import VALUE, Classification
+from edgetune.runtime.tasks.answers import Classification
 from edgetune.runtime.tasks.runtime import Runtime
 from edgetune.runtime.tasks.scoring import Answered, AnswerReader, prompt_and_answer
 from edgetune.runtime.tasks.tagging import read_words

@@ -71,7 +71,7 @@ async def _whole(
     with exchange:
         async for row, event in exchange.events():
             if not isinstance(event, TokenEvent):
-                done[row] = completion_of(event)
+                done[row] = _completion_of(event)
                 service.metrics.completed(done[row], rows=service.scheduler.stats().running + 1)
     finished = [done[row] for row in sorted(done)]
     note(scope, **_facts(finished))
@@ -123,7 +123,7 @@ class EventStream(Response):
         top = envelope.plan.top_logprobs
         async for row, event in self._exchange.events():
             if not isinstance(event, TokenEvent):
-                self._done[row] = completion_of(event)
+                self._done[row] = _completion_of(event)
             if row not in opened:
                 opened.add(row)
                 if (first := answer.opening(row)) is not None:
@@ -143,7 +143,7 @@ class EventStream(Response):
             yield envelope.usage([self._done[row] for row in sorted(self._done)])
 
 
-def completion_of(event: Event) -> Completion:
+def _completion_of(event: Event) -> Completion:
     """The completion of a last event; an ApiError where there is none to show."""
     if isinstance(event, FailedEvent):
         raise error_of(event.error) or event.error

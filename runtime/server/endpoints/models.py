@@ -10,7 +10,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from edgetune.runtime.adapters.lora import CONFIG, METADATA, wrong_types
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA
+from edgetune.runtime.adapters.lora import wrong_types
 from edgetune.runtime.adapters.registry import AdapterStatus
 from edgetune.runtime.server.http.errors import AsciiJson, not_found
 from edgetune.runtime.server.http.service import Service
@@ -90,7 +91,7 @@ def _facts(service: Service, status: AdapterStatus) -> dict[str, Any]:
         )
     folder = Path(status.folder)
     try:
-        changed = (folder / CONFIG).stat().st_mtime_ns
+        changed = (folder / ADAPTER_CONFIG).stat().st_mtime_ns
     except OSError:  # the folder went away; a resident adapter still answers
         return {}
     return _described(folder, changed)
@@ -101,7 +102,7 @@ def _described(folder: Path, changed: int) -> dict[str, Any]:
     """Rank, labels and prompt format out of a PEFT folder's JSON files; `changed` makes the cache
     notice a new one.
     """
-    config, own = _read(folder / CONFIG), _read(folder / METADATA)
+    config, own = _read(folder / ADAPTER_CONFIG), _read(folder / ADAPTER_METADATA)
     if wrong_types(config, own):  # it cannot be used, and the others' cards must not suffer
         return {}
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]

@@ -20,21 +20,33 @@ from training_helpers import intent_recipe, sft_recipe, silent
 
 from edgetune.cli.eval import command
 from edgetune.core.errors import DataError, InputError
-from edgetune.evaluation.forgetting.likelihood import Item, Score, beginning, make_item, score
-from edgetune.evaluation.forgetting.measure import compare
+from edgetune.evaluation.forgetting.likelihood import (
+    ChoiceItem,
+    Score,
+    beginning,
+    make_item,
+    score_items,
+)
+from edgetune.evaluation.forgetting.measure import compare_general
 from edgetune.evaluation.forgetting.subjects import (
     BundleSubject,
     base_subject,
     forgetting,
     run_subject,
 )
-from edgetune.evaluation.forgetting.tasks import TASKS, Choices, LastWord, Texts, text_measures
+from edgetune.evaluation.forgetting.tasks import (
+    GENERAL_TASKS,
+    Choices,
+    LastWord,
+    Texts,
+    text_measures,
+)
 from edgetune.metrics.statistics import Z as Z95
 from edgetune.metrics.statistics import mean, paired_interval, perplexity, spearman
 from edgetune.models.base import open_folder
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.recipe.schema import Forgetting
-from edgetune.report.forgetting import Change, general_changes, picture, task_changes
+from edgetune.report.forgetting import Gain, general_changes, picture, task_changes
 from edgetune.report.run_page import write_report
 from edgetune.runtime import Runtime
 from edgetune.training import run_recipe
@@ -59,10 +71,10 @@ def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {**QUESTION, "query": f"Question {n}: what is brown?", "gold": n % 3} for n in range(12)
     ]
     for name in ("piqa", "hellaswag", "arc_easy"):
-        write_gz(folder / TASKS[name].file, [*questions])
+        write_gz(folder / GENERAL_TASKS[name].file, [*questions])
     words = [{"context": f"The quick brown {n}", "continuation": "fox"} for n in range(8)]
-    write_gz(folder / TASKS["lambada"].file, [*words])
-    (folder / TASKS["wikitext2"].file).write_bytes(
+    write_gz(folder / GENERAL_TASKS["lambada"].file, [*words])
+    (folder / GENERAL_TASKS["wikitext2"].file).write_bytes(
         gzip.compress(b"The quick brown fox jumps over the lazy dog. " * 40)
     )
     pairs = [
@@ -96,13 +108,13 @@ def test_log_likelihoods_are_those_of_each_choice_by_itself(
     model.set_attn_implementation(attention)
     torch.manual_seed(0)
     items = [
-        Item(
+        ChoiceItem(
             torch.randint(3, 300, (n,)).tolist(),
             [torch.randint(3, 300, (k,)).tolist() for k in sizes],
         )
         for n, sizes in ((7, (3, 1, 5)), (20, (2,)), (1, (4, 4, 4, 2)))
     ]
-    for item, scores in zip(items, score(model, items), strict=True):
+    for item, scores in zip(items, score_items(model, items), strict=True):
         for choice, found in zip(item.choices, scores, strict=True):
             ids = torch.tensor([item.context + choice])
             logprobs = model(input_ids=ids).logits[0, len(item.context) - 1 : -1].log_softmax(-1)
@@ -115,7 +127,7 @@ def test_the_likeliest_continuation_is_greedy(tiny_decoder: Path) -> None:
     model = load_body(open_folder(tiny_decoder, name="tiny"))
     context = [5, 6, 7]
     best = int(model(input_ids=torch.tensor([context])).logits[0, -1].argmax())
-    ((likeliest, other),) = score(model, [Item(context, [[best], [best - 1]])])
+    ((likeliest, other),) = score_items(model, [ChoiceItem(context, [[best], [best - 1]])])
     assert likeliest.greedy and not other.greedy and likeliest.logprob > other.logprob
 
 
@@ -124,7 +136,9 @@ def test_items_are_cut_as_lm_evaluation_harness_cuts_them() -> None:
         return [ord(letter) for letter in text]
 
     item = make_item("ab ", ["cd", "e"], encode, start=[1], limit=100)
-    assert item == Item([1, 97, 98], [[32, 99, 100], [32, 101]])  # the space goes with what follows
+    assert item == ChoiceItem(
+        [1, 97, 98], [[32, 99, 100], [32, 101]]
+    )  # the space goes with what follows
     assert make_item("abcdef", ["xy"], encode, start=[], limit=5).context == [
         100,
         101,
@@ -142,7 +156,7 @@ def test_the_beginning_is_bos_where_the_tokenizer_puts_it(tiny_decoder: Path) ->
 def scorer(table: dict[str, float]):  # type: ignore[no-untyped-def]
     """Scores by a choice's text, which the ids spell."""
 
-    def found(items: list[Item]) -> list[list[Score]]:
+    def found(items: list[ChoiceItem]) -> list[list[Score]]:
         return [
             [
                 Score(table["".join(map(chr, choice))], table["".join(map(chr, choice))] > -2)
@@ -207,7 +221,7 @@ def test_perplexity_and_bits_per_byte_are_transformers_loss(tiny_decoder: Path) 
 def test_windows_predict_every_token_once(tiny_decoder: Path) -> None:
     seen: list[int] = []
 
-    def scores(items: list[Item]) -> list[list[Score]]:
+    def scores(items: list[ChoiceItem]) -> list[list[Score]]:
         seen.extend(token for item in items for token in item.choices[0])
         return [[Score(-1.0, False)] for _ in items]
 
@@ -289,9 +303,9 @@ def test_a_bundle_gives_the_figures_of_the_run(run: Path, general: Path, tmp_pat
     from export_helpers import export
 
     export(tmp_path / "bundle", run)
-    expected = compare(run_subject(run), general, limit=6)
+    expected = compare_general(run_subject(run), general, limit=6)
     with Runtime.open(tmp_path / "bundle", threads=1) as runtime:
-        found = compare(BundleSubject(runtime, None), general, limit=6)
+        found = compare_general(BundleSubject(runtime, None), general, limit=6)
     assert [r.task for r in found] == [r.task for r in expected]
     for one, other in zip(found, expected, strict=True):
         assert (one.before, one.after) == pytest.approx(
@@ -419,7 +433,7 @@ def test_the_picture_turns_losses_so_that_right_is_better_and_stays_in_its_frame
         pytest.approx((-10, -20, 0)),
     ]
     gains = task_changes({"loss": 1.0, "accuracy": 0.9}, {"loss": 2.0, "accuracy": 0.5})
-    assert gains == [Change("task accuracy", pytest.approx(40.0))]
+    assert gains == [Gain("task accuracy", pytest.approx(40.0))]
     after = {
         "loss": 0.2,
         "preference_accuracy": 0.9,
@@ -430,7 +444,7 @@ def test_the_picture_turns_losses_so_that_right_is_better_and_stays_in_its_frame
     preferred = task_changes(
         after, after | {"loss": 0.7, "preference_accuracy": 0.5, "margin": 0.0}
     )
-    assert preferred == [Change("task preference_accuracy", pytest.approx(40.0))]
+    assert preferred == [Gain("task preference_accuracy", pytest.approx(40.0))]
     figure = picture(gains, changes)
     root = ET.fromstring(figure[figure.index("<svg") : figure.index("</svg>") + 6])
     _, _, width, height = map(float, root.attrib["viewBox"].split())

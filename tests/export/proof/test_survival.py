@@ -14,7 +14,7 @@ from family_helpers import make_family
 from edgetune.adapters.folder import load_adapter
 from edgetune.core.errors import ProofError
 from edgetune.export.proof.proof import with_survival
-from edgetune.export.proof.survival import summary, survival
+from edgetune.export.proof.survival import survival, survival_summary
 from edgetune.models.fake_quantise import round_weights
 from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
@@ -69,17 +69,22 @@ def test_a_larger_change_and_more_bits_keep_the_direction(
         for s in (0.01, 0.3)
     )
     at_4, at_8 = (
-        summary(survival(small, Precision(name)))["direction"] for name in ("int4", "int8")
+        survival_summary(survival(small, Precision(name)))["direction"] for name in ("int4", "int8")
     )
-    assert at_4 < summary(survival(large, INT4))["direction"] and at_4 < at_8
-    assert summary(survival(small, Precision("int8")))["strength"] == pytest.approx(1.0, abs=0.1)
+    assert at_4 < survival_summary(survival(large, INT4))["direction"] and at_4 < at_8
+    assert survival_summary(survival(small, Precision("int8")))["strength"] == pytest.approx(
+        1.0, abs=0.1
+    )
     assert survival(small, Precision("fp32")) == {}
 
 
 def test_a_base_on_the_grid_takes_a_small_change_away(on_the_grid: Path, tmp_path: Path) -> None:
     adapter = make_adapter(on_the_grid, tmp_path / "a", strength=0.005)
-    assert summary(survival(adapted(on_the_grid, adapter), INT4))["strength"] < 0.3
-    assert summary(survival(adapted(on_the_grid, adapter), Precision("int8")))["strength"] > 0.7
+    assert survival_summary(survival(adapted(on_the_grid, adapter), INT4))["strength"] < 0.3
+    assert (
+        survival_summary(survival(adapted(on_the_grid, adapter), Precision("int8")))["strength"]
+        > 0.7
+    )
 
 
 def test_an_export_that_lost_the_adapter_fails_with_the_remedies(
@@ -121,7 +126,7 @@ def test_the_line_and_the_verdict_name_the_weakest_layer(
     from edgetune.export.proof.proof import Proof
 
     proof = Proof(1, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ())
-    survived = summary(
+    survived = survival_summary(
         survival(adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / "a")), INT4)
     )
     assert (

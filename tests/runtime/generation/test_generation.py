@@ -24,7 +24,7 @@ from edgetune.runtime.bundle.tokenizer import BundleTokenizer
 from edgetune.runtime.generation.sampling import (
     Penalties,
     TokenSequence,
-    choose,
+    choose_token,
     keep_likely,
     stop_overlap,
 )
@@ -118,7 +118,7 @@ def test_log_probabilities_are_those_of_the_raw_logits(tokenizer: BundleTokenize
 
 def test_temperature_zero_takes_the_most_likely() -> None:
     logits = np.array([0.1, 3.0, 2.9], np.float32)
-    assert choose(logits, GenerationSettings(), np.random.default_rng(0)) == 1
+    assert choose_token(logits, GenerationSettings(), np.random.default_rng(0)) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-300, 5e-324])
@@ -126,19 +126,23 @@ def test_a_tiny_temperature_takes_the_most_likely(temperature: float) -> None:
     logits = np.array([-900, 3, 2.5, -np.inf], np.float32)
     for options in ({}, {"top_p": 0.9}, {"min_p": 0.1}):
         settings = GenerationSettings(temperature=temperature, **options)  # type: ignore[arg-type]
-        assert choose(logits, settings, np.random.default_rng(0)) == 1
+        assert choose_token(logits, settings, np.random.default_rng(0)) == 1
 
 
 def test_logits_that_are_no_numbers_still_give_an_id_of_the_vocabulary() -> None:
     settings = GenerationSettings(temperature=1.0)
     for bad in (np.inf, np.nan, -np.inf):
-        assert 0 <= choose(np.full(5, bad, np.float32), settings, np.random.default_rng(0)) < 5
+        assert (
+            0 <= choose_token(np.full(5, bad, np.float32), settings, np.random.default_rng(0)) < 5
+        )
 
 
 def test_samples_follow_the_probabilities() -> None:
     logits, rng = np.log(np.array([0.5, 0.3, 0.2], np.float32)), np.random.default_rng(0)
     settings = GenerationSettings(temperature=1.0)
-    counts = np.bincount([choose(logits, settings, rng) for _ in range(4000)], minlength=3) / 4000
+    counts = (
+        np.bincount([choose_token(logits, settings, rng) for _ in range(4000)], minlength=3) / 4000
+    )
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.2], atol=0.03)
 
 
