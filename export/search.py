@@ -28,7 +28,8 @@ from edgetune.export.inputs.calibration_text import check_quantiser, has_recipe
 from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
 from edgetune.export.proof.cost import CostPlan
 from edgetune.export.proof.probe import probe_rows
-from edgetune.export.proof.task_metric import TaskPlan, rows_of
+from edgetune.export.proof.task_metric import TaskPlan
+from edgetune.export.proof.task_rows import rows_of
 from edgetune.export.proof.torch_model import torch_model
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer

@@ -23,14 +23,20 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from edgetune.export.graph.attention import now
+from edgetune.export.graph.layer_likeness import (
+    SMALL,
+    _identity,
+    attributes,
+    content,
+    renamed,
+    signature,
+)
 from edgetune.export.graph.reshapes import replace
 from edgetune.export.graph.symbolic_layers import DOMAIN
 
 BEGIN, END, COPY = "LayerBegin", "LayerEnd", "LayerLike"
 TRACED = 2  # layers of each kind
 ROOT = "model."  # of the traced wrapper, before a layer's path in the model
-PLAIN = (bool, int, float, str, type(None))
-SMALL = 64  # numbers of a constant that is compared by its values
 
 
 class UnlikeError(Exception):
@@ -77,7 +83,7 @@ class Repeats:
     @contextlib.contextmanager
     def abridged(self) -> Iterator[None]:
         """Swap the layers' forwards for the length of a with statement."""
-        signatures = [_signature(layer) for layer in self.layers]
+        signatures = [signature(layer) for layer in self.layers]
         for path, layer in zip(self.paths, self.layers, strict=True):
             named = [
                 *layer.named_parameters(remove_duplicate=False),
@@ -185,7 +191,7 @@ class Repeats:
                     node.domain,
                     node.op_type,
                     [numbers.get(value) or self._name(value, path) for value in node.inputs],
-                    _attributes(node, path),
+                    attributes(node, path),
                 )
             )
             for value in node.outputs:
@@ -205,7 +211,7 @@ class Repeats:
         if value.name.startswith(f"{ROOT}{path}."):
             return value.name.removeprefix(f"{ROOT}{path}"), str(value.shape)
         if value.const_value is not None and value.const_value.size <= SMALL:
-            return _content(value.const_value)
+            return content(value.const_value)
         return value.name
 
     def _write_copy(self, graph: ir.Graph, copy: ir.Node, segments: dict[int, _Segment]) -> None:
@@ -229,7 +235,7 @@ class Repeats:
 
         for node in segment.nodes:
             attributes = {
-                name: _renamed(attribute, pattern, path)
+                name: renamed(attribute, pattern, path)
                 for name, attribute in node.attributes.items()
             }
             name = f"{node.name}.{layer}" if node.name else None
@@ -349,56 +355,3 @@ def _escapes(segment: _Segment) -> bool:
         value.is_graph_output() or any(id(user) not in inside for user, _ in value.uses())
         for value in inner
     )
-
-
-def _attributes(node: ir.Node, path: str) -> list[tuple[str, Any]]:
-    """A node's attributes, a module's path without the layer's own."""
-    return sorted(
-        (name, _content(_renamed(attribute, path, "").value))
-        for name, attribute in node.attributes.items()
-    )
-
-
-def _content(value: Any) -> Any:
-    return (
-        (str(value.dtype), str(value.shape), value.numpy().tobytes())
-        if isinstance(value, ir.TensorProtocol)
-        else str(value)
-    )
-
-
-def _renamed(attribute: ir.Attr, old: str, new: str) -> ir.Attr:
-    """A module's path of one layer as that of another."""
-    if attribute.type != ir.AttributeType.STRING or not attribute.as_string().startswith(f"{old}."):
-        return attribute
-    return ir.AttrString(attribute.name, f"{new}{attribute.as_string().removeprefix(old)}")
-
-
-def _signature(layer: nn.Module) -> Any:
-    """What a layer is, without its weights' values and its number; what is neither plain nor shared
-    by layers makes it unique.
-    """
-    parts = []
-    for path, module in layer.named_modules():
-        sizes = [
-            (name, None if x is None else (tuple(x.shape), x.dtype))
-            for name, x in [*module._parameters.items(), *module._buffers.items()]
-        ]
-        plain = {
-            name: value
-            for name, value in vars(module).items()
-            if not name.startswith("_") and name not in ("layer_idx", "forward")
-        }
-        parts.append((path, type(module), tuple(sizes), _identity(plain)))
-    return tuple(parts)
-
-
-def _identity(value: Any) -> Any:
-    """Plain values and containers of them by their contents, all else by identity."""
-    if isinstance(value, PLAIN):
-        return type(value).__name__, value
-    if isinstance(value, dict):
-        return tuple((name, _identity(one)) for name, one in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(_identity(one) for one in value)
-    return id(value)

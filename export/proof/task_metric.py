@@ -9,26 +9,25 @@ compares it with a bound.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edgetune.core.errors import EdgetuneError, ExportError
-from edgetune.core.layout import RECIPE
 from edgetune.core.progress import Say
 from edgetune.core.tasks import lower_is_better
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.rows import Rows, hold_out, read_rows, spread
+from edgetune.data.rows import read_rows
 from edgetune.evaluation.answers import BundleAnswers
 from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
 from edgetune.evaluation.measures import Evaluation, measure_rows, measure_text
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.export.inputs.sources import AdapterSource
+from edgetune.export.proof.task_rows import TaskRows, _chosen, rows_of
 from edgetune.export.proof.torch_model import trained_base
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
-from edgetune.recipe.read import load_run_recipe
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.tasks.open_bundle import OpenBundle
@@ -61,23 +60,6 @@ FREE: Mapping[str, Any] = {
 }
 T = TypeVar("T")
 ALONE = "(base)"  # the name of what is measured and proven of a bundle without adapters
-
-
-@dataclass(frozen=True)
-class TaskRows:
-    """The rows an adapter is measured on: `rows` of the `found` ones in the file, at equal
-    distances.
-    """
-
-    rows: Rows
-    found: int
-    skip_invalid: bool
-    limit: int
-
-    @property
-    def name(self) -> str:
-        """The file without its folder: the manifest travels."""
-        return Path(self.rows.source).name
 
 
 @dataclass(frozen=True)
@@ -132,70 +114,6 @@ def relative_loss(reference: float, value: float, *, higher_is_better: bool) -> 
     if not change:
         return 0.0
     return change / abs(reference) if reference else 1.0 if change > 0 else -1.0
-
-
-def task_rows(source: AdapterSource, *, limit: int, data: Path | None = None) -> TaskRows | None:
-    """At most `limit` rows of `data`, else of the run's own validation rows; None where there are
-    none.
-
-    DataError or RecipeError for a file that is not there any more or cannot be read.
-    """
-    if data is not None:
-        return _chosen(read_rows(data), limit, skip_invalid=False)
-    recipe_file = source.folder.parent / RECIPE
-    if not recipe_file.is_file():
-        return None
-    recipe = load_run_recipe(recipe_file)
-    held = recipe.stage[-1].data
-    if held.validation is not None:
-        return _chosen(
-            read_rows(held.validation, held.skip_invalid), limit, skip_invalid=held.skip_invalid
-        )
-    if held.hold_out is not None:
-        _, rows = hold_out(
-            read_rows(held.train, held.skip_invalid), held.hold_out, seed=recipe.seed
-        )
-        return _chosen(rows, limit, skip_invalid=held.skip_invalid)
-    return None
-
-
-def _chosen(rows: Rows, limit: int, *, skip_invalid: bool) -> TaskRows:
-    return TaskRows(
-        replace(rows, rows=spread(rows.rows, limit)), len(rows.rows), skip_invalid, limit
-    )
-
-
-def rows_of(
-    sources: Sequence[AdapterSource],
-    *,
-    limit: int,
-    data: Path | None = None,
-    say: Say = lambda line: None,
-) -> dict[str, TaskRows]:
-    """The rows of each adapter that has any; for the others a line that says why not, where a
-    reason can be told.
-    """
-    found = {}
-    for source in sources if limit else ():
-        if not source.metadata or source.task == "masked-lm":
-            if data is not None:
-                why = (
-                    "what masked-lm trained answers nothing"
-                    if source.metadata
-                    else "an adapter of another tool does not say how it reads rows"
-                )
-                say(f"task {source.name}: not measured: {why}")
-            continue
-        try:
-            rows = task_rows(source, limit=limit, data=data)
-        except EdgetuneError as error:
-            if data is not None:
-                raise
-            say(f"task {source.name}: not measured: {error}")
-            continue
-        if rows is not None:
-            found[source.name] = rows
-    return found
 
 
 def measure_in_torch(model: Any, base: Base, source: AdapterSource, rows: TaskRows) -> Evaluation:

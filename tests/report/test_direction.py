@@ -10,7 +10,8 @@ from edgetune.data.rows import Rows
 from edgetune.evaluation.forgetting.measure import _general
 from edgetune.evaluation.forgetting.tasks import MeasuredSet
 from edgetune.evaluation.measures import Evaluation
-from edgetune.export.proof.task_metric import METRICS, TaskRows, compare_on_task
+from edgetune.export.proof.task_metric import METRICS, compare_on_task
+from edgetune.export.proof.task_rows import TaskRows
 from edgetune.metrics.statistics import mean
 from edgetune.report.comparison import _best
 from edgetune.report.forgetting import general_changes, task_changes

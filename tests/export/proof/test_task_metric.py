@@ -29,7 +29,8 @@ from edgetune.data.loaders import load_examples
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.export.bundle import export_bundle
 from edgetune.export.inputs.sources import read_source
-from edgetune.export.proof.task_metric import FREE, TaskPlan, relative_loss, rows_of, task_rows
+from edgetune.export.proof.task_metric import FREE, TaskPlan, relative_loss
+from edgetune.export.proof.task_rows import rows_of, task_rows
 from edgetune.export.proof.torch_model import torch_model
 from edgetune.models.load import load_tokenizer
 from edgetune.models.resolve import resolve_base

@@ -15,8 +15,9 @@ from runtime_helpers import decoder_bundle, peft_adapter
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.bundle.manifest import GraphInfo, read_manifest
 from edgetune.runtime.engine import batch as row_bindings
-from edgetune.runtime.engine.batch import Batch, BatchRow
+from edgetune.runtime.engine.batch import Batch
 from edgetune.runtime.engine.decoder import DecoderEngine
+from edgetune.runtime.engine.interface import BatchRow
 from edgetune.runtime.engine.kv_cache import CacheArena
 from edgetune.runtime.engine.session import BoundTensors
 

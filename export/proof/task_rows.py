@@ -1,0 +1,95 @@
+"""The rows that an adapter is measured on before it ships: its recipe's validation rows, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layout import RECIPE
+from edgetune.core.progress import Say
+from edgetune.data.rows import Rows, hold_out, read_rows, spread
+from edgetune.export.inputs.sources import AdapterSource
+from edgetune.recipe.read import load_run_recipe
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows an adapter is measured on: `rows` of the `found` ones in the file, at equal
+    distances.
+    """
+
+    rows: Rows
+    found: int
+    skip_invalid: bool
+    limit: int
+
+    @property
+    def name(self) -> str:
+        """The file without its folder: the manifest travels."""
+        return Path(self.rows.source).name
+
+
+def task_rows(source: AdapterSource, *, limit: int, data: Path | None = None) -> TaskRows | None:
+    """At most `limit` rows of `data`, else of the run's own validation rows; None where there are
+    none.
+
+    DataError or RecipeError for a file that is not there any more or cannot be read.
+    """
+    if data is not None:
+        return _chosen(read_rows(data), limit, skip_invalid=False)
+    recipe_file = source.folder.parent / RECIPE
+    if not recipe_file.is_file():
+        return None
+    recipe = load_run_recipe(recipe_file)
+    held = recipe.stage[-1].data
+    if held.validation is not None:
+        return _chosen(
+            read_rows(held.validation, held.skip_invalid), limit, skip_invalid=held.skip_invalid
+        )
+    if held.hold_out is not None:
+        _, rows = hold_out(
+            read_rows(held.train, held.skip_invalid), held.hold_out, seed=recipe.seed
+        )
+        return _chosen(rows, limit, skip_invalid=held.skip_invalid)
+    return None
+
+
+def _chosen(rows: Rows, limit: int, *, skip_invalid: bool) -> TaskRows:
+    return TaskRows(
+        replace(rows, rows=spread(rows.rows, limit)), len(rows.rows), skip_invalid, limit
+    )
+
+
+def rows_of(
+    sources: Sequence[AdapterSource],
+    *,
+    limit: int,
+    data: Path | None = None,
+    say: Say = lambda line: None,
+) -> dict[str, TaskRows]:
+    """The rows of each adapter that has any; for the others a line that says why not, where a
+    reason can be told.
+    """
+    found = {}
+    for source in sources if limit else ():
+        if not source.metadata or source.task == "masked-lm":
+            if data is not None:
+                why = (
+                    "what masked-lm trained answers nothing"
+                    if source.metadata
+                    else "an adapter of another tool does not say how it reads rows"
+                )
+                say(f"task {source.name}: not measured: {why}")
+            continue
+        try:
+            rows = task_rows(source, limit=limit, data=data)
+        except EdgetuneError as error:
+            if data is not None:
+                raise
+            say(f"task {source.name}: not measured: {error}")
+            continue
+        if rows is not None:
+            found[source.name] = rows
+    return found
