@@ -8,11 +8,12 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from edgetune.core.errors import BundleError, EdgetuneError
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.tasks import REWARD, TAGGING
 from edgetune.runtime.check.verdict import Speed, summary
+
+if TYPE_CHECKING:
+    from edgetune.runtime.tasks.runtime import Runtime
 
 WARM_UP = 2
 SWAPS = 50
@@ -74,7 +78,7 @@ def measure_here(workload: Workload) -> dict[str, Any]:
     ) as runtime:
         load_ms = (time.perf_counter() - start) * 1e3
         adapter_load_ms = {
-            name: _timed_ms(lambda name=name: runtime.adapter(name)) for name in workload.adapters
+            name: _timed_ms(partial(runtime.adapter, name)) for name in workload.adapters
         }
         names: list[str | None] = list(workload.adapters) or [None]
         runs: dict[str | None, list[dict[str, list[float]]]] = {name: [] for name in names}
@@ -142,7 +146,7 @@ def synthetic_ids(count: int, vocab_size: int, *, avoid: Sequence[int], seed: in
 
 
 def _run(
-    runtime: Any, name: str | None, workload: Workload, *, seed: int
+    runtime: Runtime, name: str | None, workload: Workload, *, seed: int
 ) -> dict[str, list[float]]:
     """One request: TTFT and the time of each further token, or the time of one encoder call or one
     score; ms.
@@ -154,15 +158,17 @@ def _run(
     tensors = runtime.bound(name)
     start = time.perf_counter()
     if not runtime.manifest.is_decoder:
-        ask = runtime.encoder.tokens if runtime.task(name) == TAGGING else runtime.encoder.run
+        encoder = runtime.opened.need_encoder()
+        ask = encoder.tokens if runtime.task(name) == TAGGING else encoder.run
         ask([ids], [tensors], pad_token_id=tokenizer.pad_token_id)
         return {"request_ms": [(time.perf_counter() - start) * 1e3]}
+    decoder = runtime.opened.need_decoder()
     if runtime.task(name) == REWARD:
         from edgetune.runtime.tasks.scoring import read_scores
 
-        read_scores(runtime.decoder, [ids], [tensors])
+        read_scores(decoder, [ids], [tensors])
         return {"request_ms": [(time.perf_counter() - start) * 1e3]}
-    state, logits = runtime.decoder.start([ids], [tensors], capacity=count + workload.new_tokens)
+    state, logits = decoder.start([ids], [tensors], capacity=count + workload.new_tokens)
     token = int(logits[0].argmax())
     times = [time.perf_counter()]
     for _ in range(min(workload.new_tokens - 1, state.limit - count)):
@@ -171,20 +177,15 @@ def _run(
     return {"ttft_ms": [(times[0] - start) * 1e3], "tpot_ms": (np.diff(times) * 1e3).tolist()}
 
 
-def _swaps(runtime: Any, names: Sequence[str | None]) -> list[float]:
+def _swaps(runtime: Runtime, names: Sequence[str | None]) -> list[float]:
     """Times, in ms, to bind another resident adapter's tensors for the next request."""
-    engine = runtime.decoder if runtime.manifest.is_decoder else runtime.encoder
+    opened = runtime.opened
+    engine = opened.need_decoder() if opened.manifest.is_decoder else opened.need_encoder()
     if runtime.manifest.mode == "merged" or not runtime.manifest.sites:
         return []
     bound = [runtime.bound(name) for name in {*names, None}]
-    halves = [half for half in (engine, getattr(engine, "encoder", None)) if half is not None]
-    bindings = [(half, half.session.io_binding()) for half in halves]
-
-    def swap(i: int) -> None:
-        for half, io in bindings:
-            half.bind_adapters(io, half.group([bound[i % len(bound)]]))
-
-    return [_timed_ms(lambda i=i: swap(i)) for i in range(SWAPS)]
+    swap = engine.swapper()
+    return [_timed_ms(partial(swap, bound[i % len(bound)])) for i in range(SWAPS)]
 
 
 def _summaries(row: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _summaries(row: dict[str, Any]) -> dict[str, Any]:
     return {"adapter": row["adapter"], **figures}
 
 
-def _timed_ms(call: Any) -> float:
+def _timed_ms(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3

@@ -6,7 +6,7 @@ ids go in, logits come out; every row of a batch has an adapter of its own, or n
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 from edgetune.core.arrays import Float32, Int64
@@ -43,6 +43,11 @@ class Engine(Protocol):
 
     def bind(self, tensors: Tensors) -> BoundAdapter:
         """Make an adapter ready for this engine, which then uses it for any number of rows."""
+
+    def swapper(self) -> Callable[[AdapterRow], None]:
+        """What puts another adapter in place for the next run, and does nothing else: to time a
+        swap.
+        """
 
     def long_lived(self) -> None:
         """It will answer for some time: memory may be put in better order after a few runs."""

@@ -8,7 +8,7 @@ the start token, whatever the prompt's length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,16 @@ class Seq2SeqEngine(DecoderEngine):
         begin = [[self.start_token_id]] * len(rows)
         return state, state.prefill(begin, index=np.zeros((len(rows), 1), np.int64))[:, 0]
 
+    def swapper(self) -> Callable[[AdapterRow], None]:
+        """What binds another adapter in both graphs; see `Engine`."""
+        halves = [super().swapper(), self.encoder.swapper()]
+
+        def swap(adapter: AdapterRow) -> None:
+            for half in halves:
+                half(adapter)
+
+        return swap
+
     def answer_logits(
         self,
         rows: Sequence[Sequence[int]],
@@ -200,7 +210,13 @@ class Seq2SeqEngine(DecoderEngine):
         logits = state.prefill([[self.start_token_id, *answer] for answer in answers], index=index)
         return state, [logits[i, : len(answer) + 1].copy() for i, answer in enumerate(answers)]
 
-    def logits(self, rows: Any, adapters: Any = None, *, positions: Any = None) -> list[Float32]:
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[AdapterRow] | None = None,
+        *,
+        positions: Sequence[Sequence[int]] | None = None,
+    ) -> list[Float32]:
         """Not of an encoder-decoder: the tokens of a prompt have no logits. See `answer_logits`."""
         raise InputError(
             "an encoder-decoder does not predict its prompt",

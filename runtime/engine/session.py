@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,11 @@ class GraphSession:
         order.
         """
         self._runs_to_settle = SETTLED
+
+    def swapper(self) -> Callable[[AdapterRow], None]:
+        """What binds another adapter for the next run; see `Engine`."""
+        io = self.session.io_binding()
+        return lambda adapter: self.bind_adapters(io, self.group([adapter]))
 
     def group(self, adapters: Sequence[AdapterRow]) -> BoundTensors:
         """One adapter for all rows (group 1), or one a row (group = rows) with ranks padded by
