@@ -16,7 +16,7 @@ Pooling = Literal["mean", "cls"]
 HEAD, SCORE = "classifier", "score"  # as transformers names them in encoders and in decoders
 HEADS = (HEAD, SCORE)
 # an encoder's own pooler: no head reads it, an adapter there would learn nothing
-UNUSED = "pooler"
+UNUSED = ("pooler",)
 
 
 class SequenceClassifier(nn.Module):
