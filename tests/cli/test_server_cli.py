@@ -16,20 +16,14 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import CommandLine
 from runtime_helpers import MISSING, decoder_bundle
 from server_helpers import serve
 
-from edgetune.cli import main
+import edgetune.runtime.server
 from edgetune.cli.serve import load_adapters, read_keys
 from edgetune.cli.top import MetricsReading, Rates, Watch, parse, read_metrics, sparkline
 from edgetune.runtime import Runtime
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_the_command_serves_logs_json_and_ends_well_on_sigterm(
@@ -76,12 +70,12 @@ def test_the_command_serves_logs_json_and_ends_well_on_sigterm(
         headers = {"Authorization": "Bearer secret", "X-Request-ID": "mine-1"}
         assert (
             httpx.post(
-                f"{url[0]}/v1/completions", json=body, headers=headers, timeout=30
+                f"{url[0]}/v1/completions", json=body, headers=headers, timeout=120
             ).status_code
             == 200
         )
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
     lines = [json.loads(line) for line in err.splitlines()]
@@ -97,32 +91,32 @@ def test_the_command_serves_logs_json_and_ends_well_on_sigterm(
     assert process.returncode == 0
 
 
-def test_a_place_that_is_taken_is_one_line(
-    capsys: pytest.CaptureFixture[str], tiny_decoder: Path
-) -> None:
+def test_a_place_that_is_taken_is_one_line(command_line: CommandLine, tiny_decoder: Path) -> None:
     with serve(decoder_bundle(tiny_decoder)) as running:
         port = running.url.rpartition(":")[2]
-        code, _, err = run(capsys, "serve", decoder_bundle(tiny_decoder), "--port", port)
+        code, _, err = command_line("serve", decoder_bundle(tiny_decoder), "--port", port)
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"127.0.0.1:{port}: cannot listen" in err
 
 
 def test_an_adapter_with_the_bases_name_is_one_line(
-    capsys: pytest.CaptureFixture[str], tiny_decoder: Path
+    command_line: CommandLine, tiny_decoder: Path
 ) -> None:
-    code, _, err = run(
-        capsys, "serve", decoder_bundle(tiny_decoder), "--port", 0, "--model-name", "a"
+    code, _, err = command_line(
+        "serve", decoder_bundle(tiny_decoder), "--port", 0, "--model-name", "a"
     )
     assert (code, "an adapter has the base model's name 'a'" in err) == (2, True)
 
 
 def test_without_the_extra_the_way_to_it_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_decoder: Path
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tiny_decoder: Path
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("edgetune.runtime.server")]:
         monkeypatch.delitem(sys.modules, name)
+    # importing it again sets this too: the other tests need it to be the module they have
+    monkeypatch.setattr(edgetune.runtime, "server", edgetune.runtime.server)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    code, _, err = run(capsys, "serve", decoder_bundle(tiny_decoder))
+    code, _, err = command_line("serve", decoder_bundle(tiny_decoder))
     assert code == 2
     assert err.strip().endswith("pip install 'edgetune[serve]'")
 
@@ -148,9 +142,9 @@ def test_what_is_pinned_stays_while_others_make_room(tiny_decoder: Path) -> None
 
 
 def test_a_pin_on_what_is_not_there_is_one_line(
-    capsys: pytest.CaptureFixture[str], tiny_decoder: Path
+    command_line: CommandLine, tiny_decoder: Path
 ) -> None:
-    code, _, err = run(capsys, "serve", decoder_bundle(tiny_decoder), "--port", 0, "--pin", "c")
+    code, _, err = command_line("serve", decoder_bundle(tiny_decoder), "--port", 0, "--pin", "c")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "unknown adapter 'c'" in err and "a, b" in err
 
@@ -166,9 +160,9 @@ def test_a_pin_on_what_is_not_there_is_one_line(
     ],
 )
 def test_wrong_usage_exits_2(
-    arguments: tuple[str, str], capsys: pytest.CaptureFixture[str], tiny_decoder: Path
+    arguments: tuple[str, str], command_line: CommandLine, tiny_decoder: Path
 ) -> None:
-    assert run(capsys, "serve", decoder_bundle(tiny_decoder), *arguments)[0] == 2
+    assert command_line("serve", decoder_bundle(tiny_decoder), *arguments)[0] == 2
 
 
 def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
@@ -177,12 +171,10 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
     assert read_keys(None, "") == ()
 
 
-def test_top_shows_what_a_server_does(
-    capsys: pytest.CaptureFixture[str], tiny_decoder: Path
-) -> None:
+def test_top_shows_what_a_server_does(command_line: CommandLine, tiny_decoder: Path) -> None:
     with serve(decoder_bundle(tiny_decoder)) as running:
         running.post("/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 3})
-        code, out, _ = run(capsys, "top", running.url, "--once")
+        code, out, _ = command_line("top", running.url, "--once")
         watch, first = Watch(running.url), read_metrics(running.url, 0.0)
         watch.page(first)
         running.post(
@@ -200,9 +192,9 @@ def test_top_shows_what_a_server_does(
     ("url", "message"), [("http://127.0.0.1:9", "no answer"), ("nonsense://x", "no answer")]
 )
 def test_top_without_a_server_is_one_line(
-    url: str, message: str, capsys: pytest.CaptureFixture[str]
+    url: str, message: str, command_line: CommandLine
 ) -> None:
-    code, _, err = run(capsys, "top", url, "--once")
+    code, _, err = command_line("top", url, "--once")
     assert (code, len(err.splitlines())) == (2, 1)
     assert message in err
 

@@ -189,4 +189,8 @@ def test_the_command_takes_every_option(tiny_decoder: Path, intents: Path, tmp_p
     ]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert json.loads((tmp_path / "out.json").read_text())["metrics"]["accuracy"] >= 0
+    asked = answers(tiny_decoder, intents, choose=True, shots=1, train=intents, plain=True)
+    found = asked.classify([row["text"] for row in intent_rows()])
+    right = [label == row["label"] for label, row in zip(found, intent_rows(), strict=True)]
+    written = json.loads((tmp_path / "out.json").read_text())["metrics"]
+    assert written["accuracy"] == pytest.approx(sum(right) / len(right))

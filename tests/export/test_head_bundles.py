@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from conftest import CommandLine
 from export_helpers import plain_session
 from head_helpers import HEADS, PARTS, ROOMS_TAGS, adapters, bundle, merged
 from peft import LoraConfig, get_peft_model
@@ -20,7 +21,6 @@ from training_helpers import write_rows
 from transformers import AutoTokenizer, BertForTokenClassification
 
 from edgetune.adapters.runs import load_adapted_model
-from edgetune.cli import main
 from edgetune.core.errors import AdapterError, DataError, InputError
 from edgetune.core.text import split_words
 from edgetune.evaluation.evaluate import evaluate
@@ -40,14 +40,6 @@ WORDS = [
     ["The", "quick", "brown", "fox", "\u200b", "jumps", "over", "the", "lazy", "dog", "."],
 ]
 TEXT = "My card hasn't arrived: what should I do?"
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and error output of the command line."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +207,7 @@ def test_embeddings_come_from_the_same_file(tiny_encoder: Path, runtime: Runtime
 
 
 def test_predict_answers_tokens_texts_and_every_kind_of_adapter(
-    tiny_encoder: Path, tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+    tiny_encoder: Path, tmp_path: Path, runtime: Runtime, command_line: CommandLine
 ) -> None:
     rows = [
         {"id": 1, "tokens": WORDS[0], "adapter": "rooms"},
@@ -226,7 +218,7 @@ def test_predict_answers_tokens_texts_and_every_kind_of_adapter(
         {"id": 6, "text": TEXT},
     ]
     source, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    assert call(capsys, "predict", bundle(tiny_encoder), "--input", source, "--output", out)[0] == 0
+    assert command_line("predict", bundle(tiny_encoder), "--input", source, "--output", out)[0] == 0
     answered = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in answered] == [1, 2, 3, 4, 5, 6]
     assert (
@@ -260,12 +252,11 @@ def test_predict_refuses_rows_without_words(
     tmp_path: Path,
     row: dict[str, Any],
     message: str,
-    capsys: pytest.CaptureFixture[str],
+    command_line: CommandLine,
 ) -> None:
     source = write_rows(tmp_path / "in.jsonl", [row])
     out = tmp_path / "out.jsonl"
-    code, _, error = call(
-        capsys,
+    code, _, error = command_line(
         "predict",
         bundle(tiny_encoder),
         "--adapter",
@@ -280,9 +271,9 @@ def test_predict_refuses_rows_without_words(
 
 @pytest.mark.parametrize("name", ["rooms", "topics", "warmth"])
 def test_predict_shows_an_answer_to_one_text(
-    tiny_encoder: Path, name: str, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+    tiny_encoder: Path, name: str, runtime: Runtime, command_line: CommandLine
 ) -> None:
-    code, out, _ = call(capsys, "predict", bundle(tiny_encoder), "--adapter", name, TEXT)
+    code, out, _ = command_line("predict", bundle(tiny_encoder), "--adapter", name, TEXT)
     assert code == 0
     if name == "rooms":
         tagged = runtime.tag([TEXT], name)[0].words
@@ -291,11 +282,8 @@ def test_predict_shows_an_answer_to_one_text(
         ]
     elif name == "topics":
         found = runtime.classify([TEXT], name)[0]
-        assert (
-            out.splitlines()
-            == [f"{label}\t{found.scores[label]:.4f}" for label in found.labels or ()]
-            or out == "(no label)\n"
-        )
+        labels = [f"{label}\t{found.scores[label]:.4f}" for label in found.labels or ()]
+        assert out.splitlines() == (labels or ["(no label)"])
     else:
         assert float(out) == pytest.approx(runtime.classify([TEXT], name)[0].value, rel=1e-5)
 
@@ -414,7 +402,8 @@ def test_a_bundle_of_before_takes_a_tagger(tiny_encoder: Path) -> None:
         assert [row.tags for row in opened.tag(WORDS, "rooms")] == TorchAnswers.open(
             adapters(tiny_encoder)["rooms"]
         ).tag(WORDS)
-        assert opened.classify([TEXT], "intent")[0].label in ("lights", "card", "other")
+        with Runtime.open(encoder_bundle(tiny_encoder), threads=1) as alone:
+            assert opened.classify([TEXT], "intent") == alone.classify([TEXT], "intent")
 
 
 def test_an_adapter_that_peft_made_for_transformers_own_tagger_loads(

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CommandLine
 from export_helpers import decoder_feed, export, make_adapter, plain_session
 from preference_helpers import QUESTIONS, adapted, pair_recipe, pair_rows
 from server_helpers import Running, serve
 from training_helpers import silent, write_rows
 
 from edgetune.adapters.folder import AdapterMetadata, save_adapter
-from edgetune.cli import main
 from edgetune.core.errors import AdapterError, InputError
 from edgetune.data.prompts import PromptFormat
 from edgetune.evaluation.evaluate import evaluate
@@ -283,16 +283,8 @@ def test_eval_of_a_bundle_is_that_of_the_run(tiny_decoder: Path, tmp_path: Path)
         )
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and error output of the command line."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
-
-
 def test_predict_scores_rows_and_generates_others(
-    tiny_decoder: Path, tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+    tiny_decoder: Path, tmp_path: Path, runtime: Runtime, command_line: CommandLine
 ) -> None:
     turns = [
         {"role": "user", "content": QUESTIONS[0]},
@@ -306,8 +298,7 @@ def test_predict_scores_rows_and_generates_others(
     ]
     source, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     assert (
-        call(
-            capsys,
+        command_line(
             "predict",
             bundle(tiny_decoder),
             "--input",
@@ -327,11 +318,10 @@ def test_predict_scores_rows_and_generates_others(
     )
     assert set(answered[1]) - set(rows[1]) == {"completion", "finish_reason"}
     assert answered[3]["score"] == pytest.approx(runtime.score(["Yes."], "plain")[0], abs=1e-5)
-    code, shown, _ = call(capsys, "predict", bundle(tiny_decoder), "--adapter", "plain", "Yes.")
+    code, shown, _ = command_line("predict", bundle(tiny_decoder), "--adapter", "plain", "Yes.")
     assert code == 0 and float(shown) == pytest.approx(answered[3]["score"], rel=1e-4)
     write_rows(source, [{"prompt": "x"}])
-    code, _, error = call(
-        capsys,
+    code, _, error = command_line(
         "predict",
         bundle(tiny_decoder),
         "--adapter",

@@ -13,7 +13,7 @@ from training_helpers import intent_recipe, intent_rows, silent, write_rows
 
 from edgetune.cli.export import command
 from edgetune.core.errors import ExportError
-from edgetune.export.candidates import candidates, estimated_bytes, kinds
+from edgetune.export.candidates import Candidate, candidates, estimated_bytes, kinds
 from edgetune.export.inputs.sources import read_source
 from edgetune.export.proof.task_metric import TaskPlan
 from edgetune.export.proof.torch_model import torch_model
@@ -73,13 +73,13 @@ def test_the_first_precision_that_holds_is_an_ordinary_bundle_in_its_place(out: 
         searched["tried"][-1]["loss"] <= 0.6
         and searched["tried"][-1]["mb"] < searched["tried"][0]["mb"]
     )
-    assert manifest.precision.weights in ("int4", "int8")
     with Runtime.open(out, threads=1) as runtime:
-        assert runtime.classify(["play a song in the hall"], "topics")[0].label in (
-            "lights",
-            "heat",
-            "music",
+        texts = [row["text"] for row in intent_rows()]
+        right = sum(
+            found.label == row["label"]
+            for found, row in zip(runtime.classify(texts, "topics"), intent_rows(), strict=True)
         )
+        assert right > len(texts) / 2
 
 
 def test_the_table_and_the_page_show_what_was_tried(out: Path) -> None:
@@ -225,11 +225,22 @@ def test_four_bits_are_rounded_more_carefully_where_they_lie_on_no_grid(tiny_dec
     assert {one.precision.block_size for one in merged if one.careful} >= {64, 32, 16}
 
 
+def pair(found: list[Candidate]) -> list[Candidate]:
+    """A size rounded to nearest, and the same more carefully."""
+    at = next(at for at, one in enumerate(found) if one.careful)
+    assert found[at - 1].precision.block_size == found[at].precision.block_size
+    return found[at - 1 : at + 1]
+
+
 def test_a_size_is_tried_again_only_where_the_bound_is_near(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgetune.export import search
 
+    every = search._candidates
+    monkeypatch.setattr(
+        search, "_candidates", lambda *given, **options: pair(every(*given, **options))
+    )
     monkeypatch.setattr("edgetune.export.proof.task_metric.relative_loss", lambda *_, **__: 0.02)
     monkeypatch.setattr(search, "WITHIN_REACH", 3)
     said: list[str] = []

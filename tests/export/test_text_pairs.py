@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CommandLine
 from export_helpers import export, make_adapter, plain_session
 from server_helpers import Running, serve
 from training_helpers import silent, write_rows
 from transformers import BertForSequenceClassification
 
-from edgetune.cli import main
 from edgetune.core.errors import AdapterError, DataError, InputError, RecipeError
 from edgetune.core.text import PairIds, lengths_within
 from edgetune.data.batching import collate
@@ -311,16 +311,8 @@ def test_eval_of_pairs_is_that_of_the_run(tiny_encoder: Path, tmp_path: Path) ->
         evaluate(bundle(tiny_encoder), data, adapter="similar")
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and error output of the command line."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
-
-
 def test_predict_reads_two_columns(
-    tiny_encoder: Path, tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+    tiny_encoder: Path, tmp_path: Path, runtime: Runtime, command_line: CommandLine
 ) -> None:
     (first, second), out = PAIRS[0], tmp_path / "out.jsonl"
     rows = [
@@ -329,7 +321,7 @@ def test_predict_reads_two_columns(
         {"text": first, "adapter": "single"},
     ]
     source = write_rows(tmp_path / "in.jsonl", rows)
-    assert call(capsys, "predict", bundle(tiny_encoder), "--input", source, "--output", out)[0] == 0
+    assert command_line("predict", bundle(tiny_encoder), "--input", source, "--output", out)[0] == 0
     answered = [json.loads(line) for line in out.read_text().splitlines()]
     assert answered[0]["value"] == pytest.approx(
         runtime.classify([PAIRS[0]], "similar")[0].value, abs=1e-5
@@ -337,11 +329,10 @@ def test_predict_reads_two_columns(
     assert answered[1]["label"] == runtime.classify([PAIRS[0]], "same")[0].label and set(
         answered[2]
     ) - set(rows[2]) == {"label", "score"}
-    code, _, error = call(capsys, "predict", bundle(tiny_encoder), "--adapter", "same", "one text")
+    code, _, error = command_line("predict", bundle(tiny_encoder), "--adapter", "same", "one text")
     assert code == 2 and "reads two texts" in error and error.count("\n") == 1
     write_rows(source, [{"text": first}])
-    code, _, error = call(
-        capsys,
+    code, _, error = command_line(
         "predict",
         bundle(tiny_encoder),
         "--adapter",

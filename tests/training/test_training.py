@@ -282,10 +282,21 @@ def test_steps_follow_from_epochs_and_their_limit(tiny_decoder: Path, tmp_path: 
     assert total_steps(replace(stage, epochs=0.01), 20) == 1
 
 
-def test_a_named_precision_is_taken_and_auto_chooses_one() -> None:
+def test_a_named_precision_is_taken() -> None:
     assert choose_precision("fp32", hidden=64) == "fp32"
     assert choose_precision("bf16", hidden=64) == "bf16"
-    assert choose_precision("auto", hidden=256) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "speedup", "chosen"),
+    [(True, 10.0, "bf16"), (True, 1.0, "fp32"), (False, 10.0, "fp32")],
+)
+def test_auto_takes_bf16_where_it_was_measured_faster(
+    has_bf16: bool, speedup: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetune.models.torch_device.has_bf16", lambda _: has_bf16)
+    monkeypatch.setattr("edgetune.models.torch_device._bf16_speedup", lambda *_: speedup)
+    assert choose_precision("auto", hidden=256) == chosen
 
 
 def test_measuring_does_not_move_the_seed() -> None:

@@ -19,7 +19,7 @@ from edgetune.models.base import Base
 from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
 
-SIX = {"num_hidden_layers": 6, "n_layer": 6, "n_layers": 6}
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")  # whatever a family calls it
 KINDS = {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
     "no_rope_layers": [1, 1, 0] * 2,
@@ -27,18 +27,24 @@ KINDS = {
 COPIES = {
     "bert",
     "camembert",
+    "electra",
     "gemma",
+    "gemma2",
     "mistral",
     "qwen2",
+    "qwen3",
+    "roberta",
     "xlm-roberta",
-}  # of another family's code
+}  # their layers are another family's, but for what the layers of gemma3 and smollm3 have too
 
 
-def six_layers(name: str, request: Any, folder: Path, **more: Any) -> Base:
-    """A family with six layers, of two kinds in turns where it knows kinds."""
+def deep(name: str, request: Any, folder: Path, *, layers: int = 4, **more: Any) -> Base:
+    """A family with so many layers, or with six of two kinds in turns where it knows kinds."""
     like = request.getfixturevalue("tiny_decoder" if name in DECODERS else "tiny_encoder")
     table: dict[str, dict[str, Any]] = DECODERS if name in DECODERS else ENCODERS
-    changed = {key: value for key, value in {**SIX, **KINDS}.items() if key in table[name]} | more
+    kinds = {key: value for key, value in KINDS.items() if key in table[name]}
+    depth = {key: 6 if kinds else layers for key in DEPTHS if key in table[name]}
+    changed = kinds | depth | more
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(table, name, table[name] | changed)
         return resolve_base(str(make_family(name, like, folder / "base")))
@@ -94,7 +100,7 @@ def whole(base: Base, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_copied_layers_give_the_graph_of_a_whole_trace(
     name: str, request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = six_layers(name, request, tmp_path)
+    base = deep(name, request, tmp_path)
     assert graph_of(base) == whole(base, monkeypatch)
 
 
@@ -103,7 +109,7 @@ def test_most_layers_are_not_traced(
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    base, calls, forward = six_layers("llama", request, tmp_path), [], LlamaMLP.forward
+    base, calls, forward = deep("llama", request, tmp_path, layers=6), [], LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
     graph_of(base)
     assert len(calls) == 2
@@ -122,19 +128,19 @@ def test_layers_that_look_at_their_own_number_are_traced_one_by_one(
             forward(self, hidden, *args, **options) * (1 + self.self_attn.layer_idx)
         ),
     )
-    base = six_layers("llama", request, tmp_path)
+    base = deep("llama", request, tmp_path, layers=3)
     found = graph_of(base)
     assert found == whole(base, monkeypatch)
-    assert sum(line.startswith("GroupQueryAttention") for line in found) == 6
+    assert sum(line.startswith("GroupQueryAttention") for line in found) == 3
 
 
 def test_layers_with_attributes_of_their_own_are_not_alike(
     request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = six_layers("gpt2", request, tmp_path, scale_attn_by_inverse_layer_idx=True)
+    base = deep("gpt2", request, tmp_path, layers=3, scale_attn_by_inverse_layer_idx=True)
     found = graph_of(base)
     assert found == whole(base, monkeypatch)
     assert (
         len({line.split("'scale'")[1] for line in found if line.startswith("GroupQueryAttention")})
-        == 6
+        == 3
     )

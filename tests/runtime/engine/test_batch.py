@@ -25,12 +25,6 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def decoder(tiny_decoder: Path) -> DecoderEngine:
-    folder = decoder_bundle(tiny_decoder)
-    return DecoderEngine(folder, read_manifest(folder), threads=1)
-
-
-@pytest.fixture(scope="module")
 def adapters(
     tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str | None, BoundTensors | None]:

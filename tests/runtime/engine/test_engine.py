@@ -26,18 +26,6 @@ TOLERANCE = 2e-3
 
 
 @pytest.fixture(scope="module")
-def decoder(tiny_decoder: Path) -> DecoderEngine:
-    folder = decoder_bundle(tiny_decoder)
-    return DecoderEngine(folder, read_manifest(folder), threads=2)
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_encoder: Path) -> EncoderEngine:
-    folder = encoder_bundle(tiny_encoder)
-    return EncoderEngine(folder, read_manifest(folder), threads=2)
-
-
-@pytest.fixture(scope="module")
 def adapters(tiny_decoder: Path) -> dict[str | None, BoundTensors | None]:
     folder = decoder_bundle(tiny_decoder)
     packed = {

@@ -46,7 +46,7 @@ def answers(
         for ids, adapter in cases:
             settings = runtime.settings(adapter, max_new_tokens=40)
             scheduler.submit(GenerationRequest(ids, adapter, settings), done.put)
-            while not isinstance(event := done.get(timeout=60), FinishedEvent):
+            while not isinstance(event := done.get(timeout=120), FinishedEvent):
                 pass
             found.append(event.completion)
         return found, scheduler.stats()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ SCHEMA = {
     "required": ["intent", "level"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def runtime(tiny_decoder: Path) -> Iterator[Runtime]:
-    with Runtime.open(decoder_bundle(tiny_decoder), threads=1) as opened:
-        yield opened
 
 
 def answers(runtime: Runtime, **settings: Any) -> list[Any]:

@@ -97,7 +97,7 @@ def test_a_row_that_is_called_off_leaves_the_others_alone(runtime: Runtime) -> N
             request(runtime, ids, "a", max_new_tokens=2000, logit_bias=((1, -100.0),)), first
         )
         scheduler.submit(request(runtime, ids, "b", max_new_tokens=20), second)
-        first.events.get(timeout=60)
+        first.events.get(timeout=120)
         ticket.cancel()
         assert first.done().finish_reason == "cancelled"
         assert list(second.done().token_ids) == alone(runtime, ids, "b", 20)

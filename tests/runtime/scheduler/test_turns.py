@@ -4,23 +4,13 @@ overtakes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-from runtime_helpers import decoder_bundle
 
 from edgetune.runtime import Runtime
 from edgetune.runtime.scheduler.requests import Event, FinishedEvent, GenerationRequest
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
 CHUNK = 32
-
-
-@pytest.fixture(scope="module")
-def runtime(tiny_decoder: Path) -> Iterator[Runtime]:
-    with Runtime.open(decoder_bundle(tiny_decoder), threads=1) as opened:
-        yield opened
 
 
 def submitted(scheduler: Scheduler, lengths: list[int], events: list[list[Event]]) -> None:

@@ -7,14 +7,13 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from runtime_helpers import decoder_bundle
-from server_helpers import Running, in_background, serve
+from server_helpers import Running, in_background
 
 from edgetune.runtime import Runtime
 from edgetune.runtime.scheduler.scheduler import Scheduler
@@ -22,12 +21,6 @@ from edgetune.runtime.server.endpoints.models import model_cards
 from edgetune.runtime.server.http.service import ServerOptions, Service
 
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def server(tiny_decoder: Path) -> Iterator[Running]:
-    with serve(decoder_bundle(tiny_decoder)) as running:
-        yield running
 
 
 def test_models_lists_the_base_and_its_adapters_with_their_parent(server: Running) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,10 @@ LIGHTS = {
 HELLO: list[Any] = [{"role": "user", "content": "on"}]
 
 
-@pytest.fixture(scope="module")
-def server(tiny_decoder: Path) -> Iterator[Running]:
-    with serve(decoder_bundle(tiny_decoder)) as running:
-        running.runtime.tokenizer.chat_template = TEMPLATE
-        yield running
+@pytest.fixture(scope="module", autouse=True)
+def template(server: Running) -> None:
+    """One that has a place for tools."""
+    server.runtime.tokenizer.chat_template = TEMPLATE
 
 
 def asked(server: Running, **more: Any) -> Any:
