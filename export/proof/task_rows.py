@@ -1,4 +1,6 @@
-"""The rows that an adapter is measured on before it ships: its recipe's validation rows, or a file."""
+"""The rows that an adapter is measured on before it ships: its recipe's validation rows, or a
+file.
+"""
 
 from __future__ import annotations
 

@@ -128,7 +128,9 @@ class HeadInfo:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Tokenizer files and the ids that generation needs."""
+    """Tokenizer files and the ids that generation needs. `tool_template`: the chat template of
+    conversations with tools, where it is another one.
+    """
 
     file: str
     chat_template: str | None
@@ -136,6 +138,7 @@ class TokenizerInfo:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     model_max_length: int | None = None
+    tool_template: str | None = field(default=None, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         graph.encoder,
         tokenizer.file,
         tokenizer.chat_template,
+        tokenizer.tool_template,
         *manifest.files,
     ]
     for entry in manifest.adapters:

@@ -37,16 +37,17 @@ class BundleTokenizer:
         """None where the tokenizer has none"""
         self.pad_token_id = info.pad_token_id if info.pad_token_id is not None else 0
         self.special_tokens = {name: _content(token) for name, token in info.special_tokens.items()}
-        self.chat_template = None
-        if info.chat_template is not None:
-            self.chat_template = (root / info.chat_template).read_text(encoding="utf-8")
+        self.chat_template = _read(root, info.chat_template)
+        self.tool_template = _read(root, info.tool_template) or self.chat_template
+        """the one for conversations with tools, as transformers chooses it"""
+        self._vocabulary = manifest.graph.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens (BOS, [CLS] … [SEP]) as the tokenizer's
         post-processor adds them.
         """
         ids: list[int] = self._encoding(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return self._known(ids)
 
     def encode_within(self, text: str, *, max_tokens: int) -> list[int]:
         """Ids of a text, cut to `max_tokens` with its special tokens kept, as transformers'
@@ -74,7 +75,7 @@ class BundleTokenizer:
             first.truncate(kept[0])
             second.truncate(kept[1])
         whole = self.tokenizer.post_process(first, second)
-        return typed(whole.ids, whole.type_ids)
+        return typed(self._known(whole.ids), whole.type_ids)
 
     def encode_with_offsets(
         self, text: str, *, max_tokens: int | None
@@ -86,7 +87,21 @@ class BundleTokenizer:
         if max_tokens is not None:
             encoding.truncate(max(max_tokens - self.tokenizer.num_special_tokens_to_add(False), 0))
         whole = self.tokenizer.post_process(encoding)
-        return whole.ids, whole.offsets
+        return self._known(whole.ids), whole.offsets
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """InputError for a token that the model has no embedding of: a batch of many callers would
+        fail at it.
+        """
+        if ids and max(ids) >= self._vocabulary:
+            token = self.tokenizer.id_to_token(max(ids))
+            raise InputError(
+                "the text has a token that the model does not know",
+                expected=f"token ids below {self._vocabulary}",
+                got=f"{token!r}, id {max(ids)}",
+                fix="Leave it out, or export the bundle again with a base that knows it.",
+            )
+        return ids
 
     def _encoding(self, text: str, *, add_special_tokens: bool) -> Any:
         try:
@@ -127,12 +142,13 @@ class BundleTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """A conversation as the bundle's chat template writes it."""
-        if self.chat_template is None:
+        template = self.chat_template if tools is None else self.tool_template
+        if template is None:
             raise InputError(
                 "this bundle has no chat template", fix="Give a plain prompt instead of messages."
             )
         return chat_text(
-            self.chat_template,
+            template,
             messages,
             special_tokens=self.special_tokens,
             add_generation_prompt=add_generation_prompt,
@@ -195,6 +211,10 @@ class Detokenizer:
     def _pending(self) -> str:
         known = self._tokenizer.decode(self._ids[self._prefix : self._read])
         return self._tokenizer.decode(self._ids[self._prefix :])[len(known) :]
+
+
+def _read(root: Path, name: str | None) -> str | None:
+    return None if name is None else (root / name).read_text(encoding="utf-8")
 
 
 def _content(token: Any) -> Any:

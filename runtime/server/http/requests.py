@@ -62,7 +62,7 @@ def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Pla
         raise bad_request(message, param="max_tokens", code="invalid_value")
     adapter = service.adapter_of(body["model"])
     _check_text(service, adapter)
-    tools = chosen_tools(body, service.runtime.tokenizer.chat_template)
+    tools = chosen_tools(body, service.runtime.tokenizer.tool_template)
     messages = [plain_message(message) for message in body["messages"]]
     grammar = call_grammar(tools, body.get("tool_choice"))
     if grammar is not None:
