@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import BaseModelError
 from edgetune.models.base import Base
+from edgetune.models.text_tokenizer import reads_text
 
 if TYPE_CHECKING:
     import torch
@@ -110,8 +111,10 @@ def model_config(base: Base) -> Any:
 
 
 def load_tokenizer(base: Base) -> Any:
-    """The tokenizer that training reads with and that ships (a PreTrainedTokenizerFast)."""
-    return plain_tokenizer(base)
+    """The tokenizer that training reads with and that ships (a PreTrainedTokenizerFast); in a plain
+    `str` control tokens are characters (`text_tokenizer`).
+    """
+    return reads_text(plain_tokenizer(base))
 
 
 def plain_tokenizer(base: Base) -> Any:

@@ -4,10 +4,18 @@ character.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgetune.core.control_tokens import (
+    ControlTokens,
+    Rendered,
+    special_names,
+    without_marks,
+)
 from edgetune.core.errors import BundleError, InputError
 from edgetune.core.templates import Message, chat_messages, chat_text
 from edgetune.core.text import Text, lengths_within, typed
@@ -40,6 +48,7 @@ class BundleTokenizer:
         self.chat_template = _read(root, info.chat_template)
         self.tool_template = _read(root, info.tool_template) or self.chat_template
         """the one for conversations with tools, as transformers chooses it"""
+        self._control: ControlTokens | None = ControlTokens(special_names(self.tokenizer))
         self._vocabulary = manifest.graph.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -104,12 +113,33 @@ class BundleTokenizer:
         return ids
 
     def _encoding(self, text: str, *, add_special_tokens: bool) -> Any:
+        tokenizer, control = self.tokenizer, self._control
         try:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            if control is not None and control.in_text(text):
+                tokenizer, text = self._apart, control.written_apart(text)
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
             raise InputError(
                 "the text is not valid Unicode", expected="UTF-8 text", got=repr(text)[:60]
             ) from error
+
+    @functools.cached_property
+    def _apart(self) -> Any:
+        """The tokenizer with its control tokens under other names."""
+        from tokenizers import Tokenizer
+
+        control = self._control or ControlTokens(())
+        return Tokenizer.from_str(control.renamed(self.tokenizer.to_str()))
+
+    def reading(self, prompt_format: Mapping[str, Any] | None) -> BundleTokenizer:
+        """The tokenizer for an adapter's requests: control tokens that text spells are characters,
+        unless it was trained otherwise (`data.control_tokens = "tokens"`).
+        """
+        if (prompt_format or {}).get("control_tokens") != "tokens":
+            return self
+        other = copy.copy(self)
+        other._control = None
+        return other
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -140,20 +170,24 @@ class BundleTokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> str:
-        """A conversation as the bundle's chat template writes it."""
+    ) -> Rendered:
+        """A conversation as the bundle's chat template writes it; control tokens that a message
+        spells are none.
+        """
         template = self.chat_template if tools is None else self.tool_template
         if template is None:
             raise InputError(
                 "this bundle has no chat template", fix="Give a plain prompt instead of messages."
             )
-        return chat_text(
+        control = self._control
+        made = chat_text(
             template,
-            messages,
+            messages if control is None else control.marked(list(messages)),
             special_tokens=self.special_tokens,
             add_generation_prompt=add_generation_prompt,
-            tools=tools,
+            tools=tools if control is None or tools is None else control.marked(list(tools)),
         )
+        return without_marks(made)
 
     def encode_prompt(self, prompt: str, prompt_format: dict[str, Any] | None = None) -> list[int]:
         """Ids of a finished prompt: as a user turn of the chat template, or plain; as the adapter
