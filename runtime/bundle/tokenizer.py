@@ -228,7 +228,7 @@ class Detokenizer:
         pending = self._pending()
         certain = pending.rstrip(REPLACEMENT)
         piece = certain[len(self._sent) :]
-        if certain == pending:
+        if certain == pending and pending:  # after nothing but skipped tokens the window stays
             self._prefix, self._read, self._sent = self._read, len(self._ids), ""
         else:
             self._sent = certain if len(certain) > len(self._sent) else self._sent

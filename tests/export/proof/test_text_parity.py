@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from edgetune.export.proof.text_parity import check_vocabulary, prove_text
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
 from edgetune.models.text_tokenizer import reading
-from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.bundle.tokenizer import BundleTokenizer
+from edgetune.runtime.bundle.manifest import Manifest, TokenizerInfo
+from edgetune.runtime.bundle.tokenizer import BundleTokenizer, Detokenizer
 
 CONFIG = "tokenizer_config.json"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -166,7 +167,13 @@ MAKERS = {
 
 def shipped(base: Base, folder: Path) -> Manifest:
     folder.mkdir()
-    return decoder_manifest(tokenizer=write_tokenizer(base, load_tokenizer(base), folder))
+    tokenizer = load_tokenizer(base)
+    return manifest_of(write_tokenizer(base, tokenizer, folder), vocabulary=len(tokenizer))
+
+
+def manifest_of(tokenizer: TokenizerInfo, *, vocabulary: int) -> Manifest:
+    manifest = decoder_manifest(tokenizer=tokenizer)
+    return replace(manifest, graph=replace(manifest.graph, vocab_size=vocabulary))
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -184,7 +191,7 @@ def test_a_bundle_with_the_bases_own_file_is_refused(kind: str, tmp_path: Path) 
     base, out = MAKERS[kind](tmp_path / "base"), tmp_path / "out"
     manifest = shipped(base, out)
     (out / "tokenizer.json").write_bytes((base.folder / "tokenizer.json").read_bytes())
-    with pytest.raises(ProofError, match="otherwise than transformers|other text") as caught:
+    with pytest.raises(ProofError, match=r"otherwise than transformers|other text") as caught:
         prove_text(out, manifest, base, [])
     assert caught.value.expected != caught.value.got
 
@@ -224,6 +231,15 @@ def test_a_users_turn_cannot_end_itself(kind: str, tmp_path: Path) -> None:
     assert turns[0]["content"] in text
 
 
+def test_text_after_a_skipped_token_streams_as_it_is_decoded(tmp_path: Path) -> None:
+    base = llama_2(tmp_path / "base")
+    device = BundleTokenizer(tmp_path / "out", shipped(base, tmp_path / "out"))
+    ids = [*device.encode("the lights"), *device.encode("on the card")]
+    stream = Detokenizer(device)
+    pieces = [stream.add(token) for token in ids]
+    assert "".join(pieces) + stream.flush() == device.decode(ids) == "the lights on the card"
+
+
 def test_a_templates_own_control_tokens_count_and_its_columns_do_not(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(bpe(tmp_path / "base"))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -259,7 +275,7 @@ def test_a_token_without_embedding_is_an_error_of_its_text_alone(tmp_path: Path)
     larger.add_tokens(["<think>"])
     (tmp_path / "out").mkdir()
     info = write_tokenizer(base, larger, tmp_path / "out")
-    device = BundleTokenizer(tmp_path / "out", decoder_manifest(tokenizer=info, vocab_size=size))
+    device = BundleTokenizer(tmp_path / "out", manifest_of(info, vocabulary=size))
     with pytest.raises(InputError, match="a token that the model does not know") as caught:
         device.encode("hello <think>")
     assert "<think>" in str(caught.value)
