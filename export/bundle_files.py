@@ -69,7 +69,16 @@ def write_tokenizer(base: Base, tokenizer: Any, folder: Path) -> TokenizerInfo:
         ),
         pad_token_id=tokenizer.pad_token_id,
         model_max_length=base.max_length,
+        clean_up=base.kind != "encoder" and _cleans_up(tokenizer),
         tool_template=TOOL_TEMPLATE if TOOL_TEMPLATE in named else None,
+    )
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    """Whether transformers takes spaces out of decoded text: never of BPE unless told twice."""
+    return bool(tokenizer.clean_up_tokenization_spaces) and (
+        type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
+        or tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
     )
 
 

@@ -129,7 +129,8 @@ class HeadInfo:
 @dataclass(frozen=True)
 class TokenizerInfo:
     """Tokenizer files and the ids that generation needs. `tool_template`: the chat template of
-    conversations with tools, where it is another one.
+    conversations with tools, where it is another one. `clean_up`: decoded text loses spaces before
+    punctuation and in contractions.
     """
 
     file: str
@@ -138,6 +139,7 @@ class TokenizerInfo:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     model_max_length: int | None = None
+    clean_up: bool = field(default=False, metadata=about(written_where_set=True))
     tool_template: str | None = field(default=None, metadata=about(written_where_set=True))
 
 

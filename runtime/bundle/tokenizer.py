@@ -21,6 +21,19 @@ from edgetune.core.templates import Message, chat_messages, chat_text
 from edgetune.core.text import Text, lengths_within, typed
 from edgetune.runtime.bundle.manifest import Manifest
 
+CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+LONGEST = 4  # characters of these
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -40,6 +53,7 @@ class BundleTokenizer:
         # a saved file may carry the padding and truncation of its training
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        self.cleans_up = info.clean_up
         self.eos_token_ids = frozenset(info.eos_token_ids)
         self.padding_id = info.pad_token_id
         """None where the tokenizer has none"""
@@ -143,7 +157,17 @@ class BundleTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
+        return self.cleaned(self.with_spaces(ids))
+
+    def with_spaces(self, ids: Sequence[int]) -> str:
+        """`decode` before spaces are taken out."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def cleaned(self, text: str) -> str:
+        """Decoded text as transformers leaves it (`clean_up_tokenization_spaces`)."""
+        for spaced, written in CLEAN_UP if self.cleans_up else ():
+            text = text.replace(spaced, written)
         return text
 
     def token_text(self, token: int) -> str:
@@ -220,6 +244,7 @@ class Detokenizer:
         self._ids: list[int] = []
         self._prefix = 0  # the window decodes from here
         self._read = 0  # ids before here are emitted
+        self._held = ""  # may lose a space yet
         self._sent = ""  # what of the ids after `_read` is already out
 
     def add(self, token: int) -> str:
@@ -232,7 +257,7 @@ class Detokenizer:
             self._prefix, self._read, self._sent = self._read, len(self._ids), ""
         else:
             self._sent = certain if len(certain) > len(self._sent) else self._sent
-        return piece
+        return self._cleaned(piece)
 
     def flush(self) -> str:
         """What is left at the end: a character that never got its last bytes shows as U+FFFD, as in
@@ -240,11 +265,24 @@ class Detokenizer:
         """
         piece = self._pending()[len(self._sent) :]
         self._prefix, self._read, self._sent = self._read, len(self._ids), ""
-        return piece
+        last, self._held = self._held + piece, ""
+        return self._tokenizer.cleaned(last)
+
+    def _cleaned(self, piece: str) -> str:
+        """A piece without the spaces that `decode` takes out; an end that may become one of these
+        waits.
+        """
+        if not self._tokenizer.cleans_up:
+            return piece
+        text = self._held + piece
+        space = text.find(" ", max(0, len(text) - LONGEST + 1))
+        cut = len(text) if space < 0 else space
+        self._held = text[cut:]
+        return self._tokenizer.cleaned(text[:cut])
 
     def _pending(self) -> str:
-        known = self._tokenizer.decode(self._ids[self._prefix : self._read])
-        return self._tokenizer.decode(self._ids[self._prefix :])[len(known) :]
+        known = self._tokenizer.with_spaces(self._ids[self._prefix : self._read])
+        return self._tokenizer.with_spaces(self._ids[self._prefix :])[len(known) :]
 
 
 def _read(root: Path, name: str | None) -> str | None:

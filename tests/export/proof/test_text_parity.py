@@ -240,6 +240,19 @@ def test_text_after_a_skipped_token_streams_as_it_is_decoded(tmp_path: Path) -> 
     assert "".join(pieces) + stream.flush() == device.decode(ids) == "the lights on the card"
 
 
+def test_spaces_that_transformers_takes_out_are_out_on_the_device(tmp_path: Path) -> None:
+    base = replace(deberta(tmp_path / "base"), kind="decoder")
+    edit(base.folder / CONFIG, clean_up_tokenization_spaces=True)
+    manifest = shipped(base, tmp_path / "out")
+    device, theirs = BundleTokenizer(tmp_path / "out", manifest), load_tokenizer(base)
+    for text in ("it 's here , do n't , please !", "a ' b . c ' s ?", "we 've , you 're . I 'm"):
+        ids = theirs(text)["input_ids"]
+        stream = Detokenizer(device)
+        pieces = "".join(stream.add(token) for token in ids) + stream.flush()
+        assert pieces == device.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert prove_text(tmp_path / "out", manifest, base, []).texts > 40
+
+
 def test_a_templates_own_control_tokens_count_and_its_columns_do_not(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(bpe(tmp_path / "base"))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
