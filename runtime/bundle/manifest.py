@@ -128,7 +128,10 @@ class HeadInfo:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Tokenizer files and the ids that generation needs."""
+    """Tokenizer files and the ids that generation needs. `tool_template`: the chat template of
+    conversations with tools, where it is another one. `clean_up`: decoded text loses spaces before
+    punctuation and in contractions.
+    """
 
     file: str
     chat_template: str | None
@@ -136,6 +139,8 @@ class TokenizerInfo:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     model_max_length: int | None = None
+    clean_up: bool = field(default=False, metadata=about(written_where_set=True))
+    tool_template: str | None = field(default=None, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)
@@ -257,6 +262,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         graph.encoder,
         tokenizer.file,
         tokenizer.chat_template,
+        tokenizer.tool_template,
         *manifest.files,
     ]
     for entry in manifest.adapters:

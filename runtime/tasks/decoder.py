@@ -150,11 +150,12 @@ class DecoderAnswers:
         adapter = self._opened.chosen(adapter)
         self.need_text(adapter)
         form = None if adapter is None else self._opened.adapter(adapter).prompt_format
+        tokenizer = self._opened.tokenizer.reading(form)
         if isinstance(prompt, str):
-            ids = self._opened.tokenizer.encode_prompt(prompt, form)
+            ids = tokenizer.encode_prompt(prompt, form)
         else:
             messages = with_system(check_messages(prompt), system=(form or {}).get("system"))
-            ids = self._opened.tokenizer.encode_chat(messages, tools=tools)
+            ids = tokenizer.encode_chat(messages, tools=tools)
         limit = self._opened.manifest.graph.max_length
         if not ids:
             raise InputError("an empty prompt", expected="one token at least")

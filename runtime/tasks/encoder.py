@@ -113,7 +113,8 @@ class EncoderAnswers:
         if packed is not None and packed.prompt_format is not None:
             _check_count(text, pairs=packed.reads_pairs, name=packed.name)
         trained = None if packed is None else packed.metadata.get("max_length")
-        ids = self._opened.tokenizer.encode_text(
+        tokenizer = self._opened.tokenizer.reading(None if packed is None else packed.prompt_format)
+        ids = tokenizer.encode_text(
             text, max_tokens=min(limit, trained or limit) if truncate else None
         )
         if not ids:
