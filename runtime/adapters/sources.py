@@ -5,11 +5,11 @@ they are read.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import AdapterError, BundleError
+from edgetune.core.files import is_regular, read_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA
 from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
@@ -42,7 +42,7 @@ class AdapterSources:
         if self._many is None or Path(name).name != name or name in (".", "..") or "\0" in name:
             return None
         path = self._many / name
-        return path if (path / ADAPTER_CONFIG).is_file() else None
+        return path if is_regular(path / ADAPTER_CONFIG) else None
 
     def folder(self, source: Source | None) -> str | None:
         """Where a source's files lie; None for an adapter that is merged into the weights."""
@@ -80,7 +80,7 @@ def _fingerprint(packed: PackedAdapter, folder: Path) -> str:
     digest = hashlib.sha256(packed.digest.encode())
     for name in (ADAPTER_CONFIG, ADAPTER_METADATA):
         path = folder / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
+        digest.update(path.read_bytes() if is_regular(path) else b"")
     return digest.hexdigest()
 
 
@@ -97,5 +97,5 @@ def _metadata(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
     }
     path = folder / (entry.path or "") / ADAPTER_METADATA
     if entry.path is not None and path.is_file():
-        return {**json.loads(path.read_text(encoding="utf-8")), **known}
+        return {**read_json(path, error=AdapterError), **known}
     return known

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune.core.errors import BundleError, listed
-from edgetune.core.files import sha256_file
+from edgetune.core.files import is_regular, sha256_file
 from edgetune.runtime.bundle.manifest import FileInfo, Manifest
 
 
@@ -75,7 +75,7 @@ def verify_file(folder: Path, path: str, info: FileInfo) -> str | None:
 
 
 def _misfit(file: Path, path: str, info: FileInfo) -> str | None:
-    if not file.is_file():
+    if not is_regular(file):
         return f"{path}: missing"
     size = file.stat().st_size
     return None if size == info.bytes else f"{path}: expected {info.bytes} bytes, got {size}"
