@@ -308,7 +308,7 @@ def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
             scaling = scaling_of(read.config, module, a.shape[0])
             with np.errstate(over="ignore"):
                 scaled = b * np.float32(scaling)
-            if not is_finite(scaled):
+            if is_finite(b) and not is_finite(scaled):
                 read.problems.append(f"{module}.lora_B.weight: times alpha / r it is not finite")
             read.deltas[module] = (a, scaled)
 

@@ -5,6 +5,7 @@ they are read.
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA
 from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
 
+log = logging.getLogger("edgetune.runtime.adapters")
+log.addHandler(logging.NullHandler())  # a library's: who runs it decides where lines go
+
 Source = AdapterEntry | Path
 """A shipped adapter's entry in the manifest, or a PEFT folder."""
 
@@ -21,9 +25,13 @@ Source = AdapterEntry | Path
 class AdapterSources:
     """The files behind adapter names."""
 
-    def __init__(self, folder: Path, manifest: Manifest, many: Path | None) -> None:
-        """`many`: a folder whose sub-folders are adapters; AdapterError when there is none."""
-        self._folder, self._manifest, self._many = folder, manifest, many
+    def __init__(
+        self, folder: Path, manifest: Manifest, many: Path | None, *, strict: bool = False
+    ) -> None:
+        """`many`: a folder whose sub-folders are adapters; AdapterError when there is none.
+        `strict`: an adapter with `PackedAdapter.doubts` is refused, unless it ships in the bundle.
+        """
+        self._folder, self._manifest, self._many, self._strict = folder, manifest, many, strict
         if many is not None and not many.is_dir():
             raise AdapterError(
                 "no such adapter folder", where=str(many), expected="a folder of PEFT folders"
@@ -56,6 +64,14 @@ class AdapterSources:
         """
         if isinstance(source, Path):
             packed = pack_adapter(source, self._manifest, name=name)
+            if self._strict and packed.doubts:
+                raise AdapterError(
+                    f"the adapter {name!r} is refused: {'; '.join(packed.doubts)}",
+                    where=str(source),
+                    fix="Serve without --strict to use it all the same.",
+                )
+            for line in packed.doubts:
+                log.warning("adapter %r: %s", name, line)
             return packed, _fingerprint(packed, source)
         if self._manifest.mode == "merged" or source.path is None:
             known = _metadata(self._folder, source)

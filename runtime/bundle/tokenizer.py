@@ -37,15 +37,24 @@ class BundleTokenizer:
         """None where the tokenizer has none"""
         self.pad_token_id = info.pad_token_id if info.pad_token_id is not None else 0
         self.special_tokens = {name: _content(token) for name, token in info.special_tokens.items()}
+        self._vocab_size = manifest.graph.vocab_size
         self.chat_template = None
         if info.chat_template is not None:
-            self.chat_template = (root / info.chat_template).read_text(encoding="utf-8")
+            template = root / info.chat_template
+            try:
+                self.chat_template = template.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise BundleError(
+                    f"the chat template cannot be read: {error}", where=str(template)
+                ) from error
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens (BOS, [CLS] … [SEP]) as the tokenizer's
         post-processor adds them.
         """
-        ids: list[int] = self._encoding(text, add_special_tokens=add_special_tokens).ids
+        encoding = self._encoding(text, add_special_tokens=add_special_tokens)
+        self._need_known(encoding)
+        ids: list[int] = encoding.ids
         return ids
 
     def encode_within(self, text: str, *, max_tokens: int) -> list[int]:
@@ -74,6 +83,7 @@ class BundleTokenizer:
             first.truncate(kept[0])
             second.truncate(kept[1])
         whole = self.tokenizer.post_process(first, second)
+        self._need_known(whole)
         return typed(whole.ids, whole.type_ids)
 
     def encode_with_offsets(
@@ -86,7 +96,20 @@ class BundleTokenizer:
         if max_tokens is not None:
             encoding.truncate(max(max_tokens - self.tokenizer.num_special_tokens_to_add(False), 0))
         whole = self.tokenizer.post_process(encoding)
+        self._need_known(whole)
         return whole.ids, whole.offsets
+
+    def _need_known(self, encoding: Any) -> None:
+        """InputError for a token beyond the model's embedding: one that was added to the tokenizer
+        while the model was never resized.
+        """
+        if (highest := max(encoding.ids, default=0)) >= self._vocab_size:
+            token = encoding.tokens[encoding.ids.index(highest)]
+            raise InputError(
+                f"the text holds the token {token!r}, which the model does not know",
+                expected=f"ids below {self._vocab_size}",
+                got=str(highest),
+            )
 
     def _encoding(self, text: str, *, add_special_tokens: bool) -> Any:
         try:

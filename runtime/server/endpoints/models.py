@@ -59,6 +59,7 @@ def _adapter_card(service: Service, status: AdapterStatus) -> dict[str, Any]:
         "prompt_template": template,
         "resident": status.resident,
         "bytes": status.nbytes,
+        **({"notes": list(status.notes)} if status.notes else {}),
     }
 
 
