@@ -40,6 +40,7 @@ HEAD = re.compile(
 COPY = ".base_layer.weight"
 NUMBER = re.compile(r"\.([0-9]{1,9})(?=\.)")
 """a layer's, inside a module's name"""
+NOT_FINITE = "holds NaN or infinite values"
 LARGE = 64 << 20
 """Bytes of weights above which unknown tensors are refused by the header alone."""
 HEAD_NAMES = ("classifier", "score")
@@ -94,9 +95,11 @@ class LoraFolder:
         return max((a.shape[0] for a, _ in self.deltas.values()), default=0)
 
 
-def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFolder:
+def read_lora(
+    folder: str | Path, *, base_digest: str | None = None, max_bytes: int | None = None
+) -> LoraFolder:
     """Read a PEFT folder; AdapterError when its JSON files are none of a LoRA's at all, else see
-    `.problems`.
+    `.problems`. Weights of more than `max_bytes` are not read.
     """
     path = Path(folder)
     config = _read_json(path, ADAPTER_CONFIG, required=True)
@@ -110,6 +113,7 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
     ) as beside:  # hashing takes half of the time, and another core can do it
         try:
             file = TensorFile(weights)
+            _check_header(file, max_bytes)
             digest = beside.submit(file.digest)
             _sort_tensors(file, read)
             read.digest = digest.result()
@@ -280,9 +284,6 @@ def _metadata_problems(
 
 def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
     """Put every tensor where it belongs: a delta, the head, or a problem."""
-    if file.nbytes > LARGE and (unknown := [key for key in file.shapes if not _is_known(key)]):
-        read.problems += [f"{key}: unknown, nothing was read" for key in unknown]
-        return
     sides: dict[str, dict[str, Array]] = {}
     not_finite = file.not_finite()  # raises where the file cannot be read
     read.modules = set()
@@ -298,7 +299,7 @@ def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
         else:
             read.problems.append(f"{key} {tensor.shape}: unknown, {_why_unknown(name)}")
         if key in not_finite:
-            read.problems.append(f"{key}: holds NaN or infinite values")
+            read.problems.append(f"{key}: {NOT_FINITE}")
     for module, pair in sides.items():
         problem = _pair_problem(read.config, module, pair)
         if problem:
@@ -309,8 +310,16 @@ def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
             with np.errstate(over="ignore"):
                 scaled = b * np.float32(scaling)
             if is_finite(b) and not is_finite(scaled):
-                read.problems.append(f"{module}.lora_B.weight: times alpha / r it is not finite")
+                read.problems.append(f"{module}.lora_B.weight: times alpha / r it {NOT_FINITE}")
             read.deltas[module] = (a, scaled)
+
+
+def _check_header(file: TensorFile, max_bytes: int | None) -> None:
+    """ValueError for a large file that the header alone shows to be no adapter's."""
+    if max_bytes is not None and file.nbytes > max_bytes:
+        raise ValueError(f"expected at most {max_bytes} bytes for this base, got {file.nbytes}")
+    if file.nbytes > LARGE and (unknown := [key for key in file.shapes if not _is_known(key)]):
+        raise ValueError(f"{len(unknown)} unknown tensors, such as {unknown[0]:.100}")
 
 
 def _is_known(key: str) -> bool:

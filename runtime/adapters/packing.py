@@ -83,9 +83,18 @@ def pack_adapter(
     """
     path = Path(folder)
     _takes_adapters(manifest, path)
-    return pack_lora(
-        read_lora(path, base_digest=manifest.base.digest), manifest, name=name or path.name
-    )
+    read = read_lora(path, base_digest=manifest.base.digest, max_bytes=_most_bytes(manifest))
+    return pack_lora(read, manifest, name=name or path.name)
+
+
+def _most_bytes(manifest: Manifest) -> int:
+    """What an adapter's file may come to: fp64, the full rank of every module, and twice the
+    vocabulary (the copies that PEFT saves).
+    """
+    graph = manifest.graph
+    sizes = [(site.in_features, site.out_features) for site in manifest.sites]
+    full = sum(sum(size) * max(size) for size in sizes)
+    return 8 * (full + 2 * graph.vocab_size * graph.hidden_size) + (64 << 20)
 
 
 def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapter:
