@@ -116,7 +116,7 @@ def _proof(manifest: Manifest) -> str:
 def _text(manifest: Manifest) -> Iterable[str]:
     """What was read by both tokenizers."""
     if text := manifest.proof.get("text"):
-        yield "<h2>Text: the bundle's tokenizer against transformers'</h2>" + _table(
+        yield "<h2>Text: the bundle's tokenizer against transformers'</h2>" + html_table(
             ("texts", "conversations", "tokens", ""),
             [(f"{text['texts']:,}", str(text["chats"]), f"{text['tokens']:,}", "✓ the same")],
         )

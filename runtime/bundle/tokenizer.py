@@ -119,9 +119,9 @@ class BundleTokenizer:
         if ids and max(ids) >= self._vocabulary:
             token = self.tokenizer.id_to_token(max(ids))
             raise InputError(
-                "the text has a token that the model does not know",
-                expected=f"token ids below {self._vocabulary}",
-                got=f"{token!r}, id {max(ids)}",
+                f"the text holds the token {token!r}, which the model does not know",
+                expected=f"ids below {self._vocabulary}",
+                got=str(max(ids)),
                 fix="Leave it out, or export the bundle again with a base that knows it.",
             )
         return ids
@@ -286,7 +286,14 @@ class Detokenizer:
 
 
 def _read(root: Path, name: str | None) -> str | None:
-    return None if name is None else (root / name).read_text(encoding="utf-8")
+    if name is None:
+        return None
+    try:
+        return (root / name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"the chat template cannot be read: {error}", where=str(root / name)
+        ) from error
 
 
 def _content(token: Any) -> Any:

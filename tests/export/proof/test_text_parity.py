@@ -289,7 +289,7 @@ def test_a_token_without_embedding_is_an_error_of_its_text_alone(tmp_path: Path)
     (tmp_path / "out").mkdir()
     info = write_tokenizer(base, larger, tmp_path / "out")
     device = BundleTokenizer(tmp_path / "out", manifest_of(info, vocabulary=size))
-    with pytest.raises(InputError, match="a token that the model does not know") as caught:
+    with pytest.raises(InputError, match="which the model does not know") as caught:
         device.encode("hello <think>")
     assert "<think>" in str(caught.value)
     assert device.encode("hello")
