@@ -47,6 +47,15 @@ class _ReadsText:
             apart = self.__dict__["written_apart"] = _apart(self, control)
         return apart(_written(control, text), _written(control, text_pair), **how)
 
+    def apply_chat_template(self, *conversation: Any, **how: Any) -> Any:
+        """As transformers: what a template writes are control tokens, whoever wrote the messages.
+        `data.prompts.apply_chat_template` keeps them apart.
+        """
+        plain = reading(self, TOKENS)
+        if plain is self:
+            return super().apply_chat_template(*conversation, **how)  # type: ignore[misc]
+        return plain.apply_chat_template(*conversation, **how)
+
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):

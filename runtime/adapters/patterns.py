@@ -62,30 +62,30 @@ class Pattern:
             start = self._sequence(tree, end)
         except RecursionError as error:
             raise UnsafePattern("too deeply nested") from error
-        self._end = end
-        self._first = self._closure([start], STARTS)
-        self._steps: dict[tuple[frozenset[int], str], frozenset[int]] = {}
+        self._first, self._end = frozenset([start]), end
+        self._steps: dict[tuple[frozenset[int], Sequence[Any], str], frozenset[int]] = {}
 
     def fullmatch(self, name: str) -> bool:
         """Whether the whole name is one that the expression describes."""
-        states = self._first
+        states, before = self._first, ""
         for character in name:
-            if (following := self._steps.get((states, character))) is None:
+            here = _anchors(before, character)
+            if (following := self._steps.get((states, here, character))) is None:
                 if len(self._steps) > MAX_STEPS:
                     self._steps.clear()
-                following = self._steps[states, character] = self._step(states, character)
-            states = following
+                following = self._step(self._closure(states, here), character)
+                self._steps[states, here, character] = following
+            states, before = following, character
             if not states:
                 return False
-        return self._end in self._closure(states, ENDS if name else (*STARTS, *ENDS))
+        return self._end in self._closure(states, _anchors(before, ""))
 
     def _step(self, states: frozenset[int], character: str) -> frozenset[int]:
-        taken = (
+        return frozenset(
             self._next[state][0]
             for state in states
             if (test := self._tests[state]) is not None and test(character)
         )
-        return self._closure(taken, ())
 
     def _state(self, test: Test | None = None, *to: int, anchor: Any = None) -> int:
         if len(self._next) >= MAX_STATES:
@@ -102,7 +102,7 @@ class Pattern:
         return to
 
     def _item(self, kind: Any, value: Any, to: int) -> int:
-        if kind is op.AT and value in (*STARTS, *ENDS):
+        if kind is op.AT and value in (*STARTS, *ENDS, op.AT_BOUNDARY, op.AT_NON_BOUNDARY):
             return self._state(None, to, anchor=value)
         if kind is op.BRANCH:
             return self._state(None, *(self._sequence(branch, to) for branch in value[1]))
@@ -137,6 +137,13 @@ class Pattern:
             if self._tests[state] is None and (anchor is None or anchor in here):
                 left += self._next[state]
         return frozenset(found)
+
+
+def _anchors(before: str, after: str) -> tuple[Any, ...]:
+    """The anchors that hold between two characters; "" stands for an end of the name."""
+    words = [bool(re.fullmatch(r"\w", character)) for character in (before, after)]
+    border = op.AT_BOUNDARY if words[0] != words[1] else op.AT_NON_BOUNDARY
+    return (*(() if before else STARTS), *(() if after else ENDS), border)
 
 
 def _test(kind: Any, value: Any) -> Test:

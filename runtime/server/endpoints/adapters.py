@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from edgetune.runtime.adapters.registry import AdapterInUseError, InUse
 from edgetune.runtime.server.http.bodies import LOAD_ADAPTER, UNLOAD_ADAPTER
 from edgetune.runtime.server.http.errors import ApiError, bad_request, not_found
-from edgetune.runtime.server.http.json_body import Schema, read_json
+from edgetune.runtime.server.http.json_body import Schema, read_body
 from edgetune.runtime.server.http.logs import note
 from edgetune.runtime.server.http.service import Service
 
@@ -60,7 +60,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 async def _allowed(request: Request, schema: Schema) -> tuple[Service, dict[str, Any]]:
     service: Service = request.app.state.service
     service.check_open()
-    body = await read_json(request, schema, limit_mb=service.options.max_body_mb)
+    body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
     note(request.scope, adapter=body["lora_name"])
     if not service.options.adapter_folders:
         message = (

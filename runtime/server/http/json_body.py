@@ -228,7 +228,7 @@ BODY_SECONDS = 30.0
 """A client that takes longer to send its body is holding a place for nothing."""
 
 
-async def read_json(request: Request, schema: Schema, *, limit_mb: float) -> dict[str, Any]:
+async def read_body(request: Request, schema: Schema, *, limit_mb: float) -> dict[str, Any]:
     """The request's body, parsed and checked. ApiError: 415 no JSON, 413 too large, 408 too slow,
     400 not fitting.
     """
