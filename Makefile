@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # one process a core, a file's tests in one of them: they share the exports they make
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-all check coverage clean
+.PHONY: quickstart test test-all fuzz check coverage clean
 
 quickstart: $(STAMP)
 	$(BIN)/edgetune quickstart --out quickstart-out
@@ -16,6 +16,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
+
+# mutated bundles and hostile adapters; EDGETUNE_FUZZ and EDGETUNE_FUZZ_SEED: how many, from where on
+fuzz: $(STAMP)
+	EDGETUNE_FUZZ=$${EDGETUNE_FUZZ:-1000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -n 0 tests/fuzz
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -153,24 +153,30 @@ def is_regular(path: Path) -> bool:
         return False
 
 
-def read_json(path: Path, *, error: type[EdgetuneError], max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(
+    path: Path,
+    *,
+    error: type[EdgetuneError],
+    max_bytes: int = MAX_JSON_BYTES,
+    fix: str = "",
+) -> Any:
     """The value in a JSON file that may come from anywhere; `error` for one that is no regular
     file, larger than `max_bytes`, not valid, or beyond the limits of `parse_json`.
     """
     where = str(path)
     if not is_regular(path):
-        raise error("not a regular file", where=where)
+        raise error("not a regular file", where=where, fix=fix)
     try:
         with path.open("rb") as file:
             raw = file.read(max_bytes + 1)
     except OSError as problem:
-        raise error(f"cannot be read: {problem.strerror}", where=where) from problem
+        raise error(f"cannot be read: {problem.strerror}", where=where, fix=fix) from problem
     if len(raw) > max_bytes:
-        raise error("too large", where=where, expected=f"at most {max_bytes} bytes")
+        raise error("too large", where=where, expected=f"at most {max_bytes} bytes", fix=fix)
     try:
         return parse_json(raw)
     except ValueError as problem:
-        raise error(f"not valid JSON: {problem}", where=where) from problem
+        raise error(f"not valid JSON: {problem}", where=where, fix=fix) from problem
 
 
 def parse_json(raw: bytes) -> Any:

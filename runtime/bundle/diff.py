@@ -170,7 +170,7 @@ def _adapter(folder: Path, entry: AdapterEntry, manifest: Manifest) -> dict[str,
 
 
 def _json(path: Path) -> dict[str, Any]:
-    document = read_json(path, error=BundleError)
+    document = read_json(path, error=BundleError, fix=VERIFY)
     if not isinstance(document, dict):
         raise BundleError(
             "this is no JSON object", where=str(path), got=type(document).__name__, fix=VERIFY

@@ -5,6 +5,8 @@ named precisely.
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,13 @@ from runtime_helpers import decoder_manifest, encoder_manifest
 from edgetune.core.errors import BundleError
 from edgetune.core.files import sha256_file
 from edgetune.runtime.bundle.digests import verify_files
-from edgetune.runtime.bundle.manifest import FileInfo, Manifest, manifest_from_dict, read_manifest
+from edgetune.runtime.bundle.manifest import (
+    AdapterEntry,
+    FileInfo,
+    Manifest,
+    manifest_from_dict,
+    read_manifest,
+)
 
 
 @pytest.mark.parametrize("manifest", [decoder_manifest(), encoder_manifest()])
@@ -101,3 +109,60 @@ def test_verify_lists_every_file_that_differs(tmp_path: Path) -> None:
     lines = verify_files(tmp_path, decoder_manifest(files=files))
     assert [line.split(":")[0] for line in lines] == ["flipped", "short", "gone"]
     assert lines[1] == "short: expected 8 bytes, got 4"
+
+
+def exported(folder: Path, document: Any) -> Path:
+    (folder / "edgetune.json").write_text(
+        document if isinstance(document, str) else json.dumps(document)
+    )
+    return folder
+
+
+@pytest.mark.parametrize("left_out", [None, "engine.onnx", "model.onnx.data", "tokenizer.json"])
+def test_a_manifest_that_does_not_list_what_answers_are_made_from_is_refused(
+    left_out: str | None, tmp_path: Path
+) -> None:
+    document = decoder_manifest().to_dict()
+    needed = (
+        "engine.onnx",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "chat_template.jinja",
+    )
+    listed = {} if left_out is None else {name: {"sha256": "0", "bytes": 1} for name in needed}
+    document["files"] = {name: info for name, info in listed.items() if name != left_out}
+    with pytest.raises(BundleError, match="does not list every file") as refused:
+        read_manifest(exported(tmp_path, document))
+    assert (left_out or "engine.onnx") in str(refused.value)
+
+
+def test_a_file_of_an_adapter_that_is_not_listed_differs(tmp_path: Path) -> None:
+    entry = AdapterEntry("a", "adapters/a", "sft", None, None, None, 4, None)
+    (tmp_path / "adapters" / "a").mkdir(parents=True)
+    (tmp_path / "adapters" / "a" / "edgetune_adapter.json").write_text("{}")
+    lines = verify_files(tmp_path, replace(decoder_manifest(files={}), adapters=(entry,)))
+    assert lines == ["adapters/a/edgetune_adapter.json: not in the manifest"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"schema": ' + "1" * 5000 + "}",
+        '{"schema": 1, "proof": ' + "[" * 5000 + "]" * 5000 + "}",
+        '{"schema": "\\ud800"}',
+        " " * (5 << 20) + "{}",
+    ],
+    ids=["deep", "digits", "deep inside", "half a surrogate pair", "large"],
+)
+def test_json_beyond_the_limits_is_refused_in_a_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(BundleError) as refused:
+        read_manifest(exported(tmp_path, text))
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_manifest_that_is_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "edgetune.json")
+    with pytest.raises(BundleError, match="not a regular file"):
+        read_manifest(tmp_path)

@@ -37,8 +37,8 @@ CHAT: dict[str, tuple[dict[str, Any], str, str]] = {
                 {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
             ]
         },
-        "missing_required_parameter",
-        "messages[0].content[0].text",
+        "invalid_value",
+        "messages[0].content[0].type",
     ),
     "a hot temperature": ({"temperature": 3}, "integer_above_max_value", "temperature"),
     "a temperature in words": ({"temperature": "hot"}, "invalid_type", "temperature"),
