@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import METHODS
+from edgetune.core.templates import referred_column
 from edgetune.recipe.own_settings import stages_of
 from edgetune.recipe.paths import split_function
 from edgetune.recipe.schema import Data, Recipe, Stage
@@ -165,9 +166,11 @@ def check_problem(stage: Stage, *, path: str, where: str) -> None:
 
 
 def column_name(given: str) -> str | None:
-    """The column that `name` or `{{ name }}` names; None for any other template."""
-    found = re.fullmatch(r"\s*(?:\{\{\s*(\w+)\s*\}\}|([^{}%]+?))\s*", given)
-    return found and (found[1] or found[2])
+    """The column that `name`, `{{ name }}` or `{{ row["name"] }}` names; None for any other
+    template.
+    """
+    found = re.fullmatch(r"\s*(?:\{\{\s*(\w[\w -]*?)\s*\}\}|([^{}%]+?))\s*", given)
+    return (found and (found[1] or found[2])) or referred_column(given)
 
 
 def changes_the_base(init: str) -> bool:
