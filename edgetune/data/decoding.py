@@ -63,7 +63,8 @@ def decoded(data: bytes, encoding: str | None, path: Path) -> tuple[str, str]:
         named = "utf-16-le" if data[1:2] == b"\0" else "utf-16-be"
     try:
         text = data.decode(named or "utf-8")
-        return text.removeprefix("\ufeff"), named if encoding is None and "16" in str(named) else ""
+        guess = named if encoding is None and named and "16" in named else ""
+        return text.removeprefix("\ufeff"), guess
     except LookupError as error:
         raise DataError(
             "data.encoding is not known",

@@ -98,7 +98,8 @@ def _whole(text: str, *, alone: bool) -> tuple[list[Any], str] | None:
         if keys and all(list(one) == keys for one in columns):
             return [{name: value[name][key] for name in value} for key in keys], " (columns)"
     if len(columns) > 1 and all(isinstance(one, list) for one in columns):
-        if len({len(one) for one in columns}) == 1 and not any(map(_is_objects, columns)):
+        alike = len({len(one) for one in columns}) == 1 and not any(map(_is_objects, columns))
+        if alike:
             rows = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
             return rows, " (columns)"
     return [value], ""
@@ -144,6 +145,10 @@ def _json_row(text: str, *, path: Path, line: int) -> Row | DataError:
 
 
 def _object_row(value: Any, *, where: str, line: int, text: str | None = None) -> Row | DataError:
+    if isinstance(value, list) and len(value) == 2:  # spaCy's (text, annotations)
+        text_of, about = value
+        if isinstance(text_of, str) and isinstance(about, dict):
+            return Row(line, {"text": text_of, **about})
     if isinstance(value, dict):
         return Row(line, value)
     return DataError(

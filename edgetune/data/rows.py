@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from edgetune.core.errors import DataError
 from edgetune.core.files import sha256_file, sha256_text
-from edgetune.data.readers import Row, read_file
-from edgetune.data.row import LineOf
+from edgetune.data.readers import read_file
+from edgetune.data.row import LineOf, Row
 from edgetune.data.sources import check_file, files_of, hub_table
 from edgetune.recipe.paths import is_hub_id
 

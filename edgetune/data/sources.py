@@ -38,7 +38,7 @@ def files_of(path: Path) -> list[Path]:
     if not path.exists() and glob.has_magic(str(path)):
         found = sorted(
             Path(one)
-            for one in glob.glob(str(path), recursive=True)
+            for one in glob.glob(str(path), recursive=True)  # noqa: PTH207 - the pattern is absolute
             if Path(one).is_file() and kind_of(Path(one))
         )
         if not found:

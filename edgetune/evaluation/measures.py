@@ -11,12 +11,18 @@ from typing import Any, TypeVar
 
 from edgetune.core.errors import DataError, InputError
 from edgetune.core.tasks import TAGGING
-from edgetune.data.conversations import Prompt, row_answer, row_prompt
+from edgetune.data.conversations import (
+    Prompt,
+    row_answer,
+    row_prompt,
+    row_system,
+    split_messages,
+)
 from edgetune.data.labels import labelled_rows
 from edgetune.data.plain_text import text_rows
 from edgetune.data.preferences import preference_rows
-from edgetune.data.prompts import PromptFormat, split_messages
-from edgetune.data.readers import Row
+from edgetune.data.prompts import PromptFormat
+from edgetune.data.row import Row
 from edgetune.data.rows import Rows
 from edgetune.data.tagging import tagged_rows, unknown_tag
 from edgetune.data.targets import multi_label_rows, unknown_labels, value_rows
@@ -57,7 +63,9 @@ def measurements_of(
 
 def measure_tags(answers: Any, source: Rows, skip_invalid: bool, advance: Advance) -> Measured:
     """Entity F1 and accuracy over the words of all rows."""
-    rows, skipped = tagged_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    rows, skipped = tagged_rows(
+        source, answers.prompt_format, skip_invalid=skip_invalid, labels=answers.labels
+    )
     known = set(answers.labels or ())
     for row in rows:
         if error := unknown_tag(row, source.source, sorted(known), what=UNKNOWN):
@@ -353,6 +361,8 @@ def _questions(
 
 def _prompt_and_completion(row: Row, form: PromptFormat, *, where: str) -> tuple[Prompt, str]:
     if form.prompt is None or form.completion is None:
-        return split_messages(row.values, system=form.system, where=where)
+        return split_messages(
+            row.values, system=row_system(form, row.values, where=where), where=where
+        )
     prompt = row_prompt(form, row.values, where=where)
     return prompt, row_answer(form.completion, row.values, where=where, field="completion")

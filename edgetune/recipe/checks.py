@@ -152,8 +152,23 @@ def check_problem(stage: Stage, *, path: str, where: str) -> None:
             where=where,
             fix="Remove label_names.",
         )
+    if isinstance(stage.data.label, tuple) and stage.problem != "multi-label":
+        raise RecipeError(
+            f"{path}.data.label lists columns, which only several labels a row can have",
+            where=where,
+            expected="one column or template",
+            fix='Name one column, or set problem = "multi-label".',
+        )
+    if stage.data.normalise_labels and stage.problem != "single-label":
+        raise RecipeError(
+            f'{path}.data.normalise_labels has no meaning with problem = "{stage.problem}"',
+            where=where,
+            fix="Remove normalise_labels.",
+        )
     lists = {"tokens": stage.data.tokens, "tags": stage.data.tags} | (
-        {"label": stage.data.label} if stage.problem == "multi-label" else {}
+        {"label": stage.data.label}
+        if stage.problem == "multi-label" and isinstance(stage.data.label, str)
+        else {}
     )
     for key, value in lists.items():
         if value is not None and column_name(value) is None:
