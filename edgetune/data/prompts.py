@@ -126,7 +126,7 @@ def prompt_format(
     prompt = row_template(data.prompt or asked, "prompt", key="data.prompt", columns=columns)
     own = PromptFormat(template, system, prompt, system_column=system_column)
     if "chosen" in read:
-        if data.prompt is None and not any(name in columns for name in ("prompt", asked)):
+        if data.prompt is None and asked is None and "prompt" not in columns:
             own = replace(own, prompt=None)  # what both answers have in common is the prompt
         chosen = template_of("chosen")
         # A policy is evaluated on what it should have answered; a reward answers nothing.
