@@ -19,7 +19,7 @@ from edgetune.core.settings import shown
 from edgetune.data.decoding import decoded, unpacked
 from edgetune.data.row import Row
 from edgetune.data.tables import read_text_table
-from edgetune.recipe.paths import kind_of
+from edgetune.recipe.paths import file_format
 
 SIGNED = {b"PAR1": ".parquet", b"PK\x03\x04": ".xlsx"}
 NAMES = {
@@ -38,9 +38,11 @@ Reader = Callable[..., Iterator[Row | DataError]]
 
 def read_file(path: Path, encoding: str | None, notes: list[str]) -> Iterator[Row | DataError]:
     """The rows of a file. `notes` gets what it was taken for: "CSV", and what is unusual of it."""
-    ending = kind_of(path) or ".txt"
+    ending = file_format(path) or ".txt"
     data = unpacked(path)
     kind = next((kind for mark, kind in SIGNED.items() if data.startswith(mark)), ending)
+    if kind in (".csv", ".tsv") and data.lstrip(b"\xef\xbb\xbf \r\n")[:1] == b"{":
+        kind = ".jsonl"
     notes.append(NAMES[kind] + (f", though it is named {ending}" if kind != ending else ""))
     return READERS[kind](data, path=path, encoding=encoding, notes=notes)
 
@@ -57,21 +59,21 @@ def _read_json(
 ) -> Iterator[Row | DataError]:
     """JSON Lines, an array of objects, an object with one such array, or one of columns."""
     text = _text(data, path, encoding, notes)
-    whole = _whole(text, alone=kind_of(path) == ".json")
+    whole = _whole(text, path, alone=file_format(path) == ".json")
     if whole is not None:
         rows, note = whole
         notes[:1] = [notes[0].replace("JSON Lines", "JSON") + note]
         for number, value in enumerate(rows, start=1):
             yield _object_row(value, where=f"{path}, item {number}", line=number)
         return
-    if kind_of(path) == ".json":
+    if file_format(path) == ".json":
         notes[:1] = [notes[0].replace("JSON", "JSON Lines", 1)]
     for line, one in enumerate(io.StringIO(text), start=1):
         if one.strip():
             yield _json_row(one, path=path, line=line)
 
 
-def _whole(text: str, *, alone: bool) -> tuple[list[Any], str] | None:
+def _whole(text: str, path: Path, *, alone: bool) -> tuple[list[Any], str] | None:
     """The rows of a text that is one JSON value, and where they stand in it; None for JSON Lines.
 
     `alone`: the file's ending says that it is one value.
@@ -82,6 +84,14 @@ def _whole(text: str, *, alone: bool) -> tuple[list[Any], str] | None:
         return None
     try:
         value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not alone:
+            return None
+        raise DataError(
+            f"not valid JSON at column {error.colno}: {error.msg}",
+            where=f"{path}, line {error.lineno}",
+            expected="an array of objects, an object with one, or one object a line",
+        ) from error
     except (ValueError, RecursionError):
         return None
     if isinstance(value, list):

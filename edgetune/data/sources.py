@@ -9,7 +9,7 @@ from typing import Any
 
 from edgetune.core.errors import DataError
 from edgetune.data.readers import class_names, with_class_names
-from edgetune.recipe.paths import HUB_ID, SUFFIXES, kind_of
+from edgetune.recipe.paths import HUB_ID, SUFFIXES, file_format
 
 FORMATS = "one of " + " ".join(SUFFIXES) + ", also with .gz or .zst"
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -18,7 +18,7 @@ SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IG
 def files_of(path: Path) -> list[Path]:
     """The files that a path names: itself, those of a folder, those that a pattern fits; sorted."""
     if path.is_dir():
-        found = sorted(one for one in path.iterdir() if one.is_file() and kind_of(one))
+        found = sorted(one for one in path.iterdir() if one.is_file() and file_format(one))
         if not found:
             raise DataError(
                 "this is a folder without data files",
@@ -39,7 +39,7 @@ def files_of(path: Path) -> list[Path]:
         found = sorted(
             Path(one)
             for one in glob.glob(str(path), recursive=True)  # noqa: PTH207 - the pattern is absolute
-            if Path(one).is_file() and kind_of(Path(one))
+            if Path(one).is_file() and file_format(Path(one))
         )
         if not found:
             raise DataError(
@@ -53,12 +53,12 @@ def check_file(path: Path) -> None:
     """A missing, empty or unknown file raises."""
     if not path.exists():
         parent = path.parent
-        near = sorted(p.name for p in parent.iterdir() if kind_of(p)) if parent.is_dir() else []
+        near = sorted(p.name for p in parent.iterdir() if file_format(p)) if parent.is_dir() else []
         got = f"{parent} has " + ", ".join(near[:6]) if near else ""
         raise DataError(
             "there is no such data file", where=str(path), got=got, fix="Correct the path."
         )
-    if kind_of(path) is None:
+    if file_format(path) is None:
         raise DataError("unknown kind of data file", where=str(path), expected=FORMATS)
     if path.stat().st_size == 0:
         raise DataError(

@@ -109,10 +109,10 @@ def is_hub_id(source: str) -> bool:
     """`owner/name`, `owner/name:split` or `owner/name:configuration:split`, each also with
     `@revision` and after `hf://`, that carries none of the data files' endings.
     """
-    return HUB_ID.fullmatch(source) is not None and kind_of(Path(source)) is None
+    return HUB_ID.fullmatch(source) is not None and file_format(Path(source)) is None
 
 
-def kind_of(path: Path) -> str | None:
+def file_format(path: Path) -> str | None:
     """The format by the ending: `.jsonl` for `rows.jsonl.gz`."""
     name = path.name.lower()
     for packed in PACKED:
