@@ -7,7 +7,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgetune.core.errors import DataError
@@ -93,11 +93,11 @@ def _of_column(source: Rows, column: str) -> tuple[Read, Names]:
         ), names
 
     def read(row: Row, where: str) -> tuple[str, ...]:
-        cell = row.values.get(column)
-        values: Mapping[str, Any] = {**row.values, column: _cell(cell)}
-        if isinstance(cell, str):
+        values = dict(row.values)
+        if isinstance(values.get(column), str):
             source.note(f'several labels in a cell of "{column}"')
-        return labels_in(Row(row.line, dict(values)), column, where=where)
+            values[column] = _cell(values[column])
+        return labels_in(Row(row.line, values), column, where=where)
 
     return read, ()
 

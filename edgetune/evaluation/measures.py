@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from edgetune.core.errors import DataError, InputError
 from edgetune.core.tasks import TAGGING
+from edgetune.core.templates import columns_of
 from edgetune.data.conversations import (
     Prompt,
     row_answer,
@@ -18,6 +19,7 @@ from edgetune.data.conversations import (
     row_system,
     split_messages,
 )
+from edgetune.data.implicit_prompts import paired, row_pair
 from edgetune.data.labels import labelled_rows
 from edgetune.data.plain_text import text_rows
 from edgetune.data.preferences import preference_rows
@@ -342,6 +344,8 @@ def _questions(
 ) -> tuple[list[Question], int]:
     found: dict[str, Question] = {}
     skipped = 0
+    if form.chosen is not None:
+        source = paired(source, form)
     for row in source.rows:
         try:
             prompt, completion = _prompt_and_completion(
@@ -359,10 +363,19 @@ def _questions(
     return list(found.values()), skipped
 
 
+def _paired_columns(form: PromptFormat) -> set[str]:
+    """The columns of both answers of a preference row."""
+    return {name for text in (form.chosen, form.rejected) if text for name in columns_of(text)}
+
+
 def _prompt_and_completion(row: Row, form: PromptFormat, *, where: str) -> tuple[Prompt, str]:
-    if form.prompt is None or form.completion is None:
+    if form.rejected is not None and _paired_columns(form) <= set(row.values):
+        prompt, better, _ = row_pair(form, row.values, where=where)
+        return prompt, better
+    if form.chosen is None and (form.prompt is None or form.completion is None):
         return split_messages(
             row.values, system=row_system(form, row.values, where=where), where=where
         )
     prompt = row_prompt(form, row.values, where=where)
-    return prompt, row_answer(form.completion, row.values, where=where, field="completion")
+    completion = form.completion or "{{ completion }}"
+    return prompt, row_answer(completion, row.values, where=where, field="completion")
