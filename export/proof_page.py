@@ -4,19 +4,18 @@ light and dark.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from edgetune.core.files import sha256_file, write_text
 from edgetune.core.layout import REPORT
-from edgetune.report.html import STYLE, figure, words
+from edgetune.report.html import STYLE, figure, html_table, words
 from edgetune.runtime.bundle.manifest import FileInfo, Manifest
 
 # digests and figures stay in one piece; a wide table scrolls
 MORE_STYLE = "td { overflow-wrap: normal; }"
-Cells = Sequence[str]
 
 
 def write_page(folder: Path, manifest: Manifest) -> dict[str, FileInfo]:
@@ -38,7 +37,7 @@ def render_proof(manifest: Manifest) -> str:
         *_task(manifest),
         *_survival(manifest),
         "<h2>Adapters</h2>" + _adapters(manifest),
-        "<h2>Files</h2>" + _table(("file", "bytes", "sha256"), _files(manifest)),
+        "<h2>Files</h2>" + html_table(("file", "bytes", "sha256"), _files(manifest)),
     ]
     head = (
         '<meta charset="utf-8"><meta name="viewport"'
@@ -110,7 +109,7 @@ def _proof(manifest: Manifest) -> str:
         )
         for name, p in manifest.proof["adapters"].items()
     ]
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def _cost(manifest: Manifest) -> Iterable[str]:
@@ -124,7 +123,7 @@ def _cost(manifest: Manifest) -> Iterable[str]:
             f"{cost['loss']:+.2%}",
             str(cost["items"]),
         )
-        yield "<h2>Cost of the precision: the base without adapter</h2>" + _table(
+        yield "<h2>Cost of the precision: the base without adapter</h2>" + html_table(
             ("set", "metric", "torch fp32", "bundle", "loss", "items"), [row]
         )
 
@@ -144,7 +143,7 @@ def _task(manifest: Manifest) -> Iterable[str]:
         for at, (metric, value) in enumerate(result["bundle"].items())
     ]
     if rows:
-        yield "<h2>Task: validation rows</h2>" + _table(
+        yield "<h2>Task: validation rows</h2>" + html_table(
             ("adapter", "metric", "torch", "bundle", "rows", "same answer"), rows
         )
 
@@ -162,7 +161,7 @@ def _survival(manifest: Manifest) -> Iterable[str]:
                 (layer, f"{one['strength']:.3f}", f"{one['direction']:.3f}")
                 for layer, one in survived["layers"].items()
             ]
-            yield f"<h2>{escape(name)}: ΔW after rounding</h2>" + _table(
+            yield f"<h2>{escape(name)}: ΔW after rounding</h2>" + html_table(
                 ("layer", "strength", "direction"), rows
             )
 
@@ -178,18 +177,10 @@ def _adapters(manifest: Manifest) -> str:
         )
         for entry in manifest.adapters
     ]
-    return _table(("adapter", "task", "rank in the graph", "labels", "sha256 of its weights"), rows)
+    return html_table(
+        ("adapter", "task", "rank in the graph", "labels", "sha256 of its weights"), rows
+    )
 
 
-def _files(manifest: Manifest) -> list[Cells]:
+def _files(manifest: Manifest) -> list[tuple[str, str, str]]:
     return [(path, f"{info.bytes:,}", info.sha256) for path, info in manifest.files.items()]
-
-
-def _table(head: Cells, rows: Iterable[Cells]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return (
-        f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-    )

@@ -1,4 +1,6 @@
-"""What answers an evaluation's questions, and how a bundle does."""
+"""What answers an evaluation's questions: a bundle (here), a run in torch (`torch_answers`), or a
+bare base (`base_answers`).
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ Advance = Callable[[int, int], None]  # (rows done, rows in all)
 
 
 class Answers(Protocol):
-    """Something that answers: a model in torch or a bundle."""
+    """Something that answers: a bundle, a run or a base."""
 
+    adapter: str | None = None  # its name, where there are several
     task: str
+    problem: str = "single-label"  # of a classifier; or multi-label, regression
     labels: tuple[str, ...] | None
     prompt_format: PromptFormat
+    notes: tuple[str, ...] = ()  # what else shapes the answers
 
     def classify(self, texts: Sequence[Any]) -> list[str]:
         """The label of each text, or of each pair of them."""
@@ -28,7 +33,23 @@ class Answers(Protocol):
         """The completion of each prompt, greedily."""
 
 
-class BundleAnswers:
+class HeadAnswers(Answers, Protocol):
+    """What answers through a trained head besides: a bundle or a run, but no bare base."""
+
+    def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
+        """The labels of each text whose probability is at least 0.5 (multi-label)."""
+
+    def values(self, texts: Sequence[Text]) -> list[float]:
+        """The number of each text (regression)."""
+
+    def tag(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The tag of every word of each row."""
+
+    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """A reward adapter's score of each answer."""
+
+
+class BundleAnswers(HeadAnswers):
     """A bundle's answers with one of its adapters."""
 
     def __init__(self, runtime: Any, adapter: str | None) -> None:
@@ -39,11 +60,12 @@ class BundleAnswers:
                 where=str(runtime.folder),
                 expected=f"--adapter with one of {', '.join(names)}",
             )
-        self.runtime, self.adapter = runtime, adapter if adapter is not None else names[0]
+        self.runtime = runtime
+        self.adapter = adapter if adapter is not None else names[0]
         packed = runtime.adapter(self.adapter)
         self.labels = tuple(packed.labels) if packed.labels is not None else None
         self.task: str = packed.task or "text-generation"
-        self.problem: str = packed.problem
+        self.problem = packed.problem
         self.prompt_format = PromptFormat(**(packed.prompt_format or {}))
         own = shaping(packed.generation)
         self.notes = (

@@ -14,6 +14,7 @@ from edgetune.data.completions import encode_prompts
 from edgetune.data.labels import LabelledRow, labelled_rows
 from edgetune.data.prompts import PromptFormat, apply_chat_template, row_template
 from edgetune.data.rows import Rows, read_rows
+from edgetune.evaluation.answers import Answers
 from edgetune.evaluation.forgetting.likelihood import ChoiceItem
 from edgetune.evaluation.forgetting.subjects import torch_texts
 from edgetune.evaluation.torch_answers import TorchAnswers
@@ -40,12 +41,8 @@ class Prompting:
     seed: int = 0
 
 
-class BaseAnswers:
-    """A base's answers (see `edgetune.evaluation.answers.Answers`): a chat template where it has
-    one, else plain text.
-    """
-
-    adapter = None
+class BaseAnswers(Answers):
+    """A base's answers: by its chat template where it has one, else as plain text."""
 
     def __init__(self, name: str, data: Path, how: Prompting) -> None:
         base = resolve_base(name)

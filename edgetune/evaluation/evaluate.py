@@ -12,7 +12,7 @@ from edgetune.data.rows import read_rows
 from edgetune.evaluation.answers import Advance, Answers, BundleAnswers
 from edgetune.evaluation.base_answers import BaseAnswers, Prompting
 from edgetune.evaluation.forgetting.subjects import base_subject, is_base
-from edgetune.evaluation.measures import Evaluation, _check_answers, measure_rows, measure_text
+from edgetune.evaluation.measures import Evaluation, check_answers, measure_rows, measure_text
 
 
 def evaluate(
@@ -109,7 +109,7 @@ def measure(
     advance: Advance | None = None,
 ) -> Evaluation:
     """Let `answers` answer every row of a data file, and compare."""
-    _check_answers(answers, folder)
+    check_answers(answers, folder)
     return measure_rows(
         answers, folder, read_rows(data, skip_invalid), skip_invalid=skip_invalid, advance=advance
     )

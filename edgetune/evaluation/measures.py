@@ -22,13 +22,13 @@ from edgetune.data.conversations import (
 from edgetune.data.implicit_prompts import paired, row_pair
 from edgetune.data.labels import labelled_rows
 from edgetune.data.plain_text import text_rows
-from edgetune.data.preferences import preference_rows
+from edgetune.data.preferences import PreferenceRow, preference_rows
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.row import Row
 from edgetune.data.rows import Rows
 from edgetune.data.tagging import tagged_rows, unknown_tag
 from edgetune.data.targets import multi_label_rows, unknown_labels, value_rows
-from edgetune.evaluation.answers import Advance, Answers, BundleAnswers
+from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, HeadAnswers
 from edgetune.evaluation.forgetting.measure import Subject
 from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
 from edgetune.evaluation.forgetting.tasks import text_measures
@@ -51,75 +51,10 @@ from edgetune.metrics.text import (
 )
 
 UNKNOWN = "is not known to the adapter"
-T = TypeVar("T")
-
-
-def measurements_of(
-    task: str, problem: str | None
-) -> Callable[[Any, Rows, bool, Advance], Measured] | None:
-    """How such a head is measured; None for one that gives a single label."""
-    if task == TAGGING:
-        return measure_tags
-    return {"multi-label": measure_label_sets, "regression": measure_values}.get(problem or "")
-
-
-def measure_tags(answers: Any, source: Rows, skip_invalid: bool, advance: Advance) -> Measured:
-    """Entity F1 and accuracy over the words of all rows."""
-    rows, skipped = tagged_rows(
-        source, answers.prompt_format, skip_invalid=skip_invalid, labels=answers.labels
-    )
-    known = set(answers.labels or ())
-    for row in rows:
-        if error := unknown_tag(row, source.source, sorted(known), what=UNKNOWN):
-            raise error
-    predicted = _answered(answers.tag, [row.words for row in rows], advance)
-    metrics = tag_metrics(predicted, [row.tags for row in rows], answers.labels or ())
-    predictions = [
-        {"line": row.line, "tokens": row.words, "prediction": tags, "tags": row.tags}
-        for row, tags in zip(rows, predicted, strict=True)
-    ]
-    return metrics, predictions, skipped
-
-
-def measure_label_sets(
-    answers: Any, source: Rows, skip_invalid: bool, advance: Advance
-) -> Measured:
-    """Micro and macro F1, and the share of rows with exactly the right labels."""
-    rows, skipped = multi_label_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
-    known = set(answers.labels or ())
-    for row in rows:
-        if error := unknown_labels(row, source.source, sorted(known), what=UNKNOWN):
-            raise error
-    predicted = _answered(answers.label_sets, [row.text for row in rows], advance)
-    predictions = [
-        {"line": row.line, "prediction": list(labels), "labels": list(row.target)}
-        for row, labels in zip(rows, predicted, strict=True)
-    ]
-    return multi_label_metrics(predicted, [row.target for row in rows]), predictions, skipped
-
-
-def measure_values(answers: Any, source: Rows, skip_invalid: bool, advance: Advance) -> Measured:
-    """Pearson and Spearman correlation, and the mean squared error."""
-    rows, skipped = value_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
-    predicted = _answered(answers.values, [row.text for row in rows], advance)
-    predictions = [
-        {"line": row.line, "prediction": value, "value": row.target}
-        for row, value in zip(rows, predicted, strict=True)
-    ]
-    return regression_metrics(predicted, [row.target for row in rows]), predictions, skipped
-
-
-def _answered(
-    answer: Callable[[Sequence[Any]], list[T]], rows: Sequence[Any], advance: Advance
-) -> list[T]:
-    found: list[T] = []
-    for at in range(0, len(rows), ROWS_AT_ONCE):
-        found += answer(rows[at : at + ROWS_AT_ONCE])
-        advance(len(found), len(rows))
-    return found
-
-
 ROWS_AT_ONCE = 16
+Measured = tuple[dict[str, float], list[dict[str, Any]], int]  # metrics, predictions, rows left out
+Q = TypeVar("Q")  # a question
+A = TypeVar("A")  # the answer to it
 
 
 @dataclass(frozen=True)
@@ -191,7 +126,8 @@ def _text_subject(answers: Answers) -> Subject:
     return torch_texts(known.model, known.tokenizer)
 
 
-def _check_answers(answers: Answers, folder: Path) -> None:
+def check_answers(answers: Answers, folder: Path) -> None:
+    """Raises InputError where there is nothing to ask: masked-lm trains no answers."""
     if answers.task == "masked-lm":
         raise InputError(
             "what masked-lm trained answers nothing by itself",
@@ -212,26 +148,24 @@ def measure_rows(
     """The same on rows that are read already; of what learned from text, at most so many `windows`
     of 512 tokens.
     """
-    _check_answers(answers, folder)
+    check_answers(answers, folder)
     if answers.labels is None and answers.prompt_format.text is not None:
-        adapter = getattr(answers, "adapter", None)
         return measure_text(
             _text_subject(answers),
             folder,
             source,
             answers.prompt_format,
-            adapter=adapter,
+            adapter=answers.adapter,
             skip_invalid=skip_invalid,
             windows=windows,
         )
     started = time.perf_counter()
-    how = _how(answers)
-    metrics, predictions, skipped = how(
+    metrics, predictions, skipped = _measure_of(answers)(
         answers, source, skip_invalid, advance or (lambda done, total: None)
     )
     return Evaluation(
         source=str(folder),
-        adapter=getattr(answers, "adapter", None),
+        adapter=answers.adapter,
         task=answers.task,
         data=source.source,
         data_digest=source.digest,
@@ -240,25 +174,35 @@ def measure_rows(
         metrics=metrics,
         seconds=time.perf_counter() - started,
         predictions=predictions,
-        notes=getattr(answers, "notes", ()),
+        notes=answers.notes,
     )
 
 
-def _how(answers: Answers) -> Callable[..., Measured]:
+def _measure_of(answers: Answers) -> Callable[[Any, Rows, bool, Advance], Measured]:
+    """How a task is measured."""
     if answers.task == "reward":
         return _measure_preference
     if answers.labels is None:
         return _measure_generation
-    return (
-        measurements_of(answers.task, getattr(answers, "problem", None)) or _measure_classification
-    )
+    if answers.task == TAGGING:
+        return _measure_words
+    heads = {"multi-label": _measure_sets, "regression": _measure_numbers}
+    return heads.get(answers.problem, _measure_classification)
 
 
-Measured = tuple[dict[str, float], list[dict[str, Any]], int]  # metrics, predictions, rows left out
+def _answered(
+    answer: Callable[[Sequence[Q]], list[A]], questions: Sequence[Q], advance: Advance
+) -> list[A]:
+    """The answers to all questions, ROWS_AT_ONCE at a time."""
+    found: list[A] = []
+    for at in range(0, len(questions), ROWS_AT_ONCE):
+        found += answer(questions[at : at + ROWS_AT_ONCE])
+        advance(len(found), len(questions))
+    return found
 
 
 def _measure_classification(
-    answers: Answers, source: Any, skip_invalid: bool, advance: Advance
+    answers: Answers, source: Rows, skip_invalid: bool, advance: Advance
 ) -> Measured:
     rows, skipped = labelled_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
     known = set(answers.labels or ())
@@ -269,10 +213,7 @@ def _measure_classification(
                 where=f"{source.source}, line {row.line}",
                 expected=f"one of {', '.join(sorted(known)[:8])}{' …' if len(known) > 8 else ''}",
             )
-    predicted: list[str] = []
-    for at in range(0, len(rows), ROWS_AT_ONCE):
-        predicted += answers.classify([row.text for row in rows[at : at + ROWS_AT_ONCE]])
-        advance(len(predicted), len(rows))
+    predicted = _answered(answers.classify, [row.text for row in rows], advance)
     expected = [row.label for row in rows]
     metrics = {"accuracy": accuracy(predicted, expected), "macro_f1": macro_f1(predicted, expected)}
     predictions = [
@@ -282,20 +223,70 @@ def _measure_classification(
     return metrics, predictions, skipped
 
 
+def _measure_words(
+    answers: HeadAnswers, source: Rows, skip_invalid: bool, advance: Advance
+) -> Measured:
+    """Entity F1 and accuracy over the words of all rows."""
+    rows, skipped = tagged_rows(
+        source, answers.prompt_format, skip_invalid=skip_invalid, labels=answers.labels
+    )
+    known = sorted(answers.labels or ())
+    for row in rows:
+        if error := unknown_tag(row, source.source, known, what=UNKNOWN):
+            raise error
+    predicted = _answered(answers.tag, [row.words for row in rows], advance)
+    metrics = tag_metrics(predicted, [row.tags for row in rows], answers.labels or ())
+    predictions = [
+        {"line": row.line, "tokens": row.words, "prediction": tags, "tags": row.tags}
+        for row, tags in zip(rows, predicted, strict=True)
+    ]
+    return metrics, predictions, skipped
+
+
+def _measure_sets(
+    answers: HeadAnswers, source: Rows, skip_invalid: bool, advance: Advance
+) -> Measured:
+    """Micro and macro F1, and the share of rows with exactly the right labels."""
+    rows, skipped = multi_label_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    known = sorted(answers.labels or ())
+    for row in rows:
+        if error := unknown_labels(row, source.source, known, what=UNKNOWN):
+            raise error
+    predicted = _answered(answers.label_sets, [row.text for row in rows], advance)
+    predictions = [
+        {"line": row.line, "prediction": list(labels), "labels": list(row.target)}
+        for row, labels in zip(rows, predicted, strict=True)
+    ]
+    return multi_label_metrics(predicted, [row.target for row in rows]), predictions, skipped
+
+
+def _measure_numbers(
+    answers: HeadAnswers, source: Rows, skip_invalid: bool, advance: Advance
+) -> Measured:
+    """Pearson and Spearman correlation, and the mean squared error."""
+    rows, skipped = value_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    predicted = _answered(answers.values, [row.text for row in rows], advance)
+    predictions = [
+        {"line": row.line, "prediction": value, "value": row.target}
+        for row, value in zip(rows, predicted, strict=True)
+    ]
+    return regression_metrics(predicted, [row.target for row in rows]), predictions, skipped
+
+
 def _measure_preference(
-    answers: Any, source: Any, skip_invalid: bool, advance: Advance
+    answers: HeadAnswers, source: Rows, skip_invalid: bool, advance: Advance
 ) -> Measured:
     """How often the chosen answer has the higher reward, beside how often it is the longer one."""
     rows, skipped = preference_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
-    scores: list[tuple[float, float]] = []
-    for at in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[at : at + ROWS_AT_ONCE]
+
+    def rewards_of(part: Sequence[PreferenceRow]) -> list[tuple[float, float]]:
         prompts = [row.prompt for row in part]
         rewards = answers.rewards(
             [*prompts, *prompts], [*(row.chosen for row in part), *(row.rejected for row in part)]
         )
-        scores += zip(rewards[: len(part)], rewards[len(part) :], strict=True)
-        advance(len(scores), len(rows))
+        return list(zip(rewards[: len(part)], rewards[len(part) :], strict=True))
+
+    scores = _answered(rewards_of, rows, advance)
     right = [0.5 if chosen == rejected else float(chosen > rejected) for chosen, rejected in scores]
     metrics = preference_metrics(right, [row.longer for row in rows])
     predictions = [
@@ -306,14 +297,12 @@ def _measure_preference(
 
 
 def _measure_generation(
-    answers: Answers, source: Any, skip_invalid: bool, advance: Advance
+    answers: Answers, source: Rows, skip_invalid: bool, advance: Advance
 ) -> Measured:
     """Rows with the same prompt are one question with several references, as in E2E."""
     questions, skipped = _questions(source, answers.prompt_format, skip_invalid=skip_invalid)
-    completions: list[str] = []
-    for at in range(0, len(questions), ROWS_AT_ONCE):
-        completions += answers.generate([q.prompt for q in questions[at : at + ROWS_AT_ONCE]])
-        advance(len(completions), len(questions))
+    prompts = [question.prompt for question in questions]
+    completions = _answered(answers.generate, prompts, advance)
     references = [question.references for question in questions]
     metrics = {"exact_match": exact_match(completions, references)}
     if is_json_task(references):
@@ -340,7 +329,7 @@ class Question:
 
 
 def _questions(
-    source: Any, form: PromptFormat, *, skip_invalid: bool
+    source: Rows, form: PromptFormat, *, skip_invalid: bool
 ) -> tuple[list[Question], int]:
     found: dict[str, Question] = {}
     skipped = 0

@@ -22,12 +22,13 @@ from edgetune.data.conversations import Prompt
 from edgetune.data.examples import Example
 from edgetune.data.preferences import encode_answered
 from edgetune.data.prompts import PromptFormat, apply_chat_template
+from edgetune.evaluation.answers import HeadAnswers
 from edgetune.recipe.generation import shaping
 
 MAX_NEW_TOKENS = 256  # where the adapter records no limit
 
 
-class TorchAnswers:
+class TorchAnswers(HeadAnswers):
     """The adapted model in fp32, greedy."""
 
     def __init__(self, model: Any, tokenizer: Any, metadata: dict[str, Any]) -> None:

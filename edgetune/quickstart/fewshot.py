@@ -13,10 +13,11 @@ import torch
 from edgetune.adapters.lora import adapter_off
 from edgetune.data.prompts import render
 from edgetune.data.row import Row
+from edgetune.evaluation.answers import Answers
 from edgetune.evaluation.torch_answers import TorchAnswers
 
 
-class FewShotBase:
+class FewShotBase(Answers):
     """Answers of the base alone after `shots`, greedily, up to the end of the line.
 
     Every prompt begins with the same shots; their keys and values are computed once and copied.

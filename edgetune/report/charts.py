@@ -1,11 +1,11 @@
-"""Line charts and grouped bars as inline SVG, in the page's own colours so that they follow light
-and dark.
+"""Line charts, scatter charts and grouped bars as inline SVG, in the page's own colours so that
+they follow light and dark; and what every picture is made of: frame, scale, ticks, grid, keys.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -37,12 +37,10 @@ def line_chart(
     ys = [y for s in series for _, y in s.points]
     x_ticks = ticks(0 if min(xs) <= 0.2 * max(xs) else min(xs), max(xs), 5)
     y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5)
-    axes = _Axes(x_ticks[0], max(xs[-1], max(xs)), y_ticks[0], y_ticks[-1])
-    body = _grid(axes, x_ticks, y_ticks, x_label) + "".join(_line(axes, s) for s in series)
-    picture = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
-    )
-    return f"<figure><figcaption>{escape(title)}{_legend(series)}</figcaption>{picture}</figure>"
+    x = Scale(x_ticks[0], max(xs[-1], max(xs)), LEFT, WIDTH - RIGHT)
+    y = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    body = _grid(x, y, x_ticks, y_ticks, x_label) + "".join(_line(x, y, s) for s in series)
+    return framed(title, body, _legend(series))
 
 
 @dataclass(frozen=True)
@@ -66,25 +64,78 @@ def scatter_chart(
         return ""
     ys = [p.y for p in points] + [y for line in lines for _, y in line.points]
     x_ticks, y_ticks = ticks(0.0, max(p.x for p in points) * 1.05, 5), ticks(min(ys), max(ys), 5)
-    axes = _Axes(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
-    body = _grid(axes, x_ticks, y_ticks, x_label)
+    x = Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    y = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    body = _grid(x, y, x_ticks, y_ticks, x_label)
     for line in lines:
-        path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line.points)
         body += (
             f'<polyline class="line c{line.color}"'
-            f' points="{path}"><title>{escape(line.name)}</title></polyline>'
+            f' points="{_path(x, y, line)}"><title>{escape(line.name)}</title></polyline>'
         )
     for p in points:
-        x, y = axes.x(p.x), axes.y(p.y)
-        body += (
-            f'<circle class="dot c{p.color}" cx="{x:.1f}" cy="{y:.1f}"'
-            f' r="4.5"><title>{escape(p.name)}: {number(p.y)} at {number(p.x)}</title></circle>'
-        )
-        body += f'<text class="tick" x="{x + 7:.1f}" y="{y - 5:.1f}">{escape(p.label)}</text>'
-    picture = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
+        body += dot(x(p.x), y(p.y), p.color, _said(p.name, p.x, p.y), r=4.5)
+        body += text(x(p.x) + 7, y(p.y) - 5, p.label)
+    return framed(title, body, _legend(lines))
+
+
+def framed(title: str, body: str, keys: str, *, width: int = WIDTH, height: float = HEIGHT) -> str:
+    """A figure of a page: the title, `keys` beside it, and the picture drawn by `body` (SVG)."""
+    return (
+        f"<figure><figcaption>{escape(title)}{keys}</figcaption>"
+        f'<svg viewBox="0 0 {width} {height:.0f}" role="img"'
+        f' aria-label="{escape(title)}">{body}</svg></figure>'
     )
-    return f"<figure><figcaption>{escape(title)}{_legend(lines)}</figcaption>{picture}</figure>"
+
+
+def legend(names: Iterable[tuple[str, int]]) -> str:
+    """A key for each (name, colour)."""
+    return "".join(
+        f'<span class="key"><i class="c{color}"></i>{escape(name)}</span>' for name, color in names
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values from `low` to `high` lie between two places of the picture, in user units."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / ((self.high - self.low) or 1.0)
+        return self.start + share * (self.stop - self.start)
+
+
+def text(x: float, y: float, words: str, *, anchor: str = "", kind: str = "tick") -> str:
+    """Words at a place; `anchor` is SVG's: where in the words x lies (their start)."""
+    more = f' text-anchor="{anchor}"' if anchor else ""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{more}>{escape(words)}</text>'
+
+
+def dot(x: float, y: float, color: int, title: str, *, r: float) -> str:
+    """A point that says `title` when it is pointed at."""
+    return (
+        f'<circle class="dot c{color}" cx="{x:.1f}" cy="{y:.1f}"'
+        f' r="{r:g}"><title>{escape(title)}</title></circle>'
+    )
+
+
+def upright(x: float, top: float, bottom: float, label: str, *, kind: str = "grid") -> str:
+    """A line of the grid from top to bottom, with its label below."""
+    return (
+        f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+        + text(x, bottom + 17, label, anchor="middle")
+    )
+
+
+def across(y: float, left: float, right: float, label: str, *, kind: str = "grid") -> str:
+    """A line of the grid from left to right, with its label on the left."""
+    return (
+        f'<line class="{kind}" x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        + text(left - 7, y + 4, label, anchor="end")
+    )
 
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:
@@ -110,72 +161,39 @@ def number(value: float) -> str:
     return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-@dataclass(frozen=True)
-class _Axes:
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-
-    def x(self, value: float) -> float:
-        return LEFT + (value - self.x_low) / ((self.x_high - self.x_low) or 1.0) * (
-            WIDTH - LEFT - RIGHT
-        )
-
-    def y(self, value: float) -> float:
-        return (
-            HEIGHT
-            - BOTTOM
-            - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
-        )
-
-
-def _grid(axes: _Axes, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> str:
-    parts = []
-    for value in y_ticks:
-        y = axes.y(value)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}"'
-            f' text-anchor="end">{number(value)}</text>'
-        )
-    for value in x_ticks:
-        if value <= axes.x_high:
-            x = axes.x(value)
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}"'
-                f' text-anchor="middle">{number(value)}</text>'
-            )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(
-        f'<text class="tick" x="{middle}" y="{HEIGHT - 6}"'
-        f' text-anchor="middle">{escape(x_label)}</text>'
-    )
+def _grid(
+    x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str
+) -> str:
+    parts = [across(y(value), LEFT, WIDTH - RIGHT, number(value)) for value in y_ticks]
+    parts += [
+        text(x(value), HEIGHT - BOTTOM + 17, number(value), anchor="middle")
+        for value in x_ticks
+        if value <= x.high
+    ]
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, anchor="middle"))
     return "".join(parts)
 
 
-def _line(axes: _Axes, series: Series) -> str:
-    places = [(axes.x(x), axes.y(y)) for x, y in series.points]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    line = f'<polyline class="line c{series.color}" points="{path}"/>'
-    if len(places) > MARKED_POINTS:
+def _path(x: Scale, y: Scale, series: Series) -> str:
+    return " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in series.points)
+
+
+def _line(x: Scale, y: Scale, series: Series) -> str:
+    line = f'<polyline class="line c{series.color}" points="{_path(x, y, series)}"/>'
+    if len(series.points) > MARKED_POINTS:
         return line
-    dots = "".join(
-        f'<circle class="dot c{series.color}" cx="{px:.1f}" cy="{py:.1f}"'
-        f' r="3.2"><title>{escape(series.name)}: {number(y)} at {number(x)}</title></circle>'
-        for (px, py), (x, y) in zip(places, series.points, strict=True)
+    return line + "".join(
+        dot(x(at), y(value), series.color, _said(series.name, at, value), r=3.2)
+        for at, value in series.points
     )
-    return line + dots
+
+
+def _said(name: str, x: float, y: float) -> str:
+    return f"{name}: {number(y)} at {number(x)}"
 
 
 def _legend(series: Sequence[Series]) -> str:
-    if len(series) < 2:
-        return ""
-    return "".join(
-        f'<span class="key"><i class="c{s.color}"></i>{escape(s.name)}</span>' for s in series
-    )
+    return legend((s.name, s.color) for s in series) if len(series) > 1 else ""
 
 
 BARS_WIDTH, BARS_LEFT, BARS_RIGHT = 940, 96, 64  # user units; the page scales the picture
@@ -196,52 +214,30 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
     body, y = list[str](), float(BARS_TOP)
     for name, bars in groups:
         height = len(bars) * (BAR + GAP) - GAP
-        body.append(
-            f'<text class="name" x="{BARS_LEFT - 12}" y="{y + height / 2 + 4:.1f}"'
-            f' text-anchor="end">{escape(name)}</text>'
-        )
+        body.append(text(BARS_LEFT - 12, y + height / 2 + 4, name, anchor="end", kind="name"))
         for bar in bars:
             body.append(_bar(name, bar, y))
             y += BAR + GAP
         y += GROUP_GAP - GAP
     bottom = y - GROUP_GAP + 8
-    picture = _bar_grid(bottom) + "".join(body)
-    svg = (
-        f'<svg viewBox="0 0 {BARS_WIDTH} {bottom + AXIS:.0f}" role="img"'
-        f' aria-label="{escape(title)}">{picture}</svg>'
+    grid = [upright(_share(n / 4), 0, bottom, f"{n / 4:.0%}") for n in range(5)]
+    names = {bar.name: bar.color for _, bars in groups for bar in bars}
+    return framed(
+        title,
+        "".join(grid + body),
+        legend(names.items()),
+        width=BARS_WIDTH,
+        height=bottom + AXIS,
     )
-    return f"<figure><figcaption>{escape(title)}{_bar_legend(groups)}</figcaption>{svg}</figure>"
 
 
-def _x(share: float) -> float:
-    return BARS_LEFT + share * (BARS_WIDTH - BARS_LEFT - BARS_RIGHT)
+_share = Scale(0, 1, BARS_LEFT, BARS_WIDTH - BARS_RIGHT)
 
 
 def _bar(group: str, bar: Bar, y: float) -> str:
-    text = f"{100 * bar.share:.1f} %"
+    words, end = f"{100 * bar.share:.1f} %", _share(bar.share)
     return (
         f'<rect class="bar c{bar.color}" x="{BARS_LEFT}" y="{y:.1f}"'
-        f' width="{_x(bar.share) - BARS_LEFT:.1f}" height="{BAR}" rx="2"><title>{escape(group)},'
-        f' {escape(bar.name)}: {text}</title></rect><text class="value" x="{_x(bar.share) + 7:.1f}"'
-        f' y="{y + BAR - 4.5:.1f}">{text}</text>'
-    )
-
-
-def _bar_grid(bottom: float) -> str:
-    parts = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x = _x(share)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{bottom + 17:.1f}"'
-            f' text-anchor="middle">{share:.0%}</text>'
-        )
-    return "".join(parts)
-
-
-def _bar_legend(groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
-    names = {bar.name: bar.color for _, bars in groups for bar in bars}
-    return "".join(
-        f'<span class="key"><i class="c{color}"></i>{escape(name)}</span>'
-        for name, color in names.items()
-    )
+        f' width="{end - BARS_LEFT:.1f}" height="{BAR}" rx="2"><title>{escape(group)},'
+        f" {escape(bar.name)}: {words}</title></rect>"
+    ) + text(end + 7, y + BAR - 4.5, words, kind="value")

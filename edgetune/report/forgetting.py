@@ -14,7 +14,7 @@ from typing import Any
 
 from edgetune.core.tasks import lower_is_better
 from edgetune.metrics.statistics import headline
-from edgetune.report.charts import number, ticks
+from edgetune.report.charts import Scale, framed, legend, number, text, ticks, upright
 
 WIDTH, ROW, LEFT, RIGHT, TOP, BOTTOM = 460, 24, 150, 20, 10, 44  # user units
 # no share and no perplexity: nothing for these axes
@@ -86,28 +86,20 @@ def picture(
     marks = ticks(min(ends), max(ends), 5)
     height = TOP + ROW * len(rows) + BOTTOM
 
-    def x(value: float) -> float:
-        inside = min(max(value, marks[0]), marks[-1])
-        return LEFT + (inside - marks[0]) / (marks[-1] - marks[0]) * (WIDTH - LEFT - RIGHT)
+    scale = Scale(marks[0], marks[-1], LEFT, WIDTH - RIGHT)
 
-    parts = [_mark(x(mark), mark, height) for mark in marks]
+    def x(value: float) -> float:  # an end that is infinite lies at the edge
+        return scale(min(max(value, marks[0]), marks[-1]))
+
+    parts = [upright(x(mark), TOP, height - BOTTOM, number(mark)) for mark in marks]
     parts += [
         _row(index, change, x, color=1 if index < len(task) else 2)
         for index, change in enumerate(rows)
     ]
     label = "change for the better: points, or % of a perplexity"
-    parts.append(
-        f'<text class="tick" x="{WIDTH / 2}" y="{height - 6}" text-anchor="middle">{label}</text>'
-    )
-    svg = (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img"'
-        f' aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )
-    keys = (
-        '<span class="key"><i class="c1"></i>task</span><span class="key"><i'
-        ' class="c2"></i>general, 95 % interval</span>'
-    )
-    return f"<figure><figcaption>{escape(title)}{keys}</figcaption>{svg}</figure>"
+    parts.append(text(WIDTH / 2, height - 6, label, anchor="middle"))
+    keys = legend([("task", 1), ("general, 95 % interval", 2)])
+    return framed(title, "".join(parts), keys, width=WIDTH, height=height)
 
 
 def _better(metric: str, before: float, after: float) -> float:
@@ -116,22 +108,11 @@ def _better(metric: str, before: float, after: float) -> float:
     return (after - before) * (1 if metric == "bleu" else 100)
 
 
-def _mark(x: float, value: float, height: int) -> str:
-    line = f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
-    return (
-        line + f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 17}"'
-        f' text-anchor="middle">{number(round(value, 9))}</text>'
-    )
-
-
 def _row(index: int, change: Gain, x: Any, *, color: int) -> str:
     y = TOP + ROW * (index + 0.5)
     start, end = sorted((x(0.0), x(change.value)))
     parts = [
-        (
-            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}"'
-            f' text-anchor="end">{escape(change.name)}</text>'
-        ),
+        text(LEFT - 8, y + 4, change.name, anchor="end"),
         (
             f'<rect class="dot c{color}" x="{start:.1f}" y="{y - 5:.1f}"'
             f' width="{max(end - start, 1):.1f}" height="10"><title>{escape(change.name)}:'

@@ -13,7 +13,17 @@ from html import escape
 from typing import Any
 
 from edgetune.core.tasks import lower_is_better
-from edgetune.report.charts import number, ticks
+from edgetune.report.charts import (
+    Scale,
+    across,
+    dot,
+    framed,
+    legend,
+    number,
+    text,
+    ticks,
+    upright,
+)
 from edgetune.report.forgetting import Gain, general_changes, task_changes
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (
@@ -136,29 +146,18 @@ def plane(subjects: Sequence[ComparedRun], unit: str) -> str:
     shown, metric = places(subjects, unit), task_metric(subjects)
     if not shown or metric is None:
         return ""
-    across = ticks(min(0.0, *(p.low for p in shown)), max(0.0, *(p.high for p in shown)), 5)
+    along = ticks(min(0.0, *(p.low for p in shown)), max(0.0, *(p.high for p in shown)), 5)
     up = _range([p.gain for p in shown])
 
-    def x(value: float) -> float:
-        return LEFT + (value - across[0]) / (across[-1] - across[0]) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - up[0]) / (up[-1] - up[0]) * (HEIGHT - TOP - BOTTOM)
-
+    x = Scale(along[0], along[-1], LEFT, WIDTH - RIGHT)
+    y = Scale(up[0], up[-1], HEIGHT - BOTTOM, TOP)
     sets = [name.partition(" ")[0] for name in shared_sets(subjects, unit)]
     title = f"Task gain against general loss: {UNITS[unit]}"
-    parts = [_grid(across, up, x, y), _label(metric, sets, unit)]
+    parts = [*_grid(along, up, x, y), _label(metric, sets, unit)]
     parts += [_dot(place, x, y) for place in shown]
     parts += _names(shown, x, y)
-    svg = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
-        f' aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )
-    keys = "".join(
-        f'<span class="key"><i class="c{place.color}"></i>{escape(place.name)}</span>'
-        for place in shown
-    )
-    return f"<figure><figcaption>{escape(title)}{keys}</figcaption>{svg}</figure>"
+    keys = legend((place.name, place.color) for place in shown)
+    return framed(title, "".join(parts), keys, width=WIDTH, height=HEIGHT)
 
 
 def gain_table(subjects: Sequence[ComparedRun]) -> list[list[str]]:
@@ -202,59 +201,38 @@ def _spoken(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def _grid(across: Sequence[float], up: Sequence[float], x: Any, y: Any) -> str:
-    parts = []
-    for value in across:
-        kind = "axis" if value == 0 else "grid"
-        parts.append(
-            f'<line class="{kind}" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP}"'
-            f' y2="{HEIGHT - BOTTOM}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 17}"'
-            f' text-anchor="middle">{number(round(value, 9))}</text>'
-        )
-    for value in up:
-        kind = "axis" if value == 0 else "grid"
-        parts.append(
-            f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}"'
-            f' y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{LEFT - 7}" y="{y(value) + 4:.1f}"'
-            f' text-anchor="end">{number(round(value, 9))}</text>'
-        )
-    return "".join(parts)
+def _grid(along: Sequence[float], up: Sequence[float], x: Scale, y: Scale) -> list[str]:
+    """Lines at every tick, those through zero as axes."""
+    kind = {True: "axis", False: "grid"}
+    return [
+        *(upright(x(v), TOP, HEIGHT - BOTTOM, number(v), kind=kind[v == 0]) for v in along),
+        *(across(y(v), LEFT, WIDTH - RIGHT, number(v), kind=kind[v == 0]) for v in up),
+    ]
 
 
 def _label(metric: str, sets: Sequence[str], unit: str) -> str:
     below = f"{', '.join(sets)} ({'points' if unit == 'points' else '% of the perplexity'})"
     beside = f"↑ gain in {_spoken(metric)} ({'points' if unit_of(metric) == 'points' else '%'})"
-    middle = (LEFT + WIDTH - RIGHT) / 2
     return (
-        f'<text class="tick" x="{LEFT}" y="{HEIGHT - 24}">← lost in general</text><text'
-        f' class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 24}" text-anchor="end">gained'
-        f' in general →</text><text class="tick" x="{middle}" y="{HEIGHT - 6}"'
-        f' text-anchor="middle">{escape(below)}</text><text class="tick" x="8"'
-        f' y="15">{escape(beside)}</text>'
+        text(LEFT, HEIGHT - 24, "← lost in general")
+        + text(WIDTH - RIGHT, HEIGHT - 24, "gained in general →", anchor="end")
+        + text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, below, anchor="middle")
+        + text(8, 15, beside)
     )
 
 
-def _dot(place: RunPoint, x: Any, y: Any) -> str:
+def _dot(place: RunPoint, x: Scale, y: Scale) -> str:
     at, height = x(place.change), y(place.gain)
     whisker = f"{x(place.low):.1f},{height:.1f} {x(place.high):.1f},{height:.1f}"
     words = (
         f"{place.name}: task {place.gain:+.2f}, general {place.change:+.2f} ({place.low:+.2f} to"
         f" {place.high:+.2f})"
     )
-    return (
-        f'<polyline class="line c{place.color}" points="{whisker}"/><circle class="dot'
-        f' c{place.color}" cx="{at:.1f}" cy="{height:.1f}"'
-        f' r="5"><title>{escape(words)}</title></circle>'
-    )
+    line = f'<polyline class="line c{place.color}" points="{whisker}"/>'
+    return line + dot(at, height, place.color, words, r=5)
 
 
-def _names(shown: Sequence[RunPoint], x: Any, y: Any) -> list[str]:
+def _names(shown: Sequence[RunPoint], x: Scale, y: Scale) -> list[str]:
     """Each name beside its point: above or below, to the right or the left, where it covers no
     other name or point.
     """

@@ -18,7 +18,7 @@ from edgetune.metrics.statistics import headline
 from edgetune.recipe.schema import Recipe, what_learns
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.forgetting import general_changes, picture, task_changes
-from edgetune.report.html import PLOTTED_SHARES, STYLE, _table, figure, words
+from edgetune.report.html import PLOTTED_SHARES, STYLE, figure, html_table, words
 
 Record = Mapping[str, Any]
 EFFECT_WORDS = {
@@ -63,8 +63,8 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
         "<h2>Results</h2>" + _results(summary),
         *_forgetting(summary),
         "<h2>What the adapter changes</h2>" + _effect(summary),
-        "<h2>Settings</h2>" + _table(("setting", "value"), _settings(recipe)),
-        "<h2>Origin</h2>" + _table(("what", "value"), _origin(summary)),
+        "<h2>Settings</h2>" + html_table(("setting", "value"), _settings(recipe)),
+        "<h2>Origin</h2>" + html_table(("what", "value"), _origin(summary)),
     ]
     head = (
         '<meta charset="utf-8"><meta name="viewport"'
@@ -156,7 +156,7 @@ def _results(summary: Mapping[str, Any]) -> str:
         if "accuracy" in base or summary["task"] == "reward"
         else "base"
     )
-    return _table(("validation", without, "with the adapter"), rows)
+    return html_table(("validation", without, "with the adapter"), rows)
 
 
 def with_interval(name: str, metrics: Mapping[str, float]) -> str:
@@ -187,14 +187,14 @@ def _forgetting(summary: Mapping[str, Any]) -> Iterable[str]:
             for r in results
         ]
         head = ("general ability", "before", "after", "change", "95 % interval", "items")
-        yield f'<h2>Forgetting</h2><div class="plots">{drawn}</div>' + _table(head, rows)
+        yield f'<h2>Forgetting</h2><div class="plots">{drawn}</div>' + html_table(head, rows)
 
 
 def _effect(summary: Mapping[str, Any]) -> str:
     rows = [
         (EFFECT_WORDS.get(name, name), f"{value:.4g}") for name, value in summary["effect"].items()
     ]
-    return _table((f"on {summary['effect_rows']} rows", ""), rows)
+    return html_table((f"on {summary['effect_rows']} rows", ""), rows)
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:

@@ -26,10 +26,12 @@ from edgetune.core.files import PARTIAL, clear_interrupted, output_errors, whole
 from edgetune.core.layout import CHECKPOINTS
 from edgetune.core.progress import Say
 from edgetune.core.settings import flat, toml_value
+from edgetune.recipe.migrate import MOVED, new_place
 from edgetune.recipe.schema import Recipe
 from edgetune.training.learner import Learned
 
 SCHEMA = 2
+OWN_TABLES = {table for table, _ in MOVED.values()}  # of a stage: those of one method each
 NAME = re.compile(r"stage-(\d+)-step-(\d+)\.pt")
 # What a run may differ in and still be the same: where it is written, and files, which are compared
 # by their digests.
@@ -125,10 +127,26 @@ def origin_of(
     return origin | {"processes": str(processes)}
 
 
+def in_own_tables(origin: Mapping[str, str]) -> dict[str, str]:
+    """An origin with the settings that only one method has where they lie now: version 0.1 had them
+    among those of every stage, whatever its method.
+    """
+    placed = {}
+    for key, value in origin.items():
+        stage, _, name = key.rpartition(".")
+        method, new = origin.get(f"{stage}.method"), new_place(key)
+        if new is not None and method == toml_value(MOVED[name][0]):
+            placed[new] = value
+        elif new is None and not (method is not None and name in OWN_TABLES):  # that is "not set"
+            placed[key] = value
+    return placed
+
+
 def check_origin(found: Mapping[str, str], wanted: Mapping[str, str], *, where: Path) -> None:
     """Raise one line that names what differs between the unfinished run and what shall
     continue it.
     """
+    found, wanted = in_own_tables(found), in_own_tables(wanted)
     keys = [key for key in dict.fromkeys([*wanted, *found]) if found.get(key) != wanted.get(key)]
     if not keys:
         return

@@ -102,6 +102,13 @@ class ResolvedRun:
         """The first stage of the run's own task."""
         return next(stage for stage in self.stages if stage.task == self.task)
 
+    @property
+    def frozen_precision(self) -> Precision:
+        """The format in which frozen weights of linear layers are held: bf16 where no stage needs
+        more.
+        """
+        return "bf16" if all(stage.precision == "bf16" for stage in self.stages) else "fp32"
+
 
 class Experience(Protocol):
     """Turns the rows of a step into what is learned from: grpo's prompts into scored answers."""

@@ -136,7 +136,7 @@ def _first_model(run: ResolvedRun, group: Group) -> RunModel:
     )
     if group.rank:
         torch.manual_seed(run.seed + (group.rank << 32))  # another dropout in every process
-    if all(stage.precision == "bf16" for stage in run.stages):
+    if run.frozen_precision == "bf16":
         hold_frozen_linears_in_bf16(model.model)
     return model
 

@@ -23,7 +23,7 @@ from edgetune.models.heads import (
 )
 from edgetune.models.load import load_body
 from edgetune.models.masked_lm import exchange_body, head_parameters, load_masked_lm
-from edgetune.models.torch_device import generators_untouched
+from edgetune.models.torch_device import autocast, generators_untouched
 from edgetune.recipe.checks import changes_the_base
 from edgetune.training.context import ResolvedRun, ResolvedStage
 from edgetune.training.probes import fit_head, fit_reward_probe, keep_features
@@ -69,7 +69,8 @@ class RunModel:
         later = stage is self._run.first and stage.index > 0
         # a head that came with the adapter is not fitted again
         if begins and later and stage.fit_head and self._run.start is None:
-            self._fit_head(unwrapped(self.model))
+            with autocast(self._run.frozen_precision, self._run.device):
+                self._fit_head(unwrapped(self.model))
         return self.model
 
     def finish(self) -> None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from edgetune.export.graph.fuse import constant
-from edgetune.export.graph.lower import _input
+from edgetune.export.graph.lower import add_float_input
 from edgetune.models.base import Base
 from edgetune.models.heads import RewardModel
 from edgetune.models.load import load_body
@@ -63,12 +63,6 @@ def _add_output(graph: ir.Graph, value: ir.Value, shape: list[str | int]) -> Non
     graph.outputs.append(value)
 
 
-def _head_input(graph: ir.Graph, name: str, shape: tuple[object, ...]) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))  # type: ignore[arg-type]
-    graph.inputs.append(value)
-    return value
-
-
 def add_token_head(model: ir.Model, weight: Tensor, bias: Tensor) -> None:
     """logits (B, S, labels) = last_hidden_state · W + b as constants; weight (labels, hidden), bias
     (labels,).
@@ -104,8 +98,8 @@ def add_head(
     maker = pooled.producer()
     assert maker is not None
     if weight is None:
-        w = _input(graph, "head.weight", ("group", hidden, "labels"))
-        b = _input(graph, "head.bias", ("group", "labels"))
+        w = add_float_input(graph, "head.weight", ("group", hidden, "labels"))
+        b = add_float_input(graph, "head.bias", ("group", "labels"))
     else:
         assert bias is not None
         w = constant(graph, "head.weight", weight.t().contiguous()[None].numpy())

@@ -323,8 +323,8 @@ def _with_adapter(graph: ir.Graph, node: ir.Node, base: ir.Value) -> tuple[ir.Va
     assert weight is not None and weight.shape is not None
     columns = int(weight.shape[1])  # type: ignore[arg-type]
     name = _name(node)
-    low = _input(graph, f"{name}.lora_A", ("group", columns, f"{name}.rank"))
-    high = _input(graph, f"{name}.lora_B", ("group", f"{name}.rank", sum(widths)))
+    low = add_float_input(graph, f"{name}.lora_A", ("group", columns, f"{name}.rank"))
+    high = add_float_input(graph, f"{name}.lora_B", ("group", f"{name}.rank", sum(widths)))
     down = new_node(graph, node, "MatMul", [node.inputs[0], low], name=f"{name}.down")[0]
     up = new_node(graph, node, "MatMul", [down, high], name=f"{name}.up")[0]
     result = new_node(graph, node, "Add", [base, up], name=f"{name}.adapted")[0]
@@ -355,7 +355,8 @@ def input_embedding(graph: ir.Graph) -> str:
     return ""
 
 
-def _input(graph: ir.Graph, name: str, shape: tuple[str | int, ...]) -> ir.Value:
+def add_float_input(graph: ir.Graph, name: str, shape: tuple[str | int, ...]) -> ir.Value:
+    """A new float32 input of the graph; a text in `shape` names a size that may vary."""
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.append(value)
     return value

@@ -7,7 +7,8 @@ import onnx
 import onnx_ir as ir
 
 from edgetune.export.graph.fuse import constant, drop_dead
-from edgetune.export.graph.heads import _add_output, _head_input, _output
+from edgetune.export.graph.heads import _add_output, _output
+from edgetune.export.graph.lower import add_float_input
 from edgetune.runtime.bundle.manifest import SCORE_OUTPUT, STATES
 
 
@@ -129,8 +130,8 @@ def standard_score(model: ir.Model) -> None:
     else:
         assert states.shape is not None
         weight, bias = (
-            _head_input(graph, "head.weight", ("group", states.shape[-1], "labels")),
-            _head_input(graph, "head.bias", ("group", "labels")),
+            add_float_input(graph, "head.weight", ("group", states.shape[-1], "labels")),
+            add_float_input(graph, "head.bias", ("group", "labels")),
         )
         product = ir.node("MatMul", [states, weight])
         one = ir.node("Squeeze", [product.outputs[0], axis])

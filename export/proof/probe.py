@@ -22,6 +22,7 @@ from edgetune.core.tasks import REWARD
 from edgetune.core.text import PairIds, Text, first_tokens, second_of
 from edgetune.data.batching import IGNORE, token_types
 from edgetune.data.labels import encode_texts
+from edgetune.data.rows import spread
 from edgetune.export.inputs.calibration_text import run_examples
 from edgetune.export.proof.proof import Outputs
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
@@ -59,9 +60,9 @@ def probe_rows(adapter: Path, tokenizer: Any, base: Any) -> list[list[int]]:
             if base.kind == "encoder-decoder":
                 return [
                     probe_pair(example.input_ids, example.labels, limit=longest)
-                    for example in _spread(rows, ROWS)
+                    for example in spread(rows, ROWS)
                 ]
-            return [first_tokens(example.input_ids, longest) for example in _spread(rows, ROWS)]
+            return [first_tokens(example.input_ids, longest) for example in spread(rows, ROWS)]
     except EdgetuneError:
         pass  # the data has moved since training; the proof stands on plain texts too
     if base.kind == "encoder-decoder":
@@ -80,11 +81,6 @@ def _reads_pairs(adapter: Path) -> bool:
         path.is_file()
         and (read_metadata(adapter).get("prompt_format") or {}).get("text_pair") is not None
     )
-
-
-def _spread(rows: Sequence[Any], count: int) -> list[Any]:
-    """`count` rows evenly from all of them: neighbours are often of one class."""
-    return [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
 
 
 def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -> Outputs:

@@ -1,4 +1,4 @@
-"""The rows an adapter is measured on before it ships: its recipe's validation rows, or a file."""
+"""The rows that an adapter is measured on: its recipe's validation rows, or those of a file."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_top_without_a_server_is_one_line(
     assert message in err
 
 
-def test_top_of_another_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_of_another_server_is_one_line(command_line: CommandLine) -> None:
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -211,7 +211,7 @@ def test_top_of_another_server_is_one_line(capsys: pytest.CaptureFixture[str]) -
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.serve_forever).start()
-        code, _, err = run(capsys, "top", f"127.0.0.1:{server.server_port}", "--once")
+        code, _, err = command_line("top", f"127.0.0.1:{server.server_port}", "--once")
         server.shutdown()
     assert (code, len(err.splitlines())) == (2, 1)
     assert "no server of edgetune's" in err

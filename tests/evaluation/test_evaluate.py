@@ -24,7 +24,7 @@ from training_helpers import (
 from edgetune.cli.eval import command
 from edgetune.core.errors import DataError, InputError
 from edgetune.data.prompts import PromptFormat
-from edgetune.evaluation.answers import BundleAnswers
+from edgetune.evaluation.answers import Answers, BundleAnswers
 from edgetune.evaluation.evaluate import evaluate, measure
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.runtime import Runtime
@@ -49,7 +49,7 @@ def action_run(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder / "run"
 
 
-class Parrot:
+class Parrot(Answers):
     """Answers every prompt with itself."""
 
     task, labels = "text-generation", None

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from preference_helpers import pair_recipe
 from process_helpers import KILLED, STARTS, SWAPS, WRITES, in_process, train_until_killed
 from resume_helpers import WEIGHTS, journal, stopped_at
 from training_helpers import intent_recipe, sft_recipe, silent, write_rows
@@ -31,6 +32,8 @@ from edgetune.recipe.read import recipe_to_toml
 from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 from edgetune.training.resolve import steps_between
+
+OWN_TABLES = ("stage.0.dpo", "stage.0.grpo")
 
 
 def two_stages(one: Recipe) -> Recipe:
@@ -249,6 +252,32 @@ def test_every_generator_goes_on_where_it_was() -> None:
     expected = [draw(), random.gauss(0, 1), np.random.randn()]
     set_rng_state(state, CPU_DEVICE)
     assert [draw(), random.gauss(0, 1), np.random.randn()] == expected
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_checkpoint_of_version_0_1_is_continued(
+    tiny_decoder: Path, tmp_path: Path, method: str
+) -> None:
+    made = (
+        sft_recipe(tiny_decoder, tmp_path)
+        if method == "sft"
+        else pair_recipe(tiny_decoder, tmp_path, "dpo", dpo={"beta": 0.3})
+    )
+    recipe = replace(made, checkpoint_every=2)
+    run_recipe(recipe, out=tmp_path / "whole", progress=silent())
+    stopped_at(3, recipe, tmp_path / "run")
+    (path,) = (tmp_path / "run" / "checkpoints").glob("*.pt")
+    content = torch.load(path, weights_only=True)
+    old = {k: v for k, v in content["origin"].items() if not k.startswith(OWN_TABLES)}
+    old |= {f"stage.0.{key}": "not set" for key in ("reward", "reward_weights")}
+    old |= {"stage.0.beta": "0.3" if method == "dpo" else "0.1", "stage.0.kl": "0.04"}
+    torch.save({**content, "origin": old}, path)
+    run_recipe(recipe, out=tmp_path / "run", progress=silent(), resume=True)
+    assert sha256_file(tmp_path / "run" / WEIGHTS) == sha256_file(tmp_path / "whole" / WEIGHTS)
+    (other := tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    torch.save({**content, "origin": old | {"stage.0.learning_rate": "1.0"}}, other / path.name)
+    with pytest.raises(RecipeError, match=r"expected stage\.0\.learning_rate = 1\.0, got"):
+        run_recipe(recipe, out=tmp_path / "other", progress=silent(), resume=True)
 
 
 def test_without_a_word_in_the_recipe_a_stage_has_about_ten_checkpoints() -> None:

@@ -220,7 +220,7 @@ AttentionMaskInterface.register(ATTENTION, attention_mask)
 @contextlib.contextmanager
 def fused_ops(model: Any) -> Iterator[dict[str, int]]:
     """Let norms, rotations, gated activations and attention compute as above, relative positions as
-    in `near_positions`; yields how many of the first three there are.
+    in `relative_window`; yields how many of the first three there are.
 
     Only on a processor: a GPU's own kernels are better.
     """
@@ -244,7 +244,7 @@ def fused_ops(model: Any) -> Iterator[dict[str, int]]:
             swap(module, "forward", _gate_of(module))
             counts["gate"] += 1
         elif hasattr(module, METHOD):
-            swap(module, METHOD, near_positions(module))
+            swap(module, METHOD, relative_window(module))
     for code in {
         sys.modules[type(module).__module__]
         for module in body.modules()
@@ -374,22 +374,24 @@ def _is_rotation(function: Any) -> bool:
 METHOD = "disentangled_attention_bias"
 
 
-def near_positions(module: Any) -> Callable[..., Tensor]:
-    """What stands for the module's `disentangled_attention_bias`: its own code, on fewer rows."""
+def relative_window(module: Any) -> Callable[..., Tensor]:
+    """What stands for the module's `disentangled_attention_bias`: its own code, on the window of
+    relative positions that the tokens have.
+    """
 
     def bias(
         query: Tensor, key: Tensor, relative_pos: Tensor, rel_embeddings: Tensor, scale_factor: int
     ) -> Tensor:
         span = module.pos_ebd_size
-        near = min(span, int(relative_pos.abs().max()) + 1)
-        module.pos_ebd_size = near
+        window = min(span, int(relative_pos.abs().max()) + 1)
+        module.pos_ebd_size = window
         try:
             return getattr(type(module), METHOD)(
                 module,
                 query,
                 key,
                 relative_pos,
-                rel_embeddings[span - near : span + near],
+                rel_embeddings[span - window : span + window],
                 scale_factor,
             )  # type: ignore[no-any-return]
         finally:

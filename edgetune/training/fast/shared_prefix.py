@@ -143,7 +143,7 @@ def prefixes_shared(model: Any, batch: Batch) -> Iterator[None]:
 
 
 def may_share(model: Any, longest: int) -> bool:
-    """Whether rows of at most `longest` tokens that begin alike had better stand in one batch of
+    """Whether rows of at most `longest` tokens that share a prefix had better stand in one batch of
     this model's.
     """
     body = _body(model)

@@ -1,5 +1,5 @@
-"""Rows that begin alike: each distinct token goes through the layers once, and loss and gradients
-stay the padded batch's.
+"""Rows that share a prefix: each distinct token goes through the layers once, and loss and
+gradients stay the padded batch's.
 """
 
 from __future__ import annotations
