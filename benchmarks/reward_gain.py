@@ -20,7 +20,7 @@ from typing import Any
 
 from edgetune.data.conversations import row_prompt
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.data.rows import read_rows
 from edgetune.metrics.statistics import paired_bootstrap
 from edgetune.recipe.paths import locate_reward

@@ -70,7 +70,7 @@ METHODS: dict[MethodName, Method] = {
     "sequence-classification": Method(
         task="sequence-classification",
         kinds=("encoder",),
-        columns=("text", "text_pair", "label", "label_names"),
+        columns=("text", "text_pair", "label", "label_names", "normalise_labels"),
         settings=("problem",),
         has_head=True,
     ),

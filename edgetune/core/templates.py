@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -17,6 +18,11 @@ from edgetune.core.control_tokens import marked_value, without_marks
 from edgetune.core.errors import InputError
 
 Message = Mapping[str, Any]
+ROW = "row"  # what a template calls the whole row, for columns whose names are no identifiers
+IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+TAKEN_AS_IT_IS = re.compile(
+    r"\s*\{\{\s*(?:([A-Za-z_]\w*)|row\[(\"(?:[^\"\\]|\\.)*\"|'[^'\\]*')\])\s*\}\}\s*"
+)
 
 
 def chat_text(
@@ -90,9 +96,12 @@ def render_row(template: str, row: Mapping[str, Any]) -> str:
     from jinja2 import TemplateError, UndefinedError
 
     try:
-        made = without_marks(_compiled_row(template).render(dict(row)))
+        made = without_marks(_compiled_row(template).render({ROW: dict(row), **row}))
         # a block that a filter was put over saw the marks too
-        if "{%" in template and (plain := _plain_row(template).render(dict(row))) != made:
+        if (
+            "{%" in template
+            and (plain := _plain_row(template).render({ROW: dict(row), **row})) != made
+        ):
             return str(plain)
         return str(made) if made.texts == ((0, len(made)),) else made
     except UndefinedError as error:
@@ -118,15 +127,42 @@ def render_columns(template: str, row: Mapping[str, Any], *, where: str = "") ->
 
 @functools.lru_cache(maxsize=256)
 def columns_of(template: str) -> tuple[str, ...]:
-    """The columns a row template reads, sorted. InputError where it is not valid Jinja."""
-    from jinja2 import TemplateSyntaxError, meta
+    """The columns a row template reads, by name or as `row["a name"]`, sorted. InputError where it
+    is not valid Jinja.
+    """
+    from jinja2 import TemplateSyntaxError, meta, nodes
 
     try:
-        return tuple(sorted(meta.find_undeclared_variables(_rows().parse(template))))
+        parsed = _rows().parse(template)
     except TemplateSyntaxError as error:
         raise InputError(
             f"not a valid Jinja template: {error.message}", got=repr(template)
         ) from error
+    names = meta.find_undeclared_variables(parsed)
+    items = {
+        str(item.arg.value)
+        for item in parsed.find_all(nodes.Getitem)
+        if isinstance(item.node, nodes.Name)
+        and item.node.name == ROW
+        and isinstance(item.arg, nodes.Const)
+    }
+    return tuple(sorted((names - {ROW}) | items if items else names))
+
+
+def column_reference(column: str) -> str:
+    """The template that is a column as it stands: `{{ name }}`, or `{{ row["a name"] }}`."""
+    quoted = json.dumps(column, ensure_ascii=False)
+    return "{{ " + (column if IDENTIFIER.fullmatch(column) else f"{ROW}[{quoted}]") + " }}"
+
+
+def referred_column(template: str) -> str | None:
+    """The column that the template is, as it stands; None for any other template."""
+    found = TAKEN_AS_IT_IS.fullmatch(template)
+    if found is None:
+        return None
+    if found[1]:
+        return found[1]
+    return str(json.loads(found[2])) if found[2].startswith('"') else found[2][1:-1]
 
 
 @functools.lru_cache(maxsize=256)

@@ -91,6 +91,12 @@ def has_entities(labels: Sequence[str]) -> bool:
     return bool(others) and all(PREFIXED.fullmatch(label) for label in others)
 
 
+def outside_tag(labels: Sequence[str]) -> str:
+    """The tag of words that the model never sees: O, or 0 where tags are numbers."""
+    numbers = OUTSIDE not in labels and all(label.isdigit() for label in labels)
+    return "0" if numbers and "0" in labels else OUTSIDE
+
+
 def entities(tags: Sequence[str]) -> list[Entity]:
     """The entities of a sentence, counted as conlleval does (and seqeval by default).
 

@@ -9,7 +9,7 @@ from typing import Any
 from edgetune.core.errors import DataError
 from edgetune.core.settings import shown
 from edgetune.data.prompts import render
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.recipe.checks import column_name
 
 FIX = "Correct the row, or leave such rows out with data.skip_invalid = true."

@@ -7,11 +7,19 @@ from typing import Any
 
 from edgetune.core.control_tokens import Rendered
 from edgetune.core.errors import BaseModelError, DataError
-from edgetune.core.templates import chat_messages
-from edgetune.data.prompts import COLUMN, ROLES, PromptFormat, apply_chat_template, render
+from edgetune.core.settings import shown
+from edgetune.core.templates import chat_messages, referred_column
+from edgetune.data.messages import (
+    Conversation,
+    calls_text,
+    conversation_column,
+    read_messages,
+    tools_in,
+)
+from edgetune.data.prompts import PromptFormat, apply_chat_template, render
 
 Prompt = (
-    str | list[dict[str, str]]
+    str | list[dict[str, Any]]
 )  # the user's turn, or a conversation that ends before the answer
 PLACE = "the assistant's answer"  # stands for an answer where only what follows it is wanted
 
@@ -21,7 +29,13 @@ def row_prompt(form: PromptFormat, values: Mapping[str, Any], *, where: str) -> 
     template = form.prompt or "{{ prompt }}"
     value = _column(template, values)
     if not isinstance(value, list):
-        return render(template, values, where=where, field="prompt")
+        text = render(template, values, where=where, field="prompt")
+        system = None if form.system_column is None else row_system(form, values, where=where)
+        tools = tools_in(values, where=where) if form.template == "chat" else None
+        if system is None and tools is None:
+            return text
+        turns = Conversation([{"role": "user", "content": text}], tools=tools)
+        return turns.with_system(system if system is not None else form.system)
     if form.template == "plain":
         raise DataError(
             "the prompt is a conversation, but this stage uses plain prompts",
@@ -29,7 +43,7 @@ def row_prompt(form: PromptFormat, values: Mapping[str, Any], *, where: str) -> 
             expected="a string",
             fix="Choose a base with a chat template, or render the turns in data.prompt.",
         )
-    messages = _messages(value, where=where, field="prompt")
+    messages = read_messages(value, where=where, field="prompt")
     if messages[-1]["role"] == "assistant":
         fix = "Leave the answer out of the prompt."
         raise DataError(
@@ -38,9 +52,8 @@ def row_prompt(form: PromptFormat, values: Mapping[str, Any], *, where: str) -> 
             expected="a last message by the user",
             fix=fix,
         )
-    if form.system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": form.system})
-    return messages
+    messages.tools = tools_in(values, where=where)
+    return messages.with_system(row_system(form, values, where=where))
 
 
 def row_answer(template: str, values: Mapping[str, Any], *, where: str, field: str) -> str:
@@ -50,19 +63,71 @@ def row_answer(template: str, values: Mapping[str, Any], *, where: str, field: s
     value = _column(template, values)
     if not isinstance(value, list):
         return render(template, values, where=where, field=field)
-    messages = _messages(value, where=where, field=field)
-    if (
-        len(messages) != 1
-        or messages[0]["role"] != "assistant"
-        or not messages[0]["content"].strip()
-    ):
+    messages = read_messages(value, where=where, field=field)
+    text = calls_text(messages[-1])
+    if len(messages) != 1 or messages[0]["role"] != "assistant" or not text.strip():
         raise DataError(
             f"the {field} answer cannot be used",
             where=where,
             expected="a text, or a list of one message by the assistant",
             got=f"{len(messages)} messages, the last by {messages[-1]['role']}",
         )
-    return messages[0]["content"]
+    return text
+
+
+def split_messages(
+    values: Mapping[str, Any], *, system: str | None, where: str
+) -> tuple[Conversation, str]:
+    """A row's conversation as (all turns before the last answer, this as text)."""
+    turns, last = turns_and_answer(values, system=system, where=where)
+    return turns, calls_text(last)
+
+
+def turns_and_answer(
+    values: Mapping[str, Any], *, system: str | None, where: str
+) -> tuple[Conversation, dict[str, Any]]:
+    """A row's conversation as (all turns before the last answer that is learned, this answer)."""
+    column = conversation_column(values) or "messages"
+    messages = values.get(column)
+    expected = 'a list of {"role", "content"}, the last one by the assistant'
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(
+            f'the column "{column}" cannot be used',
+            where=where,
+            expected=expected,
+            got=shown(messages),
+        )
+    found = read_messages(messages, where=where, field=column)
+    last = found[-1]
+    if last["role"] != "assistant" or not (last["content"].strip() or last.get("tool_calls")):
+        raise DataError(
+            "the last message is no answer", where=where, expected=expected, got=shown(last)
+        )
+    learned = [
+        at
+        for at, one in enumerate(found)
+        if one["role"] == "assistant" and at not in found.silent and at > 0
+    ]
+    if not learned:
+        raise DataError(
+            "no answer is to be learned",
+            where=where,
+            expected="an answer of the assistant whose weight is not 0",
+        )
+    found.tools = tools_in(values, where=where)
+    turns = found.until(learned[-1]).with_system(system)
+    return turns, found[learned[-1]]
+
+
+def row_system(form: PromptFormat, values: Mapping[str, Any], *, where: str) -> str | None:
+    """The system message of a row: its own, or that of all rows; None: the chat template's."""
+    column = form.system_column
+    if column is None:
+        return form.system
+    name = referred_column(column)
+    if name is not None and not values.get(name):
+        return None
+    return render(column, values, where=where, field="system")
 
 
 def prompt_text(form: PromptFormat, prompt: Prompt, tokenizer: Any, *, where: str = "") -> str:
@@ -80,7 +145,7 @@ def prompt_text(form: PromptFormat, prompt: Prompt, tokenizer: Any, *, where: st
 
 def last_turn(prompt: Prompt) -> str:
     """What the user said last, as a reward function sees it."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def end_token(tokenizer: Any) -> int:
@@ -119,25 +184,5 @@ def closing_tokens(form: PromptFormat, tokenizer: Any) -> list[int]:
 
 def _column(template: str, values: Mapping[str, Any]) -> Any:
     """The value of the column that the template takes as it is; None for any other template."""
-    column = COLUMN.fullmatch(template)
-    return values.get(column.group(1)) if column is not None else None
-
-
-def _messages(value: list[Any], *, where: str, field: str) -> list[dict[str, str]]:
-    expected = f'a list of {{"role", "content"}}, role one of {", ".join(ROLES)}'
-    for number, message in enumerate(value):
-        usable = (
-            isinstance(message, dict)
-            and isinstance(message.get("content"), str)
-            and message.get("role") in ROLES
-        )
-        if not usable:
-            raise DataError(
-                f"{field}[{number}] is no message",
-                where=where,
-                expected=expected,
-                got=repr(message)[:60],
-            )
-    if not value:
-        raise DataError(f"the {field} is an empty conversation", where=where, expected=expected)
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    column = referred_column(template)
+    return values.get(column) if column is not None else None

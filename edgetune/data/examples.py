@@ -63,6 +63,8 @@ class ExampleSet:
     mask: Mask | None = None
     # of tagged rows: {"cut", "no_sub_word"}
     unseen_words: dict[str, dict[str, int]] = field(default_factory=dict)
+    # what each file was taken for, and what a look at its rows found
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def load(
         prompt_format=loading.form,
         max_length=loading.limit,
         skipped=skipped,
+        notes={name: [*source.notes] for name, source in loading.sources.items()},
     )
 
 

@@ -11,7 +11,7 @@ from edgetune.core.errors import DataError
 from edgetune.core.text import Text, typed
 from edgetune.data.examples import Example, ExampleSet, Labels, Loading, load
 from edgetune.data.prompts import PromptFormat, render, row_text
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
 
 NO_LINE = 0  # of a row that is a label's name and stands in no file

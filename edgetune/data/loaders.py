@@ -13,13 +13,14 @@ from edgetune.core.tasks import METHODS
 from edgetune.data.completions import load_completions
 from edgetune.data.examples import ExampleSet, Loading, token_limit
 from edgetune.data.labels import load_labelled
+from edgetune.data.look import look
 from edgetune.data.masking import load_masked
 from edgetune.data.plain_text import load_packed
 from edgetune.data.preferences import load_preferences
-from edgetune.data.prompts import prompt_format
+from edgetune.data.prompts import PromptFormat, prompt_format
 from edgetune.data.rollout_prompts import load_prompts
-from edgetune.data.rows import hold_out, read_rows
 from edgetune.data.seq2seq import load_answers
+from edgetune.data.splits import stage_rows
 from edgetune.data.tagging import load_tagged
 from edgetune.data.targets import load_targets
 from edgetune.models.base import Base
@@ -52,26 +53,41 @@ def load_examples(
     `data.limit`.
     """
     _check_kind(stage, base)
-    data = stage.data
-    sources = {"train": read_rows(data.train, data.skip_invalid)}
-    if data.validation is not None:
-        sources["validation"] = read_rows(data.validation, data.skip_invalid)
-    elif data.hold_out is not None:
-        sources["train"], sources["validation"] = hold_out(
-            sources["train"], data.hold_out, seed=seed
-        )
+    sources = stage_rows(stage, seed=seed)
     limit = token_limit(stage.max_length, tokenizer, base)
     form = prompt_format(
-        data,
+        stage.data,
         method=stage.method,
         chat_template=tokenizer.chat_template,
         columns=sources["train"].rows[0].values,
     )
-    form = replace(form, control_tokens=data.control_tokens)
+    form = replace(form, control_tokens=stage.data.control_tokens)
     tokenizer = reading(tokenizer, form.control_tokens)
-    return _loader(stage, base)(
+    for note in told(stage, form):
+        sources["train"].note(note)
+    found = _loader(stage, base)(
         Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
     )
+    seen = look(found.train, found.validation, found.labels)
+    return replace(found, notes=found.notes | ({"rows": seen} if seen else {}))
+
+
+def told(stage: Stage, form: PromptFormat) -> list[str]:
+    """What the recipe does not say of how its rows are read, and their columns do."""
+    notes = []
+    if stage.data.prompt is None and form.prompt not in (None, "{{ prompt }}"):
+        notes.append(f"asked with {form.prompt!r}")
+    if stage.data.completion is None and form.completion not in (
+        None,
+        "{{ completion }}",
+        "{{ chosen }}",
+    ):
+        notes.append(f"answered with {form.completion!r}")
+    if form.system_column is not None:
+        notes.append(f"system messages of the rows' own, {form.system_column!r}")
+    if stage.data.tags is None and form.tags not in (None, "tags"):
+        notes.append(f'tags in the column "{form.tags}"')
+    return notes
 
 
 def _loader(stage: Stage, base: Base) -> Callable[[Loading], ExampleSet]:

@@ -12,7 +12,7 @@ from edgetune.data.batching import IGNORE
 from edgetune.data.conversations import end_token
 from edgetune.data.examples import Example, ExampleSet, Loading, load
 from edgetune.data.prompts import PromptFormat, render
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
 
 

@@ -8,18 +8,17 @@ from typing import Any
 
 from edgetune.core.errors import DataError
 from edgetune.data.batching import IGNORE
-from edgetune.data.completions import encode_completions, encode_prompts
+from edgetune.data.completions import encode_completions, encode_prompts, without_end
 from edgetune.data.conversations import (
     Prompt,
     closing_tokens,
     end_token,
     prompt_text,
-    row_answer,
-    row_prompt,
 )
 from edgetune.data.examples import ExampleSet, Loading, load
+from edgetune.data.implicit_prompts import paired, row_pair
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
 
 
@@ -68,12 +67,10 @@ def preference_rows(
     """Prompt and both answers of every row, and how many rows were left out. Equal answers are a
     DataError.
     """
-    chosen, rejected = form.chosen or "{{ chosen }}", form.rejected or "{{ rejected }}"
+    source = paired(source, form)
 
     def convert(row: Row, where: str) -> PreferenceRow:
-        prompt = row_prompt(form, row.values, where=where)
-        better = row_answer(chosen, row.values, where=where, field="chosen")
-        worse = row_answer(rejected, row.values, where=where, field="rejected")
+        prompt, better, worse = row_pair(form, row.values, where=where)
         if better.strip() == worse.strip():
             raise DataError(
                 "the chosen and the rejected answer are the same",
@@ -118,8 +115,8 @@ def encode_pairs(
     """
     texts = [prompt_text(form, row.prompt, tokenizer, where=f"line {row.line}") for row in rows]
     prompts = encode_prompts(texts, form.template, tokenizer)
-    chosen = encode_completions([row.chosen for row in rows], tokenizer)
-    rejected = encode_completions([row.rejected for row in rows], tokenizer)
+    chosen = encode_completions([without_end(row.chosen, tokenizer) for row in rows], tokenizer)
+    rejected = encode_completions([without_end(row.rejected, tokenizer) for row in rows], tokenizer)
     pairs = []
     for row, prompt, better, worse in zip(rows, prompts, chosen, rejected, strict=True):
         unlabelled = [IGNORE] * len(prompt)

@@ -11,9 +11,11 @@ a device.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import jinja2
@@ -22,15 +24,31 @@ from edgetune.core.control_tokens import without_marks
 from edgetune.core.errors import DataError, InputError, RecipeError
 from edgetune.core.settings import shown
 from edgetune.core.tasks import GENERATION, METHODS, MethodName
-from edgetune.core.templates import columns_of, render_row
+from edgetune.core.templates import (
+    IDENTIFIER,
+    column_reference,
+    columns_of,
+    referred_column,
+    render_row,
+)
 from edgetune.core.text import Text
+from edgetune.data.messages import conversation_column
 from edgetune.models.text_tokenizer import control_of
 from edgetune.recipe.checks import column_name
 from edgetune.recipe.schema import Data
 
-NAME = re.compile(r"[A-Za-z_]\w*")
-COLUMN = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
-ROLES = ("system", "user", "assistant", "tool")
+BRACED = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
+# columns of widespread sets: what is asked, what goes with it, what is answered
+ASKED = (
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("instruction", None, "output"),
+    ("instruction", None, "response"),
+    ("question", None, "answer"),
+    ("question", None, "response"),
+    ("query", None, "response"),
+    ("input", None, "output"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,7 @@ class PromptFormat:
     rejected: str | None = None
     tokens: str | None = None  # columns, not templates: they hold lists
     tags: str | None = None
+    system_column: str | None = None  # a row's own system message; `system` is the same for all
 
     control_tokens: Literal["text", "tokens"] = "text"  # what a row's spelling of one is
 
@@ -71,23 +90,24 @@ def prompt_format(
     template.
     """
     read = METHODS[method].columns
+
+    def template_of(key: str) -> str:
+        return row_template(getattr(data, key), key, key=f"data.{key}", columns=columns)
+
     if read == ("text",):
-        return PromptFormat(text=row_template(data.text, "text", key="data.text"))
+        return PromptFormat(text=template_of("text"))
     if "tags" in read:
         return PromptFormat(
-            tokens=column_name(data.tokens or "tokens"), tags=column_name(data.tags or "tags")
+            tokens=column_name(data.tokens or first_column(TOKENS, columns)),
+            tags=column_name(data.tags or first_column(TAGS, columns)),
         )
     if "label" in read:
-        text, label = (
-            row_template(data.text, "text", key="data.text"),
-            row_template(data.label, "label", key="data.label"),
+        pair = None if data.text_pair is None else template_of("text_pair")
+        return PromptFormat(
+            text=template_of("text"),
+            text_pair=pair,
+            label=_label_template(data, columns),
         )
-        pair = (
-            None
-            if data.text_pair is None
-            else row_template(data.text_pair, "text_pair", key="data.text_pair")
-        )
-        return PromptFormat(text=text, text_pair=pair, label=label)
     if data.template == "chat" and not chat_template:
         fix = 'Set data.template = "plain", or choose an instruct model.'
         raise RecipeError(
@@ -101,30 +121,92 @@ def prompt_format(
         raise RecipeError(
             "data.system needs a chat template; this stage uses plain prompts", fix=fix
         )
-    is_conversation = (
-        data.prompt is None
-        and data.completion is None
-        and "messages" in columns
-        and "prompt" not in columns
-    )
-    if method == "sft" and is_conversation:
+    system, system_column = _system_of(data, columns) if template == "chat" else (None, None)
+    if method == "sft" and _is_conversation(data, columns):
         if template == "plain":
             raise RecipeError(
                 "rows with messages need a base with a chat template",
                 fix="Choose an instruct model.",
             )
-        return PromptFormat(template=template, system=data.system)
-    prompt = row_template(data.prompt, "prompt", key="data.prompt")
+        return PromptFormat(template=template, system=system, system_column=system_column)
+    asked, answered = _asked(data, columns)
+    prompt = row_template(data.prompt or asked, "prompt", key="data.prompt", columns=columns)
+    own = PromptFormat(template, system, prompt, system_column=system_column)
     if "chosen" in read:
-        chosen = row_template(data.chosen, "chosen", key="data.chosen")
-        rejected = row_template(data.rejected, "rejected", key="data.rejected")
+        if data.prompt is None and asked is None and "prompt" not in columns:
+            own = replace(own, prompt=None)  # what both answers have in common is the prompt
+        chosen = template_of("chosen")
         # A policy is evaluated on what it should have answered; a reward answers nothing.
         completion = chosen if METHODS[method].task == GENERATION else None
-        return PromptFormat(
-            template, data.system, prompt, completion, chosen=chosen, rejected=rejected
-        )
-    completion = row_template(data.completion, "completion", key="data.completion")
-    return PromptFormat(template=template, system=data.system, prompt=prompt, completion=completion)
+        return replace(own, completion=completion, chosen=chosen, rejected=template_of("rejected"))
+    completion = row_template(
+        data.completion or answered, "completion", key="data.completion", columns=columns
+    )
+    return replace(own, completion=completion)
+
+
+def _label_template(data: Data, columns: Mapping[str, Any]) -> str:
+    """A label's template, or the JSON list of the columns that are a label each."""
+    if isinstance(data.label, tuple):
+        return json.dumps(list(data.label), ensure_ascii=False)
+    template = row_template(data.label, "label", key="data.label", columns=columns)
+    name = referred_column(template)
+    if not data.normalise_labels or name is None:
+        return template
+    value = template.strip("{} ")
+    return "{{ (" + value + " | string).split() | join(' ') | lower }}"
+
+
+TOKENS = ("tokens", "words")
+TAGS = ("tags", "ner_tags", "labels", "ner", "pos_tags")
+
+
+def first_column(names: tuple[str, ...], columns: Mapping[str, Any]) -> str:
+    """The first of the names that is a column, else the first of all."""
+    return next((name for name in names if name in columns), names[0])
+
+
+def _is_conversation(data: Data, columns: Mapping[str, Any]) -> bool:
+    """Whether a row's messages are what is learned: it has some, and the recipe names nothing
+    else.
+    """
+    named = data.prompt is not None or data.completion is not None
+    paired = "prompt" in columns and "completion" in columns
+    has = conversation_column(columns) is not None or "messages" in columns
+    return not named and not paired and has
+
+
+def _system_of(data: Data, columns: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The system message of all rows, and the template of each row's own: one of them is None."""
+    if data.system is None:
+        own = isinstance(columns.get("system"), str)
+        return None, column_reference("system") if own else None
+    if data.system in columns:
+        return None, column_reference(data.system)
+    if "{{" in data.system or "{%" in data.system:
+        return None, row_template(data.system, "system", key="data.system", columns=columns)
+    return data.system, None
+
+
+def _asked(data: Data, columns: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Templates of prompt and answer for the columns of widespread sets (Alpaca, Dolly, …); None
+    where prompt and completion have these names.
+    """
+    if "prompt" in columns or (data.prompt is not None and data.completion is not None):
+        return None, None
+    for asked, context, answered in ASKED:
+        others = {answered} if context is None else {answered, context}
+        pairs = "chosen" in columns and asked != "input" and context is None
+        if asked in columns and (others <= set(columns) or pairs):
+            extra = (
+                ""
+                if context is None
+                else "{% if " + context + " %}\n\n{{ " + context + " }}{% endif %}"
+            )
+            return column_reference(asked) + extra, (
+                column_reference(answered) if "completion" not in columns else None
+            )
+    return None, None
 
 
 def render(template: str, values: Mapping[str, Any], *, where: str, field: str) -> str:
@@ -133,7 +215,8 @@ def render(template: str, values: Mapping[str, Any], *, where: str, field: str) 
     """
     _check_type(template, values, where=where, field=field)
     try:
-        text = render_row(template, values)
+        text = _as_label(template, values) if field == "label" else None
+        text = render_row(template, values) if text is None else text
     except LookupError as error:
         raise _missing(template, values, where=where, field=field, reason=str(error)) from error
     except ValueError as error:
@@ -172,16 +255,20 @@ def row_text(form: PromptFormat, values: Mapping[str, Any], *, where: str) -> Te
     )
 
 
-def apply_chat_template(tokenizer: Any, messages: list[dict[str, str]], *, where: str = "") -> str:
-    """Messages as the tokenizer's chat template writes them, up to where the assistant's answer
-    starts; control tokens that a message spells are none (`control_tokens.Rendered`).
+def apply_chat_template(
+    tokenizer: Any, messages: list[dict[str, Any]], *, where: str = "", answered: bool = False
+) -> str:
+    """Messages, and the tools of a `Conversation`, as the tokenizer's chat template writes them, up
+    to where the assistant's answer starts; `answered`: the last message is one. Control tokens that
+    a message spells are none (`control_tokens.Rendered`).
     """
     control = control_of(tokenizer)
     try:
         text: str = tokenizer.apply_chat_template(
-            messages if control is None else control.marked(messages),
+            list(messages) if control is None else control.marked(messages),
+            tools=getattr(messages, "tools", None),
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=not answered,
         )
     except jinja2.TemplateError as error:
         fix = "If it refuses the system role, remove data.system."
@@ -191,75 +278,64 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, str]], *, where
     return without_marks(text)
 
 
-def split_messages(
-    values: Mapping[str, Any], *, system: str | None, where: str
-) -> tuple[list[dict[str, str]], str]:
-    """A row's `messages` as (all turns before the last, the last assistant's text)."""
-    messages = values.get("messages")
-    expected = 'a list of {"role", "content"}, the last one by the assistant'
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise DataError(
-            'the column "messages" cannot be used',
-            where=where,
-            expected=expected,
-            got=shown(messages),
-        )
-    for number, message in enumerate(messages):
-        usable = (
-            isinstance(message, dict)
-            and isinstance(message.get("content"), str)
-            and message.get("role") in ROLES
-        )
-        if not usable:
-            raise DataError(
-                f"messages[{number}] cannot be used",
-                where=where,
-                expected=expected,
-                got=shown(message),
-            )
-    *turns, last = [{"role": m["role"], "content": m["content"]} for m in messages]
-    if last["role"] != "assistant" or not last["content"].strip():
-        raise DataError(
-            "the last message is no answer", where=where, expected=expected, got=shown(last)
-        )
-    if system is not None and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": system})
-    return turns, last["content"]
-
-
-def row_template(given: str | None, column: str, *, key: str) -> str:
-    """Explicit Jinja: a bare column name becomes `{{ name }}`; None the column of the field's own
-    name.
+def row_template(
+    given: str | None, column: str, *, key: str, columns: Mapping[str, Any] | None = None
+) -> str:
+    """Explicit Jinja: a column's name becomes `{{ name }}` or `{{ row["a name"] }}`; None the
+    column of the field's own name. `columns` is a row, whose names may be no identifiers.
     """
     source = given if given is not None else column
-    if NAME.fullmatch(source.strip()):
-        return "{{ " + source.strip() + " }}"
+    known = columns or {}
+    if source in known or IDENTIFIER.fullmatch(source.strip()):
+        return column_reference(source if source in known else source.strip())
+
+    def named(found: re.Match[str]) -> str:
+        inner = found[1]
+        is_name = inner in known and not IDENTIFIER.fullmatch(inner)
+        return column_reference(inner) if is_name else found[0]
+
+    source = BRACED.sub(named, source)
     try:
         used = columns_of(source)
     except InputError as error:
-        raise RecipeError(f"{key} is {error.what}", got=error.got) from error
+        raise RecipeError(
+            f"{key} is {error.what}",
+            got=error.got,
+            fix='Write {{ row["a column"] }} for a name with spaces.' if " " in source else "",
+        ) from error
     if not used:
-        fix = "Write {{ column }} where the row's text belongs."
-        raise RecipeError(f"{key} uses no column of the row", got=repr(source), fix=fix)
+        fix = "Write {{ column }} where the row's text belongs, or a column's name as it is."
+        has = f"; the columns are {', '.join(known)}" if known else ""
+        raise RecipeError(f"{key} uses no column of the row", got=repr(source) + has, fix=fix)
     return source
 
 
 def _check_type(template: str, values: Mapping[str, Any], *, where: str, field: str) -> None:
     """A column that is taken as it is must be a string; a label may be an integer too."""
-    column = COLUMN.fullmatch(template)
-    if column is None or column.group(1) not in values:
+    column = referred_column(template)
+    if column is None or column not in values:
         return
-    value = values[column.group(1)]
-    usable = isinstance(value, str) or (field == "label" and type(value) is int)
+    value = values[column]
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    usable = isinstance(value, str) or (field == "label" and is_number)
     if not usable:
         kind = "null" if value is None else f"{type(value).__name__} {shown(value)}"
         raise DataError(
-            f'the column "{column.group(1)}" has the wrong type',
+            f'the column "{column}" has the wrong type',
             where=where,
-            expected="a string or an integer" if field == "label" else "a string",
+            expected="a string, a number or true or false" if field == "label" else "a string",
             got=kind,
             fix="Correct the row, or leave such rows out with data.skip_invalid = true.",
         )
+
+
+def _as_label(template: str, values: Mapping[str, Any]) -> str | None:
+    """A truth value as JSON writes it, a whole float as an integer; None for any other label."""
+    column = referred_column(template)
+    value = values.get(column) if column is not None else None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else None
 
 
 def _missing(

@@ -12,7 +12,7 @@ from edgetune.data.completions import encode_prompts
 from edgetune.data.conversations import Prompt, end_token, prompt_text, row_prompt
 from edgetune.data.examples import ExampleSet, Loading, load
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
 from edgetune.recipe.own_settings import Grpo
 

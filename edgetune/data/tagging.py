@@ -17,8 +17,9 @@ from edgetune.data.columns import FIX, tags_in, words_in
 from edgetune.data.examples import Example, ExampleSet, Labels, Loading, load
 from edgetune.data.labels import first_of, two_or_more
 from edgetune.data.prompts import PromptFormat
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
+from edgetune.data.sentences import scheme_of, sentences, to_iob2
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,18 @@ class TaggedExample(Example):
 
 
 def tagged_rows(
-    source: Rows, form: PromptFormat, *, skip_invalid: bool = False
+    source: Rows,
+    form: PromptFormat,
+    *,
+    skip_invalid: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> tuple[list[TaggedRow], int]:
     """Words and tags of every row, and how many rows were left out. DataError for lists that do not
     fit each other.
+
+    Entities are turned into IOB2, unless the `labels` of an adapter are of another scheme.
     """
+    source = sentences(source)
     words_column, tags_column = form.tokens or "tokens", form.tags or "tags"
 
     def convert(row: Row, where: str) -> TaggedRow:
@@ -63,7 +71,14 @@ def tagged_rows(
             )
         return TaggedRow(row.line, words, tags)
 
-    return convert_rows(source, convert, skip_invalid=skip_invalid)
+    rows, skipped = convert_rows(source, convert, skip_invalid=skip_invalid)
+    scheme = scheme_of([row.tags for row in rows])
+    if scheme is not None and (labels is None or scheme_of([labels]) not in ("IOBES", "BILOU")):
+        source.note(f"tags in {scheme}, turned into IOB2")
+        rows = [replace(row, tags=to_iob2(row.tags)) for row in rows]
+    if rows and all(tag.isdigit() for row in rows for tag in row.tags):
+        source.note("tags that are numbers: no entities are counted, 0 is taken for the outside")
+    return rows, skipped
 
 
 def load_tagged(loading: Loading) -> ExampleSet:

@@ -14,13 +14,13 @@ from edgetune.core.errors import DataError
 from edgetune.core.tasks import VALUE
 from edgetune.core.text import Text
 from edgetune.data.batching import Batch, collate
-from edgetune.data.columns import labels_in, number_in
+from edgetune.data.columns import number_in
 from edgetune.data.examples import Example, ExampleSet, Labels, Loading, Read, load
+from edgetune.data.label_sets import label_reader
 from edgetune.data.labels import encode_texts, first_of
 from edgetune.data.prompts import PromptFormat, row_text
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
-from edgetune.recipe.checks import column_name
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class TargetRow:
     line: int
     text: Text
     target: Any
+    names: tuple[str, ...] = ()  # of all labels, where the file names them apart from the rows'
 
 
 @dataclass(slots=True)
@@ -43,13 +44,9 @@ def multi_label_rows(
     source: Rows, form: PromptFormat, *, skip_invalid: bool = False
 ) -> tuple[list[TargetRow], int]:
     """Texts with a list of labels each, which may be empty; and how many rows were left out."""
-    column = column_name(form.label or "label") or "label"
-    return _target_rows(
-        source,
-        form,
-        lambda row, where: labels_in(row, column, where=where),
-        skip_invalid=skip_invalid,
-    )
+    target, names = label_reader(source, form)
+    rows, skipped = _target_rows(source, form, target, skip_invalid=skip_invalid)
+    return [replace(row, names=names) for row in rows] if names else rows, skipped
 
 
 def value_rows(
@@ -93,7 +90,15 @@ def load_label_sets(loading: Loading) -> ExampleSet:
 def load_values(loading: Loading) -> ExampleSet:
     """Texts with a number each; the head's one label says only that it gives a number."""
     labels = Labels[TargetRow]((VALUE,), label_names, lambda row, source, names: None)
-    return _load(loading, value_rows, lambda row: row.target, labels)
+    found = _load(loading, value_rows, lambda row: row.target, labels)
+    if len(numbers := {example.target for example in found.train}) == 1:  # type: ignore[attr-defined]
+        raise DataError(
+            "there is nothing to tell apart",
+            where=loading.sources["train"].source,
+            expected="at least two different numbers",
+            got=f"only {numbers.pop():g}",
+        )
+    return found
 
 
 def _load(
@@ -117,7 +122,11 @@ def _load(
 
 
 def label_names(rows: Sequence[TargetRow], source: str) -> tuple[str, ...]:
-    """The sorted labels of a training file, of which there must be one."""
+    """The labels that a training file names, else the sorted ones of its rows, of which there must
+    be one.
+    """
+    if rows and rows[0].names:
+        return rows[0].names
     names = tuple(sorted({label for row in rows for label in row.target}))
     if not names:
         raise DataError(

@@ -11,12 +11,20 @@ from typing import Any, TypeVar
 
 from edgetune.core.errors import DataError, InputError
 from edgetune.core.tasks import TAGGING
-from edgetune.data.conversations import Prompt, row_answer, row_prompt
+from edgetune.core.templates import columns_of
+from edgetune.data.conversations import (
+    Prompt,
+    row_answer,
+    row_prompt,
+    row_system,
+    split_messages,
+)
+from edgetune.data.implicit_prompts import paired, row_pair
 from edgetune.data.labels import labelled_rows
 from edgetune.data.plain_text import text_rows
 from edgetune.data.preferences import PreferenceRow, preference_rows
-from edgetune.data.prompts import PromptFormat, split_messages
-from edgetune.data.readers import Row
+from edgetune.data.prompts import PromptFormat
+from edgetune.data.row import Row
 from edgetune.data.rows import Rows
 from edgetune.data.tagging import tagged_rows, unknown_tag
 from edgetune.data.targets import multi_label_rows, unknown_labels, value_rows
@@ -219,7 +227,9 @@ def _measure_words(
     answers: HeadAnswers, source: Rows, skip_invalid: bool, advance: Advance
 ) -> Measured:
     """Entity F1 and accuracy over the words of all rows."""
-    rows, skipped = tagged_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
+    rows, skipped = tagged_rows(
+        source, answers.prompt_format, skip_invalid=skip_invalid, labels=answers.labels
+    )
     known = sorted(answers.labels or ())
     for row in rows:
         if error := unknown_tag(row, source.source, known, what=UNKNOWN):
@@ -323,6 +333,8 @@ def _questions(
 ) -> tuple[list[Question], int]:
     found: dict[str, Question] = {}
     skipped = 0
+    if form.chosen is not None:
+        source = paired(source, form)
     for row in source.rows:
         try:
             prompt, completion = _prompt_and_completion(
@@ -340,8 +352,19 @@ def _questions(
     return list(found.values()), skipped
 
 
+def _paired_columns(form: PromptFormat) -> set[str]:
+    """The columns of both answers of a preference row."""
+    return {name for text in (form.chosen, form.rejected) if text for name in columns_of(text)}
+
+
 def _prompt_and_completion(row: Row, form: PromptFormat, *, where: str) -> tuple[Prompt, str]:
-    if form.prompt is None or form.completion is None:
-        return split_messages(row.values, system=form.system, where=where)
+    if form.rejected is not None and _paired_columns(form) <= set(row.values):
+        prompt, better, _ = row_pair(form, row.values, where=where)
+        return prompt, better
+    if form.chosen is None and (form.prompt is None or form.completion is None):
+        return split_messages(
+            row.values, system=row_system(form, row.values, where=where), where=where
+        )
     prompt = row_prompt(form, row.values, where=where)
-    return prompt, row_answer(form.completion, row.values, where=where, field="completion")
+    completion = form.completion or "{{ completion }}"
+    return prompt, row_answer(completion, row.values, where=where, field="completion")

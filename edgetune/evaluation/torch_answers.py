@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import InputError
 from edgetune.core.templates import chat_messages
-from edgetune.core.text import OUTSIDE, Text, first_subwords, join_words
+from edgetune.core.text import Text, first_subwords, join_words, outside_tag
 from edgetune.data.batching import Batch, collate, in_order_of_length, split_by_prefix
 from edgetune.data.completions import encode_prompts
 from edgetune.data.conversations import Prompt
@@ -96,7 +96,7 @@ class TorchAnswers(HeadAnswers):
         labels = self.labels or ()
         return [
             [
-                OUTSIDE if token is None else labels[best[token]]
+                outside_tag(labels) if token is None else labels[best[token]]
                 for token in first_subwords(text, offsets, words)
             ]
             for best, text, offsets, words in zip(

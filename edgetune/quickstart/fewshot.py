@@ -12,7 +12,7 @@ import torch
 
 from edgetune.adapters.lora import adapter_off
 from edgetune.data.prompts import render
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.evaluation.answers import Answers
 from edgetune.evaluation.torch_answers import TorchAnswers
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import METHODS
+from edgetune.core.templates import referred_column
 from edgetune.recipe.own_settings import stages_of
 from edgetune.recipe.paths import split_function
 from edgetune.recipe.schema import Data, Recipe, Stage
@@ -151,8 +152,23 @@ def check_problem(stage: Stage, *, path: str, where: str) -> None:
             where=where,
             fix="Remove label_names.",
         )
+    if isinstance(stage.data.label, tuple) and stage.problem != "multi-label":
+        raise RecipeError(
+            f"{path}.data.label lists columns, which only several labels a row can have",
+            where=where,
+            expected="one column or template",
+            fix='Name one column, or set problem = "multi-label".',
+        )
+    if stage.data.normalise_labels and stage.problem != "single-label":
+        raise RecipeError(
+            f'{path}.data.normalise_labels has no meaning with problem = "{stage.problem}"',
+            where=where,
+            fix="Remove normalise_labels.",
+        )
     lists = {"tokens": stage.data.tokens, "tags": stage.data.tags} | (
-        {"label": stage.data.label} if stage.problem == "multi-label" else {}
+        {"label": stage.data.label}
+        if stage.problem == "multi-label" and isinstance(stage.data.label, str)
+        else {}
     )
     for key, value in lists.items():
         if value is not None and column_name(value) is None:
@@ -165,9 +181,11 @@ def check_problem(stage: Stage, *, path: str, where: str) -> None:
 
 
 def column_name(given: str) -> str | None:
-    """The column that `name` or `{{ name }}` names; None for any other template."""
-    found = re.fullmatch(r"\s*(?:\{\{\s*(\w+)\s*\}\}|([^{}%]+?))\s*", given)
-    return found and (found[1] or found[2])
+    """The column that `name`, `{{ name }}` or `{{ row["name"] }}` names; None for any other
+    template.
+    """
+    found = re.fullmatch(r"\s*(?:\{\{\s*(\w[\w -]*?)\s*\}\}|([^{}%]+?))\s*", given)
+    return (found and (found[1] or found[2])) or referred_column(given)
 
 
 def changes_the_base(init: str) -> bool:

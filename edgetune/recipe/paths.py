@@ -17,6 +17,14 @@ def data_path(value: str, *, folder: Path, path: str, where: str) -> str:
         raise RecipeError(
             f"{path} is empty", where=where, expected="a data file or a hub data set id"
         )
+    if re.match(r"(?!hf:)[A-Za-z][A-Za-z0-9+.-]+://", value):
+        raise RecipeError(
+            f"{path} is a URL, and those are not fetched",
+            where=where,
+            expected="a data file or a hub data set id",
+            got=f'"{value}"',
+            fix="Download the file and give its path.",
+        )
     resolved = absolute(folder, expand(value, path=path, where=where))
     return value if is_hub_id(value) and not Path(resolved).exists() else resolved
 
@@ -88,20 +96,26 @@ def _absolute(folder: Path, value: str) -> str:
     return os.path.normpath(folder.absolute() / value)
 
 
-HUB_ID = re.compile(r"(?!\.{1,2}/)[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+HUB_ID = re.compile(
+    r"(?:hf://(?:datasets/)?)?(?!\.{1,2}/)(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)"
+    r"(?:@(?P<revision>[\w./-]+?))?(?::(?P<config>[\w.-]+)(?=:))?(?::(?P<split>[\w.-]+))?"
+)
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".txt")
+ALSO = {".ndjson": ".jsonl"} | dict.fromkeys((".conll", ".bio", ".iob", ".iob2"), ".txt")
+PACKED = (".gz", ".zst", ".bz2", ".xz")
 
 
 def is_hub_id(source: str) -> bool:
-    """`owner/name` or `owner/name:split` that carries none of the data files' endings."""
-    return (
-        HUB_ID.fullmatch(source) is not None
-        and _kind(Path(source)) is None
-        and not source.endswith(".json")
-    )
+    """`owner/name`, `owner/name:split` or `owner/name:configuration:split`, each also with
+    `@revision` and after `hf://`, that carries none of the data files' endings.
+    """
+    return HUB_ID.fullmatch(source) is not None and file_format(Path(source)) is None
 
 
-def _kind(path: Path) -> str | None:
+def file_format(path: Path) -> str | None:
     """The format by the ending: `.jsonl` for `rows.jsonl.gz`."""
-    name = path.name.lower().removesuffix(".gz")
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    name = path.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    endings = {**dict.fromkeys(SUFFIXES, None), **ALSO}
+    return next((kind or suffix for suffix, kind in endings.items() if name.endswith(suffix)), None)

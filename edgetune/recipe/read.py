@@ -140,8 +140,16 @@ def _resolve_reward(stage: Stage, *, folder: Path, path: str, where: str) -> Sta
 def _resolve_data(data: Data, *, folder: Path, path: str, where: str) -> Data:
     """Absolute data paths; what looks like a hub id and is no file stays as it is."""
 
-    def resolve(key: str, value: str) -> str:
-        return data_path(value, folder=folder, path=f"{path}.{key}", where=where)
+    def resolve(key: str, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, str):
+            return data_path(value, folder=folder, path=f"{path}.{key}", where=where)
+        if not value:
+            raise RecipeError(
+                f"{path}.{key} is empty", where=where, expected="at least one data file"
+            )
+        return tuple(
+            data_path(one, folder=folder, path=f"{path}.{key}", where=where) for one in value
+        )
 
     validation = None if data.validation is None else resolve("validation", data.validation)
     return replace(data, train=resolve("train", data.train), validation=validation)

@@ -29,10 +29,19 @@ class Data:
     hold lists.
     """
 
-    train: str = option(
-        help="file of training rows (.jsonl .csv .tsv .parquet .txt, also .gz) or hub data set id"
+    train: str | tuple[str, ...] = option(
+        help=(
+            "training rows: a file (.jsonl .json .csv .tsv .parquet .xlsx .txt, also .gz or .zst),"
+            " a folder, a pattern such as data/*.jsonl, a hub data set"
+            " (owner/name[@revision][:configuration][:split]), or a list of these"
+        )
     )
-    validation: str | None = option(None, help="file of validation rows, never trained on")
+    validation: str | tuple[str, ...] | None = option(
+        None, help="validation rows, never trained on; named as train is"
+    )
+    encoding: str | None = option(
+        None, help='how text files are encoded, e.g. "cp1252"; not set: UTF-8, else guessed'
+    )
     prompt: str | None = option(
         None,
         help=(
@@ -69,12 +78,17 @@ class Data:
             " sentence2); not set: one text"
         ),
     )
-    label: str | None = option(
+    label: str | tuple[str, ...] | None = option(
         None,
         help=(
             'classification: its label; with problem = "multi-label" the name of a column that'
-            ' holds a list of labels, with "regression" a number; default: column label'
+            " holds several, or a list of columns that hold 0 or 1 each; with"
+            ' "regression" a number; default: column label'
         ),
+    )
+    normalise_labels: bool = option(
+        False,
+        help="classification: labels that differ only in case or spaces are one (in small letters)",
     )
     label_names: bool = option(
         False,
@@ -92,9 +106,10 @@ class Data:
     system: str | None = option(
         None,
         help=(
-            "decoders with a chat template: the system message; not set: the template's default"
-            ' one; "": an explicit empty one (where the template has a default, this saves its'
-            " tokens on the device)"
+            "decoders with a chat template: the system message, or a Jinja template or the name of"
+            " a column with a row's own; not set: the row's column system, else the template's"
+            ' default one; "": an explicit empty one (where the template has a default, this saves'
+            " its tokens on the device)"
         ),
     )
     template: Literal["auto", "chat", "plain"] = option(

@@ -15,6 +15,7 @@ from edgetune import __version__
 from edgetune.adapters.folder import AdapterMetadata
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
+from edgetune.core.text import outside_tag
 from edgetune.data.examples import ExampleSet
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
@@ -134,6 +135,7 @@ def data_facts(stage: ResolvedStage) -> dict[str, Any]:
         "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,
+        "taken_for": examples.notes,
         **({"unseen_words": examples.unseen_words} if examples.unseen_words else {}),
     }
 
@@ -166,6 +168,9 @@ def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) ->
     rows = " + ".join(str(len(examples.train)) for examples in sets)
     held_out = len(sets[-1].validation)
     lines = [f"{method} of {base.name}: {rows} rows, {held_out} held out, {learns}"]
+    for examples in sets:
+        for name, notes in examples.notes.items():
+            lines.append(f"{name}: {'; '.join(notes)}")
     for what in ("skipped", "truncated"):
         counts = {
             name: count
@@ -179,7 +184,7 @@ def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) ->
             if any(counts.values()):
                 lines.append(
                     f"{counts['cut']} {name} words cut off, {counts['no_sub_word']} without a"
-                    " sub-word: they count as O"
+                    f" sub-word: they count as {outside_tag(examples.labels or ())}"
                 )
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetune.adapters.lora import adapter_off
-from edgetune.core.text import OUTSIDE
+from edgetune.core.text import outside_tag
 from edgetune.data.batching import Batch, Example, in_order_of_length
 from edgetune.metrics.labels import (
     accuracy,
@@ -261,6 +261,7 @@ def measure_tags(
     """Cross entropy a word that is seen, and `tag_metrics` over all words of the batches' rows."""
     loss, count = 0.0, 0
     predicted, expected = list[list[str]](), list[Sequence[str]]()
+    outside = outside_tag(names)
     for batch, (logits, targets) in zip(
         batches, outputs_of(model, batches, word_logits, precision=precision), strict=True
     ):
@@ -270,7 +271,7 @@ def measure_tags(
         for line in batch.rows:
             example = sentences[line]
             predicted.append(
-                [OUTSIDE if token is None else names[next(best)] for token in example.first]
+                [outside if token is None else names[next(best)] for token in example.first]
             )
             expected.append(example.tags)
     return {"loss": loss / max(1, count), **tag_metrics(predicted, expected, names)}

@@ -15,7 +15,7 @@ from edgetune.core.layout import ADAPTER_METADATA, RECIPE
 from edgetune.core.progress import Say
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
-from edgetune.data.readers import Row
+from edgetune.data.row import Row
 from edgetune.data.rows import read_rows
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import Base

@@ -9,7 +9,8 @@ from pathlib import Path
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layout import RECIPE
 from edgetune.core.progress import Say
-from edgetune.data.rows import Rows, hold_out, read_rows, spread
+from edgetune.data.rows import Rows, read_rows, spread
+from edgetune.data.splits import validation_rows
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.recipe.read import load_run_recipe
 
@@ -43,17 +44,11 @@ def task_rows(source: AdapterSource, *, limit: int, data: Path | None = None) ->
     if not recipe_file.is_file():
         return None
     recipe = load_run_recipe(recipe_file)
-    held = recipe.stage[-1].data
-    if held.validation is not None:
-        return _chosen(
-            read_rows(held.validation, held.skip_invalid), limit, skip_invalid=held.skip_invalid
-        )
-    if held.hold_out is not None:
-        _, rows = hold_out(
-            read_rows(held.train, held.skip_invalid), held.hold_out, seed=recipe.seed
-        )
-        return _chosen(rows, limit, skip_invalid=held.skip_invalid)
-    return None
+    stage = recipe.stage[-1]
+    if stage.data.validation is None and stage.data.hold_out is None:
+        return None
+    rows = validation_rows(stage, seed=recipe.seed)
+    return _chosen(rows, limit, skip_invalid=stage.data.skip_invalid)
 
 
 def _chosen(rows: Rows, limit: int, *, skip_invalid: bool) -> TaskRows:

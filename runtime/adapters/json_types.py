@@ -108,6 +108,7 @@ OWN: Table = {
 PROMPT_FORMAT: Table = {
     "template": _one_of("chat", "plain"),
     "system": TEXT,
+    "system_column": TEXT,
     "prompt": TEXT,
     "text": TEXT,
     "text_pair": TEXT,

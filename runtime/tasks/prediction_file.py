@@ -13,7 +13,7 @@ from typing import Any, cast
 from edgetune.core.errors import AdapterError, InputError
 from edgetune.core.files import whole_file
 from edgetune.core.tasks import REWARD, TAGGING
-from edgetune.core.templates import check_messages, columns_of, render_columns
+from edgetune.core.templates import chat_messages, check_messages, columns_of, render_columns
 from edgetune.core.text import Text
 from edgetune.runtime.tasks.answers import Classification
 from edgetune.runtime.tasks.decoder import Prompt
@@ -170,8 +170,21 @@ def prompt_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: 
         return check_messages(row["messages"], where=where)
     template = (form or {}).get("prompt")
     if template is not None and set(columns_of(template)) <= set(row):
-        return render_columns(template, row, where=where)
-    return _text(row, "prompt", also=("messages",), template=template, where=where)
+        return with_own_system(render_columns(template, row, where=where), row, form, where=where)
+    text = _text(row, "prompt", also=("messages",), template=template, where=where)
+    return with_own_system(text, row, form, where=where)
+
+
+def with_own_system(
+    prompt: str, row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = ""
+) -> Prompt:
+    """The prompt, as a conversation where the adapter was trained with system messages of the rows'
+    own and this row has one.
+    """
+    template = (form or {}).get("system_column")
+    if template is None or not all(row.get(name) for name in columns_of(template)):
+        return prompt
+    return chat_messages(prompt, system=render_columns(template, row, where=where))
 
 
 def text_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: str = "") -> Text:

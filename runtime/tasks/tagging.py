@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.core.errors import InputError
-from edgetune.core.text import OUTSIDE, entities, first_subwords, join_words, split_words
+from edgetune.core.text import entities, first_subwords, join_words, outside_tag, split_words
 from edgetune.runtime.generation.sampling import softmax
 from edgetune.runtime.tasks.open_bundle import OpenBundle
 
@@ -94,7 +94,7 @@ class WordReading:
         """The words' tags by the logits (tokens, labels)."""
         words = []
         for (start, end), token in zip(self.spans, self.first, strict=True):
-            tag, score = OUTSIDE, 0.0
+            tag, score = outside_tag(labels), 0.0
             if token is not None:
                 scores = softmax(logits[token])
                 best = int(scores.argmax())

@@ -106,14 +106,24 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "quoting": ("a.csv", b'text,label\na,"b\n', r"damaged table"),
     "column twice": ("a.csv", b"text,text\na,b\n", r'line 1: the column "text" appears twice'),
     "column without name": ("a.tsv", b"text\t\na\tb\n", r"line 1: a column has no name"),
-    "latin-1": ("a.jsonl", b'{"a": "\xe9"}\n', r"not UTF-8 text \(got byte 0xe9\)"),
+    "damaged UTF-8": (
+        "a.jsonl",
+        '{"a": "ééééé"}\n{"a": "é'.encode() + b'\xe9"}\n',
+        r"a\.jsonl, line 2: not UTF-8 text \(got byte 0xe9\)\. Save it as UTF-8, or set data.enc",
+    ),
     "no gzip": ("a.jsonl.gz", b'{"a": 1}\n', r"damaged gzip file"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], r"damaged gzip file"),
     "no parquet": ("a.parquet", b"PAR1 and more", r"not a readable Parquet file"),
-    "kind": (
-        "a.json",
-        b"[]",
-        r"unknown kind of data file \(expected one of \.jsonl \.csv .*name it \.jsonl",
+    "kind": ("a.doc", b"[]", r"unknown kind of data file \(expected one of \.jsonl \.json \.csv"),
+    "too many digits": (
+        "a.jsonl",
+        b'{"a": ' + b"9" * 5000 + b"}",
+        r"line 1: a number with too many",
+    ),
+    "stray quote": (
+        "a.csv",
+        b'text,label\n"unclosed,pos\nok film,neg\nother",pos\nfine,neg\n',
+        r"line 2: a quote that opens here closes 2 lines later, so that 3 lines",
     ),
 }
 
@@ -134,8 +144,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         read_rows(tmp_path / "trian.jsonl")
 
 
-def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="this is a folder"):
+def test_a_folder_without_data_files_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="this is a folder without data files"):
         read_rows(tmp_path)
 
 
@@ -158,6 +168,8 @@ def test_skip_invalid_does_not_accept_a_file_without_rows(tmp_path: Path) -> Non
     [
         ("owner/name", True),
         ("owner/name:test", True),
+        ("owner/name:config:test", True),
+        ("hf://datasets/owner/name@main:test", True),
         ("data/train.jsonl", False),
         ("../data/set", False),
         ("/abs/path", False),

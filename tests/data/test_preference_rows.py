@@ -108,10 +108,13 @@ def test_a_conversation_is_rendered_by_the_chat_template(
     [
         ({"prompt": "a", "chosen": "b"}, 'line 1: there is no column "rejected"'),
         ({"prompt": "a", "chosen": "", "rejected": "b"}, "line 1: the chosen is empty"),
-        ({"prompt": [], "chosen": "b", "rejected": "c"}, "the prompt is an empty conversation"),
+        (
+            {"prompt": [], "chosen": "b", "rejected": "c"},
+            r'column "prompt" cannot be used .*an empty conversation',
+        ),
         (
             {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"},
-            r"prompt\[0\] is no message",
+            r"prompt\[0\] cannot be used: its content is no text",
         ),
         (
             {"prompt": [{"role": "assistant", "content": "x"}], "chosen": "b", "rejected": "c"},

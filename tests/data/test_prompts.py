@@ -9,7 +9,8 @@ import pytest
 
 from edgetune.core.errors import DataError, RecipeError
 from edgetune.core.templates import chat_messages
-from edgetune.data.prompts import apply_chat_template, prompt_format, render, split_messages
+from edgetune.data.conversations import split_messages
+from edgetune.data.prompts import apply_chat_template, prompt_format, render
 from edgetune.models.load import load_tokenizer
 from edgetune.models.resolve import resolve_base
 from edgetune.recipe.schema import Data
@@ -107,10 +108,17 @@ def test_a_row_that_does_not_fit_is_named(template: str, row: dict[str, Any], me
     assert "\n" not in str(caught.value)
 
 
-def test_a_label_may_be_an_integer_but_not_a_truth_value() -> None:
-    assert render("{{ label }}", {"label": 3}, where=WHERE, field="label") == "3"
-    with pytest.raises(DataError, match="expected a string or an integer, got bool true"):
-        render("{{ label }}", {"label": True}, where=WHERE, field="label")
+@pytest.mark.parametrize(
+    ("label", "name"), [(3, "3"), (True, "true"), (False, "false"), (2.0, "2"), (2.5, "2.5")]
+)
+def test_labels_may_be_numbers_and_truth_values(label: Any, name: str) -> None:
+    assert render("{{ label }}", {"label": label}, where=WHERE, field="label") == name
+
+
+@pytest.mark.parametrize("label", [None, float("nan"), ["a"]])
+def test_what_is_no_label_is_refused(label: Any) -> None:
+    with pytest.raises(DataError, match="expected a string, a number or true or false"):
+        render("{{ label }}", {"label": label}, where=WHERE, field="label")
 
 
 def test_system_none_leaves_the_default_and_empty_replaces_it(tiny_decoder: Path) -> None:

@@ -222,8 +222,8 @@ def test_training_learns_and_eval_finds_the_same(
 BAD = [
     (
         "multi-label",
-        {"text": "a", "label": "lights"},
-        ["line 3", '"label"', "no list of labels", "str"],
+        {"text": "a", "label": 5},
+        ["line 3", '"label"', "no list of labels", "int"],
     ),
     ("multi-label", {"text": "a", "label": [1.5]}, ["line 3", "label[0]", "float"]),
     ("multi-label", {"text": "a"}, ["line 3", 'no column "label"']),
