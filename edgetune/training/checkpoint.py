@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import DataError, EdgetuneError, OutputError, RecipeError, TrainingError
-from edgetune.core.files import PARTIAL, clear_interrupted, output_errors, whole_file
+from edgetune.core.exclusive import exclusive
+from edgetune.core.files import PARTIAL, output_errors, whole_file
 from edgetune.core.layout import CHECKPOINTS
 from edgetune.core.progress import Say
 from edgetune.core.settings import flat, toml_value
@@ -230,12 +231,17 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
-    """RUN/checkpoints while a run is under way. When it stops with an error, the folder stays if a
-    checkpoint is in it, and the error says so; else nothing is left behind."""
+    """RUN/checkpoints while a run is under way, which no other process may write meanwhile. When it
+    stops with an error, the folder stays if a checkpoint is in it, and the error says so; else
+    nothing is left behind."""
     run = run.resolve()
+    with exclusive(run):
+        yield from _unfinished(run, keep=keep, say=say)
+
+
+def _unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
     work, was_there = run / CHECKPOINTS, run.exists()
     with output_errors(run, work):
-        clear_interrupted(run)
         work.mkdir(parents=True, exist_ok=True)
         for path in work.glob(f"{PARTIAL}*"):
             path.unlink()
