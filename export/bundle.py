@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgetune import __version__
 from edgetune.core.errors import OutputError
+from edgetune.core.exclusive import exclusive
 from edgetune.core.files import sha256_file, whole_folder, write_json
 from edgetune.core.layout import ADAPTER_WEIGHTS, ADAPTERS, MANIFEST
 from edgetune.core.precisions import FLOATS
@@ -96,7 +97,7 @@ def export_bundle(
         check_seq2seq(precision)
     if base.kind != "encoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
-    with whole_folder(out) as folder:
+    with exclusive(out), whole_folder(out) as folder:
         manifest, rows = _build(
             base,
             sources,

@@ -9,14 +9,14 @@ winner is moved to its place as it is.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import EdgetuneError, ExportError, ProofError
-from edgetune.core.files import whole_folder, write_json
+from edgetune.core.exclusive import exclusive
+from edgetune.core.files import scratch_folder, whole_folder, write_json
 from edgetune.core.layout import MANIFEST
 from edgetune.core.progress import Say
 from edgetune.core.tasks import lower_is_better
@@ -128,12 +128,10 @@ def export_smallest(
     base = base_of(sources, base_name)
     quantisers = _quantisers(quantiser, base, sources, mode, calibration)
     plan = _plan(task or TaskPlan(), base, sources)
-    place = out.resolve().parent
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".edgetune-auto-", dir=place) as work:
+    with exclusive(out), scratch_folder(out) as work:
         search = _Search(
             adapters,
-            Path(work),
+            work,
             mode,
             base_name,
             plan,
