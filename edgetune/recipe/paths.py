@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.layout import BUILTIN
+from edgetune.core.settings import shown
 
 
 def data_path(value: str, *, folder: Path, path: str, where: str) -> str:
@@ -58,6 +59,12 @@ def expand(value: str, *, path: str, where: str) -> str:
         return os.environ[name]
 
     value = re.sub(r"\$(?:\{(\w+)\}|(\w+))", variable, value)
+    if "\0" in value or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
+        raise RecipeError(
+            f"{path} can be no path: a name in it is longer than 255 bytes, or has a NUL",
+            where=where,
+            got=shown(value),
+        )
     try:
         return str(Path(value).expanduser()) if value.startswith("~") else value
     except RuntimeError as error:

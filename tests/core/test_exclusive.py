@@ -34,9 +34,9 @@ def test_a_second_writer_is_refused_while_the_first_lives_and_not_after_it_was_k
     tmp_path: Path,
 ) -> None:
     first = holder(tmp_path / "run")
-    with pytest.raises(OutputError, match="another process is writing this folder"):
-        with exclusive(tmp_path / "run"):
-            pass
+    refused = pytest.raises(OutputError, match="another process is writing this folder")
+    with refused, exclusive(tmp_path / "run"):
+        pass
     with exclusive(tmp_path / "run-2"):
         pass
     first.kill()
@@ -47,9 +47,8 @@ def test_a_second_writer_is_refused_while_the_first_lives_and_not_after_it_was_k
 
 
 def test_two_writers_in_one_process_exclude_each_other_too(tmp_path: Path) -> None:
-    with exclusive(tmp_path / "run"):
-        with pytest.raises(OutputError), exclusive(tmp_path / "run"):
-            pass
+    with exclusive(tmp_path / "run"), pytest.raises(OutputError), exclusive(tmp_path / "run"):
+        pass
     with exclusive(tmp_path / "run"):
         pass
 
