@@ -51,7 +51,7 @@ class RunSummary:
     tokens_per_second: float  # real tokens, padding not counted, validation not timed
     training_seconds: float
     seconds: float  # everything, loading included
-    peak_rss_mb: float  # of this process since it started
+    peak_rss_mb: float  # of this run; where that cannot be told (macOS), of its process so far
     peak_device_mb: float | None  # of tensors on the GPU; None on the CPU
     data: list[
         dict[str, Any]
