@@ -67,6 +67,7 @@ def export_bundle(
     task: TaskPlan | None = None,
     traced: Traced | None = None,
     cost: CostPlan | None = None,
+    replace_finished: bool = True,
 ) -> Manifest:
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
@@ -74,11 +75,12 @@ def export_bundle(
     on a few of its recipe's validation rows. `cost` says where WikiText-2 and STS-B are, on which
     the precision's cost is taken; not given: it is not. `calibration`: text for the quantiser gptq;
     not given: the training rows of the runs. `traced` keeps the graph for further bundles of the
-    same model. ProofError when the proof fails; then, as after any error, nothing is left at `out`
+    same model. A bundle at `out` is replaced, which is said; with `replace_finished=False` it is an
+    OutputError. ProofError when the proof fails; then, as after any error, nothing is left at `out`
     that was not there before.
     """
     precision = precision or Precision()
-    check_place(out)
+    check_place(out, finished=replace_finished, say=say)
     (task or TaskPlan()).check()
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
@@ -142,9 +144,9 @@ def export_bundle(
     return manifest
 
 
-def check_place(out: Path) -> None:
-    """A bundle may replace a bundle, never another folder of the user's; inside another one it
-    would go with it.
+def check_place(out: Path, *, finished: bool, say: Say) -> None:
+    """A bundle may replace a bundle where `finished` says so, never another folder of the user's;
+    inside another one it would go with it. What a killed export left is put right first.
     """
     if (
         around := next(
@@ -169,6 +171,17 @@ def check_place(out: Path) -> None:
             got="another folder" if out.is_dir() else "a file",
             fix="Choose another --out.",
         )
+    if out.resolve().parent.is_dir():
+        with exclusive(out):
+            exists = (out / MANIFEST).is_file()
+        if exists and not finished:
+            raise OutputError(
+                "a bundle is there already",
+                where=str(out),
+                fix="Add --replace to put the new one in its place, or choose another --out.",
+            )
+        if exists:
+            say(f"the bundle in {out} will be replaced")
 
 
 def _build(

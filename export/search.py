@@ -112,6 +112,7 @@ def export_smallest(
     cost: CostPlan | None = None,
     quantiser: str | None = None,
     calibration: Path | None = None,
+    replace_finished: bool = True,
 ) -> Found:
     """Write the smallest bundle to `out` that loses at most `max_loss` (a share) of every adapter's
     task metric.
@@ -121,7 +122,7 @@ def export_smallest(
     given: the training rows of the runs. ExportError where there are no rows to measure on, or
     where not even fp32 keeps within the bound.
     """
-    check_place(out)
+    check_place(out, finished=replace_finished, say=say)
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     mode = "merged" if len(sources) == 1 and sources[0].is_model else mode
     check_sources(sources, mode, Precision(), base_name)

@@ -30,6 +30,7 @@ BLOCK_SIZE = 32
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write."
 )
+@click.option("--replace", is_flag=True, help="Put the bundle in the place of an older one.")
 @click.option(
     "--format",
     "form",
@@ -150,6 +151,7 @@ BLOCK_SIZE = 32
 def command(
     adapters: tuple[str, ...],
     out: Path,
+    replace: bool,
     form: str,
     mode: str,
     precision: str | None,
@@ -205,6 +207,7 @@ def command(
                 cost=cost,
                 quantiser=quantiser,
                 calibration=calibration,
+                replace_finished=replace,
             )
             return
         if max_loss is not None:
@@ -238,6 +241,7 @@ def command(
             say=lambda line: click.echo(line, err=True),
             task=task,
             cost=cost,
+            replace_finished=replace,
         )
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(
@@ -312,6 +316,7 @@ def _share(text: str) -> float:
 
 
 OF_BUNDLES = (
+    "replace",
     "mode",
     "precision",
     "max_loss",
