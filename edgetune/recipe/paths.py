@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.layout import BUILTIN
@@ -42,6 +43,24 @@ def base_path(value: str, folder: Path, *, where: str) -> str:
 def absolute(folder: Path, value: str) -> str:
     """`value` seen from `folder`, without .. and ."""
     return os.path.normpath(folder.absolute() / value)
+
+
+PATHS = re.compile(
+    r"base|parameters\.start|forgetting\.general|generation\.(schema|grammar)"
+    r"|stage\.\d+\.(data\.(train|validation)|replay\.data|grpo\.reward)"
+)
+
+
+def from_here(key: str, value: Any) -> Any:
+    """A `--set` value that names what lies in the current folder, as a shell completes it, by its
+    absolute path; everything else as it is.
+    """
+    if not (PATHS.fullmatch(key) and isinstance(value, str) and value.strip()):
+        return value
+    try:
+        return absolute(Path(), value) if Path(value).exists() else value
+    except (OSError, ValueError):  # no name that a file could have
+        return value
 
 
 def expand(value: str, *, path: str, where: str) -> str:

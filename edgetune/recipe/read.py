@@ -24,7 +24,14 @@ from edgetune.recipe.checks import (
 from edgetune.recipe.generation import resolve_generation
 from edgetune.recipe.migrate import check_places, migrated, new_place
 from edgetune.recipe.own_settings import with_own_tables
-from edgetune.recipe.paths import absolute, base_path, data_path, expand, locate_reward
+from edgetune.recipe.paths import (
+    absolute,
+    base_path,
+    data_path,
+    expand,
+    from_here,
+    locate_reward,
+)
 from edgetune.recipe.schema import Data, Recipe, Replay, Stage
 
 if sys.version_info >= (3, 11):
@@ -206,7 +213,7 @@ def override(values: dict[str, Any], setting: str) -> None:
         )
     if not isinstance(place, dict):
         raise RecipeError(f'"{parents[-1]}" has no settings inside', where=where)
-    place[last] = value
+    place[last] = from_here(key.strip(), value)
 
 
 def _value(text: str, *, where: str) -> Any:

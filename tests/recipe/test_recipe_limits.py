@@ -64,3 +64,21 @@ def test_an_unknown_key_gets_the_nearest_name_and_no_list(tmp_path: Path) -> Non
     assert str(refused.value) == (
         f'{path}: unknown key "stage.0.lerning_rate". Did you mean "learning_rate"?'
     )
+
+
+def test_a_path_of_a_setting_is_of_the_current_folder_where_it_exists_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("recipes", "here"):
+        (tmp_path / folder).mkdir()
+    (path := tmp_path / "recipes" / "r.toml").write_text(GOOD)
+    (tmp_path / "here" / "own.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+    train = [
+        load_recipe(path, [f"stage.0.data.train={name}"]).stage[0].data.train
+        for name in ("own.jsonl", "other.jsonl")
+    ]
+    assert train == [
+        str(tmp_path / "here" / "own.jsonl"),
+        str(tmp_path / "recipes" / "other.jsonl"),
+    ]
