@@ -40,6 +40,7 @@ from edgetune.training.summary import (
     closing,
     metadata,
     opening,
+    risen_losses,
     summary_of,
 )
 
@@ -61,8 +62,8 @@ def run_recipe(
     it is given that unfinished folder and the result (`report.run_page.write_report` is one).
     `resume` continues an unfinished run of the same recipe and data where its newest checkpoint
     left it, to the same adapter, bit for bit. A finished run in `out` is replaced, which is said;
-    with `replace_finished=False` it is an OutputError. Raises the errors of recipe, data and base before
-    anything is written; TrainingError when training cannot go on.
+    with `replace_finished=False` it is an OutputError. Raises the errors of recipe, data and base
+    before anything is written; TrainingError when training cannot go on.
     """
     started = time.perf_counter()
     reset_peak_rss()
@@ -121,7 +122,7 @@ def run_recipe(
         summary = replace(summary, forgetting=_forgetting(run, model, progress))
         _write(folder, run, model.model, summary, journal, write_more)
         group.from_leader(summary)
-    progress.say(closing(summary))
+    progress.say("\n".join([*risen_losses(summary, journal.records), closing(summary)]))
     return summary
 
 
