@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgetune import __version__
 from edgetune.core.errors import OutputError
+from edgetune.core.exclusive import exclusive
 from edgetune.core.files import sha256_file, whole_folder, write_json
 from edgetune.core.layout import ADAPTER_WEIGHTS, ADAPTERS, MANIFEST
 from edgetune.core.precisions import FLOATS
@@ -68,6 +69,7 @@ def export_bundle(
     traced: Traced | None = None,
     cost: CostPlan | None = None,
     context: int | None = None,
+    replace_finished: bool = True,
 ) -> Manifest:
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
@@ -76,11 +78,12 @@ def export_bundle(
     the precision's cost is taken; not given: it is not. `calibration`: text for the quantiser gptq;
     not given: the training rows of the runs. `context`: positions, where the base has more than
     the 8,192 that a bundle has by itself. `traced` keeps the graph for further bundles of the same
-    model. ProofError when the proof fails; then, as after any error, nothing is left at `out`
+    model. A bundle at `out` is replaced, which is said; with `replace_finished=False` it is an
+    OutputError. ProofError when the proof fails; then, as after any error, nothing is left at `out`
     that was not there before.
     """
     precision = precision or Precision()
-    check_place(out)
+    check_place(out, finished=replace_finished, say=say)
     (task or TaskPlan()).check()
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
@@ -99,7 +102,7 @@ def export_bundle(
         check_seq2seq(precision)
     if base.kind != "encoder" and precision.weights == "int4":
         precision = replace(precision, overrides=INT4_DECODER | dict(precision.overrides))
-    with whole_folder(out) as folder:
+    with exclusive(out), whole_folder(out) as folder:
         manifest, rows = _build(
             base,
             sources,
@@ -147,9 +150,9 @@ def export_bundle(
     return manifest
 
 
-def check_place(out: Path) -> None:
-    """A bundle may replace a bundle, never another folder of the user's; inside another one it
-    would go with it.
+def check_place(out: Path, *, finished: bool, say: Say) -> None:
+    """A bundle may replace a bundle where `finished` says so, never another folder of the user's;
+    inside another one it would go with it. What a killed export left is put right first.
     """
     if (
         around := next(
@@ -174,6 +177,17 @@ def check_place(out: Path) -> None:
             got="another folder" if out.is_dir() else "a file",
             fix="Choose another --out.",
         )
+    if out.resolve().parent.is_dir():
+        with exclusive(out):
+            exists = (out / MANIFEST).is_file()
+        if exists and not finished:
+            raise OutputError(
+                "a bundle is there already",
+                where=str(out),
+                fix="Add --replace to put the new one in its place, or choose another --out.",
+            )
+        if exists:
+            say(f"the bundle in {out} will be replaced")
 
 
 def _build(

@@ -9,14 +9,14 @@ winner is moved to its place as it is.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import EdgetuneError, ExportError, ProofError
-from edgetune.core.files import whole_folder, write_json
+from edgetune.core.exclusive import exclusive
+from edgetune.core.files import scratch_folder, whole_folder, write_json
 from edgetune.core.layout import MANIFEST
 from edgetune.core.progress import Say
 from edgetune.core.tasks import lower_is_better
@@ -113,6 +113,7 @@ def export_smallest(
     quantiser: str | None = None,
     calibration: Path | None = None,
     context: int | None = None,
+    replace_finished: bool = True,
 ) -> Found:
     """Write the smallest bundle to `out` that loses at most `max_loss` (a share) of every adapter's
     task metric.
@@ -122,19 +123,17 @@ def export_smallest(
     given: the training rows of the runs. ExportError where there are no rows to measure on, or
     where not even fp32 keeps within the bound.
     """
-    check_place(out)
+    check_place(out, finished=replace_finished, say=say)
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     mode = "merged" if len(sources) == 1 and sources[0].is_model else mode
     check_sources(sources, mode, Precision(), base_name)
     base = base_of(sources, base_name)
     quantisers = _quantisers(quantiser, base, sources, mode, calibration)
     plan = _plan(task or TaskPlan(), base, sources)
-    place = out.resolve().parent
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".edgetune-auto-", dir=place) as work:
+    with exclusive(out), scratch_folder(out) as work:
         search = _Search(
             adapters,
-            Path(work),
+            work,
             mode,
             base_name,
             plan,

@@ -9,7 +9,7 @@ from typing import Any
 from edgetune.adapters.folder import load_adapter, read_metadata
 from edgetune.adapters.full_model import full_folder, own_base, read_full
 from edgetune.core.errors import AdapterError, OutputError
-from edgetune.core.layout import ADAPTER, ADAPTER_METADATA, LAYOUT
+from edgetune.core.layout import ADAPTER, ADAPTER_METADATA, LAYOUT, SUMMARY
 from edgetune.models.base import Base
 from edgetune.models.heads import RewardModel, build_classifier
 from edgetune.models.load import load_body, load_tokenizer
@@ -64,10 +64,16 @@ def find_adapter(folder: Path) -> Path:
     return adapter_dir
 
 
-def check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, *, finished: bool) -> None:
     """A new run may take the place of an older one, but never of a folder that holds anything
-    else.
+    else; `finished`: also where the older one is finished.
     """
+    if not finished and (folder / SUMMARY).is_file():
+        raise OutputError(
+            "a finished run is there already",
+            where=str(folder),
+            fix="Add --replace to put the new one in its place, or choose another --out.",
+        )
     if folder.is_dir():
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in LAYOUT)
         if foreign:

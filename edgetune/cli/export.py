@@ -30,6 +30,7 @@ BLOCK_SIZE = 32
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="The bundle folder to write."
 )
+@click.option("--replace", is_flag=True, help="Put the bundle in the place of an older one.")
 @click.option(
     "--format",
     "form",
@@ -159,6 +160,7 @@ BLOCK_SIZE = 32
 def command(
     adapters: tuple[str, ...],
     out: Path,
+    replace: bool,
     form: str,
     mode: str,
     precision: str | None,
@@ -216,6 +218,7 @@ def command(
                 context=context,
                 quantiser=quantiser,
                 calibration=calibration,
+                replace_finished=replace,
             )
             return
         if max_loss is not None:
@@ -250,6 +253,7 @@ def command(
             task=task,
             cost=cost,
             context=context,
+            replace_finished=replace,
         )
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(
@@ -324,6 +328,7 @@ def _share(text: str) -> float:
 
 
 OF_BUNDLES = (
+    "replace",
     "mode",
     "precision",
     "max_loss",

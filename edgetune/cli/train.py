@@ -30,6 +30,11 @@ from edgetune.cli.options import wait_briefly
     help="Continue an unfinished run of this recipe from its newest checkpoint.",
 )
 @click.option(
+    "--replace",
+    is_flag=True,
+    help="Put the new run in the place of a finished one, once it is finished too.",
+)
+@click.option(
     "--migrate",
     is_flag=True,
     help=(
@@ -37,13 +42,18 @@ from edgetune.cli.options import wait_briefly
     ),
 )
 def command(
-    recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, migrate: bool
+    recipe: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    replace: bool,
+    migrate: bool,
 ) -> None:
     """Train an adapter as RECIPE (a .toml file) says and write the run folder."""
     from edgetune.recipe.read import load_recipe
 
     if migrate:
-        if overrides or resume:
+        if overrides or resume or replace:
             raise click.UsageError("--migrate goes with --out alone")
         _migrate(recipe, out)
         return
@@ -57,7 +67,9 @@ def command(
     from edgetune.training import run_recipe
     from edgetune.training.parallel.distributed import launched
 
-    summary = run_recipe(settings, out=out, resume=resume, write_more=write_report)
+    summary = run_recipe(
+        settings, out=out, resume=resume, replace_finished=replace, write_more=write_report
+    )
     if not launched().leads:
         return  # of several processes one speaks
     numbers = summary.metrics or {"train_loss": summary.train_loss}

@@ -78,6 +78,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for work on the way to it, removed afterwards; after a kill by
+    `clear_interrupted(path)`.
+    """
+    path = path.resolve()
+    scratch = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
+    with output_errors(path, scratch):
+        scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def clear_interrupted(path: Path) -> None:
     """Tidy up beside `path` after a process that was killed inside `whole_folder`.
 

@@ -38,17 +38,19 @@ class Progress:
         tokens_per_second: float,
         seconds: float,
         reward: float | None = None,
+        stage: int | None = None,
     ) -> None:
-        """Show step `step` of `total`, reached after `seconds` of work on these steps."""
+        """Show step `step` of `total` (of a run's `stage`), reached after `seconds` of work on
+        these steps.
+        """
         now, pause = self.clock(), LIVE_EVERY_SECONDS if self.live else PLAIN_EVERY_SECONDS
         if self._shown_at is not None and now - self._shown_at < pause and step < total:
             return
         self._shown_at = now
         left = seconds / step * (total - step)
         what = f"loss {loss:.4f}" if reward is None else f"reward {reward:.3f}"
-        line = (
-            f"step {step}/{total}  {what}  {tokens_per_second:,.0f} tokens/s  {duration(left)} left"
-        )
+        where = "" if stage is None else f"stage {stage}  "
+        line = f"{where}step {step}/{total}  {what}  {tokens_per_second:,.0f} tokens/s  {duration(left)} left"
         if self.live:
             self.stream.write("\r" + line.ljust(self._width))
             self.stream.flush()

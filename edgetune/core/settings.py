@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,6 +100,12 @@ def describe(hint: Any, *, table: str = "a table") -> str:
     return WORDS.get(hint, table)
 
 
+def _names(keys: typing.Collection[str]) -> str:
+    """The first dozen of them, and how many more there are."""
+    more = f" and {len(keys) - 12} more" if len(keys) > 12 else ""
+    return f"one of {', '.join(list(keys)[:12])}{more}"
+
+
 def _one_of(choices: typing.Iterable[str]) -> str:
     return "one of " + ", ".join(f'"{choice}"' for choice in choices)
 
@@ -128,11 +134,12 @@ class _Reader:
         fields = _fields(cls)
         for key in values:
             if key not in fields:
+                near = did_you_mean(key, fields)
                 raise self.error(
-                    f'unknown key "{_join(path, key)}"',
+                    f'unknown key "{shortened(_join(path, key))}"',
                     where=self.where,
-                    expected="one of " + ", ".join(fields),
-                    fix=self.fix or did_you_mean(key, fields),
+                    expected="" if near else _names(fields),
+                    fix=self.fix or near,
                 )
         if missing := [
             key
@@ -217,8 +224,10 @@ class _Reader:
             }
         if hint is float:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            matches = is_number and math.isfinite(value)
+            matches = is_number and abs(value) <= sys.float_info.max  # no NaN, no infinity
             return matches, float(value) if matches else value
+        if hint is int:
+            return type(value) is int and -(2**63) <= value < 2**63, value  # as TOML has them
         return type(value) is hint, value
 
     def _check_limits(self, value: Any, *, field: dataclasses.Field[Any], path: str) -> None:
@@ -342,9 +351,20 @@ def toml_value(value: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as the user wrote it, cut to 60 characters; halves of surrogate pairs are escaped."""
-    written = json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, int) and not -(10**60) < value < 10**60:
+        return "an integer of more than 60 digits"
+    try:
+        written = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # a longer integer inside, or nested beyond all use
+        return "a value that cannot be shown"
     text = written.encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def shortened(text: str, limit: int = 100) -> str:
+    """A user's text for one line of a message: line breaks and the like escaped, cut to `limit`."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _join(path: str, key: str) -> str:

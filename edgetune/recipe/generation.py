@@ -90,7 +90,7 @@ def _forms(generation: Generation, *, where: str) -> dict[str, Any]:
         try:
             text = Path(path).read_text(encoding="utf-8")
             forms[name] = json.loads(text) if name == "schema" else text
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # no text, no JSON, or beyond it
             expected = "a JSON schema file" if name == "schema" else "a Lark grammar file"
             raise RecipeError(
                 f"generation.{name} cannot be read: {error}",

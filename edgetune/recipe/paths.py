@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.layout import BUILTIN
+from edgetune.core.settings import shown
 
 
 def data_path(value: str, *, folder: Path, path: str, where: str) -> str:
@@ -51,6 +53,24 @@ def absolute(folder: Path, value: str) -> str:
     return os.path.normpath(folder.absolute() / value)
 
 
+PATHS = re.compile(
+    r"base|parameters\.start|forgetting\.general|generation\.(schema|grammar)"
+    r"|stage\.\d+\.(data\.(train|validation)|replay\.data|grpo\.reward)"
+)
+
+
+def from_here(key: str, value: Any) -> Any:
+    """A `--set` value that names what lies in the current folder, as a shell completes it, by its
+    absolute path; everything else as it is.
+    """
+    if not (PATHS.fullmatch(key) and isinstance(value, str) and value.strip()):
+        return value
+    try:
+        return absolute(Path(), value) if Path(value).exists() else value
+    except (OSError, ValueError):  # no name that a file could have
+        return value
+
+
 def expand(value: str, *, path: str, where: str) -> str:
     """`$NAME`, `${NAME}` and `~` replaced; an unset variable is an error, not an empty string."""
 
@@ -66,6 +86,12 @@ def expand(value: str, *, path: str, where: str) -> str:
         return os.environ[name]
 
     value = re.sub(r"\$(?:\{(\w+)\}|(\w+))", variable, value)
+    if "\0" in value or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
+        raise RecipeError(
+            f"{path} can be no path: a name in it is longer than 255 bytes, or has a NUL",
+            where=where,
+            got=shown(value),
+        )
     try:
         return str(Path(value).expanduser()) if value.startswith("~") else value
     except RuntimeError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgetune.core import settings
 from edgetune.core.errors import RecipeError
+from edgetune.core.settings import shortened
 from edgetune.core.tasks import METHODS
 from edgetune.recipe.checks import (
     _check_stage,
@@ -23,7 +24,14 @@ from edgetune.recipe.checks import (
 from edgetune.recipe.generation import resolve_generation
 from edgetune.recipe.migrate import check_places, migrated, new_place
 from edgetune.recipe.own_settings import with_own_tables
-from edgetune.recipe.paths import absolute, base_path, data_path, expand, locate_reward
+from edgetune.recipe.paths import (
+    absolute,
+    base_path,
+    data_path,
+    expand,
+    from_here,
+    locate_reward,
+)
 from edgetune.recipe.schema import Data, Recipe, Replay, Stage
 
 if sys.version_info >= (3, 11):
@@ -34,7 +42,7 @@ else:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file; each override is `key.path=value`, e.g. `stage.0.epochs=2`."""
-    values = tomllib.loads(read_toml(path))
+    values = parse_toml(read_toml(path), where=str(path))
     for setting in overrides:
         override(values, setting)
     return recipe_from_dict(values, folder=path.parent, where=str(path))
@@ -42,19 +50,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_run_recipe(path: Path) -> Recipe:
     """Read the recipe.toml of a run, which may be of version 0.1."""
-    values = migrated(tomllib.loads(read_toml(path)), where=str(path))
+    values = migrated(parse_toml(read_toml(path), where=str(path)), where=str(path))
     return recipe_from_dict(values, folder=path.parent, where=str(path))
 
 
 def read_toml(path: Path) -> str:
     """The text of a recipe file as it stands. RecipeError where it is no valid TOML."""
-    if not path.exists():
-        raise RecipeError(
-            "there is no such recipe file", where=str(path), fix="Give the path of a .toml file."
-        )
     try:
         text = path.read_bytes().decode("utf-8")
-        tomllib.loads(text)
+    except FileNotFoundError:
+        raise RecipeError(
+            "there is no such recipe file", where=str(path), fix="Give the path of a .toml file."
+        ) from None
     except IsADirectoryError:
         raise RecipeError("this is a folder", where=str(path), expected="a .toml file") from None
     except OSError as error:
@@ -63,9 +70,22 @@ def read_toml(path: Path) -> str:
         raise RecipeError(
             "not UTF-8 text", where=str(path), got=f"byte {error.start} is invalid"
         ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}", where=str(path)) from error
+    parse_toml(text, where=str(path))
     return text
+
+
+def parse_toml(text: str, *, where: str) -> dict[str, Any]:
+    """The values of a TOML text. RecipeError where it is none, or beyond what the parser takes."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"not valid TOML: {error}", where=where) from error
+    except RecursionError:
+        raise RecipeError(
+            "lists or tables are nested too deeply", where=where, fix="Take some levels out."
+        ) from None
+    except ValueError:  # Python reads integers of at most 4,300 digits
+        raise RecipeError("an integer has too many digits", where=where) from None
 
 
 def recipe_from_dict(
@@ -179,15 +199,12 @@ def _resolve_replay(stage: Stage, *, folder: Path, path: str, where: str) -> Rep
 def override(values: dict[str, Any], setting: str) -> None:
     """Put one `key.path=value` into the plain values; the value is TOML, or else a string."""
     key, equals, text = setting.partition("=")
-    where = f"--set {setting}"
+    where = f"--set {shortened(setting)}"
     if not equals or not key.strip():
         raise RecipeError(
             "not a setting", where=where, expected="KEY=VALUE such as stage.0.epochs=2"
         )
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = _value(text, where=where)
     if (new := new_place(key.strip())) is not None:
         raise RecipeError(
             f"{key.strip()} is {new} now", where=where, fix=f"Write --set {new}={text}."
@@ -204,14 +221,33 @@ def override(values: dict[str, Any], setting: str) -> None:
         )
     if not isinstance(place, dict):
         raise RecipeError(f'"{parents[-1]}" has no settings inside', where=where)
-    place[last] = value
+    place[last] = from_here(key.strip(), value)
+
+
+def _value(text: str, *, where: str) -> Any:
+    """TOML, or else the text itself."""
+    try:
+        values = parse_toml(f"value = {text}", where=where)
+    except RecipeError as error:
+        if isinstance(error.__cause__, tomllib.TOMLDecodeError):
+            return text
+        raise
+    if len(values) > 1:
+        raise RecipeError(
+            "one --set changes one setting, and a line follows this one",
+            where=where,
+            fix="Repeat --set for each of them.",
+        )
+    return values["value"]
 
 
 def _step(place: Any, part: str, *, where: str) -> Any:
     if isinstance(place, list):
-        if not part.isdecimal() or int(part) >= len(place):
+        if not part.isdecimal() or len(part) > 9 or int(part) >= len(place):
             raise RecipeError(
-                f'no stage "{part}"', where=where, expected=f"a number from 0 to {len(place) - 1}"
+                f'no stage "{shortened(part)}"',
+                where=where,
+                expected=f"a number from 0 to {len(place) - 1}",
             )
         return place[int(part)]
     if not isinstance(place, dict):

@@ -16,13 +16,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import DataError, EdgetuneError, OutputError, RecipeError, TrainingError
-from edgetune.core.files import PARTIAL, clear_interrupted, output_errors, whole_file
+from edgetune.core.exclusive import exclusive
+from edgetune.core.files import PARTIAL, output_errors, whole_file
 from edgetune.core.layout import CHECKPOINTS
 from edgetune.core.progress import Say
 from edgetune.core.settings import flat, toml_value
@@ -206,7 +207,7 @@ class Checkpoints:
         path = self.folder / f"stage-{state.stage}-step-{state.position.step:08d}.pt"
         content = {name: getattr(state, name) for name in State.__dataclass_fields__}
         with whole_file(path) as partial, partial.open("wb") as file:
-            torch.save({"schema": SCHEMA, **content, "position": asdict(state.position)}, file)
+            _save({"schema": SCHEMA, **content, "position": asdict(state.position)}, file)
             file.flush()
             os.fsync(file.fileno())
         self.latest = path
@@ -230,12 +231,17 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
-    """RUN/checkpoints while a run is under way. When it stops with an error, the folder stays if a
-    checkpoint is in it, and the error says so; else nothing is left behind."""
+    """RUN/checkpoints while a run is under way, which no other process may write meanwhile. When it
+    stops with an error, the folder stays if a checkpoint is in it, and the error says so; else
+    nothing is left behind."""
     run = run.resolve()
+    with exclusive(run):
+        yield from _unfinished(run, keep=keep, say=say)
+
+
+def _unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
     work, was_there = run / CHECKPOINTS, run.exists()
     with output_errors(run, work):
-        clear_interrupted(run)
         work.mkdir(parents=True, exist_ok=True)
         for path in work.glob(f"{PARTIAL}*"):
             path.unlink()
@@ -285,6 +291,35 @@ def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in places.items():
             parameter.copy_(weights[name])
+
+
+class _Watched:
+    """A file that remembers why a write failed: torch's zip writer says nothing but that it did."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.failure: OSError | None = None
+
+    def write(self, block: Any) -> int:
+        try:
+            return self.file.write(block)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(content: Mapping[str, Any], file: IO[bytes]) -> None:
+    """`torch.save`, whose RuntimeError on a full disk becomes the OSError behind it."""
+    watched = _Watched(file)
+    try:
+        torch.save(content, watched)
+    except RuntimeError as error:
+        if watched.failure is None:
+            raise
+        raise watched.failure from error
 
 
 def _read(path: Path) -> State | None:

@@ -103,6 +103,7 @@ class StageLog:
             tokens_per_second=speed,
             seconds=at.seconds,
             reward=facts.get("reward"),
+            stage=self.index,
         )
         if at.step % max(1, total // LOGGED_STEPS) and at.step < total:
             return
@@ -126,7 +127,7 @@ class StageLog:
         """Write and show what a validation measured."""
         self.journal.write(kind="validation", stage=self.index, step=step, **metrics)
         self.progress.say(
-            f"step {step}/{total}  validation  "
+            f"stage {self.index}  step {step}/{total}  validation  "
             + "  ".join(f"{k} {v:.4f}" for k, v in headline(metrics).items())
         )
 

@@ -18,6 +18,7 @@ from edgetune.adapters.lora import trainable_parameters
 from edgetune.adapters.runs import check_replaceable
 from edgetune.core.files import whole_folder, write_json, write_text
 from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, SUMMARY
+from edgetune.core.memory import reset_peak_rss
 from edgetune.core.progress import Progress
 from edgetune.evaluation.forgetting.measure import compare_general
 from edgetune.models.torch_device import choose_device, hold_frozen_linears_in_bf16
@@ -39,6 +40,7 @@ from edgetune.training.summary import (
     closing,
     metadata,
     opening,
+    risen_losses,
     summary_of,
 )
 
@@ -51,6 +53,7 @@ def run_recipe(
     out: Path | None = None,
     progress: Progress | None = None,
     resume: bool = False,
+    replace_finished: bool = True,
     write_more: WriteMore | None = None,
 ) -> RunSummary:
     """Train what the recipe says and write the run folder, whole or not at all.
@@ -58,13 +61,16 @@ def run_recipe(
     `write_more` adds files to the folder before it takes its place, so they are part of the whole;
     it is given that unfinished folder and the result (`report.run_page.write_report` is one).
     `resume` continues an unfinished run of the same recipe and data where its newest checkpoint
-    left it, to the same adapter, bit for bit. Raises the errors of recipe, data and base before
-    anything is written; TrainingError when training cannot go on.
+    left it, to the same adapter, bit for bit. A finished run in `out` is replaced, which is said;
+    with `replace_finished=False` it is an OutputError. Raises the errors of recipe, data and base
+    before anything is written; TrainingError when training cannot go on.
     """
     started = time.perf_counter()
+    reset_peak_rss()
     folder = Path(recipe.out if out is None else out)
     progress = progress if progress is not None else Progress()
-    check_replaceable(folder)
+    finished_may_go = replace_finished or resume
+    check_replaceable(folder, finished=finished_may_go)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(process_group())
         progress = stack.enter_context(
@@ -75,6 +81,7 @@ def run_recipe(
         if group.leads:
             work = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say)
             checkpoints = stack.enter_context(work)
+            check_replaceable(folder, finished=finished_may_go)  # a kill's may be back in place
         device = choose_device(recipe.device, local_rank=group.local_rank)
         inputs = read_inputs(recipe)
         _say_opening(inputs, progress)
@@ -86,6 +93,8 @@ def run_recipe(
         )
         if finished is not None:
             return RunSummary(**finished)
+        if (folder / SUMMARY).is_file():
+            progress.say(f"the finished run in {folder} will be replaced")
         begun = None if state is None else state.precisions
         run = resolve(inputs, device=device, group=group, precisions=begun)
         model = _first_model(run, group)
@@ -113,7 +122,7 @@ def run_recipe(
         summary = replace(summary, forgetting=_forgetting(run, model, progress))
         _write(folder, run, model.model, summary, journal, write_more)
         group.from_leader(summary)
-    progress.say(closing(summary))
+    progress.say("\n".join([*risen_losses(summary, journal.records), closing(summary)]))
     return summary
 
 

@@ -52,7 +52,7 @@ class RunSummary:
     tokens_per_second: float  # real tokens, padding not counted, validation not timed
     training_seconds: float
     seconds: float  # everything, loading included
-    peak_rss_mb: float  # of this process since it started
+    peak_rss_mb: float  # of this run; where that cannot be told (macOS), of its process so far
     peak_device_mb: float | None  # of tensors on the GPU; None on the CPU
     data: list[
         dict[str, Any]
@@ -191,10 +191,29 @@ def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) ->
 
 def closing(summary: RunSummary) -> str:
     """The result, the speed and the place, a line each."""
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in headline(summary.metrics).items())
+    base = summary.base_metrics or {}
+    metrics = "  ".join(
+        f"{name} {value:.4f}" + (f" (base {base[name]:.4f})" if name in base else "")
+        for name, value in headline(summary.metrics).items()
+    )
     result = metrics or f"train loss {summary.train_loss:.4f}"
     speed = (
         f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak"
         f" {summary.peak_rss_mb:,.0f} MB"
     )
     return f"{result}\n{speed}\nwritten to {summary.out}"
+
+
+def risen_losses(summary: RunSummary, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each stage whose training loss ended higher than it began; grpo's says nothing
+    about that.
+    """
+    lines = []
+    for index, stage in enumerate(summary.stages):
+        losses = [r["loss"] for r in records if r["kind"] == "train" and r["stage"] == index]
+        if stage["method"] != "grpo" and len(losses) > 1 and losses[-1] > losses[0]:
+            lines.append(
+                f"the loss of stage {index} ({stage['method']}) ended higher than it began:"
+                f" {losses[0]:.4f} to {losses[-1]:.4f}; a lower learning_rate may help"
+            )
+    return lines

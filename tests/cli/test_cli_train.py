@@ -78,3 +78,18 @@ def test_models_lists_what_is_in_the_cache(
 def test_models_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("models", "builtin:bert") == 2
     assert 'there is no built-in base "builtin:bert"' in capsys.readouterr().err
+
+
+def test_a_finished_run_is_replaced_only_where_it_is_asked_for(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("train", recipe) == 0
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    assert run("train", recipe, "--set", "seed=7") == 2
+    assert "a finished run is there already. Add --replace" in capsys.readouterr().err
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
+    assert run("train", recipe, "--set", "seed=7", "--replace") == 0
+    assert f"the finished run in {tmp_path / 'run'} will be replaced" in capsys.readouterr().err
+    assert (tmp_path / "run" / "summary.json").read_bytes() != before

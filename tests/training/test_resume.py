@@ -4,6 +4,7 @@ was.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,13 +26,13 @@ from resume_helpers import WEIGHTS, journal, stopped_at
 from training_helpers import intent_recipe, sft_recipe, silent, write_rows
 
 from edgetune.cli import main
-from edgetune.core.errors import DataError, RecipeError, TrainingError
-from edgetune.core.files import clear_interrupted, sha256_file
+from edgetune.core.errors import DataError, OutputError, RecipeError, TrainingError
+from edgetune.core.files import clear_interrupted, output_errors, sha256_file
 from edgetune.core.progress import Progress
 from edgetune.models.torch_device import CPU_DEVICE, rng_state, set_rng_state
 from edgetune.recipe.read import recipe_to_toml
 from edgetune.recipe.schema import Recipe
-from edgetune.training import run_recipe
+from edgetune.training import checkpoint, run_recipe
 from edgetune.training.resolve import steps_between
 
 OWN_TABLES = ("stage.0.dpo", "stage.0.grpo")
@@ -316,3 +318,26 @@ def test_the_command_line_killed_from_outside_resumes(
     assert not done.value.code and "resumed at stage 0, step " in capsys.readouterr().err
     run_recipe(recipe, out=tmp_path / "whole", progress=silent())
     assert sha256_file(tmp_path / "run" / WEIGHTS) == sha256_file(tmp_path / "whole" / WEIGHTS)
+
+
+def test_a_disk_that_fills_during_a_checkpoint_is_one_line_with_the_older_one(
+    generation: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    whole_file, written = checkpoint.whole_file, []
+
+    @contextlib.contextmanager
+    def filling(path: Path) -> Iterator[Path]:
+        with output_errors(path), whole_file(path) as partial:
+            yield partial if not written else full
+            written.append(path)
+
+    monkeypatch.setattr(checkpoint, "whole_file", filling)
+    with pytest.raises(OutputError) as stopped:
+        run_recipe(generation.recipe, out=tmp_path / "run", progress=silent())
+    assert "the disk is full. The checkpoint of stage 0, step 2 is kept" in str(stopped.value)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pt")] == [
+        written[0].name
+    ]
