@@ -18,3 +18,7 @@ SPECIAL_TOKENS, CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE)
 # A bundle, which keeps each adapter in a folder of ADAPTERS.
 MANIFEST, ADAPTERS = "edgetune.json", "adapters"
+# Layers that transformers' classifiers put before their output and ours do not have: our folders
+# name them as saved, so PEFT refuses to load a folder into such a class (a KeyError names the
+# layer) instead of giving other labels.
+HEAD_GUARDS = ("pooler", "head")

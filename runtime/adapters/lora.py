@@ -27,6 +27,7 @@ from edgetune.core.layout import (
     ADAPTER_CONFIG,
     ADAPTER_METADATA,
     ADAPTER_WEIGHTS,
+    HEAD_GUARDS,
     PEFT_PREFIX,
 )
 from edgetune.runtime.adapters.json_types import wrong_config, wrong_metadata
@@ -98,7 +99,7 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
     metadata = _read_json(path, ADAPTER_METADATA, required=False)
     refuse_if(wrong_types(config or {}, metadata or {}), path)
     read = LoraFolder(path=path, config=config or {}, metadata=metadata)
-    read.problems += _config_problems(read.config)
+    read.problems += _config_problems(read.config, HEAD_GUARDS if metadata is not None else ())
     weights, place = path / ADAPTER_WEIGHTS, len(read.problems)
     with ThreadPoolExecutor(
         1
@@ -207,7 +208,7 @@ def _read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any] | N
     return value
 
 
-def _config_problems(config: Mapping[str, Any]) -> list[str]:
+def _config_problems(config: Mapping[str, Any], guards: Sequence[str]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"{ADAPTER_CONFIG}: peft_type: expected LORA, got {kind}"]
@@ -226,7 +227,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
             f"{ADAPTER_CONFIG}: init_lora_weights={start} also changed the base weights; {fix}"
         )
     for name in config.get("modules_to_save") or ():
-        if name not in HEAD_NAMES:
+        if name not in (*HEAD_NAMES, *guards):
             problems.append(
                 f"{ADAPTER_CONFIG}: modules_to_save: the graph takes no trained {name!r}; only a"
                 " linear head swaps"
