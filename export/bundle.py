@@ -5,7 +5,7 @@ Whole or not at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from edgetune import __version__
@@ -17,9 +17,9 @@ from edgetune.core.progress import Say
 from edgetune.core.tasks import REWARD, TAGGING
 from edgetune.export.bundle_files import (
     copy_adapter,
-    copy_tokenizer,
     write_genai_config,
     write_onnx_adapter,
+    write_tokenizer,
 )
 from edgetune.export.graph.build import _graph, _trace, _write_graphs
 from edgetune.export.graph.families import known_family
@@ -37,6 +37,7 @@ from edgetune.export.proof.probe import probe_rows
 from edgetune.export.proof.proof import demand
 from edgetune.export.proof.prove import proof_document, prove_bundle
 from edgetune.export.proof.task_metric import ALONE, TaskPlan
+from edgetune.export.proof.text_parity import check_vocabulary, prove_text
 from edgetune.export.proof.torch_model import as_stored, torch_model, warning
 from edgetune.export.proof_page import write_page
 from edgetune.models.base import Base
@@ -66,14 +67,16 @@ def export_bundle(
     task: TaskPlan | None = None,
     traced: Traced | None = None,
     cost: CostPlan | None = None,
+    context: int | None = None,
 ) -> Manifest:
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
     `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given:
     on a few of its recipe's validation rows. `cost` says where WikiText-2 and STS-B are, on which
     the precision's cost is taken; not given: it is not. `calibration`: text for the quantiser gptq;
-    not given: the training rows of the runs. `traced` keeps the graph for further bundles of the
-    same model. ProofError when the proof fails; then, as after any error, nothing is left at `out`
+    not given: the training rows of the runs. `context`: positions, where the base has more than
+    the 8,192 that a bundle has by itself. `traced` keeps the graph for further bundles of the same
+    model. ProofError when the proof fails; then, as after any error, nothing is left at `out`
     that was not there before.
     """
     precision = precision or Precision()
@@ -89,7 +92,7 @@ def export_bundle(
     check_sources(sources, mode, precision, base_name)
     swaps = not any(source.is_model or source.config.get("use_dora") for source in sources)
     check_quantiser(precision, mode=mode, calibration=calibration, swaps=swaps)
-    base = base_of(sources, base_name)
+    base = replace(base_of(sources, base_name), context=context)
     known_family(base.model_type, kind=base.kind)  # before anything is loaded
     check_activations(precision, kind=base.kind, mode=mode)
     if base.kind == "encoder-decoder":
@@ -107,6 +110,8 @@ def export_bundle(
             say=say,
             traced=traced,
         )
+        text = prove_text(folder, manifest, base, sources)
+        say(f"proof of the text: passed; {text.line()}")
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
@@ -133,7 +138,8 @@ def export_bundle(
         if found is not None:
             manifest = replace(manifest, quality={**manifest.quality, "cost": found.to_dict()})
         document = proof_document(proofs, rows, precision) | {
-            "task": {name: result.to_dict() for name, result in results.items()}
+            "task": {name: result.to_dict() for name, result in results.items()},
+            "text": asdict(text),
         }
         manifest = replace(manifest, proof=document, files=_digests(folder))
         manifest = replace(manifest, files=manifest.files | write_page(folder, manifest))
@@ -185,6 +191,7 @@ def _build(
     adapter.
     """
     tokenizer = load_tokenizer(base)
+    check_vocabulary(base, tokenizer)
     say(f"tracing {base.name} ({base.model_type})")
     model = as_stored(base, sources, mode)
     if precision.quantiser == "gptq":
@@ -201,7 +208,7 @@ def _build(
     config = model.config
     del model
     _write_graphs(graph, folder, sites, info, base=base, precision=precision, mode=mode)
-    files = copy_tokenizer(base, tokenizer, folder)
+    files = write_tokenizer(base, tokenizer, folder)
     if base.kind == "decoder" and not (
         mode == "merged" and sources[0].task == REWARD
     ):  # a merged reward only scores

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from tokenizers import Tokenizer
 
 from edgetune.core.errors import OutputError
 from edgetune.core.files import write_json
@@ -20,8 +21,10 @@ from edgetune.core.layout import (
     ADAPTER_WEIGHTS,
     CHAT_TEMPLATE,
     MODEL_CONFIG,
+    SPECIAL_TOKENS,
     TOKENIZER,
-    TOKENIZER_FILES,
+    TOKENIZER_CONFIG,
+    TOOL_TEMPLATE,
 )
 from edgetune.export.graph.families import DECODERS, cache_sizes, normalised
 from edgetune.export.graph.onnx_file import STANDARD
@@ -30,17 +33,25 @@ from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.bundle.manifest import TokenizerInfo
 
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_METADATA)
-SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def copy_tokenizer(base: Base, tokenizer: Any, folder: Path) -> TokenizerInfo:
-    """Copy the base's tokenizer files and say what generation needs of them."""
-    for name in TOKENIZER_FILES:
+def write_tokenizer(base: Base, tokenizer: Any, folder: Path) -> TokenizerInfo:
+    """Write the tokenizer that training used, and say what generation needs of it.
+
+    `tokenizer.json` is what transformers made of all of the base's files, not the base's own: a
+    device reads nothing else.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()  # both belong to the last call, not to the tokenizer
+    backend.no_truncation()
+    (folder / TOKENIZER).write_text(backend.to_str(pretty=True), encoding="utf-8")
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
-    template = folder / CHAT_TEMPLATE
-    if not template.exists() and isinstance(tokenizer.chat_template, str):
-        template.write_text(tokenizer.chat_template, encoding="utf-8")
+    named = _templates(tokenizer)
+    for place, template in named.items():
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text(template, encoding="utf-8")
     config = json.loads((base.folder / MODEL_CONFIG).read_text(encoding="utf-8"))
     ends = [
         tokenizer.eos_token_id,
@@ -49,12 +60,8 @@ def copy_tokenizer(base: Base, tokenizer: Any, folder: Path) -> TokenizerInfo:
     ]
     return TokenizerInfo(
         file=TOKENIZER,
-        chat_template=template.name if template.exists() else None,
-        special_tokens={
-            name: getattr(tokenizer, name)
-            for name in SPECIAL_TOKENS
-            if getattr(tokenizer, name, None)
-        },
+        chat_template=CHAT_TEMPLATE if CHAT_TEMPLATE in named else None,
+        special_tokens=dict(tokenizer.special_tokens_map),
         eos_token_ids=(
             tuple(sorted({int(token) for token in ends if token is not None}))
             if base.kind != "encoder"
@@ -62,7 +69,27 @@ def copy_tokenizer(base: Base, tokenizer: Any, folder: Path) -> TokenizerInfo:
         ),
         pad_token_id=tokenizer.pad_token_id,
         model_max_length=base.max_length,
+        clean_up=base.kind != "encoder" and _cleans_up(tokenizer),
+        tool_template=TOOL_TEMPLATE if TOOL_TEMPLATE in named else None,
     )
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    """Whether transformers takes spaces out of decoded text: never of BPE unless told twice."""
+    return bool(tokenizer.clean_up_tokenization_spaces) and (
+        type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
+        or tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    )
+
+
+def _templates(tokenizer: Any) -> dict[str, str]:
+    """Where each chat template goes that transformers chooses by itself: of several named ones
+    `default`, and `tool_use` where tools are given.
+    """
+    given = tokenizer.chat_template
+    named = given if isinstance(given, dict) else {"default": given}
+    places = {"default": CHAT_TEMPLATE, "tool_use": TOOL_TEMPLATE}
+    return {place: named[name] for name, place in places.items() if named.get(name)}
 
 
 def _generation_config(base: Base) -> dict[str, Any]:

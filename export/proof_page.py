@@ -33,6 +33,7 @@ def render_proof(manifest: Manifest) -> str:
         f"<p>{escape(_what(manifest))}</p>",
         _tiles(manifest),
         "<h2>Proof: the bundle against torch</h2>" + _proof(manifest),
+        *_text(manifest),
         *_cost(manifest),
         *_task(manifest),
         *_survival(manifest),
@@ -110,6 +111,15 @@ def _proof(manifest: Manifest) -> str:
         for name, p in manifest.proof["adapters"].items()
     ]
     return html_table(head, rows)
+
+
+def _text(manifest: Manifest) -> Iterable[str]:
+    """What was read by both tokenizers."""
+    if text := manifest.proof.get("text"):
+        yield "<h2>Text: the bundle's tokenizer against transformers'</h2>" + html_table(
+            ("texts", "conversations", "tokens", ""),
+            [(f"{text['texts']:,}", str(text["chats"]), f"{text['tokens']:,}", "✓ the same")],
+        )
 
 
 def _cost(manifest: Manifest) -> Iterable[str]:

@@ -112,6 +112,7 @@ def export_smallest(
     cost: CostPlan | None = None,
     quantiser: str | None = None,
     calibration: Path | None = None,
+    context: int | None = None,
 ) -> Found:
     """Write the smallest bundle to `out` that loses at most `max_loss` (a share) of every adapter's
     task metric.
@@ -141,6 +142,7 @@ def export_smallest(
             say,
             None if cost is None else replace(cost, known={}),
             calibration,
+            context,
         )
         first = search.tried(Candidate(Precision("fp32", overrides=dict(keep or {})), 0.0))
         if first.failed:
@@ -264,8 +266,9 @@ class _Search:
         say: Say,
         cost: CostPlan | None = None,
         calibration: Path | None = None,
+        context: int | None = None,
     ) -> None:
-        self.calibration = calibration
+        self.calibration, self.context = calibration, context
         self.adapters, self.folder, self.mode, self.base_name = adapters, folder, mode, base_name
         self.plan, self.threads, self.say, self.cost, self.traced = (
             plan,
@@ -311,6 +314,7 @@ class _Search:
                 task=self.plan,
                 traced=self.traced,
                 cost=self.cost,
+                context=self.context,
                 calibration=self.calibration if candidate.precision.quantiser == "gptq" else None,
             )
             trial = self._measured(candidate.name, manifest)

@@ -21,9 +21,6 @@ TWINS = {
     "Prompt": "training's are lists of dicts; a request's may be any sequence of mappings",
     "log": "each file's own logger",
     "main": "the entry point of a `python -m`",
-    "measure_label_sets": "of predictions in a file; of the logits of validation rows",
-    "measure_tags": "of predictions in a file; of the logits of validation rows",
-    "measure_values": "of predictions in a file; of the logits of validation rows",
 }
 
 

@@ -141,12 +141,13 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """Put the adapter in `folder` on a base model, for inference; every tensor that does not fit is
     listed.
     """
-    config = LoraConfig.from_pretrained(str(folder))
-    if config.modules_to_save:
-        config.modules_to_save = [
-            name for name in config.modules_to_save if name not in HEAD_GUARDS
-        ]
-    adapted = PeftModel(model, config)
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        saved = [name for name in config.modules_to_save or () if name not in HEAD_GUARDS]
+        config.modules_to_save = saved or None
+        adapted = PeftModel(model, config)
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise AdapterError(f"PEFT cannot load this adapter: {error}", where=str(folder)) from error
     tensors = _without_copies(
         {peft_name(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()},
         model,

@@ -145,6 +145,15 @@ BLOCK_SIZE = 32
     ),
 )
 @click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help=(
+        "Positions of a bundle whose base has more of them; not given: 8,192. A cache is made as"
+        " long as it must be, whatever stands here."
+    ),
+)
+@click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof."
 )
 def command(
@@ -164,6 +173,7 @@ def command(
     task_data: Path | None,
     general: Path | None,
     general_items: int | None,
+    context: int | None,
     threads: int | None,
 ) -> None:
     """Turn trained adapters into a bundle, and prove that it answers as what was trained."""
@@ -203,6 +213,7 @@ def command(
                 task=task,
                 threads=threads,
                 cost=cost,
+                context=context,
                 quantiser=quantiser,
                 calibration=calibration,
             )
@@ -238,6 +249,7 @@ def command(
             say=lambda line: click.echo(line, err=True),
             task=task,
             cost=cost,
+            context=context,
         )
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(

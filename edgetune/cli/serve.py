@@ -156,6 +156,11 @@ KEYS = "EDGETUNE_API_KEYS"
     "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
 )
 @click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse adapters whose base cannot be checked, and adapters without effect.",
+)
+@click.option(
     "--log-level",
     default="info",
     show_default=True,
@@ -187,6 +192,7 @@ def command(
     providers: tuple[str, ...],
     device_name: str | None,
     no_verify: bool,
+    strict: bool,
     log_level: str,
 ) -> None:
     """Serve BUNDLE with OpenAI's HTTP endpoints, its adapters as models, and a playground at /.
@@ -225,6 +231,7 @@ def command(
             adapter_folder=library,
             adapter_memory_mb=adapter_memory_mb,
             situations=True,
+            strict=strict,
         ) as runtime,
     ):
         for line in load_adapters(runtime, named, pins):

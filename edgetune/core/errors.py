@@ -20,12 +20,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+LISTED, LINE, MESSAGE = 50, 500, 10_000
+"""What is shown of a list of problems, of one of them, and of a message: lines and characters."""
+
 
 def listed(problems: Sequence[str], what: str) -> str:
-    """One problem as it is; several under their number, each on a line of its own."""
+    """One problem as it is; several under their number, each on a line of its own, the first
+    `LISTED` of them.
+    """
     if len(problems) == 1:
         return problems[0]
-    return f"{len(problems)} {what}:" + "".join(f"\n  {line}" for line in problems)
+    lines = [_cut(line, LINE) for line in problems[:LISTED]]
+    lines += [f"… and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+    return f"{len(problems)} {what}:" + "".join(f"\n  {line}" for line in lines)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 class EdgetuneError(Exception):
@@ -38,9 +49,10 @@ class EdgetuneError(Exception):
         super().__init__(self._line())
 
     def _line(self) -> str:
-        line = f"{self.where}: {self.what}" if self.where else self.what
+        what = _cut(self.what, MESSAGE)
+        line = f"{self.where}: {what}" if self.where else what
         facts = [
-            f"{word} {value}"
+            f"{word} {_cut(value, MESSAGE)}"
             for word, value in (("expected", self.expected), ("got", self.got))
             if value
         ]

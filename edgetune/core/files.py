@@ -8,14 +8,17 @@ import hashlib
 import json
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgetune.core.errors import OutputError
+from edgetune.core.errors import EdgetuneError, OutputError
 
 CHUNK = 1 << 20
+MAX_JSON_BYTES = 4 << 20
+MAX_JSON_DEPTH = 64
 PARTIAL, REPLACED = ".partial-", ".replaced-"  # then 8 hex digits, "-" and the final name
 TEMPORARY = re.compile(rf"{re.escape(PARTIAL)}[0-9a-f]{{8}}-")
 
@@ -138,6 +141,65 @@ def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
             f"cannot write {shown}: {reason}",
             fix="Nothing was left behind; choose another place, or free this one.",
         ) from error
+
+
+def is_regular(path: Path) -> bool:
+    """Whether there is a regular file (links are followed). False for a folder, a pipe or a device,
+    which could block whoever opens them, and for a name that no file can have.
+    """
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_json(path: Path, *, error: type[EdgetuneError], max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file that may come from anywhere; `error` for one that is no regular
+    file, larger than `max_bytes`, not valid, or beyond the limits of `parse_json`.
+    """
+    where = str(path)
+    if not is_regular(path):
+        raise error("not a regular file", where=where)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(max_bytes + 1)
+    except OSError as problem:
+        raise error(f"cannot be read: {problem.strerror}", where=where) from problem
+    if len(raw) > max_bytes:
+        raise error("too large", where=where, expected=f"at most {max_bytes} bytes")
+    try:
+        return parse_json(raw)
+    except ValueError as problem:
+        raise error(f"not valid JSON: {problem}", where=where) from problem
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON of at most `MAX_JSON_DEPTH` levels, whole numbers of 64 bits, and text that UTF-8 can
+    spell; ValueError for any other.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_int=_whole)
+    except RecursionError as error:
+        raise ValueError(f"deeper than {MAX_JSON_DEPTH} levels") from error
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(f"deeper than {MAX_JSON_DEPTH} levels")
+        "".join(one for one in level if isinstance(one, str)).encode()  # no half surrogate pair
+        level = [
+            inner
+            for one in level
+            if isinstance(one, (dict, list))
+            for inner in (one if isinstance(one, list) else [*one.keys(), *one.values()])
+        ]
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
+        raise ValueError(f"a whole number of more than 64 bits: {digits:.20}…")
+    return int(digits)
 
 
 def write_text(path: Path, text: str) -> None:

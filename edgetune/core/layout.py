@@ -15,7 +15,15 @@ MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
 MODEL_METADATA = "edgetune_model.json"  # of a run that trained all weights
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, CHAT_TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
-TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE)
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"  # for conversations with tools
+TOKENIZER_FILES = (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    "added_tokens.json",
+    CHAT_TEMPLATE,
+    TOOL_TEMPLATE,
+)
 # A bundle, which keeps each adapter in a folder of ADAPTERS.
 MANIFEST, ADAPTERS = "edgetune.json", "adapters"
 # Layers that transformers' classifiers put before their output and ours do not have: our folders

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
+from edgetune.core.control_tokens import marked_value, without_marks
 from edgetune.core.errors import InputError
 
 Message = Mapping[str, Any]
@@ -83,12 +84,17 @@ def render_row(template: str, row: Mapping[str, Any]) -> str:
     """A row template filled in.
 
     LookupError where the row lacks a column, ValueError where the template cannot be rendered;
-    both with the reason in one line.
+    both with the reason in one line. Where the template writes more than columns, the result says
+    which parts are theirs (`control_tokens.Rendered`).
     """
     from jinja2 import TemplateError, UndefinedError
 
     try:
-        return str(_compiled_row(template).render(dict(row)))
+        made = without_marks(_compiled_row(template).render(dict(row)))
+        # a block that a filter was put over saw the marks too
+        if "{%" in template and (plain := _plain_row(template).render(dict(row))) != made:
+            return str(plain)
+        return str(made) if made.texts == ((0, len(made)),) else made
     except UndefinedError as error:
         raise LookupError(str(error.message)) from error
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -125,17 +131,24 @@ def columns_of(template: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _compiled_row(template: str) -> Any:
+    return _rows(mark=True).from_string(template)
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_row(template: str) -> Any:
     return _rows().from_string(template)
 
 
-@functools.lru_cache(maxsize=1)
-def _rows() -> Any:
-    """The sandbox of row templates."""
+@functools.lru_cache(maxsize=2)
+def _rows(*, mark: bool = False) -> Any:
+    """The sandbox of row templates, with marks around what columns give where asked for."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_printable
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        finalize=_marked if mark else _printable,
     )
     environment.filters["tojson"] = lambda value, indent=None: _tojson(value, indent=indent)
     return environment
@@ -179,6 +192,10 @@ def _printable(value: Any) -> Any:
     if isinstance(value, (dict, list, tuple)):
         raise ValueError("a column it uses is a list or an object; write {{ column | tojson }}")
     return value
+
+
+def _marked(value: Any) -> str:
+    return marked_value(str(_printable(value)))
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgetune.core.control_tokens import Rendered
 from edgetune.core.errors import BaseModelError, DataError
 from edgetune.core.templates import chat_messages
 from edgetune.data.prompts import COLUMN, ROLES, PromptFormat, apply_chat_template, render
@@ -103,9 +104,9 @@ def closing_tokens(form: PromptFormat, tokenizer: Any) -> list[int]:
     if form.template == "chat":
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PLACE}]
         text: str = tokenizer.apply_chat_template(turns, tokenize=False)
-        closing: list[int] = tokenizer(text.partition(PLACE)[2], add_special_tokens=False)[
-            "input_ids"
-        ]
+        closing: list[int] = tokenizer(
+            Rendered(text.partition(PLACE)[2]), add_special_tokens=False
+        )["input_ids"]
     else:
         closing = [end_token(tokenizer)]
     padding = (

@@ -5,6 +5,7 @@ validation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from edgetune.core.errors import RecipeError
@@ -22,6 +23,7 @@ from edgetune.data.seq2seq import load_answers
 from edgetune.data.tagging import load_tagged
 from edgetune.data.targets import load_targets
 from edgetune.models.base import Base
+from edgetune.models.text_tokenizer import reading
 from edgetune.recipe.schema import Stage
 
 # `learned` of a stage → its loader; see core/tasks.py for what else a method is entered with
@@ -65,6 +67,8 @@ def load_examples(
         chat_template=tokenizer.chat_template,
         columns=sources["train"].rows[0].values,
     )
+    form = replace(form, control_tokens=data.control_tokens)
+    tokenizer = reading(tokenizer, form.control_tokens)
     return _loader(stage, base)(
         Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
     )

@@ -18,11 +18,13 @@ from typing import Any, Literal
 
 import jinja2
 
+from edgetune.core.control_tokens import without_marks
 from edgetune.core.errors import DataError, InputError, RecipeError
 from edgetune.core.settings import shown
 from edgetune.core.tasks import GENERATION, METHODS, MethodName
 from edgetune.core.templates import columns_of, render_row
 from edgetune.core.text import Text
+from edgetune.models.text_tokenizer import control_of
 from edgetune.recipe.checks import column_name
 from edgetune.recipe.schema import Data
 
@@ -49,9 +51,14 @@ class PromptFormat:
     tokens: str | None = None  # columns, not templates: they hold lists
     tags: str | None = None
 
+    control_tokens: Literal["text", "tokens"] = "text"  # what a row's spelling of one is
+
     def to_dict(self) -> dict[str, str | None]:
         """As it is recorded in `edgetune_adapter.json`."""
-        return asdict(self)
+        recorded = asdict(self)
+        if self.control_tokens == "text":  # as every adapter before there was a choice
+            del recorded["control_tokens"]
+        return recorded
 
 
 def prompt_format(
@@ -167,18 +174,21 @@ def row_text(form: PromptFormat, values: Mapping[str, Any], *, where: str) -> Te
 
 def apply_chat_template(tokenizer: Any, messages: list[dict[str, str]], *, where: str = "") -> str:
     """Messages as the tokenizer's chat template writes them, up to where the assistant's answer
-    starts.
+    starts; control tokens that a message spells are none (`control_tokens.Rendered`).
     """
+    control = control_of(tokenizer)
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages if control is None else control.marked(messages),
+            tokenize=False,
+            add_generation_prompt=True,
         )
     except jinja2.TemplateError as error:
         fix = "If it refuses the system role, remove data.system."
         raise DataError(
             f"the base's chat template refuses these messages: {error}", where=where, fix=fix
         ) from error
-    return text
+    return without_marks(text)
 
 
 def split_messages(

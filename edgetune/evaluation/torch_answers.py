@@ -23,6 +23,7 @@ from edgetune.data.examples import Example
 from edgetune.data.preferences import encode_answered
 from edgetune.data.prompts import PromptFormat, apply_chat_template
 from edgetune.evaluation.answers import HeadAnswers
+from edgetune.models.text_tokenizer import reading
 from edgetune.recipe.generation import shaping
 
 MAX_NEW_TOKENS = 256  # where the adapter records no limit
@@ -32,11 +33,12 @@ class TorchAnswers(HeadAnswers):
     """The adapted model in fp32, greedy."""
 
     def __init__(self, model: Any, tokenizer: Any, metadata: dict[str, Any]) -> None:
-        self.model, self.tokenizer, self.metadata = model.eval(), tokenizer, metadata
+        self.model, self.metadata = model.eval(), metadata
         self.task: str = metadata["task"]
         self.problem: str = metadata.get("problem") or "single-label"
         self.labels = tuple(metadata["labels"]) if metadata["labels"] is not None else None
         self.prompt_format = PromptFormat(**(metadata["prompt_format"] or {}))
+        self.tokenizer = reading(tokenizer, self.prompt_format.control_tokens)
         own = shaping(metadata["generation"] or {})
         self.notes = (
             (

@@ -108,6 +108,8 @@ class Base:
     """A base model on this machine. `max_length`: positions in tokens; `pooling` is None for all
     but encoders.
 
+    `context`: positions that a bundle of it may have, where somebody chose.
+
     With a `precision` torch loads the weights that a bundle of that precision holds, else those of
     the files.
     """
@@ -120,6 +122,7 @@ class Base:
     model_type: str
     max_length: int
     precision: Precision | None = None
+    context: int | None = None
 
 
 def open_folder(folder: Path, *, name: str, digest: str | None = None) -> Base:

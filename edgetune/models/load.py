@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import BaseModelError
 from edgetune.models.base import Base
+from edgetune.models.text_tokenizer import reads_text
 
 if TYPE_CHECKING:
     import torch
@@ -92,23 +93,32 @@ def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
 
 def hidden_size(base: Base) -> int:
     """The width of the model's layers, by its configuration alone."""
+    return int(model_config(base).hidden_size)
+
+
+def model_config(base: Base) -> Any:
+    """transformers' configuration of the model."""
     from transformers import AutoConfig
 
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+            return AutoConfig.from_pretrained(base.folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BaseModelError(
                 f"the model cannot be loaded: {line}", where=str(base.folder)
             ) from error
-    return int(config.hidden_size)
 
 
 def load_tokenizer(base: Base) -> Any:
-    """The tokenizer (a PreTrainedTokenizerFast); its ids are those of the folder's
-    tokenizer.json.
+    """The tokenizer that training reads with and that ships (a PreTrainedTokenizerFast); in a plain
+    `str` control tokens are characters (`text_tokenizer`).
     """
+    return reads_text(plain_tokenizer(base))
+
+
+def plain_tokenizer(base: Base) -> Any:
+    """The tokenizer as transformers makes it of all files of the folder, and nothing of ours."""
     from transformers import AutoTokenizer
 
     with quiet():

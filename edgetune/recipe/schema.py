@@ -52,6 +52,13 @@ class Data:
     rejected: str | None = option(
         None, help="reward, dpo: the worse answer; default: column rejected"
     )
+    control_tokens: Literal["text", "tokens"] = option(
+        "text",
+        help=(
+            "what a control token (<|im_end|>, </s>, [SEP] …) is that a row spells: text, so"
+            " characters as any other, or tokens, the token itself; templates always mean the token"
+        ),
+    )
     text: str | None = option(
         None, help="causal-lm, masked-lm and classification: the text; default: column text"
     )

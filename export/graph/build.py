@@ -39,7 +39,7 @@ from edgetune.export.graph.seq2seq_files import placed, seq2seq_shape, write_gra
 from edgetune.export.graph.standard import standard_decoder, standard_encoder
 from edgetune.export.graph.trace import Traced, trace_decoder, trace_encoder
 from edgetune.export.inputs.sources import AdapterSource
-from edgetune.models.base import Base
+from edgetune.models.base import UNLIMITED, Base
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier, has_token_types
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime.bundle.manifest import GraphInfo, HeadInfo, Site
@@ -62,6 +62,8 @@ def _graph(
     by layer.
     """
     config, max_length = model.config, _context(base, model)
+    if max_length < base.max_length:
+        say(_context_line(base, max_length))
     shape: dict[str, Any]
     if base.kind == "decoder":
         shape = asdict(cache_sizes(config))
@@ -118,7 +120,18 @@ def _graph(
 
 
 def _context(base: Base, model: Any) -> int:
-    return fixed_length(model.config, min(base.max_length, LARGEST_CONTEXT))
+    return fixed_length(model.config, min(base.max_length, base.context or LARGEST_CONTEXT))
+
+
+def _context_line(base: Base, kept: int) -> str:
+    """For a person, where a bundle has fewer positions than its base."""
+    has = "no limit" if base.max_length >= UNLIMITED else f"{base.max_length:,} positions"
+    more = (
+        "no more: its rotary positions change after that"
+        if kept < (base.context or LARGEST_CONTEXT)
+        else f"--context N keeps more (now {kept:,})"
+    )
+    return f"context: the base has {has}, the bundle {kept:,}; {more}"
 
 
 def _trace(base: Base, model: Any) -> ir.Model:

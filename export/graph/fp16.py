@@ -20,17 +20,20 @@ CACHE = ("past_key_values.", "present.")
 
 
 def to_half(model: ir.Model) -> None:
-    """Change a graph in place; its interface is said in the module's docstring."""
+    """Change a graph in place; its interface is said in the module's docstring.
+
+    A value gets a type of its own: copies of a traced graph share their types (`trace.Traced`).
+    """
     graph = model.graph
     for value in graph.initializers.values():
         if value.const_value is not None and value.dtype == FLOAT:
             value.const_value = _half(value.const_value, value.name or "")
-            value.dtype = HALF
+            value.type = ir.TensorType(HALF)
     for node in graph:
         _change(node)
     for value in graph.inputs:
         if value.dtype == FLOAT and (value.name or "").startswith(CACHE):
-            value.dtype = HALF
+            value.type = ir.TensorType(HALF)
         elif value.dtype == FLOAT:
             _cast_input(graph, value)
     for place, value in enumerate(graph.outputs):
@@ -53,7 +56,7 @@ def _change(node: ir.Node) -> None:
         node.attributes["to"] = ir.AttrInt64("to", int(HALF))
     for value in node.outputs:
         if value.dtype == FLOAT:
-            value.dtype = HALF
+            value.type = ir.TensorType(HALF)
 
 
 def _half(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:

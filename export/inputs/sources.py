@@ -18,7 +18,7 @@ from edgetune.core.precisions import PRECISIONS
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
-from edgetune.runtime.adapters.lora import read_lora, refuse_if
+from edgetune.runtime.adapters.lora import NOT_FINITE, read_lora, refuse_if
 
 MODES = ("separate", "merged")
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a folder of the bundle
@@ -85,7 +85,12 @@ def read_source(name: str, folder: Path) -> AdapterSource:
             got=_what_is(folder),
         )
     read = read_lora(inner)
-    refuse_if([problem for problem in read.problems if problem.startswith(ADAPTER_WEIGHTS)], inner)
+    damaged = [  # no mode can ship it
+        problem
+        for problem in read.problems
+        if problem.startswith(ADAPTER_WEIGHTS) or problem.endswith(NOT_FINITE)
+    ]
+    refuse_if(damaged, inner)
     metadata = read_metadata(inner) if read.metadata is not None else {}
     return AdapterSource(
         name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems)
@@ -167,7 +172,12 @@ def base_of(sources: Sequence[AdapterSource], base_name: str | None) -> Base:
     trained_on = {source.metadata["base"]["name"] for source in sources if source.metadata}
     name = base_name or next(iter(sorted(trained_on)), None)
     if name is None:
-        raise ExportError("which base model? These adapters do not say", fix="Give --base NAME.")
+        named = next(filter(None, (s.config.get("base_model_name_or_path") for s in sources)), None)
+        raise ExportError(
+            "which base model? These adapters do not say which one, by a digest",
+            got="" if named is None else f"the name {named!r:.200} in {ADAPTER_CONFIG}",
+            fix=f"Give --base {'NAME' if named is None else named}.",
+        )
     beside = [
         own_base(source.folder, source.metadata["base"]["digest"])
         for source in sources

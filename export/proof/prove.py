@@ -26,6 +26,7 @@ from edgetune.export.proof.probe import (
 )
 from edgetune.export.proof.proof import BOUNDS, Outputs, Proof, prove, prove_head, prove_parity
 from edgetune.export.proof.task_metric import ALONE, TaskPlan, TaskResult
+from edgetune.export.proof.text_parity import prove_text
 from edgetune.export.proof.torch_model import judged_by, prove_merged, reference_base, torch_model
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
@@ -172,8 +173,9 @@ def probe_of(manifest: Manifest) -> dict[str, list[list[int]]]:
 
 
 def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> dict[str, Proof]:
-    """The proof again, from the bundle alone and the base it names."""
+    """The proof again, from the bundle alone and the base it names, text first (ProofError)."""
     base, sources = _shipped(folder, manifest)
+    prove_text(folder, manifest, base, sources)
     if missing := sorted(
         {source.name for source in sources} - set(manifest.proof.get("probe", {}))
     ):

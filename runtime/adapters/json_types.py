@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgetune.core.errors import InputError
 from edgetune.core.precisions import PRECISIONS
 from edgetune.core.tasks import PROBLEMS
+from edgetune.runtime.adapters.patterns import is_safe
 
+MAX_KEYS = 2000
+"""Of `rank_pattern` and `alpha_pattern`: seven modules in each of a hundred layers, and more."""
 Check = Callable[[Any], bool]
 Table = Mapping[str, tuple[Check, str]]
 """field → (whether a value other than null fits, what is expected)"""
@@ -36,15 +38,12 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_regex(value: Any) -> bool:
-    """Also as the end of a module's name, which is how PEFT reads the keys of its patterns."""
-    if not isinstance(value, str):
-        return False
-    try:
-        re.compile(value)
-        re.compile(rf"(.*\.)?({value})$")
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
+    return isinstance(value, str) and is_safe(value)
+
+
+def _keys_are_safe(pattern: Mapping[str, Any]) -> bool:
+    """Few enough that every module's name can be held against them."""
+    return len(pattern) <= MAX_KEYS and all(map(_is_regex, pattern))
 
 
 def _one_of(*values: str) -> tuple[Check, str]:
@@ -57,7 +56,7 @@ def _list_of(fits: Check) -> Check:
 
 def _pattern_of(fits: Check) -> Check:
     return lambda value: (
-        isinstance(value, dict) and all(map(_is_regex, value)) and all(map(fits, value.values()))
+        isinstance(value, dict) and _keys_are_safe(value) and all(map(fits, value.values()))
     )
 
 
@@ -72,12 +71,13 @@ TEXT, WHOLE, NUMBER, OBJECT = (
     (_is_object, "an object"),
 )
 POSITIVE = (_is_positive, "1 or more")
-MODULES = (_either(_is_regex, _list_of(_is_text)), "a valid regular expression or a list of names")
+REGEX = "regular expression (without lookaround, back-references or flags)"
+MODULES = (_either(_is_regex, _list_of(_is_text)), f"a {REGEX} or a list of names")
 PEFT: Table = {
     "r": POSITIVE,
     "lora_alpha": NUMBER,
-    "rank_pattern": (_pattern_of(_is_positive), "an object: regular expression → 1 or more"),
-    "alpha_pattern": (_pattern_of(_is_number), "an object: regular expression → number"),
+    "rank_pattern": (_pattern_of(_is_positive), f"an object: {REGEX} → 1 or more"),
+    "alpha_pattern": (_pattern_of(_is_number), f"an object: {REGEX} → number"),
     "target_modules": MODULES,
     "exclude_modules": MODULES,
     "modules_to_save": (_list_of(_is_regex), "a list of names"),
@@ -87,7 +87,7 @@ PEFT: Table = {
     ),
     "layers_pattern": (
         _either(_is_regex, _list_of(_is_regex)),
-        "a valid regular expression or a list of them",
+        f"a {REGEX} or a list of them",
     ),
 }
 OWN: Table = {
@@ -142,7 +142,12 @@ BASE_PRECISION: Table = {
 
 def wrong_config(config: Mapping[str, Any]) -> list[str]:
     """A line for each value of `adapter_config.json` that PEFT's LoRA could not have written."""
-    return _wrong(config, PEFT, "")
+    null = [
+        f"{name}: expected {PEFT[name][1]}, got null"
+        for name in ("r", "lora_alpha")
+        if name in config and config[name] is None
+    ]
+    return null + _wrong(config, PEFT, "")
 
 
 def wrong_metadata(metadata: Mapping[str, Any]) -> list[str]:

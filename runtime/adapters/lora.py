@@ -8,8 +8,8 @@ expression on the end of a name.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ import numpy as np
 
 from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError, listed
-from edgetune.core.files import sha256_file
+from edgetune.core.files import is_regular, read_json, sha256_file
 from edgetune.core.layout import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -31,13 +31,19 @@ from edgetune.core.layout import (
     PEFT_PREFIX,
 )
 from edgetune.runtime.adapters.json_types import wrong_config, wrong_metadata
-from edgetune.runtime.adapters.tensor_file import TensorFile
+from edgetune.runtime.adapters.patterns import fullmatch, matches_end
+from edgetune.runtime.adapters.tensor_file import TensorFile, is_finite
 
 LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 HEAD = re.compile(
     r"(?P<name>classifier|score)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>weight|bias)"
 )
 COPY = ".base_layer.weight"
+NUMBER = re.compile(r"\.([0-9]{1,9})(?=\.)")
+"""a layer's, inside a module's name"""
+NOT_FINITE = "holds NaN or infinite values"
+LARGE = 64 << 20
+"""Bytes of weights above which unknown tensors are refused by the header alone."""
 HEAD_NAMES = ("classifier", "score")
 # Configurations whose answer is not W + scaling·BA. Each says what to do instead.
 REFUSED = {
@@ -90,9 +96,11 @@ class LoraFolder:
         return max((a.shape[0] for a, _ in self.deltas.values()), default=0)
 
 
-def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFolder:
+def read_lora(
+    folder: str | Path, *, base_digest: str | None = None, max_bytes: int | None = None
+) -> LoraFolder:
     """Read a PEFT folder; AdapterError when its JSON files are none of a LoRA's at all, else see
-    `.problems`.
+    `.problems`. Weights of more than `max_bytes` are not read.
     """
     path = Path(folder)
     config = _read_json(path, ADAPTER_CONFIG, required=True)
@@ -106,11 +114,14 @@ def read_lora(folder: str | Path, *, base_digest: str | None = None) -> LoraFold
     ) as beside:  # hashing takes half of the time, and another core can do it
         try:
             file = TensorFile(weights)
+            _check_header(file, max_bytes)
             digest = beside.submit(file.digest)
             _sort_tensors(file, read)
             read.digest = digest.result()
         except FileNotFoundError:
             read.problems.append(f"{ADAPTER_WEIGHTS}: missing")
+        except OSError as error:
+            read.problems.append(f"{ADAPTER_WEIGHTS}: cannot be read: {error.strerror}")
         except ValueError as error:
             read.problems.append(f"{ADAPTER_WEIGHTS}: {error}")
     if metadata is not None:  # said first: another base explains every other misfit
@@ -148,9 +159,7 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT would put an adapter on this module (`check_target_module_exists`)."""
     if _names(config.get("exclude_modules"), module):
         return False
-    if any(
-        re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.get("modules_to_save") or ()
-    ):
+    if any(f".{name}." in f".{module}." for name in config.get("modules_to_save") or ()):
         return False
     target = config.get("target_modules")
     if target == "all-linear":
@@ -163,10 +172,12 @@ def _layer_is_chosen(config: Mapping[str, Any], module: str) -> bool:
     layers = config.get("layers_to_transform")
     if layers is None or layers == [] or isinstance(config.get("target_modules"), str):
         return True
+    chosen = [layers] if isinstance(layers, int) else layers
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+        for number in NUMBER.finditer(module):
+            if matches_end(pattern, module[: number.start()]):
+                return int(number[1]) in chosen
     return False
 
 
@@ -177,35 +188,41 @@ def _names(names: str | Sequence[str] | None, module: str) -> bool:
     if not names:
         return False
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return fullmatch(names, module)
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if matches_end(key, module):
             return value
     return default
 
 
 def _read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any] | None:
     path = folder / name
-    if not path.is_file():
+    if not os.path.lexists(path):
         if not required:
             return None
         inside = folder / ADAPTER  # of a run of `edgetune train`
-        fix = f"Give {inside}, or another" if (inside / name).is_file() else "Give a"
+        fix = f"Give {inside}, or another" if is_regular(inside / name) else "Give a"
         fix += f" PEFT adapter folder: one with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
         raise AdapterError(
-            f"no {name} here" if folder.is_dir() else "no such folder", where=str(folder), fix=fix
+            f"no {name} here" if _is_folder(folder) else "no such folder",
+            where=str(folder),
+            fix=fix,
         )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"not valid JSON: {error}", where=str(path)) from error
+    value = read_json(path, error=AdapterError)
     if not isinstance(value, dict):
         raise AdapterError("not a JSON object", where=str(path), got=type(value).__name__)
     return value
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no folder can have
+        return False
 
 
 def _config_problems(config: Mapping[str, Any], guards: Sequence[str]) -> list[str]:
@@ -251,8 +268,8 @@ def _metadata_problems(
         file = read.path / Path(name).name
         if file.name == ADAPTER_WEIGHTS and read.digest is None:
             continue  # missing or damaged: reported by itself
-        if not file.is_file():
-            problems.append(f"{name}: missing")
+        if not is_regular(file):
+            problems.append(f"{name:.80}: missing")
             continue
         got = (
             read.digest
@@ -283,7 +300,7 @@ def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
         else:
             read.problems.append(f"{key} {tensor.shape}: unknown, {_why_unknown(name)}")
         if key in not_finite:
-            read.problems.append(f"{key}: holds NaN or infinite values")
+            read.problems.append(f"{key}: {NOT_FINITE}")
     for module, pair in sides.items():
         problem = _pair_problem(read.config, module, pair)
         if problem:
@@ -291,7 +308,24 @@ def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
         else:
             a, b = pair["A"], pair["B"]
             scaling = scaling_of(read.config, module, a.shape[0])
-            read.deltas[module] = (a, b * np.float32(scaling))
+            with np.errstate(over="ignore"):
+                scaled = b * np.float32(scaling)
+            if is_finite(b) and not is_finite(scaled):
+                read.problems.append(f"{module}.lora_B.weight: times alpha / r it {NOT_FINITE}")
+            read.deltas[module] = (a, scaled)
+
+
+def _check_header(file: TensorFile, max_bytes: int | None) -> None:
+    """ValueError for a large file that the header alone shows to be no adapter's."""
+    if max_bytes is not None and file.nbytes > max_bytes:
+        raise ValueError(f"expected at most {max_bytes} bytes for this base, got {file.nbytes}")
+    if file.nbytes > LARGE and (unknown := [key for key in file.shapes if not _is_known(key)]):
+        raise ValueError(f"{len(unknown)} unknown tensors, such as {unknown[0]:.100}")
+
+
+def _is_known(key: str) -> bool:
+    name = key.removeprefix(PEFT_PREFIX)
+    return bool(LORA.fullmatch(name) or HEAD.fullmatch(name)) or name.endswith(COPY)
 
 
 def _pair_problem(config: Mapping[str, Any], module: str, pair: Mapping[str, Array]) -> str | None:

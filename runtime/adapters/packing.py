@@ -29,8 +29,8 @@ class PackedAdapter:
     """An adapter as graph inputs: A (1, in, rank), B (1, rank, out) a site; head (1, hidden,
     labels), (1, labels).
 
-    Sites without adapter are absent (rank 0). `notes` are for people: what could not be checked, or
-    that it was trained for another precision of the base.
+    Sites without adapter are absent (rank 0). `notes` are for people: its `doubts`, or that it was
+    trained for another precision of the base.
     """
 
     name: str
@@ -40,6 +40,8 @@ class PackedAdapter:
     digest: str
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    """why it may not be what is meant: its base could not be checked, or it has no effect"""
 
     @cached_property
     def nbytes(self) -> int:
@@ -83,9 +85,18 @@ def pack_adapter(
     """
     path = Path(folder)
     _takes_adapters(manifest, path)
-    return pack_lora(
-        read_lora(path, base_digest=manifest.base.digest), manifest, name=name or path.name
-    )
+    read = read_lora(path, base_digest=manifest.base.digest, max_bytes=_most_bytes(manifest))
+    return pack_lora(read, manifest, name=name or path.name)
+
+
+def _most_bytes(manifest: Manifest) -> int:
+    """What an adapter's file may come to: fp64, the full rank of every module, and twice the
+    vocabulary (the copies that PEFT saves).
+    """
+    graph = manifest.graph
+    sizes = [(site.in_features, site.out_features) for site in manifest.sites]
+    full = sum(sum(size) * max(size) for size in sizes)
+    return 8 * (full + 2 * graph.vocab_size * graph.hidden_size) + (64 << 20)
 
 
 def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapter:
@@ -107,7 +118,8 @@ def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapt
         rank=read.rank,
         digest=read.digest or "",
         metadata=read.metadata or _guessed(read, manifest),
-        notes=_notes(read, manifest),
+        notes=(*(doubts := _doubts(read, manifest)), *_notes(read, manifest)),
+        doubts=doubts,
     )
 
 
@@ -360,14 +372,26 @@ def _labels(read: LoraFolder, manifest: Manifest) -> tuple[str, ...] | None:
     return None
 
 
+def _doubts(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
+    """Why an adapter that fits may not be what is meant; `--strict` refuses it for these."""
+    doubts = []
+    if read.metadata is None:
+        named = read.config.get("base_model_name_or_path")
+        trained = f" (its {ADAPTER_CONFIG} names {named!r:.100})" if named else ""
+        doubts.append(
+            f"no {ADAPTER_METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its"
+            f" base could not be checked{trained}"
+        )
+    if not read.head and not any(a.any() and b.any() for a, b in read.deltas.values()):
+        doubts.append("it has no effect: every product of its A and B is zero")
+    return tuple(doubts)
+
+
 def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
     if read.metadata is not None:
         line = other_weights(read.metadata.get("base_precision"), manifest.precision)
         return (line,) if line else ()
-    notes = [
-        f"no {ADAPTER_METADATA}: fitted to {manifest.base.name} by tensor names and shapes, its"
-        " base could not be checked"
-    ]
+    notes = []
     if read.head and manifest.is_decoder:
         notes.append("its head is applied to the last token's state: it gives a score")
     elif read.head:

@@ -49,6 +49,8 @@ class AdapterStatus:
     pinned: bool
     users: int
     nbytes: int
+    notes: tuple[str, ...] = ()
+    """of a resident one: what could not be checked"""
 
 
 @dataclass
@@ -98,14 +100,15 @@ class AdapterRegistry:
         bind: Callable[[Tensors], BoundAdapter],
         adapter_folder: Path | None = None,
         memory_mb: float | None = None,
+        strict: bool = False,
     ) -> None:
         """`bind` makes an adapter's tensors ready for the engine. Each PEFT folder in
         `adapter_folder` is an adapter of its name.
 
         `memory_mb` (10⁶ bytes) bounds the resident ones, but for those that are pinned or in use;
-        None is no bound.
+        None is no bound. `strict`: see AdapterSources.
         """
-        self._sources = AdapterSources(folder, manifest, adapter_folder)
+        self._sources = AdapterSources(folder, manifest, adapter_folder, strict=strict)
         self._bind = bind
         self._limit = None if memory_mb is None else memory_mb * 1e6
         self._change = threading.Condition()
@@ -334,6 +337,7 @@ class AdapterRegistry:
             pinned=known is not None and known.pinned,
             users=0 if known is None else known.users,
             nbytes=0 if resident is None else resident.packed.nbytes,
+            notes=() if resident is None else resident.packed.notes,
         )
 
 

@@ -5,14 +5,18 @@ they are read.
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import AdapterError, BundleError
+from edgetune.core.files import is_regular, read_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA
 from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
+
+log = logging.getLogger("edgetune.runtime.adapters")
+log.addHandler(logging.NullHandler())  # a library's: who runs it decides where lines go
 
 Source = AdapterEntry | Path
 """A shipped adapter's entry in the manifest, or a PEFT folder."""
@@ -21,9 +25,13 @@ Source = AdapterEntry | Path
 class AdapterSources:
     """The files behind adapter names."""
 
-    def __init__(self, folder: Path, manifest: Manifest, many: Path | None) -> None:
-        """`many`: a folder whose sub-folders are adapters; AdapterError when there is none."""
-        self._folder, self._manifest, self._many = folder, manifest, many
+    def __init__(
+        self, folder: Path, manifest: Manifest, many: Path | None, *, strict: bool = False
+    ) -> None:
+        """`many`: a folder whose sub-folders are adapters; AdapterError when there is none.
+        `strict`: an adapter with `PackedAdapter.doubts` is refused, unless it ships in the bundle.
+        """
+        self._folder, self._manifest, self._many, self._strict = folder, manifest, many, strict
         if many is not None and not many.is_dir():
             raise AdapterError(
                 "no such adapter folder", where=str(many), expected="a folder of PEFT folders"
@@ -42,7 +50,7 @@ class AdapterSources:
         if self._many is None or Path(name).name != name or name in (".", "..") or "\0" in name:
             return None
         path = self._many / name
-        return path if (path / ADAPTER_CONFIG).is_file() else None
+        return path if is_regular(path / ADAPTER_CONFIG) else None
 
     def folder(self, source: Source | None) -> str | None:
         """Where a source's files lie; None for an adapter that is merged into the weights."""
@@ -56,6 +64,14 @@ class AdapterSources:
         """
         if isinstance(source, Path):
             packed = pack_adapter(source, self._manifest, name=name)
+            if self._strict and packed.doubts:
+                raise AdapterError(
+                    f"the adapter {name!r} is refused: {'; '.join(packed.doubts)}",
+                    where=str(source),
+                    fix="Serve without --strict to use it all the same.",
+                )
+            for line in packed.doubts:
+                log.warning("adapter %r: %s", name, line)
             return packed, _fingerprint(packed, source)
         if self._manifest.mode == "merged" or source.path is None:
             known = _metadata(self._folder, source)
@@ -80,7 +96,7 @@ def _fingerprint(packed: PackedAdapter, folder: Path) -> str:
     digest = hashlib.sha256(packed.digest.encode())
     for name in (ADAPTER_CONFIG, ADAPTER_METADATA):
         path = folder / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
+        digest.update(path.read_bytes() if is_regular(path) else b"")
     return digest.hexdigest()
 
 
@@ -97,5 +113,5 @@ def _metadata(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
     }
     path = folder / (entry.path or "") / ADAPTER_METADATA
     if entry.path is not None and path.is_file():
-        return {**json.loads(path.read_text(encoding="utf-8")), **known}
+        return {**read_json(path, error=AdapterError), **known}
     return known

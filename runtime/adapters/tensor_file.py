@@ -8,31 +8,69 @@ takes half the time of asking for one after the other.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
+import stat
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetune.core.arrays import Array
+from edgetune.core.files import MAX_JSON_BYTES, parse_json
 
 NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
+
+
+MAX_TENSORS = 20_000
+"""Of one adapter: two a module, and a hundred layers of seven modules have 1,400."""
 
 
 class TensorFile:
     """The bytes of one file, read at once; what is made of them comes from these very bytes.
 
-    `tensors` raises ValueError where the file is damaged, or holds anything but floating-point
-    numbers.
+    OSError where it cannot be read; ValueError where it is no regular file or its header does not
+    describe it, before anything of the body is read. `tensors` raises ValueError where it holds
+    anything but floating-point numbers.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data: npt.NDArray[np.uint8] = np.fromfile(path, np.uint8)
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+            raise ValueError("not a regular file")
+        with path.open("rb") as file:
+            self._file_size = os.fstat(file.fileno()).st_size
+            self._read_header(file)
+
+    def _read_header(self, file: BinaryIO) -> None:
+        size = self._file_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
+            raise ValueError(f"truncated or damaged, {size} bytes (its header has {length})")
+        header = parse_json(file.read(length))
+        if not isinstance(header, dict) or not all(map(_is_entry, header.items())):
+            raise ValueError(f"truncated or damaged, {size} bytes (no header of safetensors)")
+        header.pop("__metadata__", None)
+        if len(header) > MAX_TENSORS:
+            raise ValueError(f"expected at most {MAX_TENSORS} tensors, got {len(header)}")
+        self._start, self._header = 8 + length, header
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if self._start + end != size:
+            raise ValueError(
+                f"truncated or damaged, {size} bytes (the header describes {self._start + end})"
+            )
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        """name → shape, as the header has it"""
+        self.nbytes = end
+
+    @cached_property
+    def data(self) -> npt.NDArray[np.uint8]:
+        """The whole file."""
+        data: npt.NDArray[np.uint8] = np.fromfile(self.path, np.uint8, count=self._file_size)
+        return data
 
     def digest(self) -> str:
         """Hex sha256 of the bytes."""
@@ -49,32 +87,20 @@ class TensorFile:
             self._body.view("<f4")
         ):
             return set()
-        return {
-            name
-            for name, tensor in self.tensors.items()
-            if not (_sum_is_finite(tensor) or np.isfinite(tensor).all())
-        }
+        return {name for name, tensor in self.tensors.items() if not is_finite(tensor)}
 
     @cached_property
-    def _header(self) -> dict[str, dict[str, Any]]:
+    def _body(self) -> npt.NDArray[np.uint8]:
+        """The tensors' bytes; the library checks that the offsets cover them without a gap and fit
+        the shapes.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(
-                self.path, framework="numpy"
-            ):  # checks the header, and that the offsets cover the file
-                header: dict[str, dict[str, Any]] = json.loads(self.data[8 : self._start].tobytes())
+            with safe_open(self.path, framework="numpy"):
+                return self.data[self._start :]
         except SafetensorError as error:
             raise ValueError(f"truncated or damaged, {self.data.size} bytes ({error})") from error
-        return {name: entry for name, entry in header.items() if name != "__metadata__"}
-
-    @property
-    def _start(self) -> int:
-        return 8 + int(self.data[:8].view("<u8")[0])
-
-    @property
-    def _body(self) -> npt.NDArray[np.uint8]:
-        return self.data[self._start :]
 
 
 def _tensor(name: str, entry: Mapping[str, Any], body: npt.NDArray[np.uint8]) -> Array:
@@ -87,6 +113,29 @@ def _tensor(name: str, entry: Mapping[str, Any], body: npt.NDArray[np.uint8]) ->
     else:
         raise ValueError(f"{name}: expected a floating-point tensor, got {kind}")
     return tensor.reshape(entry["shape"])
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    """Whether an entry of the header says what is read of it."""
+    name, entry = item
+    if name == "__metadata__":
+        return True
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and _are_sizes(entry.get("shape"))
+        and _are_sizes(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+
+
+def is_finite(values: Array) -> bool:
+    """Whether no value is NaN or infinite."""
+    return _sum_is_finite(values) or bool(np.isfinite(values).all())
 
 
 def _sum_is_finite(values: Array) -> bool:

@@ -9,13 +9,13 @@ figures) is listed and does not count.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgetune.core.errors import BundleError
+from edgetune.core.files import read_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, REPORT
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest, read_manifest
 
@@ -170,10 +170,7 @@ def _adapter(folder: Path, entry: AdapterEntry, manifest: Manifest) -> dict[str,
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"not valid JSON: {error}", where=str(path), fix=VERIFY) from error
+    document = read_json(path, error=BundleError)
     if not isinstance(document, dict):
         raise BundleError(
             "this is no JSON object", where=str(path), got=type(document).__name__, fix=VERIFY

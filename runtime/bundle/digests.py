@@ -9,16 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune.core.errors import BundleError, listed
-from edgetune.core.files import sha256_file
+from edgetune.core.files import is_regular, sha256_file
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS
 from edgetune.runtime.bundle.manifest import FileInfo, Manifest
 
 
 def verify_files(folder: str | Path, manifest: Manifest) -> list[str]:
-    """Compare size and sha256 of every file the manifest lists; one line for each that differs."""
-    return [
+    """Compare size and sha256 of every file the manifest lists; one line for each that differs, and
+    for each file of a shipped adapter that is there without being listed.
+    """
+    differing = [
         line
         for path, info in manifest.files.items()
         if (line := verify_file(Path(folder), path, info))
+    ]
+    read = [
+        f"{entry.path}/{name}"
+        for entry in manifest.adapters
+        if entry.path is not None
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_METADATA)
+    ]
+    return differing + [
+        f"{path}: not in the manifest"
+        for path in read
+        if path not in manifest.files and is_regular(Path(folder) / path)
     ]
 
 
@@ -75,7 +89,7 @@ def verify_file(folder: Path, path: str, info: FileInfo) -> str | None:
 
 
 def _misfit(file: Path, path: str, info: FileInfo) -> str | None:
-    if not file.is_file():
+    if not is_regular(file):
         return f"{path}: missing"
     size = file.stat().st_size
     return None if size == info.bytes else f"{path}: expected {info.bytes} bytes, got {size}"

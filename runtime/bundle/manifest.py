@@ -5,14 +5,14 @@ reads it.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgetune.core.errors import BundleError
-from edgetune.core.layout import MANIFEST
+from edgetune.core.files import read_json
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.core.precisions import PRECISIONS
 from edgetune.core.settings import about, from_dict, key_of
 from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS
@@ -128,7 +128,10 @@ class HeadInfo:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Tokenizer files and the ids that generation needs."""
+    """Tokenizer files and the ids that generation needs. `tool_template`: the chat template of
+    conversations with tools, where it is another one. `clean_up`: decoded text loses spaces before
+    punctuation and in contractions.
+    """
 
     file: str
     chat_template: str | None
@@ -136,6 +139,8 @@ class TokenizerInfo:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     model_max_length: int | None = None
+    clean_up: bool = field(default=False, metadata=about(written_where_set=True))
+    tool_template: str | None = field(default=None, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)
@@ -205,19 +210,16 @@ def read_manifest(folder: str | Path) -> Manifest:
     got.
     """
     path = Path(folder) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise BundleError(
             f"no {MANIFEST} in this folder",
             where=str(folder),
             fix="Give the folder that `edgetune export --out` wrote.",
         )
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(
-            f"not valid JSON: {error}", where=str(path), fix="Export the bundle again."
-        ) from error
-    return manifest_from_dict(document, where=str(path))
+    document = read_json(path, error=BundleError)
+    manifest = manifest_from_dict(document, where=str(path))
+    _check_complete(manifest, str(path))
+    return manifest
 
 
 def manifest_from_dict(document: Any, *, where: str = MANIFEST) -> Manifest:
@@ -257,15 +259,48 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         graph.encoder,
         tokenizer.file,
         tokenizer.chat_template,
+        tokenizer.tool_template,
         *manifest.files,
     ]
     for entry in manifest.adapters:
         paths += [entry.path, entry.onnx_adapter]
     for path in paths:
         if path is not None and (
-            PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
+            PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path
         ):
             raise BundleError("a path leaves the bundle", where=where, got=repr(path))
+
+
+def _check_complete(manifest: Manifest, where: str) -> None:
+    """What answers are made from stands in `files` with its sha256, or nobody could say that it is
+    as exported.
+    """
+    graph, tokenizer = manifest.graph, manifest.tokenizer
+    needed = [
+        graph.engine,
+        graph.standard,
+        graph.situations,
+        graph.data,
+        graph.encoder,
+        tokenizer.file,
+        tokenizer.chat_template,
+    ]
+    for entry in manifest.adapters:
+        needed.append(entry.onnx_adapter)
+        if entry.path is not None and manifest.mode == "separate":
+            needed += [f"{entry.path}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    if missing := [path for path in needed if path is not None and path not in manifest.files]:
+        raise BundleError(
+            "the manifest does not list every file that answers are made from",
+            where=where,
+            expected=f"sha256 and size of {_first(missing)} in `files`",
+            fix="Copy the bundle again, or export it again.",
+        )
+
+
+def _first(paths: list[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(f"{path:.80}" for path in paths[:3]) + more
 
 
 def _plain(value: Any) -> Any:

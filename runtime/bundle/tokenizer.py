@@ -4,15 +4,36 @@ character.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgetune.core.control_tokens import (
+    ControlTokens,
+    Rendered,
+    special_names,
+    without_marks,
+)
 from edgetune.core.errors import BundleError, InputError
 from edgetune.core.templates import Message, chat_messages, chat_text
 from edgetune.core.text import Text, lengths_within, typed
 from edgetune.runtime.bundle.manifest import Manifest
 
+CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+LONGEST = 4  # characters of these
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -32,21 +53,24 @@ class BundleTokenizer:
         # a saved file may carry the padding and truncation of its training
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        self.cleans_up = info.clean_up
         self.eos_token_ids = frozenset(info.eos_token_ids)
         self.padding_id = info.pad_token_id
         """None where the tokenizer has none"""
         self.pad_token_id = info.pad_token_id if info.pad_token_id is not None else 0
         self.special_tokens = {name: _content(token) for name, token in info.special_tokens.items()}
-        self.chat_template = None
-        if info.chat_template is not None:
-            self.chat_template = (root / info.chat_template).read_text(encoding="utf-8")
+        self.chat_template = _read(root, info.chat_template)
+        self.tool_template = _read(root, info.tool_template) or self.chat_template
+        """the one for conversations with tools, as transformers chooses it"""
+        self._control: ControlTokens | None = ControlTokens(special_names(self.tokenizer))
+        self._vocabulary = manifest.graph.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens (BOS, [CLS] … [SEP]) as the tokenizer's
         post-processor adds them.
         """
         ids: list[int] = self._encoding(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return self._known(ids)
 
     def encode_within(self, text: str, *, max_tokens: int) -> list[int]:
         """Ids of a text, cut to `max_tokens` with its special tokens kept, as transformers'
@@ -74,7 +98,7 @@ class BundleTokenizer:
             first.truncate(kept[0])
             second.truncate(kept[1])
         whole = self.tokenizer.post_process(first, second)
-        return typed(whole.ids, whole.type_ids)
+        return typed(self._known(whole.ids), whole.type_ids)
 
     def encode_with_offsets(
         self, text: str, *, max_tokens: int | None
@@ -86,19 +110,64 @@ class BundleTokenizer:
         if max_tokens is not None:
             encoding.truncate(max(max_tokens - self.tokenizer.num_special_tokens_to_add(False), 0))
         whole = self.tokenizer.post_process(encoding)
-        return whole.ids, whole.offsets
+        return self._known(whole.ids), whole.offsets
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """InputError for a token that the model has no embedding of: a batch of many callers would
+        fail at it.
+        """
+        if ids and max(ids) >= self._vocabulary:
+            token = self.tokenizer.id_to_token(max(ids))
+            raise InputError(
+                f"the text holds the token {token!r}, which the model does not know",
+                expected=f"ids below {self._vocabulary}",
+                got=str(max(ids)),
+                fix="Leave it out, or export the bundle again with a base that knows it.",
+            )
+        return ids
 
     def _encoding(self, text: str, *, add_special_tokens: bool) -> Any:
+        tokenizer, control = self.tokenizer, self._control
         try:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            if control is not None and control.in_text(text):
+                tokenizer, text = self._apart, control.written_apart(text)
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
             raise InputError(
                 "the text is not valid Unicode", expected="UTF-8 text", got=repr(text)[:60]
             ) from error
 
+    @functools.cached_property
+    def _apart(self) -> Any:
+        """The tokenizer with its control tokens under other names."""
+        from tokenizers import Tokenizer
+
+        control = self._control or ControlTokens(())
+        return Tokenizer.from_str(control.renamed(self.tokenizer.to_str()))
+
+    def reading(self, prompt_format: Mapping[str, Any] | None) -> BundleTokenizer:
+        """The tokenizer for an adapter's requests: control tokens that text spells are characters,
+        unless it was trained otherwise (`data.control_tokens = "tokens"`).
+        """
+        if (prompt_format or {}).get("control_tokens") != "tokens":
+            return self
+        other = copy.copy(self)
+        other._control = None
+        return other
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
+        return self.cleaned(self.with_spaces(ids))
+
+    def with_spaces(self, ids: Sequence[int]) -> str:
+        """`decode` before spaces are taken out."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def cleaned(self, text: str) -> str:
+        """Decoded text as transformers leaves it (`clean_up_tokenization_spaces`)."""
+        for spaced, written in CLEAN_UP if self.cleans_up else ():
+            text = text.replace(spaced, written)
         return text
 
     def token_text(self, token: int) -> str:
@@ -125,19 +194,24 @@ class BundleTokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> str:
-        """A conversation as the bundle's chat template writes it."""
-        if self.chat_template is None:
+    ) -> Rendered:
+        """A conversation as the bundle's chat template writes it; control tokens that a message
+        spells are none.
+        """
+        template = self.chat_template if tools is None else self.tool_template
+        if template is None:
             raise InputError(
                 "this bundle has no chat template", fix="Give a plain prompt instead of messages."
             )
-        return chat_text(
-            self.chat_template,
-            messages,
+        control = self._control
+        made = chat_text(
+            template,
+            messages if control is None else control.marked(list(messages)),
             special_tokens=self.special_tokens,
             add_generation_prompt=add_generation_prompt,
-            tools=tools,
+            tools=tools if control is None or tools is None else control.marked(list(tools)),
         )
+        return without_marks(made)
 
     def encode_prompt(self, prompt: str, prompt_format: dict[str, Any] | None = None) -> list[int]:
         """Ids of a finished prompt: as a user turn of the chat template, or plain; as the adapter
@@ -170,6 +244,7 @@ class Detokenizer:
         self._ids: list[int] = []
         self._prefix = 0  # the window decodes from here
         self._read = 0  # ids before here are emitted
+        self._held = ""  # may lose a space yet
         self._sent = ""  # what of the ids after `_read` is already out
 
     def add(self, token: int) -> str:
@@ -178,11 +253,11 @@ class Detokenizer:
         pending = self._pending()
         certain = pending.rstrip(REPLACEMENT)
         piece = certain[len(self._sent) :]
-        if certain == pending:
+        if certain == pending and pending:  # after nothing but skipped tokens the window stays
             self._prefix, self._read, self._sent = self._read, len(self._ids), ""
         else:
             self._sent = certain if len(certain) > len(self._sent) else self._sent
-        return piece
+        return self._cleaned(piece)
 
     def flush(self) -> str:
         """What is left at the end: a character that never got its last bytes shows as U+FFFD, as in
@@ -190,11 +265,35 @@ class Detokenizer:
         """
         piece = self._pending()[len(self._sent) :]
         self._prefix, self._read, self._sent = self._read, len(self._ids), ""
-        return piece
+        last, self._held = self._held + piece, ""
+        return self._tokenizer.cleaned(last)
+
+    def _cleaned(self, piece: str) -> str:
+        """A piece without the spaces that `decode` takes out; an end that may become one of these
+        waits.
+        """
+        if not self._tokenizer.cleans_up:
+            return piece
+        text = self._held + piece
+        space = text.find(" ", max(0, len(text) - LONGEST + 1))
+        cut = len(text) if space < 0 else space
+        self._held = text[cut:]
+        return self._tokenizer.cleaned(text[:cut])
 
     def _pending(self) -> str:
-        known = self._tokenizer.decode(self._ids[self._prefix : self._read])
-        return self._tokenizer.decode(self._ids[self._prefix :])[len(known) :]
+        known = self._tokenizer.with_spaces(self._ids[self._prefix : self._read])
+        return self._tokenizer.with_spaces(self._ids[self._prefix :])[len(known) :]
+
+
+def _read(root: Path, name: str | None) -> str | None:
+    if name is None:
+        return None
+    try:
+        return (root / name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"the chat template cannot be read: {error}", where=str(root / name)
+        ) from error
 
 
 def _content(token: Any) -> Any:

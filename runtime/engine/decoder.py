@@ -257,12 +257,12 @@ class DecoderEngine(GraphSession):
                     got=str(len(row)),
                 )
             if min(row) < 0 or max(row) >= self.graph.vocab_size:
-                limit = f"ids below {self.graph.vocab_size}"
+                limit = f"ids from 0 to {self.graph.vocab_size - 1}"
                 raise InputError(
                     "a token id outside the vocabulary",
                     where=f"row {i}",
                     expected=limit,
-                    got=str(max(row)),
+                    got=str(min(row) if min(row) < 0 else max(row)),
                 )
 
 

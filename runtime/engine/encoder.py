@@ -94,6 +94,13 @@ class EncoderEngine(GraphSession):
                     expected=f"1 to {limit} tokens",
                     got=str(len(row)),
                 )
+            if min(row) < 0 or max(row) >= self.graph.vocab_size:
+                raise InputError(
+                    "a token id outside the vocabulary",
+                    where=f"row {i}",
+                    expected=f"ids from 0 to {self.graph.vocab_size - 1}",
+                    got=str(min(row) if min(row) < 0 else max(row)),
+                )
         width = max(map(len, rows))
         ids = np.full((len(rows), width), pad_token_id, np.int64)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)

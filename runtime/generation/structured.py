@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,8 @@ class Constraint:
     def __init__(self, matcher: Any, vocab_size: int, eos: frozenset[int]) -> None:
         self._matcher, self._vocab_size, self._eos = matcher, vocab_size, eos
         self._next: Future[TokenMask] | None = None
+        self.complete = False
+        """Whether nothing more can follow."""
 
     def start(self) -> None:
         """Begin to compute the mask of the next token."""
@@ -62,17 +64,15 @@ class Constraint:
         """Take the chosen token and begin with the next mask. InputError when the grammar became
         too complex.
         """
-        self._next = None
+        pending, self._next = self._next, None
+        if pending is not None:
+            wait([pending])  # the matcher is one thread's at a time
         if token not in self._eos:
             self._matcher.consume_token(token)
             self._check()
+            self.complete = bool(self._matcher.is_stopped())
             if not self.complete:
                 self.start()
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing more can follow."""
-        return bool(self._matcher.is_stopped())
 
     def _compute(self) -> TokenMask:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -130,10 +130,13 @@ class _Compiler:
                 fix="Ask for free text.",
             ) from error
         self._compiled = functools.lru_cache(COMPILED)(self._compile)
+        self._copying = threading.Lock()
 
     def matcher(self, kind: str, text: str) -> Any:
         """A matcher at the beginning of an answer."""
-        return self._compiled(kind, text).deep_copy()
+        compiled = self._compiled(kind, text)
+        with self._copying:
+            return compiled.deep_copy()
 
     def _compile(self, kind: str, text: str) -> Any:
         where, matcher_class = f"the {kind} of the answer", self._guidance.LLMatcher

@@ -18,6 +18,7 @@ from edgetune.core.errors import InputError
 from edgetune.runtime.engine.interface import BatchRow, DecoderBatch
 from edgetune.runtime.scheduler.counters import Counters
 from edgetune.runtime.scheduler.requests import Running
+from edgetune.runtime.tasks.answers import need_finite
 
 
 class DecodeLoop:
@@ -116,6 +117,7 @@ class DecodeLoop:
             tokens = max(tokens, len(prompt))
         logits = self.batch.prefill(prompt[running.row.length : running.row.length + tokens])
         if running.row.length == len(prompt):
+            need_finite(logits, running.name)  # before anything of it is remembered
             self.filling = None
             self.batch.join()
             self._rows[running.row] = running

@@ -37,9 +37,10 @@ class EncodeQueue(JobQueue):
                 pooled = np.zeros((len(rows), 0), np.float32)
             else:
                 found, pooled = self._encoder.run(rows, adapters, pad_token_id=self._pad_token_id)
-            for (job, place), logits, states in zip(batch, found, pooled, strict=True):
-                job.take(place, logits.copy(), states)
-        except Exception as error:  # whatever it is, these callers get it, and the worker goes on
-            end_jobs(batch, error=error)
+            results = list(zip(batch, found, pooled, strict=True))
+        except Exception as error:  # whatever it is, a caller gets it, and the worker goes on
+            self.fail(batch, error)
             return
+        for (job, place), logits, states in results:
+            job.take(place, logits.copy(), states)
         end_jobs(batch)

@@ -72,9 +72,11 @@ class JobQueue(ABC):
 
     def __init__(self) -> None:
         self._waiting: list[Entry] = []
+        self._again: list[Entry] = []
+        """texts of a batch that failed: each is run again, alone"""
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._again)
 
     @property
     def cache_tokens(self) -> int:
@@ -84,7 +86,7 @@ class JobQueue(ABC):
     @property
     def jobs(self) -> int:
         """How many callers wait."""
-        return len({id(job) for job, _ in self._waiting})
+        return len({id(job) for job, _ in [*self._waiting, *self._again]})
 
     def put(self, job: EncodeJob) -> None:
         """Queue a caller's texts."""
@@ -95,11 +97,14 @@ class JobQueue(ABC):
         first.
         """
         over = {
-            id(job): job for job, _ in self._waiting if job.future.done()
+            id(job): job for job, _ in [*self._waiting, *self._again] if job.future.done()
         }  # cancelled, or failed with a batch
         for job in over.values():
             job.end()
         self._waiting = [entry for entry in self._waiting if id(entry[0]) not in over]
+        self._again = [entry for entry in self._again if id(entry[0]) not in over]
+        if self._again:
+            return [self._again.pop(0)]
         if not self._waiting:
             return []
         oldest = self._waiting[0][0]
@@ -110,11 +115,20 @@ class JobQueue(ABC):
         self._waiting = [entry for i, entry in enumerate(self._waiting) if i not in {*order}]
         return batch
 
+    def fail(self, batch: Sequence[Entry], error: Exception) -> None:
+        """A batch failed. Of several texts each is run again, alone: the error belongs to the
+        caller whose text brings it about, not to its neighbours.
+        """
+        if len(batch) == 1:
+            end_jobs(batch, error=error)
+            return
+        self._again += batch
+
     def abandon(self, error: Exception) -> None:
         """Answer everyone who waits with an error."""
-        for job, _ in self._waiting:
+        for job, _ in [*self._waiting, *self._again]:
             job.end(error)
-        self._waiting = []
+        self._waiting, self._again = [], []
 
     @abstractmethod
     def fitting(self, lengths: Sequence[int]) -> list[int]:
@@ -136,7 +150,7 @@ def adapters_of(batch: Sequence[Entry]) -> list[AdapterRow]:
 
 
 def end_jobs(batch: Sequence[Entry], *, error: Exception | None = None) -> None:
-    """Answer the callers whose last text this was, or with an error all of them."""
+    """Answer the callers whose last text this was, or all of them with an error."""
     for job in {id(job): job for job, _ in batch}.values():
         if error is not None or not job.left:
             job.end(error)

@@ -17,7 +17,7 @@ from edgetune.runtime.engine.interface import BatchRow, BoundAdapter
 from edgetune.runtime.generation.prompt_lookup import PromptLookup
 from edgetune.runtime.generation.sampling import TokenLogprob, TokenSequence
 from edgetune.runtime.generation.settings import GenerationSettings
-from edgetune.runtime.tasks.answers import Completion
+from edgetune.runtime.tasks.answers import Completion, need_finite
 
 
 # (as `queue.Full`: the request is fine, the moment is not)
@@ -136,6 +136,11 @@ class Running:
         return len(self.request.prompt_ids) + self.sequence.limit
 
     @property
+    def name(self) -> str | None:
+        """The adapter's name; None is the base model."""
+        return None if self._lease is None else self._lease.resident.packed.name
+
+    @property
     def adapter(self) -> BoundAdapter | None:
         """What the engine takes."""
         return None if self._lease is None else self._lease.resident.bound
@@ -153,7 +158,10 @@ class Running:
         return "deadline" if deadline is not None and now >= deadline else None
 
     def take(self, logits: npt.NDArray[np.float32]) -> None:
-        """Choose the next token from logits (vocab,) and tell of it."""
+        """Choose the next token from logits (vocab,) and tell of it. AdapterError where they are
+        not finite.
+        """
+        need_finite(logits, self.name)
         self.token = self.sequence.choose(logits)
         piece = self.sequence.add(self.token)
         self.first = self.first or time.monotonic()

@@ -26,7 +26,12 @@ from edgetune.runtime.scheduler.jobs import EncodeJob, Finish, JobQueue
 from edgetune.runtime.scheduler.requests import Event, GenerationRequest, Running, Ticket
 from edgetune.runtime.scheduler.score_queue import ScoreQueue
 from edgetune.runtime.scheduler.worker import Worker
-from edgetune.runtime.tasks.answers import Classification, classification_of, unit_length
+from edgetune.runtime.tasks.answers import (
+    Classification,
+    classification_of,
+    need_finite,
+    unit_length,
+)
 from edgetune.runtime.tasks.runtime import Runtime
 from edgetune.runtime.tasks.scoring import Answered, AnswerReader
 from edgetune.runtime.tasks.tagging import Tagging, Words, read_words
@@ -152,9 +157,15 @@ class Scheduler:
         """
         name = self.runtime.chosen(adapter)
         ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
-        return self._encode(
-            ids, name, lambda _: lambda _, pooled: unit_length(pooled) if normalize else pooled
-        )
+
+        def finish_with(packed: PackedAdapter | None) -> Finish:
+            def finish(_: Any, pooled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+                need_finite(pooled, name)
+                return unit_length(pooled) if normalize else pooled
+
+            return finish
+
+        return self._encode(ids, name, finish_with)
 
     def tag(
         self, rows: Sequence[Words], adapter: str | None = None, *, truncate: bool = False
@@ -171,6 +182,8 @@ class Scheduler:
             labels = packed.labels or ()
 
             def finish(logits: list[npt.NDArray[np.float32]], _: Any) -> list[Tagging]:
+                for row in logits:
+                    need_finite(row, name)
                 found = iter(logits)
                 return [
                     r.tagging(next(found), labels) if r.ids else Tagging(r.text, ())
@@ -207,13 +220,13 @@ class Scheduler:
                 expected=f"at most {self.context} tokens",
                 got=f"{longest} tokens",
             )
-        return self._encode(
-            ids,
-            name,
-            lambda _: lambda scores, _: [float(score[0]) for score in scores],
-            words=True,
-            scores=True,
-        )
+
+        def finish(scores: list[npt.NDArray[np.float32]], _: Any) -> list[float]:
+            for score in scores:
+                need_finite(score, name)
+            return [float(score[0]) for score in scores]
+
+        return self._encode(ids, name, lambda _: finish, words=True, scores=True)
 
     def stats(self) -> SchedulerStats:
         """A picture of this moment."""

@@ -41,7 +41,7 @@ class ScoreQueue(JobQueue):
     def jobs(self) -> int:
         """How many callers wait."""
         under_way = [] if self._reading is None else self._reading[0]
-        return len({id(job) for job, _ in [*self._waiting, *under_way]})
+        return len({id(job) for job, _ in [*self._waiting, *self._again, *under_way]})
 
     def take(self) -> list[Entry]:
         """The batch under way, else the answer that waited longest with those nearest to it in
@@ -77,9 +77,9 @@ class ScoreQueue(JobQueue):
                 reading = self._decoder.begin_scores(rows, adapters_of(batch))
                 self._reading = list(batch), reading
             found = reading.step()
-        except Exception as error:  # whatever it is, these callers get it, and the worker goes on
+        except Exception as error:  # whatever it is, a caller gets it, and the worker goes on
             self._reading = None
-            end_jobs(batch, error=error)
+            self.fail(batch, error)
             return
         if found is None:
             return

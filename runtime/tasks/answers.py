@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.core.errors import AdapterError
 from edgetune.core.tasks import THRESHOLD, VALUE
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.generation.sampling import TokenLogprob, TokenSequence, softmax
@@ -66,8 +67,25 @@ class TextStream:
                 yield piece
 
 
+def need_finite(values: npt.NDArray[np.float32], adapter: str | None) -> None:
+    """AdapterError, which names the adapter, where a result holds NaN or infinite values: it is no
+    answer.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(values.sum()) or np.isfinite(values).all():
+            return
+    who = "the base model" if adapter is None else f"the adapter {adapter!r}"
+    raise AdapterError(
+        f"what {who} computed is not finite, so there is no answer",
+        fix="Its weights are too large, or damaged: train or copy it again.",
+    )
+
+
 def classification_of(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -> Classification:
-    """A head's logits (labels,) as probabilities of its labels."""
+    """A head's logits (labels,) as probabilities of its labels. AdapterError where they are not
+    finite.
+    """
+    need_finite(logits, adapter.name)
     if adapter.problem == "regression":
         value = float(logits[0])
         return Classification(label=VALUE, score=value, scores={VALUE: value}, value=value)

@@ -12,7 +12,7 @@ from edgetune.core.templates import Message, check_messages, with_system
 from edgetune.runtime.engine.interface import AdapterRow, DecoderState
 from edgetune.runtime.generation.sampling import TokenSequence
 from edgetune.runtime.generation.settings import GenerationSettings, settings_from
-from edgetune.runtime.tasks.answers import Completion, TextStream, completion_of
+from edgetune.runtime.tasks.answers import Completion, TextStream, completion_of, need_finite
 from edgetune.runtime.tasks.open_bundle import OpenBundle, batches, bound
 from edgetune.runtime.tasks.scoring import Answered, AnswerReader, read_scores, score_batches
 
@@ -61,6 +61,7 @@ class DecoderAnswers:
                     [ids[i] for i in places],
                     [tensors[i] for i in places],
                     [rows[i] for i in places],
+                    [names[i] for i in places],
                 )
                 for place, _piece, completion in self._decode(*batch):
                     if completion is not None:
@@ -79,7 +80,7 @@ class DecoderAnswers:
                 # dropped
                 yield ("")
                 for _row, piece, completion in self._decode(
-                    [ids], [None if held is None else held.bound], [sequence]
+                    [ids], [None if held is None else held.bound], [sequence], [adapter]
                 ):
                     if piece:
                         yield piece
@@ -112,6 +113,7 @@ class DecoderAnswers:
                     engine, [ids[i] for i in places], [bound(held[names[i]]) for i in places]
                 )
                 for i, value in zip(places, found, strict=True):
+                    need_finite(value, names[i])
                     scores[i] = float(value)
         return scores
 
@@ -150,11 +152,12 @@ class DecoderAnswers:
         adapter = self._opened.chosen(adapter)
         self.need_text(adapter)
         form = None if adapter is None else self._opened.adapter(adapter).prompt_format
+        tokenizer = self._opened.tokenizer.reading(form)
         if isinstance(prompt, str):
-            ids = self._opened.tokenizer.encode_prompt(prompt, form)
+            ids = tokenizer.encode_prompt(prompt, form)
         else:
             messages = with_system(check_messages(prompt), system=(form or {}).get("system"))
-            ids = self._opened.tokenizer.encode_chat(messages, tools=tools)
+            ids = tokenizer.encode_chat(messages, tools=tools)
         limit = self._opened.manifest.graph.max_length
         if not ids:
             raise InputError("an empty prompt", expected="one token at least")
@@ -207,6 +210,7 @@ class DecoderAnswers:
         ids: Sequence[Sequence[int]],
         adapters: Sequence[AdapterRow],
         rows: Sequence[TokenSequence],
+        names: Sequence[str | None],
     ) -> Iterator[tuple[int, str, Completion | None]]:
         """Generate a batch: (row, new text, the row's completion when it ended). Rows that end
         leave the batch.
@@ -219,6 +223,8 @@ class DecoderAnswers:
         state, logits = engine.start(ids, adapters, capacity=capacity)
         live, first = list(range(len(rows))), [0.0] * len(rows)
         while True:
+            for place, i in enumerate(live):
+                need_finite(logits[place], names[i])
             tokens = {i: rows[i].choose(logits[place]) for place, i in enumerate(live)}
             now = time.perf_counter()
             for i in live:

@@ -11,7 +11,12 @@ from edgetune.core.errors import InputError
 from edgetune.core.tasks import TAGGING
 from edgetune.core.text import Text
 from edgetune.runtime.engine.interface import Encoder
-from edgetune.runtime.tasks.answers import Classification, classification_of, unit_length
+from edgetune.runtime.tasks.answers import (
+    Classification,
+    classification_of,
+    need_finite,
+    unit_length,
+)
 from edgetune.runtime.tasks.open_bundle import Held, OpenBundle, batches, bound
 from edgetune.runtime.tasks.tagging import Tagging, Words, read_words
 
@@ -77,6 +82,8 @@ class EncoderAnswers:
         names = self._opened.chosen_for(len(texts), adapter, adapters)
         with self._opened.held(names) as held:
             _, pooled = self._encode(texts, names, held, truncate=truncate)
+        for row, name in zip(pooled, names, strict=True):
+            need_finite(row, name)
         return unit_length(pooled) if normalize else pooled
 
     def need_labels(self, name: str | None) -> None:
@@ -113,7 +120,8 @@ class EncoderAnswers:
         if packed is not None and packed.prompt_format is not None:
             _check_count(text, pairs=packed.reads_pairs, name=packed.name)
         trained = None if packed is None else packed.metadata.get("max_length")
-        ids = self._opened.tokenizer.encode_text(
+        tokenizer = self._opened.tokenizer.reading(None if packed is None else packed.prompt_format)
+        ids = tokenizer.encode_text(
             text, max_tokens=min(limit, trained or limit) if truncate else None
         )
         if not ids:
@@ -176,6 +184,7 @@ class EncoderAnswers:
             )
             for i, row in zip(chosen, logits, strict=True):
                 one = found[i]
+                need_finite(row, names[i])
                 results[i] = readings[i].tagging(row, (one.packed.labels if one else None) or ())
         return results
 

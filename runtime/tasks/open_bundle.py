@@ -36,6 +36,7 @@ class OpenBundle:
         adapter_folder: Path | None = None,
         adapter_memory_mb: float | None = None,
         adapter_branch: bool = False,
+        strict: bool = False,
     ) -> None:
         """See `Runtime.open`, whose arguments these are."""
         self.folder, self.manifest = folder, manifest
@@ -47,6 +48,7 @@ class OpenBundle:
             bind=self._bind,
             adapter_folder=adapter_folder,
             memory_mb=adapter_memory_mb,
+            strict=strict,
         )
         self.decoder: Decoder | None = None
         self.encoder: Encoder | None = None

@@ -53,6 +53,7 @@ class Runtime:
         adapter_folder: str | Path | None = None,
         adapter_memory_mb: float | None = None,
         situations: bool = False,
+        strict: bool = False,
     ) -> Runtime:
         """Open a bundle. `verify` compares every file's sha256 with the manifest; BundleError lists
         what differs.
@@ -64,7 +65,8 @@ class Runtime:
         graph with an adapter branch, which skips the adapter's nodes while none is active. For a
         process that answers long and often without any adapter: a decoder's base alone then takes
         up to a tenth less for a token, while loading takes half as long again and, for its
-        duration, 100 MB more for a model of 135M.
+        duration, 100 MB more for a model of 135M. `strict`: adapters from elsewhere are refused
+        where their base cannot be checked, and where they have no effect.
         """
         parse_providers(providers)  # a typo is found before gigabytes are hashed
         path = Path(folder)
@@ -78,6 +80,7 @@ class Runtime:
                 adapter_folder=None if adapter_folder is None else Path(adapter_folder),
                 adapter_memory_mb=adapter_memory_mb,
                 adapter_branch=situations,
+                strict=strict,
             )
         return cls(opened)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgetune.core.arrays import Float32
+from edgetune.core.control_tokens import Rendered
 from edgetune.core.errors import InputError
 from edgetune.core.templates import Message, check_messages, columns_of, render_columns, with_system
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer
@@ -70,6 +71,7 @@ class AnswerReader:
         self._form: dict[str, Any] = (
             opened.adapter(adapter).prompt_format if adapter is not None else None
         ) or {}
+        self._tokenizer = self._tokenizer.reading(self._form)
         self._template = self._tokenizer.template_of(self._form)
         self._limit = limit or opened.manifest.graph.max_length
         self._heads: dict[str, list[int]] = {}
@@ -150,7 +152,7 @@ def closing_ids(tokenizer: BundleTokenizer, template: str) -> list[int]:
     if template == "chat":
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PLACE}]
         closing = tokenizer.encode(
-            tokenizer.chat_of(turns, add_generation_prompt=False).partition(PLACE)[2],
+            Rendered(tokenizer.chat_of(turns, add_generation_prompt=False).partition(PLACE)[2]),
             add_special_tokens=False,
         )
     else:

@@ -120,7 +120,8 @@ def read_words(
     limit = opened.manifest.graph.max_length
     trained = opened.adapter(adapter).metadata.get("max_length") if adapter is not None else None
     most = min(limit, trained or limit) if truncate else None
-    ids, offsets = opened.tokenizer.encode_with_offsets(joined, max_tokens=most)
+    form = None if adapter is None else opened.adapter(adapter).prompt_format
+    ids, offsets = opened.tokenizer.reading(form).encode_with_offsets(joined, max_tokens=most)
     if len(ids) > limit:
         raise InputError(
             "the text is longer than the model's positions",

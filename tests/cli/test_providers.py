@@ -245,7 +245,7 @@ def test_a_profile_whose_providers_are_no_list_is_refused(tmp_path: Path) -> Non
             Path(load_device.__code__.co_filename).parent / "profiles" / "raspberry-pi-5.toml"
         ).read_text()
     )
-    with pytest.raises(DeviceError, match="providers is wrong"):
+    with pytest.raises(DeviceError, match="providers has a wrong value"):
         load_device(str(mine))
 
 

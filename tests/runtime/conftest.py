@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from edgetune.runtime.engine.engine import DecoderEngine, EncoderEngine
 from runtime_helpers import decoder_bundle, encoder_bundle
 
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.engine.decoder import DecoderEngine
+from edgetune.runtime.engine.encoder import EncoderEngine
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from training_helpers import intent_recipe, masked_recipe, resolved, sft_recipe,
 import edgetune.training
 from edgetune.models.load import hidden_size, load_body
 from edgetune.models.resolve import resolve_base
-from edgetune.models.torch_device import CPU
+from edgetune.models.torch_device import CPU_DEVICE
 from edgetune.recipe.schema import Recipe
 from edgetune.training import run_recipe
 from edgetune.training.inputs import read_inputs
@@ -34,7 +34,7 @@ def test_nothing_is_left_open(tiny_decoder: Path, tmp_path: Path) -> None:
     run = resolved(open_recipe(tiny_decoder, tmp_path, batch_size=4, epochs=3))
     (stage,) = run.stages
     assert stage.precision in ("fp32", "bf16") and run.recipe.stage[0].precision == stage.precision
-    assert (run.device, run.recipe.device) == (CPU, "cpu")
+    assert (run.device, run.recipe.device) == (CPU_DEVICE, "cpu")
     assert run.threads == run.recipe.threads == torch.get_num_threads()
     assert (stage.total_steps, stage.validate_every, stage.save_every) == (9, 3, 50)
     assert stage.examples.prompt_format.template == "chat"
@@ -52,7 +52,7 @@ def test_a_resumed_run_keeps_the_precision_it_began_with(
 ) -> None:
     inputs = read_inputs(open_recipe(tiny_decoder, tmp_path))
     for began in ("fp32", "bf16"):
-        run = resolve(inputs, device=CPU, group=Group(), precisions=[began])
+        run = resolve(inputs, device=CPU_DEVICE, group=Group(), precisions=[began])
         assert run.stages[0].precision == run.recipe.stage[0].precision == began
 
 

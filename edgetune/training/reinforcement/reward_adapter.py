@@ -26,6 +26,7 @@ from edgetune.data.prompts import PromptFormat
 from edgetune.evaluation.torch_answers import score_rows
 from edgetune.models.base import Base
 from edgetune.models.heads import last_hidden
+from edgetune.models.text_tokenizer import reading
 from edgetune.models.torch_device import Precision, device_of, to_device
 from edgetune.training.fast.memory import computing
 from edgetune.training.fast.shared_prefix import may_share
@@ -143,6 +144,7 @@ def reward_adapter(
             if f".{name}." in parameter_name:
                 parameter.requires_grad_(False)
         form = PromptFormat(**(metadata["prompt_format"] or {}))
+        tokenizer = reading(tokenizer, form.control_tokens)
         yield AdapterScorer(
             label, model, name, score, form, tokenizer, limit=base.max_length, precision=precision
         )

@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from edgetune.runtime.adapters.registry import AdapterInUseError, InUse
 from edgetune.runtime.server.http.bodies import LOAD_ADAPTER, UNLOAD_ADAPTER
 from edgetune.runtime.server.http.errors import ApiError, bad_request, not_found
-from edgetune.runtime.server.http.json_body import Schema, read_json
+from edgetune.runtime.server.http.json_body import Schema, read_body
 from edgetune.runtime.server.http.logs import note
 from edgetune.runtime.server.http.service import Service
 
@@ -25,13 +25,16 @@ WAIT_S = 30.0
 
 
 async def load_lora_adapter(request: Request) -> Response:
-    """POST /v1/load_lora_adapter: 200 and a line of text, as vLLM."""
+    """POST /v1/load_lora_adapter: 200 and a line of text, as vLLM; a line more for each thing that
+    could not be checked.
+    """
     service, body = await _allowed(request, LOAD_ADAPTER)
     async with _one_at_a_time(request):
-        await service.in_thread(
+        notes = await service.in_thread(
             _load, service, body["lora_name"], body["lora_path"], bool(body.get("load_inplace"))
         )
-    return PlainTextResponse(f"Success: LoRA adapter '{body['lora_name']}' added successfully.")
+    lines = [f"Success: LoRA adapter '{body['lora_name']}' added successfully."]
+    return PlainTextResponse("\n".join([*lines, *(f"Note: {line}." for line in notes)]))
 
 
 async def unload_lora_adapter(request: Request) -> Response:
@@ -57,7 +60,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 async def _allowed(request: Request, schema: Schema) -> tuple[Service, dict[str, Any]]:
     service: Service = request.app.state.service
     service.check_open()
-    body = await read_json(request, schema, limit_mb=service.options.max_body_mb)
+    body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
     note(request.scope, adapter=body["lora_name"])
     if not service.options.adapter_folders:
         message = (
@@ -84,9 +87,9 @@ def _one_at_a_time(request: Request) -> asyncio.Lock:
     return lock
 
 
-def _load(service: Service, name: str, path: str, in_place: bool) -> None:
-    """Every check first; with `in_place` the old adapter of that name goes only when the new one is
-    known to fit.
+def _load(service: Service, name: str, path: str, in_place: bool) -> tuple[str, ...]:
+    """What is to be noted of it. Every check first; with `in_place` the old adapter of that name
+    goes only when the new one is known to fit.
     """
     runtime = service.runtime
     folder = allowed_folder(path, service.options.adapter_folders)
@@ -99,15 +102,14 @@ def _load(service: Service, name: str, path: str, in_place: bool) -> None:
             f"'{name}' is the base model's name.", param="lora_name", code="invalid_value"
         )
     if not runtime.registry.knows(name):
-        runtime.load_adapter(name, folder)
-        return
+        return runtime.load_adapter(name, folder).notes
     if not in_place:
         message = (
             f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace'"
             " to true."
         )
         raise bad_request(message, param="lora_name", code="adapter_exists")
-    runtime.registry.replace(name, folder)
+    return runtime.registry.replace(name, folder).notes
 
 
 def _is_unicode(text: str) -> bool:

@@ -22,7 +22,7 @@ from edgetune.core.tasks import REWARD, VALUE
 from edgetune.runtime.server.http.bodies import CLASSIFY, EMBEDDINGS, POOLING, SCORE, TAG
 from edgetune.runtime.server.http.errors import bad_request, deadline_exceeded
 from edgetune.runtime.server.http.exchange import unless_gone
-from edgetune.runtime.server.http.json_body import Schema, read_json
+from edgetune.runtime.server.http.json_body import Schema, read_body
 from edgetune.runtime.server.http.logs import note, request_id_of
 from edgetune.runtime.server.http.requests import plain_message
 from edgetune.runtime.server.http.service import Service
@@ -164,7 +164,7 @@ class Call:
 async def _read(request: Request, schema: Schema) -> Call:
     service: Service = request.app.state.service
     service.check_open()
-    body = await read_json(request, schema, limit_mb=service.options.max_body_mb)
+    body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
     note(request.scope, model=body["model"], user=body.get("user"))
     if service.runtime.manifest.is_decoder:
         what = "This bundle generates text; it neither classifies nor embeds."
@@ -230,7 +230,7 @@ async def pooling(request: Request) -> Response:
 async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Call, list[float]]:
     service: Service = request.app.state.service
     service.check_open()
-    body = await read_json(request, schema, limit_mb=service.options.max_body_mb)
+    body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
     note(request.scope, model=body["model"], user=body.get("user"))
     call = Call(service, request.scope, body, service.adapter_of(body["model"]), [])
     runtime, scheduler = service.runtime, service.scheduler

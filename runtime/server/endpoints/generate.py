@@ -22,7 +22,7 @@ from edgetune.runtime.server.http.errors import (
     unavailable,
 )
 from edgetune.runtime.server.http.exchange import Exchange, unless_gone
-from edgetune.runtime.server.http.json_body import Schema, read_json
+from edgetune.runtime.server.http.json_body import Schema, read_body
 from edgetune.runtime.server.http.logs import log_error, note, request_id_of
 from edgetune.runtime.server.http.requests import Plan, error_of, plan_chat, plan_completion
 from edgetune.runtime.server.http.responses import ChatAnswer, Envelope, TextAnswer, ToolAnswer
@@ -47,7 +47,7 @@ async def _generate(
 ) -> Response:
     service: Service = request.app.state.service
     service.check_open()
-    body = await read_json(request, schema, limit_mb=service.options.max_body_mb)
+    body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
     request_id = request_id_of(request.scope)
     note(request.scope, model=body["model"], user=body.get("user") or body.get("safety_identifier"))
     plan = await service.in_thread(planner, service, body, request_id)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from edgetune.core.errors import AdapterError
+from edgetune.core.files import read_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA
 from edgetune.runtime.adapters.lora import wrong_types
 from edgetune.runtime.adapters.registry import AdapterStatus
@@ -58,6 +59,7 @@ def _adapter_card(service: Service, status: AdapterStatus) -> dict[str, Any]:
         "prompt_template": template,
         "resident": status.resident,
         "bytes": status.nbytes,
+        **({"notes": list(status.notes)} if status.notes else {}),
     }
 
 
@@ -113,7 +115,7 @@ def _described(folder: Path, changed: int) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_json(path, error=AdapterError)
+    except AdapterError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -181,6 +181,14 @@ COMPLETIONS = obj(
     add_special_tokens=optional(
         "boolean", description="Whether the tokenizer adds its own (vLLM); default true."
     ),
+    control_tokens=optional(
+        "string",
+        enum=["text", "tokens"],
+        description=(
+            "What a control token is that the prompt spells: text (characters, the default), or"
+            " tokens (itself)."
+        ),
+    ),
     echo=optional("boolean", enum=[False], description="Only false: the prompt is not repeated."),
     best_of=optional("integer", enum=[1], description="Only 1."),
     suffix=unsupported("text is only continued, not filled in."),

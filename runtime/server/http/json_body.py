@@ -103,19 +103,37 @@ def _kinds(schema: Schema) -> list[str]:
 
 def _check_any(value: Any, schema: Schema, param: str) -> None:
     """The first alternative that fits; else the complaint of the alternative that comes closest."""
-    nearest: ApiError | None = None
-    for choice in schema["anyOf"]:
+    choices = schema["anyOf"]
+    if isinstance(value, dict) and (tagged := [choice for choice in choices if _tags(choice)]):
+        choices = [choice for choice in tagged if value.get("type") in _tags(choice)]
+        if not choices:
+            tags = {"type": "string", "enum": [tag for choice in tagged for tag in _tags(choice)]}
+            check(value, obj(("type",), type=tags), param)
+    errors = []
+    for choice in choices:
         try:
             check(value, choice, param)
         except ApiError as error:
-            if nearest is None or len(error.param or "") >= len(nearest.param or ""):
-                nearest = error if _right_kind(value, choice) else nearest
+            errors += [error] if _right_kind(value, choice) else []
         else:
             return
-    if nearest is not None:
-        raise nearest
+    if errors:
+        raise max(errors, key=_progress)
     kinds = [kind for choice in schema["anyOf"] for kind in _kinds(choice)]
     raise _wrong_type(value, schema, list(dict.fromkeys(kinds)), param)
+
+
+def _tags(schema: Schema) -> list[Any]:
+    """What an object's `type` may be, where that tells it from the other alternatives."""
+    tags: list[Any] = schema.get("properties", {}).get("type", {}).get("enum", [])
+    return tags if "type" in schema.get("required", ()) else []
+
+
+def _progress(error: ApiError) -> tuple[list[int], bool, int]:
+    """How far a check came: which items it passed, that the type fits at least, how deep it is."""
+    param = error.param or ""
+    items = [int(place) for place in re.findall(r"\[(\d+)\]", param)]
+    return items, error.code != "invalid_type", len(param)
 
 
 def _right_kind(value: Any, schema: Schema) -> bool:
@@ -139,6 +157,9 @@ def _wrong_type(value: Any, schema: Schema, kinds: Sequence[str], param: str) ->
 def _check_object(value: Mapping[str, Any], schema: Schema, param: str) -> None:
     properties, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
     prefix = f"{param}." if param else ""
+    for name, one in properties.items():
+        if name in value and "enum" in one:  # what kind of object it is, before what that one needs
+            check(value[name], one, f"{prefix}{name}")
     for name in schema.get("required", ()):
         if name not in value:
             message = f"Missing required parameter: '{prefix}{name}'."
@@ -207,7 +228,7 @@ BODY_SECONDS = 30.0
 """A client that takes longer to send its body is holding a place for nothing."""
 
 
-async def read_json(request: Request, schema: Schema, *, limit_mb: float) -> dict[str, Any]:
+async def read_body(request: Request, schema: Schema, *, limit_mb: float) -> dict[str, Any]:
     """The request's body, parsed and checked. ApiError: 415 no JSON, 413 too large, 408 too slow,
     400 not fitting.
     """

@@ -62,7 +62,7 @@ def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Pla
         raise bad_request(message, param="max_tokens", code="invalid_value")
     adapter = service.adapter_of(body["model"])
     _check_text(service, adapter)
-    tools = chosen_tools(body, service.runtime.tokenizer.chat_template)
+    tools = chosen_tools(body, service.runtime.tokenizer.tool_template)
     messages = [plain_message(message) for message in body["messages"]]
     grammar = call_grammar(tools, body.get("tool_choice"))
     if grammar is not None:
@@ -86,7 +86,10 @@ def plan_completion(service: Service, body: Mapping[str, Any], request_id: str) 
     _check_text(service, adapter)
     prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     special = body.get("add_special_tokens", True)
-    encode = service.runtime.tokenizer.encode
+    form = None if adapter is None else service.runtime.opened.adapter(adapter).prompt_format
+    if body.get("control_tokens"):
+        form = {"control_tokens": body["control_tokens"]}
+    encode = service.runtime.tokenizer.reading(form).encode
     ids = [
         encode(p, add_special_tokens=special) if isinstance(p, str) else list(p) for p in prompts
     ]

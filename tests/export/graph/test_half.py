@@ -123,3 +123,16 @@ def test_layers_of_other_precisions_are_refused(tiny_decoder: Path, tmp_path: Pa
     adapter = make_adapter(tiny_decoder, tmp_path / "a")
     with pytest.raises(ExportError, match="an fp16 bundle has one precision"):
         export(tmp_path / "b", adapter, precision="fp16", overrides={"lm_head": "int8"})
+
+
+def test_a_copy_in_fp16_leaves_the_graph_it_was_copied_from_in_fp32(tiny_decoder: Path) -> None:
+    from edgetune.export.graph import build
+    from edgetune.export.graph.fp16 import to_half
+    from edgetune.models.load import load_body
+    from edgetune.models.resolve import resolve_base
+
+    base = resolve_base(str(tiny_decoder))
+    model = build._trace(base, load_body(base))
+    before = [value.dtype for node in model.graph for value in node.outputs]
+    to_half(model.clone())
+    assert [value.dtype for node in model.graph for value in node.outputs] == before

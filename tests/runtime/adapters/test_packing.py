@@ -16,7 +16,7 @@ from runtime_helpers import decoder_manifest, encoder_manifest, peft_adapter, wr
 from safetensors.torch import load_file, save_file
 
 from edgetune.core.errors import AdapterError
-from edgetune.runtime.adapters.lora import lora_deltas
+from edgetune.runtime.adapters.lora import read_lora
 from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
 from edgetune.runtime.bundle.manifest import BaseInfo, HeadInfo, Manifest
 
@@ -80,7 +80,7 @@ def test_packed_inputs_hold_the_delta_weights_of_peft(
 
 def test_lora_deltas_are_what_a_merge_adds(tiny_decoder: Path, tmp_path: Path) -> None:
     model = peft_adapter(tiny_decoder, tmp_path, rank_pattern={"q_proj": 2})
-    deltas = lora_deltas(tmp_path)
+    deltas = read_lora(tmp_path).deltas
     for module, expected in reference_deltas(model).items():
         a, b = deltas[module]
         np.testing.assert_allclose(b @ a, expected, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ import pytest
 from runtime_helpers import decoder_manifest, encoder_manifest
 from transformers import AutoTokenizer
 
+from edgetune.core.control_tokens import Rendered
 from edgetune.core.errors import BundleError, InputError
 from edgetune.core.templates import chat_messages, chat_text, with_system
 from edgetune.data.completions import encode_prompts
@@ -95,10 +96,13 @@ def test_texts_get_the_ids_of_transformers(
 ) -> None:
     for ours, folder in ((decoder_tokenizer, tiny_decoder), (encoder_tokenizer, tiny_encoder)):
         reference = AutoTokenizer.from_pretrained(folder)
-        assert ours.encode(text) == reference(text)["input_ids"]
+        assert ours.encode(text) == reference(text, split_special_tokens=True)["input_ids"]
+        assert ours.encode(Rendered(text)) == reference(text)["input_ids"]
         assert (
             ours.encode_within(text, max_tokens=5)
-            == reference(text, truncation=True, max_length=5)["input_ids"]
+            == reference(text, truncation=True, max_length=5, split_special_tokens=True)[
+                "input_ids"
+            ]
         )
 
 

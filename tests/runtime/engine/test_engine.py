@@ -177,7 +177,7 @@ def test_the_cache_says_when_it_is_full(decoder: DecoderEngine) -> None:
                 r" 257\)"
             ),
         ),
-        ([[352]], r"a token id outside the vocabulary \(expected ids below 352, got 352\)"),
+        ([[352]], r"a token id outside the vocabulary \(expected ids from 0 to 351, got 352\)"),
     ],
 )
 def test_rows_that_cannot_be_run_are_named(

@@ -350,21 +350,27 @@ def test_texts_of_many_callers_share_batches(classifier: Runtime) -> None:
     assert scheduler.stats().encoded_rows_total == 20
 
 
-def test_a_batch_that_fails_ends_its_callers_only(classifier: Runtime) -> None:
+def test_a_text_that_fails_its_batch_fails_its_caller_only(classifier: Runtime) -> None:
     scheduler = Scheduler(classifier)
-    failed = scheduler.embed(["lights"] * 40, "intent")  # more than one batch
     fine = scheduler.embed(TEXTS, "mood")
-    run = classifier.encoder.run  # type: ignore[union-attr]
+    failed = scheduler.embed(["lights", "lamp"], "intent")
+    also = scheduler.embed(["lights"] * 40, "intent")  # more than one batch
+    run, lamp = classifier.encoder.run, classifier.text_ids("lamp", "intent")  # type: ignore[union-attr]
 
-    def fail_once(*arguments: Any, **options: Any) -> Any:
+    def fail_on_a_lamp(rows: Any, *arguments: Any, **options: Any) -> Any:
+        if lamp in rows:
+            raise ValueError("out of memory")
+        return run(rows, *arguments, **options)
+
+    classifier.encoder.run = fail_on_a_lamp  # type: ignore[union-attr, method-assign]
+    try:
+        with scheduler:
+            with pytest.raises(ValueError, match="out of memory"):
+                failed.result(60)
+            assert fine.result(60).shape == (len(TEXTS), 64)
+            assert also.result(60).shape == (40, 64)
+    finally:
         classifier.encoder.run = run  # type: ignore[union-attr, method-assign]
-        raise ValueError("out of memory")
-
-    classifier.encoder.run = fail_once  # type: ignore[union-attr, method-assign]
-    with scheduler:
-        with pytest.raises(ValueError, match="out of memory"):
-            failed.result(60)
-        assert fine.result(60).shape == (len(TEXTS), 64)
     assert [status.users for status in classifier.registry.statuses()] == [0, 0]
     assert scheduler.stats().waiting == 0
 

@@ -42,7 +42,7 @@ HELLO: list[Any] = [{"role": "user", "content": "on"}]
 @pytest.fixture(scope="module", autouse=True)
 def template(server: Running) -> None:
     """One that has a place for tools."""
-    server.runtime.tokenizer.chat_template = TEMPLATE
+    server.runtime.tokenizer.chat_template = server.runtime.tokenizer.tool_template = TEMPLATE
 
 
 def asked(server: Running, **more: Any) -> Any:
