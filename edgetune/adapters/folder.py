@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from edgetune import __version__
 from edgetune.core.errors import AdapterError
 from edgetune.core.files import sha256_file, whole_folder, write_json
-from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, PEFT_PREFIX
+from edgetune.core.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_METADATA,
+    ADAPTER_WEIGHTS,
+    HEAD_GUARDS,
+    PEFT_PREFIX,
+)
+from edgetune.models.heads import HEAD
 
 SCHEMA = 1
 PEFT_TASKS = {
@@ -76,6 +83,8 @@ def _config_dict(model: PeftModel, metadata: AdapterMetadata) -> dict[str, Any]:
     config = model.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = metadata.base["name"]
     config["inference_mode"] = True
+    if HEAD in (config["modules_to_save"] or ()):
+        config["modules_to_save"] = [*config["modules_to_save"], *HEAD_GUARDS]
     return {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for key, value in sorted(config.items())
@@ -134,6 +143,8 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """
     try:
         config = LoraConfig.from_pretrained(str(folder))
+        saved = [name for name in config.modules_to_save or () if name not in HEAD_GUARDS]
+        config.modules_to_save = saved or None
         adapted = PeftModel(model, config)
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise AdapterError(f"PEFT cannot load this adapter: {error}", where=str(folder)) from error

@@ -21,13 +21,13 @@ from edgetune.core.layout import ADAPTER, MODEL, MODEL_METADATA, TOKENIZER_FILES
 from edgetune.models.base import Base, digest_of, open_folder
 from edgetune.models.heads import SequenceClassifier
 from edgetune.models.load import quiet
+from edgetune.models.sentence_encoder import sentence_files
 
 SCHEMA = 1
 BESIDE = (  # files of the base that are not the model's own
     *TOKENIZER_FILES,
     "vocab.txt",
     "generation_config.json",
-    "1_Pooling/config.json",
 )
 
 
@@ -39,9 +39,9 @@ def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: Adapt
     body: Any = model.body if isinstance(model, SequenceClassifier) else model
     with output_errors(folder), quiet():
         body.save_pretrained(folder)
-        for name in BESIDE:
+        for name in (*BESIDE, *sentence_files(base.folder)):
             if (base.folder / name).is_file():
-                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(base.folder / name, folder / name)
     write_json(folder / MODEL_METADATA, {"schema": SCHEMA, **asdict(metadata)})
     if isinstance(model, SequenceClassifier):

@@ -26,3 +26,7 @@ TOKENIZER_FILES = (
 )
 # A bundle, which keeps each adapter in a folder of ADAPTERS.
 MANIFEST, ADAPTERS = "edgetune.json", "adapters"
+# Layers that transformers' classifiers put before their output and ours do not have: our folders
+# name them as saved, so PEFT refuses to load a folder into such a class (a KeyError names the
+# layer) instead of giving other labels.
+HEAD_GUARDS = ("pooler", "head")

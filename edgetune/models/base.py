@@ -9,15 +9,16 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from edgetune.core.errors import BaseModelError
 from edgetune.core.files import CHUNK
 from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, MODEL_CONFIG, MODEL_WEIGHTS, TOKENIZER
 from edgetune.core.tasks import Kind
+from edgetune.models.model_files import read_object, refuse_quantised
+from edgetune.models.sentence_encoder import Pooling, read_sentence_encoder
 from edgetune.quantisation.precision import Precision
 
-Pooling = Literal["mean", "cls"]
 # Keys that change what the weights compute; other keys vary with the version of transformers that
 # wrote the file.
 ARCHITECTURE_KEYS = (
@@ -129,16 +130,19 @@ def open_folder(folder: Path, *, name: str, digest: str | None = None) -> Base:
     known.
     """
     config = _config(folder)
+    refuse_quantised(config, folder)
     _check_tokenizer(folder)
     kind = _kind(config, folder)
+    sentences = read_sentence_encoder(folder) if kind == "encoder" else None
+    longest = _max_length(config)
     return Base(
         name=name,
         folder=folder,
         digest=digest or digest_of(folder),
         kind=kind,
-        pooling=_pooling(folder) if kind == "encoder" else None,
+        pooling=sentences.pooling if sentences else None,
         model_type=str(config["model_type"]),
-        max_length=_max_length(config),
+        max_length=min(longest, (sentences and sentences.max_length) or longest),
     )
 
 
@@ -165,7 +169,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, one or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_object(index).get("weight_map", {}).values()))
         files = [folder / name for name in names]
     else:
         files = [folder / MODEL_WEIGHTS]
@@ -234,7 +238,7 @@ def _config(folder: Path) -> dict[str, Any]:
             expected="config.json, model.safetensors, tokenizer.json",
             fix="Give the folder of a base model.",
         )
-    config = _json(path)
+    config = read_object(path)
     if not isinstance(config.get("model_type"), str):
         raise BaseModelError("the configuration names no model_type", where=str(path))
     return config
@@ -249,16 +253,6 @@ def _check_tokenizer(folder: Path) -> None:
         raise BaseModelError(
             "there is no tokenizer.json in this folder", where=str(folder), fix=fix
         )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"cannot be read: {error}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise BaseModelError("not a JSON object", where=str(path))
-    return value
 
 
 def _kind(config: dict[str, Any], folder: Path) -> Kind:
@@ -298,26 +292,6 @@ def _seq2seq(config: dict[str, Any], classes: list[str], folder: Path) -> Kind:
             expected="a token id, of T5 0",
         )
     return "encoder-decoder"
-
-
-def _pooling(folder: Path) -> Pooling:
-    """A sentence encoder's own pooling; other encoders are read at their first token."""
-    path = folder / "1_Pooling" / MODEL_CONFIG
-    if not path.exists():
-        return "cls"
-    values = _json(path)
-    mode = values.get("pooling_mode")  # newer files name it, older ones have one flag a mode
-    flags = {
-        key.removeprefix("pooling_mode_"): value for key, value in values.items() if value is True
-    }
-    if mode == "mean" or "mean_tokens" in flags:
-        return "mean"
-    if mode == "cls" or "cls_token" in flags:
-        return "cls"
-    got = ", ".join(flags) or str(mode)
-    raise BaseModelError(
-        "this pooling is not supported", where=str(path), expected="mean or cls", got=got
-    )
 
 
 def _max_length(config: dict[str, Any]) -> int:

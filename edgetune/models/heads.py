@@ -4,15 +4,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import BaseModelError
 from edgetune.core.tasks import TAGGING
+from edgetune.models.sentence_encoder import Pooling
 
-Pooling = Literal["mean", "cls"]
 HEAD, SCORE = "classifier", "score"  # as transformers names them in encoders and in decoders
 HEADS = (HEAD, SCORE)
 # an encoder's own pooler: no head reads it, an adapter there would learn nothing

@@ -28,6 +28,20 @@ HIDDEN = -1e4
 # GroupQueryAttention takes rotary tables of a width that is a multiple of this; others are applied
 # before it
 TABLE_STEP = 8
+HEAD_STEP = 8  # and keys and values of such a width alone
+
+
+def refuse_head_size(config: Any) -> None:
+    """ExportError for a decoder whose heads are of a width that the operator does not take."""
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+    if width and width % HEAD_STEP:
+        raise ExportError(
+            "the size of the model's attention heads is not supported",
+            expected=f"a multiple of {HEAD_STEP}",
+            got=f"head_dim {width}",
+            fix="Take a base with other heads; this one cannot run in a bundle.",
+        )
 
 
 class AttentionInputs:

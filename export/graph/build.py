@@ -12,6 +12,7 @@ import onnx_ir as ir
 from edgetune import __version__
 from edgetune.core.progress import Say
 from edgetune.export.graph.adapter_branch import ADAPTED, PLAIN, by_situation
+from edgetune.export.graph.attention import refuse_head_size
 from edgetune.export.graph.families import cache_sizes, fixed_length
 from edgetune.export.graph.fp16 import to_half
 from edgetune.export.graph.fuse import simplify
@@ -137,6 +138,7 @@ def _trace(base: Base, model: Any) -> ir.Model:
     """The base's graph in float, simplified: linear layers that read one input are one product."""
     body = model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
     if base.kind == "decoder":
+        refuse_head_size(model.config)
         graph = trace_decoder(body, max_length=_context(base, model))
     elif base.kind == "encoder-decoder":
         graph = trace_seq2seq(body)

@@ -20,6 +20,7 @@ def standard_decoder(engine: ir.Model) -> ir.Model:
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     ids, first = inputs["input_ids"], next(iter(graph))
+    readers = list(ids.uses())
     mask = ir.Value(
         name="attention_mask",
         shape=ir.Shape(["batch", "total_sequence_length"]),
@@ -41,6 +42,18 @@ def standard_decoder(engine: ir.Model) -> ir.Model:
     seq = add("Squeeze", add("Shape", ids, start=1, end=2), zero)
     index = add("Sub", last, add("Sub", total, seq))  # of the last real token among the new ones
     index = add("Max", add("Min", index, add("Sub", seq, one)), zero)
+    # the new ids with the real ones first, whichever side is padded: what follows them is not read
+    stop, width = (add("Shape", value, start=1, end=2) for value in (mask, ids))
+    new = add("Slice", mask, add("Sub", stop, width), stop, one)
+    start, step = (constant(graph, f"interface.{n}", np.array(n, np.int64)) for n in (0, 1))
+    place = add("Range", start, seq, step)
+    order = add("Where", add("Greater", new, zero), place, add("Add", place, seq))  # (batch, seq)
+    keys = add("Cast", order, to=int(ir.DataType.FLOAT))
+    first_real = ir.node("TopK", [keys, width], attributes={"largest": 0}, num_outputs=2)
+    graph.insert_before(first, first_real)
+    packed = add("GatherElements", ids, first_real.outputs[1], axis=1)
+    for reader, place_of_ids in readers:
+        reader.replace_input_with(place_of_ids, packed)
     replacements = {
         "seqlens_k": add("Cast", last, to=int(ir.DataType.INT32)),
         "total_sequence_length": add("Cast", total, to=int(ir.DataType.INT32)),

@@ -27,6 +27,7 @@ from edgetune.core.layout import (
     ADAPTER_CONFIG,
     ADAPTER_METADATA,
     ADAPTER_WEIGHTS,
+    HEAD_GUARDS,
     PEFT_PREFIX,
 )
 from edgetune.runtime.adapters.json_types import wrong_config, wrong_metadata
@@ -106,7 +107,7 @@ def read_lora(
     metadata = _read_json(path, ADAPTER_METADATA, required=False)
     refuse_if(wrong_types(config or {}, metadata or {}), path)
     read = LoraFolder(path=path, config=config or {}, metadata=metadata)
-    read.problems += _config_problems(read.config)
+    read.problems += _config_problems(read.config, HEAD_GUARDS if metadata is not None else ())
     weights, place = path / ADAPTER_WEIGHTS, len(read.problems)
     with ThreadPoolExecutor(
         1
@@ -224,7 +225,7 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _config_problems(config: Mapping[str, Any]) -> list[str]:
+def _config_problems(config: Mapping[str, Any], guards: Sequence[str]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"{ADAPTER_CONFIG}: peft_type: expected LORA, got {kind}"]
@@ -243,7 +244,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
             f"{ADAPTER_CONFIG}: init_lora_weights={start} also changed the base weights; {fix}"
         )
     for name in config.get("modules_to_save") or ():
-        if name not in HEAD_NAMES:
+        if name not in (*HEAD_NAMES, *guards):
             problems.append(
                 f"{ADAPTER_CONFIG}: modules_to_save: the graph takes no trained {name!r}; only a"
                 " linear head swaps"

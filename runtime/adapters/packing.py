@@ -21,6 +21,8 @@ from edgetune.runtime.bundle.manifest import HeadInfo, Manifest, Part
 
 TYPED = ("bert", "electra")  # families that tell two texts apart by the types of their tokens
 
+DENSE_TAGGERS = ("modernbert",)  # families whose tagger has a dense layer before its output
+
 
 @dataclass(frozen=True)
 class PackedAdapter:
@@ -103,7 +105,7 @@ def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapt
     _takes_adapters(manifest, path)
     placed, labels = _place(read, manifest), _labels(read, manifest)
     problems = [*read.problems, *_missing(read, manifest), *_task_problems(read, manifest)]
-    if manifest.head is not None:
+    if manifest.head is not None and not _foreign_head(read, manifest):
         problems += _head_problems(read, manifest.head, _rows_of_head(labels, manifest))
     refuse_if(problems, path)
     tensors = _pack_sites(placed, manifest)
@@ -275,7 +277,35 @@ def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
         problems.append(
             f"{PEFT_PREFIX}{_head_name(read)} {shape}: unknown, this graph takes no task head{fix}"
         )
-    return problems
+    return [*problems, *_foreign_head(read, manifest)]
+
+
+def _foreign_head(read: LoraFolder, manifest: Manifest) -> list[str]:
+    """Why another tool's head would answer otherwise here than there, if it would.
+
+    transformers puts a pooler, or a dense layer and an activation, before the output layer of every
+    encoder's sequence classifier; a head here is linear, on the pooled states.
+    """
+    weight = read.head.get("weight")
+    if read.metadata is not None or weight is None:
+        return []
+    name = f"{PEFT_PREFIX}{_head_name(read)}.weight {weight.shape}"
+    if manifest.is_decoder:
+        if weight.shape[0] == 1:
+            return []
+        return [
+            f"{name}: a classifier of {weight.shape[0]} labels on a decoder; its bundle takes"
+            " heads of one output (a reward); train an encoder for labels"
+        ]
+    kind = read.config.get("task_type")
+    if kind == "TOKEN_CLS" and manifest.base.model_type not in DENSE_TAGGERS:
+        return []
+    return [
+        f"{name}: this head ({kind or 'no task_type'}) reads what transformers' dense layer or"
+        f" pooler of {manifest.base.model_type} gives, here it would read"
+        f" {manifest.graph.pooling}-pooled states and give other labels; train the classifier with"
+        " edgetune"
+    ]
 
 
 def _head_problems(read: LoraFolder, head: HeadInfo, rows: int | None) -> list[str]:
@@ -365,10 +395,5 @@ def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
     if read.head and manifest.is_decoder:
         notes.append("its head is applied to the last token's state: it gives a score")
     elif read.head:
-        states = (
-            "every token's state"
-            if _guessed(read, manifest)
-            else f"{manifest.graph.pooling}-pooled states"
-        )
-        notes.append(f"its head is applied to {states}; its labels are numbered")
+        notes.append("its head is applied to every token's state; its labels are numbered")
     return tuple(notes)

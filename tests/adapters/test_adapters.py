@@ -82,7 +82,7 @@ def test_a_saved_adapter_loads_here_with_the_same_logits(
     assert torch.equal(completion_logits(loaded, batch)[0], completion_logits(model, batch)[0])
 
 
-def test_the_classifier_loads_every_key_in_transformers_own_classifier(
+def test_the_classifier_loads_every_key_where_no_layer_stands_before_its_head(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
     model, _ = classifier_batch(tiny_encoder, tmp_path)
@@ -90,6 +90,10 @@ def test_the_classifier_loads_every_key_in_transformers_own_classifier(
     shake(adapted)
     save_adapter(adapted, tmp_path / "adapter", METADATA)
     fresh = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=3)
+    with pytest.raises(KeyError, match="pooler"):  # its head reads the pooler: other labels
+        PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))
+    fresh = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=3)
+    fresh.bert.pooler = None
     theirs = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))
     ours, others = adapted.state_dict(), theirs.state_dict()
     learnt = [name for name in ours if "lora_" in name or "modules_to_save" in name]

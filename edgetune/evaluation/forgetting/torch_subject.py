@@ -19,8 +19,8 @@ from edgetune.evaluation.forgetting.likelihood import (
     score_items,
 )
 from edgetune.evaluation.forgetting.tasks import Texts
-from edgetune.models.base import Pooling
 from edgetune.models.heads import SequenceClassifier, pool, unwrapped
+from edgetune.models.sentence_encoder import Pooling
 from edgetune.models.torch_device import Precision, autocast, device_of, to_device
 
 Lend = Callable[[], contextlib.AbstractContextManager[Any]]

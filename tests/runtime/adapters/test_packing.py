@@ -5,6 +5,7 @@ is refused, all of it.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from edgetune.core.errors import AdapterError
 from edgetune.runtime.adapters.lora import read_lora
 from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
-from edgetune.runtime.bundle.manifest import BaseInfo, Manifest
+from edgetune.runtime.bundle.manifest import BaseInfo, HeadInfo, Manifest
 
 WEIGHTS = "adapter_model.safetensors"
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -109,13 +110,27 @@ def test_the_classifier_head_is_packed_with_its_labels(tiny_encoder: Path, tmp_p
     assert packed.notes == ()
 
 
-def test_a_foreign_folder_is_fitted_by_shape_and_that_is_said(
+def test_a_foreign_tagger_is_fitted_by_shape_and_that_is_said(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
     peft_adapter(tiny_encoder, tmp_path, labels=3, target_modules=["query", "value"])
+    with pytest.raises(AdapterError, match=r"dense layer or pooler of .*other labels"):
+        pack_adapter(tmp_path, encoder_manifest())
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace("SEQ_CLS", "TOKEN_CLS"))
     packed = pack_adapter(tmp_path, encoder_manifest())
     assert packed.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert any("could not be checked" in note for note in packed.notes)
+
+
+def test_a_classifier_of_several_labels_on_a_decoder_is_said_to_be_one(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    peft_adapter(tiny_decoder, tmp_path, labels=3, target_modules=["q_proj"])
+    manifest = decoder_manifest()
+    head = HeadInfo(weight="head.weight", bias="head.bias", in_features=64)
+    with pytest.raises(AdapterError, match="a classifier of 3 labels on a decoder"):
+        pack_adapter(tmp_path, replace(manifest, head=head))
 
 
 def refusal(folder: Path, manifest: Manifest) -> list[str]:
