@@ -313,7 +313,7 @@ class _Watched:
 
 def _save(content: Mapping[str, Any], file: IO[bytes]) -> None:
     """`torch.save`, whose RuntimeError on a full disk becomes the OSError behind it."""
-    watched = _Watched(file)
+    watched: Any = _Watched(file)
     try:
         torch.save(content, watched)
     except RuntimeError as error:

@@ -159,3 +159,16 @@ def test_a_recipe_names_files_lists_and_hub_sets(tmp_path: Path) -> None:
     assert made("owner/name:config:train", tmp_path) == "owner/name:config:train"
     with pytest.raises(RecipeError, match="is a URL, and those are not fetched"):
         made("https://example.com/train.jsonl", tmp_path)
+
+
+def test_the_first_sheet_of_a_workbook_is_read(tmp_path: Path) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for cells in (("text", "label"), ("good, film", "pos"), (None, None), ("bad", "neg")):
+        book.active.append(cells)
+    book.create_sheet("notes").append(["other"])
+    book.save(tmp_path / "a.xlsx")
+    found = read_rows(str(tmp_path / "a.xlsx"))
+    assert [dict(row.values) for row in found.rows] == ROWS
+    assert [row.line for row in found.rows] == [2, 4]
