@@ -17,7 +17,7 @@ from edgetune.data.rows import Rows
 SPANS = ("entities", "spans", "label", "labels", "annotations", "ner")
 STARTS, ENDS = ("start", "start_offset", "begin"), ("end", "end_offset", "stop")
 KINDS = ("label", "labels", "type", "entity", "tag", "entity_group")
-Span = tuple[int, int, str]
+LabelledSpan = tuple[int, int, str]
 
 
 def sentences(source: Rows) -> Rows:
@@ -152,7 +152,7 @@ def _from_spans(row: Row, *, where: str) -> tuple[dict[str, Any], int]:
     return {**row.values, "tokens": tokens, "tags": tags}, misfits
 
 
-def _span(given: Any, text: str, *, where: str) -> Span:
+def _span(given: Any, text: str, *, where: str) -> LabelledSpan:
     if isinstance(given, list) and len(given) >= 3:
         start, end, kind = given[:3]
     elif isinstance(given, Mapping):

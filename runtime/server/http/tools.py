@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgetune.core.files import parse_json
 from edgetune.runtime.generation.sampling import stop_overlap
 from edgetune.runtime.server.http.errors import bad_request
 
@@ -116,8 +117,8 @@ def plain_tool_messages(message: Mapping[str, Any]) -> dict[str, Any]:
 def _function(call: Mapping[str, Any]) -> dict[str, Any]:
     given = call["function"]["arguments"]
     try:
-        arguments = json.loads(given)
-    except (ValueError, RecursionError):
+        arguments = parse_json(given.encode("utf-8"))
+    except ValueError:  # also what is nested too deeply, or half a surrogate pair
         raise bad_request(
             f"The arguments of tool call {call['id']!r} are not JSON.", param="messages"
         ) from None
