@@ -385,7 +385,8 @@ def test_ctrl_c_during_training_leaves_the_older_run(
 
     before = files(work)
     monkeypatch.setattr(Progress, "step", interrupt)
-    assert run("train", work / "recipe.toml") == (130, "interrupted")
+    code, line = run("train", work / "recipe.toml", "--replace")
+    assert (code, line.splitlines()[-1]) == (130, "interrupted")
     assert files(work) == before and (work / "run" / "summary.json").read_text() == "the older run"
 
 
