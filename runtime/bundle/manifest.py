@@ -18,6 +18,8 @@ from edgetune.core.settings import about, from_dict, key_of
 from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS
 
 SCHEMA = 1
+MAX_SIZE = 1 << 24
+"""Of a vocabulary, a context or a layer's width."""
 SCORE_OUTPUT = "score"
 """graph output of a decoder whose head is in the graph: a merged reward, or the graph for other
 engines
@@ -219,6 +221,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     document = read_json(path, error=BundleError)
     manifest = manifest_from_dict(document, where=str(path))
     _check_complete(manifest, str(path))
+    _check_sizes(manifest, str(path))
     return manifest
 
 
@@ -294,6 +297,22 @@ def _check_complete(manifest: Manifest, where: str) -> None:
             "the manifest does not list every file that answers are made from",
             where=where,
             expected=f"sha256 and size of {_first(missing)} in `files`",
+            fix="Copy the bundle again, or export it again.",
+        )
+
+
+def _check_sizes(manifest: Manifest, where: str) -> None:
+    """Sizes that memory is made by are sizes."""
+    graph, head = manifest.graph, manifest.head
+    sizes = [graph.max_length, graph.vocab_size, graph.hidden_size]
+    sizes += [size for site in manifest.sites for size in (site.in_features, site.out_features)]
+    sizes += [] if head is None else [head.in_features]
+    if wrong := [size for size in sizes if not 1 <= size <= MAX_SIZE]:
+        raise BundleError(
+            "a size is out of range",
+            where=where,
+            expected=f"1 to {MAX_SIZE}",
+            got=str(wrong[0]),
             fix="Copy the bundle again, or export it again.",
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.core.arrays import Float32, Int64
-from edgetune.core.errors import InputError
+from edgetune.core.errors import BundleError, InputError
 from edgetune.core.text import second_of
 from edgetune.devices.host import saturates_int8
 from edgetune.runtime.engine.interface import AdapterRow, adapter_per_row
@@ -29,10 +29,26 @@ class EncoderEngine(GraphSession):
                 "this processor has no VNNI: products of 8-bit integers saturate, and answers are"
                 " less exact than where it has; export without --activations int8 for it"
             )
+        self._check_manifest()
         self._last: list[tuple[BoundTensors, Any]] = []
         """the last run's adapter and what it was bound to: binding fifty inputs anew takes a tenth
         of a short text's time
         """
+
+    def _check_manifest(self) -> None:
+        """BundleError where the manifest describes another graph than this one."""
+        sites = self.manifest.sites
+        listed = {name for site in sites for name in (site.A, site.B)}
+        inputs = {name for name in self.inputs if name.endswith((".lora_A", ".lora_B"))}
+        width = next((o.shape[-1] for o in self.session.get_outputs() if o.name == "pooled"), None)
+        if listed != inputs or (isinstance(width, int) and width != self.graph.hidden_size):
+            raise BundleError(
+                "the manifest describes another graph than the bundle has",
+                where=self.graph.engine,
+                expected=f"{len(inputs)} adapter inputs, states of {width} numbers",
+                got=f"{len(listed)} adapter inputs, states of {self.graph.hidden_size} numbers",
+                fix="Copy the bundle again, or export it again.",
+            )
 
     def run(
         self,

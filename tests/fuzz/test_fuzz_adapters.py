@@ -128,7 +128,7 @@ def hostile(good: Path, folder: Path, rng: random.Random) -> Path:
             ValueError,
             TypeError,
             RecursionError,
-        ):  # on top of what another change left
+        ):  # on another change
             continue
         except Exception as error:
             if type(error).__name__ != "SafetensorError":
