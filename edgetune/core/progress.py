@@ -50,7 +50,8 @@ class Progress:
         left = seconds / step * (total - step)
         what = f"loss {loss:.4f}" if reward is None else f"reward {reward:.3f}"
         where = "" if stage is None else f"stage {stage}  "
-        line = f"{where}step {step}/{total}  {what}  {tokens_per_second:,.0f} tokens/s  {duration(left)} left"
+        speed = f"{tokens_per_second:,.0f} tokens/s"
+        line = f"{where}step {step}/{total}  {what}  {speed}  {duration(left)} left"
         if self.live:
             self.stream.write("\r" + line.ljust(self._width))
             self.stream.flush()
