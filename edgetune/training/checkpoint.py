@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -315,7 +315,7 @@ def _save(content: Mapping[str, Any], file: IO[bytes]) -> None:
     """`torch.save`, whose RuntimeError on a full disk becomes the OSError behind it."""
     watched: Any = _Watched(file)
     try:
-        torch.save(content, watched)
+        torch.save(content, cast(IO[bytes], watched))
     except RuntimeError as error:
         if watched.failure is None:
             raise

@@ -7,7 +7,7 @@ from process_helpers import python
 CODE = """
 import sys
 import torch, transformers, sklearn.linear_model  # theirs are not ours to block
-LACKING = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "curses", "readline")
+LACKING = ("fcntl", "resource", "pwd", "grp")
 for name in LACKING:
     sys.modules[name] = None
 import edgetune.training, edgetune.training.grpo_stage, edgetune.cli.train, edgetune.cli.export
