@@ -199,6 +199,7 @@ def test_without_the_sets_a_line_says_how_to_get_it(
         tmp_path,
         "--general-items",
         0,
+        "--replace",
     )
 
 

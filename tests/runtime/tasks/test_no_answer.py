@@ -16,6 +16,7 @@ from runtime_helpers import Listener, alone, decoder_bundle, encoder_bundle, req
 from safetensors.numpy import load_file, save_file
 
 from edgetune.core.errors import AdapterError, InputError
+from edgetune.core.files import sha256_file
 from edgetune.runtime import Runtime
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
@@ -25,9 +26,11 @@ NOT_FINITE = "what the adapter 'x' computed is not finite"
 def overflowing(bundle: Path, name: str, folder: Path) -> Path:
     """A shipped adapter whose weights are finite and whose products are not."""
     shutil.copytree(bundle / "adapters" / name, folder)
-    (folder / "edgetune_adapter.json").unlink()
     path = folder / "adapter_model.safetensors"
     save_file({k: np.full_like(v, 1e30) for k, v in load_file(path).items()}, path)
+    metadata = json.loads((folder / "edgetune_adapter.json").read_text())
+    metadata["files"][path.name] = sha256_file(path)
+    (folder / "edgetune_adapter.json").write_text(json.dumps(metadata))
     return folder
 
 
