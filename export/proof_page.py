@@ -11,7 +11,15 @@ from typing import Any
 
 from edgetune.core.files import sha256_file, write_text
 from edgetune.core.layout import REPORT
-from edgetune.report.html import STYLE, figure, html_table, words
+from edgetune.report.html import (
+    STYLE,
+    figure,
+    html_table,
+    raw_table,
+    verdict_mark,
+    verdict_tile,
+    words,
+)
 from edgetune.runtime.bundle.manifest import FileInfo, Manifest
 
 # digests and figures stay in one piece; a wide table scrolls
@@ -32,10 +40,12 @@ def render_proof(manifest: Manifest) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(_what(manifest))}</p>",
         _tiles(manifest),
+        "<h2>Verdict</h2>" + _verdict(manifest),
+        *_task(manifest),
+        *_changed(manifest),
         "<h2>Proof: the bundle against torch</h2>" + _proof(manifest),
         *_text(manifest),
         *_cost(manifest),
-        *_task(manifest),
         *_survival(manifest),
         "<h2>Adapters</h2>" + _adapters(manifest),
         "<h2>Files</h2>" + html_table(("file", "bytes", "sha256"), _files(manifest)),
@@ -68,9 +78,8 @@ def _what(manifest: Manifest) -> str:
 
 
 def _tiles(manifest: Manifest) -> str:
-    proofs = list(manifest.proof["adapters"].values())
     tiles = [
-        (f"{sum(proof['passed'] for proof in proofs)} of {len(proofs)}", "proofs passed"),
+        verdict_tile(list(manifest.proof["verdict"].values())),
         (f"{sum(info.bytes for info in manifest.files.values()) / 1e6:,.1f} MB", "on disk"),
         (f"{manifest.base.parameters / 1e6:,.1f} M", "parameters of the base"),
         (str(len(manifest.adapters)), "adapters"),
@@ -80,6 +89,39 @@ def _tiles(manifest: Manifest) -> str:
         for big, small in tiles
     )
     return f'<div class="tiles">{cells}</div>'
+
+
+def _verdict(manifest: Manifest) -> str:
+    """What the figures mean to whoever ships the bundle, in colour."""
+    rows = [
+        (
+            escape(name),
+            verdict_mark(one),
+            escape(one["says"])
+            + "".join(f'<br><span class="bad">{escape(why)}</span>' for why in one["reasons"])
+            + (f"<br>shipped by {escape(one['allowed_by'])}" if one["allowed_by"] else ""),
+        )
+        for name, one in manifest.proof["verdict"].items()
+    ]
+    return raw_table(("adapter", "", "against torch"), rows)
+
+
+def _changed(manifest: Manifest) -> Iterable[str]:
+    """Rows that the bundle answers otherwise, those that lost first."""
+    for name, result in manifest.proof.get("task", {}).items():
+        if (changed := result.get("changed")) and changed["rows"]:
+            rows = [
+                (
+                    escape(row["line"]),
+                    *(escape(row[key]) for key in ("text", "wanted", "torch")),
+                    f'<span class="{"bad" if row["worse"] else ""}">{escape(row["bundle"])}</span>',
+                )
+                for row in changed["rows"]
+            ]
+            count = f"{changed['changed']} of {changed['answered']} rows"
+            yield f"<h2>{escape(name)}: {count} answered otherwise</h2>" + raw_table(
+                ("row", "text", "wanted", "torch", "bundle"), rows
+            )
 
 
 def _proof(manifest: Manifest) -> str:
@@ -93,7 +135,7 @@ def _proof(manifest: Manifest) -> str:
         "recovered",
         "direction",
         "strength",
-        "",
+        "bounds",
     )
     rows = [
         (
@@ -106,7 +148,7 @@ def _proof(manifest: Manifest) -> str:
             f"{p['recovered']:.1%}",
             f"{p['direction']:.3f}",
             f"{p['strength']:.2f}",
-            "✓" if p["passed"] else "; ".join(p["failures"]),
+            "within" if p["passed"] else "; ".join(p["failures"]),
         )
         for name, p in manifest.proof["adapters"].items()
     ]
