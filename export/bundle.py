@@ -34,6 +34,7 @@ from edgetune.export.inputs.calibration_text import (
 )
 from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
 from edgetune.export.proof.cost import CostPlan
+from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import probe_rows
 from edgetune.export.proof.proof import demand
 from edgetune.export.proof.prove import proof_document, prove_bundle
@@ -123,6 +124,9 @@ def export_bundle(
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
         merged = manifest.mode == "merged" and precision.weights not in FLOATS
         demand(proofs, where=str(out), merged=merged)
+        answers = prove_from_text(folder, manifest, base, sources, threads=threads)
+        for name, one in answers.items():
+            say(f"answers {name}: {one.line()}")
         results = plan.measure(
             folder, manifest, base, sources, load=torch_model, threads=threads, say=say
         )
@@ -145,6 +149,7 @@ def export_bundle(
         document = proof_document(proofs, rows, precision) | {
             "task": {name: result.to_dict() for name, result in results.items()},
             "text": asdict(text),
+            "answers": {name: one.to_dict() for name, one in answers.items()},
             "verdict": {name: verdict.to_dict() for name, verdict in verdicts.items()},
         }
         manifest = replace(manifest, proof=document, files=_digests(folder))

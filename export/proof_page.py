@@ -43,6 +43,7 @@ def render_proof(manifest: Manifest) -> str:
         "<h2>Verdict</h2>" + _verdict(manifest),
         *_task(manifest),
         *_changed(manifest),
+        *_answers(manifest),
         "<h2>Proof: the bundle against torch</h2>" + _proof(manifest),
         *_text(manifest),
         *_cost(manifest),
@@ -122,6 +123,29 @@ def _changed(manifest: Manifest) -> Iterable[str]:
             yield f"<h2>{escape(name)}: {count} answered otherwise</h2>" + raw_table(
                 ("row", "text", "wanted", "torch", "bundle"), rows
             )
+
+
+def _answers(manifest: Manifest) -> Iterable[str]:
+    """A few rows from text to final answer, and each that came out otherwise."""
+    found = manifest.proof.get("answers", {})
+    rows = [
+        (
+            name,
+            one["kind"],
+            f"{one['same']} of {one['rows']}",
+            "–" if one["largest"] is None else f"{one['largest']:.1e}",
+            ", ".join(f"{key} {value}" for key, value in one["not_applied"].items()),
+        )
+        for name, one in found.items()
+    ]
+    if rows:
+        head = ("adapter", "answers", "same", "largest difference", "not applied on the device")
+        yield "<h2>From text to answer: transformers and PEFT, and the bundle</h2>" + html_table(
+            head, rows
+        )
+    others = [(name, *other) for name, one in found.items() for other in one["others"]]
+    if others:
+        yield html_table(("adapter", "text", "transformers", "bundle"), others)
 
 
 def _proof(manifest: Manifest) -> str:
