@@ -223,7 +223,7 @@ def _build(
             precision = settle(_trace(base, model), precision)
         calibrate_base(model, base, sources, tokenizer, precision, file=calibration, say=say)
         traced = None  # a graph kept from before has the weights as they were
-    graph, info, sites, head, precision = _graph(
+    graph, info, sites, head, precision, floats = _graph(
         base, model, sources, mode=mode, precision=precision, say=say, traced=traced
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -257,6 +257,7 @@ def _build(
         head=head,
         tokenizer=files,
         adapters=(),
+        quality={"kept_in_fp32": floats} if floats else {},
     )
     for line in filter(
         None, (warning(source.name, source.metadata, manifest) for source in sources)

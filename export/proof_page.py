@@ -71,6 +71,11 @@ def _what(manifest: Manifest) -> str:
         else f"{stored.weights} in blocks of {stored.block_size}"
     )
     precision += f", activations in {stored.activations}" if stored.activations != "float" else ""
+    for module, more in manifest.quality.get("kept_in_fp32", {}).items():
+        precision += (
+            f"; {module} in fp32, {more / 1e6:.1f} MB more, because its width is no multiple of"
+            " the block"
+        )
     kept = ", ".join(f"{name} in {kind}" for name, kind in stored.overrides.items())
     return (
         f"{manifest.task}, {manifest.mode}, {precision}{f', {kept}' if kept else ''}; base"
