@@ -66,8 +66,8 @@ def wait_briefly() -> None:
 
 def show_verdicts(verdicts: Mapping[str, Mapping[str, Any]]) -> None:
     """A line an adapter, on a terminal coloured: green is as trained and nothing else is."""
-    from edgetune.export.proof.verdict import AS_TRAINED, Verdict
+    from edgetune.export.proof.verdict import AS_TRAINED, ProofVerdict
 
     for name, one in verdicts.items():
         colour = "green" if one["value"] == AS_TRAINED else "red" if one["reasons"] else "yellow"
-        click.echo(f"{name}: " + click.style(Verdict(**one).line(), fg=colour))
+        click.echo(f"{name}: " + click.style(ProofVerdict(**one).line(), fg=colour))

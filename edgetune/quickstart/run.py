@@ -25,7 +25,7 @@ from edgetune.evaluation.measures import Evaluation
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.export.bundle import export_bundle
 from edgetune.export.proof.task_metric import TaskPlan
-from edgetune.export.proof.verdict import Verdict
+from edgetune.export.proof.verdict import ProofVerdict
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
 from edgetune.quickstart.fewshot import FewShotBase
@@ -190,7 +190,7 @@ def _ship(
             ),
         )
         for name, verdict in manifest.proof["verdict"].items():
-            road.say(f"verdict {name}: {Verdict(**verdict).line()}")
+            road.say(f"verdict {name}: {ProofVerdict(**verdict).line()}")
     with road.step(f"call {shipment.name}"), Runtime.open(folder) as runtime:
         calls = {task.name: _call(task, runtime, road) for task in shipment.tasks}
     with road.step(f"check {shipment.name} on {plan.device}"):

@@ -36,7 +36,7 @@ LEAST_WORSE = 6
 """Rows that must be worse before chance can be excluded: 5 of 5 are not enough (p = 0.06)."""
 ENOUGH_ROWS = 60
 """Of so many rows a loss of ten points is seen: `LEAST_WORSE` of them."""
-SHOWN, TEXT = 5, 60  # rows that changed, and characters of each of their texts
+SHOWN, IN_A_LINE, TEXT = 5, 3, 100  # rows that changed, and characters of each of their texts
 WANTED = ("label", "labels", "tags", "value", "references")  # keys of a prediction
 Prediction = Mapping[str, Any]
 
@@ -233,8 +233,9 @@ def _cut(text: str) -> str:
 
 def line_of(loss: TaskLoss) -> str:
     """The rows that changed, in one line: how many, and the first few in full."""
-    more = f"; … {loss.changed - len(loss.rows)} more" if loss.changed > len(loss.rows) else ""
+    shown = loss.rows[:IN_A_LINE]
+    more = f"; … {loss.changed - len(shown)} more" if loss.changed > len(shown) else ""
     return (
         f"{loss.changed} rows answered differently, {loss.worse} worse and {loss.better} better"
-        f" ({loss.chance}): {'; '.join(map(str, loss.rows))}{more}"
+        f" ({loss.chance}): {'; '.join(map(str, shown))}{more}"
     )

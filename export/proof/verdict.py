@@ -35,7 +35,7 @@ TRY = "Try --precision int8, a smaller --block-size or --quantiser gptq."
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ProofVerdict:
     """Of one adapter in one bundle."""
 
     value: str
@@ -57,9 +57,9 @@ class Verdict:
         return f"{self.value}: {self.says}{despite}"
 
 
-def judge(
+def judge_adapter(
     proof: Proof, task: TaskResult | None, *, allowed_by: str = "", measured: bool = False
-) -> Verdict:
+) -> ProofVerdict:
     """The verdict of one adapter; an option that allows losses turns a refusal into a change that
     says so. `measured`: its task metric was taken before, on enough rows.
     """
@@ -69,20 +69,23 @@ def judge(
     )
     says = _figures(proof, task)
     if reasons:
-        return Verdict(CHANGED if allowed_by else REFUSED, says, reasons, allowed_by)
-    return Verdict(AS_TRAINED if _nothing_seen(proof, task) else CHANGED, says)
+        return ProofVerdict(CHANGED if allowed_by else REFUSED, says, reasons, allowed_by)
+    return ProofVerdict(AS_TRAINED if _nothing_seen(proof, task) else CHANGED, says)
 
 
 def verdicts_of(
     proofs: Mapping[str, Proof], tasks: Mapping[str, TaskResult], *, allowed_by: str = ""
-) -> dict[str, Verdict]:
+) -> dict[str, ProofVerdict]:
     """The verdict of every adapter of a bundle."""
     return {
-        name: judge(proof, tasks.get(name), allowed_by=allowed_by) for name, proof in proofs.items()
+        name: judge_adapter(proof, tasks.get(name), allowed_by=allowed_by)
+        for name, proof in proofs.items()
     }
 
 
-def demand_verdicts(verdicts: Mapping[str, Verdict], *, where: str, merged: bool = False) -> None:
+def demand_verdicts(
+    verdicts: Mapping[str, ProofVerdict], *, where: str, merged: bool = False
+) -> None:
     """ProofError that lists every refused adapter and why, when any is."""
     refused = {name: one for name, one in verdicts.items() if one.value == REFUSED}
     if refused:
@@ -105,20 +108,31 @@ def verdicts_again(
     tasks: Mapping[str, TaskResult],
     *,
     allowed_by: str = "",
-) -> dict[str, Verdict]:
+) -> dict[str, ProofVerdict]:
     """The verdicts of a finished bundle; what its export measured and was told to allow still
     holds.
     """
-    before, results = manifest.proof.get("verdict", {}), manifest.proof.get("task", {})
     return {
-        name: judge(
+        name: judge_adapter(
             proof,
             tasks.get(name),
-            allowed_by=allowed_by or before.get(name, {}).get("allowed_by", ""),
-            measured=results.get(name, {}).get("rows", 0) >= ENOUGH_ROWS,
+            allowed_by=allowed_by or str(_recorded(manifest, "verdict", name, "allowed_by") or ""),
+            measured=_counted(_recorded(manifest, "task", name, "rows")),
         )
         for name, proof in proofs.items()
     }
+
+
+def _recorded(manifest: Manifest, *keys: str) -> Any:
+    """A value of the manifest's proof; None where it is not there, as in older bundles."""
+    value: Any = manifest.proof
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _counted(rows: Any) -> bool:
+    return isinstance(rows, int) and rows >= ENOUGH_ROWS
 
 
 def _enough(task: TaskResult | None) -> bool:
@@ -152,9 +166,8 @@ def _lost(task: TaskResult, proof: Proof) -> Iterator[str]:
     """What the task lost, beyond a point and beyond chance."""
     if task.changed is not None:
         if task.points > POINT and task.changed.beyond_chance:
-            yield f"{_metric(task)} ({task.rows} of {task.found} rows of {task.data}); " + line_of(
-                task.changed
-            )
+            rows = f"{task.rows} of {task.found} rows of {task.data}"
+            yield f"more than a point and chance lost on {rows}: {line_of(task.changed)}"
         return
     nats = math.log(task.bundle[task.metric] / task.torch[task.metric])
     bound = max(
