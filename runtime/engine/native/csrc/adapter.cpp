@@ -1,0 +1,79 @@
+#include "adapter.h"
+
+#include <cmath>
+#include <stdexcept>
+
+#include "half.h"
+
+namespace edgetune {
+
+namespace {
+
+// The power of two that brings the largest number to 128 to 256; 1 where all are zero.
+float unit_of(const float *numbers, size_t count, const std::string &site) {
+    float high = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (!std::isfinite(numbers[i]))
+            throw std::runtime_error("the adapter has a number at " + site + " that is not finite");
+        high = std::fmax(high, std::fabs(numbers[i]));
+    }
+    int exponent = 0;
+    if (!(high > 0)) return 1;
+    std::frexp(high, &exponent);
+    return std::ldexp(1.0f, exponent - 8);
+}
+
+} // namespace
+
+OpenAdapter::OpenAdapter(const OpenModel &model)
+    : open(model), sites(model.sites.size()) {
+    adapter.sites = sites.data();
+}
+
+void OpenAdapter::add(const std::string &name, int rank, const float *a, const float *b) {
+    size_t at = 0;
+    while (at < open.sites.size() && open.sites[at].name != name) at++;
+    if (at == open.sites.size()) throw std::runtime_error("the model has no site " + name);
+    if (rank < 0 || rank > MOST_RANKS)
+        throw std::runtime_error("a rank of " + std::to_string(rank) + " at " + name +
+                                 ", expected at most " + std::to_string(MOST_RANKS));
+    SiteAdapter &site = sites[at];
+    site = SiteAdapter();
+    if (!rank) return;
+    const Matrix &m = *open.sites[at].matrix;
+    const int line = round_up(m.inputs, LANES);
+    const float unit_a = unit_of(a, size_t(m.inputs) * rank, name);
+    const float unit_b = unit_of(b, size_t(m.outputs) * rank, name);
+    const size_t a_size = size_t(rank) * line, b_size = size_t(m.width()) * rank;
+    halves.emplace_back(new uint16_t[a_size]());
+    uint16_t *to_a = halves.back().get();
+    for (int64_t k = 0; k < m.inputs; k++)
+        for (int j = 0; j < rank; j++)
+            to_a[int64_t(j) * line + k] = float_to_half(a[k * rank + j] / unit_a);
+    halves.emplace_back(new uint16_t[b_size]());
+    uint16_t *to_b = halves.back().get();
+    ranges.emplace_back(new int16_t[size_t(m.groups) * 2]);
+    int16_t *first = ranges.back().get(), *last = first + m.groups;
+    for (int64_t group = 0; group < m.groups; group++) {
+        first[group] = last[group] = 0;
+        for (int j = 0; j < rank; j++)
+            for (int i = 0; i < LANES; i++) {
+                const int32_t row = m.rows[group * LANES + i];
+                const float value = row < 0 ? 0 : b[int64_t(j) * m.outputs + row];
+                to_b[(group * rank + j) * LANES + i] = float_to_half(value / unit_b);
+                if (value == 0) continue;
+                if (last[group] == 0) first[group] = int16_t(j);
+                last[group] = int16_t(j + 1);
+            }
+    }
+    site.rank = rank;
+    site.multiplier = unit_a * unit_b;
+    site.a = to_a;
+    site.b = to_b;
+    site.first = first;
+    site.last = last;
+    bytes += (a_size + b_size) * 2;
+    if (rank > adapter.largest) adapter.largest = rank;
+}
+
+} // namespace edgetune

@@ -1,0 +1,716 @@
+// One pass of all layers over some tokens, written on the vectors of one instruction set: this file
+// is included by kernels_*.cpp behind a simd_*.h, inside that set's namespace. It uses nothing of
+// the standard library that could be compiled for one processor and called on another.
+//
+// Every thread runs `forward`. Products are divided by their output rows; between two of them stands
+// a barrier. What lies between is done by every thread for itself while there are one or two tokens
+// (a norm takes less time than another barrier), else divided by tokens.
+
+constexpr float NOTHING = -1e30f; // a score that nobody gave
+constexpr int KEYS = 128;         // keys whose scores are kept at once
+constexpr int TOGETHER = 8;       // tokens for which a group of rows is unpacked once
+constexpr int QUERIES = 4;        // rows of queries that read a key together
+
+INLINE F exponential(F x) {
+    x = most(least(x, all(88.0f)), all(-87.0f));
+    F n = nearest(mul(x, all(1.44269504f)));
+    F f = fma(n, all(-0.693359375f), x);
+    f = fma(n, all(2.12194440e-4f), f);
+    F p = all(1.9875691500e-4f);
+    p = fma(p, f, all(1.3981999507e-3f));
+    p = fma(p, f, all(8.3334519073e-3f));
+    p = fma(p, f, all(4.1665795894e-2f));
+    p = fma(p, f, all(1.6666665459e-1f));
+    p = fma(p, f, all(5.0000001201e-1f));
+    p = fma(p, mul(f, f), add(f, all(1.0f)));
+    return mul(p, power_of_two(n));
+}
+
+INLINE F hyperbolic_tangent(F x) { // 1 - 2 / (exp(2x) + 1)
+    F e = exponential(add(x, x));
+    return sub(all(1.0f), div(all(2.0f), add(e, all(1.0f))));
+}
+
+INLINE F silu(F x) { return div(x, add(all(1.0f), exponential(sub(all(0.0f), x)))); }
+
+INLINE F gelu_tanh(F x) {
+    F inner = mul(all(0.7978845608f), fma(mul(mul(x, x), x), all(0.044715f), x));
+    return mul(mul(all(0.5f), x), add(all(1.0f), hyperbolic_tangent(inner)));
+}
+
+// x * the normal distribution up to x; erf by Abramowitz and Stegun 7.1.26, within 1.5e-7.
+INLINE F gelu(F x) {
+    F z = mul(magnitude(x), all(0.7071067812f));
+    F t = div(all(1.0f), fma(all(0.3275911f), z, all(1.0f)));
+    F p = fma(all(1.061405429f), t, all(-1.453152027f));
+    p = fma(p, t, all(1.421413741f));
+    p = fma(p, t, all(-0.284496736f));
+    p = mul(fma(p, t, all(0.254829592f)), t);
+    F tail = mul(p, exponential(sub(all(0.0f), mul(z, z)))); // 1 - erf(z)
+    return sub(most(x, all(0.0f)), mul(mul(all(0.5f), magnitude(x)), tail));
+}
+
+INLINE F activated(F x, Activation kind) {
+    return kind == SILU ? silu(x) : kind == GELU ? gelu(x) : gelu_tanh(x);
+}
+
+INLINE F capped(F x, float cap) { return mul(all(cap), hyperbolic_tangent(div(x, all(cap)))); }
+
+// What a product reads of one token: numbers rounded to 8 bits, a scale a block.
+static void round_numbers(float *z, const Matrix &m, const Rounded &to, int at) {
+    int width = m.blocks * m.block;
+    for (int i = m.inputs; i < width; i++) z[i] = 0;
+    int8_t *values = to.values + size_t(at) * to.line;
+    size_t place = size_t(at) * to.blocks;
+    for (int b = 0; b < m.blocks; b++) {
+        const float *x = z + b * m.block;
+        F high = magnitude(load(x)), sum = load(x);
+        for (int i = LANES; i < m.block; i += LANES) {
+            F v = load(x + i);
+            high = most(high, magnitude(v));
+            sum = add(sum, v);
+        }
+        float top = largest(high);
+        F inverse = all(top > 0 ? 127.0f / top : 0.0f);
+        int32_t whole = 0;
+        for (int i = 0; i < m.block; i += LANES)
+            whole += store_bytes(values + b * m.block + i, mul(load(x + i), inverse), m.bits == 4);
+        to.scales[place + b] = top / 127.0f;
+        to.totals[place + b] = whole;
+        to.sums[place + b] = total(sum);
+    }
+}
+
+// A x of one token's adapter at a site.
+static void lower(const float *z, int inputs, const SiteAdapter &site, float *low) {
+    int line = (inputs + LANES - 1) / LANES * LANES;
+    for (int j = 0; j < site.rank; j++) {
+        const uint16_t *a = site.a + size_t(j) * line;
+        F s = all(0.0f), t = all(0.0f);
+        int i = 0;
+        for (; i + 2 * LANES <= line; i += 2 * LANES) {
+            s = fma(load_half(a + i), load(z + i), s);
+            t = fma(load_half(a + i + LANES), load(z + i + LANES), t);
+        }
+        if (i < line) s = fma(load_half(a + i), load(z + i), s);
+        low[j] = total(add(s, t)) * site.multiplier;
+    }
+}
+
+static void prepare(const Model &model, const Matrix &m, Lane &lane, float *z, int at,
+                    const Adapter *adapter) {
+    int line = (m.inputs + LANES - 1) / LANES * LANES;
+    for (int i = m.inputs; i < line; i++) z[i] = 0;
+    if (m.bits) round_numbers(z, m, lane.rounded, at);
+    if (adapter && m.site >= 0)
+        lower(z, m.inputs, adapter->sites[m.site], lane.low + size_t(at) * model.low_line);
+}
+
+// --- products -----------------------------------------------------------------------------------
+
+struct Reading { // what one product reads, and where its results go
+    const Model *model;
+    const Matrix *matrix;
+    const Lane *lane;
+    const float *z;
+    int z_line, count;
+    const Token *tokens;
+    const int32_t *chosen; // places of its rows among the tokens, or null: the first ones
+    float *out;
+    int out_line;
+    Activation activation;
+    int outputs; // numbers a row takes in `out`, where its last group may not be whole; 0: whole
+};
+
+INLINE F finished(const Reading &r, F v, int group, int row) {
+    const Matrix &m = *r.matrix;
+    v = mul(v, all(m.multiplier));
+    if (m.bias) v = add(v, load(m.bias + group * LANES));
+    const Adapter *adapter = r.tokens[r.chosen ? r.chosen[row] : row].adapter;
+    if (adapter && m.site >= 0) {
+        const SiteAdapter &site = adapter->sites[m.site];
+        if (site.rank) {
+            const float *low = r.lane->low + size_t(row) * r.model->low_line;
+            const uint16_t *b = site.b + size_t(group) * site.rank * LANES;
+            for (int j = site.first[group]; j < site.last[group]; j++)
+                v = fma(load_half(b + j * LANES), all(low[j]), v);
+        }
+    }
+    return v;
+}
+
+template <int BITS, bool OFFSETS, int T>
+INLINE void group_times(const Matrix &m, const uint8_t *p, size_t step, const Rounded &x, int row,
+                        F *f) {
+    const int subs = m.block / COLUMNS;
+    const int8_t *values[T];
+    size_t place[T];
+    for (int t = 0; t < T; t++) {
+        f[t] = all(0.0f);
+        values[t] = x.values + size_t(row + t) * x.line;
+        place[t] = size_t(row + t) * x.blocks;
+    }
+    for (int b = 0; b < m.blocks; b++, p += step) {
+        const uint8_t *data = p + (OFFSETS ? 64 : 32);
+        Sums s[T];
+        for (int t = 0; t < T; t++)
+            s[t] = sums(-(BITS == 4 ? ZERO4 : ZERO8) * x.totals[place[t] + b]);
+        for (int sub = 0; sub < subs; sub++, data += 64 * BITS) {
+            Values<BITS> w;
+            unpack(data, w);
+            for (int t = 0; t < T; t++) {
+                s[t] = dot(w, values[t], s[t]);
+                values[t] += COLUMNS;
+            }
+        }
+        F scale = load_half((const uint16_t *)p);
+        F offset = OFFSETS ? load_half((const uint16_t *)p + LANES) : scale;
+        for (int t = 0; t < T; t++) {
+            f[t] = fma(mul(scale, all(x.scales[place[t] + b])), as_floats(s[t]), f[t]);
+            if (OFFSETS) f[t] = fma(offset, all(x.sums[place[t] + b]), f[t]);
+        }
+    }
+}
+
+// One token, all groups of a tile at once: one stream through memory.
+template <int BITS, bool OFFSETS, int U>
+INLINE void tile_times(const Matrix &m, const uint8_t *p, const Rounded &x, F *f) {
+    const int subs = m.block / COLUMNS;
+    for (int u = 0; u < U; u++) f[u] = all(0.0f);
+    const int8_t *values = x.values;
+    for (int b = 0; b < m.blocks; b++, values += m.block) {
+        Sums start = sums(-(BITS == 4 ? ZERO4 : ZERO8) * x.totals[b]);
+        F own = all(x.scales[b]);
+        for (int u = 0; u < U; u++) {
+            const uint8_t *data = p + (OFFSETS ? 64 : 32);
+            Sums s = start;
+            for (int sub = 0; sub < subs; sub++, data += 64 * BITS) {
+                Values<BITS> w;
+                unpack(data, w);
+                s = dot(w, values + sub * COLUMNS, s);
+            }
+            f[u] = fma(mul(load_half((const uint16_t *)p), own), as_floats(s), f[u]);
+            if (OFFSETS)
+                f[u] = fma(load_half((const uint16_t *)p + LANES), all(x.sums[b]), f[u]);
+            p = data;
+        }
+    }
+}
+
+static void float_group_times(const Matrix &m, const float *p, const float *z, int z_line, int rows,
+                              F *f) {
+    for (int t = 0; t < rows; t++) f[t] = all(0.0f);
+    for (int k = 0; k < m.inputs; k++) {
+        F w = load(p + size_t(k) * LANES);
+        for (int t = 0; t < rows; t++) f[t] = fma(w, all(z[size_t(t) * z_line + k]), f[t]);
+    }
+}
+
+template <int BITS, bool OFFSETS>
+static void group_of_rows(const Matrix &m, const uint8_t *p, size_t step, const Rounded &x, int row,
+                          int rows, F *f) {
+    switch (rows) {
+    case 1: return group_times<BITS, OFFSETS, 1>(m, p, step, x, row, f);
+    case 2: return group_times<BITS, OFFSETS, 2>(m, p, step, x, row, f);
+    case 3: return group_times<BITS, OFFSETS, 3>(m, p, step, x, row, f);
+    case 4: return group_times<BITS, OFFSETS, 4>(m, p, step, x, row, f);
+    case 5: return group_times<BITS, OFFSETS, 5>(m, p, step, x, row, f);
+    case 6: return group_times<BITS, OFFSETS, 6>(m, p, step, x, row, f);
+    case 7: return group_times<BITS, OFFSETS, 7>(m, p, step, x, row, f);
+    default: return group_times<BITS, OFFSETS, 8>(m, p, step, x, row, f);
+    }
+}
+
+template <int BITS, bool OFFSETS>
+static void tile_of_one(const Matrix &m, const uint8_t *p, const Rounded &x, int groups, F *f) {
+    switch (groups) {
+    case 1: return tile_times<BITS, OFFSETS, 1>(m, p, x, f);
+    case 2: return tile_times<BITS, OFFSETS, 2>(m, p, x, f);
+    case 3: return tile_times<BITS, OFFSETS, 3>(m, p, x, f);
+    default: return tile_times<BITS, OFFSETS, 4>(m, p, x, f);
+    }
+}
+
+static void put(const Reading &r, int group, int row, F gate, F up) {
+    const Matrix &m = *r.matrix;
+    float *out = r.out + size_t(row) * r.out_line;
+    if (!m.gated) {
+        gate = finished(r, gate, group, row);
+        const int rest = r.outputs - group * LANES;
+        if (!r.outputs || rest >= LANES) {
+            store(out + group * LANES, gate);
+        } else {
+            float whole[LANES];
+            store(whole, gate);
+            for (int i = 0; i < rest; i++) out[group * LANES + i] = whole[i];
+        }
+        return;
+    }
+    F a = activated(finished(r, gate, group, row), r.activation);
+    store(out + group / 2 * LANES, mul(a, finished(r, up, group + 1, row)));
+}
+
+template <int BITS, bool OFFSETS>
+static void tiles_times(const Reading &r, int first, int last) {
+    const Matrix &m = *r.matrix;
+    const size_t block = m.block_bytes(), tile = m.group_bytes() * m.unit;
+    const int pair = m.gated ? 2 : 1;
+    for (int at = first; at < last; at++) {
+        const uint8_t *p = m.tiles + tile * at;
+        const int base = at * m.unit, left = m.groups - base, groups = left < m.unit ? left : m.unit;
+        if (r.count == 1) {
+            F f[4];
+            tile_of_one<BITS, OFFSETS>(m, p, r.lane->rounded, groups, f);
+            for (int u = 0; u < groups; u += pair) put(r, base + u, 0, f[u], f[u + pair - 1]);
+            continue;
+        }
+        for (int u = 0; u < groups; u += pair)
+            for (int row = 0; row < r.count; row += TOGETHER) {
+                const int rows = r.count - row < TOGETHER ? r.count - row : TOGETHER;
+                F f[2][TOGETHER];
+                for (int half = 0; half < pair; half++)
+                    group_of_rows<BITS, OFFSETS>(m, p + block * (u + half), block * groups,
+                                                 r.lane->rounded, row, rows, f[half]);
+                for (int t = 0; t < rows; t++)
+                    put(r, base + u, row + t, f[0][t], f[pair - 1][t]);
+            }
+    }
+}
+
+static void float_tiles_times(const Reading &r, int first, int last) {
+    const Matrix &m = *r.matrix;
+    const int pair = m.gated ? 2 : 1;
+    const float *tiles = (const float *)m.tiles;
+    for (int at = first; at < last; at++)
+        for (int group = at * m.unit; group < (at + 1) * m.unit && group < m.groups; group += pair)
+            for (int row = 0; row < r.count; row += TOGETHER) {
+                const int rows = r.count - row < TOGETHER ? r.count - row : TOGETHER;
+                F f[2][TOGETHER];
+                for (int half = 0; half < pair; half++)
+                    float_group_times(m, tiles + size_t(group + half) * m.inputs * LANES,
+                                      r.z + size_t(row) * r.z_line, r.z_line, rows, f[half]);
+                for (int t = 0; t < rows; t++)
+                    put(r, group, row + t, f[0][t], f[pair - 1][t]);
+            }
+}
+
+static void product(const Reading &r, int thread) {
+    const Matrix &m = *r.matrix;
+    const int64_t tiles = (m.groups + m.unit - 1) / m.unit, threads = r.model->threads;
+    const int first = int(tiles * thread / threads), last = int(tiles * (thread + 1) / threads);
+    if (m.bits == 4)
+        m.offsets ? tiles_times<4, true>(r, first, last) : tiles_times<4, false>(r, first, last);
+    else if (m.bits == 8)
+        m.offsets ? tiles_times<8, true>(r, first, last) : tiles_times<8, false>(r, first, last);
+    else
+        float_tiles_times(r, first, last);
+}
+
+// --- norms and positions ------------------------------------------------------------------------
+
+static void normalise(const Norm &norm, const float *x, int width, float *out) {
+    float shift = 0;
+    if (norm.layer) {
+        F s = all(0.0f);
+        for (int i = 0; i < width; i += LANES) s = add(s, load(x + i));
+        shift = total(s) / width;
+    }
+    F squares = all(0.0f);
+    for (int i = 0; i < width; i += LANES) {
+        F v = sub(load(x + i), all(shift));
+        squares = fma(v, v, squares);
+    }
+    float sum = total(squares);
+    if (int filled = (LANES - width % LANES) % LANES) sum -= filled * shift * shift;
+    F factor = all(1.0f / __builtin_sqrtf(sum / width + norm.epsilon));
+    for (int i = 0; i < width; i += LANES) {
+        F v = mul(mul(sub(load(x + i), all(shift)), factor), load(norm.weight + i));
+        store(out + i, norm.bias ? add(v, load(norm.bias + i)) : v);
+    }
+}
+
+// x += the branch, through its own norm where it has one.
+static void add_branch(const Norm &after, const float *branch, int width, float *x, float *scratch) {
+    if (after.present) {
+        normalise(after, branch, width, scratch);
+        branch = scratch;
+    }
+    for (int i = 0; i < width; i += LANES) store(x + i, add(load(x + i), load(branch + i)));
+}
+
+static void rotate(const Rotary &rotary, int position, float *x) {
+    const int half = rotary.width / 2;
+    const float *c = rotary.cos + size_t(position) * half, *s = rotary.sin + size_t(position) * half;
+    int i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        F a = load(x + i), b = load(x + half + i), co = load(c + i), si = load(s + i);
+        store(x + i, sub(mul(a, co), mul(b, si)));
+        store(x + half + i, fma(b, co, mul(a, si)));
+    }
+    for (; i < half; i++) {
+        float a = x[i], b = x[half + i];
+        x[i] = a * c[i] - b * s[i];
+        x[half + i] = b * c[i] + a * s[i];
+    }
+}
+
+static void embed(const Model &model, int32_t id, float *x) {
+    const Table &t = model.embedding;
+    for (int i = t.columns; i < model.x_line; i++) x[i] = 0;
+    if (!t.bits) {
+        const float *row = (const float *)t.weight + size_t(id) * t.columns;
+        for (int i = 0; i < t.columns; i++) x[i] = row[i] * t.multiplier;
+        return;
+    }
+    const int blocks = (t.columns + t.block - 1) / t.block, zero_line = (blocks + 1) / 2;
+    const uint8_t *row = t.weight + size_t(id) * blocks * t.block * t.bits / 8;
+    for (int i = 0; i < t.columns; i++) {
+        const int b = i / t.block;
+        int zero = t.bits == 4 ? 8 : 128, value;
+        if (t.bits == 4) {
+            value = row[i / 2] >> 4 * (i % 2) & 15;
+            if (t.zeros) zero = t.zeros[size_t(id) * zero_line + b / 2] >> 4 * (b % 2) & 15;
+        } else {
+            value = row[i];
+            if (t.zeros) zero = t.zeros[size_t(id) * blocks + b];
+        }
+        x[i] = float(value - zero) * t.scales[size_t(id) * blocks + b] * t.multiplier;
+    }
+}
+
+// --- attention ----------------------------------------------------------------------------------
+
+struct Span { // what one row of queries sees of the keys, and what came of it
+    const float *q;
+    int from, to;
+    float high, sum; // largest score, sum of exp(score - high)
+    float *acc;      // (head_width): sum of exp(score - high) * value
+};
+
+INLINE uint16_t *side_of(const Work &w, int side, int slot, int head) {
+    const Model &m = *w.model;
+    return w.cache.memory +
+           (((size_t(side) * w.cache.slots + slot) * m.kv_heads + head) * w.cache.capacity) *
+               m.head_width;
+}
+
+template <int R>
+static void attend(const Model &model, const uint16_t *keys, const uint16_t *values, float softcap,
+                   Span *rows, float *scores) {
+    const int width = model.head_width, dim = model.head_dim;
+    int from = rows[0].from, to = rows[0].to;
+    for (int r = 1; r < R; r++) {
+        if (rows[r].from < from) from = rows[r].from;
+        if (rows[r].to > to) to = rows[r].to;
+    }
+    for (int start = from / LANES * LANES; start < to; start += KEYS) {
+        const int end = start + KEYS < to ? start + KEYS : to, first = start > from ? start : from;
+        F top[R];
+        for (int r = 0; r < R; r++) top[r] = all(NOTHING);
+        for (int k = start; k < end; k += LANES) {
+            const uint16_t *key = keys + size_t(k) * width;
+            F s[R];
+            for (int r = 0; r < R; r++) s[r] = all(0.0f);
+            for (int d = 0; d < dim; d++) {
+                F v = load_half(key + d * LANES);
+                for (int r = 0; r < R; r++) s[r] = fma(all(rows[r].q[d]), v, s[r]);
+            }
+            for (int r = 0; r < R; r++) {
+                if (softcap > 0) s[r] = capped(s[r], softcap);
+                float *score = scores + r * KEYS + (k - start);
+                store(score, s[r]);
+                if (k < rows[r].from || k + LANES > rows[r].to) {
+                    for (int i = 0; i < LANES; i++)
+                        if (k + i < rows[r].from || k + i >= rows[r].to) score[i] = NOTHING;
+                    s[r] = load(score);
+                }
+                top[r] = most(top[r], s[r]);
+            }
+        }
+        float shrink[R];
+        for (int r = 0; r < R; r++) {
+            float *score = scores + r * KEYS, high = largest(top[r]);
+            if (high <= NOTHING) { // sees none of these
+                for (int k = 0; k < end - start; k += LANES) store(score + k, all(0.0f));
+                shrink[r] = 1;
+                continue;
+            }
+            if (high < rows[r].high) high = rows[r].high;
+            F sum = all(0.0f);
+            for (int k = 0; k < end - start; k += LANES) {
+                F e = exponential(sub(load(score + k), all(high)));
+                store(score + k, e);
+                sum = add(sum, e);
+            }
+            // exp ends at -87, so a hidden key gets what is nothing beside the largest, but not 0
+            for (int k = start; k < rows[r].from && k < end; k++) score[k - start] = 0;
+            for (int k = rows[r].to > start ? rows[r].to : start; k < end; k++) score[k - start] = 0;
+            float old[LANES];
+            store(old, exponential(all(rows[r].high - high)));
+            shrink[r] = rows[r].sum > 0 ? old[0] : 0;
+            rows[r].sum = rows[r].sum * shrink[r] + total(sum);
+            rows[r].high = high;
+        }
+        for (int d = 0; d < width; d += LANES) {
+            F a[R];
+            for (int r = 0; r < R; r++) a[r] = mul(load(rows[r].acc + d), all(shrink[r]));
+            const uint16_t *value = values + size_t(first) * width + d;
+            for (int k = first; k < end; k++, value += width) {
+                F v = load_half(value);
+                for (int r = 0; r < R; r++) a[r] = fma(all(scores[r * KEYS + k - start]), v, a[r]);
+            }
+            for (int r = 0; r < R; r++) store(rows[r].acc + d, a[r]);
+        }
+    }
+}
+
+static void attend_rows(const Work &w, const Layer &layer, int index, int slot, int head, Span *rows,
+                        int count, float *scores) {
+    const uint16_t *keys = side_of(w, 2 * index, slot, head);
+    const uint16_t *values = side_of(w, 2 * index + 1, slot, head);
+    for (int r = 0; r < count; r++) {
+        rows[r].high = NOTHING;
+        rows[r].sum = 0;
+        for (int d = 0; d < w.model->head_width; d += LANES) store(rows[r].acc + d, all(0.0f));
+    }
+    while (count > 0) {
+        switch (count) {
+        case 1: attend<1>(*w.model, keys, values, layer.softcap, rows, scores); break;
+        case 2: attend<2>(*w.model, keys, values, layer.softcap, rows, scores); break;
+        case 3: attend<3>(*w.model, keys, values, layer.softcap, rows, scores); break;
+        default: attend<4>(*w.model, keys, values, layer.softcap, rows, scores); break;
+        }
+        rows += QUERIES;
+        count -= QUERIES;
+    }
+}
+
+static void query(const Model &m, const Layer &layer, const float *y, int position, float *q) {
+    for (int i = 0; i < m.head_width; i += LANES) store(q + i, load(y + i));
+    if (layer.q_norm.present) normalise(layer.q_norm, q, m.head_dim, q);
+    if (layer.rotary >= 0) rotate(m.rotaries[layer.rotary], position, q);
+    for (int i = 0; i < m.head_width; i += LANES) store(q + i, mul(load(q + i), all(layer.scale)));
+}
+
+// Write one token's key and value of every head into the cache.
+static void append(const Work &w, const Layer &layer, int index, int token, float *scratch) {
+    const Model &m = *w.model;
+    const Token &t = w.tokens[token];
+    const int width = m.head_width;
+    const float *k = m.y + size_t(token) * m.y_line + m.heads * width, *v = k + m.kv_heads * width;
+    uint16_t *half = (uint16_t *)(scratch + width);
+    for (int head = 0; head < m.kv_heads; head++, k += width, v += width) {
+        for (int i = 0; i < width; i += LANES) store(scratch + i, load(k + i));
+        if (layer.k_norm.present) normalise(layer.k_norm, scratch, m.head_dim, scratch);
+        if (layer.rotary >= 0) rotate(m.rotaries[layer.rotary], t.position, scratch);
+        for (int i = 0; i < width; i += LANES) store_half(half + i, load(scratch + i));
+        uint16_t *key = side_of(w, 2 * index, t.slot, head) +
+                        size_t(t.position / LANES) * LANES * width + t.position % LANES;
+        for (int i = 0; i < width; i++) key[size_t(i) * LANES] = half[i];
+        uint16_t *value = side_of(w, 2 * index + 1, t.slot, head) + size_t(t.position) * width;
+        for (int i = 0; i < width; i += LANES) store_half(value + i, load(v + i));
+    }
+}
+
+INLINE int seen_from(const Layer &layer, int position) {
+    return layer.window > 0 && position + 1 > layer.window ? position + 1 - layer.window : 0;
+}
+
+// Of every token and head a part of the context: a thread has its share of the tokens that were
+// there, the last one also those that come now (and it writes their keys and values).
+static void attend_part(const Work &w, const Layer &layer, int index, int thread, float *scratch) {
+    const Model &m = *w.model;
+    const int width = m.head_width, group = m.heads / m.kv_heads, line = width + LANES;
+    const bool last = thread == m.threads - 1;
+    if (last)
+        for (int i = 0; i < w.count; i++) append(w, layer, index, i, scratch);
+    float *q = scratch, *scores = scratch + size_t(m.heads) * width;
+    for (int i = 0; i < w.count; i++) {
+        const Token &t = w.tokens[i];
+        for (int head = 0; head < m.heads; head++)
+            query(m, layer, m.y + size_t(i) * m.y_line + head * width, t.position, q + head * width);
+        const int64_t steps = t.start / LANES;
+        int from = int(steps * thread / m.threads) * LANES;
+        int to = last ? t.position + 1 : int(steps * (thread + 1) / m.threads) * LANES;
+        if (from < seen_from(layer, t.position)) from = seen_from(layer, t.position);
+        if (to < from) to = from;
+        float *part = m.parts + (size_t(thread) * FEW_TOKENS + i) * m.heads * line;
+        for (int kv = 0; kv < m.kv_heads; kv++)
+            for (int done = 0; done < group; done += QUERIES) {
+                Span rows[QUERIES];
+                const int count = group - done < QUERIES ? group - done : QUERIES;
+                for (int r = 0; r < count; r++) {
+                    const int head = kv * group + done + r;
+                    rows[r].q = q + head * width;
+                    rows[r].from = from;
+                    rows[r].to = to;
+                    rows[r].acc = part + size_t(head) * line;
+                }
+                attend_rows(w, layer, index, t.slot, kv, rows, count, scores);
+                for (int r = 0; r < count; r++) {
+                    rows[r].acc[width] = rows[r].high;
+                    rows[r].acc[width + 1] = rows[r].sum;
+                }
+            }
+    }
+}
+
+static void merge_parts(const Model &m, int token, float *out) {
+    const int width = m.head_width, line = width + LANES;
+    const size_t step = size_t(FEW_TOKENS) * m.heads * line;
+    for (int head = 0; head < m.heads; head++, out += m.head_dim) {
+        const float *part = m.parts + (size_t(token) * m.heads + head) * line;
+        float high = NOTHING, sum = 0, factors[64], result[1024];
+        for (int t = 0; t < m.threads; t++)
+            if (part[step * t + width] > high) high = part[step * t + width];
+        for (int t = 0; t < m.threads; t++) {
+            F e = exponential(all(part[step * t + width] - high));
+            float each[LANES];
+            store(each, e);
+            factors[t] = part[step * t + width + 1] > 0 ? each[0] : 0;
+            sum += factors[t] * part[step * t + width + 1];
+        }
+        for (int d = 0; d < width; d += LANES) {
+            F a = all(0.0f);
+            for (int t = 0; t < m.threads; t++)
+                a = fma(load(part + step * t + d), all(factors[t] / sum), a);
+            store(result + d, a);
+        }
+        for (int d = 0; d < m.head_dim; d++) out[d] = result[d];
+    }
+}
+
+// A prompt: the keys are all in the cache; blocks of tokens by heads are shared out.
+static void attend_many(const Work &w, const Layer &layer, int index, int thread, float *scratch,
+                        float *out, int out_line) {
+    const Model &m = *w.model;
+    const int width = m.head_width, group = m.heads / m.kv_heads;
+    float *q = scratch, *acc = q + QUERIES * width, *scores = acc + QUERIES * width;
+    const int64_t all_rows = int64_t(w.count) * group, blocks = (all_rows + QUERIES - 1) / QUERIES;
+    for (int64_t item = thread; item < blocks * m.kv_heads; item += m.threads) {
+        const int kv = int(item % m.kv_heads);
+        int64_t row = item / m.kv_heads * QUERIES;
+        const int64_t end = row + QUERIES < all_rows ? row + QUERIES : all_rows;
+        while (row < end) { // rows of one slot go together
+            Span rows[QUERIES];
+            const int slot = w.tokens[row / group].slot;
+            int count = 0;
+            for (; row + count < end && w.tokens[(row + count) / group].slot == slot; count++) {
+                const int token = int((row + count) / group), head = int((row + count) % group);
+                const Token &t = w.tokens[token];
+                query(m, layer, m.y + size_t(token) * m.y_line + (kv * group + head) * width,
+                      t.position, q + count * width);
+                rows[count].q = q + count * width;
+                rows[count].from = seen_from(layer, t.position);
+                rows[count].to = t.position + 1;
+                rows[count].acc = acc + count * width;
+            }
+            attend_rows(w, layer, index, slot, kv, rows, count, scores);
+            for (int r = 0; r < count; r++) {
+                const int token = int((row + r) / group), head = kv * group + int((row + r) % group);
+                float *to = out + size_t(token) * out_line + head * m.head_dim;
+                for (int d = 0; d < m.head_dim; d++) to[d] = rows[r].acc[d] / rows[r].sum;
+            }
+            row += count;
+        }
+    }
+}
+
+// --- all layers ---------------------------------------------------------------------------------
+
+static void forward(const Work *work, int thread) {
+    const Work &w = *work;
+    Model &m = *w.model;
+    const int count = w.count;
+    const bool alone = count <= ALONE_TOKENS, few = count <= FEW_TOKENS;
+    Lane &lane = m.lanes[alone ? thread : 0];
+    const int from = alone ? 0 : count * thread / m.threads;
+    const int to = alone ? count : count * (thread + 1) / m.threads;
+    float *scratch = m.lanes[thread].heads;
+    Reading r = {&m, nullptr, &lane, lane.z, m.z_line, count, w.tokens, nullptr, nullptr, 0, SILU, 0};
+    auto multiply = [&](const Matrix &matrix, const float *z, float *out, int out_line) {
+        r.matrix = &matrix;
+        r.z = z;
+        r.out = out;
+        r.out_line = out_line;
+        product(r, thread);
+    };
+    auto x = [&](int t) { return lane.x + size_t(t) * m.x_line; };
+    auto z = [&](int t) { return lane.z + size_t(t) * m.z_line; };
+    for (int t = from; t < to; t++) embed(m, w.tokens[t].id, x(t));
+    for (int index = 0; index < m.layer_count; index++) {
+        const Layer &layer = m.layers[index];
+        for (int t = from; t < to; t++) {
+            if (index)
+                add_branch(m.layers[index - 1].after_mlp, m.branch + size_t(t) * m.x_line, m.hidden,
+                           x(t), z(t));
+            normalise(layer.attention_norm, x(t), m.hidden, z(t));
+            prepare(m, layer.qkv, lane, z(t), t, w.tokens[t].adapter);
+        }
+        if (!alone) barrier(m.pool);
+        multiply(layer.qkv, lane.z, m.y, m.y_line);
+        barrier(m.pool);
+        if (few) {
+            attend_part(w, layer, index, thread, scratch);
+            barrier(m.pool);
+            for (int t = from; t < to; t++) merge_parts(m, t, z(t));
+        } else {
+            for (int t = from; t < to; t++) append(w, layer, index, t, scratch);
+            barrier(m.pool);
+            attend_many(w, layer, index, thread, scratch, lane.z, m.z_line);
+            barrier(m.pool);
+        }
+        for (int t = from; t < to; t++)
+            prepare(m, layer.attention_out, lane, z(t), t, w.tokens[t].adapter);
+        if (!alone) barrier(m.pool);
+        multiply(layer.attention_out, lane.z, m.branch, m.x_line);
+        barrier(m.pool);
+        for (int t = from; t < to; t++) {
+            add_branch(layer.after_attention, m.branch + size_t(t) * m.x_line, m.hidden, x(t), z(t));
+            normalise(layer.mlp_norm, x(t), m.hidden, z(t));
+            prepare(m, layer.gate_up, lane, z(t), t, w.tokens[t].adapter);
+        }
+        if (!alone) barrier(m.pool);
+        r.activation = layer.activation;
+        multiply(layer.gate_up, lane.z, m.gated, m.z_line);
+        barrier(m.pool);
+        for (int t = from; t < to; t++) {
+            // Alone, every thread prepares for itself what all have written: only the tail of it,
+            // which nothing reads, is written here, with the zeros that it has.
+            prepare(m, layer.down, lane, m.gated + size_t(t) * m.z_line, t, w.tokens[t].adapter);
+        }
+        if (!alone) barrier(m.pool);
+        multiply(layer.down, m.gated, m.branch, m.x_line);
+        barrier(m.pool);
+    }
+    const int wanted_from = alone ? 0 : w.wanted_count * thread / m.threads;
+    const int wanted_to = alone ? w.wanted_count : w.wanted_count * (thread + 1) / m.threads;
+    for (int i = wanted_from; i < wanted_to; i++) {
+        const int t = w.wanted[i];
+        add_branch(m.layers[m.layer_count - 1].after_mlp, m.branch + size_t(t) * m.x_line, m.hidden,
+                   x(t), z(i));
+        normalise(m.norm, x(t), m.hidden, z(i));
+        if (w.states && (!alone || thread == 0))
+            for (int d = 0; d < m.hidden; d++) w.states[size_t(i) * m.hidden + d] = z(i)[d];
+        if (w.logits) prepare(m, m.head, lane, z(i), i, w.tokens[t].adapter);
+    }
+    if (!w.logits || !w.wanted_count) return;
+    if (!alone) barrier(m.pool);
+    r.count = w.wanted_count;
+    r.chosen = w.wanted;
+    r.outputs = m.vocab;
+    multiply(m.head, lane.z, w.logits, m.vocab);
+    if (m.logits_softcap > 0) {
+        barrier(m.pool);
+        const int64_t all_numbers = int64_t(w.wanted_count) * m.vocab;
+        const int64_t end = all_numbers * (thread + 1) / m.threads;
+        int64_t at = all_numbers * thread / m.threads;
+        for (; at + LANES <= end; at += LANES)
+            store(w.logits + at, capped(load(w.logits + at), m.logits_softcap));
+        for (; at < end; at++) {
+            float one[LANES];
+            store(one, capped(all(w.logits[at]), m.logits_softcap));
+            w.logits[at] = one[0];
+        }
+    }
+}
