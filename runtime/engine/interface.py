@@ -262,3 +262,30 @@ def adapter_per_row(
             "one adapter (or None) for each row", expected=str(len(rows)), got=str(len(chosen))
         )
     return chosen
+
+
+def check_prompts(rows: Sequence[Sequence[int]], graph: GraphInfo) -> None:
+    """InputError when there is no prompt, or one is empty, holds an unknown id, or is longer than
+    the context.
+    """
+    if not rows:
+        raise InputError("no rows", expected="one prompt at least")
+    for i, row in enumerate(rows):
+        if not row:
+            raise InputError("an empty prompt", where=f"row {i}", expected="one token at least")
+        if len(row) > graph.max_length:
+            limit = f"at most {graph.max_length} tokens"
+            raise InputError(
+                "the prompt is longer than the context",
+                where=f"row {i}",
+                expected=limit,
+                got=str(len(row)),
+            )
+        if min(row) < 0 or max(row) >= graph.vocab_size:
+            limit = f"ids from 0 to {graph.vocab_size - 1}"
+            raise InputError(
+                "a token id outside the vocabulary",
+                where=f"row {i}",
+                expected=limit,
+                got=str(min(row) if min(row) < 0 else max(row)),
+            )
