@@ -11,10 +11,10 @@ import numpy as np
 
 from edgetune.runtime.bundle.manifest import GraphInfo
 from edgetune.runtime.engine.kv_cache import CacheArena
-from edgetune.runtime.engine.native.library import Sizes
+from edgetune.runtime.engine.native.library import CSizes
 
 
-def native_graph(graph: GraphInfo, sizes: Sizes) -> GraphInfo:
+def native_graph(graph: GraphInfo, sizes: CSizes) -> GraphInfo:
     """The sizes of a model's cache as the native engine keeps it."""
     return replace(graph, cache_dtype="float16", head_dim=sizes.cache_width)
 

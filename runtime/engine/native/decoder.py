@@ -57,7 +57,12 @@ class NativeDecoder:
 
     def swapper(self) -> Callable[[AdapterRow], None]:
         """Nothing is put in place: a row names its adapter. See `Engine`."""
-        return lambda adapter: None if adapter is None else self._own(adapter) and None
+
+        def swap(adapter: AdapterRow) -> None:
+            if adapter is not None:
+                self._own(adapter)
+
+        return swap
 
     def long_lived(self) -> None:
         """Memory is in order from the start."""

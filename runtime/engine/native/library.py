@@ -17,7 +17,7 @@ NAME = {"darwin": "libedgetune_native.dylib", "win32": "edgetune_native.dll"}.ge
 HOW = "pip install edgetune where a C++ compiler is builds it"
 
 
-class Sizes(ctypes.Structure):
+class CSizes(ctypes.Structure):
     """`edgetune_sizes`."""
 
     _fields_ = [
@@ -41,7 +41,7 @@ class Sizes(ctypes.Structure):
     ]
 
 
-class Cache(ctypes.Structure):
+class CCache(ctypes.Structure):
     """`edgetune_cache`."""
 
     _fields_ = [
@@ -51,7 +51,7 @@ class Cache(ctypes.Structure):
     ]
 
 
-class Span(ctypes.Structure):
+class CSpan(ctypes.Structure):
     """`edgetune_span`."""
 
     _fields_ = [
@@ -105,7 +105,7 @@ def _declare(found: ctypes.CDLL) -> None:
         ("instruction_sets", text, []),
         ("open", pointer, [text, size, text, number, text, *error]),
         ("close", None, [pointer]),
-        ("model_sizes", None, [pointer, ctypes.POINTER(Sizes)]),
+        ("model_sizes", None, [pointer, ctypes.POINTER(CSizes)]),
         ("model_instruction_set", text, [pointer]),
         ("adapter_new", pointer, [pointer]),
         ("adapter_add", number, [pointer, text, number, pointer, pointer, *error]),
@@ -116,8 +116,8 @@ def _declare(found: ctypes.CDLL) -> None:
             number,
             [
                 pointer,
-                ctypes.POINTER(Cache),
-                ctypes.POINTER(Span),
+                ctypes.POINTER(CCache),
+                ctypes.POINTER(CSpan),
                 number,
                 pointer,
                 number,

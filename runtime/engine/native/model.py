@@ -16,7 +16,7 @@ from edgetune.core.arrays import Float32
 from edgetune.core.errors import AdapterError, BundleError, InputError
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.engine.interface import BoundAdapter, Tensors
-from edgetune.runtime.engine.native.library import ERROR_BYTES, Cache, Sizes, Span, library
+from edgetune.runtime.engine.native.library import ERROR_BYTES, CCache, CSizes, CSpan, library
 
 Memory = npt.NDArray[np.uint16]
 """Keys and values in half precision: (2·layers, slots, kv_heads, capacity, cache_width)."""
@@ -102,7 +102,7 @@ class NativeModel:
         if not self.handle:
             raise BundleError(message.value.decode(), where=str(path))
         self._close = weakref.finalize(self, self.lib.edgetune_close, self.handle)
-        self.sizes = Sizes()
+        self.sizes = CSizes()
         self.lib.edgetune_model_sizes(self.handle, self.sizes)
         self._check_sizes(str(path))
 
@@ -130,14 +130,14 @@ class NativeModel:
         InputError where a row does not fit into its slot; at most `sizes.most_tokens` at once.
         """
         ids = np.array([token for piece in pieces for token in piece.ids], np.int32)
-        spans, at = (Span * len(pieces))(), ids.ctypes.data
+        spans, at = (CSpan * len(pieces))(), ids.ctypes.data
         for span, piece in zip(spans, pieces, strict=True):
             handle = None if piece.adapter is None else piece.adapter.handle
             span.ids, span.count, span.slot = at, len(piece.ids), piece.slot
             span.length, span.adapter = piece.length, handle
             at += 4 * len(piece.ids)
         places = np.array(wanted, np.int32)
-        cache = Cache(memory.ctypes.data, memory.shape[1], memory.shape[3])
+        cache = CCache(memory.ctypes.data, memory.shape[1], memory.shape[3])
         message = ctypes.create_string_buffer(ERROR_BYTES)
         failed = self.lib.edgetune_run(
             self.handle,
