@@ -59,7 +59,7 @@ FLOORS = {
     "training.parallel": "core data objectives",
     "training.reinforcement": (
         "adapters core data evaluation export export.graph models quantisation recipe "
-        "runtime.adapters runtime.engine training.fast"
+        "runtime.adapters runtime.tasks training.fast"
     ),
     "training": (
         "adapters core data edgetune evaluation.forgetting metrics models objectives "
