@@ -155,20 +155,7 @@ struct Reader {
             m.site = int(open.sites.size());
             open.sites.push_back({site->text, &m});
         }
-        m.unit = unit_for(m);
         stored.push_back(s);
-    }
-
-    // As many groups side by side as divide the work evenly.
-    int unit_for(const Matrix &m) const {
-        int best = m.gated ? 2 : 1;
-        double least = 1e9;
-        for (int unit = best; unit <= 4; unit *= 2) {
-            const int tiles = (m.groups + unit - 1) / unit, threads = open.model.threads;
-            const double most = double((tiles + threads - 1) / threads) * unit * threads / m.groups;
-            if (most <= least + 0.02) least = std::fmin(most, least), best = unit;
-        }
-        return best;
     }
 };
 
@@ -318,12 +305,11 @@ void make_buffers(OpenModel &open) {
             lane.low = floats(tokens * m.low_line);
             lane.heads = floats(heads);
             Rounded &r = lane.rounded;
-            r.line = line;
-            r.blocks = blocks;
-            r.values = reinterpret_cast<int8_t *>(take(tokens * line));
-            r.scales = floats(tokens * blocks);
-            r.sums = floats(tokens * blocks);
-            r.totals = reinterpret_cast<int32_t *>(take(tokens * blocks * 4));
+            const size_t lines = (tokens + TOGETHER - 1) / TOGETHER * TOGETHER;
+            r.values = reinterpret_cast<int8_t *>(take(lines * size_t(line)));
+            r.scales = floats(lines * size_t(blocks));
+            r.sums = floats(lines * size_t(blocks));
+            r.starts = reinterpret_cast<int32_t *>(take(lines * size_t(blocks) * 4));
         }
         if (!pass) {
             open.buffers = Block(total);
@@ -388,7 +374,7 @@ std::unique_ptr<OpenModel> open_model(const char *plan, size_t plan_bytes, const
     open->weights = Block(total);
     uint8_t *at = open->weights.data();
     for (Matrix *matrix : all) {
-        matrix->tiles = at;
+        matrix->groups_at = at;
         at += (matrix->bytes() + 63) / 64 * 64;
     }
     for (size_t i = 0; i < all.size(); i++) pack(*open, *all[i], reader.stored[i]);

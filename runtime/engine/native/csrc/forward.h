@@ -8,7 +8,6 @@
 
 constexpr float NOTHING = -1e30f; // a score that nobody gave
 constexpr int KEYS = 128;         // keys whose scores are kept at once
-constexpr int TOGETHER = 8;       // tokens for which a group of rows is unpacked once
 constexpr int QUERIES = 4;        // rows of queries that read a key together
 
 INLINE F exponential(F x) {
@@ -56,12 +55,15 @@ INLINE F activated(F x, Activation kind) {
 
 INLINE F capped(F x, float cap) { return mul(all(cap), hyperbolic_tangent(div(x, all(cap)))); }
 
-// What a product reads of one token: numbers rounded to 8 bits, a scale a block.
-static void round_numbers(float *z, const Matrix &m, const Rounded &to, int at) {
-    int width = m.blocks * m.block;
+// What a product reads of one token: numbers rounded to 8 bits, a scale a block. `together` tokens lie
+// side by side, 32 numbers of each and so on: a product of several reads one stream.
+static void round_numbers(float *z, const Matrix &m, const Rounded &to, int at, int together) {
+    const int width = m.blocks * m.block, subs = m.block / COLUMNS, zero = m.bits == 4 ? ZERO4 : ZERO8;
     for (int i = m.inputs; i < width; i++) z[i] = 0;
-    int8_t *values = to.values + size_t(at) * to.line;
-    size_t place = size_t(at) * to.blocks;
+    const int chunk = at / together, within = at % together;
+    int8_t *values =
+        to.values + (size_t(chunk) * m.blocks * subs * together + within) * COLUMNS;
+    const size_t place = size_t(chunk) * m.blocks * together + within;
     for (int b = 0; b < m.blocks; b++) {
         const float *x = z + b * m.block;
         F high = magnitude(load(x)), sum = load(x);
@@ -73,11 +75,13 @@ static void round_numbers(float *z, const Matrix &m, const Rounded &to, int at) 
         float top = largest(high);
         F inverse = all(top > 0 ? 127.0f / top : 0.0f);
         int32_t whole = 0;
-        for (int i = 0; i < m.block; i += LANES)
-            whole += store_bytes(values + b * m.block + i, mul(load(x + i), inverse), m.bits == 4);
-        to.scales[place + b] = top / 127.0f;
-        to.totals[place + b] = whole;
-        to.sums[place + b] = total(sum);
+        for (int i = 0; i < m.block; i += LANES) {
+            int8_t *put = values + size_t(b * subs + i / COLUMNS) * together * COLUMNS + i % COLUMNS;
+            whole += store_bytes(put, mul(load(x + i), inverse), m.bits == 4);
+        }
+        to.scales[place + b * together] = top / 127.0f;
+        to.starts[place + b * together] = -zero * whole;
+        to.sums[place + b * together] = total(sum);
     }
 }
 
@@ -97,11 +101,11 @@ static void lower(const float *z, int inputs, const SiteAdapter &site, float *lo
     }
 }
 
-static void prepare(const Model &model, const Matrix &m, Lane &lane, float *z, int at,
+static void prepare(const Model &model, const Matrix &m, Lane &lane, float *z, int at, int together,
                     const Adapter *adapter) {
     int line = (m.inputs + LANES - 1) / LANES * LANES;
     for (int i = m.inputs; i < line; i++) z[i] = 0;
-    if (m.bits) round_numbers(z, m, lane.rounded, at);
+    if (m.bits) round_numbers(z, m, lane.rounded, at, together);
     if (adapter && m.site >= 0)
         lower(z, m.inputs, adapter->sites[m.site], lane.low + size_t(at) * model.low_line);
 }
@@ -139,95 +143,66 @@ INLINE F finished(const Reading &r, F v, int group, int row) {
     return v;
 }
 
-template <int BITS, bool OFFSETS, int T>
-INLINE void group_times(const Matrix &m, const uint8_t *p, size_t step, const Rounded &x, int row,
-                        F *f) {
+// A group of 16 rows by T of the `SIDE` tokens that lie side by side.
+template <int BITS, bool OFFSETS, int SIDE, int T>
+INLINE void group_times(const Matrix &m, const uint8_t *p, const int8_t *x, const float *scales,
+                        const float *sums_of, const int32_t *starts, F *f) {
     const int subs = m.block / COLUMNS;
-    const int8_t *values[T];
-    size_t place[T];
-    for (int t = 0; t < T; t++) {
-        f[t] = all(0.0f);
-        values[t] = x.values + size_t(row + t) * x.line;
-        place[t] = size_t(row + t) * x.blocks;
-    }
-    for (int b = 0; b < m.blocks; b++, p += step) {
-        const uint8_t *data = p + (OFFSETS ? 64 : 32);
+    for (int t = 0; t < T; t++) f[t] = all(0.0f);
+    for (int b = 0; b < m.blocks; b++) {
+        const uint16_t *factors = (const uint16_t *)p;
+        p += OFFSETS ? 64 : 32;
         Sums s[T];
-        for (int t = 0; t < T; t++)
-            s[t] = sums(-(BITS == 4 ? ZERO4 : ZERO8) * x.totals[place[t] + b]);
-        for (int sub = 0; sub < subs; sub++, data += 64 * BITS) {
+        for (int t = 0; t < T; t++) s[t] = sums(starts[t]);
+        for (int sub = 0; sub < subs; sub++, p += 64 * BITS, x += SIDE * COLUMNS) {
             Values<BITS> w;
-            unpack(data, w);
-            for (int t = 0; t < T; t++) {
-                s[t] = dot(w, values[t], s[t]);
-                values[t] += COLUMNS;
-            }
+            unpack(p, w);
+            for (int t = 0; t < T; t++) s[t] = dot(w, x + t * COLUMNS, s[t]);
         }
-        F scale = load_half((const uint16_t *)p);
-        F offset = OFFSETS ? load_half((const uint16_t *)p + LANES) : scale;
+        F scale = load_half(factors);
+        F offset = OFFSETS ? load_half(factors + LANES) : scale;
         for (int t = 0; t < T; t++) {
-            f[t] = fma(mul(scale, all(x.scales[place[t] + b])), as_floats(s[t]), f[t]);
-            if (OFFSETS) f[t] = fma(offset, all(x.sums[place[t] + b]), f[t]);
+            f[t] = fma(mul(scale, as_floats(s[t])), all(scales[t]), f[t]);
+            if (OFFSETS) f[t] = fma(offset, all(sums_of[t]), f[t]);
         }
+        scales += SIDE;
+        sums_of += SIDE;
+        starts += SIDE;
     }
 }
 
-// One token, all groups of a tile at once: one stream through memory.
-template <int BITS, bool OFFSETS, int U>
-INLINE void tile_times(const Matrix &m, const uint8_t *p, const Rounded &x, F *f) {
-    const int subs = m.block / COLUMNS;
-    for (int u = 0; u < U; u++) f[u] = all(0.0f);
-    const int8_t *values = x.values;
-    for (int b = 0; b < m.blocks; b++, values += m.block) {
-        Sums start = sums(-(BITS == 4 ? ZERO4 : ZERO8) * x.totals[b]);
-        F own = all(x.scales[b]);
-        for (int u = 0; u < U; u++) {
-            const uint8_t *data = p + (OFFSETS ? 64 : 32);
-            Sums s = start;
-            for (int sub = 0; sub < subs; sub++, data += 64 * BITS) {
-                Values<BITS> w;
-                unpack(data, w);
-                s = dot(w, values + sub * COLUMNS, s);
-            }
-            f[u] = fma(mul(load_half((const uint16_t *)p), own), as_floats(s), f[u]);
-            if (OFFSETS)
-                f[u] = fma(load_half((const uint16_t *)p + LANES), all(x.sums[b]), f[u]);
-            p = data;
-        }
-    }
-}
-
-static void float_group_times(const Matrix &m, const float *p, const float *z, int z_line, int rows,
-                              F *f) {
+static void float_group_times(const Reading &r, int group, int row, int rows, F *f) {
+    const Matrix &m = *r.matrix;
+    const float *p = (const float *)(m.groups_at + m.group_bytes() * group);
+    const float *z = r.z + size_t(row) * r.z_line;
     for (int t = 0; t < rows; t++) f[t] = all(0.0f);
     for (int k = 0; k < m.inputs; k++) {
         F w = load(p + size_t(k) * LANES);
-        for (int t = 0; t < rows; t++) f[t] = fma(w, all(z[size_t(t) * z_line + k]), f[t]);
+        for (int t = 0; t < rows; t++) f[t] = fma(w, all(z[size_t(t) * r.z_line + k]), f[t]);
     }
 }
 
+// A group by `rows` tokens from `row` on, which begins a group of tokens that lie side by side.
 template <int BITS, bool OFFSETS>
-static void group_of_rows(const Matrix &m, const uint8_t *p, size_t step, const Rounded &x, int row,
-                          int rows, F *f) {
+static void group_of_rows(const Reading &r, int group, int row, int rows, F *f) {
+    const Matrix &m = *r.matrix;
+    const Rounded &from = r.lane->rounded;
+    const uint8_t *p = m.groups_at + m.group_bytes() * group;
+    const size_t blocks = size_t(row) * m.blocks;
+    const int8_t *x = from.values + blocks * m.block;
+    const float *scales = from.scales + blocks, *sums_of = from.sums + blocks;
+    const int32_t *starts = from.starts + blocks;
+    if (r.count == 1) return group_times<BITS, OFFSETS, 1, 1>(m, p, x, scales, sums_of, starts, f);
+    constexpr int N = TOGETHER;
     switch (rows) {
-    case 1: return group_times<BITS, OFFSETS, 1>(m, p, step, x, row, f);
-    case 2: return group_times<BITS, OFFSETS, 2>(m, p, step, x, row, f);
-    case 3: return group_times<BITS, OFFSETS, 3>(m, p, step, x, row, f);
-    case 4: return group_times<BITS, OFFSETS, 4>(m, p, step, x, row, f);
-    case 5: return group_times<BITS, OFFSETS, 5>(m, p, step, x, row, f);
-    case 6: return group_times<BITS, OFFSETS, 6>(m, p, step, x, row, f);
-    case 7: return group_times<BITS, OFFSETS, 7>(m, p, step, x, row, f);
-    default: return group_times<BITS, OFFSETS, 8>(m, p, step, x, row, f);
-    }
-}
-
-template <int BITS, bool OFFSETS>
-static void tile_of_one(const Matrix &m, const uint8_t *p, const Rounded &x, int groups, F *f) {
-    switch (groups) {
-    case 1: return tile_times<BITS, OFFSETS, 1>(m, p, x, f);
-    case 2: return tile_times<BITS, OFFSETS, 2>(m, p, x, f);
-    case 3: return tile_times<BITS, OFFSETS, 3>(m, p, x, f);
-    default: return tile_times<BITS, OFFSETS, 4>(m, p, x, f);
+    case 1: return group_times<BITS, OFFSETS, N, 1>(m, p, x, scales, sums_of, starts, f);
+    case 2: return group_times<BITS, OFFSETS, N, 2>(m, p, x, scales, sums_of, starts, f);
+    case 3: return group_times<BITS, OFFSETS, N, 3>(m, p, x, scales, sums_of, starts, f);
+    case 4: return group_times<BITS, OFFSETS, N, 4>(m, p, x, scales, sums_of, starts, f);
+    case 5: return group_times<BITS, OFFSETS, N, 5>(m, p, x, scales, sums_of, starts, f);
+    case 6: return group_times<BITS, OFFSETS, N, 6>(m, p, x, scales, sums_of, starts, f);
+    case 7: return group_times<BITS, OFFSETS, N, 7>(m, p, x, scales, sums_of, starts, f);
+    default: return group_times<BITS, OFFSETS, N, 8>(m, p, x, scales, sums_of, starts, f);
     }
 }
 
@@ -251,59 +226,34 @@ static void put(const Reading &r, int group, int row, F gate, F up) {
 }
 
 template <int BITS, bool OFFSETS>
-static void tiles_times(const Reading &r, int first, int last) {
-    const Matrix &m = *r.matrix;
-    const size_t block = m.block_bytes(), tile = m.group_bytes() * m.unit;
-    const int pair = m.gated ? 2 : 1;
-    for (int at = first; at < last; at++) {
-        const uint8_t *p = m.tiles + tile * at;
-        const int base = at * m.unit, left = m.groups - base, groups = left < m.unit ? left : m.unit;
-        if (r.count == 1) {
-            F f[4];
-            tile_of_one<BITS, OFFSETS>(m, p, r.lane->rounded, groups, f);
-            for (int u = 0; u < groups; u += pair) put(r, base + u, 0, f[u], f[u + pair - 1]);
-            continue;
+static void groups_times(const Reading &r, int first, int last) {
+    const int pair = r.matrix->gated ? 2 : 1;
+    for (int group = first; group < last; group += pair)
+        for (int row = 0; row < r.count; row += TOGETHER) {
+            const int rows = r.count - row < TOGETHER ? r.count - row : TOGETHER;
+            F f[2][TOGETHER];
+            for (int half = 0; half < pair; half++) {
+                if constexpr (BITS == 0)
+                    float_group_times(r, group + half, row, rows, f[half]);
+                else
+                    group_of_rows<BITS, OFFSETS>(r, group + half, row, rows, f[half]);
+            }
+            for (int t = 0; t < rows; t++) put(r, group, row + t, f[0][t], f[pair - 1][t]);
         }
-        for (int u = 0; u < groups; u += pair)
-            for (int row = 0; row < r.count; row += TOGETHER) {
-                const int rows = r.count - row < TOGETHER ? r.count - row : TOGETHER;
-                F f[2][TOGETHER];
-                for (int half = 0; half < pair; half++)
-                    group_of_rows<BITS, OFFSETS>(m, p + block * (u + half), block * groups,
-                                                 r.lane->rounded, row, rows, f[half]);
-                for (int t = 0; t < rows; t++)
-                    put(r, base + u, row + t, f[0][t], f[pair - 1][t]);
-            }
-    }
-}
-
-static void float_tiles_times(const Reading &r, int first, int last) {
-    const Matrix &m = *r.matrix;
-    const int pair = m.gated ? 2 : 1;
-    const float *tiles = (const float *)m.tiles;
-    for (int at = first; at < last; at++)
-        for (int group = at * m.unit; group < (at + 1) * m.unit && group < m.groups; group += pair)
-            for (int row = 0; row < r.count; row += TOGETHER) {
-                const int rows = r.count - row < TOGETHER ? r.count - row : TOGETHER;
-                F f[2][TOGETHER];
-                for (int half = 0; half < pair; half++)
-                    float_group_times(m, tiles + size_t(group + half) * m.inputs * LANES,
-                                      r.z + size_t(row) * r.z_line, r.z_line, rows, f[half]);
-                for (int t = 0; t < rows; t++)
-                    put(r, group, row + t, f[0][t], f[pair - 1][t]);
-            }
 }
 
 static void product(const Reading &r, int thread) {
     const Matrix &m = *r.matrix;
-    const int64_t tiles = (m.groups + m.unit - 1) / m.unit, threads = r.model->threads;
-    const int first = int(tiles * thread / threads), last = int(tiles * (thread + 1) / threads);
+    const int pair = m.gated ? 2 : 1, threads = r.model->threads;
+    const int64_t pairs = m.groups / pair;
+    const int first = int(pairs * thread / threads) * pair;
+    const int last = int(pairs * (thread + 1) / threads) * pair;
     if (m.bits == 4)
-        m.offsets ? tiles_times<4, true>(r, first, last) : tiles_times<4, false>(r, first, last);
+        m.offsets ? groups_times<4, true>(r, first, last) : groups_times<4, false>(r, first, last);
     else if (m.bits == 8)
-        m.offsets ? tiles_times<8, true>(r, first, last) : tiles_times<8, false>(r, first, last);
+        m.offsets ? groups_times<8, true>(r, first, last) : groups_times<8, false>(r, first, last);
     else
-        float_tiles_times(r, first, last);
+        groups_times<0, false>(r, first, last);
 }
 
 // --- norms and positions ------------------------------------------------------------------------
@@ -394,6 +344,76 @@ INLINE uint16_t *side_of(const Work &w, int side, int slot, int head) {
                m.head_width;
 }
 
+// Scores of R queries with W steps of 16 keys, written to `scores`.
+template <int R, int W>
+INLINE void score_keys(const Span *rows, const uint16_t *key, int dim, int width, float softcap,
+                       float *scores) {
+    F s[R][W];
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) s[r][w] = all(0.0f);
+    for (int d = 0; d < dim; d++) {
+        F k[W];
+        for (int w = 0; w < W; w++) k[w] = load_half(key + (w * width + d) * LANES);
+        for (int r = 0; r < R; r++) {
+            F q = all(rows[r].q[d]);
+            for (int w = 0; w < W; w++) s[r][w] = fma(q, k[w], s[r][w]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++)
+            store(scores + r * KEYS + w * LANES, softcap > 0 ? capped(s[r][w], softcap) : s[r][w]);
+}
+
+// Add the values of keys, each times its weight, to W vectors of R results.
+template <int R, int W>
+INLINE void add_values(const Span *rows, const uint16_t *value, int count, int width, int d,
+                       const float *weights, const float *shrink) {
+    F a[R][W];
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++)
+            a[r][w] = mul(load(rows[r].acc + d + w * LANES), all(shrink[r]));
+    for (int k = 0; k < count; k++, value += width) {
+        F v[W];
+        for (int w = 0; w < W; w++) v[w] = load_half(value + d + w * LANES);
+        for (int r = 0; r < R; r++) {
+            F p = all(weights[r * KEYS + k]);
+            for (int w = 0; w < W; w++) a[r][w] = fma(p, v[w], a[r][w]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) store(rows[r].acc + d + w * LANES, a[r][w]);
+}
+
+// Turn a row's scores of the keys from `start` to `end` into weights, 0 for those it does not see;
+// what is to become of the sums so far.
+INLINE float weigh(Span &row, int start, int end, float *scores) {
+    for (int k = start; k < row.from && k < end; k++) scores[k - start] = NOTHING;
+    const int steps = round_up(end - start, LANES);
+    for (int k = row.to > start ? row.to : start; k < start + steps; k++) scores[k - start] = NOTHING;
+    F top = all(NOTHING);
+    for (int k = 0; k < steps; k += LANES) top = most(top, load(scores + k));
+    float high = largest(top);
+    if (high <= NOTHING) {
+        for (int k = 0; k < steps; k += LANES) store(scores + k, all(0.0f));
+        return 1;
+    }
+    if (high < row.high) high = row.high;
+    F sum = all(0.0f);
+    for (int k = 0; k < steps; k += LANES) {
+        F e = exponential(sub(load(scores + k), all(high)));
+        store(scores + k, e);
+        sum = add(sum, e);
+    }
+    for (int k = start; k < row.from && k < end; k++) scores[k - start] = 0; // exp ends at -87
+    for (int k = row.to > start ? row.to : start; k < end; k++) scores[k - start] = 0;
+    float old[LANES];
+    store(old, exponential(all(row.high - high)));
+    const float shrink = row.sum > 0 ? old[0] : 0;
+    row.sum = row.sum * shrink + total(sum);
+    row.high = high;
+    return shrink;
+}
+
 template <int R>
 static void attend(const Model &model, const uint16_t *keys, const uint16_t *values, float softcap,
                    Span *rows, float *scores) {
@@ -405,62 +425,22 @@ static void attend(const Model &model, const uint16_t *keys, const uint16_t *val
     }
     for (int start = from / LANES * LANES; start < to; start += KEYS) {
         const int end = start + KEYS < to ? start + KEYS : to, first = start > from ? start : from;
-        F top[R];
-        for (int r = 0; r < R; r++) top[r] = all(NOTHING);
-        for (int k = start; k < end; k += LANES) {
-            const uint16_t *key = keys + size_t(k) * width;
-            F s[R];
-            for (int r = 0; r < R; r++) s[r] = all(0.0f);
-            for (int d = 0; d < dim; d++) {
-                F v = load_half(key + d * LANES);
-                for (int r = 0; r < R; r++) s[r] = fma(all(rows[r].q[d]), v, s[r]);
-            }
-            for (int r = 0; r < R; r++) {
-                if (softcap > 0) s[r] = capped(s[r], softcap);
-                float *score = scores + r * KEYS + (k - start);
-                store(score, s[r]);
-                if (k < rows[r].from || k + LANES > rows[r].to) {
-                    for (int i = 0; i < LANES; i++)
-                        if (k + i < rows[r].from || k + i >= rows[r].to) score[i] = NOTHING;
-                    s[r] = load(score);
-                }
-                top[r] = most(top[r], s[r]);
-            }
-        }
+        int k = start;
+        for (; k + STEPS * LANES <= round_up(end, LANES); k += STEPS * LANES)
+            score_keys<R, STEPS>(rows, keys + size_t(k) * width, dim, width, softcap,
+                                 scores + (k - start));
+        for (; k < end; k += LANES)
+            score_keys<R, 1>(rows, keys + size_t(k) * width, dim, width, softcap,
+                             scores + (k - start));
         float shrink[R];
-        for (int r = 0; r < R; r++) {
-            float *score = scores + r * KEYS, high = largest(top[r]);
-            if (high <= NOTHING) { // sees none of these
-                for (int k = 0; k < end - start; k += LANES) store(score + k, all(0.0f));
-                shrink[r] = 1;
-                continue;
-            }
-            if (high < rows[r].high) high = rows[r].high;
-            F sum = all(0.0f);
-            for (int k = 0; k < end - start; k += LANES) {
-                F e = exponential(sub(load(score + k), all(high)));
-                store(score + k, e);
-                sum = add(sum, e);
-            }
-            // exp ends at -87, so a hidden key gets what is nothing beside the largest, but not 0
-            for (int k = start; k < rows[r].from && k < end; k++) score[k - start] = 0;
-            for (int k = rows[r].to > start ? rows[r].to : start; k < end; k++) score[k - start] = 0;
-            float old[LANES];
-            store(old, exponential(all(rows[r].high - high)));
-            shrink[r] = rows[r].sum > 0 ? old[0] : 0;
-            rows[r].sum = rows[r].sum * shrink[r] + total(sum);
-            rows[r].high = high;
-        }
-        for (int d = 0; d < width; d += LANES) {
-            F a[R];
-            for (int r = 0; r < R; r++) a[r] = mul(load(rows[r].acc + d), all(shrink[r]));
-            const uint16_t *value = values + size_t(first) * width + d;
-            for (int k = first; k < end; k++, value += width) {
-                F v = load_half(value);
-                for (int r = 0; r < R; r++) a[r] = fma(all(scores[r * KEYS + k - start]), v, a[r]);
-            }
-            for (int r = 0; r < R; r++) store(rows[r].acc + d, a[r]);
-        }
+        for (int r = 0; r < R; r++) shrink[r] = weigh(rows[r], start, end, scores + r * KEYS);
+        const uint16_t *value = values + size_t(first) * width;
+        const float *weights = scores + (first - start);
+        int d = 0;
+        for (; d + STEPS * LANES <= width; d += STEPS * LANES)
+            add_values<R, STEPS>(rows, value, end - first, width, d, weights, shrink);
+        for (; d < width; d += LANES)
+            add_values<R, 1>(rows, value, end - first, width, d, weights, shrink);
     }
 }
 
@@ -623,6 +603,7 @@ static void forward(const Work *work, int thread) {
     Model &m = *w.model;
     const int count = w.count;
     const bool alone = count <= ALONE_TOKENS, few = count <= FEW_TOKENS;
+    int together = count == 1 ? 1 : TOGETHER;
     Lane &lane = m.lanes[alone ? thread : 0];
     const int from = alone ? 0 : count * thread / m.threads;
     const int to = alone ? count : count * (thread + 1) / m.threads;
@@ -645,7 +626,7 @@ static void forward(const Work *work, int thread) {
                 add_branch(m.layers[index - 1].after_mlp, m.branch + size_t(t) * m.x_line, m.hidden,
                            x(t), z(t));
             normalise(layer.attention_norm, x(t), m.hidden, z(t));
-            prepare(m, layer.qkv, lane, z(t), t, w.tokens[t].adapter);
+            prepare(m, layer.qkv, lane, z(t), t, together, w.tokens[t].adapter);
         }
         if (!alone) barrier(m.pool);
         multiply(layer.qkv, lane.z, m.y, m.y_line);
@@ -661,14 +642,14 @@ static void forward(const Work *work, int thread) {
             barrier(m.pool);
         }
         for (int t = from; t < to; t++)
-            prepare(m, layer.attention_out, lane, z(t), t, w.tokens[t].adapter);
+            prepare(m, layer.attention_out, lane, z(t), t, together, w.tokens[t].adapter);
         if (!alone) barrier(m.pool);
         multiply(layer.attention_out, lane.z, m.branch, m.x_line);
         barrier(m.pool);
         for (int t = from; t < to; t++) {
             add_branch(layer.after_attention, m.branch + size_t(t) * m.x_line, m.hidden, x(t), z(t));
             normalise(layer.mlp_norm, x(t), m.hidden, z(t));
-            prepare(m, layer.gate_up, lane, z(t), t, w.tokens[t].adapter);
+            prepare(m, layer.gate_up, lane, z(t), t, together, w.tokens[t].adapter);
         }
         if (!alone) barrier(m.pool);
         r.activation = layer.activation;
@@ -677,12 +658,13 @@ static void forward(const Work *work, int thread) {
         for (int t = from; t < to; t++) {
             // Alone, every thread prepares for itself what all have written: only the tail of it,
             // which nothing reads, is written here, with the zeros that it has.
-            prepare(m, layer.down, lane, m.gated + size_t(t) * m.z_line, t, w.tokens[t].adapter);
+            prepare(m, layer.down, lane, m.gated + size_t(t) * m.z_line, t, together, w.tokens[t].adapter);
         }
         if (!alone) barrier(m.pool);
         multiply(layer.down, m.gated, m.branch, m.x_line);
         barrier(m.pool);
     }
+    together = w.wanted_count == 1 ? 1 : TOGETHER;
     const int wanted_from = alone ? 0 : w.wanted_count * thread / m.threads;
     const int wanted_to = alone ? w.wanted_count : w.wanted_count * (thread + 1) / m.threads;
     for (int i = wanted_from; i < wanted_to; i++) {
@@ -692,7 +674,7 @@ static void forward(const Work *work, int thread) {
         normalise(m.norm, x(t), m.hidden, z(i));
         if (w.states && (!alone || thread == 0))
             for (int d = 0; d < m.hidden; d++) w.states[size_t(i) * m.hidden + d] = z(i)[d];
-        if (w.logits) prepare(m, m.head, lane, z(i), i, w.tokens[t].adapter);
+        if (w.logits) prepare(m, m.head, lane, z(i), i, together, w.tokens[t].adapter);
     }
     if (!w.logits || !w.wanted_count) return;
     if (!alone) barrier(m.pool);

@@ -50,7 +50,7 @@ float scale_unit(const Matrix &m, const Stored &s) {
 }
 
 static void pack_float(const Matrix &m, const Stored &s, int group) {
-    float *to = reinterpret_cast<float *>(m.tiles) + size_t(group) * m.inputs * LANES;
+    float *to = reinterpret_cast<float *>(m.groups_at) + size_t(group) * m.inputs * LANES;
     const float *weight = reinterpret_cast<const float *>(s.weight);
     for (int64_t k = 0; k < m.inputs; k++)
         for (int i = 0; i < LANES; i++) {
@@ -70,10 +70,8 @@ void pack_groups(const Matrix &m, const Stored &s, bool signed_bytes, int first,
             pack_float(m, s, group);
             continue;
         }
-        const int tile = group / m.unit, left = m.groups - tile * m.unit;
-        const int beside = left < m.unit ? left : m.unit; // groups of this tile
-        uint8_t *at = m.tiles + m.group_bytes() * m.unit * tile + block_bytes * (group - tile * m.unit);
-        for (int b = 0; b < m.blocks; b++, at += block_bytes * beside) {
+        uint8_t *at = m.groups_at + m.group_bytes() * size_t(group);
+        for (int b = 0; b < m.blocks; b++, at += block_bytes) {
             uint16_t *scales = reinterpret_cast<uint16_t *>(at), *offsets = scales + LANES;
             uint32_t *values = reinterpret_cast<uint32_t *>(at + (m.offsets ? 64 : 32));
             for (int i = 0; i < LANES; i++) {
