@@ -62,7 +62,7 @@ class Nodes:
         Of a known one the value is what it has to be where the node has it; ANY: the node has it,
         with any value; None: it may be missing, and is None then.
         """
-        values = {name: attribute.value for name, attribute in node.attributes.items()}
+        values = {name: _as_written(attr.value) for name, attr in node.attributes.items()}
         for name, value in values.items():
             self.demand(
                 name in known and (known[name] in (ANY, None) or known[name] == value), node
@@ -275,6 +275,11 @@ class Nodes:
 def is_input(value: ir.Value | None, name: str) -> bool:
     """Whether a value is the graph's input of this name."""
     return value is not None and value.is_graph_input() and value.name == name
+
+
+def _as_written(value: Any) -> Any:
+    """An attribute as the file has it: in memory a float may have more digits."""
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _called(node: ir.Node | None, value: ir.Value | None) -> str:
