@@ -40,9 +40,11 @@ class Nodes:
         """The node that makes a value, taken in; it is one of these operators."""
         node = None if value is None else value.producer()
         if node is None or node.op_type not in operators:
-            raise NotExpressibleError(f"{_called(node, value)}, not {' or '.join(operators)}")
+            raise NotExpressibleError(
+                f"its graph has {_called(node, value)} where {' or '.join(operators)} is expected"
+            )
         if node.domain not in ("", MICROSOFT):
-            raise NotExpressibleError(f"{_called(node, value)} of {node.domain}")
+            raise NotExpressibleError(f"its graph has {_called(node, value)} of {node.domain}")
         self.taken.add(node)
         return node
 
@@ -54,7 +56,7 @@ class Nodes:
     def demand(self, true: bool, node: ir.Node) -> None:
         """NotExpressibleError that names the node, unless `true`."""
         if not true:
-            raise NotExpressibleError(f"{_called(node, None)} is of a form that it does not know")
+            raise NotExpressibleError(f"its graph has {_called(node, None)} in a form of its own")
 
     def attributes(self, node: ir.Node, **known: Any) -> dict[str, Any]:
         """The node's attributes; one that is not `known` is refused.
@@ -110,7 +112,7 @@ class Nodes:
         tensor = None if value is None else value.const_value
         if tensor is None or tensor.dtype != dtype:
             kind = "no constant" if tensor is None else tensor.dtype.name.lower()
-            raise NotExpressibleError(f"{_called(node, None)} reads {kind}")
+            raise NotExpressibleError(f"its graph's {_called(node, None)} reads {kind}")
         got = tuple(int(size) for size in tensor.shape.numpy())
         self.demand(got == shape or got == (int(np.prod(shape)),), node)
         if isinstance(tensor, ir.ExternalTensor):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,16 @@ class Family:
     base: Path
     adapter: Path
     folder: Path
+    manifests: dict[str, Manifest] = field(default_factory=dict)
 
     def build(self, precision: Precision, name: str) -> tuple[Path, Manifest]:
+        """The bundle of this name, made the first time."""
         out = self.folder / name
-        out.mkdir()
-        return out, build_base(resolve_base(str(self.base)), out, precision=precision)
+        if name not in self.manifests:
+            out.mkdir()
+            base = resolve_base(str(self.base))
+            self.manifests[name] = build_base(base, out, precision=precision)
+        return out, self.manifests[name]
 
     def torch_logits(self, *, adapter: bool) -> Array:
         model: Any = load_body(resolve_base(str(self.base)))
@@ -102,7 +107,7 @@ def close(got: Array, expected: Array, tolerance: float = 1e-4) -> None:
 
 
 def test_in_float_it_answers_as_torch_with_and_without_adapter(family: Family) -> None:
-    bundle, manifest = family.build(PRECISIONS["fp32"], "torch")
+    bundle, manifest = family.build(PRECISIONS["fp32"], "fp32")
     run = PlanRun.open(bundle, manifest)
     adapted = run.with_adapter(pack_adapter(family.adapter, manifest).tensors).logits(IDS)
     close(run.logits(IDS), family.torch_logits(adapter=False))
@@ -193,8 +198,24 @@ def test_a_rotation_of_a_part_of_each_head_inside_attention(
     close(run.logits(IDS), family.torch_logits(adapter=False))
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+def test_biases_everywhere_and_other_activations(
+    activation: str, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    changes = {"hidden_act": activation, "attention_bias": True, "mlp_bias": True}
+    family = make("llama", tiny_decoder, tmp_path, **changes)
+    bundle, manifest = family.build(Precision("fp32"), "fp32")
+    run, tensors = PlanRun.open(bundle, manifest), pack_adapter(family.adapter, manifest).tensors
+    close(run.with_adapter(tensors).logits(IDS), family.torch_logits(adapter=True))
+    plan = same_as_the_graph(family, PRECISIONS["int4"], "int4")
+    for layer in (*run.plan.layers, *plan.layers):
+        products = (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
+        assert all(product.bias is not None for product in products)
+        assert layer.activation == {"gelu_pytorch_tanh": "gelu_tanh"}.get(activation, activation)
+
+
 def test_what_is_particular_about_a_family_stands_in_its_plan(family: Family) -> None:
-    bundle, manifest = family.build(Precision("fp32"), "particular")
+    bundle, manifest = family.build(PRECISIONS["fp32"], "fp32")
     plan = PlanRun.open(bundle, manifest).plan
     first, last = plan.layers
     found = {
