@@ -93,6 +93,8 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
     "half a pair": ("rotaries.0.width", 15, "rotaries.0.width"),
     "an activation": ("layers.0.activation", "relu", "layers.0.activation has a wrong value"),
     "no scale": ("layers.0.scale", 0, "layers.0.scale is out of range"),
+    "a scale beyond float32": ("layers.0.scale", 1e308, "layers.0.scale is out of range"),
+    "a number beyond float32": ("embedding.multiplier", -1e39, "multiplier is out of range"),
     "a window below 0": ("layers.0.window", -1, "layers.0.window is out of range"),
     "a bias of rms": (
         "norm.bias",
