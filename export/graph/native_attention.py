@@ -91,7 +91,9 @@ class Attentions:
         """The index of a pair of tables among the plan's."""
         nodes = self.nodes
         if cos is None or sin is None or cos.const_value is None or sin.const_value is None:
-            raise NotExpressibleError(f"{node.name} reads rotary tables that are no constants")
+            raise NotExpressibleError(
+                f"its graph's {node.name} reads rotary tables that are no constants"
+            )
         if (cos, sin) not in self.tables:
             positions, half = (int(size) for size in cos.const_value.shape.numpy())
             places = [nodes.place(x, node, shape=(positions, half)) for x in (cos, sin)]

@@ -40,9 +40,11 @@ class Nodes:
         """The node that makes a value, taken in; it is one of these operators."""
         node = None if value is None else value.producer()
         if node is None or node.op_type not in operators:
-            raise NotExpressibleError(f"{_called(node, value)}, not {' or '.join(operators)}")
+            raise NotExpressibleError(
+                f"its graph has {_called(node, value)} where {' or '.join(operators)} is expected"
+            )
         if node.domain not in ("", MICROSOFT):
-            raise NotExpressibleError(f"{_called(node, value)} of {node.domain}")
+            raise NotExpressibleError(f"its graph has {_called(node, value)} of {node.domain}")
         self.taken.add(node)
         return node
 
@@ -54,7 +56,7 @@ class Nodes:
     def demand(self, true: bool, node: ir.Node) -> None:
         """NotExpressibleError that names the node, unless `true`."""
         if not true:
-            raise NotExpressibleError(f"{_called(node, None)} is of a form that it does not know")
+            raise NotExpressibleError(f"its graph has {_called(node, None)} in a form of its own")
 
     def attributes(self, node: ir.Node, **known: Any) -> dict[str, Any]:
         """The node's attributes; one that is not `known` is refused.
@@ -62,7 +64,7 @@ class Nodes:
         Of a known one the value is what it has to be where the node has it; ANY: the node has it,
         with any value; None: it may be missing, and is None then.
         """
-        values = {name: attribute.value for name, attribute in node.attributes.items()}
+        values = {name: _as_written(attr.value) for name, attr in node.attributes.items()}
         for name, value in values.items():
             self.demand(
                 name in known and (known[name] in (ANY, None) or known[name] == value), node
@@ -110,7 +112,7 @@ class Nodes:
         tensor = None if value is None else value.const_value
         if tensor is None or tensor.dtype != dtype:
             kind = "no constant" if tensor is None else tensor.dtype.name.lower()
-            raise NotExpressibleError(f"{_called(node, None)} reads {kind}")
+            raise NotExpressibleError(f"its graph's {_called(node, None)} reads {kind}")
         got = tuple(int(size) for size in tensor.shape.numpy())
         self.demand(got == shape or got == (int(np.prod(shape)),), node)
         if isinstance(tensor, ir.ExternalTensor):
@@ -275,6 +277,11 @@ class Nodes:
 def is_input(value: ir.Value | None, name: str) -> bool:
     """Whether a value is the graph's input of this name."""
     return value is not None and value.is_graph_input() and value.name == name
+
+
+def _as_written(value: Any) -> Any:
+    """An attribute as the file has it: in memory a float may have more digits."""
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _called(node: ir.Node | None, value: ir.Value | None) -> str:

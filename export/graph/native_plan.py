@@ -112,7 +112,9 @@ class _Decoder:
     def _check_all_taken(self) -> None:
         for node in self.graph:
             if node not in self.nodes.taken:
-                raise NotExpressibleError(f"{node.op_type} ({node.name}) is part of no layer")
+                raise NotExpressibleError(
+                    f"its graph has {node.op_type} ({node.name}), which is part of no layer"
+                )
 
     def _logits_softcap(self, value: ir.Value | None) -> tuple[float, ir.Value | None]:
         """c · tanh(x / c) → c, x; another value → 0, the value."""
@@ -145,6 +147,7 @@ class _Decoder:
             nodes.demand(len(node.inputs) == 3 and value is node.outputs[0], node)
             return nodes.norm(node, node.inputs[2], hidden), node.inputs[0], node.inputs[1]
         node = nodes.maker(value, NORM)
+        nodes.demand(len(node.inputs) == 2, node)
         return nodes.norm(node, node.inputs[1], hidden), *self._summands(node.inputs[0])
 
     def _summands(self, total: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:

@@ -29,6 +29,8 @@ from edgetune.core.settings import about
 from edgetune.runtime.bundle.manifest import MAX_SIZE
 
 PLAN_VERSION = 1
+MAX_FACTOR = 1e6
+"""Of what numbers are multiplied by: far above any model's, far below float32's end."""
 INLINE_BYTES = 1024
 """A constant of at most so many bytes lies in the graph and not in the data file."""
 
@@ -116,9 +118,9 @@ class Layer:
     q_norm: Norm | None
     k_norm: Norm | None
     rotary: int | None
-    scale: float = field(metadata=about(above=0.0))
+    scale: float = field(metadata=about(above=0.0, at_most=MAX_FACTOR))
     window: int = field(metadata=about(at_least=0, at_most=MAX_SIZE))
-    softcap: float = field(metadata=about(at_least=0.0))
+    softcap: float = field(metadata=about(at_least=0.0, at_most=MAX_FACTOR))
     attention_out: Product
     after_attention: Norm | None
     mlp_norm: Norm
@@ -143,7 +145,7 @@ class Embedding:
     weight: WeightPlace
     scales: WeightPlace | None
     zeros: WeightPlace | None
-    multiplier: float
+    multiplier: float = field(metadata=about(at_least=-MAX_FACTOR, at_most=MAX_FACTOR))
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class NativePlan:
     layers: tuple[Layer, ...]
     norm: Norm
     head: Product
-    logits_softcap: float = field(metadata=about(at_least=0.0))
+    logits_softcap: float = field(metadata=about(at_least=0.0, at_most=MAX_FACTOR))
     rotaries: tuple[Rotary, ...]
 
     def to_dict(self) -> dict[str, Any]:
