@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,83 +14,27 @@ import pytest
 import torch
 from export_helpers import export, make_adapter
 from family_helpers import WINDOW, make_family, some
-from native_helpers import Array, PlanRun, exact_logits
+from native_helpers import (
+    COPIES,
+    IDS,
+    PRECISIONS,
+    TAKEN,
+    Array,
+    Family,
+    PlanRun,
+    exact_logits,
+    make,
+)
 from runtime_helpers import peft_adapter
 from training_helpers import q4_1
 
-from edgetune.adapters.folder import load_adapter
 from edgetune.export.bundle import build_base, export_bundle
 from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime.adapters.packing import pack_adapter
-from edgetune.runtime.bundle.manifest import Manifest, read_manifest
+from edgetune.runtime.bundle.manifest import read_manifest
 from edgetune.runtime.bundle.native_plan import NativePlan
-
-TAKEN: dict[str, set[str]] = {
-    "gemma": {"scaled embedding", "tanh"},
-    "gemma2": {
-        "windows",
-        "windows of some layers",
-        "softcaps",
-        "scaled embedding",
-        "norms after",
-        "tanh",
-    },
-    "gemma3_text": {
-        "windows",
-        "windows of some layers",
-        "scaled embedding",
-        "norms after",
-        "q and k norms",
-        "tanh",
-        "two tables",
-    },
-    "llama": set(),
-    "mistral": {"windows"},
-    "phi3": {"windows", "part of a head"},
-    "qwen2": {"biases"},
-    "qwen3": {"q and k norms"},
-    "smollm3": {"layers not turned"},
-}
-COPIES = {"llama", "gemma", "mistral"}
-PRECISIONS = {
-    "fp32": Precision("fp32"),
-    "int8": Precision("int8"),
-    "int4": Precision("int4", overrides={"lm_head": "int8"}),
-}
-IDS = np.random.default_rng(0).integers(5, 300, 23).tolist()
-
-
-@dataclass
-class Family:
-    """A tiny model, its adapter, and bundles without proof in every precision."""
-
-    base: Path
-    adapter: Path
-    folder: Path
-    manifests: dict[str, Manifest] = field(default_factory=dict)
-
-    def build(self, precision: Precision, name: str) -> tuple[Path, Manifest]:
-        """The bundle of this name, made the first time."""
-        out = self.folder / name
-        if name not in self.manifests:
-            out.mkdir()
-            base = resolve_base(str(self.base))
-            self.manifests[name] = build_base(base, out, precision=precision)
-        return out, self.manifests[name]
-
-    def torch_logits(self, *, adapter: bool) -> Array:
-        model: Any = load_body(resolve_base(str(self.base)))
-        if adapter:
-            model = load_adapter(model, self.adapter)
-        with torch.no_grad():
-            return np.asarray(model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0])
-
-
-def make(name: str, like: Path, folder: Path, **values: Any) -> Family:
-    base = make_family(name, like, folder / name, **values)
-    return Family(base, make_adapter(base, folder / "adapter", strength=0.2), folder)
 
 
 @pytest.fixture(scope="module", params=some(TAKEN, fast=set(TAKEN) - COPIES))
