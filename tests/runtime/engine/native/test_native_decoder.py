@@ -1,5 +1,5 @@
-"""The native engine answers as torch and as the plan in exact arithmetic, no further from it than ONNX
-Runtime, for every family it takes; a row's answer is its own whoever stands beside it.
+"""The native engine answers as torch and as the plan in exact arithmetic, no further from it than
+ONNX Runtime, for every family it takes; a row's answer is its own whoever stands beside it.
 """
 
 from __future__ import annotations
