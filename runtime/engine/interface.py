@@ -21,6 +21,9 @@ Tensors = Mapping[str, Float32]
 class BoundAdapter:
     """An adapter's tensors in the form that one engine reads, made once by that engine's `bind`."""
 
+    own_bytes: int | None = None
+    """memory of a copy that the engine made; None: it holds the tensors themselves"""
+
 
 AdapterRow = BoundAdapter | Tensors | None
 """What one row of a batch uses: a bound adapter, packed tensors, or None for the base model."""

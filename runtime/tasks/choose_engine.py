@@ -12,10 +12,8 @@ from pathlib import Path
 from edgetune.core.errors import BundleError, InputError
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.engine.interface import Decoder
-from edgetune.runtime.engine.native.decoder import NativeDecoder
 from edgetune.runtime.engine.native.library import NoLibraryError
 from edgetune.runtime.engine.providers import CPU, parse_providers
-from edgetune.runtime.engine.seq2seq import decoder_engine
 
 AUTO, OURS, ONNX_RUNTIME = "auto", "native", "onnxruntime"
 ENGINES = (AUTO, OURS, ONNX_RUNTIME)
@@ -57,6 +55,8 @@ def open_decoder(
     check_engine_name(engine)
     why = "asked for" if engine == ONNX_RUNTIME else _unfit(manifest, providers)
     if not why:
+        from edgetune.runtime.engine.native.decoder import NativeDecoder
+
         try:
             native = NativeDecoder(folder, manifest, threads=threads)
         except NoLibraryError as error:
@@ -73,6 +73,8 @@ def open_decoder(
             where=str(folder),
             fix="Leave the choice to edgetune (engine auto), or ask for onnxruntime.",
         )
+    from edgetune.runtime.engine.seq2seq import decoder_engine
+
     graph = decoder_engine(
         folder, manifest, threads=threads, providers=providers, adapter_branch=adapter_branch
     )

@@ -15,7 +15,6 @@ from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.registry import AdapterRegistry, Resident
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer
-from edgetune.runtime.engine.encoder import EncoderEngine
 from edgetune.runtime.engine.interface import AdapterRow, BoundAdapter, Decoder, Encoder, Tensors
 from edgetune.runtime.tasks.choose_engine import (
     AUTO,
@@ -75,6 +74,8 @@ class OpenBundle:
         else:
             if engine == OURS:
                 raise InputError("the native engine runs no encoders", where=str(folder))
+            from edgetune.runtime.engine.encoder import EncoderEngine
+
             opened = self.encoder = EncoderEngine(
                 folder, manifest, threads=threads, providers=providers
             )

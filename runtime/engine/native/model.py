@@ -51,11 +51,7 @@ class NativeAdapter(BoundAdapter):
         for name, site in sites.items():
             if name in tensors:
                 self._add(site.name, tensors[name], tensors[site.B])
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the library's."""
-        return int(self.model.lib.edgetune_adapter_bytes(self.handle))
+        self.own_bytes = int(lib.edgetune_adapter_bytes(self.handle))
 
     def _add(self, site: str, a: Float32, b: Float32) -> None:
         """a (1, in, rank), b (1, rank, out)."""

@@ -109,6 +109,7 @@ int lay_out(OpenModel &open, const edgetune_cache &cache, const edgetune_span *s
             const edgetune_adapter *adapter = span.adapter;
             if (adapter && &adapter->adapter.open != &open)
                 throw std::runtime_error("this adapter was bound for another model");
+            embed(open, span.ids[i], m.embedded + int64_t(total) * m.x_line);
             open.tokens[size_t(total++)] = {span.ids[i], span.length + i, span.slot, span.length,
                                             adapter ? &adapter->adapter.adapter : nullptr};
         }

@@ -192,7 +192,7 @@ void read_layer(Reader &reader, Layer &layer, const Json &json) {
 
 void read_embedding(Reader &reader, const Json &json) {
     Model &m = reader.open.model;
-    Table &t = m.embedding;
+    Table &t = reader.open.embedding;
     t.rows = int(json.whole("rows", m.vocab, m.vocab));
     t.columns = int(json.whole("columns", m.hidden, m.hidden));
     t.bits = int(json.whole("bits", 0, 8));
@@ -211,6 +211,11 @@ void read_embedding(Reader &reader, const Json &json) {
     if (const Json *zeros = json.find("zeros"))
         t.zeros = reader.place(*zeros, t.rows * (t.bits == 8 ? blocks : (blocks + 1) / 2),
                                "embedding");
+}
+
+void make_row(OpenModel &open) {
+    const Table &t = open.embedding;
+    open.row.resize(t.row_bytes() + (t.bits ? t.blocks() * 4 + t.zero_bytes() : 0));
 }
 
 void read_rotaries(Reader &reader, const Json &json) {
@@ -292,6 +297,7 @@ void make_buffers(OpenModel &open) {
     auto floats = [&](size_t count) { return reinterpret_cast<float *>(take(count * 4)); };
     for (int pass = 0; pass < 2; pass++) { // first how much, then where
         total = 0;
+        m.embedded = floats(size_t(MOST_TOKENS) * m.x_line);
         m.y = floats(size_t(MOST_TOKENS) * m.y_line);
         m.branch = floats(size_t(MOST_TOKENS) * m.x_line);
         m.gated = floats(size_t(MOST_TOKENS) * m.z_line);
@@ -312,15 +318,47 @@ void make_buffers(OpenModel &open) {
             r.starts = reinterpret_cast<int32_t *>(take(lines * size_t(blocks) * 4));
         }
         if (!pass) {
-            open.buffers = Block(total);
+            open.buffers = Block(total, false);
             base = open.buffers.data();
         }
     }
     m.lanes = open.lanes.data();
     open.tokens.resize(MOST_TOKENS);
+    make_row(open);
 }
 
 } // namespace
+
+void embed(OpenModel &open, int32_t id, float *x) {
+    const Table &t = open.embedding;
+    const size_t row = size_t(id), blocks = t.blocks();
+    uint8_t *bytes = open.row.data() + blocks * 4, *zeros = bytes + t.row_bytes();
+    open.file->copy(t.weight + row * t.row_bytes(), t.row_bytes(), bytes);
+    if (!t.bits) {
+        for (int i = 0; i < t.columns; i++) {
+            float value;
+            std::memcpy(&value, bytes + size_t(i) * 4, 4);
+            x[i] = value * t.multiplier;
+        }
+        return;
+    }
+    open.file->copy(reinterpret_cast<const uint8_t *>(t.scales + row * blocks), blocks * 4,
+                    open.row.data());
+    if (t.zeros) open.file->copy(t.zeros + row * t.zero_bytes(), t.zero_bytes(), zeros);
+    for (int i = 0; i < t.columns; i++) {
+        const int b = i / t.block;
+        int zero = t.bits == 4 ? 8 : 128, value = bytes[i];
+        if (t.bits == 4) {
+            value = bytes[i / 2] >> 4 * (i % 2) & 15;
+            if (t.zeros) zero = zeros[b / 2] >> 4 * (b % 2) & 15;
+        } else if (t.zeros) {
+            zero = zeros[b];
+        }
+        float scale;
+        std::memcpy(&scale, open.row.data() + size_t(b) * 4, 4);
+        x[i] = float(value - zero) * scale * t.multiplier;
+    }
+}
 
 std::vector<Matrix *> matrices(OpenModel &open) {
     std::vector<Matrix *> all;
@@ -371,7 +409,7 @@ std::unique_ptr<OpenModel> open_model(const char *plan, size_t plan_bytes, const
     size_t total = 0;
     std::vector<Matrix *> all = matrices(*open);
     for (Matrix *matrix : all) total += (matrix->bytes() + 63) / 64 * 64;
-    open->weights = Block(total);
+    open->weights = Block(total, true);
     uint8_t *at = open->weights.data();
     for (Matrix *matrix : all) {
         matrix->groups_at = at;

@@ -135,9 +135,10 @@ INLINE F finished(const Reading &r, F v, int group, int row) {
         const SiteAdapter &site = adapter->sites[m.site];
         if (site.rank) {
             const float *low = r.lane->low + size_t(row) * r.model->low_line;
-            const uint16_t *b = site.b + size_t(group) * site.rank * LANES;
-            for (int j = site.first[group]; j < site.last[group]; j++)
-                v = fma(load_half(b + j * LANES), all(low[j]), v);
+            const Ranks ranks = site.ranks[group];
+            const uint16_t *b = site.b + ranks.at;
+            for (int j = ranks.first; j < ranks.last; j++, b += LANES)
+                v = fma(load_half(b), all(low[j]), v);
         }
     }
     return v;
@@ -301,30 +302,6 @@ static void rotate(const Rotary &rotary, int position, float *x) {
         float a = x[i], b = x[half + i];
         x[i] = a * c[i] - b * s[i];
         x[half + i] = b * c[i] + a * s[i];
-    }
-}
-
-static void embed(const Model &model, int32_t id, float *x) {
-    const Table &t = model.embedding;
-    for (int i = t.columns; i < model.x_line; i++) x[i] = 0;
-    if (!t.bits) {
-        const float *row = (const float *)t.weight + size_t(id) * t.columns;
-        for (int i = 0; i < t.columns; i++) x[i] = row[i] * t.multiplier;
-        return;
-    }
-    const int blocks = (t.columns + t.block - 1) / t.block, zero_line = (blocks + 1) / 2;
-    const uint8_t *row = t.weight + size_t(id) * blocks * t.block * t.bits / 8;
-    for (int i = 0; i < t.columns; i++) {
-        const int b = i / t.block;
-        int zero = t.bits == 4 ? 8 : 128, value;
-        if (t.bits == 4) {
-            value = row[i / 2] >> 4 * (i % 2) & 15;
-            if (t.zeros) zero = t.zeros[size_t(id) * zero_line + b / 2] >> 4 * (b % 2) & 15;
-        } else {
-            value = row[i];
-            if (t.zeros) zero = t.zeros[size_t(id) * blocks + b];
-        }
-        x[i] = float(value - zero) * t.scales[size_t(id) * blocks + b] * t.multiplier;
     }
 }
 
@@ -618,7 +595,9 @@ static void forward(const Work *work, int thread) {
     };
     auto x = [&](int t) { return lane.x + size_t(t) * m.x_line; };
     auto z = [&](int t) { return lane.z + size_t(t) * m.z_line; };
-    for (int t = from; t < to; t++) embed(m, w.tokens[t].id, x(t));
+    for (int t = from; t < to; t++)
+        for (int i = 0; i < m.x_line; i += LANES)
+            store(x(t) + i, load(m.embedded + size_t(t) * m.x_line + i));
     for (int index = 0; index < m.layer_count; index++) {
         const Layer &layer = m.layers[index];
         for (int t = from; t < to; t++) {

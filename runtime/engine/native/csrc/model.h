@@ -64,25 +64,22 @@ struct Layer {
     Activation activation = SILU;
 };
 
-// A x and B of one site, in half precision: A (rank, inputs padded), B a group of 16 rows after the
-// other (rank, 16); of a group only the ranks from first to last are not all zeros.
+// A x and B of one site, in half precision: A (rank, inputs padded); of B for each group of 16 rows,
+// at `at`, the ranks from first to last (ranks, 16): the others are zeros there.
+struct Ranks {
+    int32_t at;
+    int16_t first, last;
+};
+
 struct SiteAdapter {
     int rank = 0;
     float multiplier = 1;
     const uint16_t *a = nullptr, *b = nullptr;
-    const int16_t *first = nullptr, *last = nullptr;
+    const Ranks *ranks = nullptr;
 };
 
 struct Adapter {
     const SiteAdapter *sites = nullptr; // one a site of the model
-    int largest = 0;                    // largest rank of a site
-};
-
-struct Table { // an embedding's rows as the bundle has them, read where they lie
-    int rows = 0, columns = 0, bits = 0, block = 0;
-    float multiplier = 1;
-    const uint8_t *weight = nullptr, *zeros = nullptr;
-    const float *scales = nullptr;
 };
 
 // Numbers rounded to 8 bits for a product: values, and for each block a scale, the sum of the numbers,
@@ -118,7 +115,6 @@ struct Pool;
 struct Model {
     int hidden = 0, vocab = 0, heads = 0, kv_heads = 0, head_dim = 0, layer_count = 0, positions = 0;
     int head_width = 0; // head_dim in whole vectors
-    Table embedding;
     Layer *layers = nullptr;
     Norm norm;
     Matrix head;
@@ -130,9 +126,9 @@ struct Model {
     Pool *pool = nullptr;
     // buffers
     int x_line = 0, z_line = 0, y_line = 0, low_line = 0;
+    float *embedded = nullptr; // (tokens, hidden): what the layers begin with
     float *y = nullptr, *branch = nullptr, *gated = nullptr;
     float *parts = nullptr; // of attention: (threads, tokens, heads, head_width + 2)
-    float *attended = nullptr;
     Lane *lanes = nullptr;  // one a thread; the first is everyone's where the work is divided
 };
 
