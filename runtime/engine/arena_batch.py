@@ -18,7 +18,7 @@ class ArenaBatch(ABC):
     thread-safe: one thread steps.
     """
 
-    prefills_in_pieces = checks_guesses = True
+    prefills_in_pieces = checks_guesses = checks_together = True
 
     def __init__(self, arena: CacheArena, *, prefix_blocks: int) -> None:
         """`prefix_blocks`: blocks of shared prefixes, where the cache can share any."""
@@ -36,8 +36,10 @@ class ArenaBatch(ABC):
         """Run one token of every decoded row, which ends at its length; logits (rows, vocab)."""
 
     @abstractmethod
-    def run_guesses(self, row: BatchRow, tokens: Sequence[int]) -> Float32:
-        """Run several tokens of the only decoded row; logits (tokens, vocab)."""
+    def run_guesses(self, tokens: Sequence[Sequence[int]]) -> Float32:
+        """Run the tokens of every decoded row, which end at its length; logits (all tokens,
+        vocab).
+        """
 
     def begun(self, row: BatchRow) -> None:  # noqa: B027  as `rows_changed`
         """A row got its slot, and its prompt comes next."""
@@ -134,15 +136,11 @@ class ArenaBatch(ABC):
             row.length += 1
         return self.run_step(tokens)
 
-    def check(self, tokens: Sequence[int]) -> Float32:
-        """Append several tokens to the only decoded row; logits (tokens, vocab) after each, valid
-        until the next step.
-
-        Lower the row's `length` afterwards to take back the last ones.
-        """
-        (row,) = self.decoding
-        row.length += len(tokens)
-        return self.run_guesses(row, tokens)
+    def check(self, tokens: Sequence[Sequence[int]]) -> Float32:
+        """Append one token or more to every decoded row; see `DecoderBatch`."""
+        for row, own in zip(self.decoding, tokens, strict=True):
+            row.length += len(own)
+        return self.run_guesses(tokens)
 
     def remember(self, row: BatchRow, key: Hashable, tokens: Sequence[int]) -> None:
         """Keep the beginning of a row, which is `tokens`, for prompts that begin alike."""

@@ -22,6 +22,8 @@ class Batch(ArenaBatch):
     attention continues a prompt only in a batch of one.
     """
 
+    checks_together = False
+
     def __init__(
         self,
         engine: GraphSession,
@@ -63,9 +65,10 @@ class Batch(ArenaBatch):
         lengths = [row.length for row in self.decoding]
         return self._bound_step().run(np.array(tokens, np.int64)[:, None], lengths)
 
-    def run_guesses(self, row: BatchRow, tokens: Sequence[int]) -> Float32:
-        """See `ArenaBatch`."""
-        return self._bound_step().run(np.array([tokens], np.int64), [row.length], every=True)[0]
+    def run_guesses(self, tokens: Sequence[Sequence[int]]) -> Float32:
+        """See `ArenaBatch`; of one row."""
+        (row,), (own,) = self.decoding, tokens
+        return self._bound_step().run(np.array([own], np.int64), [row.length], every=True)[0]
 
     def _bound_step(self) -> RowBinding:
         if self._step is None:

@@ -155,6 +155,10 @@ class DecoderBatch(Protocol):
         """Whether `check` works here."""
 
     @property
+    def checks_together(self) -> bool:
+        """Whether `check` takes more than one row."""
+
+    @property
     def cache_bytes(self) -> int:
         """Memory of keys and values in use: those promised to rows, and shared prefixes."""
 
@@ -198,10 +202,11 @@ class DecoderBatch(Protocol):
         InputError when the cache is full.
         """
 
-    def check(self, tokens: Sequence[int]) -> Float32:
-        """Append several tokens to the only decoding row; logits (tokens, vocab) after each.
+    def check(self, tokens: Sequence[Sequence[int]]) -> Float32:
+        """Append one token or more to every decoding row; logits (all tokens, vocab) after each, in
+        the order of the rows, valid until the next step.
 
-        Lower the row's `length` afterwards to take back the last ones.
+        Lower a row's `length` afterwards to take back its last ones.
         """
 
     def remember(self, row: BatchRow, key: Hashable, tokens: Sequence[int]) -> None:

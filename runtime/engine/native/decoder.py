@@ -324,10 +324,15 @@ class NativeBatch(ArenaBatch):
             self._run(part, range(len(part)), self._logits[first : first + len(part)])
         return self._logits[: len(pieces)]
 
-    def run_guesses(self, row: BatchRow, tokens: Sequence[int]) -> Float32:
+    def run_guesses(self, tokens: Sequence[Sequence[int]]) -> Float32:
         """See `ArenaBatch`."""
-        logits = np.empty((len(tokens), self.engine.graph.vocab_size), np.float32)
-        self._run([self._piece(row, tokens, row.length - len(tokens))], range(len(tokens)), logits)
+        pieces = [
+            self._piece(row, own, row.length - len(own))
+            for row, own in zip(self.decoding, tokens, strict=True)
+        ]
+        count = sum(map(len, tokens))
+        logits = np.empty((count, self.engine.graph.vocab_size), np.float32)
+        self._run(pieces, range(count), logits)
         return logits
 
     def _piece(self, row: BatchRow, ids: Sequence[int], length: int) -> Piece:

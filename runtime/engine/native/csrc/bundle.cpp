@@ -285,8 +285,9 @@ void make_buffers(OpenModel &open) {
     m.z_line = round_up(std::max(widest, m.x_line), LANES);
     m.y_line = (m.heads + 2 * m.kv_heads) * m.head_width;
     m.low_line = MOST_RANKS;
-    const size_t part = size_t(m.threads) * FEW_TOKENS * m.heads * (m.head_width + LANES);
-    const size_t heads = size_t(std::max(m.heads, 16)) * m.head_width + 8 * 128 + 4 * m.head_width;
+    m.part_blocks = (std::max(m.positions, 1 << 15) + KEYS - 1) / KEYS;
+    const size_t part = size_t(FEW_TOKENS) * m.part_blocks * m.heads * (m.head_width + LANES);
+    const size_t heads = size_t(std::max(m.heads, 16)) * m.head_width + 8 * KEYS + 4 * m.head_width;
     size_t total = 0;
     uint8_t *base = nullptr;
     auto take = [&](size_t bytes) {

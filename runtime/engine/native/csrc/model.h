@@ -7,6 +7,7 @@
 namespace edgetune {
 
 constexpr int LANES = 16;       // output rows of a group, keys of a cache step, floats of a vector
+constexpr int KEYS = 64;        // keys that are attended to at once, from a multiple of it on
 constexpr int COLUMNS = 32;     // input columns of a sub-block: 64 bytes of 4 bits for 4 rows each
 constexpr int MOST_TOKENS = 256;
 constexpr int FEW_TOKENS = 16;  // of a decode step: attention then divides a row's context
@@ -128,7 +129,8 @@ struct Model {
     int x_line = 0, z_line = 0, y_line = 0, low_line = 0;
     float *embedded = nullptr; // (tokens, hidden): what the layers begin with
     float *y = nullptr, *branch = nullptr, *gated = nullptr;
-    float *parts = nullptr; // of attention: (threads, tokens, heads, head_width + 2)
+    float *parts = nullptr; // of attention: (FEW_TOKENS, part_blocks, heads, head_width and more)
+    int part_blocks = 0;
     Lane *lanes = nullptr;  // one a thread; the first is everyone's where the work is divided
 };
 
