@@ -37,7 +37,7 @@ from edgetune.export.proof.cost import CostPlan
 from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import probe_rows
 from edgetune.export.proof.proof import demand
-from edgetune.export.proof.prove import proof_document, prove_bundle
+from edgetune.export.proof.prove import proof_document, proof_line, prove_bundle
 from edgetune.export.proof.task_metric import ALONE, TaskPlan
 from edgetune.export.proof.text_parity import check_vocabulary, prove_text
 from edgetune.export.proof.torch_model import as_stored, torch_model, warning
@@ -55,6 +55,7 @@ from edgetune.runtime.bundle.manifest import (
     Manifest,
     PrecisionInfo,
 )
+from edgetune.runtime.tasks.choose_engine import ONNX_RUNTIME
 
 
 def export_bundle(
@@ -119,11 +120,14 @@ def export_bundle(
         )
         text = prove_text(folder, manifest, base, sources)
         say(f"proof of the text: passed; {text.line()}")
-        proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
-        for name, proof in proofs.items():
-            say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
+        proven = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         merged = manifest.mode == "merged" and precision.weights not in FLOATS
-        demand(proofs, where=str(out), merged=merged)
+        for engine, found_by in proven.items():
+            for name, proof in found_by.items():
+                say(proof_line(name, engine, proof))
+            where = str(out) if engine == ONNX_RUNTIME else f"{out}, {engine} engine"
+            demand(found_by, where=where, merged=merged)
+        proofs = proven[ONNX_RUNTIME]
         answers = prove_from_text(folder, manifest, base, sources, threads=threads)
         for name, one in answers.items():
             say(f"answers {name}: {one.line()}")
@@ -146,7 +150,7 @@ def export_bundle(
         )
         if found is not None:
             manifest = replace(manifest, quality={**manifest.quality, "cost": found.to_dict()})
-        document = proof_document(proofs, rows, precision) | {
+        document = proof_document(proven, rows, precision) | {
             "task": {name: result.to_dict() for name, result in results.items()},
             "text": asdict(text),
             "answers": {name: one.to_dict() for name, one in answers.items()},

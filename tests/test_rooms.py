@@ -53,7 +53,7 @@ FLOORS = {
     "runtime.check": "core devices runtime.tasks",
     "export": (
         "adapters core edgetune export.graph export.inputs export.proof models quantisation "
-        "report runtime.adapters runtime.bundle runtime.check"
+        "report runtime.adapters runtime.bundle runtime.check runtime.tasks"
     ),
     "training.fast": "data models objectives",
     "training.parallel": "core data objectives",

@@ -26,8 +26,8 @@ from edgetune.data.rows import spread
 from edgetune.export.inputs.calibration_text import run_examples
 from edgetune.export.proof.proof import Outputs
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
-from edgetune.runtime.engine.decoder import CACHE_STEP, DecoderEngine, DecodeState, round_up
 from edgetune.runtime.engine.encoder import EncoderEngine
+from edgetune.runtime.engine.interface import Decoder
 from edgetune.runtime.tasks.scoring import read_scores
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _low_rank_off(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def decoder_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+def decoder_outputs(engine: Decoder, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
     """The bundle's logits at every position: the prompt in one piece, the last tokens one by one
     through the cache.
     """
@@ -148,18 +148,14 @@ def decoder_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensor
 
 
 def _read_and_stepped(
-    engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any
+    engine: Decoder, rows: Sequence[Sequence[int]], tensors: Any
 ) -> list[np.ndarray]:
     """The logits (tokens, vocabulary) of each row of one batch."""
     cuts = [max(1, len(row) - STEPS) for row in rows]
-    state = DecodeState(
-        engine, [tensors] * len(rows), capacity=round_up(max(map(len, rows)) + 1, CACHE_STEP)
-    )
-    everywhere = np.minimum(
-        np.arange(max(cuts))[None], np.array(cuts)[:, None] - 1
-    )  # a shorter prompt's last position again
-    read = state.prefill([row[:cut] for row, cut in zip(rows, cuts, strict=True)], index=everywhere)
-    found = [[logits[:cut].copy()] for logits, cut in zip(read, cuts, strict=True)]
+    begun = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+    adapters = [tensors] * len(rows)
+    found = [[logits] for logits in engine.logits(begun, adapters)]
+    state, _ = engine.start(begun, adapters, capacity=max(map(len, rows)))
     going = list(range(len(rows)))
     for step in range(STEPS):
         staying = [i for i in going if cuts[i] + step < len(rows[i])]
@@ -188,7 +184,7 @@ def token_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors:
     return Outputs(np.concatenate(logits), np.concatenate(states))
 
 
-def reward_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+def reward_outputs(engine: Decoder, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
     """The bundle's scores (rows, 1) and states of the last tokens; rows right-padded in a batch, as
     the device sends them.
     """

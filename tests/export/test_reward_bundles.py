@@ -108,7 +108,9 @@ def test_rewards_pass_their_proof_beside_an_adapter_that_generates(tiny_decoder:
         "bundle"
     ] == task["torch"]
     assert all(
-        proof.passed for proof in reprove(bundle(tiny_decoder), manifest, threads=1).values()
+        proof.passed
+        for found in reprove(bundle(tiny_decoder), manifest, threads=1).values()
+        for proof in found.values()
     )
 
 
