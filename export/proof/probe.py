@@ -95,11 +95,11 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
             elif isinstance(inner, TokenClassifier):
                 hidden = inner.states(ids, torch.ones_like(ids))[0]
                 states.append(hidden.numpy())
-                logits.append(inner.classifier(hidden).numpy())
+                logits.append(inner.logits_of(hidden).numpy())
             elif isinstance(inner, SequenceClassifier):
-                pooled = inner.pooled(ids, torch.ones_like(ids), token_types([row], len(row)))
-                states.append(pooled.numpy())
-                logits.append(inner.classifier(pooled).numpy())
+                given = ids, torch.ones_like(ids), token_types([row], len(row))
+                states.append(inner.pooled(*given).numpy())
+                logits.append(inner.logits_of(inner.features(*given)).numpy())
             elif isinstance(inner, RewardModel):
                 hidden = inner.pooled(ids, torch.ones_like(ids))
                 states.append(hidden.numpy())
@@ -202,6 +202,13 @@ def reward_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors
         np.concatenate([scores[:, None] for scores, _ in found]),
         np.concatenate([states for _, states in found]),
     )
+
+
+def class_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+    """The bundle's logits (rows, labels) of a decoder's classifier, and states as above."""
+    states, head = reward_outputs(engine, rows, tensors).states, engine.manifest.head
+    assert head is not None
+    return Outputs(states @ tensors[head.weight][0] + tensors[head.bias][0], states)
 
 
 Decide = Callable[[Outputs], Outputs]

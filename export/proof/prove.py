@@ -12,10 +12,11 @@ from typing import Any
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTERS
 from edgetune.core.progress import Say
-from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, REWARD, TAGGING
 from edgetune.core.text import second_of, typed_at
 from edgetune.export.inputs.sources import AdapterSource, original_base, read_source
 from edgetune.export.proof.probe import (
+    class_outputs,
     decide_by,
     decoder_outputs,
     encoder_outputs,
@@ -31,7 +32,7 @@ from edgetune.export.proof.torch_model import judged_by, prove_merged, reference
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision, coarsest
-from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.adapters.packing import merged_head, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
 from edgetune.runtime.engine.decoder import DecoderEngine
 from edgetune.runtime.engine.encoder import EncoderEngine
@@ -85,11 +86,11 @@ def _prove_one(
 
     def ship(tensors: Any) -> Outputs:
         if isinstance(engine, DecoderEngine):
-            return (
-                decide(reward_outputs(engine, rows, tensors))
-                if source.task == REWARD
-                else _generator_outputs(engine, rows, tensors)
-            )
+            if source.task == REWARD:
+                return decide(reward_outputs(engine, rows, tensors))
+            if source.task == CLASSIFICATION:
+                return decide(class_outputs(engine, rows, tensors))
+            return _generator_outputs(engine, rows, tensors)
         return decide(
             token_outputs(engine, rows, tensors)
             if source.task == TAGGING
@@ -99,19 +100,20 @@ def _prove_one(
     judged = judged_by(manifest, reference)
     if not source.modules and not source.is_model:
         tensors = (
-            None
+            merged_head(source.folder, source.task or "", manifest) or None
             if manifest.mode == "merged"
             else pack_adapter(source.folder, manifest, name=source.name).tensors
         )
         return prove_head(trained=trained, shipped=ship(tensors), precision=judged)
     if manifest.mode == "merged":
+        head = merged_head(source.folder, source.task or "", manifest)
         return prove_merged(
             model,
             original,
             rows,
             trained=trained,
             trained_off=trained_off,
-            shipped=ship(None),
+            shipped=ship(head or None),
             stored=manifest.precision,
             judged=judged,
             decide=decide,
