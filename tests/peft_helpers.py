@@ -28,6 +28,9 @@ SAVED = {
     "modernbert": ["head", "classifier"],
 }
 
+# (of taggers PEFT's all-linear would take the output layer, too)
+ATTENTION = r".*\.(query|value|Wqkv|q_lin|v_lin|query_proj|value_proj)"
+
 
 def stranger(
     base: Path,
@@ -44,7 +47,8 @@ def stranger(
     saved = SAVED.get(body.config.model_type)
     if task == "TOKEN_CLS" and body.config.model_type != "modernbert":
         saved = None
-    settings = {"target_modules": "all-linear", "modules_to_save": saved} | config
+    targets = ATTENTION if task == "TOKEN_CLS" else "all-linear"
+    settings = {"target_modules": targets, "modules_to_save": saved} | config
     model = get_peft_model(body, LoraConfig(task_type=task, r=4, lora_alpha=8, **settings))
     for parameter in model.parameters():
         if parameter.requires_grad:
