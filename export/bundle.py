@@ -15,7 +15,7 @@ from edgetune.core.files import sha256_file, whole_folder, write_json
 from edgetune.core.layout import ADAPTER_WEIGHTS, ADAPTERS, MANIFEST
 from edgetune.core.precisions import FLOATS
 from edgetune.core.progress import Say
-from edgetune.core.tasks import CLASSIFICATION, REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, EMBEDDING, MASKED, REWARD, TAGGING
 from edgetune.export.bundle_files import (
     copy_adapter,
     write_genai_config,
@@ -278,6 +278,12 @@ def _task(base: Base, sources: Sequence[AdapterSource]) -> str:
     )
 
 
+def _task_of(source: AdapterSource, manifest: Manifest) -> str:
+    if source.task == MASKED:
+        return EMBEDDING
+    return source.task or (manifest.task if manifest.is_decoder else CLASSIFICATION)
+
+
 def build_base(
     base: Base, folder: Path, *, precision: Precision, say: Say = lambda line: None
 ) -> Manifest:
@@ -298,7 +304,7 @@ def _add_adapter(
         name=source.name,
         path=str(place),
         problem=source.problem,
-        task=source.task or (manifest.task if manifest.is_decoder else CLASSIFICATION),
+        task=_task_of(source, manifest),
         labels=source.labels,
         prompt_format=source.metadata.get("prompt_format"),
         generation=source.metadata.get("generation"),

@@ -27,6 +27,9 @@ Task = Literal[
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 TAGGING: Task = "token-classification"
 CLASSIFICATION: Task = "sequence-classification"
+MASKED: Task = "masked-lm"
+EMBEDDING = "feature-extraction"
+"""What a masked-lm adapter does in a bundle: the encoder's embedding, of another domain."""
 GENERATION: Task = "text-generation"
 REWARD: Task = "reward"
 PROBLEMS = get_args(Problem)

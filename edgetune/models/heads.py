@@ -253,6 +253,28 @@ class RewardModel(nn.Module):
         return rewards
 
 
+class Embedder(nn.Module):
+    """An encoder's body under its own `base_model_prefix`, as masked-lm trains it, without a
+    head: what an adapter of that method gives a text is its pooled state.
+    """
+
+    def __init__(self, body: Any, *, pooling: Pooling) -> None:
+        super().__init__()
+        self.config, self.pooling, self.body_name = body.config, pooling, body.base_model_prefix
+        setattr(self, self.body_name, body)
+
+    @property
+    def body(self) -> nn.Module:
+        """The encoder."""
+        module: nn.Module = getattr(self, self.body_name)
+        return module
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(batch, seq) token ids → (batch, hidden)."""
+        states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return pool(states, attention_mask, self.pooling)
+
+
 def last_hidden(body: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """A causal body's hidden states (batch, hidden), fp32, at the last real token of right-padded
     rows.

@@ -42,6 +42,7 @@ from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import UNLIMITED, Base
 from edgetune.models.heads import (
     DecoderClassifier,
+    Embedder,
     RewardModel,
     SequenceClassifier,
     has_token_types,
@@ -137,7 +138,8 @@ def _context_line(base: Base, kept: int) -> str:
 
 def _trace(base: Base, model: Any) -> ir.Model:
     """The base's graph in float, simplified: linear layers that read one input are one product."""
-    body = model.body if base.kind == "encoder" and isinstance(model, SequenceClassifier) else model
+    inside = base.kind == "encoder" and isinstance(model, (Embedder, SequenceClassifier))
+    body = model.body if inside else model
     body = causal_model(body, base)
     if base.kind == "decoder":
         refuse_head_size(model.config)

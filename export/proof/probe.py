@@ -25,7 +25,7 @@ from edgetune.data.labels import encode_texts
 from edgetune.data.rows import spread
 from edgetune.export.inputs.calibration_text import run_examples
 from edgetune.export.proof.proof import Outputs
-from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
+from edgetune.models.heads import Embedder, RewardModel, SequenceClassifier, TokenClassifier
 from edgetune.runtime.engine.decoder import CACHE_STEP, DecoderEngine, DecodeState, round_up
 from edgetune.runtime.engine.encoder import EncoderEngine
 from edgetune.runtime.tasks.scoring import read_scores
@@ -100,6 +100,8 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
                 given = ids, torch.ones_like(ids), token_types([row], len(row))
                 states.append(inner.pooled(*given).numpy())
                 logits.append(inner.logits_of(inner.features(*given)).numpy())
+            elif isinstance(inner, Embedder):
+                logits.append(inner.pooled(ids, torch.ones_like(ids)).numpy())
             elif isinstance(inner, RewardModel):
                 hidden = inner.pooled(ids, torch.ones_like(ids))
                 states.append(hidden.numpy())
@@ -180,6 +182,14 @@ def encoder_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensor
     """
     logits, pooled = engine.run(rows, [tensors] * len(rows))
     return Outputs(np.stack(logits), np.array(pooled))
+
+
+def embedding_outputs(
+    engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any
+) -> Outputs:
+    """The bundle's pooled states alone, of an adapter without a head."""
+    states = encoder_outputs(engine, rows, tensors).states
+    return Outputs(states, states)
 
 
 def token_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:

@@ -12,13 +12,14 @@ from typing import Any
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTERS
 from edgetune.core.progress import Say
-from edgetune.core.tasks import CLASSIFICATION, REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, MASKED, REWARD, TAGGING
 from edgetune.core.text import second_of, typed_at
 from edgetune.export.inputs.sources import AdapterSource, original_base, read_source
 from edgetune.export.proof.probe import (
     class_outputs,
     decide_by,
     decoder_outputs,
+    embedding_outputs,
     encoder_outputs,
     reward_outputs,
     seq2seq_outputs,
@@ -91,6 +92,8 @@ def _prove_one(
             if source.task == CLASSIFICATION:
                 return decide(class_outputs(engine, rows, tensors))
             return _generator_outputs(engine, rows, tensors)
+        if source.task == MASKED:
+            return embedding_outputs(engine, rows, tensors)
         return decide(
             token_outputs(engine, rows, tensors)
             if source.task == TAGGING

@@ -22,14 +22,14 @@ from edgetune.adapters.folder import load_adapter
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTER, ADAPTER_METADATA
 from edgetune.core.precisions import FLOATS
-from edgetune.core.tasks import CLASSIFICATION, REWARD
+from edgetune.core.tasks import CLASSIFICATION, MASKED, REWARD
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.export.proof.probe import torch_outputs
 from edgetune.export.proof.proof import Outputs, Proof, prove, with_survival
 from edgetune.export.proof.survival import LEAST_STRENGTH, PEFT_NAME, survival, survival_summary
 from edgetune.models.base import Base
 from edgetune.models.fake_quantise import round_weights
-from edgetune.models.heads import RewardModel
+from edgetune.models.heads import Embedder, RewardModel
 from edgetune.models.load import classifier_on, load_body
 from edgetune.quantisation.blocks import ROUNDING
 from edgetune.quantisation.precision import Precision, coarsest, trained_precision
@@ -43,10 +43,12 @@ def torch_model(base: Base, source: AdapterSource | None = None, *, merge: bool 
     if source is None or source.is_model:
         return body
     model: Any = RewardModel(body) if source.task == REWARD else body
-    if base.kind == "encoder" or source.task == CLASSIFICATION:
+    if base.kind == "encoder" and source.task == MASKED:
+        model = Embedder(body, pooling=base.pooling or "mean")
+    elif base.kind == "encoder" or source.task == CLASSIFICATION:
         if source.labels is None:
             raise ExportError(
-                "an adapter for an encoder needs a classifier",
+                "an adapter of another tool for an encoder needs a classifier here",
                 where=str(source.folder),
                 expected="a head in modules_to_save",
                 got="none",

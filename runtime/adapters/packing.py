@@ -14,7 +14,15 @@ import numpy as np
 from edgetune.core.arrays import Float32
 from edgetune.core.errors import AdapterError
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, PEFT_PREFIX
-from edgetune.core.tasks import CLASSIFICATION, DECODER_TASKS, ENCODER_TASKS, REWARD, TAGGING
+from edgetune.core.tasks import (
+    CLASSIFICATION,
+    DECODER_TASKS,
+    EMBEDDING,
+    ENCODER_TASKS,
+    MASKED,
+    REWARD,
+    TAGGING,
+)
 from edgetune.runtime.adapters.head import (
     guessed,
     head_problems,
@@ -74,6 +82,8 @@ class PackedAdapter:
     @property
     def task(self) -> str | None:
         """What it was trained for; None for a foreign adapter without a head."""
+        if self.metadata.get("task") == MASKED:  # which answers with an embedding
+            return EMBEDDING
         return self.metadata.get("task") or (
             "sequence-classification" if self.labels is not None else None
         )
@@ -280,7 +290,8 @@ def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
     fitting = (
         DECODER_TASKS if manifest.is_decoder else ENCODER_TASKS
     )  # one base serves every kind of head
-    if task is not None and task not in fitting:
+    embeds = task == MASKED and not manifest.is_decoder
+    if task is not None and task not in fitting and not embeds:
         problems.append(f"{ADAPTER_METADATA}: task: expected {' or '.join(fitting)}, got {task}")
     pooling = metadata.get("pooling")
     if pooling is not None and pooling != manifest.graph.pooling:
