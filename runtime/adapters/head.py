@@ -28,11 +28,11 @@ def task_of(read: LoraFolder, manifest: Manifest) -> str | None:
         return None
     if read.config.get("task_type") == "TOKEN_CLS":
         return TAGGING
-    outputs = _output_rows(read, layers_of(read, manifest))
+    outputs = _output_rows(read, head_layers_of(read, manifest))
     return REWARD if manifest.is_decoder and outputs == 1 else CLASSIFICATION
 
 
-def layers_of(read: LoraFolder, manifest: Manifest) -> HeadLayers | None:
+def head_layers_of(read: LoraFolder, manifest: Manifest) -> HeadLayers | None:
     """The layers of the adapter's head, where they are transformers' own; None for a linear one."""
     if manifest.head is None or manifest.is_decoder:
         return None
@@ -45,12 +45,12 @@ def layers_of(read: LoraFolder, manifest: Manifest) -> HeadLayers | None:
     return manifest.head.layers(TAGGING if tags else CLASSIFICATION)
 
 
-def guessed(read: LoraFolder, manifest: Manifest) -> dict[str, Any]:
+def described_by_peft(read: LoraFolder, manifest: Manifest) -> dict[str, Any]:
     """What PEFT's own configuration says of an adapter without `edgetune_adapter.json`."""
     task = task_of(read, manifest)
     if task is None or task == REWARD:
         return {} if task is None else {"task": task}
-    one = task == CLASSIFICATION and _output_rows(read, layers_of(read, manifest)) == 1
+    one = task == CLASSIFICATION and _output_rows(read, head_layers_of(read, manifest)) == 1
     return {"task": task} | ({"problem": "regression"} if one else {})
 
 
@@ -62,7 +62,7 @@ def labels_of(read: LoraFolder, manifest: Manifest) -> tuple[str, ...] | None:
     if labels is not None:
         return tuple(str(label) for label in labels)
     task = task_of(read, manifest)
-    rows = _output_rows(read, layers_of(read, manifest))
+    rows = _output_rows(read, head_layers_of(read, manifest))
     if rows is None or task not in (CLASSIFICATION, TAGGING):
         return None
     if rows == 1 and task == CLASSIFICATION:
@@ -81,7 +81,7 @@ def head_problems(
         name, tensor = next(iter(read.head.items()))
         fix = "; export the bundle again" if manifest.is_decoder else ""
         return [f"{PEFT_PREFIX}{name} {tensor.shape}: unknown, this graph takes no task head{fix}"]
-    layers = layers_of(read, manifest)
+    layers = head_layers_of(read, manifest)
     if (read.metadata or {}).get("head") == TRANSFORMERS and layers is None:
         return [f"{ADAPTER_METADATA}: head: this bundle takes only a linear one; export it again"]
     if unlike := _foreign_problem(read, manifest, layers):
@@ -103,7 +103,7 @@ def pack_head(read: LoraFolder, manifest: Manifest) -> dict[str, Float32]:
     the output that the adapter brings (DENSE, NORM), transposed likewise, and its low-rank weights
     on the dense layer.
     """
-    head, layers = manifest.head, layers_of(read, manifest)
+    head, layers = manifest.head, head_layers_of(read, manifest)
     if head is None or not read.head:
         return {}
     found = _pair(read, _output(read, layers), head.weight, head.bias)

@@ -24,10 +24,10 @@ from edgetune.core.tasks import (
     TAGGING,
 )
 from edgetune.runtime.adapters.head import (
-    guessed,
+    described_by_peft,
+    head_layers_of,
     head_problems,
     labels_of,
-    layers_of,
     pack_head,
     task_of,
 )
@@ -135,7 +135,7 @@ def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapt
         labels=labels,
         rank=read.rank,
         digest=read.digest or "",
-        metadata=read.metadata or guessed(read, manifest),
+        metadata=read.metadata or described_by_peft(read, manifest),
         notes=(*(doubts := _doubts(read, manifest)), *_notes(read, manifest)),
         doubts=doubts,
     )
@@ -167,7 +167,7 @@ Placed = dict[tuple[int, int], tuple[Float32, Float32]]
 
 def _place(read: LoraFolder, manifest: Manifest) -> Placed:
     """Find each module's part in the graph; unknown and misshapen ones become problems."""
-    index, placed, layers = _part_index(manifest), Placed(), layers_of(read, manifest)
+    index, placed, layers = _part_index(manifest), Placed(), head_layers_of(read, manifest)
     for module, (a, b) in read.deltas.items():
         if layers is not None and layers.dense in (module, _without_first(module)):
             read.head_deltas[layers.dense] = a, b
