@@ -139,10 +139,11 @@ def _output(read: LoraFolder, layers: HeadLayers | None) -> str:
     """The last layer's name."""
     if layers is not None:
         return layers.output
-    scores = (read.metadata or {}).get("task") == REWARD
-    first = "score" if scores or "score.weight" in read.head else "classifier"
     found = [name for name in ("classifier", "score") if f"{name}.weight" in read.head]
-    return found[0] if found else first
+    scores = (read.metadata or {}).get("task") == REWARD or (
+        read.config.get("modules_to_save") or ("classifier",)
+    )[0] == "score"
+    return found[0] if found else "score" if scores else "classifier"
 
 
 def _output_rows(read: LoraFolder, layers: HeadLayers | None) -> int | None:
