@@ -15,7 +15,7 @@ from edgetune.core.files import sha256_file, whole_folder, write_json
 from edgetune.core.layout import ADAPTER_WEIGHTS, ADAPTERS, MANIFEST
 from edgetune.core.precisions import FLOATS
 from edgetune.core.progress import Say
-from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, EMBEDDING, MASKED, REWARD, TAGGING
 from edgetune.export.bundle_files import (
     copy_adapter,
     write_genai_config,
@@ -24,6 +24,7 @@ from edgetune.export.bundle_files import (
 )
 from edgetune.export.graph.build import _graph, _trace, _write_graphs
 from edgetune.export.graph.families import known_family
+from edgetune.export.graph.heads import with_layers
 from edgetune.export.graph.lower import settle
 from edgetune.export.graph.seq2seq_files import check_seq2seq
 from edgetune.export.graph.trace import Traced
@@ -233,6 +234,8 @@ def _build(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
     del model
+    if head is not None and base.kind == "encoder":
+        head = with_layers(head, base, config, folder)
     info = _write_graphs(
         graph, folder, sites, info, base=base, precision=precision, mode=mode, say=say
     )
@@ -290,6 +293,12 @@ def _task(base: Base, sources: Sequence[AdapterSource]) -> str:
     )
 
 
+def _task_of(source: AdapterSource, manifest: Manifest) -> str:
+    if source.task == MASKED:
+        return EMBEDDING
+    return source.task or (manifest.task if manifest.is_decoder else CLASSIFICATION)
+
+
 def build_base(
     base: Base, folder: Path, *, precision: Precision, say: Say = lambda line: None
 ) -> Manifest:
@@ -310,7 +319,7 @@ def _add_adapter(
         name=source.name,
         path=str(place),
         problem=source.problem,
-        task=source.task or (manifest.task if manifest.is_decoder else "sequence-classification"),
+        task=_task_of(source, manifest),
         labels=source.labels,
         prompt_format=source.metadata.get("prompt_format"),
         generation=source.metadata.get("generation"),
@@ -325,6 +334,12 @@ def _add_adapter(
     for note in packed.notes:
         say(f"adapter {source.name}: {note}")
     if manifest.graph.standard is None:  # nor is there a graph that takes such a file
+        return replace(entry, rank=packed.rank)
+    if packed.has_layers:
+        say(
+            f"adapter {source.name}: its head has layers that model.onnx does not take, so other"
+            " engines get no .onnx_adapter of it; --mode merged writes it into their graph"
+        )
         return replace(entry, rank=packed.rank)
     onnx_adapter = place / f"{source.name}.onnx_adapter"
     write_onnx_adapter(packed, folder / onnx_adapter)

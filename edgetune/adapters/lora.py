@@ -14,7 +14,7 @@ from torch import nn
 
 from edgetune.adapters.folder import PEFT_TASKS
 from edgetune.core.errors import RecipeError
-from edgetune.models.heads import HEAD, HEADS, UNUSED, SequenceClassifier, TokenClassifier, head_of
+from edgetune.models.heads import HEADS, UNUSED, SequenceClassifier, TokenClassifier, head_of
 from edgetune.recipe.checks import changes_the_base
 from edgetune.recipe.schema import Parameters
 
@@ -46,7 +46,7 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         use_dora=parameters.dora,
         rank_pattern=dict(parameters.rank_pattern),
         alpha_pattern={name: _whole(alpha) for name, alpha in parameters.alpha_pattern.items()},
-        modules_to_save=None if head is None else [head],
+        modules_to_save=list(head) or None,
         init_lora_weights=True if parameters.init in ("default", "loftq") else parameters.init,
         fan_in_fan_out=all(
             type(model.get_submodule(name)).__name__ == "Conv1D" for name in names
@@ -74,7 +74,7 @@ def adapt_head(model: SequenceClassifier) -> PeftModel:
         r=1,
         lora_alpha=1,
         target_modules=DUMMY_TARGET_MODULES,
-        modules_to_save=[HEAD],
+        modules_to_save=list(model.head_modules),
     )
     return PeftModel(model, config)
 

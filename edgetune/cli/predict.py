@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgetune.cli.options import chosen_providers, device_option, engine_option, provider_option
+from edgetune.core.tasks import CLASSIFICATION, REWARD
+
+HEADED = (CLASSIFICATION, REWARD)  # what on a decoder gives no text
 
 if TYPE_CHECKING:
     from edgetune.runtime.tasks.runtime import Runtime
@@ -139,7 +142,7 @@ def _check_settings(
     that generates.
     """
     given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
-    generates = runtime.manifest.is_decoder and not (alone and runtime.task(adapter) == "reward")
+    generates = runtime.manifest.is_decoder and not (alone and runtime.task(adapter) in HEADED)
     if given and not generates:
         raise click.UsageError(
             f"{', '.join(given)} say how a text is generated, and {adapter or 'this bundle'}"
@@ -160,7 +163,7 @@ def _note_embedding(runtime: Runtime, what: str) -> None:
 def _answer_text(
     runtime: Runtime, text: str, *, adapter: str | None, truncate: bool, settings: dict[str, Any]
 ) -> None:
-    if not runtime.manifest.is_decoder:
+    if not runtime.manifest.is_decoder or runtime.task(adapter) == CLASSIFICATION:
         if runtime.labels(adapter) is None:
             if adapter is None:
                 _note_embedding(runtime, "this is")

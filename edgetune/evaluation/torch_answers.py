@@ -20,9 +20,11 @@ from edgetune.data.batching import Batch, collate, in_order_of_length, split_by_
 from edgetune.data.completions import encode_prompts
 from edgetune.data.conversations import Prompt
 from edgetune.data.examples import Example
+from edgetune.data.labels import encode_texts
 from edgetune.data.preferences import encode_answered
 from edgetune.data.prompts import PromptFormat, apply_chat_template
 from edgetune.evaluation.answers import HeadAnswers
+from edgetune.models.heads import DecoderClassifier, unwrapped
 from edgetune.models.text_tokenizer import reading
 from edgetune.recipe.generation import shaping
 
@@ -118,6 +120,13 @@ class TorchAnswers(HeadAnswers):
 
     def class_logits(self, texts: Sequence[Text]) -> Tensor:
         """(texts, labels) logits."""
+        if isinstance(unwrapped(self.model), DecoderClassifier):  # its tokenizer may not pad
+            ids, _ = encode_texts(texts, self.tokenizer, limit=self._limit)
+            found = []
+            for row in ids:
+                tokens = torch.tensor([row])
+                found.append(self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)))
+            return torch.cat(found)
         columns = (
             [list(texts)]
             if not texts or isinstance(texts[0], str)

@@ -149,6 +149,7 @@ def metadata(run: ResolvedRun, summary: RunSummary) -> AdapterMetadata:
         labels=examples.labels,
         pooling=run.base.pooling,
         problem=stage.problem if run.task == "sequence-classification" else None,
+        head=run.head,
         prompt_format=examples.prompt_format.to_dict(),
         generation=None if run.generation is None else dict(run.generation),
         max_length=examples.max_length,

@@ -19,9 +19,9 @@ from edgetune.export.graph.families import cache_sizes, fixed_length
 from edgetune.export.graph.fp16 import to_half
 from edgetune.export.graph.fuse import simplify
 from edgetune.export.graph.heads import (
+    add_fixed_head,
     add_fixed_score,
-    add_head,
-    add_token_head,
+    add_input_head,
     causal_model,
     decoder_head,
     drop_states,
@@ -46,7 +46,13 @@ from edgetune.export.graph.symbolic_layers import DOMAIN
 from edgetune.export.graph.trace import Traced, trace_decoder, trace_encoder
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import UNLIMITED, Base
-from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier, has_token_types
+from edgetune.models.heads import (
+    DecoderClassifier,
+    Embedder,
+    RewardModel,
+    SequenceClassifier,
+    has_token_types,
+)
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime.bundle.manifest import GraphInfo, HeadInfo, Site
 from edgetune.runtime.engine.session import ADAPTER_BRANCH
@@ -92,23 +98,19 @@ def _graph(
     if base.kind == "encoder-decoder":
         sites = placed(graph, sites)
     head = (
-        decoder_head(config.hidden_size) if base.kind == "decoder" and mode == "separate" else None
+        decoder_head(config.hidden_size)
+        if base.kind == "decoder" and (mode == "separate" or isinstance(model, DecoderClassifier))
+        else None
     )
     if isinstance(model, RewardModel):
         add_fixed_score(graph, model.score.weight)
     elif base.kind == "decoder" and head is None:
         drop_states(graph)
     if base.kind == "encoder":
-        classifier = model.classifier if isinstance(model, SequenceClassifier) else None
-        weights = (
-            (classifier.weight.detach(), classifier.bias.detach())
-            if classifier is not None
-            else (None, None)
-        )
-        if isinstance(model, TokenClassifier):
-            add_token_head(graph, model.classifier.weight.detach(), model.classifier.bias.detach())
+        if isinstance(model, SequenceClassifier):
+            add_fixed_head(graph, model, pooling=base.pooling or "mean")
         else:
-            head = add_head(graph, *weights, hidden=config.hidden_size)
+            head = add_input_head(graph, hidden=config.hidden_size)
     if precision.weights == "fp16":
         to_half(graph)
         shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
@@ -190,7 +192,9 @@ def _context_line(base: Base, kept: int) -> str:
 
 def _trace(base: Base, model: Any) -> ir.Model:
     """The base's graph in float, simplified: linear layers that read one input are one product."""
-    body = model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
+    inside = base.kind == "encoder" and isinstance(model, (Embedder, SequenceClassifier))
+    body = model.body if inside else model
+    body = causal_model(body, base)
     if base.kind == "decoder":
         refuse_head_size(model.config)
         graph = trace_decoder(body, max_length=_context(base, model))

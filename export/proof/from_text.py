@@ -178,9 +178,17 @@ class _Walk:
 
     def _torch(self) -> TorchAnswers:
         assert self.source is not None
-        return TorchAnswers(
-            torch_model(self.base, self.source), self.tokenizer, dict(self.source.metadata)
-        )
+        # an adapter of another tool says none of this itself
+        told = {
+            "task": self.source.task,
+            "problem": self.source.problem,
+            "labels": self.source.labels,
+            "prompt_format": None,
+            "generation": None,
+            "max_length": self.base.max_length,
+        }
+        model = torch_model(self.base, self.source)
+        return TorchAnswers(model, self.tokenizer, {**told, **self.source.metadata})
 
     def _judge(
         self,

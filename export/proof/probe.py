@@ -25,7 +25,7 @@ from edgetune.data.labels import encode_texts
 from edgetune.data.rows import spread
 from edgetune.export.inputs.calibration_text import run_examples
 from edgetune.export.proof.proof import Outputs
-from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
+from edgetune.models.heads import Embedder, RewardModel, SequenceClassifier, TokenClassifier
 from edgetune.runtime.engine.encoder import EncoderEngine
 from edgetune.runtime.engine.interface import Decoder
 from edgetune.runtime.tasks.scoring import read_scores
@@ -95,11 +95,13 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
             elif isinstance(inner, TokenClassifier):
                 hidden = inner.states(ids, torch.ones_like(ids))[0]
                 states.append(hidden.numpy())
-                logits.append(inner.classifier(hidden).numpy())
+                logits.append(inner.logits_of(hidden).numpy())
             elif isinstance(inner, SequenceClassifier):
-                pooled = inner.pooled(ids, torch.ones_like(ids), token_types([row], len(row)))
-                states.append(pooled.numpy())
-                logits.append(inner.classifier(pooled).numpy())
+                given = ids, torch.ones_like(ids), token_types([row], len(row))
+                states.append(inner.pooled(*given).numpy())
+                logits.append(inner.logits_of(inner.features(*given)).numpy())
+            elif isinstance(inner, Embedder):
+                logits.append(inner.pooled(ids, torch.ones_like(ids)).numpy())
             elif isinstance(inner, RewardModel):
                 hidden = inner.pooled(ids, torch.ones_like(ids))
                 states.append(hidden.numpy())
@@ -178,6 +180,14 @@ def encoder_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensor
     return Outputs(np.stack(logits), np.array(pooled))
 
 
+def embedding_outputs(
+    engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any
+) -> Outputs:
+    """The bundle's pooled states alone, of an adapter without a head."""
+    states = encoder_outputs(engine, rows, tensors).states
+    return Outputs(states, states)
+
+
 def token_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
     """The bundle's logits and states at every token; all rows in one padded batch."""
     logits, states = engine.tokens(rows, [tensors] * len(rows))
@@ -198,6 +208,13 @@ def reward_outputs(engine: Decoder, rows: Sequence[Sequence[int]], tensors: Any)
         np.concatenate([scores[:, None] for scores, _ in found]),
         np.concatenate([states for _, states in found]),
     )
+
+
+def class_outputs(engine: Decoder, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+    """The bundle's logits (rows, labels) of a decoder's classifier, and states as above."""
+    states, head = reward_outputs(engine, rows, tensors).states, engine.manifest.head
+    assert head is not None
+    return Outputs(states @ tensors[head.weight][0] + tensors[head.bias][0], states)
 
 
 Decide = Callable[[Outputs], Outputs]

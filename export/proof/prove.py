@@ -12,13 +12,15 @@ from typing import Any
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTERS
 from edgetune.core.progress import Say
-from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, MASKED, REWARD, TAGGING
 from edgetune.core.text import second_of, typed_at
 from edgetune.export.inputs.sources import AdapterSource, original_base, read_source
 from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import (
+    class_outputs,
     decide_by,
     decoder_outputs,
+    embedding_outputs,
     encoder_outputs,
     reward_outputs,
     seq2seq_outputs,
@@ -32,7 +34,7 @@ from edgetune.export.proof.torch_model import judged_by, prove_merged, reference
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision, coarsest
-from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.adapters.packing import merged_head, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
 from edgetune.runtime.engine.encoder import EncoderEngine
 from edgetune.runtime.engine.seq2seq import Seq2SeqEngine
@@ -104,11 +106,13 @@ def _prove_one(
     def ship(engine: Any, tensors: Any) -> Outputs:
         if manifest.is_decoder:
             bound = engine.bind(tensors) if tensors else None
-            return (
-                decide(reward_outputs(engine, rows, bound))
-                if source.task == REWARD
-                else _generator_outputs(engine, rows, bound)
-            )
+            if source.task == REWARD:
+                return decide(reward_outputs(engine, rows, bound))
+            if source.task == CLASSIFICATION:
+                return decide(class_outputs(engine, rows, tensors))
+            return _generator_outputs(engine, rows, bound)
+        if source.task == MASKED:
+            return embedding_outputs(engine, rows, tensors)
         return decide(
             token_outputs(engine, rows, tensors)
             if source.task == TAGGING
@@ -118,7 +122,7 @@ def _prove_one(
     judged = judged_by(manifest, reference)
     if not source.modules and not source.is_model:
         tensors = (
-            None
+            merged_head(source.folder, source.task or "", manifest) or None
             if manifest.mode == "merged"
             else pack_adapter(source.folder, manifest, name=source.name).tensors
         )
@@ -129,6 +133,7 @@ def _prove_one(
             for name, engine in engines.items()
         }
     if manifest.mode == "merged":
+        head = merged_head(source.folder, source.task or "", manifest)
         return {
             name: prove_merged(
                 model,
@@ -136,7 +141,7 @@ def _prove_one(
                 rows,
                 trained=trained,
                 trained_off=trained_off,
-                shipped=ship(engine, None),
+                shipped=ship(engine, head or None),
                 stored=manifest.precision,
                 judged=_bounds(judged, name),
                 decide=decide,

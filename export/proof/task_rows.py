@@ -74,7 +74,7 @@ def rows_of(
         if not source.metadata or source.task == "masked-lm":
             if data is not None:
                 why = (
-                    "what masked-lm trained answers nothing"
+                    "what masked-lm trained gives embeddings"
                     if source.metadata
                     else "an adapter of another tool does not say how it reads rows"
                 )

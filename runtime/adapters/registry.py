@@ -116,6 +116,8 @@ class AdapterRegistry:
         """
         self._sources = AdapterSources(folder, manifest, adapter_folder, strict=strict)
         self._bind = bind
+        head = manifest.head
+        self._heads = () if head is None else (head.weight, head.bias)
         self._limit = None if memory_mb is None else memory_mb * 1e6
         self._change = threading.Condition()
         self._serials, self._clock = itertools.count(1), itertools.count(1)
@@ -289,8 +291,9 @@ class AdapterRegistry:
         known.fingerprint = fingerprint
         known.used = next(self._clock)
         bound = self._bind(packed.tensors)
-        if bound.own_bytes is not None:  # the engine has its own copy: once is enough
-            packed = replace(packed, tensors={})
+        if bound.own_bytes is not None:  # the engine has its own copy of all but a head
+            kept = {name: packed.tensors[name] for name in self._heads if name in packed.tensors}
+            packed = replace(packed, tensors=kept)
         known.resident = Resident(packed, bound, known.serial)
         return known.resident
 

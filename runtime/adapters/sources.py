@@ -11,8 +11,8 @@ from typing import Any
 
 from edgetune.core.errors import AdapterError, BundleError
 from edgetune.core.files import is_regular, read_json
-from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA
-from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTERS
+from edgetune.runtime.adapters.packing import PackedAdapter, merged_head, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
 
 log = logging.getLogger("edgetune.runtime.adapters")
@@ -75,8 +75,9 @@ class AdapterSources:
             return packed, _fingerprint(packed, source)
         if self._manifest.mode == "merged" or source.path is None:
             known = _metadata(self._folder, source)
+            head = merged_head(self._folder / ADAPTERS / source.name, source.task, self._manifest)
             return (
-                PackedAdapter(name, {}, source.labels, source.rank, source.digest or "", known),
+                PackedAdapter(name, head, source.labels, source.rank, source.digest or "", known),
                 source.digest or "",
             )
         path = self._folder / source.path

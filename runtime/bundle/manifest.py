@@ -12,10 +12,11 @@ from typing import Any
 
 from edgetune.core.errors import BundleError
 from edgetune.core.files import read_json
+from edgetune.core.head_layers import HeadLayers
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.core.precisions import PRECISIONS
 from edgetune.core.settings import about, from_dict, key_of
-from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS
+from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS, TAGGING
 
 SCHEMA = 1
 MAX_SIZE = 1 << 24
@@ -121,13 +122,23 @@ class Site:
 class HeadInfo:
     """The task head's tensors: weight (group, in, labels) and bias (group, labels).
 
-    Graph inputs of an encoder. A decoder's head reads the last token's state (a reward); the
-    runtime applies it, and so only `standard` has it as inputs.
+    Graph inputs of an encoder. A decoder's head reads the last token's state; the runtime applies
+    it, and so only `standard` has it as inputs. `sequence`, `words`: the layers of transformers'
+    own classifiers of texts and of words, which the runtime applies, too; `file` holds those that
+    the base brings (`own`), for adapters that bring none.
     """
 
     weight: str
     bias: str
     in_features: int = field(metadata=about(key="in"))
+    sequence: HeadLayers | None = field(default=None, metadata=about(written_where_set=True))
+    words: HeadLayers | None = field(default=None, metadata=about(written_where_set=True))
+    own: tuple[str, ...] = field(default=(), metadata=about(written_where_set=True))
+    file: str | None = field(default=None, metadata=about(written_where_set=True))
+
+    def layers(self, task: str) -> HeadLayers | None:
+        """Those of transformers' classifier for this task; None for one linear layer."""
+        return self.words if task == TAGGING else self.sequence
 
 
 @dataclass(frozen=True)
@@ -266,6 +277,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         tokenizer.file,
         tokenizer.chat_template,
         tokenizer.tool_template,
+        None if manifest.head is None else manifest.head.file,
         *manifest.files,
     ]
     for entry in manifest.adapters:
@@ -291,6 +303,7 @@ def _check_complete(manifest: Manifest, where: str) -> None:
         graph.native,
         tokenizer.file,
         tokenizer.chat_template,
+        None if manifest.head is None else manifest.head.file,
     ]
     for entry in manifest.adapters:
         needed.append(entry.onnx_adapter)

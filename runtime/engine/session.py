@@ -137,7 +137,7 @@ class GraphSession:
         `adapter_branch`: open the graph that skips its adapter nodes while no adapter is active,
         where the bundle has one and the CPU alone runs it.
         """
-        self.manifest, self.graph = manifest, manifest.graph
+        self.folder, self.manifest, self.graph = Path(folder), manifest, manifest.graph
         on_cpu = all(choice.provider.name == CPU for choice in parse_providers(providers))
         branched = manifest.graph.situations if adapter_branch and on_cpu else None
         graph = Path(folder) / (branched or manifest.graph.engine)

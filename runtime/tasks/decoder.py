@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgetune.core.errors import InputError
-from edgetune.core.tasks import REWARD
+from edgetune.core.tasks import CLASSIFICATION, REWARD
 from edgetune.core.templates import Message, check_messages, with_system
 from edgetune.runtime.engine.interface import AdapterRow, DecoderState
 from edgetune.runtime.generation.sampling import TokenSequence
@@ -118,7 +118,12 @@ class DecoderAnswers:
         return scores
 
     def need_text(self, name: str | None) -> None:
-        """InputError for an adapter that gives scores instead of text."""
+        """InputError for an adapter that gives scores or labels instead of text."""
+        if self._opened.task(name) == CLASSIFICATION:
+            what = f"the adapter {self._opened.chosen(name)!r} gives labels, not text"
+            raise InputError(
+                what, expected="an adapter that generates, or none", fix="Use Runtime.classify."
+            )
         if self._opened.task(name) == REWARD:
             what = f"the adapter {self._opened.chosen(name)!r} gives scores, not text"
             raise InputError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edgetune.core.errors import InputError
-from edgetune.core.tasks import REWARD
+from edgetune.core.tasks import CLASSIFICATION, REWARD
 from edgetune.devices.host import release_free_memory
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.registry import AdapterRegistry, Resident
@@ -106,8 +106,8 @@ class OpenBundle:
         """
         chosen = self.chosen(name)
         if self.manifest.is_decoder:
-            scores = chosen is not None and self.adapter(chosen).task == REWARD
-            return REWARD if scores else self.manifest.task
+            own = None if chosen is None else self.adapter(chosen).task
+            return own if own in (REWARD, CLASSIFICATION) else self.manifest.task
         return None if chosen is None else self.adapter(chosen).task
 
     def chosen(self, adapter: str | None) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from edgetune.core.errors import AdapterError, InputError
 from edgetune.core.files import whole_file
-from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, REWARD, TAGGING
 from edgetune.core.templates import chat_messages, check_messages, columns_of, render_columns
 from edgetune.core.text import Text
 from edgetune.runtime.tasks.answers import Classification
@@ -132,7 +132,7 @@ def _request(
             answered = answered_of(row, form, where=where)
             content: Prompt | Words | Answered | Text = answered
             tokens = len(answered_ids(runtime.opened, answered, chosen, truncate=truncate))
-        elif runtime.manifest.is_decoder:
+        elif runtime.manifest.is_decoder and runtime.task(chosen) != CLASSIFICATION:
             prompt = prompt_of(row, form, where=where)
             content = prompt
             tokens = len(runtime.prompt_ids(prompt, chosen))
@@ -253,7 +253,7 @@ def _answer(
     if _kind(runtime, names[0]) == "score":
         scores = runtime.score(cast(list[Answered], contents), adapters=names, truncate=truncate)
         return [{"score": round(score, 6)} for score in scores]
-    if runtime.manifest.is_decoder:
+    if runtime.manifest.is_decoder and _kind(runtime, names[0]) != "classify":
         done = runtime.generate(cast(list[Prompt], contents), adapters=names, **settings)
         return [{"completion": c.text, "finish_reason": c.finish_reason} for c in done]
     if _kind(runtime, names[0]) == "tag":

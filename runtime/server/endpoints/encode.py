@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from edgetune.core.errors import InputError
-from edgetune.core.tasks import REWARD, VALUE
+from edgetune.core.tasks import CLASSIFICATION, REWARD, VALUE
 from edgetune.runtime.server.http.bodies import CLASSIFY, EMBEDDINGS, POOLING, SCORE, TAG
 from edgetune.runtime.server.http.errors import bad_request, deadline_exceeded
 from edgetune.runtime.server.http.exchange import unless_gone
@@ -166,11 +166,18 @@ async def _read(request: Request, schema: Schema) -> Call:
     service.check_open()
     body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
     note(request.scope, model=body["model"], user=body.get("user"))
+    adapter = service.adapter_of(body["model"])
     if service.runtime.manifest.is_decoder:
-        what = "This bundle generates text; it neither classifies nor embeds."
-        raise bad_request(what, param="model", code="wrong_task")
+        task = await service.in_thread(service.runtime.task, adapter)
+        if schema is not CLASSIFY or task != CLASSIFICATION:
+            what = (
+                "This bundle generates text and embeds nothing; name an adapter that classifies."
+                if schema is CLASSIFY
+                else "This bundle generates text; it neither tags nor embeds."
+            )
+            raise bad_request(what, param="model", code="wrong_task")
     inputs = [body["input"]] if isinstance(body["input"], str) else body["input"]
-    return Call(service, request.scope, body, service.adapter_of(body["model"]), inputs)
+    return Call(service, request.scope, body, adapter, inputs)
 
 
 def _classified(found: Classification) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetune.core.errors import AdapterError, InputError
-from edgetune.core.tasks import REWARD
+from edgetune.core.tasks import CLASSIFICATION, REWARD
 from edgetune.runtime.generation.settings import GenerationSettings
 from edgetune.runtime.scheduler.requests import GenerationRequest
 from edgetune.runtime.server.http.errors import ApiError, bad_request, not_found
@@ -182,10 +182,16 @@ def _check_task(service: Service) -> None:
 
 
 def _check_text(service: Service, adapter: str | None) -> None:
-    if service.runtime.task(adapter) == REWARD:
+    task = service.runtime.task(adapter)
+    if task in (CLASSIFICATION, REWARD):
+        does, ask = (
+            ("scores answers", "/score or /pooling")
+            if task == REWARD
+            else ("classifies texts", "/classify")
+        )
         what = (
-            f"The model '{service.runtime.chosen(adapter)}' scores answers; it generates no text."
-            " Ask /score or /pooling."
+            f"The model '{service.runtime.chosen(adapter)}' {does}; it generates no text."
+            f" Ask {ask}."
         )
         raise bad_request(what, param="model", code="wrong_task")
 
