@@ -131,16 +131,11 @@ class Batch:
         """Append one token to every decoded row; logits (rows, vocab), valid until the next
         step.
         """
-        step = self._bound_step()
-        for row in self.decoding:
-            if row.length >= self.arena.capacity:
-                raise InputError(
-                    "the cache is full",
-                    expected=f"at most {self.arena.capacity} tokens",
-                    got="one more",
-                )
-            row.length += 1
-        return step.run(np.array(tokens, np.int64)[:, None], [row.length for row in self.decoding])
+        return self._append(self._bound_step(), self.decoding, tokens)
+
+    def step_alone(self, row: BatchRow, token: int) -> Float32:
+        """Append one token to this decoded row; logits (vocab,), valid until the next step."""
+        return self._append(self._bound_alone(row), [row], [token])[0]
 
     def check(self, tokens: Sequence[int]) -> Float32:
         """Append several tokens to the only decoded row; logits (tokens, vocab) after each, valid
@@ -169,6 +164,29 @@ class Batch:
             self.decoding[place] = last
             self._place(last, place)
         self._step = None
+
+    def _append(
+        self, binding: RowBinding, rows: Sequence[BatchRow], tokens: Sequence[int]
+    ) -> Float32:
+        """One token more in each row. Where it raises, all rows are as they were."""
+        written = [self._written_of(row) for row in rows]
+        if max(written) >= self.arena.capacity:
+            raise InputError(
+                "the cache is full",
+                expected=f"at most {self.arena.capacity} tokens",
+                got="one more",
+            )
+        logits = binding.run(np.array(tokens, np.int64)[:, None], [n + 1 for n in written])
+        for row in rows:
+            row.length += 1
+        return logits
+
+    def _written_of(self, row: BatchRow) -> int:
+        """Tokens of a row that are in the arena."""
+        return row.length
+
+    def _bound_alone(self, row: BatchRow) -> RowBinding:
+        return self._bindings.of([row.adapter], first=row.slot)
 
     def _bound_step(self) -> RowBinding:
         if self._step is None:

@@ -134,10 +134,24 @@ class DecodeLoop:
         ):
             self._check(self._rows[rows[0]], guess)
             return
-        logits = self.batch.step([self._rows[row].token for row in rows])
+        try:
+            logits = self.batch.step([self._rows[row].token for row in rows])
+        except Exception:
+            if len(rows) == 1:
+                raise
+            for row in rows:  # the error belongs to the row that brings it about
+                self._guarded([self._rows[row]], partial(self._step_alone, self._rows[row]))
+            return
         self.counters.stepped(len(rows), time.monotonic() - start)
         for row, own in zip(rows, logits, strict=True):
             self._take(self._rows[row], own)
+
+    def _step_alone(self, running: Running) -> None:
+        start, row = time.monotonic(), running.row
+        assert row is not None
+        logits = self.batch.step_alone(row, running.token)
+        self.counters.stepped(1, time.monotonic() - start)
+        self._take(running, logits)
 
     def _check(self, running: Running, guess: list[int]) -> None:
         """Run a row's next token and what may follow it in one step; keep what it would have chosen
