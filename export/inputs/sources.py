@@ -15,6 +15,7 @@ from edgetune.adapters.full_model import full_folder, own_base, read_full
 from edgetune.core.errors import AdapterError, ExportError, listed
 from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.core.precisions import PRECISIONS
+from edgetune.core.settings import did_you_mean
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
@@ -83,6 +84,7 @@ def read_source(name: str, folder: Path) -> AdapterSource:
             where=str(folder),
             expected="a run folder of `edgetune train`, or a PEFT adapter folder",
             got=_what_is(folder),
+            fix=_near(folder),
         )
     read = read_lora(inner)
     damaged = [  # no mode can ship it
@@ -95,6 +97,14 @@ def read_source(name: str, folder: Path) -> AdapterSource:
     return AdapterSource(
         name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems)
     )
+
+
+def _near(folder: Path) -> str:
+    """The nearest name beside a folder that is not there."""
+    beside = folder.parent
+    if folder.exists() or not beside.is_dir():
+        return ""
+    return did_you_mean(folder.name, [one.name for one in beside.iterdir() if one.is_dir()])
 
 
 def _what_is(folder: Path) -> str:
