@@ -125,6 +125,7 @@ def command(
 def _rows(runtime: Runtime, source: Path, adapter: str | None) -> list[tuple[int, dict[str, Any]]]:
     """(line, row) of a file, read as training reads it, or of standard input."""
     from edgetune.core.errors import DataError, InputError
+    from edgetune.core.tasks import GENERATION
     from edgetune.data.readers import read_lines
     from edgetune.data.rows import read_rows
 
@@ -134,9 +135,8 @@ def _rows(runtime: Runtime, source: Path, adapter: str | None) -> list[tuple[int
         data = sys.stdin.buffer.read()
         found = read_lines(data, "standard input")
         if found is None:
-            generates = runtime.manifest.is_decoder and runtime.task(adapter) != "reward"
             lines = data.decode("utf-8", "replace").splitlines()
-            key = "prompt" if generates else "text"
+            key = "prompt" if runtime.task(adapter) == GENERATION else "text"
             texts = [(at, {key: line}) for at, line in enumerate(lines, 1) if line.strip()]
             if not texts:
                 raise InputError("there is no text", where="standard input")

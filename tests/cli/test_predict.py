@@ -353,3 +353,17 @@ def test_a_folder_that_is_no_bundle_is_one_line(command_line: CommandLine, tmp_p
     code, _, err = command_line("predict", tmp_path, "x")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "no edgetune.json in this folder" in err
+
+
+def test_a_text_a_line_is_a_prompt_where_text_is_generated(
+    command_line: CommandLine, tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(monkeypatch, "hello\nwhy?\n")
+    code, out, _ = command_line(
+        *("predict", decoder_bundle(tiny_decoder), "-", "--adapter", "a", "--max-new-tokens", 3)
+    )
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, [row["prompt"] for row in rows]) == (0, ["hello", "why?"])
+    with Runtime.open(decoder_bundle(tiny_decoder), threads=1) as runtime:
+        found = runtime.generate(["hello", "why?"], "a", max_new_tokens=3)
+    assert [row["completion"] for row in rows] == [one.text for one in found]
