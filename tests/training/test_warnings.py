@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 from training_helpers import TEXTS, packed_recipe, sft_recipe, write_rows
 
 from edgetune.core.progress import Progress
 from edgetune.recipe.schema import Recipe
+from edgetune.report.run_page import write_report
 from edgetune.training import run_recipe
 
 MEASURED = "validation rows stand in train too: what is measured on them says nothing of other rows"
@@ -19,9 +21,11 @@ MEASURED = "validation rows stand in train too: what is measured on them says no
 def ended(recipe: Recipe, out: Path) -> tuple[list[str], str]:
     """The warnings in summary.json, and what the run says last."""
     stream = io.StringIO()
-    summary = run_recipe(recipe, out=out, progress=Progress(stream))
+    summary = run_recipe(recipe, out=out, progress=Progress(stream), write_more=write_report)
     saved = json.loads((out / "summary.json").read_text())
     assert saved["warnings"] == summary.warnings
+    page = (out / "report.html").read_text()
+    assert all(escape(line) in page for line in summary.warnings)
     return summary.warnings, stream.getvalue().rpartition("tokens/s")[0][-900:]
 
 
