@@ -47,9 +47,9 @@ def look(
     return notes
 
 
-def standing_in(train: Iterable[Any], validation: Iterable[Any]) -> int:
+def standing_in(train: Iterable[Any], validation: Sequence[Any]) -> int:
     """How many validation examples ask what a training example asks."""
-    learned = {_asked(example) for example in train}
+    learned = {_asked(example) for example in train} if validation else set()
     return sum(_asked(example) in learned for example in validation)
 
 

@@ -108,6 +108,12 @@ def posted(server: Running, path: str, body: str | bytes, kind: str = "applicati
     refused(answer, f"{path} {body!r}")
 
 
+def own_properties(name: str) -> list[str]:
+    """The properties of a table, without those that the one of chat has just so."""
+    chat = BODIES["ChatRequest"]["properties"] if name != "ChatRequest" else {}
+    return [key for key, one in BODIES[name]["properties"].items() if chat.get(key) is not one]
+
+
 def with_value(fine: dict[str, Any], key: str, value: str) -> str:
     """A body with `value`, as it stands, under `key`."""
     rest = json.dumps({name: one for name, one in fine.items() if name != key})
@@ -127,7 +133,7 @@ def test_no_value_of_any_property_is_an_error_of_the_servers(path: str, server: 
     models = [name for name in ("a", "intent", "rooms") if server.runtime.registry.knows(name)]
     for model in models[:1] if path.startswith("/v1") else models:
         body = {"model": model, **fine} if "model" in BODIES[name]["properties"] else fine
-        for key in [*BODIES[name]["properties"], "wibble", "\ud800"]:
+        for key in [*own_properties(name), "wibble", "\ud800"]:
             for value in [*values, *SHAPES.get(key, ())]:
                 posted(server, path, with_value(body, key, value))
     assert server.get("/health").status_code == 200
