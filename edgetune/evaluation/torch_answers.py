@@ -16,7 +16,8 @@ from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import InputError
 from edgetune.core.templates import chat_messages
 from edgetune.core.text import Text, first_subwords, join_words, outside_tag
-from edgetune.data.batching import Batch, collate, in_order_of_length, split_by_prefix
+from edgetune.data.batching import Batch, in_order_of_length, split_by_prefix
+from edgetune.data.collation import collate
 from edgetune.data.completions import encode_prompts
 from edgetune.data.conversations import Prompt
 from edgetune.data.examples import Example

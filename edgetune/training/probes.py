@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgetune.core.tasks import Problem
-from edgetune.data.batching import IGNORE, Example, collate, in_order_of_length
+from edgetune.data.batching import IGNORE, Example, in_order_of_length
+from edgetune.data.collation import collate, collate_tagged
 from edgetune.data.examples import ExampleSet
-from edgetune.data.tagging import TaggedExample, collate_tagged
+from edgetune.data.tagging import TaggedExample
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
 from edgetune.models.torch_device import device_of, to_device
 from edgetune.objectives.preference import collate_pairs

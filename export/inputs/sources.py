@@ -16,6 +16,7 @@ from edgetune.core.errors import AdapterError, ExportError, listed
 from edgetune.core.head_layers import TRANSFORMERS
 from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.core.precisions import PRECISIONS
+from edgetune.core.settings import did_you_mean
 from edgetune.core.tasks import CLASSIFICATION, TAGGING, VALUE
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
@@ -99,6 +100,7 @@ def read_source(name: str, folder: Path) -> AdapterSource:
             where=str(folder),
             expected="a run folder of `edgetune train`, or a PEFT adapter folder",
             got=_what_is(folder),
+            fix=_near(folder),
         )
     read = read_lora(inner)
     damaged = [  # no mode can ship it
@@ -123,6 +125,14 @@ def _rows_of_head(read: LoraFolder) -> int | None:
         return None
     scores = last.shape[0] == 1 and "score.weight" in read.head  # a reward, unless somebody says
     return None if scores else int(last.shape[0])
+
+
+def _near(folder: Path) -> str:
+    """The nearest name beside a folder that is not there."""
+    beside = folder.parent
+    if folder.exists() or not beside.is_dir():
+        return ""
+    return did_you_mean(folder.name, [one.name for one in beside.iterdir() if one.is_dir()])
 
 
 def _what_is(folder: Path) -> str:

@@ -20,7 +20,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.layout import ADAPTER_METADATA
 from edgetune.core.tasks import REWARD
 from edgetune.core.text import PairIds, Text, first_tokens, second_of
-from edgetune.data.batching import IGNORE, token_types
+from edgetune.data.batching import IGNORE
+from edgetune.data.collation import token_types
 from edgetune.data.labels import encode_texts
 from edgetune.data.rows import spread
 from edgetune.export.inputs.calibration_text import run_examples

@@ -19,7 +19,8 @@ from edgetune.core.tasks import lower_is_better
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import read_rows
 from edgetune.evaluation.answers import BundleAnswers
-from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
+from edgetune.evaluation.forgetting.subjects import BundleSubject
+from edgetune.evaluation.forgetting.torch_subject import torch_texts
 from edgetune.evaluation.measures import Evaluation, measure_rows, measure_text
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.export.inputs.sources import AdapterSource

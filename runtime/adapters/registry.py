@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgetune.core.errors import AdapterError
+from edgetune.core.settings import nearest
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.sources import AdapterSources, Source
 from edgetune.runtime.bundle.manifest import Manifest
@@ -267,8 +268,8 @@ class AdapterRegistry:
             path = None if name in self._gone else self._sources.find(name)
             if path is not None:
                 return self._known.setdefault(name, _Known(path, next(self._serials)))
-        there = ", ".join(self.names()) or "none in this bundle"
-        raise AdapterError(f"unknown adapter {name!r}", expected=there, got=name)
+        there = nearest(name, self.names(), none="none in this bundle")
+        raise AdapterError(f"unknown adapter {name!r}", got=name, **there)
 
     def _resident(self, name: str, known: _Known) -> Resident:
         known.used = next(self._clock)

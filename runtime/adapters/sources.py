@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from edgetune.core.errors import AdapterError, BundleError
+from edgetune.core.errors import AdapterError
 from edgetune.core.files import is_regular, read_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTERS
 from edgetune.runtime.adapters.packing import PackedAdapter, merged_head, pack_adapter
@@ -83,11 +83,12 @@ class AdapterSources:
         path = self._folder / source.path
         packed = pack_adapter(path, self._manifest, name=name)
         if source.digest is not None and packed.digest != source.digest:
-            raise BundleError(
+            raise AdapterError(
                 f"the adapter {name!r} is not the one the bundle was made with",
                 where=str(path),
                 expected=f"sha256 {source.digest[:16]}…",
                 got=f"{packed.digest[:16]}…",
+                fix="Copy or export the bundle again.",
             )
         return packed, _fingerprint(packed, path)
 

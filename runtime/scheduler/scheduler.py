@@ -130,14 +130,20 @@ class Scheduler:
         return running.ticket
 
     def classify(
-        self, texts: Sequence[Text], adapter: str | None = None, *, truncate: bool = False
+        self,
+        texts: Sequence[Text],
+        adapter: str | None = None,
+        *,
+        truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> Future[list[Classification]]:
         """As `Runtime.classify`, in batches with everyone else's texts. Errors of the input are
         raised here.
         """
         name = self.runtime.chosen(adapter)
         self.runtime.need_labels(name)
-        ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
+        how: dict[str, Any] = {"truncate": truncate, "control_tokens": control_tokens}
+        ids = [self.runtime.text_ids(text, name, **how) for text in texts]
 
         def finish_with(packed: PackedAdapter | None) -> Finish:
             assert packed is not None
@@ -159,12 +165,14 @@ class Scheduler:
         *,
         normalize: bool = True,
         truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> Future[npt.NDArray[np.float32]]:
         """As `Runtime.embed`, in batches with everyone else's texts. Errors of the input are raised
         here.
         """
         name = self.runtime.chosen(adapter)
-        ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
+        how: dict[str, Any] = {"truncate": truncate, "control_tokens": control_tokens}
+        ids = [self.runtime.text_ids(text, name, **how) for text in texts]
 
         def finish_with(packed: PackedAdapter | None) -> Finish:
             def finish(_: Any, pooled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -176,14 +184,20 @@ class Scheduler:
         return self._encode(ids, name, finish_with)
 
     def tag(
-        self, rows: Sequence[Words], adapter: str | None = None, *, truncate: bool = False
+        self,
+        rows: Sequence[Words],
+        adapter: str | None = None,
+        *,
+        truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> Future[list[Tagging]]:
         """As `Runtime.tag`, in batches with everyone else's rows. Errors of the input are raised
         here.
         """
         name = self.runtime.chosen(adapter)
         self.runtime.need_tags(name)
-        readings = [read_words(self.runtime.opened, row, name, truncate=truncate) for row in rows]
+        how: dict[str, Any] = {"truncate": truncate, "control_tokens": control_tokens}
+        readings = [read_words(self.runtime.opened, row, name, **how) for row in rows]
 
         def finish_with(packed: PackedAdapter | None) -> Finish:
             assert packed is not None

@@ -118,17 +118,20 @@ class EncoderAnswers:
             raise InputError(what, expected=there or "an adapter for token-classification")
 
     def text_ids(
-        self, text: Text, adapter: str | None = None, *, truncate: bool = False
+        self,
+        text: Text,
+        adapter: str | None = None,
+        *,
+        truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> list[int]:
-        """Token ids of a text, or of two, for an encoder; `truncate` cuts to what the adapter was
-        trained with.
-        """
+        """See `Runtime.text_ids`."""
         limit, adapter = self._opened.manifest.graph.max_length, self._opened.chosen(adapter)
         packed = None if adapter is None else self._opened.adapter(adapter)
         if packed is not None and packed.prompt_format is not None:
             _check_count(text, pairs=packed.reads_pairs, name=packed.name)
         trained = None if packed is None else packed.metadata.get("max_length")
-        tokenizer = self._opened.tokenizer.reading(None if packed is None else packed.prompt_format)
+        tokenizer = self._opened.tokenizer_of(adapter, control_tokens)
         ids = tokenizer.encode_text(
             text, max_tokens=min(limit, trained or limit) if truncate else None
         )

@@ -100,6 +100,14 @@ class OpenBundle:
         chosen = self.chosen(name)
         return None if chosen is None else self.adapter(chosen).labels
 
+    def tokenizer_of(self, name: str | None, control_tokens: str | None = None) -> BundleTokenizer:
+        """The tokenizer for an adapter's requests. `control_tokens`: what text spells of them is
+        "text" or "tokens"; None: as the adapter was trained.
+        """
+        if control_tokens is not None:
+            return self.tokenizer.reading({"control_tokens": control_tokens})
+        return self.tokenizer.reading(None if name is None else self.adapter(name).prompt_format)
+
     def task(self, name: str | None) -> str | None:
         """What an adapter was trained for, as in its recipe's methods; None for a base that
         embeds.

@@ -236,12 +236,19 @@ class Runtime:
         )
 
     def text_ids(
-        self, text: Text, adapter: str | None = None, *, truncate: bool = False
+        self,
+        text: Text,
+        adapter: str | None = None,
+        *,
+        truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> list[int]:
         """Token ids of a text, or of two, for an encoder; `truncate` cuts to what the adapter was
-        trained with.
+        trained with. `control_tokens`: see `prompt_ids`.
         """
-        return self._encoding.text_ids(text, adapter, truncate=truncate)
+        return self._encoding.text_ids(
+            text, adapter, truncate=truncate, control_tokens=control_tokens
+        )
 
     def need_labels(self, name: str | None) -> None:
         """InputError when there is nothing to classify into."""
@@ -295,13 +302,18 @@ class Runtime:
         adapter: str | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        control_tokens: str | None = None,
     ) -> list[int]:
         """Token ids of a prompt as the adapter was trained to see it. InputError when it does not
         fit the context.
 
-        `tools` (OpenAI's objects) reach the chat template of a conversation.
+        `tools` (OpenAI's objects) reach the chat template of a conversation; not given: those that
+        it has of its own (`core.messages.Conversation`). `control_tokens`: what is spelled of them
+        in the prompt is "text" or "tokens"; None: as the adapter was trained.
         """
-        return self._decoding.prompt_ids(prompt, adapter, tools=tools)
+        return self._decoding.prompt_ids(
+            prompt, adapter, tools=tools, control_tokens=control_tokens
+        )
 
     def settings(self, adapter: str | None = None, **given: Any) -> GenerationSettings:
         """Generation settings: what is given (None: not given), else the adapter's own defaults,

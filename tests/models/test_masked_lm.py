@@ -14,7 +14,8 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM, DataCollatorForL
 
 from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import BaseModelError, RecipeError
-from edgetune.data.batching import IGNORE, Batch, collate
+from edgetune.data.batching import IGNORE, Batch
+from edgetune.data.collation import collate
 from edgetune.data.loaders import load_examples
 from edgetune.data.masking import Masking
 from edgetune.models.base import open_folder
