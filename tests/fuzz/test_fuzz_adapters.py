@@ -68,7 +68,7 @@ def damage_bytes(folder: Path, rng: random.Random) -> None:
     if not data:
         return
     for _ in range(rng.randint(1, 20)):
-        data[rng.randrange(len(data))] = rng.randrange(256)
+        data[rng.randrange(len(data))] = rng.randrange(256 if path.name == WEIGHTS else 127)
     path.write_bytes(data[: rng.randint(0, len(data))] if rng.random() < 0.3 else data)
 
 
