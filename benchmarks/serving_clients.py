@@ -18,6 +18,8 @@ from serving_load import Prompts, Server, request_bytes
 
 LONG = 48
 """tokens of a long answer, and of a stream that may be left early"""
+MOST = 400
+"""tokens of a long prompt"""
 OUTSTANDING = 64
 SHARES = {
     "check": 0.55, "long": 0.08, "structured": 0.07, "vanish": 0.13, "malformed": 0.13, "look": 0.04
@@ -148,7 +150,7 @@ class Load:
     def long(self, chance: random.Random) -> None:
         """A prompt of several chunks and an answer to its end, as a stream that is read slowly or
         not."""
-        ids = self.prompts(chance.randrange(self.context // 8, self.context // 2))
+        ids = self.prompts(chance.randrange(LONG, min(self.context // 2, MOST)))
         body = {"model": self.any_check(chance).adapter, "prompt": ids, "max_tokens": LONG}
         stream = Stream(
             self.server.port, request_bytes("/v1/completions", {**body, "stream": True})
@@ -266,7 +268,10 @@ class Load:
         first, second = (
             chance.choice(self.checks[adapter]) for adapter in chance.sample(list(self.checks), 2)
         )
-        self.expect("/v1/load_lora_adapter", {"lora_name": name, "lora_path": first.adapter}, 200)
+        load = {"lora_name": name, "lora_path": first.adapter}
+        if not self.expect("/v1/load_lora_adapter", load, 200):  # an earlier round was broken off
+            self.expect("/v1/unload_lora_adapter", {"lora_name": name}, 200)
+            return
         self.check(chance, first, name)
         running = Stream(
             self.server.port,
@@ -293,7 +298,7 @@ class Load:
         self.expect("/v1/completions", {"model": name, "prompt": first.ids, "max_tokens": 1}, 404)
         self.count("loaded, exchanged, unloaded")
 
-    def expect(self, path: str, body: Any, status: int) -> None:
+    def expect(self, path: str, body: Any, status: int) -> bool:
         """A request that must have this status."""
         found, answer = self.post(path, body)
         if found != status:
@@ -301,6 +306,7 @@ class Load:
                 "unexpected status",
                 f"{found} instead of {status} for {path} {body}: {answer[:200]!r}",
             )
+        return found == status
 
 
 def dispatch(load: Load, *, rate: float, seconds: float, sample: Callable[[float], None]) -> None:

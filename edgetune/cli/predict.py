@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import chosen_providers, device_option, provider_option
+from edgetune.cli.options import THREADS, chosen_providers, device_option, provider_option
 
 if TYPE_CHECKING:
     from edgetune.runtime.tasks.runtime import Runtime
@@ -52,9 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--truncate", is_flag=True, help="Cut texts that are too long for an encoder or a reward."
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores)."
-)
+@click.option("--threads", type=THREADS, help="Processor threads (default: all cores).")
 @provider_option
 @device_option
 @click.option(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from edgetune.cli.options import THREADS
+
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -26,9 +28,7 @@ import click
     metavar="N",
     help="With --task-data: that many of them at most.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof."
-)
+@click.option("--threads", type=THREADS, help="Threads of the engine during the proof.")
 def command(
     bundle: Path, parity: bool, task_data: Path | None, task_rows: int | None, threads: int | None
 ) -> int:
