@@ -32,7 +32,7 @@ FLOORS = {
     "runtime.bundle": "core",
     "runtime.engine": "core devices runtime.bundle",
     "runtime.generation": "core runtime.bundle",
-    "runtime.adapters": "core runtime.bundle runtime.engine runtime.generation",
+    "runtime.adapters": "core devices runtime.bundle runtime.engine runtime.generation",
     "runtime.tasks": (
         "core devices runtime.adapters runtime.bundle runtime.engine runtime.generation"
     ),
