@@ -31,8 +31,14 @@ check: $(STAMP)
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -q --cov --cov-report=term-missing:skip-covered
 
+# where a C++ compiler and kernels for this processor are, an engine that is not built is a fault
+COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
+KERNELS := $(filter x86_64 aarch64 arm64,$(shell uname -m))
+export EDGETUNE_NATIVE ?= $(if $(and $(COMPILER),$(KERNELS)),required,auto)
+ENGINE := setup.py $(wildcard runtime/engine/native/csrc/*)
+
 # torch first and by itself: its exact version resolves to a CPU build where one is offered
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(ENGINE)
 	$(PYTHON) -c 'import sys; sys.exit("edgetune needs Python 3.10 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools torch

@@ -34,12 +34,14 @@ from edgetune.export.inputs.calibration_text import (
 )
 from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
 from edgetune.export.proof.cost import CostPlan
+from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import probe_rows
 from edgetune.export.proof.proof import demand
 from edgetune.export.proof.prove import proof_document, prove_bundle
 from edgetune.export.proof.task_metric import ALONE, TaskPlan
 from edgetune.export.proof.text_parity import check_vocabulary, prove_text
 from edgetune.export.proof.torch_model import as_stored, torch_model, warning
+from edgetune.export.proof.verdict import demand_verdicts, verdicts_of
 from edgetune.export.proof_page import write_page
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
@@ -73,18 +75,20 @@ def export_bundle(
 ) -> Manifest:
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
-    `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given:
-    on a few of its recipe's validation rows. `cost` says where WikiText-2 and STS-B are, on which
+    `task` says on which rows each adapter's metric is taken, in torch and in the bundle, and what
+    ships a bundle that lost more than a point and chance; not given: on some of its recipe's
+    validation rows, and nothing does. `cost` says where WikiText-2 and STS-B are, on which
     the precision's cost is taken; not given: it is not. `calibration`: text for the quantiser gptq;
     not given: the training rows of the runs. `context`: positions, where the base has more than
     the 8,192 that a bundle has by itself. `traced` keeps the graph for further bundles of the same
     model. A bundle at `out` is replaced, which is said; with `replace_finished=False` it is an
-    OutputError. ProofError when the proof fails; then, as after any error, nothing is left at `out`
-    that was not there before.
+    OutputError. ProofError when the proof fails or the verdict is a refusal; then, as after any
+    error, nothing is left at `out` that was not there before.
     """
     precision = precision or Precision()
     check_place(out, finished=replace_finished, say=say)
-    (task or TaskPlan()).check()
+    plan = task or TaskPlan()
+    plan.check()
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
         say(
@@ -118,14 +122,16 @@ def export_bundle(
         proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
         for name, proof in proofs.items():
             say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
-        demand(
-            proofs,
-            where=str(out),
-            merged=manifest.mode == "merged" and precision.weights not in FLOATS,
-        )
-        results = (task or TaskPlan()).measure(
+        merged = manifest.mode == "merged" and precision.weights not in FLOATS
+        demand(proofs, where=str(out), merged=merged)
+        answers = prove_from_text(folder, manifest, base, sources, threads=threads)
+        for name, one in answers.items():
+            say(f"answers {name}: {one.line()}")
+        results = plan.measure(
             folder, manifest, base, sources, load=torch_model, threads=threads, say=say
         )
+        verdicts = verdicts_of(proofs, results, allowed_by=plan.allowed_by)
+        demand_verdicts(verdicts, where=str(out), merged=merged)
         found = (
             None
             if cost is None
@@ -143,6 +149,8 @@ def export_bundle(
         document = proof_document(proofs, rows, precision) | {
             "task": {name: result.to_dict() for name, result in results.items()},
             "text": asdict(text),
+            "answers": {name: one.to_dict() for name, one in answers.items()},
+            "verdict": {name: verdict.to_dict() for name, verdict in verdicts.items()},
         }
         manifest = replace(manifest, proof=document, files=_digests(folder))
         manifest = replace(manifest, files=manifest.files | write_page(folder, manifest))
@@ -215,13 +223,15 @@ def _build(
             precision = settle(_trace(base, model), precision)
         calibrate_base(model, base, sources, tokenizer, precision, file=calibration, say=say)
         traced = None  # a graph kept from before has the weights as they were
-    graph, info, sites, head, precision = _graph(
+    graph, info, sites, head, precision, floats = _graph(
         base, model, sources, mode=mode, precision=precision, say=say, traced=traced
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
     del model
-    _write_graphs(graph, folder, sites, info, base=base, precision=precision, mode=mode)
+    info = _write_graphs(
+        graph, folder, sites, info, base=base, precision=precision, mode=mode, say=say
+    )
     files = write_tokenizer(base, tokenizer, folder)
     if base.kind == "decoder" and not (
         mode == "merged" and sources[0].task == REWARD
@@ -249,6 +259,7 @@ def _build(
         head=head,
         tokenizer=files,
         adapters=(),
+        quality={"kept_in_fp32": floats} if floats else {},
     )
     for line in filter(
         None, (warning(source.name, source.metadata, manifest) for source in sources)

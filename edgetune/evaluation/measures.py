@@ -300,7 +300,7 @@ def _measure_generation(
     answers: Answers, source: Rows, skip_invalid: bool, advance: Advance
 ) -> Measured:
     """Rows with the same prompt are one question with several references, as in E2E."""
-    questions, skipped = _questions(source, answers.prompt_format, skip_invalid=skip_invalid)
+    questions, skipped = grouped_questions(source, answers.prompt_format, skip_invalid=skip_invalid)
     prompts = [question.prompt for question in questions]
     completions = _answered(answers.generate, prompts, advance)
     references = [question.references for question in questions]
@@ -328,9 +328,10 @@ class Question:
     references: list[str]
 
 
-def _questions(
+def grouped_questions(
     source: Rows, form: PromptFormat, *, skip_invalid: bool
 ) -> tuple[list[Question], int]:
+    """Every prompt once, with all its completions, and how many rows are left out."""
     found: dict[str, Question] = {}
     skipped = 0
     if form.chosen is not None:

@@ -62,7 +62,7 @@ class TorchAnswers(HeadAnswers):
         with.
         """
         labels = self.labels or ()
-        return [labels[index] for index in self._class_logits(texts).argmax(-1).tolist()]
+        return [labels[index] for index in self.class_logits(texts).argmax(-1).tolist()]
 
     @torch.no_grad()
     def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
@@ -70,13 +70,13 @@ class TorchAnswers(HeadAnswers):
         labels = self.labels or ()
         return [
             tuple(label for label, logit in zip(labels, row, strict=True) if logit >= 0)
-            for row in self._class_logits(texts).tolist()
+            for row in self.class_logits(texts).tolist()
         ]
 
     @torch.no_grad()
     def values(self, texts: Sequence[Text]) -> list[float]:
         """The number of each text (regression)."""
-        numbers: list[float] = self._class_logits(texts).squeeze(-1).tolist()
+        numbers: list[float] = self.class_logits(texts).squeeze(-1).tolist()
         return numbers
 
     @torch.no_grad()
@@ -116,7 +116,8 @@ class TorchAnswers(HeadAnswers):
         )
         return limit
 
-    def _class_logits(self, texts: Sequence[Text]) -> Tensor:
+    def class_logits(self, texts: Sequence[Text]) -> Tensor:
+        """(texts, labels) logits."""
         columns = (
             [list(texts)]
             if not texts or isinstance(texts[0], str)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from edgetune import __version__
+from edgetune.core.files import write_json
 from edgetune.core.progress import Say
 from edgetune.export.graph.adapter_branch import ADAPTED, PLAIN, by_situation
 from edgetune.export.graph.attention import refuse_head_size
+from edgetune.export.graph.deberta import LINEAR_ROWS
 from edgetune.export.graph.families import cache_sizes, fixed_length
 from edgetune.export.graph.fp16 import to_half
 from edgetune.export.graph.fuse import simplify
@@ -24,12 +26,15 @@ from edgetune.export.graph.heads import (
     decoder_head,
     drop_states,
 )
-from edgetune.export.graph.lower import lower, settle
+from edgetune.export.graph.lower import input_embedding, lower, modules_and_widths, settle
 from edgetune.export.graph.names import name_for_people
+from edgetune.export.graph.native_nodes import NotExpressibleError
+from edgetune.export.graph.native_plan import native_plan
 from edgetune.export.graph.onnx_file import (
     BY_SITUATION,
     DATA,
     ENGINE,
+    NATIVE,
     STANDARD,
     write_data,
     write_graph,
@@ -37,6 +42,7 @@ from edgetune.export.graph.onnx_file import (
 from edgetune.export.graph.seq2seq import trace_seq2seq
 from edgetune.export.graph.seq2seq_files import placed, seq2seq_shape, write_graphs
 from edgetune.export.graph.standard import standard_decoder, standard_encoder
+from edgetune.export.graph.symbolic_layers import DOMAIN
 from edgetune.export.graph.trace import Traced, trace_decoder, trace_encoder
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import UNLIMITED, Base
@@ -57,9 +63,9 @@ def _graph(
     precision: Precision,
     say: Say,
     traced: Traced | None = None,
-) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision]:
-    """Trace, simplify, quantise; what the runtime must know of the result, and the precision layer
-    by layer.
+) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision, dict[str, int]]:
+    """Trace, simplify, quantise; what the runtime must know of the result, the precision layer by
+    layer, and what stays in fp32 all the same (see `float_tables`).
     """
     config, max_length = model.config, _context(base, model)
     if max_length < base.max_length:
@@ -79,6 +85,9 @@ def _graph(
     graph = _trace(base, model) if traced is None else traced.copy(lambda: _trace(base, model))
     say(f"writing weights as {precision.weights}")
     precision = settle(graph, precision)
+    floats = float_tables(graph, precision)
+    for module, more in floats.items():
+        say(_float_line(module, more, precision.block_size))
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
     if base.kind == "encoder-decoder":
         sites = placed(graph, sites)
@@ -116,7 +125,52 @@ def _graph(
         hidden_size=config.hidden_size,
         **{"standard": STANDARD, **shape},
     )
-    return graph, info, sites, head, precision
+    return graph, info, sites, head, precision, floats
+
+
+def float_tables(model: ir.Model, precision: Precision) -> dict[str, int]:
+    """Tables that a quantised bundle keeps in fp32, because whole blocks do not fill their width:
+    module → the bytes that costs. For a model before `lower`.
+    """
+    bits_of = {
+        table.name: precision.bits(modules_and_widths(node)[0])
+        for node in model.graph
+        if node.domain == DOMAIN and node.op_type == "Linear"
+        if (table := node.inputs[1]) is not None
+    }
+    found = {}
+    for node in model.graph:
+        if node.domain != DOMAIN or node.op_type not in ("Embedding", LINEAR_ROWS):
+            continue
+        module = node.attributes["module"].as_string()
+        if node.op_type == "Embedding":
+            rows, columns = _sizes(node.inputs[1])
+            wanted = precision.embedding_bits(
+                module,
+                tied=bits_of.get(node.inputs[1].name, 0),  # type: ignore[union-attr]
+                is_input=module == input_embedding(model.graph),
+                columns=0,
+            )
+        else:
+            rows, columns = _sizes(node.inputs[1])[0], _sizes(node.inputs[2])[0]
+            wanted = 8 if precision.bits([module]) else 0
+        if wanted and columns % precision.block_size:
+            found[module] = rows * columns * (32 - wanted) // 8
+    return found
+
+
+def _sizes(value: ir.Value | None) -> tuple[int, int]:
+    assert value is not None and value.shape is not None
+    rows, columns = value.shape
+    return int(rows), int(columns)  # type: ignore[arg-type]
+
+
+def _float_line(module: str, more: int, block: int) -> str:
+    """For a person, where a table is not rounded as asked."""
+    return (
+        f"{module} stays in fp32 ({more / 1e6:.1f} MB more): its width is no multiple of"
+        f" --block-size {block}; a smaller one may round it"
+    )
 
 
 def _context(base: Base, model: Any) -> int:
@@ -166,7 +220,9 @@ def _write_graphs(
     base: Base,
     precision: Precision,
     mode: str,
-) -> None:
+    say: Say,
+) -> GraphInfo:
+    """Write the graph files and the native plan; the description of them all."""
     note = {
         "base": base.name,
         "base_digest": base.digest,
@@ -176,8 +232,10 @@ def _write_graphs(
     }
     if base.kind == "encoder-decoder":
         write_graphs(graph, folder, sites, note=note)
-        return
+        return info
     write_data(graph, folder)
+    if base.kind == "decoder":
+        info = _write_native_plan(graph, folder, sites, info, say=say)
     write_graph(graph, folder / ENGINE, metadata=note)
     if info.situations is not None:
         write_graph(
@@ -188,3 +246,17 @@ def _write_graphs(
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
     name_for_people(standard.graph)
     write_graph(standard, folder / STANDARD, metadata=note)
+    return info
+
+
+def _write_native_plan(
+    graph: ir.Model, folder: Path, sites: Sequence[Site], info: GraphInfo, *, say: Say
+) -> GraphInfo:
+    """Write what the native engine must know of a decoder, where it takes it; else say why not."""
+    try:
+        plan = native_plan(graph.graph, info, sites, data_bytes=(folder / DATA).stat().st_size)
+    except NotExpressibleError as reason:
+        say(f"native engine: not for this bundle: {reason}")
+        return info
+    write_json(folder / NATIVE, plan.to_dict())
+    return replace(info, native=NATIVE)

@@ -15,6 +15,7 @@ from edgetune.core.progress import Say
 from edgetune.core.tasks import REWARD, TAGGING
 from edgetune.core.text import second_of, typed_at
 from edgetune.export.inputs.sources import AdapterSource, original_base, read_source
+from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import (
     decide_by,
     decoder_outputs,
@@ -173,7 +174,9 @@ def probe_of(manifest: Manifest) -> dict[str, list[list[int]]]:
 
 
 def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> dict[str, Proof]:
-    """The proof again, from the bundle alone and the base it names, text first (ProofError)."""
+    """The proof again, from the bundle alone and the base it names; ProofError where the text or
+    an answer from text differs.
+    """
     base, sources = _shipped(folder, manifest)
     prove_text(folder, manifest, base, sources)
     if missing := sorted(
@@ -184,6 +187,7 @@ def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> 
             where=str(folder),
             fix="Export the bundle again.",
         )
+    prove_from_text(folder, manifest, base, sources, threads=threads)
     return prove_bundle(folder, manifest, base, sources, probe_of(manifest), threads=threads)
 
 

@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +41,12 @@ class Resident:
     packed: PackedAdapter
     bound: BoundAdapter
     serial: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        own = self.bound.own_bytes
+        return self.packed.nbytes if own is None else own
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,10 @@ class AdapterRegistry:
             )
         known.fingerprint = fingerprint
         known.used = next(self._clock)
-        known.resident = Resident(packed, self._bind(packed.tensors), known.serial)
+        bound = self._bind(packed.tensors)
+        if bound.own_bytes is not None:  # the engine has its own copy: once is enough
+            packed = replace(packed, tensors={})
+        known.resident = Resident(packed, bound, known.serial)
         self._release_memory()
         return known.resident
 
@@ -322,15 +331,13 @@ class AdapterRegistry:
                 and not known.pinned
                 and known is not keep
             ):
-                over -= known.resident.packed.nbytes
+                over -= known.resident.nbytes
                 known.resident = None
                 self.evictions += 1
 
     def _nbytes(self) -> int:
         return sum(
-            known.resident.packed.nbytes
-            for known in self._known.values()
-            if known.resident is not None
+            known.resident.nbytes for known in self._known.values() if known.resident is not None
         )
 
     def _refuse_taken(self, name: str) -> None:
@@ -351,7 +358,7 @@ class AdapterRegistry:
             resident=resident is not None,
             pinned=known is not None and known.pinned,
             users=0 if known is None else known.users,
-            nbytes=0 if resident is None else resident.packed.nbytes,
+            nbytes=0 if resident is None else resident.nbytes,
             notes=() if resident is None else resident.packed.notes,
         )
 
