@@ -33,7 +33,7 @@ FLOORS = {
     "runtime.engine": "core devices runtime.bundle",
     "runtime.engine.native": "core devices runtime.bundle runtime.engine",
     "runtime.generation": "core runtime.bundle",
-    "runtime.adapters": "core runtime.bundle runtime.engine runtime.generation",
+    "runtime.adapters": "core devices runtime.bundle runtime.engine runtime.generation",
     "runtime.tasks": (
         "core devices runtime.adapters runtime.bundle runtime.engine runtime.engine.native "
         "runtime.generation"

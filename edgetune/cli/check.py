@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import click
 
-from edgetune.cli.options import chosen_providers, engine_option, provider_option
+from edgetune.cli.options import THREADS, chosen_providers, engine_option, provider_option
 
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
@@ -61,7 +61,7 @@ WORDS = {"ok": "ok", "over": "OVER", "noisy": "too noisy to tell"}
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=THREADS,
     help="Threads. [default: the device's, if this machine has them]",
 )
 @provider_option

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from edgetune.cli.options import show_verdicts
+from edgetune.cli.options import THREADS, show_verdicts
 from edgetune.core.errors import ExportError
 from edgetune.core.precisions import PRECISIONS
 
@@ -163,9 +163,7 @@ BLOCK_SIZE = 32
         " long as it must be, whatever stands here."
     ),
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof."
-)
+@click.option("--threads", type=THREADS, help="Threads of the engine during the proof.")
 def command(
     adapters: tuple[str, ...],
     out: Path,

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+THREADS = click.IntRange(1, 1024)
+"""what `--threads` takes; more are never of use, and starting them would take minutes"""
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 

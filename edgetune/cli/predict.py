@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import chosen_providers, device_option, engine_option, provider_option
+from edgetune.cli.options import (
+    THREADS,
+    chosen_providers,
+    device_option,
+    engine_option,
+    provider_option,
+)
 from edgetune.core.tasks import CLASSIFICATION, REWARD
 
 HEADED = (CLASSIFICATION, REWARD)  # what on a decoder gives no text
@@ -68,9 +74,7 @@ STANDARD = Path("-")
 @click.option(
     "--truncate", is_flag=True, help="Cut texts that are too long for an encoder or a reward."
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores)."
-)
+@click.option("--threads", type=THREADS, help="Processor threads (default: all cores).")
 @provider_option
 @engine_option
 @device_option

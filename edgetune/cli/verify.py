@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.options import show_verdicts
+from edgetune.cli.options import THREADS, show_verdicts
 
 if TYPE_CHECKING:
     from edgetune.runtime.bundle.manifest import Manifest
@@ -37,9 +37,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="With --parity: say what was lost, and exit 0 all the same.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof."
-)
+@click.option("--threads", type=THREADS, help="Threads of the engine during the proof.")
 def command(
     bundle: Path,
     parity: bool,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Literal
 
 from edgetune.core.errors import AdapterError
 from edgetune.core.settings import nearest
+from edgetune.devices.host import release_free_memory
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.sources import AdapterSources, Source
 from edgetune.runtime.bundle.manifest import Manifest
@@ -26,6 +28,9 @@ from edgetune.runtime.engine.interface import BoundAdapter, Tensors
 
 InUse = Literal["forget", "refuse", "wait"]
 """What `unload` does with an adapter that is in use: see there."""
+
+RELEASE_EVERY_S = 10.0
+"""Free memory is given back at most this often: it takes 20 ms, in which nobody can allocate."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class AdapterRegistry:
         self._leaving: dict[str, _Known] = {}
         """what an unload waits for, while its name is nobody else's"""
         self.evictions = 0
+        self._released = time.monotonic()
 
     def names(self) -> tuple[str, ...]:
         """Every name that can be used: shipped, loaded, then those of the adapter folder."""
@@ -296,7 +302,16 @@ class AdapterRegistry:
             kept = {name: packed.tensors[name] for name in self._heads if name in packed.tensors}
             packed = replace(packed, tensors=kept)
         known.resident = Resident(packed, bound, known.serial)
+        self._release_memory()
         return known.resident
+
+    def _release_memory(self) -> None:
+        """Give back what reading adapters took and what earlier ones left: the small tensors of
+        those that come and go lie between others, and the C library would keep their pages.
+        """
+        if time.monotonic() - self._released >= RELEASE_EVERY_S:
+            self._released = time.monotonic()
+            release_free_memory()
 
     def _release(self, known: _Known) -> None:
         with self._change:

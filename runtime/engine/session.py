@@ -9,6 +9,7 @@ only writes into arrays that stay bound.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -119,6 +120,9 @@ def open_session(
             return session, in_use(session, chosen, notes)
 
 
+KEY = re.compile(r"past_key_values\.\d+\.key")
+
+
 class GraphSession:
     """An open graph and its adapter inputs: what both engines are made of."""
 
@@ -167,6 +171,7 @@ class GraphSession:
                 where=str(folder),
                 fix="Export it again.",
             )
+        self._check_cache(folder)
         self.empty = BoundTensors(empty)
         head = manifest.head
         self._known = {*empty, *(() if head is None else (head.weight, head.bias))}
@@ -176,6 +181,23 @@ class GraphSession:
             self._inactive = self.empty.values | {
                 first.A: ort_value(np.zeros((0, first.in_features, 0), np.float32))
             }
+
+    def _check_cache(self, folder: str | Path) -> None:
+        """BundleError where the graph's keys and values have other sizes than the manifest says."""
+        wanted = [self.graph.layers, self.graph.kv_heads, self.graph.head_dim]
+        keys = [value.shape for value in self.session.get_inputs() if KEY.fullmatch(value.name)]
+        for shape in keys:  # (rows, kv_heads, tokens, head_dim)
+            found = [len(keys), shape[1], shape[3]]
+            if [isinstance(size, str) or size for size in found] != [
+                isinstance(size, str) or want for size, want in zip(found, wanted, strict=True)
+            ]:
+                raise BundleError(
+                    "the manifest describes another graph than the bundle has",
+                    where=str(folder),
+                    expected="{} layers of {} heads of {} keys and values".format(*found),
+                    got="{}, {} and {}".format(*wanted),
+                    fix="Copy the bundle again, or export it again.",
+                )
 
     def long_lived(self) -> None:
         """This session will answer for some time: after a few runs its memory may be put in better
