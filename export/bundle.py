@@ -327,6 +327,7 @@ def _add_adapter(
         digest=(None if source.is_model else sha256_file(source.folder / ADAPTER_WEIGHTS)),
         onnx_adapter=None,
         metrics=dict(source.metadata.get("metrics") or {}),
+        max_length=source.metadata.get("max_length"),
     )
     if manifest.mode == "merged":
         return replace(entry, path=None)

@@ -178,17 +178,19 @@ class _Walk:
 
     def _torch(self) -> TorchAnswers:
         assert self.source is not None
-        # an adapter of another tool says none of this itself
+        # an adapter of another tool says none of this itself; the bundle then reads as its template
+        chat = {"template": "chat"} if self.tokenizer.chat_template else None
         told = {
             "task": self.source.task,
             "problem": self.source.problem,
             "labels": self.source.labels,
-            "prompt_format": None,
+            "prompt_format": chat,
             "generation": None,
             "max_length": self.base.max_length,
         }
         model = torch_model(self.base, self.source)
-        return TorchAnswers(model, self.tokenizer, {**told, **self.source.metadata})
+        recorded = {key: value for key, value in self.source.metadata.items() if value is not None}
+        return TorchAnswers(model, self.tokenizer, {**told, **recorded})
 
     def _judge(
         self,

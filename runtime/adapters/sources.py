@@ -111,6 +111,7 @@ def _metadata(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
         "problem": entry.problem,
         "labels": None if entry.labels is None else list(entry.labels),
         "prompt_format": entry.prompt_format,
+        "max_length": entry.max_length,
         "generation": entry.generation,
     }
     path = folder / (entry.path or "") / ADAPTER_METADATA

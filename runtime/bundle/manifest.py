@@ -163,6 +163,7 @@ class AdapterEntry:
     """An adapter that ships in the bundle. `path` is None when it is merged into the graph.
 
     `problem` of a classification: single-label (also None), multi-label or regression.
+    `max_length`: tokens of a text that it was trained on at most.
     """
 
     name: str
@@ -176,6 +177,7 @@ class AdapterEntry:
     onnx_adapter: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     problem: str | None = field(default=None, metadata=about(choices=PROBLEMS))
+    max_length: int | None = field(default=None, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)

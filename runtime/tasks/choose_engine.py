@@ -54,6 +54,8 @@ def open_decoder(
     """
     check_engine_name(engine)
     why = "asked for" if engine == ONNX_RUNTIME else _unfit(manifest, providers)
+    if engine == AUTO and not why and manifest.precision.weights == "fp32":
+        why = "weights in fp32; the native engine keeps keys, values and adapters in half precision"
     if not why:
         from edgetune.runtime.engine.native.decoder import NativeDecoder
 

@@ -111,7 +111,7 @@ def test_a_pooler_with_low_rank_weights_answers_as_in_peft(
 def test_a_layer_that_peft_did_not_save_and_the_base_lacks_is_named(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    base = make_family("distilbert", tiny_encoder, tmp_path / "base")
-    stranger(base, tmp_path / "theirs", modules_to_save=["classifier"])
-    with pytest.raises(AdapterError, match=r"pre_classifier.weight: missing.*modules_to_save"):
+    base = make_family("modernbert", tiny_encoder, tmp_path / "base")
+    stranger(base, tmp_path / "theirs", modules_to_save=["classifier"], target_modules=["Wqkv"])
+    with pytest.raises(AdapterError, match=r"head.dense.weight: missing.*modules_to_save"):
         ship(base, tmp_path / "bundle", tmp_path / "theirs")
