@@ -221,7 +221,9 @@ def _build(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
     del model
-    _write_graphs(graph, folder, sites, info, base=base, precision=precision, mode=mode)
+    info = _write_graphs(
+        graph, folder, sites, info, base=base, precision=precision, mode=mode, say=say
+    )
     files = write_tokenizer(base, tokenizer, folder)
     if base.kind == "decoder" and not (
         mode == "merged" and sources[0].task == REWARD

@@ -31,10 +31,12 @@ FLOORS = {
     "objectives": "data models",
     "runtime.bundle": "core",
     "runtime.engine": "core devices runtime.bundle",
+    "runtime.engine.native": "core devices runtime.bundle runtime.engine",
     "runtime.generation": "core runtime.bundle",
     "runtime.adapters": "core runtime.bundle runtime.engine runtime.generation",
     "runtime.tasks": (
-        "core devices runtime.adapters runtime.bundle runtime.engine runtime.generation"
+        "core devices runtime.adapters runtime.bundle runtime.engine runtime.engine.native "
+        "runtime.generation"
     ),
     "runtime.scheduler": "core runtime.adapters runtime.engine runtime.generation runtime.tasks",
     "runtime": "runtime.tasks",
@@ -57,7 +59,7 @@ FLOORS = {
     "training.parallel": "core data objectives",
     "training.reinforcement": (
         "adapters core data evaluation export export.graph models quantisation recipe "
-        "runtime.adapters runtime.engine training.fast"
+        "runtime.adapters runtime.tasks training.fast"
     ),
     "training": (
         "adapters core data edgetune evaluation.forgetting metrics models objectives "

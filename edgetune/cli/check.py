@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import click
 
-from edgetune.cli.options import chosen_providers, provider_option
+from edgetune.cli.options import chosen_providers, engine_option, provider_option
 
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
@@ -65,6 +65,7 @@ WORDS = {"ok": "ok", "over": "OVER", "noisy": "too noisy to tell"}
     help="Threads. [default: the device's, if this machine has them]",
 )
 @provider_option
+@engine_option
 @click.option(
     "--json",
     "json_file",
@@ -84,6 +85,7 @@ def command(
     new_tokens: int,
     threads: int | None,
     providers: tuple[str, ...],
+    engine: str,
     json_file: Path | None,
     junit: Path | None,
 ) -> int:
@@ -119,6 +121,7 @@ def command(
         length,
         new_tokens,
         chosen_providers(providers or device.providers, None),
+        engine,
     )
     click.echo(
         f"measuring {bundle} with {used} threads, {runs} requests of {length} tokens …", err=True
@@ -156,6 +159,7 @@ def _print(
     *,
     state: str,
 ) -> None:
+    click.echo(f"engine: {measured['engine']}")
     click.echo(f"execution providers: {_providers(measured['providers'])}")
     click.echo(f"{'measured on this machine':28} {'p50':>9} {'p90':>9} {'p95':>9} {'p99':>9}")
     for row in measured["adapters"]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import provider_option
+from edgetune.cli.options import engine_option, provider_option
 from edgetune.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     help="A base: take the likeliest of the known answers instead of generating one.",
 )
 @provider_option
+@engine_option
 @click.option("--plain", is_flag=True, help="A base: plain text even where it has a chat template.")
 def command(
     folder: Path,
@@ -91,6 +92,7 @@ def command(
     general: Path | None,
     limit: int | None,
     providers: tuple[str, ...],
+    engine: str,
     **asked: Any,
 ) -> None:
     """Measure a run or a base (in torch) or a bundle (in the runtime) on a data file, or what
@@ -102,13 +104,19 @@ def command(
         raise InputError("nothing to measure", expected="--data FILE, or --forgetting, or both")
     found: dict[str, Any] = {}
     if data is not None:
-        found = _measure(folder, data, adapter, skip_invalid, _prompting(asked), providers)
+        found = _measure(folder, data, adapter, skip_invalid, _prompting(asked), providers, engine)
     if forgetting:
         from edgetune.evaluation.forgetting.subjects import forgetting as measure_forgetting
 
         place = general or _general()
         results = measure_forgetting(
-            folder, place, adapter=adapter, limit=limit, providers=providers, say=click.echo
+            folder,
+            place,
+            adapter=adapter,
+            limit=limit,
+            providers=providers,
+            engine=engine,
+            say=click.echo,
         )
         found["forgetting"] = [asdict(result) for result in results]
     if json_file is not None:
@@ -140,6 +148,7 @@ def _measure(
     skip_invalid: bool,
     how: Prompting | None,
     providers: tuple[str, ...],
+    engine: str,
 ) -> dict[str, Any]:
     from edgetune.evaluation.evaluate import evaluate
     from edgetune.metrics.statistics import headline
@@ -158,6 +167,7 @@ def _measure(
         advance=advance,
         how=how,
         providers=providers,
+        engine=engine,
     )
     name = f"{result.source} [{result.adapter}]" if result.adapter else result.source
     click.echo(f"{name} on {result.rows} rows of {result.data}")

@@ -27,6 +27,17 @@ def provider_option(command: Command) -> Command:
     )(command)
 
 
+def engine_option(command: Command) -> Command:
+    """`--engine`."""
+    return click.option(
+        "--engine",
+        type=click.Choice(["auto", "native", "onnxruntime"]),
+        default="auto",
+        show_default=True,
+        help="What runs a decoder: auto takes the native engine where it was built and fits.",
+    )(command)
+
+
 def device_option(command: Command) -> Command:
     """`--device` of a command that only takes the providers from it."""
     return click.option(

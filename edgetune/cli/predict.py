@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import chosen_providers, device_option, provider_option
+from edgetune.cli.options import chosen_providers, device_option, engine_option, provider_option
 
 if TYPE_CHECKING:
     from edgetune.runtime.tasks.runtime import Runtime
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     "--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores)."
 )
 @provider_option
+@engine_option
 @device_option
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
@@ -69,6 +70,7 @@ def command(
     truncate: bool,
     threads: int | None,
     providers: tuple[str, ...],
+    engine: str,
     device_name: str | None,
     no_verify: bool,
     stop: tuple[str, ...],
@@ -95,7 +97,9 @@ def command(
 
     settings |= {"stop": stop or None, "schema": _text_of(schema), "grammar": _text_of(grammar)}
     chosen = chosen_providers(providers, device_name)
-    with Runtime.open(bundle, threads=threads, providers=chosen, verify=not no_verify) as runtime:
+    with Runtime.open(
+        bundle, threads=threads, providers=chosen, verify=not no_verify, engine=engine
+    ) as runtime:
         name = _adapter(runtime, adapter)
         _check_settings(runtime, name, settings, alone=source is None)
         if source is not None and output is not None:

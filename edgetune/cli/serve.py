@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.options import chosen_providers, device_option, provider_option
+from edgetune.cli.options import chosen_providers, device_option, engine_option, provider_option
 
 if TYPE_CHECKING:
     from edgetune.runtime.server.http.service import Service
@@ -151,6 +151,7 @@ KEYS = "EDGETUNE_API_KEYS"
     "--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores)."
 )
 @provider_option
+@engine_option
 @device_option
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
@@ -190,6 +191,7 @@ def command(
     hosts: tuple[str, ...],
     threads: int | None,
     providers: tuple[str, ...],
+    engine: str,
     device_name: str | None,
     no_verify: bool,
     strict: bool,
@@ -232,6 +234,7 @@ def command(
             adapter_memory_mb=adapter_memory_mb,
             situations=True,
             strict=strict,
+            engine=engine,
         ) as runtime,
     ):
         for line in load_adapters(runtime, named, pins):
@@ -255,7 +258,8 @@ def _announce(service: Service, host: str, port: int) -> None:
     providers = service.runtime.providers
     address = f"[{host}]" if ":" in host else host
     on = "" if providers.names == ("cpu",) else f" on {providers}"
-    click.echo(f"serving {', '.join(service.models())} at http://{address}:{port}{on}")
+    by = f" by {service.runtime.engine}" if service.runtime.manifest.is_decoder else ""
+    click.echo(f"serving {', '.join(service.models())} at http://{address}:{port}{on}{by}")
     if host not in ("127.0.0.1", "::1", "localhost") and not service.options.api_keys:
         click.echo(
             "note: whoever reaches this address can use it; keys close it (--api-key-file)",

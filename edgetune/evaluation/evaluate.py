@@ -24,13 +24,14 @@ def evaluate(
     advance: Advance | None = None,
     how: Prompting | None = None,
     providers: Sequence[str] = (),
+    engine: str = "auto",
 ) -> Evaluation:
     """Measure a run or adapter folder in torch, a bundle in the runtime, or a bare base, on the
     rows of `data`.
 
     The rows are read by the prompt format that was recorded with the adapter; a base is asked as
     `how` says. What learned from text is measured on text: perplexity and bits per byte.
-    `providers`: execution providers of a bundle.
+    `providers` and `engine`: what runs a bundle.
     """
     if providers and not (folder / MANIFEST).is_file():
         raise InputError(
@@ -51,7 +52,7 @@ def evaluate(
     if (folder / MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
-        with Runtime.open(folder, providers=providers) as runtime:
+        with Runtime.open(folder, providers=providers, engine=engine) as runtime:
             return measure(
                 BundleAnswers(runtime, adapter),
                 folder,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from edgetune import __version__
+from edgetune.core.files import write_json
 from edgetune.core.progress import Say
 from edgetune.export.graph.adapter_branch import ADAPTED, PLAIN, by_situation
 from edgetune.export.graph.attention import refuse_head_size
@@ -26,10 +27,13 @@ from edgetune.export.graph.heads import (
 )
 from edgetune.export.graph.lower import lower, settle
 from edgetune.export.graph.names import name_for_people
+from edgetune.export.graph.native_nodes import NotExpressibleError
+from edgetune.export.graph.native_plan import native_plan
 from edgetune.export.graph.onnx_file import (
     BY_SITUATION,
     DATA,
     ENGINE,
+    NATIVE,
     STANDARD,
     write_data,
     write_graph,
@@ -166,7 +170,9 @@ def _write_graphs(
     base: Base,
     precision: Precision,
     mode: str,
-) -> None:
+    say: Say,
+) -> GraphInfo:
+    """Write the graph files and the native plan; the description of them all."""
     note = {
         "base": base.name,
         "base_digest": base.digest,
@@ -176,8 +182,10 @@ def _write_graphs(
     }
     if base.kind == "encoder-decoder":
         write_graphs(graph, folder, sites, note=note)
-        return
+        return info
     write_data(graph, folder)
+    if base.kind == "decoder":
+        info = _write_native_plan(graph, folder, sites, info, say=say)
     write_graph(graph, folder / ENGINE, metadata=note)
     if info.situations is not None:
         write_graph(
@@ -188,3 +196,17 @@ def _write_graphs(
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
     name_for_people(standard.graph)
     write_graph(standard, folder / STANDARD, metadata=note)
+    return info
+
+
+def _write_native_plan(
+    graph: ir.Model, folder: Path, sites: Sequence[Site], info: GraphInfo, *, say: Say
+) -> GraphInfo:
+    """Write what the native engine must know of a decoder, where it takes it; else say why not."""
+    try:
+        plan = native_plan(graph.graph, info, sites, data_bytes=(folder / DATA).stat().st_size)
+    except NotExpressibleError as reason:
+        say(f"native engine: not for this bundle: {reason}")
+        return info
+    write_json(folder / NATIVE, plan.to_dict())
+    return replace(info, native=NATIVE)

@@ -21,15 +21,16 @@ from edgetune import __version__
 from edgetune.core.errors import BundleError
 from edgetune.export.graph.adapter_branch import adapted_graph
 from edgetune.runtime.bundle.diff import VERIFY, Graph
+from edgetune.runtime.bundle.native_plan import INLINE_BYTES
 
-ENGINE, BY_SITUATION, STANDARD, DATA = (
+ENGINE, BY_SITUATION, STANDARD, DATA, NATIVE = (
     "engine.onnx",
     "situations.onnx",
     "model.onnx",
     "model.onnx.data",
+    "native.json",
 )
 ALIGNMENT = 4096  # a page: the engine maps the file instead of reading it
-INLINE_BYTES = 1024  # smaller constants stay inside the graph
 IR_VERSION = 10
 
 

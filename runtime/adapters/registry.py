@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,12 @@ class Resident:
     packed: PackedAdapter
     bound: BoundAdapter
     serial: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        own = self.bound.own_bytes
+        return self.packed.nbytes if own is None else own
 
 
 @dataclass(frozen=True)
@@ -282,7 +288,10 @@ class AdapterRegistry:
             )
         known.fingerprint = fingerprint
         known.used = next(self._clock)
-        known.resident = Resident(packed, self._bind(packed.tensors), known.serial)
+        bound = self._bind(packed.tensors)
+        if bound.own_bytes is not None:  # the engine has its own copy: once is enough
+            packed = replace(packed, tensors={})
+        known.resident = Resident(packed, bound, known.serial)
         return known.resident
 
     def _release(self, known: _Known) -> None:
@@ -307,15 +316,13 @@ class AdapterRegistry:
                 and not known.pinned
                 and known is not keep
             ):
-                over -= known.resident.packed.nbytes
+                over -= known.resident.nbytes
                 known.resident = None
                 self.evictions += 1
 
     def _nbytes(self) -> int:
         return sum(
-            known.resident.packed.nbytes
-            for known in self._known.values()
-            if known.resident is not None
+            known.resident.nbytes for known in self._known.values() if known.resident is not None
         )
 
     def _refuse_taken(self, name: str) -> None:
@@ -336,7 +343,7 @@ class AdapterRegistry:
             resident=resident is not None,
             pinned=known is not None and known.pinned,
             users=0 if known is None else known.users,
-            nbytes=0 if resident is None else resident.packed.nbytes,
+            nbytes=0 if resident is None else resident.nbytes,
             notes=() if resident is None else resident.packed.notes,
         )
 

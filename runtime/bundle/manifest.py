@@ -65,7 +65,8 @@ class GraphInfo:
 
     `situations` holds the engine's graph twice over the same weights, with adapter inputs and
     without, and runs the one that fits. Of an encoder-decoder `engine` is the decoder; `encoder`
-    reads the prompt, and an answer begins after `start_token_id`.
+    reads the prompt, and an answer begins after `start_token_id`. `native` describes a decoder to
+    the native engine (`native_plan`); None: that engine does not take it.
     """
 
     engine: str
@@ -85,6 +86,7 @@ class GraphInfo:
     situations: str | None = field(default=None, metadata=about(written_where_set=True))
     encoder: str | None = field(default=None, metadata=about(written_where_set=True))
     start_token_id: int | None = field(default=None, metadata=about(written_where_set=True))
+    native: str | None = field(default=None, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         graph.situations,
         graph.data,
         graph.encoder,
+        graph.native,
         tokenizer.file,
         tokenizer.chat_template,
         tokenizer.tool_template,
@@ -285,6 +288,7 @@ def _check_complete(manifest: Manifest, where: str) -> None:
         graph.situations,
         graph.data,
         graph.encoder,
+        graph.native,
         tokenizer.file,
         tokenizer.chat_template,
     ]

@@ -44,6 +44,7 @@ class Workload:
     new_tokens: int = 32
     providers: tuple[str, ...] = ()
     """execution providers in order of preference; empty: the CPU"""
+    engine: str = "auto"
 
 
 def measure_latency(workload: Workload) -> dict[str, Any]:
@@ -74,7 +75,10 @@ def measure_here(workload: Workload) -> dict[str, Any]:
 
     start = time.perf_counter()
     with Runtime.open(
-        workload.bundle, threads=workload.threads, providers=workload.providers
+        workload.bundle,
+        threads=workload.threads,
+        providers=workload.providers,
+        engine=workload.engine,
     ) as runtime:
         load_ms = (time.perf_counter() - start) * 1e3
         adapter_load_ms = {
@@ -92,12 +96,13 @@ def measure_here(workload: Workload) -> dict[str, Any]:
                 runs[name].append(_run(runtime, name, workload, seed=i))
         swap_ms = _swaps(runtime, names)
         peak_mb = peak_rss_mb()
-        providers = runtime.providers
+        providers, engine = runtime.providers, str(runtime.engine)
     samples = [
         {"adapter": name, **{key: [run[key] for run in rows] for key in rows[0]}}
         for name, rows in runs.items()
     ]
     return {
+        "engine": engine,
         "providers": {
             "in_use": list(providers.names),
             "nodes": dict(providers.nodes),

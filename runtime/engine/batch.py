@@ -1,29 +1,28 @@
-"""Rows of the engine in one arena: they join by prefill, step together and leave, each with its own
-adapter.
-"""
+"""Rows of ONNX Runtime's engine, bound: inputs and outputs that a run only writes into."""
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from edgetune.core.arrays import Float32, Int64
-from edgetune.core.errors import InputError
+from edgetune.runtime.engine.arena_batch import ArenaBatch
 from edgetune.runtime.engine.interface import BatchRow, BoundAdapter
-from edgetune.runtime.engine.kv_cache import CacheArena, PrefixCache, new_arena
+from edgetune.runtime.engine.kv_cache import CacheArena, new_arena
 from edgetune.runtime.engine.mixed_adapters import AdapterRows
 from edgetune.runtime.engine.session import GraphSession, ort_value
 
 
-class Batch:
-    """Rows 0…n-1 are decoded together; one more may be in prefill, alone, because grouped-query
-    attention continues a prompt only in a batch of one. Not thread-safe: one thread steps."""
+class Batch(ArenaBatch):
+    """Rows of ONNX Runtime's engine. One row at a time is in prefill, alone, because grouped-query
+    attention continues a prompt only in a batch of one.
+    """
 
-    prefills_in_pieces = checks_guesses = True
+    checks_together = False
 
     def __init__(
         self,
@@ -39,146 +38,42 @@ class Batch:
         """
         self.engine = engine
         context = min(engine.graph.max_length, budget, max_context or budget)
-        self.arena = new_arena(
+        arena = new_arena(
             engine.graph, slots=rows, capacity=context, budget=budget, place=engine.place
         )
-        self.prefixes = PrefixCache(
-            self.arena, blocks=prefix_blocks if self.arena.shares_prefixes else 0
-        )
-        self.decoding: list[BatchRow] = []
-        self.filling: BatchRow | None = None
+        super().__init__(arena, prefix_blocks=prefix_blocks)
         self._adapters = AdapterRows(engine, rows)
-        self._bindings = RowBindings(engine, self.arena, self._adapters)
+        self._bindings = RowBindings(engine, arena, self._adapters)
         self._prefill: RowBinding | None = None
         self._step: RowBinding | None = None  # none: rows joined or left since the last step
 
-    @property
-    def rows(self) -> int:
-        """Rows in decode and prefill."""
-        return len(self.decoding) + (self.filling is not None)
+    def begun(self, row: BatchRow) -> None:
+        """Bind the row that is in prefill."""
+        self._prefill = self._bindings.of([row.adapter], first=row.slot)
 
-    @property
-    def context(self) -> int:
-        """Tokens of prompt and answer that one row may have."""
-        return self.arena.capacity
+    def rows_changed(self) -> None:
+        """The rows of the next step are bound anew."""
+        self._step = None
 
-    @property
-    def cache_bytes(self) -> int:
-        """Memory of keys and values in use: those promised to rows, and shared prefixes."""
-        return self.arena.reserved * self.arena.token_bytes + self.prefixes.nbytes
-
-    @property
-    def cache_bytes_total(self) -> int:
-        """Memory that keys and values may come to."""
-        return self.arena.budget * self.arena.token_bytes + self.prefixes.limit_bytes
-
-    @property
-    def prefix_hit_tokens(self) -> int:
-        """Tokens of prompts that were copied instead of computed, since the start."""
-        return self.prefixes.hit_tokens
-
-    @property
-    def prefix_evictions(self) -> int:
-        """Blocks of shared prefixes that were forgotten to make room, since the start."""
-        return self.prefixes.evictions
-
-    def lend(self, tokens: int) -> None:
-        """So many tokens of the budget are held by a cache beside the arena; 0: none."""
-        self.arena.lent = tokens
-
-    def has_room(self, tokens: int) -> bool:
-        """Whether a row that may grow to so many tokens can begin its prefill now."""
-        return self.filling is None and self.rows < self.arena.slots and self.arena.fits(tokens)
-
-    def begin(self, adapter: BoundAdapter | None, *, tokens: int) -> BatchRow:
-        """Give a row the next slot and room for `tokens` tokens (prompt and answer); `has_room`
-        must be true.
-        """
-        row = self.filling = BatchRow(len(self.decoding), adapter)
-        try:
-            self.arena.reserve(row.slot, tokens)
-            self._prefill = self._bindings.of([adapter], first=row.slot)
-        except BaseException:
-            self.leave(row)
-            raise
-        return row
-
-    def restore(self, key: Hashable, prompt: Sequence[int]) -> int:
-        """Copy what is known of the beginning of the filling row's prompt; how many tokens."""
-        row = self.filling
-        assert row is not None
-        row.length = self.prefixes.restore(row.slot, key, prompt)
-        return row.length
-
-    def prefill(self, piece: Sequence[int]) -> Float32:
-        """Run a piece of the filling row's prompt; logits (vocab,) after its last token."""
-        row = self.filling
-        assert row is not None and self._prefill is not None
-        row.length += len(piece)
+    def run_piece(self, row: BatchRow, piece: Sequence[int]) -> Float32:
+        """See `ArenaBatch`."""
+        assert self._prefill is not None
         return self._prefill.run(np.array([piece], np.int64), [row.length])[0]
 
-    def join(self) -> None:
-        """The filling row's prompt is complete: it is decoded with the others from the next step
-        on.
-        """
-        row, self.filling = self.filling, None
-        assert row is not None
-        self._place(row, len(self.decoding))
-        self.decoding.append(row)
-        self._step = None
+    def run_step(self, tokens: Sequence[int]) -> Float32:
+        """See `ArenaBatch`."""
+        lengths = [row.length for row in self.decoding]
+        return self._bound_step().run(np.array(tokens, np.int64)[:, None], lengths)
 
-    def step(self, tokens: Sequence[int]) -> Float32:
-        """Append one token to every decoded row; logits (rows, vocab), valid until the next
-        step.
-        """
-        step = self._bound_step()
-        for row in self.decoding:
-            if row.length >= self.arena.capacity:
-                raise InputError(
-                    "the cache is full",
-                    expected=f"at most {self.arena.capacity} tokens",
-                    got="one more",
-                )
-            row.length += 1
-        return step.run(np.array(tokens, np.int64)[:, None], [row.length for row in self.decoding])
-
-    def check(self, tokens: Sequence[int]) -> Float32:
-        """Append several tokens to the only decoded row; logits (tokens, vocab) after each, valid
-        until the next step.
-
-        Lower the row's `length` afterwards to take back the last ones.
-        """
-        (row,) = self.decoding
-        step = self._bound_step()
-        row.length += len(tokens)
-        return step.run(np.array([tokens], np.int64), [row.length], every=True)[0]
-
-    def remember(self, row: BatchRow, key: Hashable, tokens: Sequence[int]) -> None:
-        """Keep the beginning of a row, which is `tokens`, for prompts that begin alike."""
-        self.prefixes.store(row.slot, key, tokens)
-
-    def leave(self, row: BatchRow) -> None:
-        """End a row; the last one takes its slot."""
-        self.arena.free(row.slot)
-        if row is self.filling:
-            self.filling = None
-            return
-        place = self.decoding.index(row)
-        last = self.decoding.pop()
-        if last is not row:
-            self.decoding[place] = last
-            self._place(last, place)
-        self._step = None
+    def run_guesses(self, tokens: Sequence[Sequence[int]]) -> Float32:
+        """See `ArenaBatch`; of one row."""
+        (row,), (own,) = self.decoding, tokens
+        return self._bound_step().run(np.array([own], np.int64), [row.length], every=True)[0]
 
     def _bound_step(self) -> RowBinding:
         if self._step is None:
             self._step = self._bindings.of([row.adapter for row in self.decoding])
         return self._step
-
-    def _place(self, row: BatchRow, slot: int) -> None:
-        if row.slot != slot:
-            self.arena.move(row.slot, slot, tokens=row.length)
-            row.slot = slot
 
 
 KEPT = 32

@@ -14,7 +14,7 @@ from edgetune.core.errors import InputError
 from edgetune.runtime.bundle.manifest import SCORE_OUTPUT, STATES
 from edgetune.runtime.engine.batch import Batch
 from edgetune.runtime.engine.device_memory import DeviceKVCache, OutputBuffer
-from edgetune.runtime.engine.interface import AdapterRow, adapter_per_row
+from edgetune.runtime.engine.interface import AdapterRow, adapter_per_row, check_prompts
 from edgetune.runtime.engine.kv_cache import plan_cache
 from edgetune.runtime.engine.session import GraphSession, KVCache, ort_value
 
@@ -243,27 +243,7 @@ class DecoderEngine(GraphSession):
         """InputError when a prompt is empty, holds an unknown id, or is longer than the graph's
         context.
         """
-        if not rows:
-            raise InputError("no rows", expected="one prompt at least")
-        for i, row in enumerate(rows):
-            if not row:
-                raise InputError("an empty prompt", where=f"row {i}", expected="one token at least")
-            if len(row) > self.graph.max_length:
-                limit = f"at most {self.graph.max_length} tokens"
-                raise InputError(
-                    "the prompt is longer than the context",
-                    where=f"row {i}",
-                    expected=limit,
-                    got=str(len(row)),
-                )
-            if min(row) < 0 or max(row) >= self.graph.vocab_size:
-                limit = f"ids from 0 to {self.graph.vocab_size - 1}"
-                raise InputError(
-                    "a token id outside the vocabulary",
-                    where=f"row {i}",
-                    expected=limit,
-                    got=str(min(row) if min(row) < 0 else max(row)),
-                )
+        check_prompts(rows, self.graph)
 
 
 class GraphScoreReading:

@@ -21,6 +21,9 @@ Tensors = Mapping[str, Float32]
 class BoundAdapter:
     """An adapter's tensors in the form that one engine reads, made once by that engine's `bind`."""
 
+    own_bytes: int | None = None
+    """memory of a copy that the engine made; None: it holds the tensors themselves"""
+
 
 AdapterRow = BoundAdapter | Tensors | None
 """What one row of a batch uses: a bound adapter, packed tensors, or None for the base model."""
@@ -152,6 +155,10 @@ class DecoderBatch(Protocol):
         """Whether `check` works here."""
 
     @property
+    def checks_together(self) -> bool:
+        """Whether `check` takes more than one row."""
+
+    @property
     def cache_bytes(self) -> int:
         """Memory of keys and values in use: those promised to rows, and shared prefixes."""
 
@@ -195,10 +202,11 @@ class DecoderBatch(Protocol):
         InputError when the cache is full.
         """
 
-    def check(self, tokens: Sequence[int]) -> Float32:
-        """Append several tokens to the only decoding row; logits (tokens, vocab) after each.
+    def check(self, tokens: Sequence[Sequence[int]]) -> Float32:
+        """Append one token or more to every decoding row; logits (all tokens, vocab) after each, in
+        the order of the rows, valid until the next step.
 
-        Lower the row's `length` afterwards to take back the last ones.
+        Lower a row's `length` afterwards to take back its last ones.
         """
 
     def remember(self, row: BatchRow, key: Hashable, tokens: Sequence[int]) -> None:
@@ -262,3 +270,30 @@ def adapter_per_row(
             "one adapter (or None) for each row", expected=str(len(rows)), got=str(len(chosen))
         )
     return chosen
+
+
+def check_prompts(rows: Sequence[Sequence[int]], graph: GraphInfo) -> None:
+    """InputError when there is no prompt, or one is empty, holds an unknown id, or is longer than
+    the context.
+    """
+    if not rows:
+        raise InputError("no rows", expected="one prompt at least")
+    for i, row in enumerate(rows):
+        if not row:
+            raise InputError("an empty prompt", where=f"row {i}", expected="one token at least")
+        if len(row) > graph.max_length:
+            limit = f"at most {graph.max_length} tokens"
+            raise InputError(
+                "the prompt is longer than the context",
+                where=f"row {i}",
+                expected=limit,
+                got=str(len(row)),
+            )
+        if min(row) < 0 or max(row) >= graph.vocab_size:
+            limit = f"ids from 0 to {graph.vocab_size - 1}"
+            raise InputError(
+                "a token id outside the vocabulary",
+                where=f"row {i}",
+                expected=limit,
+                got=str(min(row) if min(row) < 0 else max(row)),
+            )

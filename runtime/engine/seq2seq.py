@@ -330,7 +330,7 @@ class Seq2SeqBatch(Batch):
             np.array(tokens, np.int64)[:, None], [self._written[row] for row in self.decoding]
         )
 
-    def check(self, tokens: Sequence[int]) -> Float32:
+    def check(self, tokens: Sequence[Sequence[int]]) -> Float32:
         """Not of an encoder-decoder."""
         raise InputError("an encoder-decoder guesses no tokens", fix="Set lookup = 0.")
 

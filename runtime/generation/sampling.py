@@ -127,6 +127,10 @@ class TokenSequence:
             and not self._penalties.active
         )
 
+    def forced(self) -> list[int]:
+        """Tokens that the answer's form leaves no choice about; empty for free text."""
+        return [] if self._constraint is None else self._constraint.forced()
+
     @property
     def text(self) -> str:
         """Everything emitted so far."""

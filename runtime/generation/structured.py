@@ -39,11 +39,13 @@ class PackageMissing(EdgetuneError):  # noqa: N818
 
 
 class Constraint:
-    """Which tokens keep one answer in its form. `start` it, then by turns `mask` and `add`."""
+    """Which tokens keep one answer in its form. `start` it, then by turns `mask` and `add`;
+    `forced` looks ahead.
+    """
 
     def __init__(self, matcher: Any, vocab_size: int, eos: frozenset[int]) -> None:
         self._matcher, self._vocab_size, self._eos = matcher, vocab_size, eos
-        self._next: Future[TokenMask] | None = None
+        self._next: Future[tuple[TokenMask, list[int]]] | None = None
         self.complete = False
         """Whether nothing more can follow."""
 
@@ -58,7 +60,18 @@ class Constraint:
         if self._next is None:
             self.start()
         assert self._next is not None
-        return self._next.result()
+        return self._next.result()[0]
+
+    def forced(self) -> list[int]:
+        """Tokens that spell what must come next, where the form leaves one continuation only; empty
+        where it leaves more. Others may spell it too: `mask` has the last word.
+        """
+        if self.complete:
+            return []
+        if self._next is None:
+            self.start()
+        assert self._next is not None
+        return self._next.result()[1]
 
     def add(self, token: int) -> None:
         """Take the chosen token and begin with the next mask. InputError when the grammar became
@@ -74,13 +87,13 @@ class Constraint:
             if not self.complete:
                 self.start()
 
-    def _compute(self) -> TokenMask:
+    def _compute(self) -> tuple[TokenMask, list[int]]:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         mask: TokenMask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].view(np.bool_)
         if mask.size < self._vocab_size:
             mask = np.concatenate([mask, np.zeros(self._vocab_size - mask.size, np.bool_)])
-        return mask
+        return mask, list(self._matcher.compute_ff_tokens())
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -20,6 +20,9 @@ from edgetune.runtime.scheduler.counters import Counters
 from edgetune.runtime.scheduler.requests import Running
 from edgetune.runtime.tasks.answers import need_finite
 
+MOST_AT_ONCE = 16
+"""Tokens of a step with guesses, those of all rows together."""
+
 
 class DecodeLoop:
     """Rows under way. Only the worker thread calls it; `next_waiting` hands over a request for
@@ -29,7 +32,7 @@ class DecodeLoop:
     def __init__(
         self, batch: DecoderBatch, counters: Counters, *, chunk: int, lookup: int = 0
     ) -> None:
-        """`lookup`: tokens guessed by prompt lookup while one row runs alone; 0 guesses none.
+        """`lookup`: tokens of a greedy row that are guessed by prompt lookup; 0 guesses none.
 
         InputError for a batch that cannot check guesses.
         """
@@ -127,34 +130,55 @@ class DecodeLoop:
 
     def _step(self) -> None:
         start, rows = time.monotonic(), list(self.batch.decoding)
-        if (
-            len(rows) == 1
-            and self.filling is None
-            and (guess := self._rows[rows[0]].guess(self.lookup))
-        ):
-            self._check(self._rows[rows[0]], guess)
+        guesses = self._guesses(rows)
+        if any(guesses):
+            self._check([self._rows[row] for row in rows], guesses)
             return
         logits = self.batch.step([self._rows[row].token for row in rows])
         self.counters.stepped(len(rows), time.monotonic() - start)
         for row, own in zip(rows, logits, strict=True):
             self._take(self._rows[row], own)
 
-    def _check(self, running: Running, guess: list[int]) -> None:
-        """Run a row's next token and what may follow it in one step; keep what it would have chosen
-        by itself.
+    def _guesses(self, rows: list[BatchRow]) -> list[list[int]]:
+        """Tokens that may follow each row's next one, as many as one step takes without becoming
+        dear; none where the engine checks one row at a time and there are more.
         """
-        row, start = running.row, time.monotonic()
+        free = MOST_AT_ONCE - len(rows)
+        together = self.batch.checks_guesses and (len(rows) == 1 or self.batch.checks_together)
+        if not together or self.filling is not None:
+            return [[] for _ in rows]
+        guesses = []
+        for row in rows:
+            guesses.append(self._rows[row].guess(free, lookup=self.lookup))
+            free -= len(guesses[-1])
+        return guesses
+
+    def _check(self, rows: list[Running], guesses: list[list[int]]) -> None:
+        """Run every row's next token and what may follow it in one step; keep of each what it would
+        have chosen by itself.
+        """
+        start = time.monotonic()
+        tokens = [[running.token, *guess] for running, guess in zip(rows, guesses, strict=True)]
+        before = [running.row.length for running in rows if running.row is not None]
+        logits = self.batch.check(tokens)
+        self.counters.stepped(len(rows), time.monotonic() - start)
+        at = 0
+        for running, guess, length in zip(rows, guesses, before, strict=True):
+            self._keep(running, guess, length, logits[at : at + len(guess) + 1])
+            at += len(guess) + 1
+
+    def _keep(self, running: Running, guess: list[int], before: int, logits: Float32) -> None:
+        """Choose a row's tokens from the logits after each, as long as the guess is right."""
+        row, right = running.row, 0
         assert row is not None
-        before = row.length
-        logits = self.batch.check([running.token, *guess])
-        self.counters.stepped(1, time.monotonic() - start)
         for right, own in enumerate(logits):
             row.length = before + right + 1
             self._take(running, own)
             if row not in self._rows or right == len(guess) or running.token != guess[right]:
                 break
-        self.counters.guessed(len(guess), right)
-        running.tell(guessed=len(guess), right=right)
+        if guess:
+            self.counters.guessed(len(guess), right)
+            running.tell(guessed=len(guess), right=right)
 
     def _take(self, running: Running, logits: Float32) -> None:
         """Choose a row's token; a row whose own settings fail it (a form that cannot be followed)

@@ -171,11 +171,15 @@ class Running:
         logprobs = (self.sequence.logprobs[-1],) if asked else None
         self._tell(TokenEvent(piece, (self.token,), logprobs))
 
-    def guess(self, count: int) -> list[int]:
-        """At most `count` tokens that may follow `token`; none where a choice depends on more than
-        its logits.
+    def guess(self, count: int, *, lookup: int) -> list[int]:
+        """At most `count` tokens that may follow `token`: those that the answer's form leaves no
+        choice about, or at most `lookup` by what followed the same words before. Right are those
+        that would have been chosen one by one: each is chosen again from its own logits.
         """
-        room = min(count, self.sequence.limit - len(self.sequence.tokens) - 1)
+        room = max(0, min(count, self.sequence.limit - len(self.sequence.tokens) - 1))
+        if room and (forced := self.sequence.forced()[:room]):
+            return forced
+        room = min(room, lookup)
         if room <= 0 or not self.sequence.plain_greedy:
             return []
         if self._lookup is None:

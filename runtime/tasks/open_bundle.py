@@ -15,9 +15,15 @@ from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.registry import AdapterRegistry, Resident
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer
-from edgetune.runtime.engine.encoder import EncoderEngine
 from edgetune.runtime.engine.interface import AdapterRow, BoundAdapter, Decoder, Encoder, Tensors
-from edgetune.runtime.engine.seq2seq import decoder_engine
+from edgetune.runtime.tasks.choose_engine import (
+    AUTO,
+    ONNX_RUNTIME,
+    OURS,
+    EngineInUse,
+    check_engine_name,
+    open_decoder,
+)
 
 Held = Mapping[str | None, Resident | None]
 """Adapters in use by name; None is the base model."""
@@ -37,8 +43,10 @@ class OpenBundle:
         adapter_memory_mb: float | None = None,
         adapter_branch: bool = False,
         strict: bool = False,
+        engine: str = AUTO,
     ) -> None:
         """See `Runtime.open`, whose arguments these are."""
+        check_engine_name(engine)
         self.folder, self.manifest = folder, manifest
         self.tokenizer = BundleTokenizer(folder, manifest)
         release_free_memory()  # what parsing the vocabulary took
@@ -52,22 +60,29 @@ class OpenBundle:
         )
         self.decoder: Decoder | None = None
         self.encoder: Encoder | None = None
-        engine: Decoder | Encoder
+        opened: Decoder | Encoder
         if manifest.is_decoder:
-            engine = self.decoder = decoder_engine(
+            opened, self.engine = open_decoder(
                 folder,
                 manifest,
+                engine=engine,
                 threads=threads,
                 providers=providers,
                 adapter_branch=adapter_branch,
             )
+            self.decoder = opened
         else:
-            engine = self.encoder = EncoderEngine(
+            if engine == OURS:
+                raise InputError("the native engine runs no encoders", where=str(folder))
+            from edgetune.runtime.engine.encoder import EncoderEngine
+
+            opened = self.encoder = EncoderEngine(
                 folder, manifest, threads=threads, providers=providers
             )
-        self.providers = engine.providers_in_use
+            self.engine = EngineInUse(ONNX_RUNTIME)
+        self.providers = opened.providers_in_use
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
-        engine.long_lived()
+        opened.long_lived()
 
     def close(self) -> None:
         """Let go of the engine's and the adapters' memory."""

@@ -22,6 +22,7 @@ from edgetune.runtime.engine.providers import ProvidersInUse, parse_providers
 from edgetune.runtime.generation.sampling import TokenSequence
 from edgetune.runtime.generation.settings import GenerationSettings
 from edgetune.runtime.tasks.answers import Classification, Completion, TextStream
+from edgetune.runtime.tasks.choose_engine import AUTO, EngineInUse
 from edgetune.runtime.tasks.decoder import DecoderAnswers, Prompt
 from edgetune.runtime.tasks.encoder import EncoderAnswers
 from edgetune.runtime.tasks.open_bundle import OpenBundle
@@ -54,6 +55,7 @@ class Runtime:
         adapter_memory_mb: float | None = None,
         situations: bool = False,
         strict: bool = False,
+        engine: str = AUTO,
     ) -> Runtime:
         """Open a bundle. `verify` compares every file's sha256 with the manifest; BundleError lists
         what differs.
@@ -66,7 +68,9 @@ class Runtime:
         process that answers long and often without any adapter: a decoder's base alone then takes
         up to a tenth less for a token, while loading takes half as long again and, for its
         duration, 100 MB more for a model of 135M. `strict`: adapters from elsewhere are refused
-        where their base cannot be checked, and where they have no effect.
+        where their base cannot be checked, and where they have no effect. `engine`: "native",
+        "onnxruntime", or "auto", native where it was built and fits the bundle and the providers
+        (`Runtime.engine` says which it is and why; InputError where "native" cannot be had).
         """
         parse_providers(providers)  # a typo is found before gigabytes are hashed
         path = Path(folder)
@@ -81,6 +85,7 @@ class Runtime:
                 adapter_memory_mb=adapter_memory_mb,
                 adapter_branch=situations,
                 strict=strict,
+                engine=engine,
             )
         return cls(opened)
 
@@ -128,6 +133,11 @@ class Runtime:
     def encoder(self) -> Encoder | None:
         """The engine of a bundle that encodes texts; None in another, and when closed."""
         return self.opened.encoder
+
+    @property
+    def engine(self) -> EngineInUse:
+        """The engine that answers, and why it is not the other one."""
+        return self.opened.engine
 
     @property
     def providers(self) -> ProvidersInUse:

@@ -55,6 +55,7 @@ def test_a_decoder_bundle_holds_exactly_these_files(bundle: Path) -> None:
         "edgetune.json",
         "engine.onnx",
         "situations.onnx",
+        "native.json",
         "model.onnx",
         "model.onnx.data",
         "genai_config.json",

@@ -341,6 +341,7 @@ def test_a_merged_reward_scores_and_generates_nothing(tiny_decoder: Path, tmp_pa
     manifest = export(tmp_path / "merged", reward_run(tiny_decoder), mode="merged")
     assert manifest.proof["adapters"]["polite"]["passed"] and manifest.adapters[0].task == "reward"
     assert not (tmp_path / "merged" / "genai_config.json").exists()
+    assert manifest.graph.native is None  # its graph has the output score
     with Runtime.open(tmp_path / "merged", threads=1) as runtime:
         np.testing.assert_allclose(
             runtime.score(list(zip(PROMPTS, ANSWERS, strict=True))), expected, atol=1e-4

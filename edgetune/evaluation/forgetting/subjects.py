@@ -51,6 +51,7 @@ def forgetting(
     limit: int | None = None,
     tasks: Sequence[str] = (),
     providers: Sequence[str] = (),
+    engine: str = "auto",
     say: Say = lambda line: None,
 ) -> list[General]:
     """General ability of a run or bundle before and after, or of a bare base. `providers`:
@@ -59,7 +60,7 @@ def forgetting(
     if (target / MANIFEST).is_file():
         from edgetune.runtime import Runtime
 
-        with Runtime.open(target, providers=providers) as runtime:
+        with Runtime.open(target, providers=providers, engine=engine) as runtime:
             if runtime.manifest.mode == "merged":
                 raise InputError(
                     "a merged bundle has no base to compare with",

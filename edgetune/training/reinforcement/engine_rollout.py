@@ -51,7 +51,8 @@ class EngineRollout:
     ) -> list[list[Answer]]:
         """See Rollout."""
         generator = torch.Generator().manual_seed(seed)
-        adapter = packed(model, self.engine.manifest)
+        tensors = packed(model, self.engine.manifest)
+        adapter = None if tensors is None else self.engine.bind(tensors)
         at_once = max(1, ROWS_AT_ONCE // count)
         answers: list[list[Answer]] = []
         for start in range(0, len(prompts), at_once):
@@ -92,12 +93,11 @@ class EngineRollout:
 
 
 def packed(model: Any, manifest: Any) -> Any:
-    """The policy's adapter as the engine's inputs; None while it is switched off. AdapterError when
+    """The policy's adapter as an engine binds it; None while it is switched off. AdapterError when
     it does not fit.
     """
     from edgetune.runtime.adapters.lora import LoraFolder
     from edgetune.runtime.adapters.packing import pack_lora
-    from edgetune.runtime.engine.session import BoundTensors
 
     layers = {
         name: module
@@ -116,7 +116,7 @@ def packed(model: Any, manifest: Any) -> Any:
         read.deltas[module] = (a.detach().float().cpu().numpy(), scaled.cpu().numpy())
         assert read.modules is not None
         read.modules.add(module)
-    return BoundTensors(pack_lora(read, manifest, name="policy").tensors)
+    return pack_lora(read, manifest, name="policy").tensors
 
 
 def check_engine(base: Base) -> None:
@@ -138,14 +138,20 @@ def check_engine(base: Base) -> None:
 
 @contextlib.contextmanager
 def open_engine(
-    base: Base, model: Any, *, end: int, say: Say, precision: str = PRECISION
+    base: Base,
+    model: Any,
+    *,
+    end: int,
+    say: Say,
+    precision: str = PRECISION,
+    engine: str = "auto",
 ) -> Iterator[EngineRollout]:
     """The base's graph, written to a temporary folder and opened; RecipeError when this policy
     cannot use it.
     """
     from edgetune.export.bundle import build_base
     from edgetune.quantisation.precision import Precision
-    from edgetune.runtime.engine.decoder import DecoderEngine
+    from edgetune.runtime.tasks.choose_engine import open_decoder
 
     if model.peft_config["default"].use_dora:
         raise RecipeError(
@@ -158,5 +164,8 @@ def open_engine(
         manifest = build_base(
             replace(base, precision=None), Path(folder), precision=stored, say=say
         )
-        engine = DecoderEngine(Path(folder), manifest, threads=torch.get_num_threads())
-        yield EngineRollout(engine, end=end)
+        decoder, which = open_decoder(
+            Path(folder), manifest, engine=engine, threads=torch.get_num_threads()
+        )
+        say(f"rollouts by {which}")
+        yield EngineRollout(decoder, end=end)

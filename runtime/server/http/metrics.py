@@ -134,6 +134,12 @@ class SchedulerCollector(Collector):
         }
         for name, (count, text) in totals.items():
             yield CounterMetricFamily(name, text, value=count)
+        engine = self._scheduler.runtime.engine
+        which = GaugeMetricFamily(
+            "edgetune_engine", "The engine that answers.", labels=("engine", "instructions")
+        )
+        which.add_metric([engine.name, engine.instructions or ""], 1)
+        yield which
         running = GaugeMetricFamily(
             "edgetune_execution_provider",
             "Execution providers in use, in order of preference.",

@@ -27,7 +27,7 @@ ADAPTERS = ["a", "b", None, "a", "b"]
 @contextmanager
 def opened(bundle: Path, place: Place | None) -> Iterator[Runtime]:
     """A runtime whose session wants its cache there."""
-    with Runtime.open(bundle, threads=1) as runtime:
+    with Runtime.open(bundle, threads=1, engine="onnxruntime") as runtime:
         assert runtime.decoder is not None
         assert runtime.decoder.place is None
         runtime.decoder.place, runtime.decoder.rebinds = place, place is not None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 from runtime_helpers import decoder_bundle
 
 from edgetune.runtime import Runtime
 from edgetune.runtime.generation.prompt_lookup import PAUSE, PromptLookup
+from edgetune.runtime.generation.sampling import TokenSequence
 from edgetune.runtime.scheduler.requests import FinishedEvent, GenerationRequest
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
@@ -69,3 +72,37 @@ def test_answers_are_those_without_guessing_in_fewer_steps(tiny_decoder: Path) -
     assert [c.finish_reason for c in guessed] == [c.finish_reason for c in plain]
     assert fast.right_guesses_total > 0
     assert fast.steps_total == slow.steps_total - fast.right_guesses_total
+
+
+def test_guesses_beside_other_rows_and_forced_tokens_change_no_answer(
+    tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(1)
+    shape = {"type": "object", "properties": {"name": {"enum": ["lights", "doors"]}, "n": {}}}
+    schema = json.dumps({**shape, "required": ["name", "n"], "additionalProperties": False})
+    with Runtime.open(decoder_bundle(tiny_decoder), threads=2) as runtime:
+        requests = []
+        for i in range(12):
+            name = rng.choice(["a", "b", None])
+            ids = [rng.randrange(3, 352) for _ in range(5)] * 4
+            form = {"schema": schema, "temperature": rng.choice([0.0, 1.0]), "seed": i}
+            settings = runtime.settings(name, max_new_tokens=40, **(form if i % 2 else {}))
+            requests.append(GenerationRequest(ids, name, settings))
+        found = []
+        for rows, lookup in ((4, 3), (1, 0)):
+            if not lookup:  # and nothing that a form forces
+                monkeypatch.setattr(TokenSequence, "forced", lambda self: [])
+            done: list[queue.Queue[Any]] = [queue.Queue() for _ in requests]
+            with Scheduler(runtime, max_rows=rows, lookup=lookup) as scheduler:
+                for asked, listener in zip(requests, done, strict=True):
+                    scheduler.submit(asked, listener.put)
+                completions = []
+                for listener in done:
+                    while not isinstance(event := listener.get(timeout=120), FinishedEvent):
+                        pass
+                    completions.append(event.completion)
+                found.append(([c.token_ids for c in completions], scheduler.stats()))
+    (guessed, stats), (plain, slow) = found
+    assert slow.guessed_tokens_total == 0
+    assert guessed == plain
+    assert stats.right_guesses_total > 20  # '{"name":"' and the like, in one step each

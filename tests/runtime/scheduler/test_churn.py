@@ -43,7 +43,7 @@ def many(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runtime(tiny_decoder: Path, many: Path) -> Iterator[Runtime]:
     bundle = decoder_bundle(tiny_decoder)
-    with Runtime.open(bundle, threads=1, adapter_folder=many, adapter_memory_mb=0.03) as opened:
+    with Runtime.open(bundle, threads=1, adapter_folder=many, adapter_memory_mb=0.015) as opened:
         yield opened
 
 

@@ -126,7 +126,10 @@ def test_a_new_adapter_under_an_old_name_does_not_find_the_old_ones_prefix(
 def test_memory_bounds_how_many_run_and_nobody_is_lost(runtime: Runtime) -> None:
     rng = random.Random(2)
     cases = [(random_ids(rng, 100), rng.choice(["a", None])) for _ in range(12)]
-    with Scheduler(runtime, max_rows=8, cache_mb=0.1) as scheduler:  # 146 tokens of 512 bytes
+    assert runtime.decoder is not None
+    token_bytes = runtime.decoder.new_batch(rows=1).arena.token_bytes
+    memory = 195 * token_bytes / 1e6  # 146 tokens, and a quarter for shared prefixes
+    with Scheduler(runtime, max_rows=8, cache_mb=memory) as scheduler:
         assert 64 <= scheduler.context < 256
         listeners = [Listener() for _ in cases]
         for (ids, adapter), listener in zip(cases, listeners, strict=True):
@@ -134,7 +137,7 @@ def test_memory_bounds_how_many_run_and_nobody_is_lost(runtime: Runtime) -> None
         for (ids, adapter), listener in zip(cases, listeners, strict=True):
             assert list(listener.done().token_ids) == alone(runtime, ids, adapter, 9)
         with pytest.raises(
-            InputError, match=r"longer than the context \(expected at most 145 tokens"
+            InputError, match=r"longer than the context \(expected at most 14[56] tokens"
         ):
             scheduler.submit(request(runtime, [5] * 200), print)
 
@@ -279,15 +282,16 @@ def test_a_request_that_cannot_begin_fails_alone(
 ) -> None:
     with Scheduler(runtime, max_rows=1) as scheduler:
         assert scheduler.worker.loop is not None
-        bindings, arena = scheduler.worker.loop.batch._bindings, scheduler.worker.loop.batch.arena
-        of, problems = bindings.of, [RuntimeError("no memory on the device")]
+        batch = scheduler.worker.loop.batch
+        begun, arena = batch.begun, batch.arena
+        problems = [RuntimeError("no memory on the device")]
 
-        def failing(*adapters: Any, **slots: Any) -> Any:
+        def failing(row: Any) -> None:
             if problems:
                 raise problems.pop()
-            return of(*adapters, **slots)
+            begun(row)
 
-        monkeypatch.setattr(bindings, "of", failing)
+        monkeypatch.setattr(batch, "begun", failing)
         listeners = [Listener(), Listener()]
         for listener in listeners:
             scheduler.submit(request(runtime, [5, 6, 7], "a", max_new_tokens=3), listener)

@@ -29,10 +29,36 @@ def policy(tiny_decoder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def engine(tiny_decoder: Path, policy: Any) -> Iterator[EngineRollout]:
+    # ONNX Runtime in float32, whose draws are torch's; the native engine's cache is half precision
     with open_engine(
-        tiny(tiny_decoder)[0], policy, end=2, say=lambda line: None, precision="fp32"
+        tiny(tiny_decoder)[0],
+        policy,
+        end=2,
+        say=lambda line: None,
+        precision="fp32",
+        engine="onnxruntime",
     ) as rollout:
         yield rollout
+
+
+def test_the_native_engine_gives_each_answer_nearly_the_torch_policys_probability(
+    policy: Any, tiny_decoder: Path
+) -> None:
+    base, tokenizer = tiny(tiny_decoder)
+    prompts = tokenizer(list(TEXTS))["input_ids"]
+    lines: list[str] = []
+    with open_engine(
+        base, policy, end=2, say=lines.append, precision="fp32", engine="native"
+    ) as roll:
+        groups = roll(policy, prompts, count=3, sampling=SAMPLING, seed=4)
+    assert "rollouts by native (" in lines[-1]
+    for prompt, group in zip(prompts, groups, strict=True):
+        for answer in group:
+            row = torch.tensor([[*prompt, *answer.ids]])
+            with torch.no_grad():
+                scores = policy(row).logits[0, len(prompt) - 1 : -1] / SAMPLING.temperature
+            expected = scores.log_softmax(-1)[range(len(answer.ids)), answer.ids]
+            assert answer.log_probs == pytest.approx(expected.tolist(), abs=0.02)
 
 
 def both(engine: EngineRollout, policy: Any, base: Path, **settings: Any) -> list[list[Answer]]:

@@ -44,36 +44,42 @@ void OpenAdapter::add(const std::string &name, int rank, const float *a, const f
     const int line = round_up(m.inputs, LANES);
     const float unit_a = unit_of(a, size_t(m.inputs) * rank, name);
     const float unit_b = unit_of(b, size_t(m.outputs) * rank, name);
-    const size_t a_size = size_t(rank) * line, b_size = size_t(m.width()) * rank;
+    const size_t a_size = size_t(rank) * line;
     halves.emplace_back(new uint16_t[a_size]());
     uint16_t *to_a = halves.back().get();
     for (int64_t k = 0; k < m.inputs; k++)
         for (int j = 0; j < rank; j++)
             to_a[int64_t(j) * line + k] = float_to_half(a[k * rank + j] / unit_a);
-    halves.emplace_back(new uint16_t[b_size]());
-    uint16_t *to_b = halves.back().get();
-    ranges.emplace_back(new int16_t[size_t(m.groups) * 2]);
-    int16_t *first = ranges.back().get(), *last = first + m.groups;
-    for (int64_t group = 0; group < m.groups; group++) {
-        first[group] = last[group] = 0;
+    auto value = [&](int group, int j, int lane) {
+        const int32_t row = m.rows[group * LANES + lane];
+        return row < 0 ? 0.0f : b[int64_t(j) * m.outputs + row];
+    };
+    ranges.emplace_back(new Ranks[size_t(m.groups)]);
+    Ranks *ranks = ranges.back().get();
+    int32_t b_size = 0;
+    for (int group = 0; group < m.groups; group++) {
+        Ranks &own = ranks[group] = {b_size, 0, 0};
         for (int j = 0; j < rank; j++)
-            for (int i = 0; i < LANES; i++) {
-                const int32_t row = m.rows[group * LANES + i];
-                const float value = row < 0 ? 0 : b[int64_t(j) * m.outputs + row];
-                to_b[(group * rank + j) * LANES + i] = float_to_half(value / unit_b);
-                if (value == 0) continue;
-                if (last[group] == 0) first[group] = int16_t(j);
-                last[group] = int16_t(j + 1);
-            }
+            for (int lane = 0; lane < LANES; lane++)
+                if (value(group, j, lane) != 0) {
+                    if (!own.last) own.first = int16_t(j);
+                    own.last = int16_t(j + 1);
+                }
+        b_size += (own.last - own.first) * LANES;
     }
+    halves.emplace_back(new uint16_t[size_t(b_size)]());
+    uint16_t *to_b = halves.back().get();
+    for (int group = 0; group < m.groups; group++)
+        for (int j = ranks[group].first; j < ranks[group].last; j++)
+            for (int lane = 0; lane < LANES; lane++)
+                to_b[ranks[group].at + (j - ranks[group].first) * LANES + lane] =
+                    float_to_half(value(group, j, lane) / unit_b);
     site.rank = rank;
     site.multiplier = unit_a * unit_b;
     site.a = to_a;
     site.b = to_b;
-    site.first = first;
-    site.last = last;
-    bytes += (a_size + b_size) * 2;
-    if (rank > adapter.largest) adapter.largest = rank;
+    site.ranks = ranks;
+    bytes += (a_size + size_t(b_size)) * 2 + size_t(m.groups) * sizeof(Ranks);
 }
 
 } // namespace edgetune

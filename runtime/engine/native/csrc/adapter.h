@@ -20,7 +20,7 @@ struct OpenAdapter {
   private:
     std::vector<SiteAdapter> sites;
     std::vector<std::unique_ptr<uint16_t[]>> halves;
-    std::vector<std::unique_ptr<int16_t[]>> ranges;
+    std::vector<std::unique_ptr<Ranks[]>> ranges;
 };
 
 } // namespace edgetune

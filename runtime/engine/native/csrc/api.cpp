@@ -100,8 +100,9 @@ int lay_out(OpenModel &open, const edgetune_cache &cache, const edgetune_span *s
             throw std::runtime_error("the cache is full: a row comes to " +
                                      std::to_string(span.length + int64_t(span.count)) + " of " +
                                      std::to_string(cache.capacity) + " tokens");
-        if (m.positions && span.length + int64_t(span.count) > m.positions)
-            throw std::runtime_error("the model has " + std::to_string(m.positions) + " positions");
+        const int64_t most = m.positions ? m.positions : int64_t(m.part_blocks) * KEYS;
+        if (span.length + int64_t(span.count) > most)
+            throw std::runtime_error("the model has " + std::to_string(most) + " positions");
         for (int i = 0; i < span.count; i++) {
             if (span.ids[i] < 0 || span.ids[i] >= m.vocab)
                 throw std::runtime_error("a token id outside the vocabulary: " +
@@ -109,6 +110,7 @@ int lay_out(OpenModel &open, const edgetune_cache &cache, const edgetune_span *s
             const edgetune_adapter *adapter = span.adapter;
             if (adapter && &adapter->adapter.open != &open)
                 throw std::runtime_error("this adapter was bound for another model");
+            embed(open, span.ids[i], m.embedded + int64_t(total) * m.x_line);
             open.tokens[size_t(total++)] = {span.ids[i], span.length + i, span.slot, span.length,
                                             adapter ? &adapter->adapter.adapter : nullptr};
         }

@@ -155,20 +155,7 @@ struct Reader {
             m.site = int(open.sites.size());
             open.sites.push_back({site->text, &m});
         }
-        m.unit = unit_for(m);
         stored.push_back(s);
-    }
-
-    // As many groups side by side as divide the work evenly.
-    int unit_for(const Matrix &m) const {
-        int best = m.gated ? 2 : 1;
-        double least = 1e9;
-        for (int unit = best; unit <= 4; unit *= 2) {
-            const int tiles = (m.groups + unit - 1) / unit, threads = open.model.threads;
-            const double most = double((tiles + threads - 1) / threads) * unit * threads / m.groups;
-            if (most <= least + 0.02) least = std::fmin(most, least), best = unit;
-        }
-        return best;
     }
 };
 
@@ -205,7 +192,7 @@ void read_layer(Reader &reader, Layer &layer, const Json &json) {
 
 void read_embedding(Reader &reader, const Json &json) {
     Model &m = reader.open.model;
-    Table &t = m.embedding;
+    Table &t = reader.open.embedding;
     t.rows = int(json.whole("rows", m.vocab, m.vocab));
     t.columns = int(json.whole("columns", m.hidden, m.hidden));
     t.bits = int(json.whole("bits", 0, 8));
@@ -224,6 +211,11 @@ void read_embedding(Reader &reader, const Json &json) {
     if (const Json *zeros = json.find("zeros"))
         t.zeros = reader.place(*zeros, t.rows * (t.bits == 8 ? blocks : (blocks + 1) / 2),
                                "embedding");
+}
+
+void make_row(OpenModel &open) {
+    const Table &t = open.embedding;
+    open.row.resize(t.row_bytes() + (t.bits ? t.blocks() * 4 + t.zero_bytes() : 0));
 }
 
 void read_rotaries(Reader &reader, const Json &json) {
@@ -293,8 +285,9 @@ void make_buffers(OpenModel &open) {
     m.z_line = round_up(std::max(widest, m.x_line), LANES);
     m.y_line = (m.heads + 2 * m.kv_heads) * m.head_width;
     m.low_line = MOST_RANKS;
-    const size_t part = size_t(m.threads) * FEW_TOKENS * m.heads * (m.head_width + LANES);
-    const size_t heads = size_t(std::max(m.heads, 16)) * m.head_width + 8 * 128 + 4 * m.head_width;
+    m.part_blocks = (std::max(m.positions, 1 << 15) + KEYS - 1) / KEYS;
+    const size_t part = size_t(FEW_TOKENS) * m.part_blocks * m.heads * (m.head_width + LANES);
+    const size_t heads = size_t(std::max(m.heads, 16)) * m.head_width + 8 * KEYS + 4 * m.head_width;
     size_t total = 0;
     uint8_t *base = nullptr;
     auto take = [&](size_t bytes) {
@@ -305,6 +298,7 @@ void make_buffers(OpenModel &open) {
     auto floats = [&](size_t count) { return reinterpret_cast<float *>(take(count * 4)); };
     for (int pass = 0; pass < 2; pass++) { // first how much, then where
         total = 0;
+        m.embedded = floats(size_t(MOST_TOKENS) * m.x_line);
         m.y = floats(size_t(MOST_TOKENS) * m.y_line);
         m.branch = floats(size_t(MOST_TOKENS) * m.x_line);
         m.gated = floats(size_t(MOST_TOKENS) * m.z_line);
@@ -318,23 +312,54 @@ void make_buffers(OpenModel &open) {
             lane.low = floats(tokens * m.low_line);
             lane.heads = floats(heads);
             Rounded &r = lane.rounded;
-            r.line = line;
-            r.blocks = blocks;
-            r.values = reinterpret_cast<int8_t *>(take(tokens * line));
-            r.scales = floats(tokens * blocks);
-            r.sums = floats(tokens * blocks);
-            r.totals = reinterpret_cast<int32_t *>(take(tokens * blocks * 4));
+            const size_t lines = (tokens + TOGETHER - 1) / TOGETHER * TOGETHER;
+            r.values = reinterpret_cast<int8_t *>(take(lines * size_t(line)));
+            r.scales = floats(lines * size_t(blocks));
+            r.sums = floats(lines * size_t(blocks));
+            r.starts = reinterpret_cast<int32_t *>(take(lines * size_t(blocks) * 4));
         }
         if (!pass) {
-            open.buffers = Block(total);
+            open.buffers = Block(total, false);
             base = open.buffers.data();
         }
     }
     m.lanes = open.lanes.data();
     open.tokens.resize(MOST_TOKENS);
+    make_row(open);
 }
 
 } // namespace
+
+void embed(OpenModel &open, int32_t id, float *x) {
+    const Table &t = open.embedding;
+    const size_t row = size_t(id), blocks = t.blocks();
+    uint8_t *bytes = open.row.data() + blocks * 4, *zeros = bytes + t.row_bytes();
+    open.file->copy(t.weight + row * t.row_bytes(), t.row_bytes(), bytes);
+    if (!t.bits) {
+        for (int i = 0; i < t.columns; i++) {
+            float value;
+            std::memcpy(&value, bytes + size_t(i) * 4, 4);
+            x[i] = value * t.multiplier;
+        }
+        return;
+    }
+    open.file->copy(reinterpret_cast<const uint8_t *>(t.scales + row * blocks), blocks * 4,
+                    open.row.data());
+    if (t.zeros) open.file->copy(t.zeros + row * t.zero_bytes(), t.zero_bytes(), zeros);
+    for (int i = 0; i < t.columns; i++) {
+        const int b = i / t.block;
+        int zero = t.bits == 4 ? 8 : 128, value = bytes[i];
+        if (t.bits == 4) {
+            value = bytes[i / 2] >> 4 * (i % 2) & 15;
+            if (t.zeros) zero = zeros[b / 2] >> 4 * (b % 2) & 15;
+        } else if (t.zeros) {
+            zero = zeros[b];
+        }
+        float scale;
+        std::memcpy(&scale, open.row.data() + size_t(b) * 4, 4);
+        x[i] = float(value - zero) * scale * t.multiplier;
+    }
+}
 
 std::vector<Matrix *> matrices(OpenModel &open) {
     std::vector<Matrix *> all;
@@ -385,10 +410,10 @@ std::unique_ptr<OpenModel> open_model(const char *plan, size_t plan_bytes, const
     size_t total = 0;
     std::vector<Matrix *> all = matrices(*open);
     for (Matrix *matrix : all) total += (matrix->bytes() + 63) / 64 * 64;
-    open->weights = Block(total);
+    open->weights = Block(total, true);
     uint8_t *at = open->weights.data();
     for (Matrix *matrix : all) {
-        matrix->tiles = at;
+        matrix->groups_at = at;
         at += (matrix->bytes() + 63) / 64 * 64;
     }
     for (size_t i = 0; i < all.size(); i++) pack(*open, *all[i], reader.stored[i]);

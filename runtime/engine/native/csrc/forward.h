@@ -7,8 +7,6 @@
 // (a norm takes less time than another barrier), else divided by tokens.
 
 constexpr float NOTHING = -1e30f; // a score that nobody gave
-constexpr int KEYS = 128;         // keys whose scores are kept at once
-constexpr int TOGETHER = 8;       // tokens for which a group of rows is unpacked once
 constexpr int QUERIES = 4;        // rows of queries that read a key together
 
 INLINE F exponential(F x) {
@@ -56,12 +54,15 @@ INLINE F activated(F x, Activation kind) {
 
 INLINE F capped(F x, float cap) { return mul(all(cap), hyperbolic_tangent(div(x, all(cap)))); }
 
-// What a product reads of one token: numbers rounded to 8 bits, a scale a block.
-static void round_numbers(float *z, const Matrix &m, const Rounded &to, int at) {
-    int width = m.blocks * m.block;
+// What a product reads of one token: numbers rounded to 8 bits, a scale a block. `together` tokens lie
+// side by side, 32 numbers of each and so on: a product of several reads one stream.
+static void round_numbers(float *z, const Matrix &m, const Rounded &to, int at, int together) {
+    const int width = m.blocks * m.block, subs = m.block / COLUMNS, zero = m.bits == 4 ? ZERO4 : ZERO8;
     for (int i = m.inputs; i < width; i++) z[i] = 0;
-    int8_t *values = to.values + size_t(at) * to.line;
-    size_t place = size_t(at) * to.blocks;
+    const int chunk = at / together, within = at % together;
+    int8_t *values =
+        to.values + (size_t(chunk) * m.blocks * subs * together + within) * COLUMNS;
+    const size_t place = size_t(chunk) * m.blocks * together + within;
     for (int b = 0; b < m.blocks; b++) {
         const float *x = z + b * m.block;
         F high = magnitude(load(x)), sum = load(x);
@@ -73,11 +74,13 @@ static void round_numbers(float *z, const Matrix &m, const Rounded &to, int at) 
         float top = largest(high);
         F inverse = all(top > 0 ? 127.0f / top : 0.0f);
         int32_t whole = 0;
-        for (int i = 0; i < m.block; i += LANES)
-            whole += store_bytes(values + b * m.block + i, mul(load(x + i), inverse), m.bits == 4);
-        to.scales[place + b] = top / 127.0f;
-        to.totals[place + b] = whole;
-        to.sums[place + b] = total(sum);
+        for (int i = 0; i < m.block; i += LANES) {
+            int8_t *put = values + size_t(b * subs + i / COLUMNS) * together * COLUMNS + i % COLUMNS;
+            whole += store_bytes(put, mul(load(x + i), inverse), m.bits == 4);
+        }
+        to.scales[place + b * together] = top / 127.0f;
+        to.starts[place + b * together] = -zero * whole;
+        to.sums[place + b * together] = total(sum);
     }
 }
 
@@ -97,11 +100,11 @@ static void lower(const float *z, int inputs, const SiteAdapter &site, float *lo
     }
 }
 
-static void prepare(const Model &model, const Matrix &m, Lane &lane, float *z, int at,
+static void prepare(const Model &model, const Matrix &m, Lane &lane, float *z, int at, int together,
                     const Adapter *adapter) {
     int line = (m.inputs + LANES - 1) / LANES * LANES;
     for (int i = m.inputs; i < line; i++) z[i] = 0;
-    if (m.bits) round_numbers(z, m, lane.rounded, at);
+    if (m.bits) round_numbers(z, m, lane.rounded, at, together);
     if (adapter && m.site >= 0)
         lower(z, m.inputs, adapter->sites[m.site], lane.low + size_t(at) * model.low_line);
 }
@@ -131,103 +134,75 @@ INLINE F finished(const Reading &r, F v, int group, int row) {
         const SiteAdapter &site = adapter->sites[m.site];
         if (site.rank) {
             const float *low = r.lane->low + size_t(row) * r.model->low_line;
-            const uint16_t *b = site.b + size_t(group) * site.rank * LANES;
-            for (int j = site.first[group]; j < site.last[group]; j++)
-                v = fma(load_half(b + j * LANES), all(low[j]), v);
+            const Ranks ranks = site.ranks[group];
+            const uint16_t *b = site.b + ranks.at;
+            for (int j = ranks.first; j < ranks.last; j++, b += LANES)
+                v = fma(load_half(b), all(low[j]), v);
         }
     }
     return v;
 }
 
-template <int BITS, bool OFFSETS, int T>
-INLINE void group_times(const Matrix &m, const uint8_t *p, size_t step, const Rounded &x, int row,
-                        F *f) {
+// A group of 16 rows by T of the `SIDE` tokens that lie side by side.
+template <int BITS, bool OFFSETS, int SIDE, int T>
+INLINE void group_times(const Matrix &m, const uint8_t *p, const int8_t *x, const float *scales,
+                        const float *sums_of, const int32_t *starts, F *f) {
     const int subs = m.block / COLUMNS;
-    const int8_t *values[T];
-    size_t place[T];
-    for (int t = 0; t < T; t++) {
-        f[t] = all(0.0f);
-        values[t] = x.values + size_t(row + t) * x.line;
-        place[t] = size_t(row + t) * x.blocks;
-    }
-    for (int b = 0; b < m.blocks; b++, p += step) {
-        const uint8_t *data = p + (OFFSETS ? 64 : 32);
+    for (int t = 0; t < T; t++) f[t] = all(0.0f);
+    for (int b = 0; b < m.blocks; b++) {
+        const uint16_t *factors = (const uint16_t *)p;
+        p += OFFSETS ? 64 : 32;
         Sums s[T];
-        for (int t = 0; t < T; t++)
-            s[t] = sums(-(BITS == 4 ? ZERO4 : ZERO8) * x.totals[place[t] + b]);
-        for (int sub = 0; sub < subs; sub++, data += 64 * BITS) {
+        for (int t = 0; t < T; t++) s[t] = sums(starts[t]);
+        for (int sub = 0; sub < subs; sub++, p += 64 * BITS, x += SIDE * COLUMNS) {
             Values<BITS> w;
-            unpack(data, w);
-            for (int t = 0; t < T; t++) {
-                s[t] = dot(w, values[t], s[t]);
-                values[t] += COLUMNS;
-            }
+            unpack(p, w);
+            for (int t = 0; t < T; t++) s[t] = dot(w, x + t * COLUMNS, s[t]);
         }
-        F scale = load_half((const uint16_t *)p);
-        F offset = OFFSETS ? load_half((const uint16_t *)p + LANES) : scale;
+        F scale = load_half(factors);
+        F offset = OFFSETS ? load_half(factors + LANES) : scale;
         for (int t = 0; t < T; t++) {
-            f[t] = fma(mul(scale, all(x.scales[place[t] + b])), as_floats(s[t]), f[t]);
-            if (OFFSETS) f[t] = fma(offset, all(x.sums[place[t] + b]), f[t]);
+            f[t] = fma(mul(scale, as_floats(s[t])), all(scales[t]), f[t]);
+            if (OFFSETS) f[t] = fma(offset, all(sums_of[t]), f[t]);
         }
+        scales += SIDE;
+        sums_of += SIDE;
+        starts += SIDE;
     }
 }
 
-// One token, all groups of a tile at once: one stream through memory.
-template <int BITS, bool OFFSETS, int U>
-INLINE void tile_times(const Matrix &m, const uint8_t *p, const Rounded &x, F *f) {
-    const int subs = m.block / COLUMNS;
-    for (int u = 0; u < U; u++) f[u] = all(0.0f);
-    const int8_t *values = x.values;
-    for (int b = 0; b < m.blocks; b++, values += m.block) {
-        Sums start = sums(-(BITS == 4 ? ZERO4 : ZERO8) * x.totals[b]);
-        F own = all(x.scales[b]);
-        for (int u = 0; u < U; u++) {
-            const uint8_t *data = p + (OFFSETS ? 64 : 32);
-            Sums s = start;
-            for (int sub = 0; sub < subs; sub++, data += 64 * BITS) {
-                Values<BITS> w;
-                unpack(data, w);
-                s = dot(w, values + sub * COLUMNS, s);
-            }
-            f[u] = fma(mul(load_half((const uint16_t *)p), own), as_floats(s), f[u]);
-            if (OFFSETS)
-                f[u] = fma(load_half((const uint16_t *)p + LANES), all(x.sums[b]), f[u]);
-            p = data;
-        }
-    }
-}
-
-static void float_group_times(const Matrix &m, const float *p, const float *z, int z_line, int rows,
-                              F *f) {
+static void float_group_times(const Reading &r, int group, int row, int rows, F *f) {
+    const Matrix &m = *r.matrix;
+    const float *p = (const float *)(m.groups_at + m.group_bytes() * group);
+    const float *z = r.z + size_t(row) * r.z_line;
     for (int t = 0; t < rows; t++) f[t] = all(0.0f);
     for (int k = 0; k < m.inputs; k++) {
         F w = load(p + size_t(k) * LANES);
-        for (int t = 0; t < rows; t++) f[t] = fma(w, all(z[size_t(t) * z_line + k]), f[t]);
+        for (int t = 0; t < rows; t++) f[t] = fma(w, all(z[size_t(t) * r.z_line + k]), f[t]);
     }
 }
 
+// A group by `rows` tokens from `row` on, which begins a group of tokens that lie side by side.
 template <int BITS, bool OFFSETS>
-static void group_of_rows(const Matrix &m, const uint8_t *p, size_t step, const Rounded &x, int row,
-                          int rows, F *f) {
+static void group_of_rows(const Reading &r, int group, int row, int rows, F *f) {
+    const Matrix &m = *r.matrix;
+    const Rounded &from = r.lane->rounded;
+    const uint8_t *p = m.groups_at + m.group_bytes() * group;
+    const size_t blocks = size_t(row) * m.blocks;
+    const int8_t *x = from.values + blocks * m.block;
+    const float *scales = from.scales + blocks, *sums_of = from.sums + blocks;
+    const int32_t *starts = from.starts + blocks;
+    if (r.count == 1) return group_times<BITS, OFFSETS, 1, 1>(m, p, x, scales, sums_of, starts, f);
+    constexpr int N = TOGETHER;
     switch (rows) {
-    case 1: return group_times<BITS, OFFSETS, 1>(m, p, step, x, row, f);
-    case 2: return group_times<BITS, OFFSETS, 2>(m, p, step, x, row, f);
-    case 3: return group_times<BITS, OFFSETS, 3>(m, p, step, x, row, f);
-    case 4: return group_times<BITS, OFFSETS, 4>(m, p, step, x, row, f);
-    case 5: return group_times<BITS, OFFSETS, 5>(m, p, step, x, row, f);
-    case 6: return group_times<BITS, OFFSETS, 6>(m, p, step, x, row, f);
-    case 7: return group_times<BITS, OFFSETS, 7>(m, p, step, x, row, f);
-    default: return group_times<BITS, OFFSETS, 8>(m, p, step, x, row, f);
-    }
-}
-
-template <int BITS, bool OFFSETS>
-static void tile_of_one(const Matrix &m, const uint8_t *p, const Rounded &x, int groups, F *f) {
-    switch (groups) {
-    case 1: return tile_times<BITS, OFFSETS, 1>(m, p, x, f);
-    case 2: return tile_times<BITS, OFFSETS, 2>(m, p, x, f);
-    case 3: return tile_times<BITS, OFFSETS, 3>(m, p, x, f);
-    default: return tile_times<BITS, OFFSETS, 4>(m, p, x, f);
+    case 1: return group_times<BITS, OFFSETS, N, 1>(m, p, x, scales, sums_of, starts, f);
+    case 2: return group_times<BITS, OFFSETS, N, 2>(m, p, x, scales, sums_of, starts, f);
+    case 3: return group_times<BITS, OFFSETS, N, 3>(m, p, x, scales, sums_of, starts, f);
+    case 4: return group_times<BITS, OFFSETS, N, 4>(m, p, x, scales, sums_of, starts, f);
+    case 5: return group_times<BITS, OFFSETS, N, 5>(m, p, x, scales, sums_of, starts, f);
+    case 6: return group_times<BITS, OFFSETS, N, 6>(m, p, x, scales, sums_of, starts, f);
+    case 7: return group_times<BITS, OFFSETS, N, 7>(m, p, x, scales, sums_of, starts, f);
+    default: return group_times<BITS, OFFSETS, N, 8>(m, p, x, scales, sums_of, starts, f);
     }
 }
 
@@ -251,59 +226,34 @@ static void put(const Reading &r, int group, int row, F gate, F up) {
 }
 
 template <int BITS, bool OFFSETS>
-static void tiles_times(const Reading &r, int first, int last) {
-    const Matrix &m = *r.matrix;
-    const size_t block = m.block_bytes(), tile = m.group_bytes() * m.unit;
-    const int pair = m.gated ? 2 : 1;
-    for (int at = first; at < last; at++) {
-        const uint8_t *p = m.tiles + tile * at;
-        const int base = at * m.unit, left = m.groups - base, groups = left < m.unit ? left : m.unit;
-        if (r.count == 1) {
-            F f[4];
-            tile_of_one<BITS, OFFSETS>(m, p, r.lane->rounded, groups, f);
-            for (int u = 0; u < groups; u += pair) put(r, base + u, 0, f[u], f[u + pair - 1]);
-            continue;
+static void groups_times(const Reading &r, int first, int last) {
+    const int pair = r.matrix->gated ? 2 : 1;
+    for (int group = first; group < last; group += pair)
+        for (int row = 0; row < r.count; row += TOGETHER) {
+            const int rows = r.count - row < TOGETHER ? r.count - row : TOGETHER;
+            F f[2][TOGETHER];
+            for (int half = 0; half < pair; half++) {
+                if constexpr (BITS == 0)
+                    float_group_times(r, group + half, row, rows, f[half]);
+                else
+                    group_of_rows<BITS, OFFSETS>(r, group + half, row, rows, f[half]);
+            }
+            for (int t = 0; t < rows; t++) put(r, group, row + t, f[0][t], f[pair - 1][t]);
         }
-        for (int u = 0; u < groups; u += pair)
-            for (int row = 0; row < r.count; row += TOGETHER) {
-                const int rows = r.count - row < TOGETHER ? r.count - row : TOGETHER;
-                F f[2][TOGETHER];
-                for (int half = 0; half < pair; half++)
-                    group_of_rows<BITS, OFFSETS>(m, p + block * (u + half), block * groups,
-                                                 r.lane->rounded, row, rows, f[half]);
-                for (int t = 0; t < rows; t++)
-                    put(r, base + u, row + t, f[0][t], f[pair - 1][t]);
-            }
-    }
-}
-
-static void float_tiles_times(const Reading &r, int first, int last) {
-    const Matrix &m = *r.matrix;
-    const int pair = m.gated ? 2 : 1;
-    const float *tiles = (const float *)m.tiles;
-    for (int at = first; at < last; at++)
-        for (int group = at * m.unit; group < (at + 1) * m.unit && group < m.groups; group += pair)
-            for (int row = 0; row < r.count; row += TOGETHER) {
-                const int rows = r.count - row < TOGETHER ? r.count - row : TOGETHER;
-                F f[2][TOGETHER];
-                for (int half = 0; half < pair; half++)
-                    float_group_times(m, tiles + size_t(group + half) * m.inputs * LANES,
-                                      r.z + size_t(row) * r.z_line, r.z_line, rows, f[half]);
-                for (int t = 0; t < rows; t++)
-                    put(r, group, row + t, f[0][t], f[pair - 1][t]);
-            }
 }
 
 static void product(const Reading &r, int thread) {
     const Matrix &m = *r.matrix;
-    const int64_t tiles = (m.groups + m.unit - 1) / m.unit, threads = r.model->threads;
-    const int first = int(tiles * thread / threads), last = int(tiles * (thread + 1) / threads);
+    const int pair = m.gated ? 2 : 1, threads = r.model->threads;
+    const int64_t pairs = m.groups / pair;
+    const int first = int(pairs * thread / threads) * pair;
+    const int last = int(pairs * (thread + 1) / threads) * pair;
     if (m.bits == 4)
-        m.offsets ? tiles_times<4, true>(r, first, last) : tiles_times<4, false>(r, first, last);
+        m.offsets ? groups_times<4, true>(r, first, last) : groups_times<4, false>(r, first, last);
     else if (m.bits == 8)
-        m.offsets ? tiles_times<8, true>(r, first, last) : tiles_times<8, false>(r, first, last);
+        m.offsets ? groups_times<8, true>(r, first, last) : groups_times<8, false>(r, first, last);
     else
-        float_tiles_times(r, first, last);
+        groups_times<0, false>(r, first, last);
 }
 
 // --- norms and positions ------------------------------------------------------------------------
@@ -354,36 +304,12 @@ static void rotate(const Rotary &rotary, int position, float *x) {
     }
 }
 
-static void embed(const Model &model, int32_t id, float *x) {
-    const Table &t = model.embedding;
-    for (int i = t.columns; i < model.x_line; i++) x[i] = 0;
-    if (!t.bits) {
-        const float *row = (const float *)t.weight + size_t(id) * t.columns;
-        for (int i = 0; i < t.columns; i++) x[i] = row[i] * t.multiplier;
-        return;
-    }
-    const int blocks = (t.columns + t.block - 1) / t.block, zero_line = (blocks + 1) / 2;
-    const uint8_t *row = t.weight + size_t(id) * blocks * t.block * t.bits / 8;
-    for (int i = 0; i < t.columns; i++) {
-        const int b = i / t.block;
-        int zero = t.bits == 4 ? 8 : 128, value;
-        if (t.bits == 4) {
-            value = row[i / 2] >> 4 * (i % 2) & 15;
-            if (t.zeros) zero = t.zeros[size_t(id) * zero_line + b / 2] >> 4 * (b % 2) & 15;
-        } else {
-            value = row[i];
-            if (t.zeros) zero = t.zeros[size_t(id) * blocks + b];
-        }
-        x[i] = float(value - zero) * t.scales[size_t(id) * blocks + b] * t.multiplier;
-    }
-}
-
 // --- attention ----------------------------------------------------------------------------------
 
-struct Span { // what one row of queries sees of the keys, and what came of it
+struct Span { // what one row of queries sees of the keys, and what came of some of them
     const float *q;
     int from, to;
-    float high, sum; // largest score, sum of exp(score - high)
+    float high, sum; // largest score, sum of exp(score - high); sum 0: it saw none
     float *acc;      // (head_width): sum of exp(score - high) * value
 };
 
@@ -394,94 +320,129 @@ INLINE uint16_t *side_of(const Work &w, int side, int slot, int head) {
                m.head_width;
 }
 
-template <int R>
-static void attend(const Model &model, const uint16_t *keys, const uint16_t *values, float softcap,
-                   Span *rows, float *scores) {
-    const int width = model.head_width, dim = model.head_dim;
-    int from = rows[0].from, to = rows[0].to;
-    for (int r = 1; r < R; r++) {
-        if (rows[r].from < from) from = rows[r].from;
-        if (rows[r].to > to) to = rows[r].to;
-    }
-    for (int start = from / LANES * LANES; start < to; start += KEYS) {
-        const int end = start + KEYS < to ? start + KEYS : to, first = start > from ? start : from;
-        F top[R];
-        for (int r = 0; r < R; r++) top[r] = all(NOTHING);
-        for (int k = start; k < end; k += LANES) {
-            const uint16_t *key = keys + size_t(k) * width;
-            F s[R];
-            for (int r = 0; r < R; r++) s[r] = all(0.0f);
-            for (int d = 0; d < dim; d++) {
-                F v = load_half(key + d * LANES);
-                for (int r = 0; r < R; r++) s[r] = fma(all(rows[r].q[d]), v, s[r]);
-            }
-            for (int r = 0; r < R; r++) {
-                if (softcap > 0) s[r] = capped(s[r], softcap);
-                float *score = scores + r * KEYS + (k - start);
-                store(score, s[r]);
-                if (k < rows[r].from || k + LANES > rows[r].to) {
-                    for (int i = 0; i < LANES; i++)
-                        if (k + i < rows[r].from || k + i >= rows[r].to) score[i] = NOTHING;
-                    s[r] = load(score);
-                }
-                top[r] = most(top[r], s[r]);
-            }
-        }
-        float shrink[R];
+// Scores of R queries with W steps of 16 keys, written to `scores`.
+template <int R, int W>
+INLINE void score_keys(const Span *rows, const uint16_t *key, int dim, int width, float softcap,
+                       float *scores) {
+    F s[R][W];
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) s[r][w] = all(0.0f);
+    for (int d = 0; d < dim; d++) {
+        F k[W];
+        for (int w = 0; w < W; w++) k[w] = load_half(key + (w * width + d) * LANES);
         for (int r = 0; r < R; r++) {
-            float *score = scores + r * KEYS, high = largest(top[r]);
-            if (high <= NOTHING) { // sees none of these
-                for (int k = 0; k < end - start; k += LANES) store(score + k, all(0.0f));
-                shrink[r] = 1;
-                continue;
-            }
-            if (high < rows[r].high) high = rows[r].high;
-            F sum = all(0.0f);
-            for (int k = 0; k < end - start; k += LANES) {
-                F e = exponential(sub(load(score + k), all(high)));
-                store(score + k, e);
-                sum = add(sum, e);
-            }
-            // exp ends at -87, so a hidden key gets what is nothing beside the largest, but not 0
-            for (int k = start; k < rows[r].from && k < end; k++) score[k - start] = 0;
-            for (int k = rows[r].to > start ? rows[r].to : start; k < end; k++) score[k - start] = 0;
-            float old[LANES];
-            store(old, exponential(all(rows[r].high - high)));
-            shrink[r] = rows[r].sum > 0 ? old[0] : 0;
-            rows[r].sum = rows[r].sum * shrink[r] + total(sum);
-            rows[r].high = high;
+            F q = all(rows[r].q[d]);
+            for (int w = 0; w < W; w++) s[r][w] = fma(q, k[w], s[r][w]);
         }
-        for (int d = 0; d < width; d += LANES) {
-            F a[R];
-            for (int r = 0; r < R; r++) a[r] = mul(load(rows[r].acc + d), all(shrink[r]));
-            const uint16_t *value = values + size_t(first) * width + d;
-            for (int k = first; k < end; k++, value += width) {
-                F v = load_half(value);
-                for (int r = 0; r < R; r++) a[r] = fma(all(scores[r * KEYS + k - start]), v, a[r]);
-            }
-            for (int r = 0; r < R; r++) store(rows[r].acc + d, a[r]);
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++)
+            store(scores + r * KEYS + w * LANES, softcap > 0 ? capped(s[r][w], softcap) : s[r][w]);
+}
+
+// The values of keys, each times its weight, as W vectors of R results.
+template <int R, int W>
+INLINE void add_values(const Span *rows, const uint16_t *value, int count, int width, int d,
+                       const float *weights) {
+    F a[R][W];
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) a[r][w] = all(0.0f);
+    for (int k = 0; k < count; k++, value += width) {
+        F v[W];
+        for (int w = 0; w < W; w++) v[w] = load_half(value + d + w * LANES);
+        for (int r = 0; r < R; r++) {
+            F p = all(weights[r * KEYS + k]);
+            for (int w = 0; w < W; w++) a[r][w] = fma(p, v[w], a[r][w]);
         }
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) store(rows[r].acc + d + w * LANES, a[r][w]);
+}
+
+// Turn a row's scores of the keys from `start` to `end` into weights, 0 for those it does not see.
+INLINE void weigh(Span &row, int start, int end, float *scores) {
+    const int steps = round_up(end - start, LANES);
+    for (int k = start; k < row.from && k < end; k++) scores[k - start] = NOTHING;
+    for (int k = row.to > start ? row.to : start; k < start + steps; k++) scores[k - start] = NOTHING;
+    F top = all(NOTHING);
+    for (int k = 0; k < steps; k += LANES) top = most(top, load(scores + k));
+    row.high = largest(top);
+    F sum = all(0.0f);
+    const bool none = row.high <= NOTHING;
+    for (int k = 0; k < steps; k += LANES) {
+        F e = none ? all(0.0f) : exponential(sub(load(scores + k), all(row.high)));
+        store(scores + k, e);
+        sum = add(sum, e);
+    }
+    for (int k = start; k < row.from && k < end; k++) scores[k - start] = 0; // exp ends at -87
+    for (int k = row.to > start ? row.to : start; k < end; k++) scores[k - start] = 0;
+    row.sum = total(sum);
+}
+
+// R queries and the keys from `start`, a multiple of KEYS, to `end`.
+template <int R>
+static void attend_keys(const Model &model, const uint16_t *keys, const uint16_t *values,
+                        float softcap, int start, int end, Span *rows, float *scores) {
+    const int width = model.head_width, dim = model.head_dim;
+    int first = rows[0].from;
+    for (int r = 1; r < R; r++)
+        if (rows[r].from < first) first = rows[r].from;
+    if (first < start) first = start;
+    int k = start;
+    for (; k + STEPS * LANES <= round_up(end, LANES); k += STEPS * LANES)
+        score_keys<R, STEPS>(rows, keys + size_t(k) * width, dim, width, softcap, scores + (k - start));
+    for (; k < end; k += LANES)
+        score_keys<R, 1>(rows, keys + size_t(k) * width, dim, width, softcap, scores + (k - start));
+    for (int r = 0; r < R; r++) weigh(rows[r], start, end, scores + r * KEYS);
+    const uint16_t *value = values + size_t(first) * width;
+    const float *weights = scores + (first - start);
+    int d = 0;
+    for (; d + STEPS * LANES <= width; d += STEPS * LANES)
+        add_values<R, STEPS>(rows, value, end - first, width, d, weights);
+    for (; d < width; d += LANES) add_values<R, 1>(rows, value, end - first, width, d, weights);
+}
+
+static void attend(const Work &w, const Layer &layer, int index, int slot, int head, int start,
+                   Span *rows, int count, float *scores) {
+    const uint16_t *keys = side_of(w, 2 * index, slot, head);
+    const uint16_t *values = side_of(w, 2 * index + 1, slot, head);
+    int end = 0;
+    for (int r = 0; r < count; r++)
+        if (rows[r].to > end) end = rows[r].to;
+    if (end > start + KEYS) end = start + KEYS;
+    const Model &m = *w.model;
+    switch (count) {
+    case 1: return attend_keys<1>(m, keys, values, layer.softcap, start, end, rows, scores);
+    case 2: return attend_keys<2>(m, keys, values, layer.softcap, start, end, rows, scores);
+    case 3: return attend_keys<3>(m, keys, values, layer.softcap, start, end, rows, scores);
+    default: return attend_keys<4>(m, keys, values, layer.softcap, start, end, rows, scores);
     }
 }
 
-static void attend_rows(const Work &w, const Layer &layer, int index, int slot, int head, Span *rows,
-                        int count, float *scores) {
-    const uint16_t *keys = side_of(w, 2 * index, slot, head);
-    const uint16_t *values = side_of(w, 2 * index + 1, slot, head);
-    for (int r = 0; r < count; r++) {
-        rows[r].high = NOTHING;
-        rows[r].sum = 0;
-        for (int d = 0; d < w.model->head_width; d += LANES) store(rows[r].acc + d, all(0.0f));
+// What came of some keys, joined by what came of later ones. A row's keys are always joined in this
+// way and order, so that its result does not depend on who computed which of them.
+struct Joined {
+    float high, sum;
+    float *acc;
+};
+
+INLINE void join(Joined &to, float high, float sum, const float *acc, int width) {
+    if (!(sum > 0)) return;
+    float old = 0, own = 1;
+    if (to.sum > 0) {
+        const float top = to.high > high ? to.high : high;
+        float each[LANES];
+        store(each, exponential(all(to.high - top)));
+        old = each[0];
+        store(each, exponential(all(high - top)));
+        own = each[0];
+        high = top;
     }
-    while (count > 0) {
-        switch (count) {
-        case 1: attend<1>(*w.model, keys, values, layer.softcap, rows, scores); break;
-        case 2: attend<2>(*w.model, keys, values, layer.softcap, rows, scores); break;
-        case 3: attend<3>(*w.model, keys, values, layer.softcap, rows, scores); break;
-        default: attend<4>(*w.model, keys, values, layer.softcap, rows, scores); break;
-        }
-        rows += QUERIES;
-        count -= QUERIES;
+    to.sum = to.sum * old + sum * own;
+    to.high = high;
+    for (int d = 0; d < width; d += LANES) {
+        F a = mul(load(acc + d), all(own));
+        store(to.acc + d, old > 0 ? fma(load(to.acc + d), all(old), a) : a);
     }
 }
 
@@ -492,91 +453,82 @@ static void query(const Model &m, const Layer &layer, const float *y, int positi
     for (int i = 0; i < m.head_width; i += LANES) store(q + i, mul(load(q + i), all(layer.scale)));
 }
 
-// Write one token's key and value of every head into the cache.
-static void append(const Work &w, const Layer &layer, int index, int token, float *scratch) {
+// Write one token's key and value of a head into the cache.
+static void append(const Work &w, const Layer &layer, int index, int token, int head,
+                   float *scratch) {
     const Model &m = *w.model;
     const Token &t = w.tokens[token];
     const int width = m.head_width;
-    const float *k = m.y + size_t(token) * m.y_line + m.heads * width, *v = k + m.kv_heads * width;
+    const float *k = m.y + size_t(token) * m.y_line + size_t(m.heads + head) * width;
+    const float *v = k + size_t(m.kv_heads) * width;
     uint16_t *half = (uint16_t *)(scratch + width);
-    for (int head = 0; head < m.kv_heads; head++, k += width, v += width) {
-        for (int i = 0; i < width; i += LANES) store(scratch + i, load(k + i));
-        if (layer.k_norm.present) normalise(layer.k_norm, scratch, m.head_dim, scratch);
-        if (layer.rotary >= 0) rotate(m.rotaries[layer.rotary], t.position, scratch);
-        for (int i = 0; i < width; i += LANES) store_half(half + i, load(scratch + i));
-        uint16_t *key = side_of(w, 2 * index, t.slot, head) +
-                        size_t(t.position / LANES) * LANES * width + t.position % LANES;
-        for (int i = 0; i < width; i++) key[size_t(i) * LANES] = half[i];
-        uint16_t *value = side_of(w, 2 * index + 1, t.slot, head) + size_t(t.position) * width;
-        for (int i = 0; i < width; i += LANES) store_half(value + i, load(v + i));
-    }
+    for (int i = 0; i < width; i += LANES) store(scratch + i, load(k + i));
+    if (layer.k_norm.present) normalise(layer.k_norm, scratch, m.head_dim, scratch);
+    if (layer.rotary >= 0) rotate(m.rotaries[layer.rotary], t.position, scratch);
+    for (int i = 0; i < width; i += LANES) store_half(half + i, load(scratch + i));
+    uint16_t *key = side_of(w, 2 * index, t.slot, head) +
+                    size_t(t.position / LANES) * LANES * width + t.position % LANES;
+    for (int i = 0; i < width; i++) key[size_t(i) * LANES] = half[i];
+    uint16_t *value = side_of(w, 2 * index + 1, t.slot, head) + size_t(t.position) * width;
+    for (int i = 0; i < width; i += LANES) store_half(value + i, load(v + i));
 }
 
 INLINE int seen_from(const Layer &layer, int position) {
     return layer.window > 0 && position + 1 > layer.window ? position + 1 - layer.window : 0;
 }
 
-// Of every token and head a part of the context: a thread has its share of the tokens that were
-// there, the last one also those that come now (and it writes their keys and values).
+INLINE float *part_of(const Model &m, int token, int block, int head) {
+    return m.parts + ((size_t(token) * m.part_blocks + block) * m.heads + head) * (m.head_width + LANES);
+}
+
+// Of every token a part of its context: keys by heads are shared out in blocks. Blocks in which new
+// tokens lie are all of one thread, which writes their keys and values first.
 static void attend_part(const Work &w, const Layer &layer, int index, int thread, float *scratch) {
     const Model &m = *w.model;
-    const int width = m.head_width, group = m.heads / m.kv_heads, line = width + LANES;
-    const bool last = thread == m.threads - 1;
-    if (last)
-        for (int i = 0; i < w.count; i++) append(w, layer, index, i, scratch);
+    const int width = m.head_width, group = m.heads / m.kv_heads;
+    for (int i = 0; i < w.count; i++)
+        for (int head = thread; head < m.kv_heads; head += m.threads)
+            append(w, layer, index, i, head, scratch);
     float *q = scratch, *scores = scratch + size_t(m.heads) * width;
     for (int i = 0; i < w.count; i++) {
         const Token &t = w.tokens[i];
         for (int head = 0; head < m.heads; head++)
             query(m, layer, m.y + size_t(i) * m.y_line + head * width, t.position, q + head * width);
-        const int64_t steps = t.start / LANES;
-        int from = int(steps * thread / m.threads) * LANES;
-        int to = last ? t.position + 1 : int(steps * (thread + 1) / m.threads) * LANES;
-        if (from < seen_from(layer, t.position)) from = seen_from(layer, t.position);
-        if (to < from) to = from;
-        float *part = m.parts + (size_t(thread) * FEW_TOKENS + i) * m.heads * line;
-        for (int kv = 0; kv < m.kv_heads; kv++)
-            for (int done = 0; done < group; done += QUERIES) {
-                Span rows[QUERIES];
-                const int count = group - done < QUERIES ? group - done : QUERIES;
-                for (int r = 0; r < count; r++) {
-                    const int head = kv * group + done + r;
-                    rows[r].q = q + head * width;
-                    rows[r].from = from;
-                    rows[r].to = to;
-                    rows[r].acc = part + size_t(head) * line;
-                }
-                attend_rows(w, layer, index, t.slot, kv, rows, count, scores);
-                for (int r = 0; r < count; r++) {
-                    rows[r].acc[width] = rows[r].high;
-                    rows[r].acc[width + 1] = rows[r].sum;
+        const int from = seen_from(layer, t.position), to = t.position + 1, last = t.position / KEYS;
+        int turn = m.kv_heads % m.threads; // whose the next block without new tokens is
+        for (int block = from / KEYS; block <= last; block++)
+            for (int kv = 0; kv < m.kv_heads; kv++) {
+                const bool has_new = block >= t.start / KEYS;
+                const int whose = has_new ? kv % m.threads : turn;
+                if (!has_new) turn = turn + 1 == m.threads ? 0 : turn + 1;
+                if (whose != thread) continue;
+                for (int done = 0; done < group; done += QUERIES) {
+                    Span rows[QUERIES];
+                    const int count = group - done < QUERIES ? group - done : QUERIES;
+                    for (int r = 0; r < count; r++) {
+                        const int head = kv * group + done + r;
+                        rows[r] = {q + head * width, from, to, 0, 0, part_of(m, i, block, head)};
+                    }
+                    attend(w, layer, index, t.slot, kv, block * KEYS, rows, count, scores);
+                    for (int r = 0; r < count; r++) {
+                        rows[r].acc[width] = rows[r].high;
+                        rows[r].acc[width + 1] = rows[r].sum;
+                    }
                 }
             }
     }
 }
 
-static void merge_parts(const Model &m, int token, float *out) {
-    const int width = m.head_width, line = width + LANES;
-    const size_t step = size_t(FEW_TOKENS) * m.heads * line;
+static void join_parts(const Work &w, const Layer &layer, int token, float *scratch, float *out) {
+    const Model &m = *w.model;
+    const int width = m.head_width, position = w.tokens[token].position;
     for (int head = 0; head < m.heads; head++, out += m.head_dim) {
-        const float *part = m.parts + (size_t(token) * m.heads + head) * line;
-        float high = NOTHING, sum = 0, factors[64], result[1024];
-        for (int t = 0; t < m.threads; t++)
-            if (part[step * t + width] > high) high = part[step * t + width];
-        for (int t = 0; t < m.threads; t++) {
-            F e = exponential(all(part[step * t + width] - high));
-            float each[LANES];
-            store(each, e);
-            factors[t] = part[step * t + width + 1] > 0 ? each[0] : 0;
-            sum += factors[t] * part[step * t + width + 1];
+        Joined joined = {NOTHING, 0, scratch};
+        for (int block = seen_from(layer, position) / KEYS; block <= position / KEYS; block++) {
+            const float *part = part_of(m, token, block, head);
+            join(joined, part[width], part[width + 1], part, width);
         }
-        for (int d = 0; d < width; d += LANES) {
-            F a = all(0.0f);
-            for (int t = 0; t < m.threads; t++)
-                a = fma(load(part + step * t + d), all(factors[t] / sum), a);
-            store(result + d, a);
-        }
-        for (int d = 0; d < m.head_dim; d++) out[d] = result[d];
+        for (int d = 0; d < m.head_dim; d++) out[d] = scratch[d] / joined.sum;
     }
 }
 
@@ -585,7 +537,8 @@ static void attend_many(const Work &w, const Layer &layer, int index, int thread
                         float *out, int out_line) {
     const Model &m = *w.model;
     const int width = m.head_width, group = m.heads / m.kv_heads;
-    float *q = scratch, *acc = q + QUERIES * width, *scores = acc + QUERIES * width;
+    float *q = scratch, *acc = q + QUERIES * width, *sums_of = acc + QUERIES * width;
+    float *scores = sums_of + QUERIES * width;
     const int64_t all_rows = int64_t(w.count) * group, blocks = (all_rows + QUERIES - 1) / QUERIES;
     for (int64_t item = thread; item < blocks * m.kv_heads; item += m.threads) {
         const int kv = int(item % m.kv_heads);
@@ -593,23 +546,29 @@ static void attend_many(const Work &w, const Layer &layer, int index, int thread
         const int64_t end = row + QUERIES < all_rows ? row + QUERIES : all_rows;
         while (row < end) { // rows of one slot go together
             Span rows[QUERIES];
+            Joined joined[QUERIES];
             const int slot = w.tokens[row / group].slot;
-            int count = 0;
+            int count = 0, from = 1 << 30, to = 0;
             for (; row + count < end && w.tokens[(row + count) / group].slot == slot; count++) {
                 const int token = int((row + count) / group), head = int((row + count) % group);
                 const Token &t = w.tokens[token];
                 query(m, layer, m.y + size_t(token) * m.y_line + (kv * group + head) * width,
                       t.position, q + count * width);
-                rows[count].q = q + count * width;
-                rows[count].from = seen_from(layer, t.position);
-                rows[count].to = t.position + 1;
-                rows[count].acc = acc + count * width;
+                rows[count] = {q + count * width, seen_from(layer, t.position), t.position + 1, 0, 0,
+                               acc + count * width};
+                joined[count] = {NOTHING, 0, sums_of + count * width};
+                if (rows[count].from < from) from = rows[count].from;
+                if (rows[count].to > to) to = rows[count].to;
             }
-            attend_rows(w, layer, index, slot, kv, rows, count, scores);
+            for (int start = from / KEYS * KEYS; start < to; start += KEYS) {
+                attend(w, layer, index, slot, kv, start, rows, count, scores);
+                for (int r = 0; r < count; r++)
+                    join(joined[r], rows[r].high, rows[r].sum, rows[r].acc, width);
+            }
             for (int r = 0; r < count; r++) {
                 const int token = int((row + r) / group), head = kv * group + int((row + r) % group);
-                float *to = out + size_t(token) * out_line + head * m.head_dim;
-                for (int d = 0; d < m.head_dim; d++) to[d] = rows[r].acc[d] / rows[r].sum;
+                float *to_token = out + size_t(token) * out_line + head * m.head_dim;
+                for (int d = 0; d < m.head_dim; d++) to_token[d] = joined[r].acc[d] / joined[r].sum;
             }
             row += count;
         }
@@ -623,6 +582,7 @@ static void forward(const Work *work, int thread) {
     Model &m = *w.model;
     const int count = w.count;
     const bool alone = count <= ALONE_TOKENS, few = count <= FEW_TOKENS;
+    int together = count == 1 ? 1 : TOGETHER;
     Lane &lane = m.lanes[alone ? thread : 0];
     const int from = alone ? 0 : count * thread / m.threads;
     const int to = alone ? count : count * (thread + 1) / m.threads;
@@ -637,7 +597,9 @@ static void forward(const Work *work, int thread) {
     };
     auto x = [&](int t) { return lane.x + size_t(t) * m.x_line; };
     auto z = [&](int t) { return lane.z + size_t(t) * m.z_line; };
-    for (int t = from; t < to; t++) embed(m, w.tokens[t].id, x(t));
+    for (int t = from; t < to; t++)
+        for (int i = 0; i < m.x_line; i += LANES)
+            store(x(t) + i, load(m.embedded + size_t(t) * m.x_line + i));
     for (int index = 0; index < m.layer_count; index++) {
         const Layer &layer = m.layers[index];
         for (int t = from; t < to; t++) {
@@ -645,7 +607,7 @@ static void forward(const Work *work, int thread) {
                 add_branch(m.layers[index - 1].after_mlp, m.branch + size_t(t) * m.x_line, m.hidden,
                            x(t), z(t));
             normalise(layer.attention_norm, x(t), m.hidden, z(t));
-            prepare(m, layer.qkv, lane, z(t), t, w.tokens[t].adapter);
+            prepare(m, layer.qkv, lane, z(t), t, together, w.tokens[t].adapter);
         }
         if (!alone) barrier(m.pool);
         multiply(layer.qkv, lane.z, m.y, m.y_line);
@@ -653,22 +615,24 @@ static void forward(const Work *work, int thread) {
         if (few) {
             attend_part(w, layer, index, thread, scratch);
             barrier(m.pool);
-            for (int t = from; t < to; t++) merge_parts(m, t, z(t));
+            for (int t = from; t < to; t++) join_parts(w, layer, t, scratch, z(t));
         } else {
-            for (int t = from; t < to; t++) append(w, layer, index, t, scratch);
+            for (int t = from; t < to; t++)
+                for (int head = 0; head < m.kv_heads; head++)
+                    append(w, layer, index, t, head, scratch);
             barrier(m.pool);
             attend_many(w, layer, index, thread, scratch, lane.z, m.z_line);
             barrier(m.pool);
         }
         for (int t = from; t < to; t++)
-            prepare(m, layer.attention_out, lane, z(t), t, w.tokens[t].adapter);
+            prepare(m, layer.attention_out, lane, z(t), t, together, w.tokens[t].adapter);
         if (!alone) barrier(m.pool);
         multiply(layer.attention_out, lane.z, m.branch, m.x_line);
         barrier(m.pool);
         for (int t = from; t < to; t++) {
             add_branch(layer.after_attention, m.branch + size_t(t) * m.x_line, m.hidden, x(t), z(t));
             normalise(layer.mlp_norm, x(t), m.hidden, z(t));
-            prepare(m, layer.gate_up, lane, z(t), t, w.tokens[t].adapter);
+            prepare(m, layer.gate_up, lane, z(t), t, together, w.tokens[t].adapter);
         }
         if (!alone) barrier(m.pool);
         r.activation = layer.activation;
@@ -677,12 +641,13 @@ static void forward(const Work *work, int thread) {
         for (int t = from; t < to; t++) {
             // Alone, every thread prepares for itself what all have written: only the tail of it,
             // which nothing reads, is written here, with the zeros that it has.
-            prepare(m, layer.down, lane, m.gated + size_t(t) * m.z_line, t, w.tokens[t].adapter);
+            prepare(m, layer.down, lane, m.gated + size_t(t) * m.z_line, t, together, w.tokens[t].adapter);
         }
         if (!alone) barrier(m.pool);
         multiply(layer.down, m.gated, m.branch, m.x_line);
         barrier(m.pool);
     }
+    together = w.wanted_count == 1 ? 1 : TOGETHER;
     const int wanted_from = alone ? 0 : w.wanted_count * thread / m.threads;
     const int wanted_to = alone ? w.wanted_count : w.wanted_count * (thread + 1) / m.threads;
     for (int i = wanted_from; i < wanted_to; i++) {
@@ -692,7 +657,7 @@ static void forward(const Work *work, int thread) {
         normalise(m.norm, x(t), m.hidden, z(i));
         if (w.states && (!alone || thread == 0))
             for (int d = 0; d < m.hidden; d++) w.states[size_t(i) * m.hidden + d] = z(i)[d];
-        if (w.logits) prepare(m, m.head, lane, z(i), i, w.tokens[t].adapter);
+        if (w.logits) prepare(m, m.head, lane, z(i), i, together, w.tokens[t].adapter);
     }
     if (!w.logits || !w.wanted_count) return;
     if (!alone) barrier(m.pool);

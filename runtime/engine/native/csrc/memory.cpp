@@ -17,9 +17,9 @@ namespace {
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 }
 
-Block::Block(size_t wanted) {
+Block::Block(size_t wanted, bool huge) {
     if (!wanted) return;
-    const bool huge = wanted >= HUGE_PAGE;
+    huge = huge && wanted >= HUGE_PAGE;
     bytes = huge ? (wanted + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : wanted;
     // A huge page begins at a multiple of its size: take one more, give back what is not needed.
     const size_t room = bytes + (huge ? HUGE_PAGE : 0);
@@ -55,7 +55,7 @@ Block::~Block() {
 }
 
 Mapping::Mapping(const std::string &path) {
-    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     struct stat about;
     if (file < 0 || fstat(file, &about) != 0) {
         const std::string why = std::strerror(errno);
@@ -67,11 +67,29 @@ Mapping::Mapping(const std::string &path) {
         void *got = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, file, 0);
         if (got != MAP_FAILED) start = static_cast<const uint8_t *>(got);
     }
-    close(file);
-    if (!start) throw std::runtime_error("the weights cannot be read: the file cannot be mapped");
+    if (!start) {
+        close(file);
+        throw std::runtime_error("the weights cannot be read: the file cannot be mapped");
+    }
 }
 
-Mapping::~Mapping() { munmap(const_cast<uint8_t *>(start), bytes); }
+Mapping::~Mapping() {
+    munmap(const_cast<uint8_t *>(start), bytes);
+    close(file);
+}
+
+void Mapping::copy(const uint8_t *from, size_t length, uint8_t *to) const {
+    if (from < start || from >= start + bytes) { // not of this file
+        std::memcpy(to, from, length);
+        return;
+    }
+    for (size_t done = 0; done < length;) {
+        const ssize_t got = pread(file, to + done, length - done, off_t(from - start) + off_t(done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) throw std::runtime_error("the weights cannot be read any more");
+        done += size_t(got);
+    }
+}
 
 void Mapping::forget(const uint8_t *from, size_t length) const {
     if (from < start || from + length > start + bytes) return; // not of this file

@@ -7,27 +7,29 @@
 namespace edgetune {
 
 constexpr int LANES = 16;       // output rows of a group, keys of a cache step, floats of a vector
+constexpr int KEYS = 64;        // keys that are attended to at once, from a multiple of it on
 constexpr int COLUMNS = 32;     // input columns of a sub-block: 64 bytes of 4 bits for 4 rows each
 constexpr int MOST_TOKENS = 256;
 constexpr int FEW_TOKENS = 16;  // of a decode step: attention then divides a row's context
 constexpr int MOST_RANKS = 1024; // of one site
+constexpr int TOGETHER = 8;      // tokens for which a group of rows is unpacked once
 constexpr int ALONE_TOKENS = 2; // up to here every thread computes norms for itself, without waiting
 
 inline int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
-// A linear layer y = W x. Rows are stored in groups of 16, `unit` groups side by side in a tile; a
-// tile holds for every block of columns and every group of its own: 16 scales, 16 offsets if there
-// are any (both in half precision), then the values, 4 columns of 16 rows in 64 bytes (two such
-// fours in 64 bytes where values have 4 bits: the lower halves are the even columns of 8).
-// A row's weight is multiplier * (scale * (value - zero) + offset).
+// A linear layer y = W x. 16 rows are a group, and the groups follow each other in the order in which
+// they are read: for every block of columns 16 scales, 16 offsets if there are any (both in half
+// precision), then the values, 4 columns of 16 rows in 64 bytes (two such fours in 64 bytes where
+// values have 4 bits: the lower halves are the even columns of 8).
+// A row's weight is multiplier * (scale * (value - middle) + offset).
 struct Matrix {
     int outputs = 0, inputs = 0;        // as in the bundle
     int bits = 0, block = 0, blocks = 0; // bits 0: float32, groups of (inputs, 16) numbers
     bool offsets = false;
     bool gated = false;                 // groups alternate: 16 rows of the gate, 16 of what it gates
-    int groups = 0, unit = 1;
+    int groups = 0;
     float multiplier = 1;
-    uint8_t *tiles = nullptr;
+    uint8_t *groups_at = nullptr;
     const int32_t *rows = nullptr;      // (groups * 16): the bundle's row, or -1 for none
     const float *bias = nullptr;        // (groups * 16)
     int site = -1;
@@ -63,34 +65,30 @@ struct Layer {
     Activation activation = SILU;
 };
 
-// A x and B of one site, in half precision: A (rank, inputs padded), B a group of 16 rows after the
-// other (rank, 16); of a group only the ranks from first to last are not all zeros.
+// A x and B of one site, in half precision: A (rank, inputs padded); of B for each group of 16 rows,
+// at `at`, the ranks from first to last (ranks, 16): the others are zeros there.
+struct Ranks {
+    int32_t at;
+    int16_t first, last;
+};
+
 struct SiteAdapter {
     int rank = 0;
     float multiplier = 1;
     const uint16_t *a = nullptr, *b = nullptr;
-    const int16_t *first = nullptr, *last = nullptr;
+    const Ranks *ranks = nullptr;
 };
 
 struct Adapter {
     const SiteAdapter *sites = nullptr; // one a site of the model
-    int largest = 0;                    // largest rank of a site
 };
 
-struct Table { // an embedding's rows as the bundle has them, read where they lie
-    int rows = 0, columns = 0, bits = 0, block = 0;
-    float multiplier = 1;
-    const uint8_t *weight = nullptr, *zeros = nullptr;
-    const float *scales = nullptr;
-};
-
-// Numbers rounded to 8 bits for a product: for every token a line of values, and a scale, the sum of
-// the rounded values and the sum of the numbers for each block.
+// Numbers rounded to 8 bits for a product: values, and for each block a scale, the sum of the numbers,
+// and where the sum of products begins so that the middle of the weights' values counts as zero.
 struct Rounded {
     int8_t *values;
     float *scales, *sums;
-    int32_t *totals;
-    int line, blocks;
+    int32_t *starts;
 };
 
 // Where a thread (or all of them) keeps the tokens it is at.
@@ -118,7 +116,6 @@ struct Pool;
 struct Model {
     int hidden = 0, vocab = 0, heads = 0, kv_heads = 0, head_dim = 0, layer_count = 0, positions = 0;
     int head_width = 0; // head_dim in whole vectors
-    Table embedding;
     Layer *layers = nullptr;
     Norm norm;
     Matrix head;
@@ -130,9 +127,10 @@ struct Model {
     Pool *pool = nullptr;
     // buffers
     int x_line = 0, z_line = 0, y_line = 0, low_line = 0;
+    float *embedded = nullptr; // (tokens, hidden): what the layers begin with
     float *y = nullptr, *branch = nullptr, *gated = nullptr;
-    float *parts = nullptr; // of attention: (threads, tokens, heads, head_width + 2)
-    float *attended = nullptr;
+    float *parts = nullptr; // of attention: (FEW_TOKENS, part_blocks, heads, head_width and more)
+    int part_blocks = 0;
     Lane *lanes = nullptr;  // one a thread; the first is everyone's where the work is divided
 };
 

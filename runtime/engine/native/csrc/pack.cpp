@@ -37,20 +37,21 @@ float offset_of(const Matrix &m, const Stored &s, int64_t row, int block) {
 bool has_offsets(const Matrix &, const Stored &s) { return s.means || s.zeros; }
 
 float scale_unit(const Matrix &m, const Stored &s) {
+    const int64_t count = int64_t(m.outputs) * s.stored_blocks;
     float high = 0;
-    for (int64_t row = 0; row < m.outputs; row++)
-        for (int b = 0; b < m.blocks; b++) {
-            high = std::fmax(high, std::fabs(s.scales[row * s.stored_blocks + b]));
-            if (m.offsets) high = std::fmax(high, std::fabs(offset_of(m, s, row, b)));
-        }
+    for (int64_t i = 0; i < count; i++) {
+        const float scale = s.scales[i] < 0 ? -s.scales[i] : s.scales[i];
+        high = scale > high ? scale : high;
+    }
+    if (m.offsets) high *= m.bits == 4 ? 16 : 256; // no offset is larger
     int exponent = 0;
     if (!(high > 0) || !std::isfinite(high)) return 1;
     std::frexp(high, &exponent);
-    return std::ldexp(1.0f, exponent - 8); // the largest becomes 128 to 256
+    return std::ldexp(1.0f, exponent - 14); // the largest becomes 8,192 to 16,384
 }
 
 static void pack_float(const Matrix &m, const Stored &s, int group) {
-    float *to = reinterpret_cast<float *>(m.tiles) + size_t(group) * m.inputs * LANES;
+    float *to = reinterpret_cast<float *>(m.groups_at) + size_t(group) * m.inputs * LANES;
     const float *weight = reinterpret_cast<const float *>(s.weight);
     for (int64_t k = 0; k < m.inputs; k++)
         for (int i = 0; i < LANES; i++) {
@@ -70,10 +71,8 @@ void pack_groups(const Matrix &m, const Stored &s, bool signed_bytes, int first,
             pack_float(m, s, group);
             continue;
         }
-        const int tile = group / m.unit, left = m.groups - tile * m.unit;
-        const int beside = left < m.unit ? left : m.unit; // groups of this tile
-        uint8_t *at = m.tiles + m.group_bytes() * m.unit * tile + block_bytes * (group - tile * m.unit);
-        for (int b = 0; b < m.blocks; b++, at += block_bytes * beside) {
+        uint8_t *at = m.groups_at + m.group_bytes() * size_t(group);
+        for (int b = 0; b < m.blocks; b++, at += block_bytes) {
             uint16_t *scales = reinterpret_cast<uint16_t *>(at), *offsets = scales + LANES;
             uint32_t *values = reinterpret_cast<uint32_t *>(at + (m.offsets ? 64 : 32));
             for (int i = 0; i < LANES; i++) {

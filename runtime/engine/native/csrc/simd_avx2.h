@@ -10,6 +10,7 @@ namespace avx2 {
 
 constexpr bool SIGNED_BYTES = true;
 constexpr int ZERO4 = 8, ZERO8 = 0;
+constexpr int STEPS = 2; // vectors that attention works on at once, so that all registers are used
 
 struct F { __m256 a, b; };
 INLINE F load(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

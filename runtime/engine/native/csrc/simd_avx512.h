@@ -10,6 +10,7 @@ namespace avx512 {
 
 constexpr bool SIGNED_BYTES = false;
 constexpr int ZERO4 = 8, ZERO8 = 128; // what the products' values are too large by
+constexpr int STEPS = 4; // vectors that attention works on at once, so that all registers are used
 
 struct F { __m512 v; };
 INLINE F load(const float *p) { return {_mm512_loadu_ps(p)}; }

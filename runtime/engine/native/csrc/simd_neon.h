@@ -10,6 +10,7 @@ namespace neon {
 
 constexpr bool SIGNED_BYTES = true;
 constexpr int ZERO4 = 0, ZERO8 = 0;
+constexpr int STEPS = 1; // vectors that attention works on at once, so that all registers are used
 
 struct F { float32x4_t v[4]; };
 #define EACH for (int i = 0; i < 4; i++)

@@ -14,6 +14,7 @@ namespace scalar {
 
 constexpr bool SIGNED_BYTES = true;
 constexpr int ZERO4 = 0, ZERO8 = 0;
+constexpr int STEPS = 1; // vectors that attention works on at once, so that all registers are used
 
 struct F { float v[16]; };
 #define EACH for (int i = 0; i < 16; i++)

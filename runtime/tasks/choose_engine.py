@@ -1,0 +1,97 @@
+"""Which engine runs a bundle's model: our native one where it was built and the bundle fits, else
+ONNX Runtime; and why, in one line.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune.core.errors import BundleError, InputError
+from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.engine.interface import Decoder
+from edgetune.runtime.engine.native.library import NoLibraryError
+from edgetune.runtime.engine.providers import CPU, parse_providers
+
+AUTO, OURS, ONNX_RUNTIME = "auto", "native", "onnxruntime"
+ENGINES = (AUTO, OURS, ONNX_RUNTIME)
+log = logging.getLogger("edgetune.runtime")
+
+
+@dataclass(frozen=True)
+class EngineInUse:
+    """The engine that answers; `why` it is not the other one, empty where it was asked for."""
+
+    name: str
+    why: str = ""
+    instructions: str | None = None
+    """the instruction set of the native engine's kernels"""
+
+    def __str__(self) -> str:
+        detail = "; ".join(part for part in (self.instructions, self.why) if part)
+        return f"{self.name} ({detail})" if detail else self.name
+
+
+def check_engine_name(engine: str) -> None:
+    """InputError for a name that is no engine's."""
+    if engine not in ENGINES:
+        raise InputError("unknown engine", expected=", ".join(ENGINES), got=repr(engine))
+
+
+def open_decoder(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    engine: str = AUTO,
+    threads: int | None = None,
+    providers: Sequence[str] = (),
+    adapter_branch: bool = False,
+) -> tuple[Decoder, EngineInUse]:
+    """The engine of a bundle that generates. InputError where the native engine was asked for and
+    cannot run it; "auto" says why it is ONNX Runtime then.
+    """
+    check_engine_name(engine)
+    why = "asked for" if engine == ONNX_RUNTIME else _unfit(manifest, providers)
+    if not why:
+        from edgetune.runtime.engine.native.decoder import NativeDecoder
+
+        try:
+            native = NativeDecoder(folder, manifest, threads=threads)
+        except NoLibraryError as error:
+            why = str(error)
+        except BundleError as error:
+            why = str(error)
+            if engine == AUTO:
+                log.warning("onnxruntime answers instead of the native engine: %s", error)
+        else:
+            return native, EngineInUse(OURS, instructions=native.model.instructions)
+    if engine == OURS:
+        raise InputError(
+            f"the native engine cannot run this bundle: {why}",
+            where=str(folder),
+            fix="Leave the choice to edgetune (engine auto), or ask for onnxruntime.",
+        )
+    from edgetune.runtime.engine.seq2seq import decoder_engine
+
+    graph = decoder_engine(
+        folder, manifest, threads=threads, providers=providers, adapter_branch=adapter_branch
+    )
+    return graph, EngineInUse(ONNX_RUNTIME, "" if engine == ONNX_RUNTIME else why)
+
+
+def _unfit(manifest: Manifest, providers: Sequence[str]) -> str:
+    """Why the native engine does not run this bundle here; empty where it does."""
+    graph = manifest.graph
+    others = [choice.provider.name for choice in parse_providers(providers)]
+    if others and others != [CPU]:
+        return f"the native engine runs on the cpu, and {others[0]} was asked for"
+    if graph.encoder is not None:
+        return "the native engine takes no encoder-decoder"
+    if graph.native is None:
+        return (
+            "the bundle has no native.json: it was exported by an earlier version, or its model or"
+            " precision is not for the native engine"
+        )
+    return ""
