@@ -22,7 +22,8 @@ static void multiply(const Model &model, const Matrix &matrix, float *z, int z_l
                      int outputs) {
     Lane &lane = model.lanes[0];
     for (int t = 0; t < count; t++)
-        prepare(model, matrix, lane, z + size_t(t) * z_line, t, tokens[t].adapter);
+        prepare(model, matrix, lane, z + size_t(t) * z_line, t, count == 1 ? 1 : TOGETHER,
+                tokens[t].adapter);
     Reading r = {&model, &matrix, &lane,    z,          z_line, count, tokens,
                  nullptr, out,    out_line, activation, outputs};
     for (int thread = 0; thread < model.threads; thread++) product(r, thread);
