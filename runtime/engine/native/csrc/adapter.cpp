@@ -47,9 +47,14 @@ void OpenAdapter::add(const std::string &name, int rank, const float *a, const f
     const size_t a_size = size_t(rank) * line;
     halves.emplace_back(new uint16_t[a_size]());
     uint16_t *to_a = halves.back().get();
-    for (int64_t k = 0; k < m.inputs; k++)
-        for (int j = 0; j < rank; j++)
-            to_a[int64_t(j) * line + k] = float_to_half(a[k * rank + j] / unit_a);
+    for (int first = 0, side; first < rank; first += side) { // ranks that lie side by side
+        side = rank - first >= 8 ? 8 : rank - first >= 4 ? 4 : 1;
+        uint16_t *to = to_a + size_t(first) * line;
+        for (int64_t k = 0; k < m.inputs; k++)
+            for (int j = 0; j < side; j++)
+                to[(k / LANES * side + j) * LANES + k % LANES] =
+                    float_to_half(a[k * rank + first + j] / unit_a);
+    }
     auto value = [&](int group, int j, int lane) {
         const int32_t row = m.rows[group * LANES + lane];
         return row < 0 ? 0.0f : b[int64_t(j) * m.outputs + row];

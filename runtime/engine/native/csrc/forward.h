@@ -91,20 +91,28 @@ static void round_numbers(float *z, const Matrix &m, const Rounded &to, int at, 
     }
 }
 
-// A x of one token's adapter at a site.
-static void lower(const float *z, int inputs, const SiteAdapter &site, float *low) {
-    int line = (inputs + LANES - 1) / LANES * LANES;
-    for (int j = 0; j < site.rank; j++) {
-        const uint16_t *a = site.a + size_t(j) * line;
-        F s = all(0.0f), t = all(0.0f);
-        int i = 0;
-        for (; i + 2 * LANES <= line; i += 2 * LANES) {
-            s = fma(load_half(a + i), load(z + i), s);
-            t = fma(load_half(a + i + LANES), load(z + i + LANES), t);
-        }
-        if (i < line) s = fma(load_half(a + i), load(z + i), s);
-        low[j] = total(add(s, t)) * site.multiplier;
+// N of the numbers of A x; 16 columns of N ranks lie side by side.
+template <int N>
+INLINE void lower_ranks(const float *z, int line, const uint16_t *a, float factor, float *low) {
+    F s[N];
+    for (int j = 0; j < N; j++) s[j] = all(0.0f);
+    for (int i = 0; i < line; i += LANES, a += N * LANES) {
+        F x = load(z + i);
+        for (int j = 0; j < N; j++) s[j] = fma(load_half(a + j * LANES), x, s[j]);
     }
+    for (int j = 0; j < N; j++) low[j] = total(s[j]) * factor;
+}
+
+// A x of one token's adapter at a site: eight ranks at once, then four, then one by one.
+static void lower(const float *z, int inputs, const SiteAdapter &site, float *low) {
+    const int line = round_up(inputs, LANES);
+    int j = 0;
+    for (; j + 8 <= site.rank; j += 8)
+        lower_ranks<8>(z, line, site.a + size_t(j) * line, site.multiplier, low + j);
+    for (; j + 4 <= site.rank; j += 4)
+        lower_ranks<4>(z, line, site.a + size_t(j) * line, site.multiplier, low + j);
+    for (; j < site.rank; j++)
+        lower_ranks<1>(z, line, site.a + size_t(j) * line, site.multiplier, low + j);
 }
 
 static void prepare(const Model &model, const Matrix &m, Lane &lane, float *z, int at, int together,
@@ -130,31 +138,56 @@ struct Reading { // what one product reads, and where its results go
     int out_line;
     Activation activation;
     int outputs; // numbers a row takes in `out`, where its last group may not be whole; 0: whole
+
+    const Adapter *adapter_of(int row) const { return tokens[chosen ? chosen[row] : row].adapter; }
 };
 
-INLINE F finished(const Reading &r, F v, int group, int row) {
-    const Matrix &m = *r.matrix;
-    v = mul(v, all(m.multiplier));
-    if (m.bias) v = add(v, load(m.bias + group * LANES));
-    const Adapter *adapter = r.tokens[r.chosen ? r.chosen[row] : row].adapter;
-    if (adapter && m.site >= 0) {
-        const SiteAdapter &site = adapter->sites[m.site];
-        if (site.rank) {
-            const float *low = r.lane->low + size_t(row) * r.model->low_line;
-            const Ranks ranks = site.ranks[group];
-            const uint16_t *b = site.b + ranks.at;
-            for (int j = ranks.first; j < ranks.last; j++, b += LANES)
-                v = fma(load_half(b), all(low[j]), v);
-        }
+// N columns of B, each times its number of A x, for the tokens from `from` to `to`.
+template <int N>
+INLINE void add_columns(const uint16_t *b, const float *low, int line, int from, int to, F *f) {
+    F column[N];
+    for (int j = 0; j < N; j++) column[j] = load_half(b + j * LANES);
+    for (int t = from; t < to; t++) {
+        const float *own = low + size_t(t) * line;
+        F sum = f[t], other = mul(column[N - 1], all(own[N - 1])); // two chains of sums
+        for (int j = 0; j + 1 < N; j += 2) sum = fma(column[j], all(own[j]), sum);
+        for (int j = 1; j + 1 < N; j += 2) other = fma(column[j], all(own[j]), other);
+        f[t] = N == 1 ? add(f[t], other) : add(sum, other);
     }
-    return v;
+}
+
+// Make results of sums: the unit of the weights, the bias, and what each token's adapter adds. Tokens
+// of one adapter that follow each other read it once.
+INLINE void finish(const Reading &r, int group, int row, int rows, F *f) {
+    const Matrix &m = *r.matrix;
+    for (int t = 0; t < rows; t++) {
+        f[t] = mul(f[t], all(m.multiplier));
+        if (m.bias) f[t] = add(f[t], load(m.bias + group * LANES));
+    }
+    if (m.site < 0) return;
+    for (int t = 0, end; t < rows; t = end) {
+        const Adapter *adapter = r.adapter_of(row + t);
+        for (end = t + 1; end < rows && r.adapter_of(row + end) == adapter; end++) {}
+        if (!adapter || !adapter->sites[m.site].rank) continue;
+        const Ranks ranks = adapter->sites[m.site].ranks[group];
+        const uint16_t *b = adapter->sites[m.site].b + ranks.at;
+        const float *low = r.lane->low + size_t(row) * r.model->low_line;
+        int j = ranks.first;
+        for (; j + 8 <= ranks.last; j += 8, b += 8 * LANES)
+            add_columns<8>(b, low + j, r.model->low_line, t, end, f);
+        for (; j + 4 <= ranks.last; j += 4, b += 4 * LANES)
+            add_columns<4>(b, low + j, r.model->low_line, t, end, f);
+        for (; j < ranks.last; j++, b += LANES)
+            add_columns<1>(b, low + j, r.model->low_line, t, end, f);
+    }
 }
 
 // A group of 16 rows by T of the `SIDE` tokens that lie side by side.
 template <int BITS, bool OFFSETS, int SIDE, int T>
 INLINE void group_times(const Matrix &m, const uint8_t *p, const int8_t *x, const float *scales,
-                        const float *sums_of, const int32_t *starts, F *f) {
+                        const float *sums_of, const int32_t *starts, F *out) {
     const int subs = m.block / COLUMNS;
+    F f[T]; // of its own: the compiler keeps these in registers
     for (int t = 0; t < T; t++) f[t] = all(0.0f);
     for (int b = 0; b < m.blocks; b++) {
         const uint16_t *factors = (const uint16_t *)p;
@@ -176,6 +209,7 @@ INLINE void group_times(const Matrix &m, const uint8_t *p, const int8_t *x, cons
         sums_of += SIDE;
         starts += SIDE;
     }
+    for (int t = 0; t < T; t++) out[t] = f[t];
 }
 
 static void float_group_times(const Reading &r, int group, int row, int rows, F *f) {
@@ -213,23 +247,21 @@ static void group_of_rows(const Reading &r, int group, int row, int rows, F *f) 
     }
 }
 
-static void put(const Reading &r, int group, int row, F gate, F up) {
-    const Matrix &m = *r.matrix;
+// Write one token's results of a group, or of a gate's group and of what it gates.
+INLINE void put(const Reading &r, int group, int row, F gate, F up) {
     float *out = r.out + size_t(row) * r.out_line;
-    if (!m.gated) {
-        gate = finished(r, gate, group, row);
-        const int rest = r.outputs - group * LANES;
-        if (!r.outputs || rest >= LANES) {
-            store(out + group * LANES, gate);
-        } else {
-            float whole[LANES];
-            store(whole, gate);
-            for (int i = 0; i < rest; i++) out[group * LANES + i] = whole[i];
-        }
+    if (r.matrix->gated) {
+        store(out + group / 2 * LANES, mul(activated(gate, r.activation), up));
         return;
     }
-    F a = activated(finished(r, gate, group, row), r.activation);
-    store(out + group / 2 * LANES, mul(a, finished(r, up, group + 1, row)));
+    const int rest = r.outputs - group * LANES;
+    if (!r.outputs || rest >= LANES) {
+        store(out + group * LANES, gate);
+        return;
+    }
+    float whole[LANES];
+    store(whole, gate);
+    for (int i = 0; i < rest; i++) out[group * LANES + i] = whole[i];
 }
 
 template <int BITS, bool OFFSETS>
@@ -244,6 +276,7 @@ static void groups_times(const Reading &r, int first, int last) {
                     float_group_times(r, group + half, row, rows, f[half]);
                 else
                     group_of_rows<BITS, OFFSETS>(r, group + half, row, rows, f[half]);
+                finish(r, group + half, row, rows, f[half]);
             }
             for (int t = 0; t < rows; t++) put(r, group, row + t, f[0][t], f[pair - 1][t]);
         }

@@ -65,7 +65,8 @@ struct Layer {
     Activation activation = SILU;
 };
 
-// A x and B of one site, in half precision: A (rank, inputs padded); of B for each group of 16 rows,
+// A x and B of one site, in half precision: of A eight ranks, then
+// four, then single ones: (inputs / 16, ranks, 16); of B for each group of 16 rows,
 // at `at`, the ranks from first to last (ranks, 16): the others are zeros there.
 struct Ranks {
     int32_t at;
