@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from serving_load import make_adapters
+from serving_adapters import make_adapters
 
 from edgetune.runtime import Runtime
 from edgetune.runtime.adapters.packing import pack_adapter

@@ -20,45 +20,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from serving_load import (
-    Answer,
-    Job,
-    Prompts,
-    Row,
-    by_http,
-    by_python,
-    linked,
-    make_adapters,
-    memory_mb,
-    no_end,
-    percentile,
-    served,
-    table,
-)
+from serving_adapters import make_adapters
+from serving_http import cold, http
+from serving_load import STREAMS, Job, Prompts, Row, by_python, made, speed, table
 from serving_soak import soak
+from serving_swap import swap
 
-from edgetune.core.layout import ADAPTER_WEIGHTS
 from edgetune.runtime import Runtime
-from edgetune.runtime.engine.batch import Batch
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
-STREAMS = 8
 median = statistics.median
-
-
-def speed(answers: Sequence[Answer]) -> float:
-    """Tokens/s of a round, prompts included: all tokens by the time until the last one."""
-    return sum(answer.tokens for answer in answers) / max(answer.end for answer in answers)
 
 
 def streams(options: argparse.Namespace, work: Path) -> list[Row]:
@@ -154,296 +132,6 @@ def together(options: argparse.Namespace, work: Path) -> list[Row]:
         for what, of in (("mean", mean), ("last", last))
         for way in ways
     ]
-
-
-def swap(options: argparse.Namespace, work: Path) -> list[Row]:
-    """What another adapter costs a request: resident, from disk, and hundreds of them in memory."""
-    with Runtime.open(options.bundle, threads=options.threads) as runtime:
-        made = make_adapters(work / "made", runtime.manifest, STREAMS + 1, source=options.adapter)
-    many = linked(work / "many", work / "made", made, options.adapters)
-    limit = options.adapter_memory_mb
-    with Runtime.open(
-        options.bundle,
-        threads=options.threads,
-        adapter_folder=work / "many",
-        adapter_memory_mb=limit,
-    ) as runtime:
-        before = memory_mb()
-        assert len(runtime.registry.statuses()) >= len(many)
-        listed = memory_mb() - before
-        first = [_seconds(lambda name=name: runtime.registry.get(name)) for name in many]  # type: ignore[misc]
-        used = memory_mb() - before
-        cold = []
-        for name in many[:50]:  # evicted long ago, unless everything fits
-            _drop_from_page_cache(work / "many" / name / ADAPTER_WEIGHTS)
-            cold.append(_seconds(lambda name=name: runtime.registry.get(name)))  # type: ignore[misc]
-        evictions = runtime.registry.evictions
-    rows = [
-        Row(f"{len(many)} adapters registered: memory grows by", listed, "MB", 300),
-        Row(
-            f"all {len(many)} used once under a limit of {limit:g} MB ({evictions} evictions):"
-            " memory grows by",
-            used,
-            "MB",
-            300,
-        ),
-        Row("first use from disk, file in the page cache, p50", 1e3 * median(first), "ms", 15),
-        Row("first use from disk, file in the page cache, p99", 1e3 * percentile(first, 99), "ms"),
-        Row("first use from disk, page cache dropped, p50", 1e3 * median(cold), "ms"),
-    ]
-    with Runtime.open(
-        options.bundle, threads=options.threads, adapter_folder=work / "made"
-    ) as runtime:
-        for name in made:
-            runtime.adapter(name)
-        return (
-            rows
-            + _host_rows(runtime, made, options.samples)
-            + _request_rows(runtime, made, options.samples // 5)
-        )
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _drop_from_page_cache(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _host_rows(runtime: Runtime, names: list[str], samples: int) -> list[Row]:
-    """What a request does with its adapter outside the graph: lease, bind for prefill, bind for
-    decoding, release.
-
-    A difference of two p99 could fall below zero by chance and look like a target met, so p50 of
-    the same is taken off.
-    """
-    assert runtime.decoder is not None
-    batch = Batch(runtime.decoder, rows=STREAMS, budget=STREAMS * 128, max_context=128)
-
-    def once(name: str) -> float:
-        start = time.perf_counter()
-        lease = runtime.registry.acquire(name)
-        row = batch.begin(lease.resident.bound, tokens=64)
-        row.length = 1
-        batch.join()
-        batch._bound_step()
-        lease.release()
-        seconds = time.perf_counter() - start
-        batch.leave(row)
-        return seconds
-
-    def alternating(
-        pairs: int,
-    ) -> tuple[list[float], list[float]]:  # a a b b c c …: (another one, the same one)
-        taken = [(once(name), once(name)) for name in (names[k % STREAMS] for k in range(pairs))]
-        return [pair[0] for pair in taken], [pair[1] for pair in taken]
-
-    alternating(20)
-    other, same = alternating(samples)
-    for name in names[1:STREAMS]:
-        batch.begin(runtime.registry.get(name).bound, tokens=64).length = 1
-        batch.join()
-    once(names[0])
-    spare, resident = [], []
-    for _ in range(max(samples // 20, 5)):
-        spare.append(once(names[STREAMS]))
-        once(names[0])
-        resident.append(once(names[0]))
-    return [
-        Row(
-            "request's own work to bind a resident adapter, same as before, p50",
-            1e6 * median(same),
-            "µs",
-        ),
-        Row("… same as before, p99", 1e6 * percentile(same, 99), "µs"),
-        Row("… another adapter than before, p50", 1e6 * median(other), "µs"),
-        Row("… another adapter than before, p99", 1e6 * percentile(other, 99), "µs"),
-        Row("added by switching, p50", 1e6 * (median(other) - median(same)), "µs"),
-        Row(
-            "added by switching, p99 of another less p50 of the same",
-            1e6 * (percentile(other, 99) - median(same)),
-            "µs",
-            50,
-        ),
-        Row(
-            "beside 7 rows of other adapters: row with the adapter its place had, p50",
-            1e6 * median(resident),
-            "µs",
-        ),
-        Row(
-            "beside 7 rows: row with another adapter, copied into the mixed batch, p50",
-            1e6 * median(spare),
-            "µs",
-        ),
-        Row(
-            "beside 7 rows: added by the copy, p99 of another less p50 of the same",
-            1e6 * (percentile(spare, 99) - median(resident)),
-            "µs",
-            50,
-        ),
-    ]
-
-
-def _request_rows(runtime: Runtime, names: list[str], pairs: int) -> list[Row]:
-    """Whole requests of 8 prompt tokens and one answered token, alone in the engine."""
-    prompts = Prompts(runtime.manifest.graph.vocab_size)
-    with Scheduler(runtime, max_rows=1) as scheduler:
-
-        def once(name: str) -> float:
-            return by_python(scheduler, [Job(name, prompts(8), 1)])[0].end
-
-        once(names[0])
-        taken = [
-            (once(name), once(name)) for name in (names[1 + k % STREAMS] for k in range(pairs))
-        ]
-    added = [another - same for another, same in taken]
-    return [
-        Row(
-            "whole request of one token, same adapter as before, p50",
-            1e6 * median(same for _, same in taken),
-            "µs",
-        ),
-        Row(
-            "whole request, added by another adapter than before, p50 of pairs",
-            1e6 * median(added),
-            "µs",
-        ),
-        Row(
-            "whole request, p99 another less p99 same",
-            1e6 * (percentile([a for a, _ in taken], 99) - percentile([s for _, s in taken], 99)),
-            "µs",
-        ),
-    ]
-
-
-def http(options: argparse.Namespace, work: Path) -> list[Row]:
-    """The same load through `edgetune serve` and through the scheduler of this process."""
-    library = work / "library"
-    with Runtime.open(
-        options.bundle, threads=options.threads, adapter_folder=_made(library)
-    ) as runtime:
-        names = make_adapters(library, runtime.manifest, STREAMS, source=options.adapter)
-        prompts, bias = Prompts(runtime.manifest.graph.vocab_size), no_end(runtime)
-        flags = (
-            "--adapter-library",
-            str(library),
-            "--threads",
-            str(options.threads),
-            "--max-rows",
-            str(STREAMS),
-        )
-        with (
-            served(options.bundle, work / "server.log", *flags) as server,
-            Scheduler(runtime, max_rows=STREAMS) as scheduler,
-        ):
-            ways: dict[str, Callable[[Sequence[Job]], list[Answer]]] = {
-                "python": lambda jobs: by_python(scheduler, jobs),
-                "http": lambda jobs: by_http(server.port, jobs, bias),
-            }
-            whole: dict[str, list[float]] = {way: [] for way in ways}
-            alone: dict[str, list[float]] = {way: [] for way in ways}
-            loaded: dict[str, list[float]] = {way: [] for way in ways}
-            for turn in range(options.rounds + 1):
-                together = [Job(name, prompts(options.prompt), options.new) for name in names]
-                single = [
-                    Job(names[k % STREAMS], prompts(options.prompt), 1)
-                    for k in range(options.singles)
-                ]
-                spread = [
-                    Job(name, prompts(options.prompt), options.new // 4, at=k / options.rate)
-                    for k, name in enumerate(names * 2)
-                ]
-                for way in list(ways)[:: -1 if turn % 2 else 1]:
-                    answers, firsts = (
-                        ways[way](together),
-                        [ways[way]([job])[0].first for job in single],
-                    )
-                    opened = ways[way](spread)
-                    if turn:
-                        whole[way].append(speed(answers))
-                        alone[way].append(1e3 * median(firsts))
-                        loaded[way].append(1e3 * median(answer.first for answer in opened))
-            log = server.errors()
-    if log:
-        raise SystemExit(f"the server logged errors: {log[0]}")
-    lost = [100 * (1 - h / p) for h, p in zip(whole["http"], whole["python"], strict=True)]
-    rows = [Row(f"8 streams, 8 adapters, {way}", median(whole[way]), "tokens/s") for way in ways]
-    rows.append(Row("tokens/s lost to HTTP", median(lost), "%", 5))
-    rows += [
-        Row(f"time to first token of a single request, {way}", median(alone[way]), "ms")
-        for way in ways
-    ]
-    rows.append(
-        Row(
-            "added by HTTP to the first token of a single request",
-            median(h - p for h, p in zip(alone["http"], alone["python"], strict=True)),
-            "ms",
-            3,
-        )
-    )
-    rows += [
-        Row(
-            f"time to first token, open loop of {options.rate:g} requests/s, {way}",
-            median(loaded[way]),
-            "ms",
-        )
-        for way in ways
-    ]
-    rows.append(
-        Row(
-            "added by HTTP to the first token, open loop",
-            median(h - p for h, p in zip(loaded["http"], loaded["python"], strict=True)),
-            "ms",
-        )
-    )
-    return rows
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
-
-
-def cold(options: argparse.Namespace, work: Path) -> list[Row]:
-    """`edgetune predict` from the start of the process to the first byte of the answer."""
-    rows = []
-    for title, flags in (("", ()), (" --no-verify", ("--no-verify",))):
-        taken = []
-        for _ in range(options.starts + 1):
-            start = time.perf_counter()
-            command = [
-                sys.executable,
-                "-m",
-                "edgetune",
-                "predict",
-                str(options.bundle),
-                options.text,
-                "--max-new-tokens",
-                "8",
-                "--threads",
-                str(options.threads),
-            ]
-            with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, bufsize=0) as process:
-                assert process.stdout is not None
-                if not process.stdout.read(1):
-                    raise SystemExit("edgetune predict printed nothing")
-                taken.append(time.perf_counter() - start)
-                process.stdout.read()
-        rows.append(
-            Row(
-                f"predict{title}, start to first token, median of {options.starts}",
-                median(taken[1:]),
-                "s",
-                1.0,
-            )
-        )
-        rows.append(Row(f"predict{title}, start to first token, best", min(taken[1:]), "s", 1.0))
-    return rows
 
 
 def llama(options: argparse.Namespace, work: Path) -> list[Row]:
@@ -553,7 +241,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.sections:
-            rows = SECTIONS[name](options, _made((options.work or Path(folder)) / name))
+            rows = SECTIONS[name](options, made((options.work or Path(folder)) / name))
             results[name] = {row.title: round(row.value, 4) for row in rows}
             print(f"\n## {name}\n\n{table(rows)}\n", flush=True)
     asked = {

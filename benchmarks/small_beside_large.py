@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune.evaluation.base_answers import Prompting
+from edgetune.evaluation.answers import Prompting
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.evaluation.measures import Evaluation
 from edgetune.metrics.statistics import wilson

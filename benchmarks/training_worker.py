@@ -123,7 +123,7 @@ def held_out_loss(model: Any, options: argparse.Namespace, pad_id: int) -> float
         return None
     import torch
 
-    from edgetune.data.batching import collate
+    from edgetune.data.collation import collate
     from edgetune.objectives.language import sft
 
     model = model.float().eval()

@@ -15,7 +15,7 @@ from edgetune.core.files import sha256_file, whole_folder, write_json
 from edgetune.core.layout import ADAPTER_WEIGHTS, ADAPTERS, MANIFEST
 from edgetune.core.precisions import FLOATS
 from edgetune.core.progress import Say
-from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, EMBEDDING, MASKED, REWARD, TAGGING
 from edgetune.export.bundle_files import (
     copy_adapter,
     write_genai_config,
@@ -24,6 +24,7 @@ from edgetune.export.bundle_files import (
 )
 from edgetune.export.graph.build import _graph, _trace, _write_graphs
 from edgetune.export.graph.families import known_family
+from edgetune.export.graph.heads import with_layers
 from edgetune.export.graph.lower import settle
 from edgetune.export.graph.seq2seq_files import check_seq2seq
 from edgetune.export.graph.trace import Traced
@@ -34,12 +35,14 @@ from edgetune.export.inputs.calibration_text import (
 )
 from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
 from edgetune.export.proof.cost import CostPlan
+from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import probe_rows
 from edgetune.export.proof.proof import demand
-from edgetune.export.proof.prove import proof_document, prove_bundle
+from edgetune.export.proof.prove import proof_document, proof_line, prove_bundle
 from edgetune.export.proof.task_metric import ALONE, TaskPlan
 from edgetune.export.proof.text_parity import check_vocabulary, prove_text
 from edgetune.export.proof.torch_model import as_stored, torch_model, warning
+from edgetune.export.proof.verdict import demand_verdicts, verdicts_of
 from edgetune.export.proof_page import write_page
 from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
@@ -53,6 +56,7 @@ from edgetune.runtime.bundle.manifest import (
     Manifest,
     PrecisionInfo,
 )
+from edgetune.runtime.tasks.choose_engine import ONNX_RUNTIME
 
 
 def export_bundle(
@@ -73,18 +77,20 @@ def export_bundle(
 ) -> Manifest:
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
-    `task` says on which rows each adapter's metric is taken, in torch and in the bundle; not given:
-    on a few of its recipe's validation rows. `cost` says where WikiText-2 and STS-B are, on which
+    `task` says on which rows each adapter's metric is taken, in torch and in the bundle, and what
+    ships a bundle that lost more than a point and chance; not given: on some of its recipe's
+    validation rows, and nothing does. `cost` says where WikiText-2 and STS-B are, on which
     the precision's cost is taken; not given: it is not. `calibration`: text for the quantiser gptq;
     not given: the training rows of the runs. `context`: positions, where the base has more than
     the 8,192 that a bundle has by itself. `traced` keeps the graph for further bundles of the same
     model. A bundle at `out` is replaced, which is said; with `replace_finished=False` it is an
-    OutputError. ProofError when the proof fails; then, as after any error, nothing is left at `out`
-    that was not there before.
+    OutputError. ProofError when the proof fails or the verdict is a refusal; then, as after any
+    error, nothing is left at `out` that was not there before.
     """
     precision = precision or Precision()
     check_place(out, finished=replace_finished, say=say)
-    (task or TaskPlan()).check()
+    plan = task or TaskPlan()
+    plan.check()
     sources = [read_source(name, Path(folder)) for name, folder in adapters]
     if len(sources) == 1 and sources[0].is_model and mode == "separate":
         say(
@@ -115,17 +121,22 @@ def export_bundle(
         )
         text = prove_text(folder, manifest, base, sources)
         say(f"proof of the text: passed; {text.line()}")
-        proofs = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
-        for name, proof in proofs.items():
-            say(f"proof {name}: {'passed' if proof.passed else 'FAILED'}; {proof.line()}")
-        demand(
-            proofs,
-            where=str(out),
-            merged=manifest.mode == "merged" and precision.weights not in FLOATS,
-        )
-        results = (task or TaskPlan()).measure(
+        proven = prove_bundle(folder, manifest, base, sources, rows, threads=threads)
+        merged = manifest.mode == "merged" and precision.weights not in FLOATS
+        for engine, found_by in proven.items():
+            for name, proof in found_by.items():
+                say(proof_line(name, engine, proof))
+            where = str(out) if engine == ONNX_RUNTIME else f"{out}, {engine} engine"
+            demand(found_by, where=where, merged=merged)
+        proofs = proven[ONNX_RUNTIME]
+        answers = prove_from_text(folder, manifest, base, sources, threads=threads)
+        for name, one in answers.items():
+            say(f"answers {name}: {one.line()}")
+        results = plan.measure(
             folder, manifest, base, sources, load=torch_model, threads=threads, say=say
         )
+        verdicts = verdicts_of(proofs, results, allowed_by=plan.allowed_by)
+        demand_verdicts(verdicts, where=str(out), merged=merged)
         found = (
             None
             if cost is None
@@ -140,9 +151,11 @@ def export_bundle(
         )
         if found is not None:
             manifest = replace(manifest, quality={**manifest.quality, "cost": found.to_dict()})
-        document = proof_document(proofs, rows, precision) | {
+        document = proof_document(proven, rows, precision) | {
             "task": {name: result.to_dict() for name, result in results.items()},
             "text": asdict(text),
+            "answers": {name: one.to_dict() for name, one in answers.items()},
+            "verdict": {name: verdict.to_dict() for name, verdict in verdicts.items()},
         }
         manifest = replace(manifest, proof=document, files=_digests(folder))
         manifest = replace(manifest, files=manifest.files | write_page(folder, manifest))
@@ -215,12 +228,14 @@ def _build(
             precision = settle(_trace(base, model), precision)
         calibrate_base(model, base, sources, tokenizer, precision, file=calibration, say=say)
         traced = None  # a graph kept from before has the weights as they were
-    graph, info, sites, head, precision = _graph(
+    graph, info, sites, head, precision, floats = _graph(
         base, model, sources, mode=mode, precision=precision, say=say, traced=traced
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
     del model
+    if head is not None and base.kind == "encoder":
+        head = with_layers(head, base, config, folder)
     info = _write_graphs(
         graph, folder, sites, info, base=base, precision=precision, mode=mode, say=say
     )
@@ -251,6 +266,7 @@ def _build(
         head=head,
         tokenizer=files,
         adapters=(),
+        quality={"kept_in_fp32": floats} if floats else {},
     )
     for line in filter(
         None, (warning(source.name, source.metadata, manifest) for source in sources)
@@ -277,6 +293,12 @@ def _task(base: Base, sources: Sequence[AdapterSource]) -> str:
     )
 
 
+def _task_of(source: AdapterSource, manifest: Manifest) -> str:
+    if source.task == MASKED:
+        return EMBEDDING
+    return source.task or (manifest.task if manifest.is_decoder else CLASSIFICATION)
+
+
 def build_base(
     base: Base, folder: Path, *, precision: Precision, say: Say = lambda line: None
 ) -> Manifest:
@@ -297,7 +319,7 @@ def _add_adapter(
         name=source.name,
         path=str(place),
         problem=source.problem,
-        task=source.task or (manifest.task if manifest.is_decoder else "sequence-classification"),
+        task=_task_of(source, manifest),
         labels=source.labels,
         prompt_format=source.metadata.get("prompt_format"),
         generation=source.metadata.get("generation"),
@@ -305,6 +327,7 @@ def _add_adapter(
         digest=(None if source.is_model else sha256_file(source.folder / ADAPTER_WEIGHTS)),
         onnx_adapter=None,
         metrics=dict(source.metadata.get("metrics") or {}),
+        max_length=source.metadata.get("max_length"),
     )
     if manifest.mode == "merged":
         return replace(entry, path=None)
@@ -312,6 +335,12 @@ def _add_adapter(
     for note in packed.notes:
         say(f"adapter {source.name}: {note}")
     if manifest.graph.standard is None:  # nor is there a graph that takes such a file
+        return replace(entry, rank=packed.rank)
+    if packed.has_layers:
+        say(
+            f"adapter {source.name}: its head has layers that model.onnx does not take, so other"
+            " engines get no .onnx_adapter of it; --mode merged writes it into their graph"
+        )
         return replace(entry, rank=packed.rank)
     onnx_adapter = place / f"{source.name}.onnx_adapter"
     write_onnx_adapter(packed, folder / onnx_adapter)

@@ -11,7 +11,15 @@ from typing import Any
 
 from edgetune.core.files import sha256_file, write_text
 from edgetune.core.layout import REPORT
-from edgetune.report.html import STYLE, figure, html_table, words
+from edgetune.report.html import (
+    STYLE,
+    figure,
+    html_table,
+    raw_table,
+    verdict_mark,
+    verdict_tile,
+    words,
+)
 from edgetune.runtime.bundle.manifest import FileInfo, Manifest
 
 # digests and figures stay in one piece; a wide table scrolls
@@ -32,10 +40,13 @@ def render_proof(manifest: Manifest) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(_what(manifest))}</p>",
         _tiles(manifest),
+        "<h2>Verdict</h2>" + _verdict(manifest),
+        *_task(manifest),
+        *_changed(manifest),
+        *_answers(manifest),
         "<h2>Proof: the bundle against torch</h2>" + _proof(manifest),
         *_text(manifest),
         *_cost(manifest),
-        *_task(manifest),
         *_survival(manifest),
         "<h2>Adapters</h2>" + _adapters(manifest),
         "<h2>Files</h2>" + html_table(("file", "bytes", "sha256"), _files(manifest)),
@@ -60,6 +71,11 @@ def _what(manifest: Manifest) -> str:
         else f"{stored.weights} in blocks of {stored.block_size}"
     )
     precision += f", activations in {stored.activations}" if stored.activations != "float" else ""
+    for module, more in manifest.quality.get("kept_in_fp32", {}).items():
+        precision += (
+            f"; {module} in fp32, {more / 1e6:.1f} MB more, because its width is no multiple of"
+            " the block"
+        )
     kept = ", ".join(f"{name} in {kind}" for name, kind in stored.overrides.items())
     return (
         f"{manifest.task}, {manifest.mode}, {precision}{f', {kept}' if kept else ''}; base"
@@ -68,9 +84,8 @@ def _what(manifest: Manifest) -> str:
 
 
 def _tiles(manifest: Manifest) -> str:
-    proofs = list(manifest.proof["adapters"].values())
     tiles = [
-        (f"{sum(proof['passed'] for proof in proofs)} of {len(proofs)}", "proofs passed"),
+        verdict_tile(list(manifest.proof["verdict"].values())),
         (f"{sum(info.bytes for info in manifest.files.values()) / 1e6:,.1f} MB", "on disk"),
         (f"{manifest.base.parameters / 1e6:,.1f} M", "parameters of the base"),
         (str(len(manifest.adapters)), "adapters"),
@@ -80,6 +95,62 @@ def _tiles(manifest: Manifest) -> str:
         for big, small in tiles
     )
     return f'<div class="tiles">{cells}</div>'
+
+
+def _verdict(manifest: Manifest) -> str:
+    """What the figures mean to whoever ships the bundle, in colour."""
+    rows = [
+        (
+            escape(name),
+            verdict_mark(one),
+            escape(one["says"])
+            + "".join(f'<br><span class="bad">{escape(why)}</span>' for why in one["reasons"])
+            + (f"<br>shipped by {escape(one['allowed_by'])}" if one["allowed_by"] else ""),
+        )
+        for name, one in manifest.proof["verdict"].items()
+    ]
+    return raw_table(("adapter", "", "against torch"), rows)
+
+
+def _changed(manifest: Manifest) -> Iterable[str]:
+    """Rows that the bundle answers otherwise, those that lost first."""
+    for name, result in manifest.proof.get("task", {}).items():
+        if (changed := result.get("changed")) and changed["rows"]:
+            rows = [
+                (
+                    escape(row["line"]),
+                    *(escape(row[key]) for key in ("text", "wanted", "torch")),
+                    f'<span class="{"bad" if row["worse"] else ""}">{escape(row["bundle"])}</span>',
+                )
+                for row in changed["rows"]
+            ]
+            count = f"{changed['changed']} of {changed['answered']} rows"
+            yield f"<h2>{escape(name)}: {count} answered otherwise</h2>" + raw_table(
+                ("row", "text", "wanted", "torch", "bundle"), rows
+            )
+
+
+def _answers(manifest: Manifest) -> Iterable[str]:
+    """A few rows from text to final answer, and each that came out otherwise."""
+    found = manifest.proof.get("answers", {})
+    rows = [
+        (
+            name,
+            one["kind"],
+            f"{one['same']} of {one['rows']}",
+            "–" if one["largest"] is None else f"{one['largest']:.1e}",
+            ", ".join(f"{key} {value}" for key, value in one["not_applied"].items()),
+        )
+        for name, one in found.items()
+    ]
+    if rows:
+        head = ("adapter", "answers", "same", "largest difference", "not applied on the device")
+        yield "<h2>From text to answer: transformers and PEFT, and the bundle</h2>" + html_table(
+            head, rows
+        )
+    others = [(name, *other) for name, one in found.items() for other in one["others"]]
+    if others:
+        yield html_table(("adapter", "text", "transformers", "bundle"), others)
 
 
 def _proof(manifest: Manifest) -> str:
@@ -93,7 +164,7 @@ def _proof(manifest: Manifest) -> str:
         "recovered",
         "direction",
         "strength",
-        "",
+        "bounds",
     )
     rows = [
         (
@@ -106,7 +177,7 @@ def _proof(manifest: Manifest) -> str:
             f"{p['recovered']:.1%}",
             f"{p['direction']:.3f}",
             f"{p['strength']:.2f}",
-            "✓" if p["passed"] else "; ".join(p["failures"]),
+            "within" if p["passed"] else "; ".join(p["failures"]),
         )
         for name, p in manifest.proof["adapters"].items()
     ]

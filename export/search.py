@@ -129,7 +129,9 @@ def export_smallest(
     check_sources(sources, mode, Precision(), base_name)
     base = base_of(sources, base_name)
     quantisers = _quantisers(quantiser, base, sources, mode, calibration)
-    plan = _plan(task or TaskPlan(), base, sources)
+    plan = replace(
+        _plan(task or TaskPlan(), base, sources), allowed_by=f"--max-loss {max_loss:.2%}"
+    )
     with exclusive(out), scratch_folder(out) as work:
         search = _Search(
             adapters,

@@ -33,7 +33,7 @@ FLOORS = {
     "runtime.engine": "core devices runtime.bundle",
     "runtime.engine.native": "core devices runtime.bundle runtime.engine",
     "runtime.generation": "core runtime.bundle",
-    "runtime.adapters": "core runtime.bundle runtime.engine runtime.generation",
+    "runtime.adapters": "core devices runtime.bundle runtime.engine runtime.generation",
     "runtime.tasks": (
         "core devices runtime.adapters runtime.bundle runtime.engine runtime.engine.native "
         "runtime.generation"
@@ -53,7 +53,7 @@ FLOORS = {
     "runtime.check": "core devices runtime.tasks",
     "export": (
         "adapters core edgetune export.graph export.inputs export.proof models quantisation "
-        "report runtime.adapters runtime.bundle runtime.check"
+        "report runtime.adapters runtime.bundle runtime.check runtime.tasks"
     ),
     "training.fast": "data models objectives",
     "training.parallel": "core data objectives",

@@ -29,7 +29,7 @@ from edgetune.core.layout import (
     HEAD_GUARDS,
     PEFT_PREFIX,
 )
-from edgetune.models.heads import HEAD
+from edgetune.models.heads import HEAD, SequenceClassifier
 
 SCHEMA = 1
 PEFT_TASKS = {
@@ -51,6 +51,8 @@ class AdapterMetadata:
     pooling: str | None = None
     # of sequence-classification: single-label | multi-label | regression
     problem: str | None = None
+    # of a head on an encoder: transformers' own layers, or (None) one layer on the pooled states
+    head: str | None = None
     prompt_format: Mapping[str, Any] | None = None
     generation: Mapping[str, Any] | None = None
     max_length: int = 512  # tokens
@@ -83,7 +85,7 @@ def _config_dict(model: PeftModel, metadata: AdapterMetadata) -> dict[str, Any]:
     config = model.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = metadata.base["name"]
     config["inference_mode"] = True
-    if HEAD in (config["modules_to_save"] or ()):
+    if HEAD in (config["modules_to_save"] or ()) and metadata.head is None:
         config["modules_to_save"] = [*config["modules_to_save"], *HEAD_GUARDS]
     return {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
@@ -143,7 +145,8 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        saved = [name for name in config.modules_to_save or () if name not in HEAD_GUARDS]
+        guards = HEAD_GUARDS if isinstance(model, SequenceClassifier) and not model.layers else ()
+        saved = [name for name in config.modules_to_save or () if name not in guards]
         config.modules_to_save = saved or None
         adapted = PeftModel(model, config)
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:

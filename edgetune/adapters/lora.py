@@ -14,7 +14,7 @@ from torch import nn
 
 from edgetune.adapters.folder import PEFT_TASKS
 from edgetune.core.errors import RecipeError
-from edgetune.models.heads import HEAD, HEADS, UNUSED, SequenceClassifier, TokenClassifier, head_of
+from edgetune.models.heads import HEADS, UNUSED, SequenceClassifier, TokenClassifier, head_of
 from edgetune.recipe.checks import changes_the_base
 from edgetune.recipe.schema import Parameters
 
@@ -46,7 +46,7 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         use_dora=parameters.dora,
         rank_pattern=dict(parameters.rank_pattern),
         alpha_pattern={name: _whole(alpha) for name, alpha in parameters.alpha_pattern.items()},
-        modules_to_save=None if head is None else [head],
+        modules_to_save=list(head) or None,
         init_lora_weights=True if parameters.init in ("default", "loftq") else parameters.init,
         fan_in_fan_out=all(
             type(model.get_submodule(name)).__name__ == "Conv1D" for name in names
@@ -56,8 +56,7 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
         raise RecipeError(
             'init = "orthogonal" needs an even rank', where="parameters.init", got=f"rank {odd}"
         )
-    if changes_the_base(parameters.init) or parameters.init == "loftq":
-        _check_ranks(model, names, parameters)
+    _check_ranks(model, names, parameters)
     return PeftModel(model, config)
 
 
@@ -74,7 +73,7 @@ def adapt_head(model: SequenceClassifier) -> PeftModel:
         r=1,
         lora_alpha=1,
         target_modules=DUMMY_TARGET_MODULES,
-        modules_to_save=[HEAD],
+        modules_to_save=list(model.head_modules),
     )
     return PeftModel(model, config)
 
@@ -109,10 +108,22 @@ def _odd_ranks(parameters: Parameters) -> int | None:
 
 
 def _check_ranks(model: nn.Module, names: list[str], parameters: Parameters) -> None:
-    """PiSSA, OLoRA and LoftQ have no more directions than the weight has rows or columns."""
+    """No rank is larger than every weight; and PiSSA, OLoRA and LoftQ have no more directions than
+    each has rows or columns.
+    """
     largest = max(parameters.rank, *parameters.rank_pattern.values(), 1)
-    for name in names:
-        weight: Any = model.get_submodule(name).weight
+    weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in names}
+    widest = max(max(weight.shape) for weight in weights.values())
+    if largest > widest:
+        raise RecipeError(
+            "a rank above every weight's rows and columns adds nothing",
+            where="parameters.rank",
+            expected=f"at most {widest} for this base",
+            got=str(largest),
+        )
+    if not changes_the_base(parameters.init) and parameters.init != "loftq":
+        return
+    for name, weight in weights.items():
         if largest > min(weight.shape):
             raise RecipeError(
                 f'init = "{parameters.init}" needs a rank of at most the smaller side of each'
@@ -162,7 +173,10 @@ def _check_pattern(pattern: Mapping[str, float], names: list[str], *, table: str
         _pattern(key, where=f"parameters.{table}")
         if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
             raise RecipeError(
-                f"{key!r} matches no target module", where=f"parameters.{table}", got=key
+                f"{key!r} matches no target module",
+                where=f"parameters.{table}",
+                expected=", ".join(sorted({name.rpartition(".")[2] for name in names})),
+                got=key,
             )
 
 

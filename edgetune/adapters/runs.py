@@ -40,6 +40,7 @@ def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
             task=metadata["task"],
             labels=len(metadata["labels"]),
             pooling=metadata["pooling"],
+            head=metadata.get("head"),
         )
     elif metadata["task"] == "reward":
         model = RewardModel(model)

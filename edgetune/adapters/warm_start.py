@@ -38,6 +38,7 @@ class StartAdapter:
     digest: str  # of its weights
     # how the base's weights were rounded while it learned; None: not at all
     rounded: Mapping[str, Any] | None = None
+    head: str | None = None  # its kind, as its metadata has it
 
     def other_weights(self, rounded: Mapping[str, Any] | None) -> str:
         """A line for a person where the base is `rounded` otherwise now than while it learned;
@@ -122,6 +123,7 @@ def read_start(recipe: Recipe, base: Base) -> StartAdapter | None:
         None if labels is None else tuple(labels),
         "sha256:" + sha256_file(folder / ADAPTER_WEIGHTS),
         metadata.get("base_precision"),
+        metadata.get("head"),
     )
 
 

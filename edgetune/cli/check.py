@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import click
 
-from edgetune.cli.options import chosen_providers, engine_option, provider_option
+from edgetune.cli.options import THREADS, chosen_providers, engine_option, provider_option
 
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
@@ -61,7 +61,7 @@ WORDS = {"ok": "ok", "over": "OVER", "noisy": "too noisy to tell"}
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=THREADS,
     help="Threads. [default: the device's, if this machine has them]",
 )
 @provider_option
@@ -96,6 +96,7 @@ def command(
     so.
     """
     from edgetune.core.errors import AdapterError, DeviceError
+    from edgetune.core.settings import nearest
     from edgetune.devices import load_device, parse_budget
     from edgetune.runtime.bundle.manifest import read_manifest
     from edgetune.runtime.check.latency import Workload, host_speed, measure_latency
@@ -108,9 +109,8 @@ def command(
     budget = {**device.budget.get(kind, {}), **asked}
     shipped = tuple(entry.name for entry in manifest.adapters)
     if unknown := [name for name in adapters if name not in shipped]:
-        raise AdapterError(
-            f"unknown adapter {unknown[0]!r}", expected=", ".join(shipped) or "none in this bundle"
-        )
+        there = nearest(unknown[0], shipped, none="none in this bundle")
+        raise AdapterError(f"unknown adapter {unknown[0]!r}", **there)
     length = prompt_tokens or (256 if manifest.is_decoder else 32)
     used = threads or min(device.threads, load_device("host").threads)
     workload = Workload(

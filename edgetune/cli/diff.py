@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgetune.cli.options import THREADS
+
 if TYPE_CHECKING:
     from edgetune.runtime.bundle.diff import Change, Difference, ReadGraph
     from edgetune.runtime.check.latency import Latency
@@ -31,9 +33,7 @@ WIDTH = 44  # characters of a value
     show_default=True,
     help="With --latency: how often each is opened.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="With --latency: threads of the engine."
-)
+@click.option("--threads", type=THREADS, help="With --latency: threads of the engine.")
 @click.option(
     "--json",
     "json_file",

@@ -16,7 +16,7 @@ from edgetune.cli.options import engine_option, provider_option
 from edgetune.core.errors import InputError
 
 if TYPE_CHECKING:
-    from edgetune.evaluation.base_answers import Prompting
+    from edgetune.evaluation.answers import Prompting
 
 
 @click.command()
@@ -125,7 +125,7 @@ def command(
 
 def _prompting(asked: dict[str, Any]) -> Prompting | None:
     """How a base is asked; None when no such option is given."""
-    from edgetune.evaluation.base_answers import Prompting
+    from edgetune.evaluation.answers import Prompting
 
     how = Prompting(**asked)
     return None if how == Prompting() else how

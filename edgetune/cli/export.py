@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from edgetune.cli.options import THREADS, show_verdicts
 from edgetune.core.errors import ExportError
 from edgetune.core.precisions import PRECISIONS
 
@@ -118,7 +119,7 @@ BLOCK_SIZE = 32
     metavar="N",
     help=(
         "Validation rows (of the run's recipe) on which each adapter's task metric is taken, in"
-        " torch and in the bundle; not given: 16 of a decoder, 256 of an encoder; 0: none."
+        " torch and in the bundle; not given: 64 of a decoder, 256 of an encoder; 0: none."
     ),
 )
 @click.option(
@@ -126,6 +127,14 @@ BLOCK_SIZE = 32
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Rows for the task metric, instead of the recipe's own.",
+)
+@click.option(
+    "--allow-metric-loss",
+    is_flag=True,
+    help=(
+        "Ship a bundle that lost more of the task metric than a point and chance, or whose rounding"
+        " is too large beside the adapter's effect; the manifest says so."
+    ),
 )
 @click.option(
     "--general",
@@ -154,9 +163,7 @@ BLOCK_SIZE = 32
         " long as it must be, whatever stands here."
     ),
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof."
-)
+@click.option("--threads", type=THREADS, help="Threads of the engine during the proof.")
 def command(
     adapters: tuple[str, ...],
     out: Path,
@@ -173,6 +180,7 @@ def command(
     base_name: str | None,
     task_rows: int | None,
     task_data: Path | None,
+    allow_metric_loss: bool,
     general: Path | None,
     general_items: int | None,
     context: int | None,
@@ -187,6 +195,7 @@ def command(
     from edgetune.export.inputs.combine import FORM, resolve_sums
     from edgetune.export.proof.task_metric import TaskPlan
     from edgetune.export.proof.torch_model import precision_trained_for
+    from edgetune.export.proof.verdict import ALLOW
     from edgetune.quantisation.precision import Precision
 
     overrides = dict(_pair(text, "--keep", "MODULE=PRECISION") for text in keep)
@@ -196,7 +205,8 @@ def command(
     pairs = [_pair(text, "--adapter", FORM) for text in adapters]
     with tempfile.TemporaryDirectory(prefix="edgetune-sum-") as folder:
         sources = resolve_sums(pairs, Path(folder))
-        task, cost = TaskPlan(task_rows, task_data), _cost(general, general_items)
+        task = TaskPlan(task_rows, task_data, allowed_by=ALLOW if allow_metric_loss else "")
+        cost = _cost(general, general_items)
         if precision == "auto" and activations != "float":
             raise ExportError(
                 "--precision auto tries no 8-bit activations",
@@ -260,6 +270,7 @@ def command(
         f"{out}: {manifest.base.name}, {mode}, {precision}, {len(pairs)}"
         f" adapter{'s' if len(pairs) != 1 else ''}, {size:.1f} MB"
     )
+    show_verdicts(manifest.proof["verdict"])
 
 
 def _smallest(
@@ -293,6 +304,7 @@ def _smallest(
         f"{out}: {found.manifest.base.name}, {found.manifest.mode}, {trial.name}, {trial.mb:.1f}"
         f" MB; plots in {write_page(found, out)}"
     )
+    show_verdicts(found.manifest.proof["verdict"])
 
 
 def _cost(general: Path | None, items: int | None) -> Any:
@@ -340,6 +352,7 @@ OF_BUNDLES = (
     "calibration",
     "task_rows",
     "task_data",
+    "allow_metric_loss",
     "general",
     "general_items",
 )

@@ -1,15 +1,17 @@
-"""What commands share before they start: `--provider`, `--device`, and how OpenMP's threads
-wait.
+"""What commands share: `--provider`, `--device`, how OpenMP's threads wait, and how verdicts are
+printed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
 
+THREADS = click.IntRange(1, 1024)
+"""what `--threads` takes; more are never of use, and starting them would take minutes"""
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -73,3 +75,12 @@ def wait_briefly() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def show_verdicts(verdicts: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line an adapter, on a terminal coloured: green is as trained and nothing else is."""
+    from edgetune.export.proof.verdict import AS_TRAINED, ProofVerdict
+
+    for name, one in verdicts.items():
+        colour = "green" if one["value"] == AS_TRAINED else "red" if one["reasons"] else "yellow"
+        click.echo(f"{name}: " + click.style(ProofVerdict(**one).line(), fg=colour))

@@ -1,4 +1,6 @@
-"""`edgetune predict`: one text, or a file of rows, answered by a bundle."""
+"""`edgetune predict`: one text, a file of rows, or what comes from standard input, answered by a
+bundle.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import chosen_providers, device_option, engine_option, provider_option
+from edgetune.cli.options import (
+    THREADS,
+    chosen_providers,
+    device_option,
+    engine_option,
+    provider_option,
+)
+from edgetune.core.tasks import CLASSIFICATION, REWARD
+
+HEADED = (CLASSIFICATION, REWARD)  # what on a decoder gives no text
 
 if TYPE_CHECKING:
     from edgetune.runtime.tasks.runtime import Runtime
+
+STANDARD = Path("-")
 
 
 @click.command("predict")
@@ -21,12 +34,21 @@ if TYPE_CHECKING:
     "--adapter", metavar="NAME|FOLDER", help="An adapter of the bundle, or a PEFT adapter folder."
 )
 @click.option(
-    "--input", "source", type=click.Path(path_type=Path), help="Rows to answer (.jsonl, .jsonl.gz)."
+    "--input",
+    "source",
+    type=click.Path(path_type=Path),
+    help=(
+        "Rows to answer, in any format that training reads (.jsonl .json .csv .tsv .parquet .xlsx,"
+        " also .gz or .zst); - is standard input."
+    ),
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Where the answered rows go; written whole or not at all.",
+    help=(
+        "Where the answered rows go (.jsonl or .csv, also .gz), written whole or not at all; - is"
+        " standard output."
+    ),
 )
 @click.option("--max-new-tokens", type=int, help="Tokens to generate at most.")
 @click.option(
@@ -52,9 +74,7 @@ if TYPE_CHECKING:
 @click.option(
     "--truncate", is_flag=True, help="Cut texts that are too long for an encoder or a reward."
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores)."
-)
+@click.option("--threads", type=THREADS, help="Processor threads (default: all cores).")
 @provider_option
 @engine_option
 @device_option
@@ -78,7 +98,8 @@ def command(
     grammar: Path | None,
     **settings: Any,
 ) -> None:
-    """Answer TEXT, or every row of --input, with BUNDLE.
+    """Answer TEXT, or every row of --input, with BUNDLE. With - in place of TEXT the rows come
+    from standard input, JSON Lines or a text a line, and the answered ones go to standard output.
 
     Rows hold "prompt", "messages" or "text", or the columns the adapter was trained on; "adapter"
     in a row chooses its adapter. Answered rows keep their fields and gain "completion" and
@@ -89,8 +110,10 @@ def command(
     """
     if text is not None and not text.strip():
         raise click.UsageError("TEXT is empty")
+    if text == "-":
+        text, source, output = None, source or STANDARD, output or STANDARD
     if (text is None) == (source is None):
-        raise click.UsageError("give one TEXT, or --input FILE with --output FILE")
+        raise click.UsageError("give one TEXT, or --input FILE with --output FILE, or -")
     if (source is None) != (output is None):
         raise click.UsageError("--input and --output belong together")
     from edgetune.runtime.tasks.runtime import Runtime
@@ -108,6 +131,36 @@ def command(
             )
         else:
             _answer_text(runtime, text or "", adapter=name, truncate=truncate, settings=settings)
+
+
+def _rows(runtime: Runtime, source: Path, adapter: str | None) -> list[tuple[int, dict[str, Any]]]:
+    """(line, row) of a file, read as training reads it, or of standard input."""
+    from edgetune.core.errors import DataError, InputError
+    from edgetune.core.tasks import GENERATION
+    from edgetune.data.readers import read_lines
+    from edgetune.data.rows import read_rows
+
+    try:
+        if source != STANDARD:
+            return [(row.line, row.values) for row in read_rows(source).rows]
+        data = sys.stdin.buffer.read()
+        found = read_lines(data, "standard input")
+        if found is None:
+            lines = data.decode("utf-8", "replace").splitlines()
+            key = "prompt" if runtime.task(adapter) == GENERATION else "text"
+            texts = [(at, {key: line}) for at, line in enumerate(lines, 1) if line.strip()]
+            if not texts:
+                raise InputError("there is no text", where="standard input")
+            return texts
+        for row in found:
+            if isinstance(row, DataError):
+                raise row
+        return [(row.line, row.values) for row in found if not isinstance(row, DataError)]
+    except DataError as error:  # what a recipe could do about it is no way out here
+        fix = "" if "data." in error.fix else error.fix
+        raise InputError(
+            error.what, where=error.where, expected=error.expected, got=error.got, fix=fix
+        ) from error
 
 
 def _text_of(path: Path | None) -> str | None:
@@ -139,7 +192,7 @@ def _check_settings(
     that generates.
     """
     given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
-    generates = runtime.manifest.is_decoder and not (alone and runtime.task(adapter) == "reward")
+    generates = runtime.manifest.is_decoder and not (alone and runtime.task(adapter) in HEADED)
     if given and not generates:
         raise click.UsageError(
             f"{', '.join(given)} say how a text is generated, and {adapter or 'this bundle'}"
@@ -160,7 +213,7 @@ def _note_embedding(runtime: Runtime, what: str) -> None:
 def _answer_text(
     runtime: Runtime, text: str, *, adapter: str | None, truncate: bool, settings: dict[str, Any]
 ) -> None:
-    if not runtime.manifest.is_decoder:
+    if not runtime.manifest.is_decoder or runtime.task(adapter) == CLASSIFICATION:
         if runtime.labels(adapter) is None:
             if adapter is None:
                 _note_embedding(runtime, "this is")
@@ -209,13 +262,14 @@ def _answer_file(
 ) -> None:
     from edgetune.runtime.tasks.prediction_file import (
         answer_rows,
-        read_request_rows,
         requests_of,
+        row_line,
         write_rows,
     )
 
-    rows = read_request_rows(source)
-    requests = requests_of(runtime, rows, path=str(source), adapter=adapter, truncate=truncate)
+    rows = _rows(runtime, source, adapter)
+    name = "standard input" if source == STANDARD else str(source)
+    requests = requests_of(runtime, rows, path=name, adapter=adapter, truncate=truncate)
     if adapter is None and (bare := sum("adapter" not in row for _, row in rows)):
         _note_embedding(runtime, f"{bare} of {len(rows)} rows get")
     answered: list[dict[str, Any]] = [{} for _ in requests]
@@ -224,5 +278,8 @@ def _answer_file(
         answered[place] = row
         if sys.stderr.isatty():
             click.echo(f"\r{done}/{len(requests)} rows", nl=done == len(requests), err=True)
+    if output == STANDARD:
+        click.echo("".join(map(row_line, answered)), nl=False)
+        return
     write_rows(output, answered)
     click.echo(f"{len(answered)} rows answered: {output}")

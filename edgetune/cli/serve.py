@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.options import chosen_providers, device_option, engine_option, provider_option
+from edgetune.cli.options import (
+    THREADS,
+    chosen_providers,
+    device_option,
+    engine_option,
+    provider_option,
+)
 
 if TYPE_CHECKING:
     from edgetune.runtime.server.http.service import Service
@@ -147,9 +153,7 @@ KEYS = "EDGETUNE_API_KEYS"
     metavar="NAME",
     help="A host name this server answers for.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Processor threads (default: all cores)."
-)
+@click.option("--threads", type=THREADS, help="Processor threads (default: all cores).")
 @provider_option
 @engine_option
 @device_option
@@ -232,7 +236,6 @@ def command(
             verify=not no_verify,
             adapter_folder=library,
             adapter_memory_mb=adapter_memory_mb,
-            situations=True,
             strict=strict,
             engine=engine,
         ) as runtime,

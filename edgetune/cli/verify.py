@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from edgetune.cli.options import THREADS, show_verdicts
+
+if TYPE_CHECKING:
+    from edgetune.runtime.bundle.manifest import Manifest
 
 
 @click.command()
@@ -27,10 +33,18 @@ import click
     help="With --task-data: that many of them at most.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of the engine during the proof."
+    "--allow-metric-loss",
+    is_flag=True,
+    help="With --parity: say what was lost, and exit 0 all the same.",
 )
+@click.option("--threads", type=THREADS, help="Threads of the engine during the proof.")
 def command(
-    bundle: Path, parity: bool, task_data: Path | None, task_rows: int | None, threads: int | None
+    bundle: Path,
+    parity: bool,
+    task_data: Path | None,
+    task_rows: int | None,
+    allow_metric_loss: bool,
+    threads: int | None,
 ) -> int:
     """Check that a bundle is what was exported. Exit 1 when anything differs."""
     from edgetune.core.errors import InputError
@@ -42,6 +56,8 @@ def command(
             "--task-data needs torch and the base model",
             fix="Add --parity, or use `edgetune eval` for the bundle alone.",
         )
+    if allow_metric_loss and not parity:
+        raise InputError("--allow-metric-loss is for the proof again", fix="Add --parity.")
     if task_rows is not None and task_data is None:
         raise InputError(
             "--task-rows says how many rows of --task-data",
@@ -60,29 +76,35 @@ def command(
     if problems:
         return 1
     click.echo(f"{bundle}: {len(manifest.files)} files, every size and sha256 as exported")
-    failed = _parity(bundle, threads) if parity else 0
-    if task_data is not None:
-        _task(bundle, task_data, task_rows, threads)
-    return failed
+    if not parity:
+        return 0
+    return _parity(bundle, manifest, task_data, task_rows, threads, allow_loss=allow_metric_loss)
 
 
-def _parity(bundle: Path, threads: int | None) -> int:
-    from edgetune.export.proof.prove import reprove
-    from edgetune.runtime.bundle.manifest import read_manifest
-
-    failed = False
-    for name, proof in reprove(bundle, read_manifest(bundle), threads=threads).items():
-        click.echo(
-            f"proof {name}: {'passed' if proof.passed else 'FAILED: ' + '; '.join(proof.failures)};"
-            f" {proof.line()}"
-        )
-        failed |= not proof.passed
-    return int(failed)
-
-
-def _task(bundle: Path, data: Path, rows: int | None, threads: int | None) -> None:
-    from edgetune.export.proof.prove import remeasure
+def _parity(
+    bundle: Path,
+    manifest: Manifest,
+    data: Path | None,
+    rows: int | None,
+    threads: int | None,
+    *,
+    allow_loss: bool,
+) -> int:
+    from edgetune.export.proof.prove import proof_line, remeasure, reprove
     from edgetune.export.proof.task_metric import TaskPlan
-    from edgetune.runtime.bundle.manifest import read_manifest
+    from edgetune.export.proof.verdict import ALLOW, REFUSED, verdicts_again
+    from edgetune.runtime.tasks.choose_engine import ONNX_RUNTIME
 
-    remeasure(bundle, read_manifest(bundle), TaskPlan(rows, data), threads=threads, say=click.echo)
+    proven = reprove(bundle, manifest, threads=threads)
+    for engine, found in proven.items():
+        for name, proof in found.items():
+            click.echo(proof_line(name, engine, proof))
+    proofs = proven[ONNX_RUNTIME]
+    plan = TaskPlan(rows, data, allowed_by=ALLOW if allow_loss else "")
+    tasks = (
+        {} if data is None else remeasure(bundle, manifest, plan, threads=threads, say=click.echo)
+    )
+    verdicts = verdicts_again(manifest, proofs, tasks, allowed_by=plan.allowed_by)
+    show_verdicts({name: verdict.to_dict() for name, verdict in verdicts.items()})
+    passed = all(proof.passed for found in proven.values() for proof in found.values())
+    return int(not passed or any(verdict.value == REFUSED for verdict in verdicts.values()))

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgetune.core.errors import OutputError
@@ -17,22 +18,28 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+POLL_S = 0.2
 LOCK = ".lock-"  # then the folder's name
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, *, wait_for: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold `folder` for this block, and clear what a killed process left beside it first.
 
     The lock is a file beside the folder that the operating system holds for this process (flock, or
     msvcrt's on Windows): it ends with the process, so a dead one's blocks nobody. File systems that
-    know no locks go unguarded. OutputError where another run or export holds it.
+    know no locks go unguarded. OutputError where another run or export holds it; with `wait_for`,
+    which is called once then, its end is waited for.
     """
     folder = folder.resolve()  # two links to one folder are one folder
     path = folder.with_name(f"{LOCK}{folder.name}")
     with output_errors(folder, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path)
+        if descriptor is None and wait_for is not None:
+            wait_for()
+            while (descriptor := _acquire(path)) is None:
+                time.sleep(POLL_S)
     try:
         if descriptor is None:
             raise OutputError(

@@ -84,6 +84,14 @@ def did_you_mean(word: str, choices: typing.Iterable[str]) -> str:
     return f'Did you mean "{near[0]}"?' if near else ""
 
 
+def nearest(word: str, names: typing.Collection[str], *, none: str = "") -> dict[str, str]:
+    """`expected` and `fix` of the error for a name that is not among these: the nearest one, else
+    the first dozen of them, else `none`.
+    """
+    near = did_you_mean(word, names)
+    return {"expected": "" if near else _first(names) or none, "fix": near}
+
+
 def describe(hint: Any, *, table: str = "a table") -> str:
     """A type in a reader's words: `an integer`, `a list of strings`, `one of "a", "b"`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -100,10 +108,15 @@ def describe(hint: Any, *, table: str = "a table") -> str:
     return WORDS.get(hint, table)
 
 
-def _names(keys: typing.Collection[str]) -> str:
+def some_of(keys: typing.Collection[str]) -> str:
+    """`one of a, b, c`: the first dozen."""
+    return f"one of {_first(keys)}"
+
+
+def _first(keys: typing.Collection[str]) -> str:
     """The first dozen of them, and how many more there are."""
     more = f" and {len(keys) - 12} more" if len(keys) > 12 else ""
-    return f"one of {', '.join(list(keys)[:12])}{more}"
+    return ", ".join(list(keys)[:12]) + more
 
 
 def _one_of(choices: typing.Iterable[str]) -> str:
@@ -138,7 +151,7 @@ class _Reader:
                 raise self.error(
                     f'unknown key "{shortened(_join(path, key))}"',
                     where=self.where,
-                    expected="" if near else _names(fields),
+                    expected="" if near else some_of(fields),
                     fix=self.fix or near,
                 )
         if missing := [

@@ -26,6 +26,10 @@ Task = Literal[
 ]
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 TAGGING: Task = "token-classification"
+CLASSIFICATION: Task = "sequence-classification"
+MASKED: Task = "masked-lm"
+EMBEDDING = "feature-extraction"
+"""What a masked-lm adapter does in a bundle: the encoder's embedding, of another domain."""
 GENERATION: Task = "text-generation"
 REWARD: Task = "reward"
 PROBLEMS = get_args(Problem)
@@ -69,7 +73,7 @@ METHODS: dict[MethodName, Method] = {
     "masked-lm": Method(task="masked-lm", kinds=("encoder",), columns=("text",)),
     "sequence-classification": Method(
         task="sequence-classification",
-        kinds=("encoder",),
+        kinds=("encoder", "decoder"),
         columns=("text", "text_pair", "label", "label_names", "normalise_labels"),
         settings=("problem",),
         has_head=True,
@@ -80,7 +84,9 @@ METHODS: dict[MethodName, Method] = {
 }
 # What a bundle of a decoder and of an encoder answers.
 DECODER_TASKS = tuple(dict.fromkeys(m.task for m in METHODS.values() if "decoder" in m.kinds))
-ENCODER_TASKS = tuple(dict.fromkeys(m.task for m in METHODS.values() if m.has_head))
+ENCODER_TASKS = tuple(
+    dict.fromkeys(m.task for m in METHODS.values() if m.has_head and "encoder" in m.kinds)
+)
 
 
 def lower_is_better(metric: str) -> bool:

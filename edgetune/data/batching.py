@@ -10,12 +10,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
-from edgetune.core.text import second_of
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE = -100  # the label of a position without loss, as in torch's cross entropy
 # rows are sorted by length within pools of this many batches: less than 3 % of the tokens of the
@@ -156,75 +154,3 @@ def in_order_of_length(
     """
     parts = split(range(len(lengths)), lengths, max_tokens)
     return [part[at : at + batch_size] for part in parts for at in range(0, len(part), batch_size)]
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad on the right to the longest of these rows."""
-    longest = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, example in enumerate(examples):
-        input_ids[row, : len(example.input_ids)] = torch.tensor(
-            example.input_ids, dtype=torch.int64
-        )
-        attention_mask[row, : len(example.input_ids)] = 1
-    labels = _collate_labels(examples, longest)
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
-        rows=tuple(example.row for example in examples),
-        tokens=int(attention_mask.sum()),
-        # The label of a row's first token is never predicted: nothing stands before it.
-        targets=int((labels[:, 1:] != IGNORE).sum()) if labels.ndim == 2 else len(examples),
-        position_ids=_collate_positions(examples, longest),
-        features=_collate_features(examples),
-        token_type_ids=token_types([example.input_ids for example in examples], longest),
-    )
-
-
-def token_types(rows: Sequence[Sequence[int]], longest: int) -> Tensor | None:
-    """(rows, longest) int64, 1 at the tokens of second texts; None where no row has two texts."""
-    seconds = [second_of(row) for row in rows]
-    if all(second is None for second in seconds):
-        return None
-    types = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for at, (row, second) in enumerate(zip(rows, seconds, strict=True)):
-        if second is not None:
-            types[at, second : len(row)] = 1
-    return types
-
-
-def _collate_features(examples: Sequence[Example]) -> Tensor | None:
-    features = [
-        feature
-        for example in examples
-        if (feature := getattr(example, "features", None)) is not None
-    ]
-    return torch.stack(features) if features else None
-
-
-def _collate_positions(examples: Sequence[Example], longest: int) -> Tensor | None:
-    """None unless an example holds several documents; padding is at position 0."""
-    positions: list[list[int] | None] = [
-        getattr(example, "position_ids", None) for example in examples
-    ]
-    if not any(positions):
-        return None
-    padded = torch.zeros((len(examples), longest), dtype=torch.int64)
-    for row, (example, position) in enumerate(zip(examples, positions, strict=True)):
-        length = len(example.input_ids)
-        padded[row, :length] = torch.arange(length) if position is None else torch.tensor(position)
-    return padded
-
-
-def _collate_labels(examples: Sequence[Example], longest: int) -> Tensor:
-    labels = [example.labels for example in examples]
-    classes = [label for label in labels if isinstance(label, int)]
-    if len(classes) == len(labels):
-        return torch.tensor(classes, dtype=torch.int64)
-    padded = torch.full((len(examples), longest), IGNORE, dtype=torch.int64)
-    for row, label in enumerate(labels):
-        if isinstance(label, list):
-            padded[row, : len(label)] = torch.tensor(label, dtype=torch.int64)
-    return padded

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune.core.errors import DataError
+from edgetune.core.messages import Conversation, conversation_column, unread_keys
 from edgetune.data.batching import IGNORE
 from edgetune.data.conversations import (
     end_token,
@@ -20,7 +21,7 @@ from edgetune.data.conversations import (
     turns_and_answer,
 )
 from edgetune.data.examples import Example, ExampleSet, Loading, load
-from edgetune.data.messages import Conversation, conversation_column, unread_keys
+from edgetune.data.implicit_prompts import well_answered
 from edgetune.data.prompts import PromptFormat, apply_chat_template
 from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
@@ -43,7 +44,10 @@ class PromptedRow:
 def prompted_rows(
     source: Rows, form: PromptFormat, *, tokenizer: Any, skip_invalid: bool = False
 ) -> tuple[list[PromptedRow], int]:
-    """Prompt and completion of every row, and how many rows were left out."""
+    """Prompt and completion of every row, and how many rows were left out. Of answers that are
+    marked good or bad only the good ones are read.
+    """
+    source = well_answered(source, form)
 
     def convert(row: Row, where: str) -> PromptedRow:
         if form.prompt is None or form.completion is None:

@@ -7,15 +7,15 @@ from typing import Any
 
 from edgetune.core.control_tokens import Rendered
 from edgetune.core.errors import BaseModelError, DataError
-from edgetune.core.settings import shown
-from edgetune.core.templates import chat_messages, referred_column
-from edgetune.data.messages import (
+from edgetune.core.messages import (
     Conversation,
     calls_text,
     conversation_column,
     read_messages,
     tools_in,
 )
+from edgetune.core.settings import shown
+from edgetune.core.templates import chat_messages, referred_column
 from edgetune.data.prompts import PromptFormat, apply_chat_template, render
 
 Prompt = (

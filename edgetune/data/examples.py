@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from edgetune.core.errors import DataError
 from edgetune.data.batching import Batch
@@ -19,6 +17,9 @@ from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import Rows, sample
 from edgetune.models.base import Base
 from edgetune.recipe.schema import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 R = TypeVar("R")  # a row as texts
 E = TypeVar("E")  # an example
@@ -63,6 +64,8 @@ class ExampleSet:
     mask: Mask | None = None
     # of tagged rows: {"cut", "no_sub_word"}
     unseen_words: dict[str, dict[str, int]] = field(default_factory=dict)
+    # validation rows that are learned too, of all (of packed text documents)
+    validation_in_train: tuple[int, int] = (0, 0)
     # what each file was taken for, and what a look at its rows found
     notes: dict[str, list[str]] = field(default_factory=dict)
 

@@ -11,14 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 from edgetune.core.errors import DataError
-from edgetune.core.templates import referred_column
+from edgetune.core.messages import Conversation, calls_text, read_messages, tools_in
+from edgetune.core.settings import shown
+from edgetune.core.templates import columns_of, referred_column
 from edgetune.data.conversations import Prompt, row_answer, row_prompt, row_system
-from edgetune.data.messages import Conversation, calls_text, read_messages, tools_in
 from edgetune.data.prompts import PromptFormat, render
 from edgetune.data.row import Row
 from edgetune.data.rows import Rows
 
 TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic's hh-rlhf
+TRUTHS = {"true": True, "false": False}
 MARKS = ("label", "kto_tag", "preferred")  # columns that say whether an answer is good
 
 
@@ -136,13 +138,60 @@ def _common_text(chosen: str, rejected: str, *, where: str) -> tuple[str, str, s
     return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
 
 
+def well_answered(source: Rows, form: PromptFormat) -> Rows:
+    """Of rows of one answer each, marked good or bad (as for KTO), the good ones; other rows as
+    they are.
+    """
+    mark = _mark_of(source)
+    if mark is None or mark in columns_of(" ".join(filter(None, (form.prompt, form.completion)))):
+        return source
+    rows = [row for row in source.rows if _is_good(source, row, mark)]
+    if not rows:
+        raise DataError(
+            "no answer is marked as good",
+            where=source.source,
+            expected=f'rows with "{mark}": true, which are what sft learns',
+            got=f"{len(source.rows)} rows with false",
+            fix='Learn from both kinds with method = "dpo", or name other columns.',
+        )
+    if len(rows) < len(source.rows):
+        source.note(
+            f'answers marked by "{mark}": the {len(rows)} good ones of {len(source.rows)} are'
+            " learned (dpo learns from both kinds)"
+        )
+    return replace(source, rows=rows)
+
+
+def _mark_of(source: Rows) -> str | None:
+    """The column that says whether a row's only answer is good; None where there is none."""
+    first = source.rows[0].values
+    mark = next((name for name in MARKS if _truth(first.get(name)) is not None), None)
+    return None if {"chosen", "rejected"} & set(first) else mark
+
+
+def _truth(value: Any) -> bool | None:
+    """True or false, as a table spells it too; None for anything else."""
+    return TRUTHS.get(str(value).strip().lower()) if isinstance(value, (bool, str)) else None
+
+
+def _is_good(source: Rows, row: Row, mark: str) -> bool:
+    found = _truth(row.values.get(mark))
+    if found is None:
+        raise DataError(
+            f'the column "{mark}" does not say whether the answer is good',
+            where=f"{source.source}, line {row.line}",
+            expected="true or false",
+            got=shown(row.values.get(mark)),
+        )
+    return found
+
+
 def paired(source: Rows, form: PromptFormat) -> Rows:
     """Rows of one answer each, marked good or bad (as for KTO), as rows with `chosen` and
     `rejected`; other rows as they are.
     """
-    first = source.rows[0].values
-    mark = next((name for name in MARKS if isinstance(first.get(name), bool)), None)
-    if mark is None or "completion" not in first or {"chosen", "rejected"} & set(first):
+    mark = _mark_of(source)
+    if mark is None or "completion" not in source.rows[0].values:
         return source
     answers: dict[str, tuple[list[Row], list[Row]]] = {}
     prompt = form.prompt or "{{ prompt }}"
@@ -155,7 +204,7 @@ def paired(source: Rows, form: PromptFormat) -> Rows:
                 prompt, row.values, where=f"{source.source}, line {row.line}", field="prompt"
             )
         )
-        answers.setdefault(key, ([], []))[0 if row.values.get(mark) is True else 1].append(row)
+        answers.setdefault(key, ([], []))[0 if _is_good(source, row, mark) else 1].append(row)
     rows = [
         Row(
             good.line,

@@ -13,12 +13,13 @@ from edgetune.core.tasks import METHODS
 from edgetune.data.completions import load_completions
 from edgetune.data.examples import ExampleSet, Loading, token_limit
 from edgetune.data.labels import load_labelled
-from edgetune.data.look import look
+from edgetune.data.look import look, standing_in
 from edgetune.data.masking import load_masked
-from edgetune.data.plain_text import load_packed
+from edgetune.data.plain_text import load_packed, text_rows
 from edgetune.data.preferences import load_preferences
 from edgetune.data.prompts import PromptFormat, prompt_format
 from edgetune.data.rollout_prompts import load_prompts
+from edgetune.data.rows import Rows, sample
 from edgetune.data.seq2seq import load_answers
 from edgetune.data.splits import stage_rows
 from edgetune.data.tagging import load_tagged
@@ -68,8 +69,26 @@ def load_examples(
     found = _loader(stage, base)(
         Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
     )
-    seen = look(found.train, found.validation, found.labels)
-    return replace(found, notes=found.notes | ({"rows": seen} if seen else {}))
+    learned, asked = _compared(stage, sources, form, found, seed=seed)
+    measured = standing_in(learned, asked), len(asked)
+    seen = look(found.train, found.labels, measured)
+    notes = found.notes | ({"rows": seen} if seen else {})
+    return replace(found, validation_in_train=measured, notes=notes)
+
+
+def _compared(
+    stage: Stage, sources: dict[str, Rows], form: PromptFormat, found: ExampleSet, *, seed: int
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The examples of train and validation, or the documents where examples are packed of them."""
+    if stage.method != "causal-lm" or "validation" not in sources:
+        return found.train, found.validation
+    train = sources["train"]
+    drawn = replace(train, rows=sample(train.rows, stage.data.limit, seed=seed))
+    texts = [
+        [row.text for row in text_rows(source, form, skip_invalid=stage.data.skip_invalid)[0]]
+        for source in (drawn, sources["validation"])
+    ]
+    return texts[0], texts[1]
 
 
 def told(stage: Stage, form: PromptFormat) -> list[str]:

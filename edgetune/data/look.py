@@ -4,16 +4,18 @@ are measured although they are learned; labels that differ in spelling alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 NAMED = 3  # labels that a line names
 
 
 def look(
-    train: Sequence[Any], validation: Sequence[Any], labels: Sequence[str] | None
+    train: Sequence[Any], labels: Sequence[str] | None, measured: tuple[int, int]
 ) -> list[str]:
-    """What a user should know of these examples, a line each."""
+    """What a user should know of these examples, a line each; `measured`: how many validation rows
+    stand in train too, of all.
+    """
     notes = []
     learned: dict[Any, dict[Any, int]] = {}
     repeated = 0
@@ -31,13 +33,8 @@ def look(
             f"texts with contradicting labels: {len(contradicting)} (the first in lines {first}"
             f" and {second})"
         )
-    measured = sum(_asked(example) in learned for example in validation)
-    if measured:
-        share = "all" if measured == len(validation) else f"{measured} of"
-        notes.append(
-            f"{share} {len(validation)} validation rows stand in train too: what is measured on"
-            " them says nothing of other rows"
-        )
+    if measured[0]:
+        notes.append(standing(*measured))
     twins: dict[str, list[str]] = {}
     for label in labels or ():
         twins.setdefault(" ".join(label.casefold().replace("_", " ").split()), []).append(label)
@@ -50,8 +47,25 @@ def look(
     return notes
 
 
+def standing_in(train: Iterable[Any], validation: Sequence[Any]) -> int:
+    """How many validation examples ask what a training example asks."""
+    learned = {_asked(example) for example in train} if validation else set()
+    return sum(_asked(example) in learned for example in validation)
+
+
+def standing(measured: int, total: int) -> str:
+    """That so many of the validation rows stand in train too."""
+    share = "all" if measured == total else f"{measured} of"
+    return (
+        f"{share} {total} validation rows stand in train too: what is measured on them says nothing"
+        " of other rows"
+    )
+
+
 def _asked(example: Any) -> Any:
     """What the model reads of an example, where a target stands apart from it; else all of it."""
+    if isinstance(example, str):
+        return example
     rejected = getattr(example, "rejected_ids", ())
     return tuple(example.input_ids), tuple(rejected)
 

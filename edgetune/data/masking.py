@@ -14,6 +14,7 @@ from edgetune.data.batching import IGNORE, Batch
 from edgetune.data.examples import Example, ExampleSet, Loading, load
 from edgetune.data.plain_text import TextRow, no_text, text_rows
 
+MEASURING = 0  # the step of a batch that is only measured
 SHARE = 0.15  # of the tokens that may be masked
 # of the chosen tokens: replaced by the mask token, by any token; the rest stays as it is
 MASKED, RANDOM = 0.8, 0.1
@@ -84,7 +85,10 @@ class Masking:
             draw = torch.rand(
                 2, length, generator=self._generator(step, line, ids), dtype=torch.float64
             )  # (which, how)
-            chosen = (draw[0] < SHARE) & (batch.labels[row, :length] != IGNORE)
+            allowed = batch.labels[row, :length] != IGNORE
+            chosen = (draw[0] < SHARE) & allowed
+            if step == MEASURING and not chosen.any():  # a short row is measured too
+                chosen[draw[0].masked_fill(~allowed, 2.0).argmin()] = True
             labels[row, :length][chosen] = ids[chosen]
             hidden = input_ids[row, :length]
             hidden[chosen & (draw[1] < MASKED)] = self.mask_id

@@ -22,6 +22,7 @@ import jinja2
 
 from edgetune.core.control_tokens import without_marks
 from edgetune.core.errors import DataError, InputError, RecipeError
+from edgetune.core.messages import conversation_column, tools_of
 from edgetune.core.settings import shown
 from edgetune.core.tasks import GENERATION, METHODS, MethodName
 from edgetune.core.templates import (
@@ -32,7 +33,6 @@ from edgetune.core.templates import (
     render_row,
 )
 from edgetune.core.text import Text
-from edgetune.data.messages import conversation_column
 from edgetune.models.text_tokenizer import control_of
 from edgetune.recipe.checks import column_name
 from edgetune.recipe.schema import Data
@@ -266,7 +266,7 @@ def apply_chat_template(
     try:
         text: str = tokenizer.apply_chat_template(
             list(messages) if control is None else control.marked(messages),
-            tools=getattr(messages, "tools", None),
+            tools=tools_of(messages),
             tokenize=False,
             add_generation_prompt=not answered,
         )

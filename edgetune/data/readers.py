@@ -47,6 +47,13 @@ def read_file(path: Path, encoding: str | None, notes: list[str]) -> Iterator[Ro
     return READERS[kind](data, path=path, encoding=encoding, notes=notes)
 
 
+def read_lines(data: bytes, name: str) -> list[Row | DataError] | None:
+    """The rows of JSON Lines or JSON that comes from no file; None for plain text."""
+    if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
+        return None
+    return list(_read_json(data, path=Path(name), encoding=None, notes=["JSON Lines"]))
+
+
 def _text(data: bytes, path: Path, encoding: str | None, notes: list[str]) -> str:
     text, guess = decoded(data, encoding, path)
     if guess:

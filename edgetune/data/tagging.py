@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from edgetune.core.errors import DataError
 from edgetune.core.text import first_subwords, join_words
-from edgetune.data.batching import IGNORE, Batch, collate
+from edgetune.data.batching import IGNORE
 from edgetune.data.columns import FIX, tags_in, words_in
 from edgetune.data.examples import Example, ExampleSet, Labels, Loading, load
 from edgetune.data.labels import first_of, two_or_more
@@ -164,17 +162,3 @@ def _encode(tokenizer: Any, texts: Sequence[str], **how: Any) -> Any:
     if not texts:
         return {"input_ids": [], "offset_mapping": []}
     return tokenizer(list(texts), return_offsets_mapping=True, verbose=False, **how)
-
-
-def collate_tagged(examples: Sequence[Any], pad_id: int) -> Batch:
-    """A batch whose targets are the labelled tokens; features (words, hidden) stand row after
-    row.
-    """
-    features = [example.features for example in examples if example.features is not None]
-    bare = [replace(example, features=None) for example in examples] if features else examples
-    batch = collate(bare, pad_id)
-    return replace(
-        batch,
-        targets=int((batch.labels != IGNORE).sum()),
-        features=torch.cat(features) if features else None,
-    )

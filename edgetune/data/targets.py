@@ -8,12 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from edgetune.core.errors import DataError
 from edgetune.core.tasks import VALUE
 from edgetune.core.text import Text
-from edgetune.data.batching import Batch, collate
 from edgetune.data.columns import number_in
 from edgetune.data.examples import Example, ExampleSet, Labels, Loading, Read, load
 from edgetune.data.label_sets import label_reader
@@ -152,9 +149,3 @@ def unknown_labels(
         expected=f"some of {first_of(names, 'labels')}",
         fix="Correct the label or add training rows for it.",
     )
-
-
-def collate_targets(examples: Sequence[Any], pad_id: int) -> Batch:
-    """A batch with float targets: (rows, labels), or (rows,) numbers."""
-    labels = torch.tensor([example.target for example in examples], dtype=torch.float32)
-    return replace(collate(examples, pad_id), labels=labels)

@@ -5,15 +5,33 @@ bare base (`base_answers`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.core.errors import InputError
+from edgetune.core.settings import some_of
 from edgetune.core.text import Text
 from edgetune.data.conversations import Prompt
 from edgetune.data.prompts import PromptFormat
 from edgetune.recipe.generation import shaping
 
 Advance = Callable[[int, int], None]  # (rows done, rows in all)
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a base is asked. `shots` examples come from `train`; `choose` takes the likeliest of the
+    known answers.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    shots: int = 0
+    train: Path | None = None
+    choose: bool = False
+    plain: bool = False
+    seed: int = 0
 
 
 class Answers(Protocol):
@@ -58,7 +76,7 @@ class BundleAnswers(HeadAnswers):
             raise InputError(
                 "which adapter?",
                 where=str(runtime.folder),
-                expected=f"--adapter with one of {', '.join(names)}",
+                expected=f"--adapter with {some_of(names)}",
             )
         self.runtime = runtime
         self.adapter = adapter if adapter is not None else names[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from edgetune.core.errors import DataError, InputError
@@ -14,9 +14,9 @@ from edgetune.data.completions import encode_prompts
 from edgetune.data.labels import LabelledRow, labelled_rows
 from edgetune.data.prompts import PromptFormat, apply_chat_template, row_template
 from edgetune.data.rows import Rows, read_rows
-from edgetune.evaluation.answers import Answers
+from edgetune.evaluation.answers import Answers, Prompting
 from edgetune.evaluation.forgetting.likelihood import ChoiceItem
-from edgetune.evaluation.forgetting.subjects import torch_texts
+from edgetune.evaluation.forgetting.torch_subject import torch_texts
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.models.resolve import resolve_base
@@ -24,21 +24,6 @@ from edgetune.models.resolve import resolve_base
 Turn = dict[str, str]
 BETWEEN = "\n\n"  # examples of a plain prompt
 MARGIN = 16  # tokens that an answer may be longer than the longest reference
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """How a base is asked. `shots` examples come from `train`; `choose` takes the likeliest of the
-    known answers.
-    """
-
-    prompt: str | None = None
-    completion: str | None = None
-    shots: int = 0
-    train: Path | None = None
-    choose: bool = False
-    plain: bool = False
-    seed: int = 0
 
 
 class BaseAnswers(Answers):

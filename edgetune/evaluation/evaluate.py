@@ -9,9 +9,8 @@ from edgetune.core.errors import InputError
 from edgetune.core.layout import MANIFEST
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import read_rows
-from edgetune.evaluation.answers import Advance, Answers, BundleAnswers
-from edgetune.evaluation.base_answers import BaseAnswers, Prompting
-from edgetune.evaluation.forgetting.subjects import base_subject, is_base
+from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, Prompting
+from edgetune.evaluation.forgetting.subjects import is_base
 from edgetune.evaluation.measures import Evaluation, check_answers, measure_rows, measure_text
 
 
@@ -33,23 +32,9 @@ def evaluate(
     `how` says. What learned from text is measured on text: perplexity and bits per byte.
     `providers` and `engine`: what runs a bundle.
     """
-    if providers and not (folder / MANIFEST).is_file():
-        raise InputError(
-            "--provider chooses what runs a bundle",
-            where=str(folder),
-            got="a run or a base, which torch runs",
-        )
-    if is_base(folder):
-        return _evaluate_base(
-            folder, data, how or Prompting(), skip_invalid=skip_invalid, advance=advance
-        )
-    if how is not None:
-        raise InputError(
-            "--prompt, --completion, --shots, --train, --choose and --plain ask a bare base",
-            where=str(folder),
-            got="a run or a bundle",
-        )
     if (folder / MANIFEST).is_file():
+        if how is not None:
+            raise _asks_a_base(folder)
         from edgetune.runtime import Runtime
 
         with Runtime.open(folder, providers=providers, engine=engine) as runtime:
@@ -60,6 +45,16 @@ def evaluate(
                 skip_invalid=skip_invalid,
                 advance=advance,
             )
+    if providers:
+        raise InputError(
+            "--provider chooses what runs a bundle",
+            where=str(folder),
+            got="a run or a base, which torch runs",
+        )
+    if is_base(folder):
+        return _evaluate_base(folder, data, how, skip_invalid=skip_invalid, advance=advance)
+    if how is not None:
+        raise _asks_a_base(folder)
     if adapter is not None:
         raise InputError(
             "--adapter chooses among a bundle's adapters",
@@ -73,16 +68,26 @@ def evaluate(
     )
 
 
+def _asks_a_base(folder: Path) -> InputError:
+    return InputError(
+        "--prompt, --completion, --shots, --train, --choose and --plain ask a bare base",
+        where=str(folder),
+        got="a run or a bundle",
+    )
+
+
 def _evaluate_base(
-    folder: Path, data: Path, how: Prompting, *, skip_invalid: bool, advance: Advance | None
+    folder: Path, data: Path, how: Prompting | None, *, skip_invalid: bool, advance: Advance | None
 ) -> Evaluation:
     """By its prompts, or, where rows are nothing but text and no prompt is given, by their
     perplexity.
     """
+    from edgetune.evaluation.base_answers import BaseAnswers
+    from edgetune.evaluation.forgetting.torch_subject import base_subject
     from edgetune.models.resolve import resolve_base
 
     columns = read_rows(data, skip_invalid).rows[0].values
-    if how == Prompting() and "text" in columns and "prompt" not in columns:
+    if how in (None, Prompting()) and "text" in columns and "prompt" not in columns:
         base = resolve_base(str(folder))
         if base.kind == "decoder":
             return measure_text(
@@ -93,7 +98,7 @@ def _evaluate_base(
                 skip_invalid=skip_invalid,
             )
     return measure(
-        BaseAnswers(str(folder), data, how),
+        BaseAnswers(str(folder), data, how or Prompting()),
         folder,
         data,
         skip_invalid=skip_invalid,

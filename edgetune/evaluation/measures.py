@@ -19,7 +19,7 @@ from edgetune.data.conversations import (
     row_system,
     split_messages,
 )
-from edgetune.data.implicit_prompts import paired, row_pair
+from edgetune.data.implicit_prompts import paired, row_pair, well_answered
 from edgetune.data.labels import labelled_rows
 from edgetune.data.plain_text import text_rows
 from edgetune.data.preferences import PreferenceRow, preference_rows
@@ -30,7 +30,7 @@ from edgetune.data.tagging import tagged_rows, unknown_tag
 from edgetune.data.targets import multi_label_rows, unknown_labels, value_rows
 from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, HeadAnswers
 from edgetune.evaluation.forgetting.measure import Subject
-from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
+from edgetune.evaluation.forgetting.subjects import BundleSubject
 from edgetune.evaluation.forgetting.tasks import text_measures
 from edgetune.metrics.labels import (
     accuracy,
@@ -122,6 +122,8 @@ def measure_text(
 def _text_subject(answers: Answers) -> Subject:
     if isinstance(answers, BundleAnswers):
         return BundleSubject(answers.runtime, answers.adapter)
+    from edgetune.evaluation.forgetting.torch_subject import torch_texts
+
     known: Any = answers
     return torch_texts(known.model, known.tokenizer)
 
@@ -300,7 +302,7 @@ def _measure_generation(
     answers: Answers, source: Rows, skip_invalid: bool, advance: Advance
 ) -> Measured:
     """Rows with the same prompt are one question with several references, as in E2E."""
-    questions, skipped = _questions(source, answers.prompt_format, skip_invalid=skip_invalid)
+    questions, skipped = grouped_questions(source, answers.prompt_format, skip_invalid=skip_invalid)
     prompts = [question.prompt for question in questions]
     completions = _answered(answers.generate, prompts, advance)
     references = [question.references for question in questions]
@@ -328,13 +330,13 @@ class Question:
     references: list[str]
 
 
-def _questions(
+def grouped_questions(
     source: Rows, form: PromptFormat, *, skip_invalid: bool
 ) -> tuple[list[Question], int]:
+    """Every prompt once, with all its completions, and how many rows are left out."""
     found: dict[str, Question] = {}
     skipped = 0
-    if form.chosen is not None:
-        source = paired(source, form)
+    source = well_answered(source, form) if form.chosen is None else paired(source, form)
     for row in source.rows:
         try:
             prompt, completion = _prompt_and_completion(

@@ -16,13 +16,16 @@ from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import InputError
 from edgetune.core.templates import chat_messages
 from edgetune.core.text import Text, first_subwords, join_words, outside_tag
-from edgetune.data.batching import Batch, collate, in_order_of_length, split_by_prefix
+from edgetune.data.batching import Batch, in_order_of_length, split_by_prefix
+from edgetune.data.collation import collate
 from edgetune.data.completions import encode_prompts
 from edgetune.data.conversations import Prompt
 from edgetune.data.examples import Example
+from edgetune.data.labels import encode_texts
 from edgetune.data.preferences import encode_answered
 from edgetune.data.prompts import PromptFormat, apply_chat_template
 from edgetune.evaluation.answers import HeadAnswers
+from edgetune.models.heads import DecoderClassifier, unwrapped
 from edgetune.models.text_tokenizer import reading
 from edgetune.recipe.generation import shaping
 
@@ -62,7 +65,7 @@ class TorchAnswers(HeadAnswers):
         with.
         """
         labels = self.labels or ()
-        return [labels[index] for index in self._class_logits(texts).argmax(-1).tolist()]
+        return [labels[index] for index in self.class_logits(texts).argmax(-1).tolist()]
 
     @torch.no_grad()
     def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
@@ -70,13 +73,13 @@ class TorchAnswers(HeadAnswers):
         labels = self.labels or ()
         return [
             tuple(label for label, logit in zip(labels, row, strict=True) if logit >= 0)
-            for row in self._class_logits(texts).tolist()
+            for row in self.class_logits(texts).tolist()
         ]
 
     @torch.no_grad()
     def values(self, texts: Sequence[Text]) -> list[float]:
         """The number of each text (regression)."""
-        numbers: list[float] = self._class_logits(texts).squeeze(-1).tolist()
+        numbers: list[float] = self.class_logits(texts).squeeze(-1).tolist()
         return numbers
 
     @torch.no_grad()
@@ -116,7 +119,15 @@ class TorchAnswers(HeadAnswers):
         )
         return limit
 
-    def _class_logits(self, texts: Sequence[Text]) -> Tensor:
+    def class_logits(self, texts: Sequence[Text]) -> Tensor:
+        """(texts, labels) logits."""
+        if isinstance(unwrapped(self.model), DecoderClassifier):  # its tokenizer may not pad
+            ids, _ = encode_texts(texts, self.tokenizer, limit=self._limit)
+            found = []
+            for row in ids:
+                tokens = torch.tensor([row])
+                found.append(self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)))
+            return torch.cat(found)
         columns = (
             [list(texts)]
             if not texts or isinstance(texts[0], str)

@@ -1,45 +1,97 @@
-"""Task heads: pooled last hidden states of an encoder → class logits; a decoder's last hidden state
-→ a reward.
+"""Task heads: an encoder's states, or a decoder's last one, → class logits or a reward.
+
+Parameter names are transformers' own, so an adapter loads in its …ForSequenceClassification and
+…ForTokenClassification, and the other way round.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetune.core.errors import BaseModelError
+from edgetune.core.head_layers import TRANSFORMERS, HeadLayers, head_layers
 from edgetune.core.tasks import TAGGING
 from edgetune.models.sentence_encoder import Pooling
 
 HEAD, SCORE = "classifier", "score"  # as transformers names them in encoders and in decoders
-HEADS = (HEAD, SCORE)
-# an encoder's own pooler: no head reads it, an adapter there would learn nothing
+# modules that are a head's or a part of one
+HEADS = (HEAD, SCORE, "pre_classifier", "head")
+# an encoder's pooler: a part of some heads, and never the body's
 UNUSED = ("pooler",)
+RATES = ("classifier_dropout", "seq_classif_dropout", "cls_dropout", "hidden_dropout_prob")
 
 
 class SequenceClassifier(nn.Module):
-    """An encoder body and a linear classifier on its pooled output: `logits = classifier(pooled)`.
+    """An encoder body and a head on its states.
 
-    The body sits under its own `base_model_prefix` (`bert`, `roberta`, …) and the head under
-    `classifier`, so the parameter names are those of transformers'
-    `AutoModelForSequenceClassification` and an adapter loads there.
+    Without `layers` the head is one linear layer on the pooled states: `logits =
+    classifier(pooled)`. With `layers` it is transformers' own for the family, with the base's own
+    weights where it has any (`own`: module.weight → tensor, as `checkpoint_head` reads them).
     """
 
-    def __init__(self, body: Any, *, labels: int, pooling: Pooling) -> None:
+    def __init__(
+        self,
+        body: Any,
+        *,
+        labels: int,
+        pooling: Pooling,
+        layers: HeadLayers | None = None,
+        own: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.config = body.config
-        self.pooling = pooling
+        self.config, self.pooling, self.layers = body.config, pooling, layers
         self.body_name: str = body.base_model_prefix
-        if not self.body_name or self.body_name == HEAD:
+        if not self.body_name or self.body_name in HEADS:
             raise BaseModelError(
                 f"{type(body).__name__} has no usable base_model_prefix", got=repr(self.body_name)
             )
         setattr(self, self.body_name, body)
-        self.classifier = nn.Linear(body.config.hidden_size, labels)
-        nn.init.normal_(self.classifier.weight, std=getattr(body.config, "initializer_range", 0.02))
-        nn.init.zeros_(self.classifier.bias)
+        self._std = getattr(body.config, "initializer_range", 0.02)
+        hidden = body.config.hidden_size
+        if layers is None:
+            self.classifier: Any = _drawn(nn.Linear(hidden, labels), self._std)
+        else:
+            self._add_layers(layers, hidden, labels, own or {})
+
+    def _add_layers(
+        self, layers: HeadLayers, hidden: int, labels: int, own: Mapping[str, Tensor]
+    ) -> None:
+        bias = bool(getattr(self.config, "classifier_bias", True)) or layers.norm is None
+        self._put(layers.dense, _drawn(nn.Linear(hidden, hidden, bias=bias), self._std))
+        if layers.norm is not None:
+            with_bias = bool(getattr(self.config, "norm_bias", False))
+            self._put(layers.norm, nn.LayerNorm(hidden, eps=layers.norm_eps, bias=with_bias))
+        self._put(layers.output, _drawn(nn.Linear(hidden, labels), self._std))
+        with torch.no_grad():
+            for name in layers.inner:
+                for part, parameter in self.layer(name).named_parameters():
+                    if (tensor := own.get(f"{name}.{part}")) is not None:
+                        parameter.copy_(tensor)
+
+    def _place(self, name: str) -> str:
+        """Where a layer of the head is in this model: BERT's pooler is the body's."""
+        first = name.partition(".")[0]
+        in_body = getattr(self.body, first, None) is not None and first in UNUSED
+        return f"{self.body_name}.{name}" if in_body else name
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        *parents, last = self._place(name).split(".")
+        holder: nn.Module = self
+        for parent in parents:
+            if not hasattr(holder, parent):
+                setattr(holder, parent, nn.Module())
+            holder = getattr(holder, parent)
+        setattr(holder, last, module)
+
+    def layer(self, name: str) -> Any:
+        """A layer of the head, also inside PEFT's wrappers, which `get_submodule` does not see."""
+        return functools.reduce(getattr, self._place(name).split("."), self)
 
     @property
     def body(self) -> nn.Module:
@@ -47,28 +99,122 @@ class SequenceClassifier(nn.Module):
         module: nn.Module = getattr(self, self.body_name)
         return module
 
-    def pooled(
+    @property
+    def output(self) -> Any:
+        """The last layer, which gives the logits."""
+        return self.classifier if self.layers is None else self.layer(self.layers.output)
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """The modules that hold the head, as PEFT's `modules_to_save` names them."""
+        return (HEAD,) if self.layers is None else self.layers.modules
+
+    def states(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """(batch, seq) token ids → (batch, hidden). Types of tokens (two texts in a row) where the
-        body knows any.
+        """(batch, seq) token ids → (batch, seq, hidden). Types of tokens (two texts in a row) where
+        the body knows any.
         """
         types = (
             {}
             if token_type_ids is None or not has_token_types(self.config)
             else {"token_type_ids": token_type_ids}
         )
-        hidden = self.body(
+        hidden: Tensor = self.body(
             input_ids=input_ids, attention_mask=attention_mask, **types
         ).last_hidden_state
-        return pool(hidden, attention_mask, self.pooling)
+        return hidden
+
+    def pooled(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(batch, seq) token ids → (batch, hidden), the embedding of a text."""
+        states = self.states(input_ids, attention_mask, token_type_ids)
+        return pool(states, attention_mask, self.pooling)
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(batch, seq) token ids → (batch, hidden): what the head reads."""
+        if self.layers is None:
+            return self.pooled(input_ids, attention_mask, token_type_ids)
+        states = self.states(input_ids, attention_mask, token_type_ids)
+        return pool(states, attention_mask, "mean" if self.layers.reads == "mean" else "cls")
+
+    def before_output(self, features: Tensor) -> Tensor:
+        """(…, hidden) → (…, hidden): what the last layer reads."""
+        if self.layers is None:
+            return features
+        rate = next(filter(None, (getattr(self.config, name, None) for name in RATES)), 0.0)
+        if self.layers.dense.startswith(HEAD):
+            features = F.dropout(features, rate, self.training)
+        inner = getattr(F, self.layers.activation)(self.layer(self.layers.dense)(features))
+        if self.layers.norm is not None:
+            inner = self.layer(self.layers.norm)(inner)
+        return F.dropout(inner, rate, self.training)
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """(…, hidden) → (…, labels): the whole head."""
+        logits: Tensor = self.output(self.before_output(features))
+        return logits
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """(batch, seq) token ids → (batch, labels) logits."""
-        logits: Tensor = self.classifier(self.pooled(input_ids, attention_mask, token_type_ids))
+        return self.logits_of(self.features(input_ids, attention_mask, token_type_ids))
+
+
+def _drawn(layer: nn.Linear, std: float) -> nn.Linear:
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class DecoderClassifier(SequenceClassifier):
+    """A decoder's body and a linear layer, without bias, on the state of a text's last token:
+    transformers' …ForSequenceClassification of decoders.
+    """
+
+    def __init__(self, decoder: Any, *, labels: int) -> None:
+        nn.Module.__init__(self)
+        self.config, self.layers = decoder.config, None
+        self.body_name = _decoder_body(decoder)
+        setattr(self, self.body_name, decoder.base_model)
+        std = getattr(decoder.config, "initializer_range", 0.02)
+        self.score = _drawn(nn.Linear(decoder.config.hidden_size, labels, bias=False), std)
+
+    @property
+    def output(self) -> Any:
+        """The last layer, which gives the logits."""
+        return self.score
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """The modules that hold the head, as PEFT's `modules_to_save` names them."""
+        return (SCORE,)
+
+    def pooled(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(batch, seq) right-padded token ids → (batch, hidden) in fp32."""
+        return last_hidden(self.body, input_ids, attention_mask)
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """(batch, hidden) → (batch, labels) in fp32."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.score(features.float())
         return logits
+
+
+def _decoder_body(decoder: Any) -> str:
+    name: str = decoder.base_model_prefix
+    if not name or name == SCORE or decoder.base_model is decoder:
+        raise BaseModelError(
+            f"{type(decoder).__name__} has no usable base_model_prefix", got=repr(name)
+        )
+    return name
 
 
 class RewardModel(nn.Module):
@@ -82,12 +228,7 @@ class RewardModel(nn.Module):
     def __init__(self, decoder: Any) -> None:
         super().__init__()
         self.config = decoder.config
-        self.body_name: str = decoder.base_model_prefix
-        if not self.body_name or self.body_name == SCORE or decoder.base_model is decoder:
-            raise BaseModelError(
-                f"{type(decoder).__name__} has no usable base_model_prefix",
-                got=repr(self.body_name),
-            )
+        self.body_name = _decoder_body(decoder)
         setattr(self, self.body_name, decoder.base_model)
         self.score = nn.Linear(decoder.config.hidden_size, 1, bias=False)
         nn.init.normal_(self.score.weight, std=getattr(decoder.config, "initializer_range", 0.02))
@@ -112,6 +253,28 @@ class RewardModel(nn.Module):
         return rewards
 
 
+class Embedder(nn.Module):
+    """An encoder's body under its own `base_model_prefix`, as masked-lm trains it, without a
+    head: what an adapter of that method gives a text is its pooled state.
+    """
+
+    def __init__(self, body: Any, *, pooling: Pooling) -> None:
+        super().__init__()
+        self.config, self.pooling, self.body_name = body.config, pooling, body.base_model_prefix
+        setattr(self, self.body_name, body)
+
+    @property
+    def body(self) -> nn.Module:
+        """The encoder."""
+        module: nn.Module = getattr(self, self.body_name)
+        return module
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(batch, seq) token ids → (batch, hidden)."""
+        states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return pool(states, attention_mask, self.pooling)
+
+
 def last_hidden(body: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """A causal body's hidden states (batch, hidden), fp32, at the last real token of right-padded
     rows.
@@ -131,15 +294,11 @@ def has_token_types(config: Any) -> bool:
     return (getattr(config, "type_vocab_size", None) or 0) > 1
 
 
-def head_of(model: nn.Module) -> str | None:
-    """The name of the model's task head; None for one that has none."""
-    return (
-        HEAD
-        if isinstance(model, SequenceClassifier)
-        else SCORE
-        if isinstance(model, RewardModel)
-        else None
-    )
+def head_of(model: nn.Module) -> tuple[str, ...]:
+    """The modules of the model's task head; none for one that has none."""
+    if isinstance(model, SequenceClassifier):
+        return model.head_modules
+    return (SCORE,) if isinstance(model, RewardModel) else ()
 
 
 def unwrapped(model: Any) -> Any:
@@ -156,19 +315,11 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 class TokenClassifier(SequenceClassifier):
-    """An encoder body and a linear classifier on every token's state: `logits =
-    classifier(hidden)`.
+    """An encoder body and a head on every token's state: `logits = classifier(hidden)`, and
+    ModernBERT's own layers before it.
 
-    Parameter names are those of transformers' `AutoModelForTokenClassification`, so an adapter
-    loads there. Pooling is for what else the body is asked (embeddings); the head does not use it.
+    Pooling is for what else the body is asked (embeddings); the head does not use it.
     """
-
-    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, seq) token ids → (batch, seq, hidden)."""
-        hidden: Tensor = self.body(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
-        return hidden
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
@@ -176,13 +327,23 @@ class TokenClassifier(SequenceClassifier):
         """(batch, seq) token ids → (batch, seq, labels) logits. Rows are one text: there are no
         types.
         """
-        logits: Tensor = self.classifier(self.states(input_ids, attention_mask))
-        return logits
+        return self.logits_of(self.states(input_ids, attention_mask))
 
 
 def build_classifier(
-    body: Any, *, task: str, labels: int, pooling: Pooling | None
+    body: Any,
+    *,
+    task: str,
+    labels: int,
+    pooling: Pooling | None,
+    head: str | None = None,
+    own: Mapping[str, Tensor] | None = None,
 ) -> SequenceClassifier:
-    """The encoder with the head that the task needs, untrained."""
+    """The model with the head that the task needs, untrained; `head`: of an encoder, transformers
+    or (None) linear.
+    """
+    if body.base_model is not body:  # a decoder under its output projection
+        return DecoderClassifier(body, labels=labels)
+    layers = head_layers(body.config.to_dict(), task) if head == TRANSFORMERS else None
     kind = TokenClassifier if task == TAGGING else SequenceClassifier
-    return kind(body, labels=labels, pooling=pooling or "mean")
+    return kind(body, labels=labels, pooling=pooling or "mean", layers=layers, own=own)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import BaseModelError
-from edgetune.models.base import Base
+from edgetune.core.head_layers import TRANSFORMERS, HeadLayers, head_layers
+from edgetune.models.base import Base, weight_files
+from edgetune.models.sentence_encoder import is_sentence_encoder
 from edgetune.models.text_tokenizer import reads_text
 
 if TYPE_CHECKING:
     import torch
+
+    from edgetune.models.heads import SequenceClassifier
 
 # kind of base → the task whose model is loaded
 TASK_OF_KIND = {
@@ -89,6 +94,45 @@ def load_body(base: Base, *, dtype: torch.dtype | None = None) -> Any:
 
         round_weights(model, base.precision)
     return model.eval()
+
+
+def checkpoint_head(base: Base, layers: HeadLayers | None) -> dict[str, torch.Tensor]:
+    """What a base's files hold of a classifier's layers before the output: `pooler.dense.weight` →
+    fp32 tensor. Not every base has any.
+    """
+    from safetensors import safe_open
+
+    names = "|".join(map(re.escape, layers.inner if layers is not None else ()))
+    wanted = re.compile(rf"(?:\w+\.)?((?:{names})\.(?:weight|bias))")
+    found = {}
+    for path in weight_files(base.folder) if names else ():
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                if match := wanted.fullmatch(key):
+                    found[match[1]] = file.get_tensor(key).float()
+    return found
+
+
+def classifier_on(
+    base: Base, body: Any, *, task: str, labels: int, head: str | None
+) -> SequenceClassifier:
+    """A base's body with a head (`build_classifier`), with what the base has of it."""
+    from edgetune.models.heads import build_classifier
+
+    layers = head_layers(body.config.to_dict(), task) if head == TRANSFORMERS else None
+    own = checkpoint_head(base, layers)
+    return build_classifier(
+        body, task=task, labels=labels, pooling=base.pooling, head=head, own=own
+    )
+
+
+def new_head(base: Base, task: str) -> str | None:
+    """The kind of head that a new adapter gets, as its metadata has it: on a sentence encoder one
+    layer on the embedding (None), on any other encoder transformers' own.
+    """
+    if base.kind != "encoder" or is_sentence_encoder(base.folder):
+        return None
+    return TRANSFORMERS if head_layers(model_config(base).to_dict(), task) is not None else None
 
 
 def hidden_size(base: Base) -> int:

@@ -67,6 +67,11 @@ def read_sentence_encoder(folder: Path) -> SentenceEncoder:
     return SentenceEncoder(pooling, _settings(folder))
 
 
+def is_sentence_encoder(folder: Path) -> bool:
+    """Whether the folder says how its states become an embedding."""
+    return (folder / MODULES).exists() or (folder / POOLING / MODEL_CONFIG).exists()
+
+
 def sentence_files(folder: Path) -> list[str]:
     """The files that `read_sentence_encoder` reads: a copy of the folder needs them."""
     named = _modules(folder / MODULES) if (folder / MODULES).exists() else [("", POOLING)]

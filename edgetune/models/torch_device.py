@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetune.core.errors import TrainingError
-from edgetune.models.heads import HEADS
+from edgetune.models.heads import HEADS, UNUSED
 
 CPU_DEVICE = torch.device("cpu")
 T = TypeVar("T")
@@ -197,7 +197,7 @@ def hold_frozen_linears_in_bf16(model: nn.Module) -> None:
     stream.
     """
     for name, module in model.named_modules():
-        in_head = not set(HEADS).isdisjoint(name.split("."))
+        in_head = not {*HEADS, *UNUSED}.isdisjoint(name.split("."))
         frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad and not in_head
         if frozen and not _is_tied(model, module):
             module.to(torch.bfloat16)

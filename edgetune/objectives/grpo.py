@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from edgetune.data.batching import IGNORE, Batch, collate
+from edgetune.data.batching import IGNORE, Batch
+from edgetune.data.collation import collate
 from edgetune.objectives.preference import token_log_probs
 
 STD_EPSILON = 1e-4  # TRL's

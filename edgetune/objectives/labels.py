@@ -64,4 +64,4 @@ def word_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.features is not None
         else inner.states(batch.input_ids, batch.attention_mask)[labelled]
     )
-    return inner.classifier(states).float(), batch.labels[labelled]
+    return inner.logits_of(states).float(), batch.labels[labelled]

@@ -59,7 +59,7 @@ def sequence_classification(
 def class_logits(model: Any, batch: Batch) -> Tensor:
     """Class logits (batch, labels) in fp32; from the features where the batch brings them."""
     if batch.features is not None:
-        return unwrapped(model).classifier(batch.features).float()
+        return unwrapped(model).logits_of(batch.features).float()
     types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types)
     return logits.float()

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgetune.data.batching import IGNORE, Batch, collate
+from edgetune.data.batching import IGNORE, Batch
+from edgetune.data.collation import collate
 from edgetune.data.preferences import PairExample
 from edgetune.objectives.language import completion_logits
 

@@ -38,6 +38,7 @@ class AdapterOutcome:
     bundle_score: float
     adapter_mb: float  # MB of 10^6 bytes
     proof: Mapping[str, Any]
+    verdict: Mapping[str, Any]  # see export.proof.verdict
     records: Sequence[Mapping[str, Any]]  # the run's metrics.jsonl
     calls: Sequence[TimedCall]
 

@@ -17,7 +17,7 @@ from edgetune.quickstart.outcome import (
     result_table,
 )
 from edgetune.report.charts import Bar, Series, bar_chart, line_chart
-from edgetune.report.html import STYLE
+from edgetune.report.html import STYLE, raw_table, verdict_mark, verdict_tile
 
 MORE_STYLE = """
 .name { fill: var(--ink); font-size: 13px; font-weight: 600; }
@@ -27,7 +27,7 @@ MORE_STYLE = """
 code, pre { font: 13px/1.55 ui-monospace, "Cascadia Code", Menlo, Consolas, monospace; }
 pre { background: var(--card); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto;
   margin: .5rem 0 0; }
-.good { color: var(--c3); } .bad { color: #d13438; } .soft, .c4 { color: var(--soft); }
+.soft, .c4 { color: var(--soft); }
 .three { grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); } .top { margin-top: 1rem; }
 """
 COLORS = {"base": 4, "adapted, torch": 2, "adapted, bundle": 3}  # the page's colours
@@ -76,11 +76,10 @@ def render_quickstart(outcome: Outcome) -> str:
 
 def _tiles(outcome: Outcome) -> str:
     adapters = [adapter for shipment in outcome.shipments for adapter in shipment.adapters]
-    proofs = sum(bool(adapter.proof["passed"]) for adapter in adapters)
     tiles = [
         (duration(outcome.seconds), "in all, " + counted(outcome.threads, "thread")),
         (f"{outcome.peak_rss_mb:,.0f} MB", "peak memory of training and export"),
-        (f"{proofs} of {len(adapters)}", "proofs passed"),
+        verdict_tile([adapter.verdict for adapter in adapters]),
         (
             ", ".join(dict.fromkeys(_state(s.state)[0] for s in outcome.shipments)),
             f"latency and memory budget, {outcome.shipments[0].device}",
@@ -171,7 +170,7 @@ def _budget(outcome: Outcome) -> str:
     ]
     return (
         '<div class="top">'
-        + _raw_table(
+        + raw_table(
             (
                 "bundle",
                 f"limit of the profile “{outcome.shipments[0].device}”",
@@ -207,12 +206,12 @@ def _proof(outcome: Outcome) -> str:
             f"{p['direction']:.3f}",
             f"{p['strength']:.2f}",
         )
-        rows.append((escape(a.name), *figures, _mark("ok" if p["passed"] else "over")))
+        rows.append((escape(a.name), *figures, verdict_mark(a.verdict)))
     note = (
         "Measured at export through the shipped engine on the same inputs as torch. An adapter that"
         " silently does nothing would recover 0 % with strength 0."
     )
-    return _raw_table(head, rows) + f'<p class="note">{note}</p>'
+    return raw_table(head, rows) + f'<p class="note">{note}</p>'
 
 
 def _answers(outcome: Outcome) -> str:
@@ -231,7 +230,7 @@ def _answers(outcome: Outcome) -> str:
                     without,
                 )
             )
-    return _raw_table(("adapter", "request", "answer", "the base without adapter"), rows)
+    return raw_table(("adapter", "request", "answer", "the base without adapter"), rows)
 
 
 def _steps(outcome: Outcome) -> str:
@@ -267,14 +266,4 @@ def _mark(state: str) -> str:
 
 
 def _table(head: TableCells, rows: Iterable[TableCells], *, kind: str = "") -> str:
-    return _raw_table(head, ([escape(cell) for cell in row] for row in rows), kind=kind)
-
-
-def _raw_table(head: TableCells, rows: Iterable[TableCells], *, kind: str = "") -> str:
-    """Cells of `rows` are HTML."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        '<div class="wide"><table'
-        f' class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return raw_table(head, ([escape(cell) for cell in row] for row in rows), kind=kind)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -20,11 +20,12 @@ from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import Progress
 from edgetune.data.rows import read_rows, spread
 from edgetune.devices import load_device
-from edgetune.evaluation.answers import BundleAnswers
 from edgetune.evaluation.evaluate import measure
+from edgetune.evaluation.measures import Evaluation
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.export.bundle import export_bundle
 from edgetune.export.proof.task_metric import TaskPlan
+from edgetune.export.proof.verdict import ProofVerdict
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
 from edgetune.quickstart.fewshot import FewShotBase
@@ -49,7 +50,18 @@ from edgetune.training import RunSummary, run_recipe
 RUNS, BUNDLES, RESULTS = "runs", "bundles", "results.json"
 ENCODER_TOKENS = 32  # of a request in the latency check, as the profiles' budgets say
 PROBE = "frozen encoder + logistic regression"
-Scores = tuple[str, int, str, float, float]  # metric, rows, what the base's is, the base's, torch's
+ALL_ROWS = 10_000  # more than a test file has
+
+
+class Scores(NamedTuple):
+    """One adapter on its held-out rows, in torch."""
+
+    metric: str
+    rows: int
+    base_how: str
+    base: float
+    torch: float
+    answers: Evaluation
 
 
 class Road:
@@ -93,8 +105,8 @@ def run_quickstart(plan: QuickstartPlan, out: Path, *, stream: TextIO | None = N
         with road.step(f"measure {task.name} in torch"):
             scores[task.name] = _measure_in_torch(task, out / RUNS / task.name, summary)
             road.say(
-                f"{scores[task.name][2]} {percent(scores[task.name][3])}, adapted"
-                f" {percent(scores[task.name][4])}"
+                f"{scores[task.name].base_how} {percent(scores[task.name].base)}, adapted"
+                f" {percent(scores[task.name].torch)}"
             )
     shipments = tuple(_ship(shipment, plan, out, scores, road) for shipment in plan.shipments)
     versions = summary.versions
@@ -145,15 +157,16 @@ def _measure_in_torch(task: QuickstartTask, run: Path, summary: RunSummary) -> S
         metric == "accuracy"
     ):  # the trainer measured the frozen encoder with the head as it was before training
         base = (summary.base_metrics or {}).get("accuracy", 0.0)
-        return metric, found.rows, PROBE, base, found.metrics[metric]
+        return Scores(metric, found.rows, PROBE, base, found.metrics[metric], found)
     shots = spread(read_rows(task.recipe.stage[0].data.train).rows, task.shots)
     alone = measure(FewShotBase(adapted, shots), run, task.test)
-    return (
+    return Scores(
         metric,
         found.rows,
         f"no adapter, {counted(len(shots), 'example')} in the prompt",
         alone.metrics[metric],
         found.metrics[metric],
+        found,
     )
 
 
@@ -170,19 +183,20 @@ def _ship(
             folder,
             precision=Precision(shipment.precision, overrides=shipment.overrides),
             say=road.say,
-            task=TaskPlan(rows=0),  # measured below, on every row
+            task=TaskPlan(
+                rows=ALL_ROWS,
+                data={task.name: task.test for task in shipment.tasks},
+                known={name: scores[name].answers for name in names},
+            ),
         )
+        for name, verdict in manifest.proof["verdict"].items():
+            road.say(f"verdict {name}: {ProofVerdict(**verdict).line()}")
     with road.step(f"call {shipment.name}"), Runtime.open(folder) as runtime:
-        in_bundle = {
-            task.name: _measure_in_bundle(task, runtime, folder) for task in shipment.tasks
-        }
         calls = {task.name: _call(task, runtime, road) for task in shipment.tasks}
     with road.step(f"check {shipment.name} on {plan.device}"):
         checked = _check(plan, folder, manifest, road)
     adapters = tuple(
-        _adapter_outcome(
-            task, out, manifest, scores[task.name], in_bundle[task.name], calls[task.name]
-        )
+        _adapter_outcome(task, out, manifest, scores[task.name], calls[task.name])
         for task in shipment.tasks
     )
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
@@ -194,13 +208,6 @@ def _ship(
         adapters,
         device=plan.device,
         **checked,
-    )
-
-
-def _measure_in_bundle(task: QuickstartTask, runtime: Runtime, folder: Path) -> float:
-    metrics = measure(BundleAnswers(runtime, task.name), folder, task.test).metrics
-    return next(
-        metrics[name] for name in ("accuracy", "json_exact_match", "exact_match") if name in metrics
     )
 
 
@@ -259,24 +266,23 @@ def _adapter_outcome(
     out: Path,
     manifest: Manifest,
     scores: Scores,
-    in_bundle: float,
     calls: Sequence[TimedCall],
 ) -> AdapterOutcome:
-    metric, rows, base_how, base_score, torch_score = scores
     journal = (out / RUNS / task.name / JOURNAL).read_text(encoding="utf-8").splitlines()
     entry = f"adapters/{task.name}/adapter_model.safetensors"
     return AdapterOutcome(
         name=task.name,
         title=task.title,
         base=task.recipe.base,
-        metric=metric,
-        rows=rows,
-        base_how=base_how,
-        base_score=base_score,
-        torch_score=torch_score,
-        bundle_score=in_bundle,
+        metric=scores.metric,
+        rows=scores.rows,
+        base_how=scores.base_how,
+        base_score=scores.base,
+        torch_score=scores.torch,
+        bundle_score=manifest.proof["task"][task.name]["bundle"][scores.metric],
         adapter_mb=manifest.files[entry].bytes / 1e6,
         proof=manifest.proof["adapters"][task.name],
+        verdict=manifest.proof["verdict"][task.name],
         records=[json.loads(line) for line in journal],
         calls=calls,
     )

@@ -348,7 +348,7 @@ class Recipe:
         0, help="the same seed gives the same adapter on the same machine", at_least=0
     )
     threads: int | None = option(
-        None, help="CPU threads; not set: as many as torch chooses", at_least=1
+        None, help="CPU threads; not set: as many as torch chooses", at_least=1, at_most=1024
     )
     device: DeviceChoice = option(
         "auto", help="where training computes; auto = a CUDA GPU, else Apple's (MPS), else the CPU"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2530; --soft: #5d6b7c;
@@ -40,6 +41,7 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
   vertical-align: top; }
 th { font-weight: 600; } td:first-child { color: var(--soft); white-space: nowrap; }
 td { overflow-wrap: anywhere; }
+.good { color: var(--c3); } .changed { color: var(--c2); } .bad { color: #d13438; }
 """
 PLOTTED_SHARES = (
     "accuracy",
@@ -53,13 +55,32 @@ SHARES = {*PLOTTED_SHARES, "above_length", "ended"}
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose cells are plain text."""
+    return raw_table(head, ([escape(cell) for cell in row] for row in rows))
+
+
+def raw_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "") -> str:
+    """A table whose cells are HTML, those of `head` plain text."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    of_kind = f' class="{kind}"' if kind else ""
     return (
-        f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="wide"><table{of_kind}><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def verdict_mark(verdict: Mapping[str, Any]) -> str:
+    """A bundle's verdict of an adapter as HTML: green is as trained, and nothing else is."""
+    if not verdict["reasons"] and verdict["value"] == "as trained":
+        return '<span class="good">✓ as trained</span>'
+    kind = "bad" if verdict["reasons"] else "changed"
+    return f'<span class="{kind}">{escape(verdict["value"])}</span>'
+
+
+def verdict_tile(verdicts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """How many of a bundle's adapters answer as trained, and what that number is."""
+    kept = sum(one["value"] == "as trained" for one in verdicts)
+    return f"{kept} of {len(verdicts)}", "answer as trained"
 
 
 def words(name: str) -> str:

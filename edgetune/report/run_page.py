@@ -59,6 +59,7 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
             f" {escape(summary['versions']['edgetune'])}</p>"
         ),
         _tiles(summary),
+        *(f"<p>{escape(line)}.</p>" for line in summary.get("warnings", ())),
         '<h2>Training</h2><div class="plots">' + "".join(_plots(records)) + "</div>",
         "<h2>Results</h2>" + _results(summary),
         *_forgetting(summary),

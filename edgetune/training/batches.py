@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune.data.batching import Batch, collate, split, split_by_prefix
+from edgetune.data.batching import Batch, split, split_by_prefix
+from edgetune.data.collation import collate
 from edgetune.data.examples import Mask
 
 # padded tokens in one forward pass (1.4 MB each in a 135M model); more are accumulated from parts

@@ -93,6 +93,7 @@ class ResolvedRun:
     shard: bool  # spread them over the processes
     parameters: Parameters
     start: StartAdapter | None  # to go on from
+    head: str | None  # transformers' own layers, or None; see `models.load.new_head`
     generation: Mapping[str, Any] | None  # how the adapter answers where a request does not say
     forgetting: Forgetting | None
     stages: tuple[ResolvedStage, ...]

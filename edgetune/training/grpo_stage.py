@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.data.batching import IGNORE, Batch, collate, in_order_of_length, split_by_prefix
+from edgetune.data.batching import IGNORE, Batch, in_order_of_length, split_by_prefix
+from edgetune.data.collation import collate
 from edgetune.data.conversations import end_token
 from edgetune.data.rollout_prompts import PromptExample
 from edgetune.models.base import Base

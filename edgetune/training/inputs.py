@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetune.adapters.warm_start import StartAdapter, read_start
+from edgetune.core.errors import RecipeError
+from edgetune.core.tasks import CLASSIFICATION
 from edgetune.data.batching import steps_per_epoch
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
@@ -56,6 +58,8 @@ def read_inputs(recipe: Recipe) -> Inputs:
     base = _as_it_ships(resolve_base(recipe.base), recipe)
     if base.kind == SEQ2SEQ:
         check_recipe(recipe)
+    if base.kind == "decoder" and recipe.task == CLASSIFICATION:
+        _check_classifier(recipe)
     start = read_start(recipe, base)
     tokenizer = load_tokenizer(base)
     sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
@@ -77,6 +81,22 @@ def read_inputs(recipe: Recipe) -> Inputs:
     if start is not None:
         digests[0]["start"] = start.digest
     return Inputs(recipe, base, tokenizer, sets, replays, digests, start, pad_id)
+
+
+def _check_classifier(recipe: Recipe) -> None:
+    """RecipeError for what a classifier on a decoder has no place for."""
+    if recipe.parameters.train == "full":
+        raise RecipeError(
+            'parameters.train = "full" does not fit sequence-classification on a decoder',
+            expected="an adapter, which shares the base with those that generate",
+            fix='Use parameters.train = "lora" or "head".',
+        )
+    if recipe.forgetting is not None:
+        raise RecipeError(
+            "[forgetting] has no meaning for sequence-classification on a decoder",
+            expected="a decoder that predicts text, or an encoder",
+            fix="Remove [forgetting].",
+        )
 
 
 def _as_it_ships(base: Base, recipe: Recipe) -> Base:

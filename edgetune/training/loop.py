@@ -17,7 +17,7 @@ from torch import nn
 
 from edgetune.core.errors import TrainingError
 from edgetune.data.batching import Batch, steps
-from edgetune.models.heads import HEADS, unwrapped
+from edgetune.models.heads import HEADS, UNUSED, unwrapped
 from edgetune.models.masked_lm import head_parameters
 from edgetune.training.checkpoint import Position, State
 from edgetune.training.context import Experience, ResolvedStage
@@ -168,7 +168,7 @@ def build_optimizer(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        in_head = not set(HEADS).isdisjoint(name.split(".")) or id(parameter) in heads
+        in_head = not {*HEADS, *UNUSED}.isdisjoint(name.split(".")) or id(parameter) in heads
         peak = head_learning_rate if in_head and head_learning_rate is not None else learning_rate
         decay = weight_decay if parameter.ndim >= 2 and not in_head else 0.0
         groups.setdefault((peak, decay), []).append(parameter)

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune.data.batching import collate
+from edgetune.data.collation import collate, collate_tagged, collate_targets
 from edgetune.data.seq2seq import both_lengths, collate_answers
-from edgetune.data.tagging import collate_tagged
-from edgetune.data.targets import collate_targets
 from edgetune.models.base import Base
 from edgetune.objectives.labels import (
     decisions,

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgetune.core.tasks import Problem
-from edgetune.data.batching import IGNORE, Example, collate, in_order_of_length
+from edgetune.data.batching import IGNORE, Example, in_order_of_length
+from edgetune.data.collation import collate, collate_tagged
 from edgetune.data.examples import ExampleSet
-from edgetune.data.tagging import TaggedExample, collate_tagged
+from edgetune.data.tagging import TaggedExample
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
 from edgetune.models.torch_device import device_of, to_device
 from edgetune.objectives.preference import collate_pairs
@@ -26,7 +27,7 @@ REWARD_C, REWARD_FOLDS_FROM = (0.01, 0.1, 1.0, 10.0, 100.0), 50
 
 
 def fit_probe(model: SequenceClassifier, examples: Sequence[Example], *, pad_id: int) -> None:
-    """Set `model.classifier` to an L2-regularised logistic regression on the pooled features.
+    """Set `model.output` to an L2-regularised logistic regression on what it reads.
 
     The regression sees features of length 1 and has no intercept: the best label for a feature is
     then the same at any length, so its weights hold for the raw pooled features too (divided by
@@ -34,7 +35,7 @@ def fit_probe(model: SequenceClassifier, examples: Sequence[Example], *, pad_id:
     """
     targets = np.array([example.labels for example in examples])
     if len(np.unique(targets)) > 1:
-        fit_logistic(model.classifier, pooled_features(model, examples, pad_id=pad_id), targets)
+        fit_logistic(model.output, output_features(model, examples, pad_id=pad_id), targets)
 
 
 def fit_logistic(
@@ -60,7 +61,8 @@ def fit_logistic(
         head.weight[torch.from_numpy(present).to(head.weight.device)] = torch.from_numpy(
             weights
         ).to(head.weight)
-        head.bias.zero_()
+        if head.bias is not None:
+            head.bias.zero_()
 
 
 def fit_reward_probe(model: RewardModel, pairs: Sequence[Any], *, pad_id: int) -> None:
@@ -130,17 +132,29 @@ def pooled_features(
         stacked: NDArray[np.float32] = torch.stack(known).numpy()
         return stacked
     model.eval()
-    features = np.empty((len(examples), model.classifier.in_features), dtype=np.float32)
+    features = np.empty((len(examples), model.config.hidden_size), dtype=np.float32)
     lengths, device = [len(example.input_ids) for example in examples], device_of(model)
     for part in in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE):
         batch = to_device(collate([examples[index] for index in part], pad_id), device)
         features[part] = (
-            model.pooled(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+            model.features(batch.input_ids, batch.attention_mask, batch.token_type_ids)
             .float()
             .cpu()
             .numpy()
         )
     return features
+
+
+@torch.no_grad()
+def output_features(
+    model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int
+) -> NDArray[np.float32]:
+    """(rows, hidden): what the head's last layer reads, all before it as it is now."""
+    features = pooled_features(model, examples, pad_id=pad_id)
+    model.eval()
+    found = model.before_output(torch.from_numpy(features).to(model.output.weight))
+    result: NDArray[np.float32] = found.float().cpu().numpy()
+    return result
 
 
 RIDGE = np.logspace(
@@ -173,11 +187,14 @@ def fit_label_probes(model: SequenceClassifier, examples: Sequence[Any], *, pad_
     weights, biases = np.zeros((targets.shape[1], features.shape[1])), np.zeros(targets.shape[1])
     for label, column in enumerate(targets.T):
         if 0 < column.sum() < len(column):
-            fitted = LogisticRegression(C=C, max_iter=1000).fit(features, column)
-            weights[label], biases[label] = fitted.coef_[0] / scale, fitted.intercept_[0]
+            with_bias = model.output.bias is not None
+            fitted = LogisticRegression(C=C, max_iter=1000, fit_intercept=with_bias).fit(
+                features, column
+            )
+            weights[label], biases[label] = fitted.coef_[0] / scale, np.ravel(fitted.intercept_)[0]
         else:
             biases[label] = np.log((column.sum() + 1) / (len(column) - column.sum() + 1))
-    _set(model.classifier, weights, biases)
+    _set(model.output, weights, biases)
 
 
 def fit_value_probe(model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int) -> None:
@@ -188,18 +205,19 @@ def fit_value_probe(model: SequenceClassifier, examples: Sequence[Any], *, pad_i
 
     targets = np.array([example.target for example in examples])
     if np.ptp(targets) == 0:
-        _set(model.classifier, np.zeros((1, model.classifier.in_features)), targets[:1])
+        _set(model.output, np.zeros((1, model.config.hidden_size)), targets[:1])
         return
     features, scale = _unit_features(model, examples, pad_id=pad_id)
-    fitted = RidgeCV(alphas=RIDGE).fit(features, targets)
-    _set(model.classifier, fitted.coef_[None] / scale, np.array([fitted.intercept_]))
+    with_bias = model.output.bias is not None
+    fitted = RidgeCV(alphas=RIDGE, fit_intercept=with_bias).fit(features, targets)
+    _set(model.output, fitted.coef_[None] / scale, np.array([fitted.intercept_]))
 
 
 def _unit_features(
     model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int
 ) -> tuple[NDArray[np.float32], float]:
     """Features of length 1, and their mean length, by which the raw ones are about larger."""
-    features = pooled_features(model, examples, pad_id=pad_id)
+    features = output_features(model, examples, pad_id=pad_id)
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     unit: NDArray[np.float32] = features / np.maximum(lengths, 1e-12)
     return unit, float(lengths.mean()) or 1.0
@@ -208,7 +226,8 @@ def _unit_features(
 def _set(head: nn.Linear, weights: NDArray[np.float64], biases: NDArray[np.float64]) -> None:
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weights))
-        head.bias.copy_(torch.from_numpy(biases))
+        if head.bias is not None:
+            head.bias.copy_(torch.from_numpy(biases))
 
 
 PROBE_WORDS = 20_000  # of more, the first weights are fitted to rows at equal distances
@@ -254,13 +273,15 @@ def word_states(
 def fit_word_probe(
     model: TokenClassifier, examples: Sequence[TaggedExample], *, pad_id: int
 ) -> None:
-    """Set `model.classifier` to a logistic regression on the states of single words; see
+    """Set `model.output` to a logistic regression on what it reads of single words; see
     `fit_logistic`.
     """
     words = sum(len(example.first) for example in examples)
     keep = min(len(examples), max(1, len(examples) * PROBE_WORDS // max(1, words)))
     chosen = [examples[at * len(examples) // keep] for at in range(keep)]
-    states = torch.cat(word_states(model, chosen, pad_id=pad_id)).numpy()
+    words_seen = torch.cat(word_states(model, chosen, pad_id=pad_id)).to(model.output.weight)
+    with torch.no_grad():
+        states = model.before_output(words_seen).float().cpu().numpy()
     labels = [
         label
         for example in chosen
@@ -268,4 +289,4 @@ def fit_word_probe(
         for label in example.labels
         if label != IGNORE
     ]
-    fit_logistic(model.classifier, states, torch.tensor(labels).numpy())
+    fit_logistic(model.output, states, torch.tensor(labels).numpy())

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune.core.errors import DataError, TrainingError
-from edgetune.data.batching import Batch, Example, collate
+from edgetune.data.batching import Batch, Example
+from edgetune.data.collation import collate
 from edgetune.data.plain_text import encode_documents, pack, text_rows
 from edgetune.data.prompts import PromptFormat, row_template
 from edgetune.data.rows import read_rows

@@ -11,7 +11,7 @@ import torch
 
 from edgetune.data.batching import steps_per_epoch
 from edgetune.data.examples import ExampleSet
-from edgetune.models.load import hidden_size
+from edgetune.models.load import hidden_size, new_head
 from edgetune.models.torch_device import Precision, choose_precision
 from edgetune.recipe.generation import generation_defaults
 from edgetune.recipe.schema import DeviceChoice, Recipe, Stage
@@ -62,6 +62,7 @@ def resolve(
         shard=recipe.parameters.shard,
         parameters=recipe.parameters,
         start=inputs.start,
+        head=(new_head(inputs.base, recipe.task) if inputs.start is None else inputs.start.head),
         generation=_generation(recipe, inputs.sets[-1]),
         forgetting=recipe.forgetting,
         stages=stages,

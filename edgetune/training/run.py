@@ -40,8 +40,8 @@ from edgetune.training.summary import (
     closing,
     metadata,
     opening,
-    risen_losses,
     summary_of,
+    warnings_of,
 )
 
 WriteMore = Callable[[Path, RunResult], None]
@@ -119,10 +119,14 @@ def run_recipe(
             processes=group.size,
             out=folder,
         )
-        summary = replace(summary, forgetting=_forgetting(run, model, progress))
+        summary = replace(
+            summary,
+            forgetting=_forgetting(run, model, progress),
+            warnings=warnings_of(run, journal.records),
+        )
         _write(folder, run, model.model, summary, journal, write_more)
         group.from_leader(summary)
-    progress.say("\n".join([*risen_losses(summary, journal.records), closing(summary)]))
+    progress.say("\n".join([*summary.warnings, closing(summary)]))
     return summary
 
 

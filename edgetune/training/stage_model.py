@@ -18,10 +18,9 @@ from edgetune.models.base import Base
 from edgetune.models.heads import (
     RewardModel,
     SequenceClassifier,
-    build_classifier,
     unwrapped,
 )
-from edgetune.models.load import load_body
+from edgetune.models.load import classifier_on, load_body
 from edgetune.models.masked_lm import exchange_body, head_parameters, load_masked_lm
 from edgetune.models.torch_device import autocast, generators_untouched
 from edgetune.recipe.checks import changes_the_base
@@ -92,7 +91,7 @@ class RunModel:
         if self._original is None:
             self._original = self._bare(self._run.base)
             if self._first_head:
-                self._original.classifier.load_state_dict(self._first_head)
+                self._original.load_state_dict(self._first_head, strict=False)
         yield self._original.to(self._run.device).eval()
 
     def _bare(self, base: Base) -> Any:
@@ -106,7 +105,7 @@ class RunModel:
             return RewardModel(body)
         if labels is None:
             return body
-        return build_classifier(body, task=task, labels=len(labels), pooling=base.pooling)
+        return classifier_on(base, body, task=task, labels=len(labels), head=self._run.head)
 
     def _build(self) -> Any:
         run, body = self._run, self._bare(self._run.base)
@@ -122,7 +121,9 @@ class RunModel:
         if run.train == "full":
             if isinstance(body, SequenceClassifier):
                 self._first_head = {
-                    name: tensor.clone() for name, tensor in body.classifier.state_dict().items()
+                    name: tensor.clone()
+                    for name, tensor in body.state_dict().items()
+                    if not set(name.split(".")).isdisjoint(body.head_modules)
                 }
             return body.requires_grad_(True)
         return adapt_head(body) if run.train == "head" else self._adapted(body)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
 from edgetune.core.text import outside_tag
 from edgetune.data.examples import ExampleSet
+from edgetune.data.look import standing
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.torch_device import peak_device_mb
@@ -67,6 +68,8 @@ class RunSummary:
     base_precision: dict[str, Any] | None = None
     # general ability before and after, where the recipe asks for it
     forgetting: list[dict[str, Any]] | None = None
+    # what the figures above do not show by themselves, a line each; said at the end of the run
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def data_facts(stage: ResolvedStage) -> dict[str, Any]:
         "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,
+        "validation_in_train": examples.validation_in_train[0],
         "taken_for": examples.notes,
         **({"unseen_words": examples.unseen_words} if examples.unseen_words else {}),
     }
@@ -149,6 +153,7 @@ def metadata(run: ResolvedRun, summary: RunSummary) -> AdapterMetadata:
         labels=examples.labels,
         pooling=run.base.pooling,
         problem=stage.problem if run.task == "sequence-classification" else None,
+        head=run.head,
         prompt_format=examples.prompt_format.to_dict(),
         generation=None if run.generation is None else dict(run.generation),
         max_length=examples.max_length,
@@ -204,16 +209,19 @@ def closing(summary: RunSummary) -> str:
     return f"{result}\n{speed}\nwritten to {summary.out}"
 
 
-def risen_losses(summary: RunSummary, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each stage whose training loss ended higher than it began; grpo's says nothing
-    about that.
+def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each stage whose training loss ended higher than it began (grpo's says nothing
+    about that), and for each that is measured on rows it learned.
     """
     lines = []
-    for index, stage in enumerate(summary.stages):
-        losses = [r["loss"] for r in records if r["kind"] == "train" and r["stage"] == index]
-        if stage["method"] != "grpo" and len(losses) > 1 and losses[-1] > losses[0]:
+    for stage in run.stages:
+        name = f"stage {stage.index} ({stage.method})"
+        losses = [r["loss"] for r in records if r["kind"] == "train" and r["stage"] == stage.index]
+        if stage.method != "grpo" and len(losses) > 1 and losses[-1] > losses[0]:
             lines.append(
-                f"the loss of stage {index} ({stage['method']}) ended higher than it began:"
-                f" {losses[0]:.4f} to {losses[-1]:.4f}; a lower learning_rate may help"
+                f"the loss of {name} ended higher than it began: {losses[0]:.4f} to"
+                f" {losses[-1]:.4f}; a lower learning_rate may help"
             )
+        if stage.examples.validation_in_train[0]:
+            lines.append(f"{name}: {standing(*stage.examples.validation_in_train)}")
     return lines

@@ -12,25 +12,24 @@ import onnx_ir as ir
 from edgetune import __version__
 from edgetune.core.files import write_json
 from edgetune.core.progress import Say
-from edgetune.export.graph.adapter_branch import ADAPTED, PLAIN, by_situation
 from edgetune.export.graph.attention import refuse_head_size
+from edgetune.export.graph.deberta import LINEAR_ROWS
 from edgetune.export.graph.families import cache_sizes, fixed_length
 from edgetune.export.graph.fp16 import to_half
 from edgetune.export.graph.fuse import simplify
 from edgetune.export.graph.heads import (
+    add_fixed_head,
     add_fixed_score,
-    add_head,
-    add_token_head,
+    add_input_head,
     causal_model,
     decoder_head,
     drop_states,
 )
-from edgetune.export.graph.lower import lower, settle
+from edgetune.export.graph.lower import input_embedding, lower, modules_and_widths, settle
 from edgetune.export.graph.names import name_for_people
 from edgetune.export.graph.native_nodes import NotExpressibleError
 from edgetune.export.graph.native_plan import native_plan
 from edgetune.export.graph.onnx_file import (
-    BY_SITUATION,
     DATA,
     ENGINE,
     NATIVE,
@@ -41,13 +40,19 @@ from edgetune.export.graph.onnx_file import (
 from edgetune.export.graph.seq2seq import trace_seq2seq
 from edgetune.export.graph.seq2seq_files import placed, seq2seq_shape, write_graphs
 from edgetune.export.graph.standard import standard_decoder, standard_encoder
+from edgetune.export.graph.symbolic_layers import DOMAIN
 from edgetune.export.graph.trace import Traced, trace_decoder, trace_encoder
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import UNLIMITED, Base
-from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier, has_token_types
+from edgetune.models.heads import (
+    DecoderClassifier,
+    Embedder,
+    RewardModel,
+    SequenceClassifier,
+    has_token_types,
+)
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime.bundle.manifest import GraphInfo, HeadInfo, Site
-from edgetune.runtime.engine.session import ADAPTER_BRANCH
 
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
@@ -61,9 +66,9 @@ def _graph(
     precision: Precision,
     say: Say,
     traced: Traced | None = None,
-) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision]:
-    """Trace, simplify, quantise; what the runtime must know of the result, and the precision layer
-    by layer.
+) -> tuple[ir.Model, GraphInfo, list[Site], HeadInfo | None, Precision, dict[str, int]]:
+    """Trace, simplify, quantise; what the runtime must know of the result, the precision layer by
+    layer, and what stays in fp32 all the same (see `float_tables`).
     """
     config, max_length = model.config, _context(base, model)
     if max_length < base.max_length:
@@ -83,44 +88,84 @@ def _graph(
     graph = _trace(base, model) if traced is None else traced.copy(lambda: _trace(base, model))
     say(f"writing weights as {precision.weights}")
     precision = settle(graph, precision)
+    floats = float_tables(graph, precision)
+    for module, more in floats.items():
+        say(_float_line(module, more, precision.block_size))
     sites = lower(graph, precision, adapter_inputs=mode == "separate", skip=_untouched(sources))
     if base.kind == "encoder-decoder":
         sites = placed(graph, sites)
     head = (
-        decoder_head(config.hidden_size) if base.kind == "decoder" and mode == "separate" else None
+        decoder_head(config.hidden_size)
+        if base.kind == "decoder" and (mode == "separate" or isinstance(model, DecoderClassifier))
+        else None
     )
     if isinstance(model, RewardModel):
         add_fixed_score(graph, model.score.weight)
     elif base.kind == "decoder" and head is None:
         drop_states(graph)
     if base.kind == "encoder":
-        classifier = model.classifier if isinstance(model, SequenceClassifier) else None
-        weights = (
-            (classifier.weight.detach(), classifier.bias.detach())
-            if classifier is not None
-            else (None, None)
-        )
-        if isinstance(model, TokenClassifier):
-            add_token_head(graph, model.classifier.weight.detach(), model.classifier.bias.detach())
+        if isinstance(model, SequenceClassifier):
+            add_fixed_head(graph, model, pooling=base.pooling or "mean")
         else:
-            head = add_head(graph, *weights, hidden=config.hidden_size)
+            head = add_input_head(graph, hidden=config.hidden_size)
     if precision.weights == "fp16":
         to_half(graph)
         shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
     name_for_people(graph.graph)
-    situations = (
-        BY_SITUATION if sites and base.kind == "decoder" and precision.weights != "fp16" else None
-    )  # fp16 is not for the CPU
     info = GraphInfo(
         engine=ENGINE,
         data=DATA,
-        situations=situations,
         max_length=max_length,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         **{"standard": STANDARD, **shape},
     )
-    return graph, info, sites, head, precision
+    return graph, info, sites, head, precision, floats
+
+
+def float_tables(model: ir.Model, precision: Precision) -> dict[str, int]:
+    """Tables that a quantised bundle keeps in fp32, because whole blocks do not fill their width:
+    module → the bytes that costs. For a model before `lower`.
+    """
+    bits_of = {
+        table.name: precision.bits(modules_and_widths(node)[0])
+        for node in model.graph
+        if node.domain == DOMAIN and node.op_type == "Linear"
+        if (table := node.inputs[1]) is not None
+    }
+    found = {}
+    for node in model.graph:
+        if node.domain != DOMAIN or node.op_type not in ("Embedding", LINEAR_ROWS):
+            continue
+        module = node.attributes["module"].as_string()
+        if node.op_type == "Embedding":
+            rows, columns = _sizes(node.inputs[1])
+            wanted = precision.embedding_bits(
+                module,
+                tied=bits_of.get(node.inputs[1].name, 0),  # type: ignore[union-attr]
+                is_input=module == input_embedding(model.graph),
+                columns=0,
+            )
+        else:
+            rows, columns = _sizes(node.inputs[1])[0], _sizes(node.inputs[2])[0]
+            wanted = 8 if precision.bits([module]) else 0
+        if wanted and columns % precision.block_size:
+            found[module] = rows * columns * (32 - wanted) // 8
+    return found
+
+
+def _sizes(value: ir.Value | None) -> tuple[int, int]:
+    assert value is not None and value.shape is not None
+    rows, columns = value.shape
+    return int(rows), int(columns)  # type: ignore[arg-type]
+
+
+def _float_line(module: str, more: int, block: int) -> str:
+    """For a person, where a table is not rounded as asked."""
+    return (
+        f"{module} stays in fp32 ({more / 1e6:.1f} MB more): its width is no multiple of"
+        f" --block-size {block}; a smaller one may round it"
+    )
 
 
 def _context(base: Base, model: Any) -> int:
@@ -140,7 +185,9 @@ def _context_line(base: Base, kept: int) -> str:
 
 def _trace(base: Base, model: Any) -> ir.Model:
     """The base's graph in float, simplified: linear layers that read one input are one product."""
-    body = model.body if isinstance(model, SequenceClassifier) else causal_model(model, base)
+    inside = base.kind == "encoder" and isinstance(model, (Embedder, SequenceClassifier))
+    body = model.body if inside else model
+    body = causal_model(body, base)
     if base.kind == "decoder":
         refuse_head_size(model.config)
         graph = trace_decoder(body, max_length=_context(base, model))
@@ -187,12 +234,6 @@ def _write_graphs(
     if base.kind == "decoder":
         info = _write_native_plan(graph, folder, sites, info, say=say)
     write_graph(graph, folder / ENGINE, metadata=note)
-    if info.situations is not None:
-        write_graph(
-            by_situation(graph, sites),
-            folder / info.situations,
-            metadata=note | {ADAPTER_BRANCH: f"{ADAPTED}, {PLAIN}"},
-        )
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
     name_for_people(standard.graph)
     write_graph(standard, folder / STANDARD, metadata=note)

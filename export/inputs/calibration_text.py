@@ -20,7 +20,7 @@ from edgetune.data.rows import read_rows
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import Base
 from edgetune.models.calibration import LENGTH, TOKENS, calibrate
-from edgetune.models.heads import SequenceClassifier
+from edgetune.models.heads import Embedder, SequenceClassifier
 from edgetune.quantisation.precision import QUANTISERS, Precision
 from edgetune.recipe.read import load_run_recipe
 
@@ -93,7 +93,7 @@ def calibrate_base(
     rows = file_rows(file, tokenizer) if file is not None else recipe_rows(sources, tokenizer, base)
     limit = min(LENGTH, base.max_length)
     calibrate(
-        model.body if isinstance(model, SequenceClassifier) else model,
+        model.body if isinstance(model, (Embedder, SequenceClassifier)) else model,
         [row[:limit] for row in rows],
         precision,
         say=say,

@@ -25,6 +25,7 @@ from edgetune.core.layout import (
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
 )
+from edgetune.core.settings import nearest
 from edgetune.export.inputs.sources import check_names
 from edgetune.runtime.adapters.lora import LoraFolder, read_lora, refuse_if
 
@@ -95,8 +96,8 @@ def _terms(value: str, known: Mapping[str, Path], *, name: str) -> list[Term]:
             raise ExportError(
                 f"{label!r} is neither another adapter's name nor a folder",
                 where=f"--adapter {name}",
-                expected=", ".join(sorted(known)) or FORM,
                 got=value,
+                **nearest(label, sorted(known), none=FORM),
             )
         terms.append(
             Term(

@@ -13,12 +13,15 @@ from typing import Any
 from edgetune.adapters.folder import read_metadata
 from edgetune.adapters.full_model import full_folder, own_base, read_full
 from edgetune.core.errors import AdapterError, ExportError, listed
+from edgetune.core.head_layers import TRANSFORMERS
 from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.core.precisions import PRECISIONS
+from edgetune.core.settings import did_you_mean
+from edgetune.core.tasks import CLASSIFICATION, TAGGING, VALUE
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision
-from edgetune.runtime.adapters.lora import NOT_FINITE, read_lora, refuse_if
+from edgetune.runtime.adapters.lora import NOT_FINITE, LoraFolder, read_lora, refuse_if
 
 MODES = ("separate", "merged")
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # an adapter's name is a folder of the bundle
@@ -35,24 +38,38 @@ class AdapterSource:
     modules: frozenset[str]  # where it has low-rank weights
     problems: tuple[str, ...] = ()  # what adapter inputs cannot express
     is_model: bool = False  # all weights were trained: `folder` is a base of its own
+    rows: int | None = None  # of another tool's head: how many labels it tells apart
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """The head's labels, in the order of its rows."""
+        """The head's labels, in the order of its rows; another tool's are numbered."""
         labels = self.metadata.get("labels")
+        if labels is None and self.rows is not None:
+            one = self.problem == "regression"
+            return (VALUE,) if one else tuple(f"LABEL_{i}" for i in range(self.rows))
         return tuple(labels) if labels is not None else None
 
     @property
     def task(self) -> str | None:
-        """What it was trained for; None for an adapter of another tool."""
+        """What it was trained for; None for an adapter of another tool without a head."""
         task: str | None = self.metadata.get("task")
+        if task is None and self.rows is not None:
+            return TAGGING if self.config.get("task_type") == "TOKEN_CLS" else CLASSIFICATION
         return task
 
     @property
     def problem(self) -> str | None:
         """Of a classification: single-label (also None), multi-label or regression."""
         problem: str | None = self.metadata.get("problem")
+        if self.rows == 1 and self.task == CLASSIFICATION:
+            return "regression"
         return problem
+
+    @property
+    def head(self) -> str | None:
+        """The kind of an encoder's head: transformers' own layers, or (None) a linear one."""
+        head: str | None = self.metadata.get("head")
+        return TRANSFORMERS if self.rows is not None else head
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -83,6 +100,7 @@ def read_source(name: str, folder: Path) -> AdapterSource:
             where=str(folder),
             expected="a run folder of `edgetune train`, or a PEFT adapter folder",
             got=_what_is(folder),
+            fix=_near(folder),
         )
     read = read_lora(inner)
     damaged = [  # no mode can ship it
@@ -92,9 +110,29 @@ def read_source(name: str, folder: Path) -> AdapterSource:
     ]
     refuse_if(damaged, inner)
     metadata = read_metadata(inner) if read.metadata is not None else {}
+    modules = frozenset(read.modules or ())
+    rows = None if metadata else _rows_of_head(read)
     return AdapterSource(
-        name, inner, metadata, read.config, frozenset(read.modules or ()), tuple(read.problems)
+        name, inner, metadata, read.config, modules, tuple(read.problems), rows=rows
     )
+
+
+def _rows_of_head(read: LoraFolder) -> int | None:
+    """Labels of another tool's head: the rows of its last layer."""
+    names = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
+    last = next((read.head[name] for name in names if name in read.head), None)
+    if last is None or last.ndim != 2:
+        return None
+    scores = last.shape[0] == 1 and "score.weight" in read.head  # a reward, unless somebody says
+    return None if scores else int(last.shape[0])
+
+
+def _near(folder: Path) -> str:
+    """The nearest name beside a folder that is not there."""
+    beside = folder.parent
+    if folder.exists() or not beside.is_dir():
+        return ""
+    return did_you_mean(folder.name, [one.name for one in beside.iterdir() if one.is_dir()])
 
 
 def _what_is(folder: Path) -> str:

@@ -20,14 +20,15 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.layout import ADAPTER_METADATA
 from edgetune.core.tasks import REWARD
 from edgetune.core.text import PairIds, Text, first_tokens, second_of
-from edgetune.data.batching import IGNORE, token_types
+from edgetune.data.batching import IGNORE
+from edgetune.data.collation import token_types
 from edgetune.data.labels import encode_texts
 from edgetune.data.rows import spread
 from edgetune.export.inputs.calibration_text import run_examples
 from edgetune.export.proof.proof import Outputs
-from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
-from edgetune.runtime.engine.decoder import CACHE_STEP, DecoderEngine, DecodeState, round_up
+from edgetune.models.heads import Embedder, RewardModel, SequenceClassifier, TokenClassifier
 from edgetune.runtime.engine.encoder import EncoderEngine
+from edgetune.runtime.engine.interface import Decoder
 from edgetune.runtime.tasks.scoring import read_scores
 
 if TYPE_CHECKING:
@@ -95,11 +96,13 @@ def torch_outputs(model: Any, rows: Sequence[Sequence[int]], *, adapter: bool) -
             elif isinstance(inner, TokenClassifier):
                 hidden = inner.states(ids, torch.ones_like(ids))[0]
                 states.append(hidden.numpy())
-                logits.append(inner.classifier(hidden).numpy())
+                logits.append(inner.logits_of(hidden).numpy())
             elif isinstance(inner, SequenceClassifier):
-                pooled = inner.pooled(ids, torch.ones_like(ids), token_types([row], len(row)))
-                states.append(pooled.numpy())
-                logits.append(inner.classifier(pooled).numpy())
+                given = ids, torch.ones_like(ids), token_types([row], len(row))
+                states.append(inner.pooled(*given).numpy())
+                logits.append(inner.logits_of(inner.features(*given)).numpy())
+            elif isinstance(inner, Embedder):
+                logits.append(inner.pooled(ids, torch.ones_like(ids)).numpy())
             elif isinstance(inner, RewardModel):
                 hidden = inner.pooled(ids, torch.ones_like(ids))
                 states.append(hidden.numpy())
@@ -134,7 +137,7 @@ def _low_rank_off(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def decoder_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+def decoder_outputs(engine: Decoder, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
     """The bundle's logits at every position: the prompt in one piece, the last tokens one by one
     through the cache.
     """
@@ -148,18 +151,14 @@ def decoder_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensor
 
 
 def _read_and_stepped(
-    engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any
+    engine: Decoder, rows: Sequence[Sequence[int]], tensors: Any
 ) -> list[np.ndarray]:
     """The logits (tokens, vocabulary) of each row of one batch."""
     cuts = [max(1, len(row) - STEPS) for row in rows]
-    state = DecodeState(
-        engine, [tensors] * len(rows), capacity=round_up(max(map(len, rows)) + 1, CACHE_STEP)
-    )
-    everywhere = np.minimum(
-        np.arange(max(cuts))[None], np.array(cuts)[:, None] - 1
-    )  # a shorter prompt's last position again
-    read = state.prefill([row[:cut] for row, cut in zip(rows, cuts, strict=True)], index=everywhere)
-    found = [[logits[:cut].copy()] for logits, cut in zip(read, cuts, strict=True)]
+    begun = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+    adapters = [tensors] * len(rows)
+    found = [[logits] for logits in engine.logits(begun, adapters)]
+    state, _ = engine.start(begun, adapters, capacity=max(map(len, rows)))
     going = list(range(len(rows)))
     for step in range(STEPS):
         staying = [i for i in going if cuts[i] + step < len(rows[i])]
@@ -182,13 +181,21 @@ def encoder_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensor
     return Outputs(np.stack(logits), np.array(pooled))
 
 
+def embedding_outputs(
+    engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any
+) -> Outputs:
+    """The bundle's pooled states alone, of an adapter without a head."""
+    states = encoder_outputs(engine, rows, tensors).states
+    return Outputs(states, states)
+
+
 def token_outputs(engine: EncoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
     """The bundle's logits and states at every token; all rows in one padded batch."""
     logits, states = engine.tokens(rows, [tensors] * len(rows))
     return Outputs(np.concatenate(logits), np.concatenate(states))
 
 
-def reward_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+def reward_outputs(engine: Decoder, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
     """The bundle's scores (rows, 1) and states of the last tokens; rows right-padded in a batch, as
     the device sends them.
     """
@@ -202,6 +209,13 @@ def reward_outputs(engine: DecoderEngine, rows: Sequence[Sequence[int]], tensors
         np.concatenate([scores[:, None] for scores, _ in found]),
         np.concatenate([states for _, states in found]),
     )
+
+
+def class_outputs(engine: Decoder, rows: Sequence[Sequence[int]], tensors: Any) -> Outputs:
+    """The bundle's logits (rows, labels) of a decoder's classifier, and states as above."""
+    states, head = reward_outputs(engine, rows, tensors).states, engine.manifest.head
+    assert head is not None
+    return Outputs(states @ tensors[head.weight][0] + tensors[head.bias][0], states)
 
 
 Decide = Callable[[Outputs], Outputs]

@@ -12,12 +12,15 @@ from typing import Any
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTERS
 from edgetune.core.progress import Say
-from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, MASKED, REWARD, TAGGING
 from edgetune.core.text import second_of, typed_at
 from edgetune.export.inputs.sources import AdapterSource, original_base, read_source
+from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import (
+    class_outputs,
     decide_by,
     decoder_outputs,
+    embedding_outputs,
     encoder_outputs,
     reward_outputs,
     seq2seq_outputs,
@@ -31,11 +34,11 @@ from edgetune.export.proof.torch_model import judged_by, prove_merged, reference
 from edgetune.models.base import Base
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.precision import Precision, coarsest
-from edgetune.runtime.adapters.packing import pack_adapter
+from edgetune.runtime.adapters.packing import merged_head, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
-from edgetune.runtime.engine.decoder import DecoderEngine
 from edgetune.runtime.engine.encoder import EncoderEngine
-from edgetune.runtime.engine.seq2seq import Seq2SeqEngine, decoder_engine
+from edgetune.runtime.engine.seq2seq import Seq2SeqEngine
+from edgetune.runtime.tasks.choose_engine import ONNX_RUNTIME, open_decoder
 
 
 def prove_bundle(
@@ -46,31 +49,48 @@ def prove_bundle(
     rows: Mapping[str, list[list[int]]],
     *,
     threads: int | None = None,
-) -> dict[str, Proof]:
-    """Run torch and the bundle's real engine on the probe, adapter by adapter."""
-    engine = (decoder_engine if manifest.is_decoder else EncoderEngine)(
-        folder, manifest, threads=threads
-    )
-    if not sources and isinstance(engine, DecoderEngine):
-        trained, shipped = (
-            torch_outputs(torch_model(base), rows[ALONE], adapter=True),
-            _generator_outputs(engine, rows[ALONE], None),
-        )
+) -> dict[str, dict[str, Proof]]:
+    """Run torch and each of the bundle's engines on the probe: the proofs of every adapter, by the
+    engine's name. The native engine is among them where it can run the bundle here.
+    """
+    engines = _engines(folder, manifest, threads)
+    if not sources and manifest.is_decoder:
+        trained = torch_outputs(torch_model(base), rows[ALONE], adapter=True)
         judged = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
-        return {ALONE: prove_parity(trained=trained, shipped=shipped, precision=judged)}
-    return {
-        source.name: _prove_one(engine, manifest, base, source, rows[source.name])
+        return {
+            name: {
+                ALONE: prove_parity(
+                    trained=trained,
+                    shipped=_generator_outputs(engine, rows[ALONE], None),
+                    precision=_bounds(judged, name),
+                )
+            }
+            for name, engine in engines.items()
+        }
+    found = {
+        source.name: _prove_one(engines, manifest, base, source, rows[source.name])
         for source in sources
     }
+    return {engine: {name: proofs[engine] for name, proofs in found.items()} for engine in engines}
+
+
+def _engines(folder: Path, manifest: Manifest, threads: int | None) -> dict[str, Any]:
+    """The graph in ONNX Runtime, and the native engine where it can run this bundle here."""
+    if not manifest.is_decoder:
+        return {ONNX_RUNTIME: EncoderEngine(folder, manifest, threads=threads)}
+    graph, _ = open_decoder(folder, manifest, engine=ONNX_RUNTIME, threads=threads)
+    best, which = open_decoder(folder, manifest, threads=threads)
+    return {ONNX_RUNTIME: graph} | ({which.name: best} if which.name != ONNX_RUNTIME else {})
 
 
 def _prove_one(
-    engine: DecoderEngine | EncoderEngine,
+    engines: Mapping[str, Any],
     manifest: Manifest,
     base: Base,
     source: AdapterSource,
     rows: list[list[int]],
-) -> Proof:
+) -> dict[str, Proof]:
+    """One adapter's proof, by the engine's name."""
     reference = reference_base(base, source.metadata, manifest)
     model = torch_model(reference, source)
     trained, trained_off = (
@@ -83,13 +103,16 @@ def _prove_one(
     if original is not None:
         trained_off = torch_outputs(original, rows, adapter=True)
 
-    def ship(tensors: Any) -> Outputs:
-        if isinstance(engine, DecoderEngine):
-            return (
-                decide(reward_outputs(engine, rows, tensors))
-                if source.task == REWARD
-                else _generator_outputs(engine, rows, tensors)
-            )
+    def ship(engine: Any, tensors: Any) -> Outputs:
+        if manifest.is_decoder:
+            bound = engine.bind(tensors) if tensors else None
+            if source.task == REWARD:
+                return decide(reward_outputs(engine, rows, bound))
+            if source.task == CLASSIFICATION:
+                return decide(class_outputs(engine, rows, tensors))
+            return _generator_outputs(engine, rows, bound)
+        if source.task == MASKED:
+            return embedding_outputs(engine, rows, tensors)
         return decide(
             token_outputs(engine, rows, tensors)
             if source.task == TAGGING
@@ -99,23 +122,32 @@ def _prove_one(
     judged = judged_by(manifest, reference)
     if not source.modules and not source.is_model:
         tensors = (
-            None
+            merged_head(source.folder, source.task or "", manifest) or None
             if manifest.mode == "merged"
             else pack_adapter(source.folder, manifest, name=source.name).tensors
         )
-        return prove_head(trained=trained, shipped=ship(tensors), precision=judged)
+        return {
+            name: prove_head(
+                trained=trained, shipped=ship(engine, tensors), precision=_bounds(judged, name)
+            )
+            for name, engine in engines.items()
+        }
     if manifest.mode == "merged":
-        return prove_merged(
-            model,
-            original,
-            rows,
-            trained=trained,
-            trained_off=trained_off,
-            shipped=ship(None),
-            stored=manifest.precision,
-            judged=judged,
-            decide=decide,
-        )
+        head = merged_head(source.folder, source.task or "", manifest)
+        return {
+            name: prove_merged(
+                model,
+                original,
+                rows,
+                trained=trained,
+                trained_off=trained_off,
+                shipped=ship(engine, head or None),
+                stored=manifest.precision,
+                judged=_bounds(judged, name),
+                decide=decide,
+            )
+            for name, engine in engines.items()
+        }
     del model  # the engine needs the memory
     tensors = pack_adapter(source.folder, manifest, name=source.name).tensors
     only_head = {
@@ -123,28 +155,44 @@ def _prove_one(
         for name, tensor in tensors.items()
         if manifest.head and name in (manifest.head.weight, manifest.head.bias)
     }
-    shipped, shipped_off = ship(tensors), ship(only_head or None)
-    return prove(
-        trained=trained,
-        trained_off=trained_off,
-        shipped=shipped,
-        shipped_off=shipped_off,
-        precision=judged,
-    )
+    return {
+        name: prove(
+            trained=trained,
+            trained_off=trained_off,
+            shipped=ship(engine, tensors),
+            shipped_off=ship(engine, only_head or None),
+            precision=_bounds(judged, name),
+        )
+        for name, engine in engines.items()
+    }
 
 
-def _generator_outputs(engine: DecoderEngine, rows: list[list[int]], tensors: Any) -> Outputs:
+def _bounds(judged: str, engine: str) -> str:
+    """The precision whose bounds hold for an engine: the native one keeps keys, values and adapters
+    in half precision whatever the weights are.
+    """
+    return judged if engine == ONNX_RUNTIME else coarsest([judged, "fp16"])
+
+
+def _generator_outputs(engine: Any, rows: list[list[int]], tensors: Any) -> Outputs:
     if isinstance(engine, Seq2SeqEngine):
         return seq2seq_outputs(engine, rows, tensors)
     return decoder_outputs(engine, rows, tensors)
 
 
 def proof_document(
-    proofs: Mapping[str, Proof], rows: Mapping[str, list[list[int]]], precision: Precision
+    proven: Mapping[str, Mapping[str, Proof]],
+    rows: Mapping[str, list[list[int]]],
+    precision: Precision,
 ) -> dict[str, Any]:
     return {
         "bounds": asdict(BOUNDS[coarsest([precision.weights, *precision.overrides.values()])]),
-        "adapters": {name: proof.to_dict() for name, proof in proofs.items()},
+        "adapters": {name: proof.to_dict() for name, proof in proven[ONNX_RUNTIME].items()},
+        "engines": {
+            engine: {name: proof.to_dict() for name, proof in proofs.items()}
+            for engine, proofs in proven.items()
+            if engine != ONNX_RUNTIME
+        },
         "probe": dict(rows),
         **(
             {"second": second}
@@ -160,6 +208,13 @@ def proof_document(
     }
 
 
+def proof_line(name: str, engine: str, proof: Proof) -> str:
+    """One adapter's proof for a person; the engine is named where it is not the usual one."""
+    by = "" if engine == ONNX_RUNTIME else f" ({engine})"
+    passed = "passed" if proof.passed else f"FAILED: {'; '.join(proof.failures)}"
+    return f"proof {name}{by}: {passed}; {proof.line()}"
+
+
 def probe_of(manifest: Manifest) -> dict[str, list[list[int]]]:
     """The manifest's probe rows; two texts know again where the second begins."""
     rows, second = manifest.proof["probe"], manifest.proof.get("second", {})
@@ -172,8 +227,12 @@ def probe_of(manifest: Manifest) -> dict[str, list[list[int]]]:
     }
 
 
-def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> dict[str, Proof]:
-    """The proof again, from the bundle alone and the base it names, text first (ProofError)."""
+def reprove(
+    folder: Path, manifest: Manifest, *, threads: int | None = None
+) -> dict[str, dict[str, Proof]]:
+    """The proof again, from the bundle alone and the base it names, by every engine; ProofError
+    where the text or an answer from text differs.
+    """
     base, sources = _shipped(folder, manifest)
     prove_text(folder, manifest, base, sources)
     if missing := sorted(
@@ -184,6 +243,7 @@ def reprove(folder: Path, manifest: Manifest, *, threads: int | None = None) -> 
             where=str(folder),
             fix="Export the bundle again.",
         )
+    prove_from_text(folder, manifest, base, sources, threads=threads)
     return prove_bundle(folder, manifest, base, sources, probe_of(manifest), threads=threads)
 
 

@@ -2,8 +2,8 @@
 trained and in the bundle.
 
 `prove` says that the outputs agree; this says what the disagreement that rounding leaves costs
-where it counts. It decides nothing by itself: `edgetune export --precision auto` (`search`)
-compares it with a bound.
+where it counts. `verdict` judges it; `edgetune export --precision auto` (`search`) compares it with
+a bound of its own.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from edgetune.core.tasks import lower_is_better
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import read_rows
 from edgetune.evaluation.answers import BundleAnswers
-from edgetune.evaluation.forgetting.subjects import BundleSubject, torch_texts
+from edgetune.evaluation.forgetting.subjects import BundleSubject
+from edgetune.evaluation.forgetting.torch_subject import torch_texts
 from edgetune.evaluation.measures import Evaluation, measure_rows, measure_text
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.export.inputs.sources import AdapterSource
+from edgetune.export.proof.task_loss import TaskLoss, answer_of, task_loss
 from edgetune.export.proof.task_rows import TaskRows, _chosen, rows_of
 from edgetune.export.proof.torch_model import trained_base
 from edgetune.metrics.statistics import headline
@@ -32,9 +34,9 @@ from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.tasks.open_bundle import OpenBundle
 
-# A batch of 16 answers takes torch little longer than one; an encoder reads that many texts in a
-# fraction of a second.
-DEFAULT_ROWS = {"decoder": 16, "encoder": 256, "encoder-decoder": 16}
+# Of 64 rows a loss of ten points is more than chance; an encoder reads 256 texts in a fraction of a
+# second.
+DEFAULT_ROWS = {"decoder": 64, "encoder": 256, "encoder-decoder": 64}
 # The first of these that a task has is its metric. ROUGE-L: BLEU is 0 for answers of a word, exact
 # match for free text.
 METRICS = (
@@ -77,6 +79,14 @@ class TaskResult:
     # share of rows with the same answer from both; None of numbers, and of text, where nothing
     # is answered
     same: float | None
+    changed: TaskLoss | None = None
+    """which rows; None where there are none (perplexity)"""
+
+    @property
+    def points(self) -> float:
+        """What the bundle loses against torch in the metric's own unit; negative a gain."""
+        change = self.torch[self.metric] - self.bundle[self.metric]
+        return change if self.higher_is_better else -change
 
     @property
     def loss(self) -> float:
@@ -157,7 +167,7 @@ def compare_on_task(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows)
             got=", ".join(in_torch.metrics),
         )
     answers = [
-        [answer for one in side.predictions if not isinstance(answer := _answer(one), float)]
+        [answer for one in side.predictions if not isinstance(answer := answer_of(one), float)]
         for side in (in_torch, in_bundle)
     ]
     same = (
@@ -173,15 +183,7 @@ def compare_on_task(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows)
         headline(in_torch.metrics),
         headline(in_bundle.metrics),
         same,
-    )
-
-
-def _answer(prediction: Mapping[str, Any]) -> Any:
-    """What was answered: of a reward, whether it prefers the chosen one."""
-    return (
-        prediction["prediction"]
-        if "prediction" in prediction
-        else prediction["chosen"] > prediction["rejected"]
+        task_loss(metric, in_torch.predictions, in_bundle.predictions, rows.rows.rows),
     )
 
 
@@ -249,15 +251,18 @@ class TaskPlan:
 
     rows: int | None = None
     """rows of each adapter at most; None: `DEFAULT_ROWS`; 0: nothing is measured"""
-    data: Path | None = None
-    """the rows of every adapter; None: the validation rows of each one's recipe"""
+    data: Path | Mapping[str, Path] | None = None
+    """the rows of every adapter, or a file for each; None: the validation rows of its recipe"""
     known: dict[str, Evaluation] | None = None
     """what torch answered, kept from bundle to bundle of the same adapters"""
+    allowed_by: str = ""
+    """the option that ships what lost more than the verdict allows, for the manifest; "": none"""
 
     def check(self) -> None:
         """DataError where `data` cannot be read, before anything takes its time."""
-        if self.data is not None:
-            read_rows(self.data)
+        for file in self.data.values() if isinstance(self.data, Mapping) else [self.data]:
+            if file is not None:
+                read_rows(file)
 
     def measure(
         self,
@@ -307,7 +312,7 @@ class TaskPlan:
         threads: int | None,
         say: Say,
     ) -> dict[str, TaskResult]:
-        if self.data is None or not limit:
+        if not isinstance(self.data, Path) or not limit:
             return {}
         rows = _chosen(read_rows(self.data), limit, skip_invalid=False)
         known = {} if self.known is None else self.known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,18 +61,20 @@ def rows_of(
     sources: Sequence[AdapterSource],
     *,
     limit: int,
-    data: Path | None = None,
+    data: Path | Mapping[str, Path] | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, TaskRows]:
-    """The rows of each adapter that has any; for the others a line that says why not, where a
-    reason can be told.
+    """The rows of each adapter that has any, of its own file or of one for all; for the others a
+    line that says why not, where a reason can be told.
     """
     found = {}
+    files = data if isinstance(data, Mapping) else {source.name: data for source in sources}
     for source in sources if limit else ():
+        data = files.get(source.name)
         if not source.metadata or source.task == "masked-lm":
             if data is not None:
                 why = (
-                    "what masked-lm trained answers nothing"
+                    "what masked-lm trained gives embeddings"
                     if source.metadata
                     else "an adapter of another tool does not say how it reads rows"
                 )

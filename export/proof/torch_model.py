@@ -22,15 +22,15 @@ from edgetune.adapters.folder import load_adapter
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTER, ADAPTER_METADATA
 from edgetune.core.precisions import FLOATS
-from edgetune.core.tasks import REWARD
+from edgetune.core.tasks import CLASSIFICATION, MASKED, REWARD
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.export.proof.probe import torch_outputs
 from edgetune.export.proof.proof import Outputs, Proof, prove, with_survival
 from edgetune.export.proof.survival import LEAST_STRENGTH, PEFT_NAME, survival, survival_summary
 from edgetune.models.base import Base
 from edgetune.models.fake_quantise import round_weights
-from edgetune.models.heads import RewardModel, build_classifier
-from edgetune.models.load import load_body
+from edgetune.models.heads import Embedder, RewardModel
+from edgetune.models.load import classifier_on, load_body
 from edgetune.quantisation.blocks import ROUNDING
 from edgetune.quantisation.precision import Precision, coarsest, trained_precision
 from edgetune.runtime.adapters.trained_for import is_held
@@ -43,21 +43,26 @@ def torch_model(base: Base, source: AdapterSource | None = None, *, merge: bool 
     if source is None or source.is_model:
         return body
     model: Any = RewardModel(body) if source.task == REWARD else body
-    if base.kind == "encoder":
+    if base.kind == "encoder" and source.task == MASKED:
+        model = Embedder(body, pooling=base.pooling or "mean")
+    elif base.kind == "encoder" or source.task == CLASSIFICATION:
         if source.labels is None:
             raise ExportError(
-                "an adapter for an encoder needs its labels",
+                "an adapter of another tool for an encoder needs a classifier here",
                 where=str(source.folder),
-                expected="edgetune_adapter.json with labels",
+                expected="a head in modules_to_save",
                 got="none",
-                fix=(
-                    "Adapters of other tools load into a finished bundle with Runtime.load_adapter."
-                ),
+                fix="It loads into a finished bundle with Runtime.load_adapter, and embeds.",
             )
-        pooling = source.metadata.get("pooling") or base.pooling
-        model = build_classifier(
-            body, task=source.task or "", labels=len(source.labels), pooling=pooling
+        model = classifier_on(
+            base, body, task=source.task or "", labels=len(source.labels), head=source.head
         )
+        if (
+            source.rows is not None
+            and base.kind == "encoder"
+            and not (model.layers and "pooler" in model.layers.modules)
+        ):
+            body.pooler = None  # transformers' classifiers have none then, and PEFT targets none
     adapted = load_adapter(model, source.folder).eval()
     return merge_adapter(adapted, where=str(source.folder)) if merge else adapted
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgetune.core.errors import InputError
+from edgetune.core.head_layers import LINEAR, TRANSFORMERS
 from edgetune.core.precisions import PRECISIONS
 from edgetune.core.tasks import PROBLEMS
 from edgetune.runtime.adapters.patterns import is_safe
@@ -99,6 +100,7 @@ OWN: Table = {
     "task": TEXT,
     "problem": _one_of(*PROBLEMS),
     "pooling": TEXT,
+    "head": _one_of(LINEAR, TRANSFORMERS),
     "labels": (_list_of(_either(_is_text, _is_number)), "a list of texts"),
     "max_length": POSITIVE,
     "prompt_format": OBJECT,

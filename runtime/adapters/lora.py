@@ -27,7 +27,6 @@ from edgetune.core.layout import (
     ADAPTER_CONFIG,
     ADAPTER_METADATA,
     ADAPTER_WEIGHTS,
-    HEAD_GUARDS,
     PEFT_PREFIX,
 )
 from edgetune.runtime.adapters.json_types import wrong_config, wrong_metadata
@@ -35,8 +34,10 @@ from edgetune.runtime.adapters.patterns import fullmatch, matches_end
 from edgetune.runtime.adapters.tensor_file import TensorFile, is_finite
 
 LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+HEAD_NAMES = ("classifier", "score", "pooler", "head", "pre_classifier")
 HEAD = re.compile(
-    r"(?P<name>classifier|score)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>weight|bias)"
+    rf"(?:\w+\.)?(?P<name>{'|'.join(HEAD_NAMES)})(?:\.modules_to_save(?:\.default)?)?"
+    r"(?P<part>(?:\.(?:dense|norm|out_proj))?\.(?:weight|bias))"
 )
 COPY = ".base_layer.weight"
 NUMBER = re.compile(r"\.([0-9]{1,9})(?=\.)")
@@ -44,7 +45,6 @@ NUMBER = re.compile(r"\.([0-9]{1,9})(?=\.)")
 NOT_FINITE = "holds NaN or infinite values"
 LARGE = 64 << 20
 """Bytes of weights above which unknown tensors are refused by the header alone."""
-HEAD_NAMES = ("classifier", "score")
 # Configurations whose answer is not W + scaling·BA. Each says what to do instead.
 REFUSED = {
     "use_dora": "DoRA rescales whole weights, which adapter inputs cannot; train with dora = false",
@@ -81,7 +81,11 @@ class LoraFolder:
     deltas: dict[str, tuple[Array, Array]] = field(default_factory=dict)
     """module → A (r, in) float32 and scaling·B (out, r) float32"""
     head: dict[str, Array] = field(default_factory=dict)
-    """weight (labels, hidden) and bias (labels,)"""
+    """the head's tensors, by their names in transformers without the body's: `classifier.weight`
+    (labels, hidden), `classifier.bias` (labels,), `pooler.dense.weight` …
+    """
+    head_deltas: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    """the same as `deltas`, of the head's dense layer"""
     copies: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """module → shape of the frozen base weight that PEFT saves beside an adapter on an output
     projection
@@ -107,7 +111,7 @@ def read_lora(
     metadata = _read_json(path, ADAPTER_METADATA, required=False)
     refuse_if(wrong_types(config or {}, metadata or {}), path)
     read = LoraFolder(path=path, config=config or {}, metadata=metadata)
-    read.problems += _config_problems(read.config, HEAD_GUARDS if metadata is not None else ())
+    read.problems += _config_problems(read.config)
     weights, place = path / ADAPTER_WEIGHTS, len(read.problems)
     with ThreadPoolExecutor(
         1
@@ -225,7 +229,7 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _config_problems(config: Mapping[str, Any], guards: Sequence[str]) -> list[str]:
+def _config_problems(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"{ADAPTER_CONFIG}: peft_type: expected LORA, got {kind}"]
@@ -244,10 +248,10 @@ def _config_problems(config: Mapping[str, Any], guards: Sequence[str]) -> list[s
             f"{ADAPTER_CONFIG}: init_lora_weights={start} also changed the base weights; {fix}"
         )
     for name in config.get("modules_to_save") or ():
-        if name not in (*HEAD_NAMES, *guards):
+        if name not in HEAD_NAMES:
             problems.append(
                 f"{ADAPTER_CONFIG}: modules_to_save: the graph takes no trained {name!r}; only a"
-                " linear head swaps"
+                " classifier's layers swap"
             )
     return problems
 
@@ -294,7 +298,7 @@ def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
             sides.setdefault(match["module"], {})[match["side"]] = tensor
             read.modules.add(match["module"])
         elif match := HEAD.fullmatch(name):
-            read.head[match["part"]] = tensor
+            read.head[match["name"] + match["part"]] = tensor
         elif name.endswith(COPY):
             read.copies[name.removesuffix(COPY)] = tensor.shape
         else:
@@ -353,5 +357,5 @@ def _why_unknown(name: str) -> str:
     if ".lora_B.bias" in name or name.endswith(".bias"):
         return "trained biases have no graph input; train with bias = none"
     if name.startswith(HEAD_NAMES):
-        return "the graph takes one linear head (classifier.weight and classifier.bias)"
+        return "no layer of a classifier that is known here"
     return "the graph has no input for it"

@@ -14,14 +14,29 @@ import numpy as np
 from edgetune.core.arrays import Float32
 from edgetune.core.errors import AdapterError
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, PEFT_PREFIX
-from edgetune.core.tasks import DECODER_TASKS, ENCODER_TASKS, REWARD, TAGGING
+from edgetune.core.tasks import (
+    CLASSIFICATION,
+    DECODER_TASKS,
+    EMBEDDING,
+    ENCODER_TASKS,
+    MASKED,
+    REWARD,
+    TAGGING,
+)
+from edgetune.runtime.adapters.head import (
+    described_by_peft,
+    head_layers_of,
+    head_problems,
+    labels_of,
+    pack_head,
+    task_of,
+)
 from edgetune.runtime.adapters.lora import LoraFolder, is_target, read_lora, refuse_if
 from edgetune.runtime.adapters.trained_for import other_weights
-from edgetune.runtime.bundle.manifest import HeadInfo, Manifest, Part
+from edgetune.runtime.bundle.manifest import Manifest, Part
+from edgetune.runtime.engine.head import LORA_A
 
 TYPED = ("bert", "electra")  # families that tell two texts apart by the types of their tokens
-
-DENSE_TAGGERS = ("modernbert",)  # families whose tagger has a dense layer before its output
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,11 @@ class PackedAdapter:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def has_layers(self) -> bool:
+        """Whether its head has transformers' layers before its output."""
+        return LORA_A in self.tensors
+
+    @property
     def prompt_format(self) -> dict[str, Any] | None:
         """How a row becomes a prompt, as it was trained; None for a foreign adapter."""
         value: dict[str, Any] | None = self.metadata.get("prompt_format")
@@ -62,6 +82,8 @@ class PackedAdapter:
     @property
     def task(self) -> str | None:
         """What it was trained for; None for a foreign adapter without a head."""
+        if self.metadata.get("task") == MASKED:  # which answers with an embedding
+            return EMBEDDING
         return self.metadata.get("task") or (
             "sequence-classification" if self.labels is not None else None
         )
@@ -103,24 +125,31 @@ def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapt
     """Low-rank weights that are already in memory, for this bundle; else as `pack_adapter`."""
     path = read.path
     _takes_adapters(manifest, path)
-    placed, labels = _place(read, manifest), _labels(read, manifest)
+    placed, labels = _place(read, manifest), labels_of(read, manifest)
     problems = [*read.problems, *_missing(read, manifest), *_task_problems(read, manifest)]
-    if manifest.head is not None and not _foreign_head(read, manifest):
-        problems += _head_problems(read, manifest.head, _rows_of_head(labels, manifest))
-    refuse_if(problems, path)
-    tensors = _pack_sites(placed, manifest)
-    if manifest.head is not None and read.head:
-        tensors |= _pack_head(read, manifest.head)
+    refuse_if([*problems, *head_problems(read, manifest, labels)], path)
+    tensors = _pack_sites(placed, manifest) | pack_head(read, manifest)
     return PackedAdapter(
         name=name,
         tensors=tensors,
         labels=labels,
         rank=read.rank,
         digest=read.digest or "",
-        metadata=read.metadata or _guessed(read, manifest),
+        metadata=read.metadata or described_by_peft(read, manifest),
         notes=(*(doubts := _doubts(read, manifest)), *_notes(read, manifest)),
         doubts=doubts,
     )
+
+
+def merged_head(folder: Path, task: str, manifest: Manifest) -> dict[str, Float32]:
+    """What of a merged adapter in `folder` is not in the graph: a decoder's classifier, which the
+    runtime applies.
+    """
+    if not manifest.is_decoder or task != CLASSIFICATION:
+        return {}
+    read = read_lora(folder)
+    refuse_if(head_problems(read, manifest, labels_of(read, manifest)), folder)
+    return pack_head(read, manifest)
 
 
 def _takes_adapters(manifest: Manifest, path: Path) -> None:
@@ -138,8 +167,11 @@ Placed = dict[tuple[int, int], tuple[Float32, Float32]]
 
 def _place(read: LoraFolder, manifest: Manifest) -> Placed:
     """Find each module's part in the graph; unknown and misshapen ones become problems."""
-    index, placed = _part_index(manifest), Placed()
+    index, placed, layers = _part_index(manifest), Placed(), head_layers_of(read, manifest)
     for module, (a, b) in read.deltas.items():
+        if layers is not None and layers.dense in (module, _without_first(module)):
+            read.head_deltas[layers.dense] = a, b
+            continue
         found = index.get(module) or index.get(_without_first(module))
         key = f"{PEFT_PREFIX}{module}"
         if found is None:
@@ -258,7 +290,8 @@ def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
     fitting = (
         DECODER_TASKS if manifest.is_decoder else ENCODER_TASKS
     )  # one base serves every kind of head
-    if task is not None and task not in fitting:
+    embeds = task == MASKED and not manifest.is_decoder
+    if task is not None and task not in fitting and not embeds:
         problems.append(f"{ADAPTER_METADATA}: task: expected {' or '.join(fitting)}, got {task}")
     pooling = metadata.get("pooling")
     if pooling is not None and pooling != manifest.graph.pooling:
@@ -271,105 +304,7 @@ def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
             f"{ADAPTER_METADATA}: prompt_format.text_pair: this graph takes no token types; export"
             " the bundle again"
         )
-    if read.head and manifest.head is None:
-        shape = next(iter(read.head.values())).shape
-        fix = "; export the bundle again" if manifest.is_decoder else ""
-        problems.append(
-            f"{PEFT_PREFIX}{_head_name(read)} {shape}: unknown, this graph takes no task head{fix}"
-        )
-    return [*problems, *_foreign_head(read, manifest)]
-
-
-def _foreign_head(read: LoraFolder, manifest: Manifest) -> list[str]:
-    """Why another tool's head would answer otherwise here than there, if it would.
-
-    transformers puts a pooler, or a dense layer and an activation, before the output layer of every
-    encoder's sequence classifier; a head here is linear, on the pooled states.
-    """
-    weight = read.head.get("weight")
-    if read.metadata is not None or weight is None:
-        return []
-    name = f"{PEFT_PREFIX}{_head_name(read)}.weight {weight.shape}"
-    if manifest.is_decoder:
-        if weight.shape[0] == 1:
-            return []
-        return [
-            f"{name}: a classifier of {weight.shape[0]} labels on a decoder; its bundle takes"
-            " heads of one output (a reward); train an encoder for labels"
-        ]
-    kind = read.config.get("task_type")
-    if kind == "TOKEN_CLS" and manifest.base.model_type not in DENSE_TAGGERS:
-        return []
-    return [
-        f"{name}: this head ({kind or 'no task_type'}) reads what transformers' dense layer or"
-        f" pooler of {manifest.base.model_type} gives, here it would read"
-        f" {manifest.graph.pooling}-pooled states and give other labels; train the classifier with"
-        " edgetune"
-    ]
-
-
-def _head_problems(read: LoraFolder, head: HeadInfo, rows: int | None) -> list[str]:
-    weight, bias, name = (
-        read.head.get("weight"),
-        read.head.get("bias"),
-        f"{PEFT_PREFIX}{_head_name(read)}",
-    )
-    if weight is None:
-        scores = (read.metadata or {}).get("task") == REWARD
-        wanted = read.modules is not None and (
-            bool(read.config.get("modules_to_save")) or bias is not None or scores
-        )
-        return [f"{name}.weight: missing"] if wanted else []
-    expected = (rows or weight.shape[0], head.in_features)
-    problems = []
-    if weight.shape != expected:
-        problems.append(f"{name}.weight: expected {expected}, got {weight.shape}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        problems.append(f"{name}.bias: expected {weight.shape[:1]}, got {bias.shape}")
     return problems
-
-
-def _rows_of_head(labels: tuple[str, ...] | None, manifest: Manifest) -> int | None:
-    """How many rows a head must have: a label each, one for a reward; None where a foreign head
-    decides.
-    """
-    return 1 if manifest.is_decoder else len(labels) if labels else None
-
-
-def _head_name(read: LoraFolder) -> str:
-    """What the base that it was trained on calls its head: `classifier`, or `score`."""
-    scores = (read.metadata or {}).get("task") == REWARD
-    return next(iter(read.config.get("modules_to_save") or ()), "score" if scores else "classifier")
-
-
-def _guessed(read: LoraFolder, manifest: Manifest) -> dict[str, Any]:
-    """What PEFT's own configuration says of an adapter without `edgetune_adapter.json`."""
-    if read.head and manifest.is_decoder:
-        return {"task": REWARD}
-    return {"task": TAGGING} if read.head and read.config.get("task_type") == "TOKEN_CLS" else {}
-
-
-def _pack_head(read: LoraFolder, head: HeadInfo) -> dict[str, Float32]:
-    weight = read.head["weight"]
-    bias = read.head.get("bias", np.zeros(weight.shape[0], np.float32))
-    return {
-        head.weight: np.ascontiguousarray(weight.T[None], np.float32),
-        head.bias: bias[None].astype(np.float32),
-    }
-
-
-def _labels(read: LoraFolder, manifest: Manifest) -> tuple[str, ...] | None:
-    """The adapter's labels; a foreign head has none, so its classes are numbered as transformers
-    does.
-    """
-    if manifest.is_decoder:
-        return None  # a decoder's head gives a score
-    labels = (read.metadata or {}).get("labels")
-    if labels is not None:
-        return tuple(str(label) for label in labels)
-    if "weight" in read.head:
-        return tuple(f"LABEL_{i}" for i in range(read.head["weight"].shape[0]))
-    return None
 
 
 def _doubts(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
@@ -391,9 +326,9 @@ def _notes(read: LoraFolder, manifest: Manifest) -> tuple[str, ...]:
     if read.metadata is not None:
         line = other_weights(read.metadata.get("base_precision"), manifest.precision)
         return (line,) if line else ()
-    notes = []
-    if read.head and manifest.is_decoder:
-        notes.append("its head is applied to the last token's state: it gives a score")
-    elif read.head:
-        notes.append("its head is applied to every token's state; its labels are numbered")
-    return tuple(notes)
+    task = task_of(read, manifest)
+    if task == REWARD:
+        return ("its head is applied to the last token's state: it gives a score",)
+    if task == TAGGING:
+        return ("its head is applied to every token's state; its labels are numbered",)
+    return ("its labels are numbered",) if task == CLASSIFICATION else ()

@@ -12,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from edgetune.core.errors import AdapterError
+from edgetune.core.settings import nearest
+from edgetune.devices.host import release_free_memory
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.sources import AdapterSources, Source
 from edgetune.runtime.bundle.manifest import Manifest
@@ -25,6 +28,9 @@ from edgetune.runtime.engine.interface import BoundAdapter, Tensors
 
 InUse = Literal["forget", "refuse", "wait"]
 """What `unload` does with an adapter that is in use: see there."""
+
+RELEASE_EVERY_S = 10.0
+"""Free memory is given back at most this often: it takes 20 ms, in which nobody can allocate."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,8 @@ class AdapterRegistry:
         """
         self._sources = AdapterSources(folder, manifest, adapter_folder, strict=strict)
         self._bind = bind
+        head = manifest.head
+        self._heads = () if head is None else (head.weight, head.bias)
         self._limit = None if memory_mb is None else memory_mb * 1e6
         self._change = threading.Condition()
         self._serials, self._clock = itertools.count(1), itertools.count(1)
@@ -126,6 +134,7 @@ class AdapterRegistry:
         self._leaving: dict[str, _Known] = {}
         """what an unload waits for, while its name is nobody else's"""
         self.evictions = 0
+        self._released = time.monotonic()
 
     def names(self) -> tuple[str, ...]:
         """Every name that can be used: shipped, loaded, then those of the adapter folder."""
@@ -265,8 +274,8 @@ class AdapterRegistry:
             path = None if name in self._gone else self._sources.find(name)
             if path is not None:
                 return self._known.setdefault(name, _Known(path, next(self._serials)))
-        there = ", ".join(self.names()) or "none in this bundle"
-        raise AdapterError(f"unknown adapter {name!r}", expected=there, got=name)
+        there = nearest(name, self.names(), none="none in this bundle")
+        raise AdapterError(f"unknown adapter {name!r}", got=name, **there)
 
     def _resident(self, name: str, known: _Known) -> Resident:
         known.used = next(self._clock)
@@ -289,10 +298,20 @@ class AdapterRegistry:
         known.fingerprint = fingerprint
         known.used = next(self._clock)
         bound = self._bind(packed.tensors)
-        if bound.own_bytes is not None:  # the engine has its own copy: once is enough
-            packed = replace(packed, tensors={})
+        if bound.own_bytes is not None:  # the engine has its own copy of all but a head
+            kept = {name: packed.tensors[name] for name in self._heads if name in packed.tensors}
+            packed = replace(packed, tensors=kept)
         known.resident = Resident(packed, bound, known.serial)
+        self._release_memory()
         return known.resident
+
+    def _release_memory(self) -> None:
+        """Give back what reading adapters took and what earlier ones left: the small tensors of
+        those that come and go lie between others, and the C library would keep their pages.
+        """
+        if time.monotonic() - self._released >= RELEASE_EVERY_S:
+            self._released = time.monotonic()
+            release_free_memory()
 
     def _release(self, known: _Known) -> None:
         with self._change:

@@ -9,10 +9,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from edgetune.core.errors import AdapterError, BundleError
+from edgetune.core.errors import AdapterError
 from edgetune.core.files import is_regular, read_json
-from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA
-from edgetune.runtime.adapters.packing import PackedAdapter, pack_adapter
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTERS
+from edgetune.runtime.adapters.packing import PackedAdapter, merged_head, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
 
 log = logging.getLogger("edgetune.runtime.adapters")
@@ -75,18 +75,20 @@ class AdapterSources:
             return packed, _fingerprint(packed, source)
         if self._manifest.mode == "merged" or source.path is None:
             known = _metadata(self._folder, source)
+            head = merged_head(self._folder / ADAPTERS / source.name, source.task, self._manifest)
             return (
-                PackedAdapter(name, {}, source.labels, source.rank, source.digest or "", known),
+                PackedAdapter(name, head, source.labels, source.rank, source.digest or "", known),
                 source.digest or "",
             )
         path = self._folder / source.path
         packed = pack_adapter(path, self._manifest, name=name)
         if source.digest is not None and packed.digest != source.digest:
-            raise BundleError(
+            raise AdapterError(
                 f"the adapter {name!r} is not the one the bundle was made with",
                 where=str(path),
                 expected=f"sha256 {source.digest[:16]}…",
                 got=f"{packed.digest[:16]}…",
+                fix="Copy or export the bundle again.",
             )
         return packed, _fingerprint(packed, path)
 
@@ -109,6 +111,7 @@ def _metadata(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
         "problem": entry.problem,
         "labels": None if entry.labels is None else list(entry.labels),
         "prompt_format": entry.prompt_format,
+        "max_length": entry.max_length,
         "generation": entry.generation,
     }
     path = folder / (entry.path or "") / ADAPTER_METADATA

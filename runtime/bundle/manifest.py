@@ -12,10 +12,11 @@ from typing import Any
 
 from edgetune.core.errors import BundleError
 from edgetune.core.files import read_json
+from edgetune.core.head_layers import HeadLayers
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.core.precisions import PRECISIONS
 from edgetune.core.settings import about, from_dict, key_of
-from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS
+from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS, TAGGING
 
 SCHEMA = 1
 MAX_SIZE = 1 << 24
@@ -63,8 +64,8 @@ class GraphInfo:
     """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders
     only.
 
-    `situations` holds the engine's graph twice over the same weights, with adapter inputs and
-    without, and runs the one that fits. Of an encoder-decoder `engine` is the decoder; `encoder`
+    `situations` is a file of bundles of version 0.1 that nothing opens any more. Of an
+    encoder-decoder `engine` is the decoder; `encoder`
     reads the prompt, and an answer begins after `start_token_id`. `native` describes a decoder to
     the native engine (`native_plan`); None: that engine does not take it.
     """
@@ -121,13 +122,23 @@ class Site:
 class HeadInfo:
     """The task head's tensors: weight (group, in, labels) and bias (group, labels).
 
-    Graph inputs of an encoder. A decoder's head reads the last token's state (a reward); the
-    runtime applies it, and so only `standard` has it as inputs.
+    Graph inputs of an encoder. A decoder's head reads the last token's state; the runtime applies
+    it, and so only `standard` has it as inputs. `sequence`, `words`: the layers of transformers'
+    own classifiers of texts and of words, which the runtime applies, too; `file` holds those that
+    the base brings (`own`), for adapters that bring none.
     """
 
     weight: str
     bias: str
     in_features: int = field(metadata=about(key="in"))
+    sequence: HeadLayers | None = field(default=None, metadata=about(written_where_set=True))
+    words: HeadLayers | None = field(default=None, metadata=about(written_where_set=True))
+    own: tuple[str, ...] = field(default=(), metadata=about(written_where_set=True))
+    file: str | None = field(default=None, metadata=about(written_where_set=True))
+
+    def layers(self, task: str) -> HeadLayers | None:
+        """Those of transformers' classifier for this task; None for one linear layer."""
+        return self.words if task == TAGGING else self.sequence
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,7 @@ class AdapterEntry:
     """An adapter that ships in the bundle. `path` is None when it is merged into the graph.
 
     `problem` of a classification: single-label (also None), multi-label or regression.
+    `max_length`: tokens of a text that it was trained on at most.
     """
 
     name: str
@@ -165,6 +177,7 @@ class AdapterEntry:
     onnx_adapter: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     problem: str | None = field(default=None, metadata=about(choices=PROBLEMS))
+    max_length: int | None = field(default=None, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)
@@ -266,6 +279,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         tokenizer.file,
         tokenizer.chat_template,
         tokenizer.tool_template,
+        None if manifest.head is None else manifest.head.file,
         *manifest.files,
     ]
     for entry in manifest.adapters:
@@ -291,6 +305,7 @@ def _check_complete(manifest: Manifest, where: str) -> None:
         graph.native,
         tokenizer.file,
         tokenizer.chat_template,
+        None if manifest.head is None else manifest.head.file,
     ]
     for entry in manifest.adapters:
         needed.append(entry.onnx_adapter)

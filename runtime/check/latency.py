@@ -19,7 +19,7 @@ import numpy as np
 
 from edgetune.core.errors import BundleError, EdgetuneError
 from edgetune.core.memory import peak_rss_mb
-from edgetune.core.tasks import REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, REWARD, TAGGING
 from edgetune.runtime.check.verdict import Speed, summary
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _run(
         ask([ids], [tensors], pad_token_id=tokenizer.pad_token_id)
         return {"request_ms": [(time.perf_counter() - start) * 1e3]}
     decoder = runtime.opened.need_decoder()
-    if runtime.task(name) == REWARD:
+    if runtime.task(name) in (CLASSIFICATION, REWARD):
         from edgetune.runtime.tasks.scoring import read_scores
 
         read_scores(decoder, [ids], [tensors])

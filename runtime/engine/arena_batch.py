@@ -32,8 +32,12 @@ class ArenaBatch(ABC):
         """Run a piece of the filling row's prompt, which ends at its length; logits (vocab,)."""
 
     @abstractmethod
-    def run_step(self, tokens: Sequence[int]) -> Float32:
-        """Run one token of every decoded row, which ends at its length; logits (rows, vocab)."""
+    def run_step(
+        self, rows: Sequence[BatchRow], tokens: Sequence[int], lengths: Sequence[int]
+    ) -> Float32:
+        """Run one token of each of `rows`: all that are decoded, or one of them. They come to
+        `lengths` tokens with it; logits (rows, vocab).
+        """
 
     @abstractmethod
     def run_guesses(self, tokens: Sequence[Sequence[int]]) -> Float32:
@@ -126,21 +130,40 @@ class ArenaBatch(ABC):
         """Append one token to every decoded row; logits (rows, vocab), valid until the next
         step.
         """
-        for row in self.decoding:
-            if row.length >= self.arena.capacity:
-                raise InputError(
-                    "the cache is full",
-                    expected=f"at most {self.arena.capacity} tokens",
-                    got="one more",
-                )
+        return self.append(self.decoding, tokens)
+
+    def step_alone(self, row: BatchRow, token: int) -> Float32:
+        """Append one token to this decoded row; logits (vocab,), valid until the next step."""
+        return self.append([row], [token])[0]
+
+    def append(self, rows: Sequence[BatchRow], tokens: Sequence[int]) -> Float32:
+        """One token more in each row. Where it raises, all rows are as they were."""
+        written = [self.written(row) for row in rows]
+        if max(written) >= self.arena.capacity:
+            raise InputError(
+                "the cache is full",
+                expected=f"at most {self.arena.capacity} tokens",
+                got="one more",
+            )
+        logits = self.run_step(rows, tokens, [length + 1 for length in written])
+        for row in rows:
             row.length += 1
-        return self.run_step(tokens)
+        return logits
+
+    def written(self, row: BatchRow) -> int:
+        """Tokens of a row that are in the arena."""
+        return row.length
 
     def check(self, tokens: Sequence[Sequence[int]]) -> Float32:
         """Append one token or more to every decoded row; see `DecoderBatch`."""
         for row, own in zip(self.decoding, tokens, strict=True):
             row.length += len(own)
-        return self.run_guesses(tokens)
+        try:
+            return self.run_guesses(tokens)
+        except BaseException:
+            for row, own in zip(self.decoding, tokens, strict=True):
+                row.length -= len(own)
+            raise
 
     def remember(self, row: BatchRow, key: Hashable, tokens: Sequence[int]) -> None:
         """Keep the beginning of a row, which is `tokens`, for prompts that begin alike."""

@@ -60,15 +60,21 @@ class Batch(ArenaBatch):
         assert self._prefill is not None
         return self._prefill.run(np.array([piece], np.int64), [row.length])[0]
 
-    def run_step(self, tokens: Sequence[int]) -> Float32:
+    def run_step(
+        self, rows: Sequence[BatchRow], tokens: Sequence[int], lengths: Sequence[int]
+    ) -> Float32:
         """See `ArenaBatch`."""
-        lengths = [row.length for row in self.decoding]
-        return self._bound_step().run(np.array(tokens, np.int64)[:, None], lengths)
+        together = rows is self.decoding
+        binding = self._bound_step() if together else self._bound_alone(rows[0])
+        return binding.run(np.array(tokens, np.int64)[:, None], lengths)
 
     def run_guesses(self, tokens: Sequence[Sequence[int]]) -> Float32:
         """See `ArenaBatch`; of one row."""
         (row,), (own,) = self.decoding, tokens
         return self._bound_step().run(np.array([own], np.int64), [row.length], every=True)[0]
+
+    def _bound_alone(self, row: BatchRow) -> RowBinding:
+        return self._bindings.of([row.adapter], first=row.slot)
 
     def _bound_step(self) -> RowBinding:
         if self._step is None:

@@ -11,8 +11,17 @@ import numpy as np
 
 from edgetune.core.arrays import Float32, Int64
 from edgetune.core.errors import BundleError, InputError
+from edgetune.core.head_layers import HeadLayers
 from edgetune.core.text import second_of
 from edgetune.devices.host import saturates_int8
+from edgetune.runtime.bundle.manifest import STATES
+from edgetune.runtime.engine.head import (
+    LAYER_TENSORS,
+    LORA_A,
+    base_layers,
+    before_output,
+    read_by,
+)
 from edgetune.runtime.engine.interface import AdapterRow, adapter_per_row
 from edgetune.runtime.engine.session import BoundTensors, GraphSession, ort_value
 
@@ -24,6 +33,9 @@ class EncoderEngine(GraphSession):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._own_layers = base_layers(self.folder, self.manifest.head)
+        if self.manifest.head is not None:
+            self._known |= LAYER_TENSORS
         if self.manifest.precision.activations == "int8" and saturates_int8():
             log.warning(
                 "this processor has no VNNI: products of 8-bit integers saturate, and answers are"
@@ -62,11 +74,20 @@ class EncoderEngine(GraphSession):
 
         InputError when a row is empty or longer than the graph's positions.
         """
-        chosen = adapter_per_row(rows, adapters)
-        logits, pooled = self._run(self._padded(rows, pad_token_id), chosen, ("logits", "pooled"))
-        return [
-            logits[i, : self._labels(adapter, logits)] for i, adapter in enumerate(chosen)
-        ], pooled
+        chosen, head = adapter_per_row(rows, adapters), self.manifest.head
+        layers = None if head is None else head.sequence
+        layered = [i for i, one in enumerate(chosen) if LORA_A in self._bound(one).tensors]
+        outputs = ["logits", "pooled"]
+        if layers is not None and layered and layers.reads != self.graph.pooling:
+            outputs.append(STATES)
+        logits, pooled, *states = self._run(self._padded(rows, pad_token_id), chosen, outputs)
+        found = [logits[i, : self._labels(adapter, logits)] for i, adapter in enumerate(chosen)]
+        for i in layered:
+            if layers is None:
+                break
+            read = read_by(layers, states[0][i, : len(rows[i])]) if states else pooled[i]
+            found[i] = self._head_of(chosen[i], read, layers)
+        return found, pooled
 
     def tokens(
         self,
@@ -88,14 +109,23 @@ class EncoderEngine(GraphSession):
         states = [found[0][i, : len(row)] for i, row in enumerate(rows)]
         if head is None:
             return [found[1][i, : len(row)] for i, row in enumerate(rows)], states
-        logits = []
-        for adapter, row in zip(chosen, states, strict=True):
-            tensors = self._bound(adapter).tensors
-            weight, bias = (
-                tensors.get(name, self.empty.tensors[name])[0] for name in (head.weight, head.bias)
-            )
-            logits.append(row @ weight + bias)
+        logits = [
+            self._head_of(adapter, row, head.words)
+            for adapter, row in zip(chosen, states, strict=True)
+        ]
         return logits, states
+
+    def _head_of(self, adapter: AdapterRow, states: Float32, layers: HeadLayers | None) -> Float32:
+        """The logits (…, labels) of a row's head on states (…, hidden)."""
+        head, tensors = self.manifest.head, self._bound(adapter).tensors
+        assert head is not None
+        if layers is not None and LORA_A in tensors:
+            states = before_output(states, layers, tensors, self._own_layers)
+        weight, bias = (
+            tensors.get(name, self.empty.tensors[name])[0] for name in (head.weight, head.bias)
+        )
+        logits: Float32 = states @ weight + bias
+        return logits
 
     def _padded(self, rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Int64]:
         """Ids, mask and, where the graph takes them, types (1 in the second text of a row), (rows,

@@ -199,7 +199,12 @@ class DecoderBatch(Protocol):
     def step(self, tokens: Sequence[int]) -> Float32:
         """Append one token to every decoding row; logits (rows, vocab), valid until the next step.
 
-        InputError when the cache is full.
+        InputError when the cache is full. Where it raises, the rows are as they were.
+        """
+
+    def step_alone(self, row: BatchRow, token: int) -> Float32:
+        """`step` for one of the decoding rows; logits (vocab,). A batch that failed goes through it
+        row by row, so that the error meets the row that causes it.
         """
 
     def check(self, tokens: Sequence[Sequence[int]]) -> Float32:

@@ -247,14 +247,11 @@ def decoder_engine(
     *,
     threads: int | None = None,
     providers: Sequence[str] = (),
-    adapter_branch: bool = False,
 ) -> DecoderEngine:
     """The engine of a bundle that generates text; see `GraphSession` for the arguments."""
     if manifest.graph.encoder is not None:
         return Seq2SeqEngine(folder, manifest, threads=threads, providers=providers)
-    return DecoderEngine(
-        folder, manifest, threads=threads, providers=providers, adapter_branch=adapter_branch
-    )
+    return DecoderEngine(folder, manifest, threads=threads, providers=providers)
 
 
 class Seq2SeqBatch(Batch):
@@ -312,24 +309,6 @@ class Seq2SeqBatch(Batch):
         source.bind(self._prefill.io)
         return self._prefill.run(np.array([[self.engine.start_token_id]], np.int64), [1])[0]
 
-    def step(self, tokens: Sequence[int]) -> Float32:
-        """Append one token to every decoded row; logits (rows, vocab), valid until the next
-        step.
-        """
-        step = self._bound_step()
-        for row in self.decoding:
-            if self._written[row] >= self.arena.capacity:
-                raise InputError(
-                    "the cache is full",
-                    expected=f"at most {self.arena.capacity} tokens",
-                    got="one more",
-                )
-            self._written[row] += 1
-            row.length += 1
-        return step.run(
-            np.array(tokens, np.int64)[:, None], [self._written[row] for row in self.decoding]
-        )
-
     def check(self, tokens: Sequence[Sequence[int]]) -> Float32:
         """Not of an encoder-decoder."""
         raise InputError("an encoder-decoder guesses no tokens", fix="Set lookup = 0.")
@@ -339,6 +318,22 @@ class Seq2SeqBatch(Batch):
         super().leave(row)
         for known in (self._promised, self._sources, self._written):
             known.pop(row, None)  # type: ignore[attr-defined]
+
+    def append(self, rows: Sequence[BatchRow], tokens: Sequence[int]) -> Float32:
+        """One token more in each row; see `ArenaBatch`."""
+        logits = super().append(rows, tokens)
+        for row in rows:
+            self._written[row] += 1
+        return logits
+
+    def written(self, row: BatchRow) -> int:
+        """Tokens of a row's answer that are in the arena."""
+        return self._written[row]
+
+    def _bound_alone(self, row: BatchRow) -> RowBinding:
+        alone = super()._bound_alone(row)
+        self._sources[row].bind(alone.io)
+        return alone
 
     def _bound_step(self) -> RowBinding:
         if self._step is None:

@@ -9,6 +9,7 @@ only writes into arrays that stay bound.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,6 @@ from edgetune.runtime.engine.providers import (
     cannot_run,
     choose,
     in_use,
-    parse_providers,
 )
 
 SETTLED = 4
@@ -119,6 +119,9 @@ def open_session(
             return session, in_use(session, chosen, notes)
 
 
+KEY = re.compile(r"past_key_values\.\d+\.key")
+
+
 class GraphSession:
     """An open graph and its adapter inputs: what both engines are made of."""
 
@@ -129,20 +132,13 @@ class GraphSession:
         *,
         threads: int | None = None,
         providers: Sequence[str] = (),
-        adapter_branch: bool = False,
     ) -> None:
         """`providers`: execution providers in order of preference; see `providers_in_use` for what
         came of it.
-
-        `adapter_branch`: open the graph that skips its adapter nodes while no adapter is active,
-        where the bundle has one and the CPU alone runs it.
         """
-        self.manifest, self.graph = manifest, manifest.graph
-        on_cpu = all(choice.provider.name == CPU for choice in parse_providers(providers))
-        branched = manifest.graph.situations if adapter_branch and on_cpu else None
-        graph = Path(folder) / (branched or manifest.graph.engine)
+        self.folder, self.manifest, self.graph = Path(folder), manifest, manifest.graph
         self.session, self.providers_in_use = open_session(
-            graph, threads=threads, providers=providers
+            self.folder / manifest.graph.engine, threads=threads, providers=providers
         )
         self.place = cache_place(self.session)
         """where the cache and the logits lie; None: in arrays of ours"""
@@ -167,6 +163,7 @@ class GraphSession:
                 where=str(folder),
                 fix="Export it again.",
             )
+        self._check_cache(folder)
         self.empty = BoundTensors(empty)
         head = manifest.head
         self._known = {*empty, *(() if head is None else (head.weight, head.bias))}
@@ -176,6 +173,23 @@ class GraphSession:
             self._inactive = self.empty.values | {
                 first.A: ort_value(np.zeros((0, first.in_features, 0), np.float32))
             }
+
+    def _check_cache(self, folder: str | Path) -> None:
+        """BundleError where the graph's keys and values have other sizes than the manifest says."""
+        wanted = [self.graph.layers, self.graph.kv_heads, self.graph.head_dim]
+        keys = [value.shape for value in self.session.get_inputs() if KEY.fullmatch(value.name)]
+        for shape in keys:  # (rows, kv_heads, tokens, head_dim)
+            found = [len(keys), shape[1], shape[3]]
+            if [isinstance(size, str) or size for size in found] != [
+                isinstance(size, str) or want for size, want in zip(found, wanted, strict=True)
+            ]:
+                raise BundleError(
+                    "the manifest describes another graph than the bundle has",
+                    where=str(folder),
+                    expected="{} layers of {} heads of {} keys and values".format(*found),
+                    got="{}, {} and {}".format(*wanted),
+                    fix="Copy the bundle again, or export it again.",
+                )
 
     def long_lived(self) -> None:
         """This session will answer for some time: after a few runs its memory may be put in better

@@ -131,13 +131,26 @@ class DecodeLoop:
     def _step(self) -> None:
         start, rows = time.monotonic(), list(self.batch.decoding)
         guesses = self._guesses(rows)
-        if any(guesses):
-            self._check([self._rows[row] for row in rows], guesses)
+        if any(guesses) and self._check([self._rows[row] for row in rows], guesses):
             return
-        logits = self.batch.step([self._rows[row].token for row in rows])
+        try:
+            logits = self.batch.step([self._rows[row].token for row in rows])
+        except Exception:
+            if len(rows) == 1:
+                raise
+            for row in rows:  # the error belongs to the row that brings it about
+                self._guarded([self._rows[row]], partial(self._step_alone, self._rows[row]))
+            return
         self.counters.stepped(len(rows), time.monotonic() - start)
         for row, own in zip(rows, logits, strict=True):
             self._take(self._rows[row], own)
+
+    def _step_alone(self, running: Running) -> None:
+        start, row = time.monotonic(), running.row
+        assert row is not None
+        logits = self.batch.step_alone(row, running.token)
+        self.counters.stepped(1, time.monotonic() - start)
+        self._take(running, logits)
 
     def _guesses(self, rows: list[BatchRow]) -> list[list[int]]:
         """Tokens that may follow each row's next one, as many as one step takes without becoming
@@ -153,19 +166,23 @@ class DecodeLoop:
             free -= len(guesses[-1])
         return guesses
 
-    def _check(self, rows: list[Running], guesses: list[list[int]]) -> None:
+    def _check(self, rows: list[Running], guesses: list[list[int]]) -> bool:
         """Run every row's next token and what may follow it in one step; keep of each what it would
-        have chosen by itself.
+        have chosen by itself. False where it fails, and the rows are as they were.
         """
         start = time.monotonic()
         tokens = [[running.token, *guess] for running, guess in zip(rows, guesses, strict=True)]
         before = [running.row.length for running in rows if running.row is not None]
-        logits = self.batch.check(tokens)
+        try:
+            logits = self.batch.check(tokens)
+        except Exception:  # which row it is of shows without guesses
+            return False
         self.counters.stepped(len(rows), time.monotonic() - start)
         at = 0
         for running, guess, length in zip(rows, guesses, before, strict=True):
             self._keep(running, guess, length, logits[at : at + len(guess) + 1])
             at += len(guess) + 1
+        return True
 
     def _keep(self, running: Running, guess: list[int], before: int, logits: Float32) -> None:
         """Choose a row's tokens from the logits after each, as long as the guess is right."""

@@ -32,6 +32,7 @@ from edgetune.runtime.tasks.answers import (
     need_finite,
     unit_length,
 )
+from edgetune.runtime.tasks.encoder import head_logits
 from edgetune.runtime.tasks.runtime import Runtime
 from edgetune.runtime.tasks.scoring import Answered, AnswerReader
 from edgetune.runtime.tasks.tagging import Tagging, Words, read_words
@@ -129,20 +130,33 @@ class Scheduler:
         return running.ticket
 
     def classify(
-        self, texts: Sequence[Text], adapter: str | None = None, *, truncate: bool = False
+        self,
+        texts: Sequence[Text],
+        adapter: str | None = None,
+        *,
+        truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> Future[list[Classification]]:
         """As `Runtime.classify`, in batches with everyone else's texts. Errors of the input are
         raised here.
         """
         name = self.runtime.chosen(adapter)
         self.runtime.need_labels(name)
-        ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
+        how: dict[str, Any] = {"truncate": truncate, "control_tokens": control_tokens}
+        ids = [self.runtime.text_ids(text, name, **how) for text in texts]
 
         def finish_with(packed: PackedAdapter | None) -> Finish:
             assert packed is not None
-            return lambda logits, _: [classification_of(row, packed) for row in logits]
+            if self.runtime.decoder is None:
+                return lambda logits, _: [classification_of(row, packed) for row in logits]
+            manifest = self.runtime.manifest
+            return lambda _, states: [
+                classification_of(head_logits(manifest, packed, state), packed) for state in states
+            ]
 
-        return self._encode(ids, name, finish_with)
+        if self.runtime.decoder is not None:
+            self._check_length(ids)
+        return self._encode(ids, name, finish_with, scores=True)
 
     def embed(
         self,
@@ -151,12 +165,14 @@ class Scheduler:
         *,
         normalize: bool = True,
         truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> Future[npt.NDArray[np.float32]]:
         """As `Runtime.embed`, in batches with everyone else's texts. Errors of the input are raised
         here.
         """
         name = self.runtime.chosen(adapter)
-        ids = [self.runtime.text_ids(text, name, truncate=truncate) for text in texts]
+        how: dict[str, Any] = {"truncate": truncate, "control_tokens": control_tokens}
+        ids = [self.runtime.text_ids(text, name, **how) for text in texts]
 
         def finish_with(packed: PackedAdapter | None) -> Finish:
             def finish(_: Any, pooled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -168,14 +184,20 @@ class Scheduler:
         return self._encode(ids, name, finish_with)
 
     def tag(
-        self, rows: Sequence[Words], adapter: str | None = None, *, truncate: bool = False
+        self,
+        rows: Sequence[Words],
+        adapter: str | None = None,
+        *,
+        truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> Future[list[Tagging]]:
         """As `Runtime.tag`, in batches with everyone else's rows. Errors of the input are raised
         here.
         """
         name = self.runtime.chosen(adapter)
         self.runtime.need_tags(name)
-        readings = [read_words(self.runtime.opened, row, name, truncate=truncate) for row in rows]
+        how: dict[str, Any] = {"truncate": truncate, "control_tokens": control_tokens}
+        readings = [read_words(self.runtime.opened, row, name, **how) for row in rows]
 
         def finish_with(packed: PackedAdapter | None) -> Finish:
             assert packed is not None
@@ -214,12 +236,7 @@ class Scheduler:
         """
         name = self.runtime.chosen(adapter)
         self.runtime.need_scores(name)
-        if (longest := max(map(len, ids), default=0)) > self.context:
-            raise InputError(
-                "prompt and answer are longer than the context",
-                expected=f"at most {self.context} tokens",
-                got=f"{longest} tokens",
-            )
+        self._check_length(ids)
 
         def finish(scores: list[npt.NDArray[np.float32]], _: Any) -> list[float]:
             for score in scores:
@@ -259,6 +276,15 @@ class Scheduler:
             expected = f"at most {self.context - 1} tokens, so that one can follow"
             raise InputError(
                 "the prompt is longer than the context", expected=expected, got=f"{len(ids)} tokens"
+            )
+
+    def _check_length(self, ids: Sequence[list[int]]) -> None:
+        """InputError for a text, or a prompt with its answer, that the memory does not hold."""
+        if (longest := max(map(len, ids), default=0)) > self.context:
+            raise InputError(
+                "the text is longer than the context",
+                expected=f"at most {self.context} tokens",
+                got=f"{longest} tokens",
             )
 
     def _encode(

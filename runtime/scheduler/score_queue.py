@@ -84,8 +84,8 @@ class ScoreQueue(JobQueue):
         if found is None:
             return
         self._reading = None
-        for (job, place), score in zip(batch, found[0], strict=True):
-            job.take(place, np.array([score], np.float32), NO_STATES)
+        for (job, place), score, states in zip(batch, *found, strict=True):
+            job.take(place, np.array([score], np.float32), NO_STATES if job.words else states)
         end_jobs(batch)
 
     def abandon(self, error: Exception) -> None:

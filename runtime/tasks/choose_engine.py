@@ -47,13 +47,14 @@ def open_decoder(
     engine: str = AUTO,
     threads: int | None = None,
     providers: Sequence[str] = (),
-    adapter_branch: bool = False,
 ) -> tuple[Decoder, EngineInUse]:
     """The engine of a bundle that generates. InputError where the native engine was asked for and
     cannot run it; "auto" says why it is ONNX Runtime then.
     """
     check_engine_name(engine)
     why = "asked for" if engine == ONNX_RUNTIME else _unfit(manifest, providers)
+    if engine == AUTO and not why and manifest.precision.weights == "fp32":
+        why = "weights in fp32; the native engine keeps keys, values and adapters in half precision"
     if not why:
         from edgetune.runtime.engine.native.decoder import NativeDecoder
 
@@ -75,9 +76,7 @@ def open_decoder(
         )
     from edgetune.runtime.engine.seq2seq import decoder_engine
 
-    graph = decoder_engine(
-        folder, manifest, threads=threads, providers=providers, adapter_branch=adapter_branch
-    )
+    graph = decoder_engine(folder, manifest, threads=threads, providers=providers)
     return graph, EngineInUse(ONNX_RUNTIME, "" if engine == ONNX_RUNTIME else why)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgetune.core.errors import InputError
-from edgetune.core.tasks import REWARD
+from edgetune.core.messages import tools_of
+from edgetune.core.tasks import CLASSIFICATION, REWARD
 from edgetune.core.templates import Message, check_messages, with_system
 from edgetune.runtime.engine.interface import AdapterRow, DecoderState
 from edgetune.runtime.generation.sampling import TokenSequence
@@ -118,7 +119,12 @@ class DecoderAnswers:
         return scores
 
     def need_text(self, name: str | None) -> None:
-        """InputError for an adapter that gives scores instead of text."""
+        """InputError for an adapter that gives scores or labels instead of text."""
+        if self._opened.task(name) == CLASSIFICATION:
+            what = f"the adapter {self._opened.chosen(name)!r} gives labels, not text"
+            raise InputError(
+                what, expected="an adapter that generates, or none", fix="Use Runtime.classify."
+            )
         if self._opened.task(name) == REWARD:
             what = f"the adapter {self._opened.chosen(name)!r} gives scores, not text"
             raise InputError(
@@ -142,22 +148,19 @@ class DecoderAnswers:
         adapter: str | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        control_tokens: str | None = None,
     ) -> list[int]:
-        """Token ids of a prompt as the adapter was trained to see it. InputError when it does not
-        fit the context.
-
-        `tools` (OpenAI's objects) reach the chat template of a conversation.
-        """
+        """See `Runtime.prompt_ids`."""
         self._opened.need_decoder()
         adapter = self._opened.chosen(adapter)
         self.need_text(adapter)
         form = None if adapter is None else self._opened.adapter(adapter).prompt_format
-        tokenizer = self._opened.tokenizer.reading(form)
+        tokenizer = self._opened.tokenizer_of(adapter, control_tokens)
         if isinstance(prompt, str):
             ids = tokenizer.encode_prompt(prompt, form)
         else:
             messages = with_system(check_messages(prompt), system=(form or {}).get("system"))
-            ids = tokenizer.encode_chat(messages, tools=tools)
+            ids = tokenizer.encode_chat(messages, tools=tools or tools_of(prompt))
         limit = self._opened.manifest.graph.max_length
         if not ids:
             raise InputError("an empty prompt", expected="one token at least")

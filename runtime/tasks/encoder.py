@@ -10,7 +10,9 @@ import numpy.typing as npt
 from edgetune.core.errors import InputError
 from edgetune.core.tasks import TAGGING
 from edgetune.core.text import Text
-from edgetune.runtime.engine.interface import Encoder
+from edgetune.runtime.adapters.packing import PackedAdapter
+from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.engine.interface import Decoder, Encoder
 from edgetune.runtime.tasks.answers import (
     Classification,
     classification_of,
@@ -18,6 +20,7 @@ from edgetune.runtime.tasks.answers import (
     unit_length,
 )
 from edgetune.runtime.tasks.open_bundle import Held, OpenBundle, batches, bound
+from edgetune.runtime.tasks.scoring import read_scores, score_batches
 from edgetune.runtime.tasks.tagging import Tagging, Words, read_words
 
 ENCODE_ROWS = 32
@@ -27,7 +30,9 @@ list.
 
 
 class EncoderAnswers:
-    """Classify, tag and embed; see the methods of `Runtime` with the same names."""
+    """Classify, also with a decoder, tag and embed; see the methods of `Runtime` with the same
+    names.
+    """
 
     def __init__(self, opened: OpenBundle) -> None:
         self._opened = opened
@@ -46,7 +51,10 @@ class EncoderAnswers:
             self.need_labels(name)
         # labels and tensors of one adapter, even where it is replaced meanwhile
         with self._opened.held(names) as held:
-            logits, _ = self._encode(texts, names, held, truncate=truncate)
+            if self._opened.decoder is not None:
+                logits = self._read(self._opened.decoder, texts, names, held, truncate=truncate)
+            else:
+                logits, _ = self._encode(texts, names, held, truncate=truncate)
             return [
                 classification_of(row, found.packed)
                 for row, found in zip(logits, [held[name] for name in names], strict=True)
@@ -110,17 +118,20 @@ class EncoderAnswers:
             raise InputError(what, expected=there or "an adapter for token-classification")
 
     def text_ids(
-        self, text: Text, adapter: str | None = None, *, truncate: bool = False
+        self,
+        text: Text,
+        adapter: str | None = None,
+        *,
+        truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> list[int]:
-        """Token ids of a text, or of two, for an encoder; `truncate` cuts to what the adapter was
-        trained with.
-        """
+        """See `Runtime.text_ids`."""
         limit, adapter = self._opened.manifest.graph.max_length, self._opened.chosen(adapter)
         packed = None if adapter is None else self._opened.adapter(adapter)
         if packed is not None and packed.prompt_format is not None:
             _check_count(text, pairs=packed.reads_pairs, name=packed.name)
         trained = None if packed is None else packed.metadata.get("max_length")
-        tokenizer = self._opened.tokenizer.reading(None if packed is None else packed.prompt_format)
+        tokenizer = self._opened.tokenizer_of(adapter, control_tokens)
         ids = tokenizer.encode_text(
             text, max_tokens=min(limit, trained or limit) if truncate else None
         )
@@ -159,6 +170,30 @@ class EncoderAnswers:
                 logits[i], pooled[i] = row, state
         return logits, pooled
 
+    def _read(
+        self,
+        decoder: Decoder,
+        texts: Sequence[Text],
+        names: Sequence[str | None],
+        held: Held,
+        *,
+        truncate: bool,
+    ) -> list[npt.NDArray[np.float32]]:
+        """The logits (labels,) of each text by a decoder: its head on the last token's state."""
+        ids = [
+            self.text_ids(text, name, truncate=truncate)
+            for text, name in zip(texts, names, strict=True)
+        ]
+        logits: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(ids)
+        for places in score_batches([len(row) for row in ids]):
+            adapters = [bound(held[names[i]]) for i in places]
+            _, states = read_scores(decoder, [ids[i] for i in places], adapters)
+            for i, state in zip(places, states, strict=True):
+                found = held[names[i]]
+                assert found is not None
+                logits[i] = head_logits(self._opened.manifest, found.packed, state)
+        return logits
+
     def _tag(
         self,
         engine: Encoder,
@@ -187,6 +222,19 @@ class EncoderAnswers:
                 need_finite(row, names[i])
                 results[i] = readings[i].tagging(row, (one.packed.labels if one else None) or ())
         return results
+
+
+def head_logits(
+    manifest: Manifest, packed: PackedAdapter, state: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """The logits (labels,) of a decoder's classifier on its last token's state (hidden,)."""
+    head = manifest.head
+    if head is None or head.weight not in packed.tensors:
+        raise InputError(f"the adapter {packed.name!r} has no classifier")
+    logits: npt.NDArray[np.float32] = (
+        state @ packed.tensors[head.weight][0] + packed.tensors[head.bias][0]
+    )
+    return logits
 
 
 def _check_count(text: Text, *, pairs: bool, name: str) -> None:

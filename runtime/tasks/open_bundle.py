@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edgetune.core.errors import InputError
-from edgetune.core.tasks import REWARD
+from edgetune.core.tasks import CLASSIFICATION, REWARD
 from edgetune.devices.host import release_free_memory
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.registry import AdapterRegistry, Resident
@@ -41,7 +41,6 @@ class OpenBundle:
         providers: Sequence[str] = (),
         adapter_folder: Path | None = None,
         adapter_memory_mb: float | None = None,
-        adapter_branch: bool = False,
         strict: bool = False,
         engine: str = AUTO,
     ) -> None:
@@ -68,7 +67,6 @@ class OpenBundle:
                 engine=engine,
                 threads=threads,
                 providers=providers,
-                adapter_branch=adapter_branch,
             )
             self.decoder = opened
         else:
@@ -100,14 +98,22 @@ class OpenBundle:
         chosen = self.chosen(name)
         return None if chosen is None else self.adapter(chosen).labels
 
+    def tokenizer_of(self, name: str | None, control_tokens: str | None = None) -> BundleTokenizer:
+        """The tokenizer for an adapter's requests. `control_tokens`: what text spells of them is
+        "text" or "tokens"; None: as the adapter was trained.
+        """
+        if control_tokens is not None:
+            return self.tokenizer.reading({"control_tokens": control_tokens})
+        return self.tokenizer.reading(None if name is None else self.adapter(name).prompt_format)
+
     def task(self, name: str | None) -> str | None:
         """What an adapter was trained for, as in its recipe's methods; None for a base that
         embeds.
         """
         chosen = self.chosen(name)
         if self.manifest.is_decoder:
-            scores = chosen is not None and self.adapter(chosen).task == REWARD
-            return REWARD if scores else self.manifest.task
+            own = None if chosen is None else self.adapter(chosen).task
+            return own if own in (REWARD, CLASSIFICATION) else self.manifest.task
         return None if chosen is None else self.adapter(chosen).task
 
     def chosen(self, adapter: str | None) -> str | None:

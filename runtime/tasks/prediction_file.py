@@ -1,10 +1,11 @@
-"""Rows of a `.jsonl` file → requests → answered rows: what `edgetune predict` does with a file."""
+"""Rows of a file → requests → answered rows: what `edgetune predict` does with a file."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, cast
 
 from edgetune.core.errors import AdapterError, InputError
 from edgetune.core.files import whole_file
-from edgetune.core.tasks import REWARD, TAGGING
-from edgetune.core.templates import chat_messages, check_messages, columns_of, render_columns
+from edgetune.core.messages import conversation_column, read_messages, tools_in
+from edgetune.core.tasks import CLASSIFICATION, REWARD, TAGGING
+from edgetune.core.templates import chat_messages, columns_of, render_columns
 from edgetune.core.text import Text
 from edgetune.runtime.tasks.answers import Classification
 from edgetune.runtime.tasks.decoder import Prompt
@@ -35,29 +37,6 @@ class Request:
     content: Prompt | Words | Answered | Text  # a list of strings: words to be tagged
     tokens: int
     """length of the prompt, by which rows are batched"""
-
-
-def read_request_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line, row) of a `.jsonl` or `.jsonl.gz` file. InputError names file, line, expected
-    and got.
-    """
-    if not path.is_file():
-        raise InputError(
-            "no such file", where=str(path), expected="a .jsonl file, one JSON object a line"
-        )
-    rows = []
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append((number, _row(line, where=f"{path}, line {number}")))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            f"the file cannot be unpacked: {error}", where=str(path), expected="gzip"
-        ) from error
-    if not rows:
-        raise InputError("the file has no rows", where=str(path), expected="one JSON object a line")
-    return rows
 
 
 def requests_of(
@@ -95,32 +74,40 @@ def answer_rows(
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a `.jsonl` (or `.jsonl.gz`) file whole or not at all."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    content = gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
+    """Write a `.jsonl` or `.csv` file (or either with `.gz`) whole or not at all."""
+    packed = path.suffix == ".gz"
+    is_table = path.with_suffix("").suffix == ".csv" if packed else path.suffix == ".csv"
+    content = (_table(rows) if is_table else "".join(map(row_line, rows))).encode()
     with whole_file(path) as partial:
-        partial.write_bytes(content)
+        partial.write_bytes(gzip.compress(content, mtime=0) if packed else content)
 
 
-def _row(line: bytes, *, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        shown = line.decode(errors="replace").strip()
-        raise InputError(
-            f"not valid JSON: {error}", where=where, expected="a JSON object", got=repr(shown[:40])
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(
-            "a row is a JSON object", where=where, expected="an object", got=type(value).__name__
-        )
-    return value
+def row_line(row: Mapping[str, Any]) -> str:
+    """A row as a line of a `.jsonl` file."""
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """CSV with the columns of all rows; what is no text, number or truth value stands as JSON."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([_cell(row.get(name)) for name in names])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    nested = isinstance(value, (list, tuple, dict))
+    return json.dumps(value, ensure_ascii=False, default=str) if nested else value
 
 
 def _request(
     runtime: Runtime, row: dict[str, Any], *, where: str, adapter: str | None, truncate: bool
 ) -> Request:
     chosen = row.get("adapter", adapter)
+    chosen = adapter if chosen == "" else chosen  # a table's empty cell
     if chosen is not None and not isinstance(chosen, str):
         raise InputError(
             "`adapter` has a wrong type", where=where, expected="a name", got=repr(chosen)
@@ -132,7 +119,7 @@ def _request(
             answered = answered_of(row, form, where=where)
             content: Prompt | Words | Answered | Text = answered
             tokens = len(answered_ids(runtime.opened, answered, chosen, truncate=truncate))
-        elif runtime.manifest.is_decoder:
+        elif runtime.manifest.is_decoder and runtime.task(chosen) != CLASSIFICATION:
             prompt = prompt_of(row, form, where=where)
             content = prompt
             tokens = len(runtime.prompt_ids(prompt, chosen))
@@ -157,7 +144,7 @@ def _request(
         if error.where:
             raise
         raise AdapterError(
-            error.what, where=where, expected=error.expected, got=error.got
+            error.what, where=where, expected=error.expected, got=error.got, fix=error.fix
         ) from error
     return Request(where, row, chosen, content, tokens)
 
@@ -166,10 +153,14 @@ def prompt_of(row: Mapping[str, Any], form: Mapping[str, Any] | None, *, where: 
     """A generation row: `messages`, else the columns of the adapter's prompt template, else
     `prompt`.
     """
-    if row.get("messages") is not None:
-        return check_messages(row["messages"], where=where)
     template = (form or {}).get("prompt")
-    if template is not None and set(columns_of(template)) <= set(row):
+    known = template is not None and set(columns_of(template)) <= set(row)
+    column = "messages" if row.get("messages") is not None else conversation_column(row)
+    if column is not None and (column == "messages" or not known):
+        messages = read_messages(row[column], where=where, field=column)
+        messages.tools = tools_in(row, where=where)
+        return messages
+    if template is not None and known:
         return with_own_system(render_columns(template, row, where=where), row, form, where=where)
     text = _text(row, "prompt", also=("messages",), template=template, where=where)
     return with_own_system(text, row, form, where=where)
@@ -253,7 +244,7 @@ def _answer(
     if _kind(runtime, names[0]) == "score":
         scores = runtime.score(cast(list[Answered], contents), adapters=names, truncate=truncate)
         return [{"score": round(score, 6)} for score in scores]
-    if runtime.manifest.is_decoder:
+    if runtime.manifest.is_decoder and _kind(runtime, names[0]) != "classify":
         done = runtime.generate(cast(list[Prompt], contents), adapters=names, **settings)
         return [{"completion": c.text, "finish_reason": c.finish_reason} for c in done]
     if _kind(runtime, names[0]) == "tag":

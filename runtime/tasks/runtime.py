@@ -53,7 +53,6 @@ class Runtime:
         verify: bool = True,
         adapter_folder: str | Path | None = None,
         adapter_memory_mb: float | None = None,
-        situations: bool = False,
         strict: bool = False,
         engine: str = AUTO,
     ) -> Runtime:
@@ -63,14 +62,11 @@ class Runtime:
         `providers`: execution providers in order of preference, such as `["cuda"]` or
         `["openvino:device_type=GPU"]`; one that is missing gives way to the next and at last to the
         CPU, and a line is logged (`Runtime.providers` has what is in use; InputError for an unknown
-        name). `adapter_folder` and `adapter_memory_mb`: see AdapterRegistry. `situations`: use the
-        graph with an adapter branch, which skips the adapter's nodes while none is active. For a
-        process that answers long and often without any adapter: a decoder's base alone then takes
-        up to a tenth less for a token, while loading takes half as long again and, for its
-        duration, 100 MB more for a model of 135M. `strict`: adapters from elsewhere are refused
-        where their base cannot be checked, and where they have no effect. `engine`: "native",
-        "onnxruntime", or "auto", native where it was built and fits the bundle and the providers
-        (`Runtime.engine` says which it is and why; InputError where "native" cannot be had).
+        name). `adapter_folder` and `adapter_memory_mb`: see AdapterRegistry. `strict`: adapters
+        from elsewhere are refused where their base cannot be checked, and where they have no
+        effect. `engine`: "native", "onnxruntime", or "auto", native where it was built and fits the
+        bundle and the providers (`Runtime.engine` says which it is and why; InputError where
+        "native" cannot be had).
         """
         parse_providers(providers)  # a typo is found before gigabytes are hashed
         path = Path(folder)
@@ -83,7 +79,6 @@ class Runtime:
                 providers=providers,
                 adapter_folder=None if adapter_folder is None else Path(adapter_folder),
                 adapter_memory_mb=adapter_memory_mb,
-                adapter_branch=situations,
                 strict=strict,
                 engine=engine,
             )
@@ -236,12 +231,19 @@ class Runtime:
         )
 
     def text_ids(
-        self, text: Text, adapter: str | None = None, *, truncate: bool = False
+        self,
+        text: Text,
+        adapter: str | None = None,
+        *,
+        truncate: bool = False,
+        control_tokens: str | None = None,
     ) -> list[int]:
         """Token ids of a text, or of two, for an encoder; `truncate` cuts to what the adapter was
-        trained with.
+        trained with. `control_tokens`: see `prompt_ids`.
         """
-        return self._encoding.text_ids(text, adapter, truncate=truncate)
+        return self._encoding.text_ids(
+            text, adapter, truncate=truncate, control_tokens=control_tokens
+        )
 
     def need_labels(self, name: str | None) -> None:
         """InputError when there is nothing to classify into."""
@@ -295,13 +297,18 @@ class Runtime:
         adapter: str | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        control_tokens: str | None = None,
     ) -> list[int]:
         """Token ids of a prompt as the adapter was trained to see it. InputError when it does not
         fit the context.
 
-        `tools` (OpenAI's objects) reach the chat template of a conversation.
+        `tools` (OpenAI's objects) reach the chat template of a conversation; not given: those that
+        it has of its own (`core.messages.Conversation`). `control_tokens`: what is spelled of them
+        in the prompt is "text" or "tokens"; None: as the adapter was trained.
         """
-        return self._decoding.prompt_ids(prompt, adapter, tools=tools)
+        return self._decoding.prompt_ids(
+            prompt, adapter, tools=tools, control_tokens=control_tokens
+        )
 
     def settings(self, adapter: str | None = None, **given: Any) -> GenerationSettings:
         """Generation settings: what is given (None: not given), else the adapter's own defaults,

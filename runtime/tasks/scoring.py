@@ -11,6 +11,7 @@ from typing import Any
 from edgetune.core.arrays import Float32
 from edgetune.core.control_tokens import Rendered
 from edgetune.core.errors import InputError
+from edgetune.core.messages import Conversation, read_messages, tools_in, tools_of
 from edgetune.core.templates import Message, check_messages, columns_of, render_columns, with_system
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer
 from edgetune.runtime.engine.interface import AdapterRow, Decoder
@@ -62,16 +63,22 @@ class AnswerReader:
     """
 
     def __init__(
-        self, opened: OpenBundle, adapter: str | None, *, truncate: bool, limit: int | None = None
+        self,
+        opened: OpenBundle,
+        adapter: str | None,
+        *,
+        truncate: bool,
+        limit: int | None = None,
+        control_tokens: str | None = None,
     ) -> None:
         """`limit`: tokens of one answer with its prompt (None: the graph's context); `truncate`
-        keeps the end.
+        keeps the end; `control_tokens`: see `Runtime.prompt_ids`.
         """
-        self._tokenizer, self._truncate = opened.tokenizer, truncate
+        self._truncate = truncate
         self._form: dict[str, Any] = (
             opened.adapter(adapter).prompt_format if adapter is not None else None
         ) or {}
-        self._tokenizer = self._tokenizer.reading(self._form)
+        self._tokenizer = opened.tokenizer_of(adapter, control_tokens)
         self._template = self._tokenizer.template_of(self._form)
         self._limit = limit or opened.manifest.graph.max_length
         self._heads: dict[str, list[int]] = {}
@@ -102,14 +109,16 @@ class AnswerReader:
         return ids[-self._limit :]
 
     def _head(self, prompt: str | Sequence[Message]) -> list[int]:
-        key = prompt if isinstance(prompt, str) else json.dumps(list(prompt), default=str)
+        tools = tools_of(prompt)
+        key = prompt if isinstance(prompt, str) else json.dumps([list(prompt), tools], default=str)
         key = f"{type(prompt).__name__} {key}"
         if key not in self._heads:
             if isinstance(prompt, str):
                 self._heads[key] = self._tokenizer.encode_prompt(prompt, self._form)
             else:
                 self._heads[key] = self._tokenizer.encode_chat(
-                    with_system(check_messages(prompt), system=self._form.get("system"))
+                    with_system(check_messages(prompt), system=self._form.get("system")),
+                    tools=tools,
                 )
         return self._heads[key]
 
@@ -126,7 +135,7 @@ def answered_ids(
     return AnswerReader(opened, adapter, truncate=truncate, limit=limit).ids(answered)
 
 
-def prompt_and_answer(answered: Any) -> tuple[str | list[Message], str]:
+def prompt_and_answer(answered: Any) -> tuple[str | Sequence[Message], str]:
     """A pair as it is; a conversation cut before its last message, which must be the
     assistant's.
     """
@@ -140,7 +149,8 @@ def prompt_and_answer(answered: Any) -> tuple[str | list[Message], str]:
             expected="a last message by the assistant, after one by the user",
             got=f"{len(messages)} messages, the last by {last['role']}",
         )
-    return messages[:-1], last["content"]
+    before = Conversation(map(dict, messages[:-1]), tools=tools_of(answered))
+    return before, last["content"]
 
 
 def closing_ids(tokenizer: BundleTokenizer, template: str) -> list[int]:
@@ -170,7 +180,9 @@ def answered_of(
     `completion`; or `text`.
     """
     if row.get("messages") is not None:
-        return check_messages(row["messages"], where=where)
+        messages = read_messages(row["messages"], where=where, field="messages")
+        messages.tools = tools_in(row, where=where)
+        return messages
     answer = row.get("completion")
     if answer is None and isinstance(row.get("text"), str) and row["text"]:
         return str(row["text"])

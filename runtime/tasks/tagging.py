@@ -104,12 +104,17 @@ class WordReading:
 
 
 def read_words(
-    opened: OpenBundle, row: Words, adapter: str | None, *, truncate: bool
+    opened: OpenBundle,
+    row: Words,
+    adapter: str | None,
+    *,
+    truncate: bool,
+    control_tokens: str | None = None,
 ) -> WordReading:
     """Token ids of a row as it was trained: its words with a space between each two.
 
     InputError when it is longer than the model's positions; `truncate` cuts it to what the adapter
-    was trained with.
+    was trained with. `control_tokens`: see `Runtime.prompt_ids`.
     """
     spans = split_words(row) if isinstance(row, str) else []
     words = [row[start:end] for start, end in spans] if isinstance(row, str) else check_words(row)
@@ -120,8 +125,8 @@ def read_words(
     limit = opened.manifest.graph.max_length
     trained = opened.adapter(adapter).metadata.get("max_length") if adapter is not None else None
     most = min(limit, trained or limit) if truncate else None
-    form = None if adapter is None else opened.adapter(adapter).prompt_format
-    ids, offsets = opened.tokenizer.reading(form).encode_with_offsets(joined, max_tokens=most)
+    tokenizer = opened.tokenizer_of(adapter, control_tokens)
+    ids, offsets = tokenizer.encode_with_offsets(joined, max_tokens=most)
     if len(ids) > limit:
         raise InputError(
             "the text is longer than the model's positions",

@@ -93,7 +93,9 @@ def test_it_exports_as_its_own_base_with_proof(full_run: Path, tmp_path: Path) -
     assert manifest.adapters[0].prompt_format and manifest.adapters[0].generation
     proof = manifest.proof["adapters"]["run"]
     assert proof["passed"] and proof["adapter_kl"] > 0.1  # away from what the base answers
-    assert reprove(tmp_path / "bundle", read_manifest(tmp_path / "bundle"), threads=1)["run"].passed
+    assert reprove(tmp_path / "bundle", read_manifest(tmp_path / "bundle"), threads=1)[
+        "onnxruntime"
+    ]["run"].passed
     prompt = "turn on the lights in the hall"
     from edgetune.evaluation.torch_answers import TorchAnswers
 

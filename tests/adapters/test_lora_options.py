@@ -131,6 +131,9 @@ def test_what_cannot_be_used_is_refused_with_the_reason(
         ({"layers": (0, 2)}, "beyond the last layer"),
         ({"init": "orthogonal", "rank": 3}, "even rank"),
         ({"init": "pissa", "rank": 64}, "at most 32"),
+        ({"rank": 129}, "at most 128 for this base"),
+        ({"rank_pattern": {"q_proj": 10**18}}, "at most 128 for this base"),
+        ({"rank_pattern": {"query": 4}}, "expected .*q_proj.*, got query"),
     ],
 )
 def test_what_does_not_fit_the_base_is_refused(

@@ -4,8 +4,11 @@ written.
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +177,7 @@ def test_settings_of_generation_are_refused_where_nothing_is_generated(
 
 BAD_ROWS: list[tuple[str, str]] = [
     ("{", "line 2: not valid JSON"),
-    ("[1]", "line 2: a row is a JSON object (expected an object, got list)"),
+    ("[1]", "line 2: the row is not an object (expected a JSON object such as"),
     (
         '{"other": 1}',
         (
@@ -187,7 +190,7 @@ BAD_ROWS: list[tuple[str, str]] = [
         "line 2: `prompt` has a wrong value (expected a text that is not empty, got 3)",
     ),
     ('{"prompt": ""}', "line 2: `prompt` has a wrong value"),
-    ('{"messages": "hi"}', "line 2: `messages` is no conversation"),
+    ('{"messages": "hi"}', 'line 2: the column "messages" cannot be used'),
     ('{"prompt": "x", "adapter": "zz"}', "line 2: unknown adapter 'zz' (expected a, b, got zz)"),
     (
         '{"prompt": "x", "adapter": 3}',
@@ -228,7 +231,11 @@ def test_a_bad_row_is_one_line_and_nothing_is_written(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("", "the file has no rows"), ("\n\n", "the file has no rows")],
+    [
+        (None, "there is no such data file"),
+        ("", "the file is empty"),
+        ("\n\n", "there are no rows in this file"),
+    ],
 )
 def test_a_missing_or_empty_file_is_one_line(
     content: str | None, message: str, command_line: CommandLine, tiny_decoder: Path, tmp_path: Path
@@ -267,6 +274,72 @@ def test_an_output_place_that_cannot_be_written_is_one_line(
     assert "a part of the path is a file" in err
 
 
+def told(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """What comes from standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lights\n\ncard\n",
+        '{"text": "lights"}\n{"text": "card"}\n',
+        '[{"text":"lights"},{"text":"card"}]',
+    ],
+)
+def test_standard_input_is_rows_or_a_text_a_line(
+    text: str, command_line: CommandLine, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(monkeypatch, text)
+    code, out, err = command_line(
+        "predict", encoder_bundle(tiny_encoder), "-", "--adapter", "intent", "--threads", 1
+    )
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, err, [row["text"] for row in rows]) == (0, "", ["lights", "card"])
+    with Runtime.open(encoder_bundle(tiny_encoder), threads=1) as runtime:
+        found = runtime.classify(["lights", "card"], "intent")
+    assert [row["label"] for row in rows] == [one.label for one in found]
+
+
+def test_a_bad_row_of_standard_input_is_one_line(
+    command_line: CommandLine, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text, message in [
+        ('{"text": "a"}\n{"text"\n', "standard input, line 2: not valid JSON"),
+        ('{"text": 3}\n', "standard input, line 1: `text` has a wrong value"),
+        ("\n", "standard input: there is no text"),
+    ]:
+        told(monkeypatch, text)
+        code, out, err = command_line(
+            "predict", encoder_bundle(tiny_encoder), "-", "--adapter", "intent"
+        )
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert message in err
+
+
+TABLE = 'id;text;adapter\r\n1;lights;\r\n2;"card;\r\nnow";mood\r\n'
+
+
+def test_a_table_is_read_as_training_reads_it_and_written_as_one(
+    command_line: CommandLine, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in.csv").write_bytes(b"\xef\xbb\xbf" + TABLE.encode())
+    bundle, output = encoder_bundle(tiny_encoder), tmp_path / "out.csv"
+    code, _, _ = command_line(
+        "predict", bundle, "--input", tmp_path / "in.csv", "--output", output, "--adapter", "intent"
+    )
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with Runtime.open(bundle, threads=1) as runtime:
+        found = [
+            runtime.classify([row["text"]], name)[0]
+            for row, name in zip(rows, ("intent", "mood"), strict=True)
+        ]
+    assert (code, [row["id"] for row in rows]) == (0, ["1", "2"])
+    assert rows[1]["text"].splitlines() == ["card;", "now"]
+    assert [row["label"] for row in rows] == [one.label for one in found]
+
+
 @pytest.mark.parametrize("arguments", [(), ("x", "--input", "f"), ("--input", "f")])
 def test_wrong_usage_exits_2(
     arguments: tuple[str, ...], command_line: CommandLine, tiny_decoder: Path
@@ -280,3 +353,17 @@ def test_a_folder_that_is_no_bundle_is_one_line(command_line: CommandLine, tmp_p
     code, _, err = command_line("predict", tmp_path, "x")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "no edgetune.json in this folder" in err
+
+
+def test_a_text_a_line_is_a_prompt_where_text_is_generated(
+    command_line: CommandLine, tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(monkeypatch, "hello\nwhy?\n")
+    code, out, _ = command_line(
+        *("predict", decoder_bundle(tiny_decoder), "-", "--adapter", "a", "--max-new-tokens", 3)
+    )
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, [row["prompt"] for row in rows]) == (0, ["hello", "why?"])
+    with Runtime.open(decoder_bundle(tiny_decoder), threads=1) as runtime:
+        found = runtime.generate(["hello", "why?"], "a", max_new_tokens=3)
+    assert [row["completion"] for row in rows] == [one.text for one in found]

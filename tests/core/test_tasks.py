@@ -35,5 +35,5 @@ def test_rows_name_keys_of_a_stage_and_of_its_data() -> None:
 
 
 def test_what_bundles_answer_is_told_by_the_rows() -> None:
-    assert DECODER_TASKS == ("text-generation", "reward")
+    assert DECODER_TASKS == ("text-generation", "reward", "sequence-classification")
     assert ENCODER_TASKS == ("sequence-classification", "token-classification")

@@ -11,7 +11,6 @@ import torch
 
 from edgetune.data.batching import (
     IGNORE,
-    collate,
     epoch_order,
     in_order_of_length,
     split,
@@ -19,6 +18,7 @@ from edgetune.data.batching import (
     steps,
     steps_per_epoch,
 )
+from edgetune.data.collation import collate
 
 
 @dataclass

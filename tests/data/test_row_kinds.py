@@ -11,10 +11,10 @@ import pytest
 from data_helpers import Load, learned_text, loader
 
 from edgetune.core.errors import DataError, RecipeError
+from edgetune.core.messages import Conversation, read_messages
 from edgetune.core.text import outside_tag
 from edgetune.data.batching import IGNORE
 from edgetune.data.completions import written_answer
-from edgetune.data.messages import Conversation, read_messages
 from edgetune.data.sentences import scheme_of, to_iob2
 from edgetune.models.load import load_tokenizer
 from edgetune.models.resolve import resolve_base
@@ -385,3 +385,35 @@ def test_spans_that_cannot_be_used_are_named(
 def test_nothing_is_learned_of_ignored_tokens(load_tags: Load) -> None:
     labels: Any = load_tags([SENTENCE]).train[0].labels
     assert labels[0] == labels[-1] == IGNORE
+
+
+MARKED = [
+    {"prompt": "hi", "completion": "hello", "label": True},
+    {"prompt": "hi", "completion": "go away", "label": False},
+    {"prompt": "yo", "completion": "good day", "label": True},
+]
+
+
+@pytest.mark.parametrize("spelled", [bool, str])
+def test_of_marked_answers_sft_learns_the_good_ones_and_says_so(
+    load_sft: Load, spelled: Any
+) -> None:
+    loaded = load_sft([row | {"label": spelled(row["label"])} for row in MARKED])
+    expected = load_sft([row for row in MARKED if row["label"]]).train
+    assert [one.input_ids for one in loaded.train] == [one.input_ids for one in expected]
+    note = (
+        'answers marked by "label": the 2 good ones of 3 are learned (dpo learns from both kinds)'
+    )
+    assert note in loaded.notes["train"]
+
+
+def test_marked_answers_without_a_good_one_or_with_an_odd_mark_are_refused(load_sft: Load) -> None:
+    with pytest.raises(DataError, match=r"no answer is marked as good .*method = \"dpo\""):
+        load_sft(MARKED[1:2])
+    with pytest.raises(DataError, match=r'line 2: the column "label" does not say .*got "maybe"'):
+        load_sft([MARKED[0], MARKED[1] | {"label": "maybe"}])
+
+
+def test_a_mark_that_the_recipe_reads_as_text_is_no_mark(load_sft: Load) -> None:
+    rows = [{"prompt": "hi", "completion": "x", "label": "false"}]
+    assert len(load_sft(rows, completion="label").train) == 1

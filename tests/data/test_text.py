@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from training_helpers import TEXTS, packed_recipe, recipe, sft_recipe, silent, write_rows
 
 from edgetune.core.errors import DataError
-from edgetune.data.batching import IGNORE, collate
+from edgetune.data.batching import IGNORE
+from edgetune.data.collation import collate
 from edgetune.data.loaders import load_examples
 from edgetune.data.plain_text import pack
 from edgetune.models.base import open_folder

@@ -15,7 +15,8 @@ from training_helpers import INTENTS, action_rows, intent_rows, recipe, silent, 
 
 from edgetune.cli.eval import command
 from edgetune.core.errors import DataError, InputError
-from edgetune.evaluation.base_answers import BaseAnswers, Prompting
+from edgetune.evaluation.answers import Prompting
+from edgetune.evaluation.base_answers import BaseAnswers
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.evaluation.forgetting.subjects import is_base
 from edgetune.models.base import open_folder

@@ -19,6 +19,9 @@ from edgetune.runtime.scheduler.scheduler import Scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import serving
+import serving_adapters
+import serving_checks
+import serving_clients
 import serving_load
 import serving_soak
 
@@ -27,7 +30,7 @@ import serving_soak
 def library(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("serving-adapters")
     with Runtime.open(decoder_bundle(tiny_decoder), threads=1) as runtime:
-        serving_load.make_adapters(folder, runtime.manifest, 3, strength=serving_soak.STRENGTH)
+        serving_adapters.make_adapters(folder, runtime.manifest, 3, strength=serving_soak.STRENGTH)
     return folder
 
 
@@ -39,42 +42,44 @@ def runtime(tiny_decoder: Path, library: Path) -> Iterator[Runtime]:
 
 def test_no_other_adapter_answers_a_check(runtime: Runtime) -> None:
     names = ["a0", "a1", "a2"]
-    found = serving_soak.find_checks(runtime, names)
+    found = serving_checks.find_checks(runtime, names)
     assert all(found.values())
     for name, checks in found.items():
         for check in checks:
-            own = serving_soak.greedy(runtime, name, check.ids)[0][: check.new]
-            assert serving_soak.text_of(runtime, name, check.ids, own) == check.text
+            own = serving_checks.greedy(runtime, name, check.ids)[0][: check.new]
+            assert serving_checks.text_of(runtime, name, check.ids, own) == check.text
             for other in (*(n for n in names if n != name), None):
-                assert serving_soak.greedy(runtime, other, check.ids)[0][: check.new] != own
+                assert serving_checks.greedy(runtime, other, check.ids)[0][: check.new] != own
 
 
 def test_equal_adapters_have_no_checks(runtime: Runtime, library: Path) -> None:
     runtime.load_adapter("twin", library / "a0")
     with pytest.raises(SystemExit, match="'a0', 'twin'"):
-        serving_soak.find_checks(runtime, ["a0", "twin"], tries=4)
+        serving_checks.find_checks(runtime, ["a0", "twin"], tries=4)
     runtime.unload_adapter("twin")
 
 
 def test_the_soak_counts_right_and_wrong_answers_of_a_real_server(
     tiny_decoder: Path, runtime: Runtime, library: Path
 ) -> None:
-    checks = serving_soak.find_checks(runtime, ["a0", "a1"], each=1)
+    checks = serving_checks.find_checks(runtime, ["a0", "a1"], each=1)
     with serve(decoder_bundle(tiny_decoder), adapter_folders=(library,)) as running:
         for name in checks:
             running.runtime.load_adapter(name, library / name)
         server = serving_load.Server(None, running.http.base_url.port, library)  # type: ignore[arg-type]
-        load = serving_soak.Load(server, checks, library)
+        load = serving_clients.Load(server, checks, vocabulary=352, context=256)
         for seed in range(8):
             load.check(random.Random(seed), checks["a0"][0])
             load.malformed(random.Random(seed))
             load.vanish(random.Random(seed))
+            load.long(random.Random(seed))
+            load.structured(random.Random(seed))
         load._churn_once("hot", random.Random(0))
         assert not load.examples, load.examples
         assert load.seen["right"] == 8 + 3
         load.check(random.Random(0), checks["a0"][0], model="a1")
         assert load.seen["wrong, another adapter's"] == 1
-        assert serving_soak._left_running(load) == 0
+        assert serving_clients.left_running(load) == 0
 
 
 def test_both_ways_answer_with_all_tokens(

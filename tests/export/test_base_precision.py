@@ -80,11 +80,11 @@ def against_the_plain_base(shipped: Shipped) -> float:
     rows = shipped.manifest.proof["probe"]
     return prove_bundle(
         shipped.bundle, shipped.manifest, resolve_base(str(shipped.base)), [source], rows, threads=1
-    )["a"].mean_kl
+    )["onnxruntime"]["a"].mean_kl
 
 
 def test_the_proof_is_the_same_when_it_is_repeated(shipped: Shipped) -> None:
-    again = reprove(shipped.bundle, read_manifest(shipped.bundle), threads=1)["a"]
+    again = reprove(shipped.bundle, read_manifest(shipped.bundle), threads=1)["onnxruntime"]["a"]
     assert again.passed and again.mean_kl == pytest.approx(
         shipped.manifest.proof["adapters"]["a"]["mean_kl"], rel=1e-3
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from export_helpers import make_adapter
 
 from edgetune.core.errors import ExportError
 from edgetune.evaluation.torch_answers import first_part
+from edgetune.export.bundle import export_bundle
 from edgetune.quantisation.precision import Precision
 
 
@@ -60,3 +64,28 @@ def test_without_packed_overrides_nothing_is_added() -> None:
 )
 def test_a_text_ends_at_the_first_stop_string(text: str, stops: list[str], expected: str) -> None:
     assert first_part(text, stops) == expected
+
+
+def test_a_table_whose_width_is_no_multiple_of_the_block_is_said_to_stay_in_fp32(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    adapter = make_adapter(tiny_decoder, tmp_path / "a")
+    manifests = [
+        export_bundle(
+            [("a", adapter)],
+            tmp_path / str(block),
+            precision=Precision("int8", block_size=block),
+            say=said.append,
+        )
+        for block in (64, 128)
+    ]
+    assert [one.quality.get("kept_in_fp32") for one in manifests] == [
+        None,
+        {"model.embed_tokens": 352 * 64 * 3},
+    ]
+    sizes = [one.files["model.onnx.data"].bytes for one in manifests]
+    assert sizes[1] > sizes[0]
+    (line,) = [one for one in said if "fp32" in one and "stays" in one]
+    assert line.startswith("model.embed_tokens stays in fp32 (0.1 MB more)")
+    assert "because its width is no multiple" in (tmp_path / "128" / "report.html").read_text()

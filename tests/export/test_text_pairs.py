@@ -23,7 +23,7 @@ from transformers import BertForSequenceClassification
 
 from edgetune.core.errors import AdapterError, DataError, InputError, RecipeError
 from edgetune.core.text import PairIds, lengths_within
-from edgetune.data.batching import collate
+from edgetune.data.collation import collate
 from edgetune.data.loaders import load_examples
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.evaluation.torch_answers import TorchAnswers
@@ -179,7 +179,7 @@ def test_the_loss_of_pairs_is_transformers(tiny_encoder: Path, tmp_path: Path) -
     examples: list[Any] = load_examples(
         similar_recipe(tiny_encoder, tmp_path).stage[0], tokenizer, base
     ).train[:6]
-    from edgetune.data.targets import collate_targets
+    from edgetune.data.collation import collate_targets
 
     batch = collate_targets(examples, tokenizer.pad_token_id)
     torch.manual_seed(0)
@@ -246,7 +246,7 @@ def test_pairs_pass_their_proof_beside_texts(tiny_encoder: Path) -> None:
     again = reprove(bundle(tiny_encoder), manifest, threads=1)
     assert all(
         proof.passed and proof.strength == pytest.approx(proofs[name]["strength"], rel=1e-5)
-        for name, proof in again.items()
+        for name, proof in again["onnxruntime"].items()
     )
 
 

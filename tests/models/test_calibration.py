@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_helpers import export, make_adapter
+from export_helpers import AS_IT_IS, export, make_adapter
 from family_helpers import make_family
 from onnx import numpy_helper
 from torch import Tensor
@@ -278,6 +278,7 @@ def bundles(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bu
             folder,
             precision=Precision("int4", quantiser=quantiser),
             threads=1,
+            task=AS_IT_IS,
             say=said.append,
         )
         made[quantiser] = Bundle(folder, said, manifest)
@@ -355,6 +356,7 @@ def test_what_keep_says_of_a_layer_holds_for_all_of_its_product_when_it_is_calib
         tmp_path / "b",
         precision=Precision("int4", overrides={"q_proj": "int8"}, quantiser="gptq"),
         threads=1,
+        task=AS_IT_IS,
     )
     nodes, arrays = engine_graph(tmp_path / "b")
     node = next(
@@ -406,6 +408,7 @@ def test_a_merge_rounded_by_hqq_is_proven_against_the_base_rounded_by_hqq(
         mode="merged",
         precision=Precision("int4", quantiser="hqq"),
         threads=1,
+        task=AS_IT_IS,
     )
     assert manifest.proof["adapters"]["a"]["survived"]["strength"] == pytest.approx(1.0, abs=0.1)
 

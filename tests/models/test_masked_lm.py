@@ -14,9 +14,10 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM, DataCollatorForL
 
 from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import BaseModelError, RecipeError
-from edgetune.data.batching import IGNORE, Batch, collate
+from edgetune.data.batching import IGNORE, Batch
+from edgetune.data.collation import collate
 from edgetune.data.loaders import load_examples
-from edgetune.data.masking import Masking
+from edgetune.data.masking import MEASURING, Masking
 from edgetune.models.base import open_folder
 from edgetune.models.load import load_tokenizer
 from edgetune.models.masked_lm import exchange_body, load_masked_lm
@@ -90,6 +91,19 @@ def test_masks_follow_from_seed_step_and_row_whatever_the_batch() -> None:
     assert torch.equal(masking(half, step=3).input_ids, one.input_ids[32:])
     assert not torch.equal(masking(batch, step=4).labels, one.labels)
     assert not torch.equal(Masking(4, 320, seed=1)(batch, step=3).labels, one.labels)
+
+
+def test_a_row_of_which_chance_hides_nothing_is_measured_on_one_token(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    batch, _ = batch_of(tiny_encoder, tmp_path)
+    counts = {step: set[int]() for step in (MEASURING, 1)}
+    for step, found in counts.items():
+        for seed in range(20):
+            labels = Masking(4, 320, seed)(batch, step).labels
+            assert (batch.labels[labels != IGNORE] != IGNORE).all()
+            found.update((labels != IGNORE).sum(-1).tolist())
+    assert 0 not in counts[MEASURING] and 0 in counts[1]  # a step of training has other rows
 
 
 def test_special_tokens_and_padding_are_never_masked(tiny_encoder: Path, tmp_path: Path) -> None:

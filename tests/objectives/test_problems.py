@@ -18,8 +18,8 @@ from transformers import BertForSequenceClassification
 from edgetune.adapters.folder import read_metadata
 from edgetune.core.errors import DataError, RecipeError
 from edgetune.data.batching import Batch
+from edgetune.data.collation import collate_targets
 from edgetune.data.loaders import load_examples
-from edgetune.data.targets import collate_targets
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.metrics.labels import multi_label_metrics, regression_metrics
 from edgetune.models.base import open_folder

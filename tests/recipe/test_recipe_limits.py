@@ -17,6 +17,7 @@ FILES = {
     "5000 digits": ("seed = " + "9" * 5000 + "\n" + GOOD, "an integer has too many digits"),
     "4000 digits": ("seed = " + "9" * 4000 + "\n" + GOOD, "seed has a wrong value"),
     "a float of 400 digits": (GOOD + "epochs = " + "9" * 400, "epochs has a wrong value"),
+    "more threads than any machine has": ("threads = 2000\n" + GOOD, "threads is out of range"),
     "not a number": (GOOD + "epochs = nan", "epochs has a wrong value"),
     "keys nested 5000 deep": (".".join("a" * 5000) + " = 1\n" + GOOD, 'unknown key "a"'),
     "a key of a megabyte": ("k" * 1_000_000 + " = 1\n" + GOOD, 'unknown key "kkk'),

@@ -88,7 +88,7 @@ def test_a_step_follows_the_weighted_sum_of_both_losses(
         torch.manual_seed(0)
         return adapt(decoder_batch(tiny_decoder, tmp_path)[0], Parameters(), task="text-generation")
 
-    from edgetune.data.batching import collate
+    from edgetune.data.collation import collate
 
     model = fresh()
     loss = (1 - share) * sft(model, collate(examples, 0))[0] + share * sft(model, text.batch(1))[0]
@@ -127,8 +127,8 @@ def test_a_run_with_replay_repeats_bit_for_bit_and_keeps_the_text_better(
         for name in ("one", "two", "without")
     }
     assert digests["one"] == digests["two"] != digests["without"]
-    from edgetune.evaluation.forgetting.subjects import run_subject
     from edgetune.evaluation.forgetting.tasks import text_measures
+    from edgetune.evaluation.forgetting.torch_subject import run_subject
 
     perplexities = []
     for name in ("one", "without"):

@@ -373,7 +373,7 @@ def test_the_digest_tells_scaled_states_from_plain_ones_however_they_are_written
 
 
 def test_a_bare_base_is_asked_by_generating_only(t5: Path, tmp_path: Path) -> None:
-    from edgetune.evaluation.base_answers import Prompting
+    from edgetune.evaluation.answers import Prompting
     from edgetune.evaluation.evaluate import evaluate
 
     data = write_rows(tmp_path / "dev.jsonl", action_rows()[:2])

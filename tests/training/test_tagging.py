@@ -19,8 +19,8 @@ from training_helpers import recipe, silent, write_rows
 from transformers import BertForTokenClassification
 
 from edgetune.core.errors import DataError, RecipeError
+from edgetune.data.collation import collate_tagged
 from edgetune.data.loaders import load_examples
-from edgetune.data.tagging import collate_tagged
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.models.base import open_folder

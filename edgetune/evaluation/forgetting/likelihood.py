@@ -1,20 +1,12 @@
-"""Texts become token ids to be scored, and their log-likelihoods in torch; the choices of an item
-share its context.
-"""
+"""Texts become token ids to be scored; the choices of an item share its context. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from edgetune.core.errors import DataError
-from edgetune.data.batching import in_order_of_length
-from edgetune.models.torch_device import Precision, autocast, device_of, to_device
-from edgetune.objectives.language import projection_only_at
+from edgetune.core.errors import DataError, InputError
 
 Encode = Callable[[str], list[int]]
 
@@ -71,108 +63,10 @@ def make_item(
     return ChoiceItem(context_ids[-room:], [choice[: limit - 1] for choice in encoded])
 
 
-def beginning(tokenizer: Any) -> list[int]:
-    """The ids a tokenizer puts before every text: bos, or nothing."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    return [bos] if bos is not None and ids[:1] == [bos] else []
-
-
-TOKENS_AT_ONCE, SEQUENCES_AT_ONCE = 1024, 32
-
-
-@torch.no_grad()
-def score_items(
-    model: Any, items: Sequence[ChoiceItem], *, precision: Precision = "fp32"
-) -> list[list[Score]]:
-    """A score for every choice of every item, in their order."""
-    model.eval()
-    scores: list[list[Score]] = [[] for _ in items]
-    lengths = [item.tokens for item in items]
-    for part in in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=SEQUENCES_AT_ONCE):
-        found = _score_batch(model, [items[index] for index in part], precision=precision)
-        for index, row in zip(part, found, strict=True):
-            scores[index] = row
-    return scores
-
-
-def _score_batch(
-    model: Any, items: Sequence[ChoiceItem], *, precision: Precision
-) -> list[list[Score]]:
-    input_ids, position_ids, mask = _tree(items)
-    places, targets = zip(*(_predicted(item) for item in items), strict=True)
-    wanted = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, place in enumerate(places):
-        wanted[row, place] = True
-    device = device_of(model)
-    inputs = {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "attention_mask": _as_taken(mask, model),
-    }
-    with autocast(precision, device), projection_only_at(model, wanted.to(device)):
-        logits = model(**to_device(inputs, device), use_cache=False).logits
-    logits = logits.reshape(-1, logits.shape[-1]).float()  # (wanted positions, vocab)
-    # Where a position stands among the wanted ones; a context's last position predicts the first
-    # token of all choices.
-    index = wanted.flatten().cumsum(0).view_as(wanted) - 1
-    scores = []
-    for row, item in enumerate(items):
-        at = logits[index[row, places[row]].to(device)]
-        target = torch.tensor(targets[row], device=device)
-        logprobs = at.gather(1, target[:, None]).squeeze(1) - at.logsumexp(-1)
-        hits = at.argmax(-1) == target
-        sizes = [len(choice) for choice in item.choices]
-        scores.append(
-            [
-                Score(float(part.sum()), bool(hit.all()))
-                for part, hit in zip(logprobs.split(sizes), hits.split(sizes), strict=True)
-            ]
-        )
-    return scores
-
-
-def _tree(items: Sequence[ChoiceItem]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and positions (batch, seq), and who sees whom (batch, 1, seq, seq)."""
-    width = max(item.tokens for item in items)
-    input_ids, position_ids = (
-        torch.zeros(len(items), width, dtype=torch.int64),
-        torch.zeros(len(items), width, dtype=torch.int64),
+def goes_on_with_nothing(where: str) -> InputError:
+    """The error for an encoder-decoder whose likelihood of a text is asked."""
+    return InputError(
+        "an encoder-decoder does not go on with a text, so what it forgot of texts is not measured",
+        where=where,
+        expected="a decoder or an encoder",
     )
-    mask = torch.eye(width, dtype=torch.bool).repeat(
-        len(items), 1, 1
-    )  # padding sees itself, or its softmax is 0 / 0
-    for row, item in enumerate(items):
-        context = len(item.context)
-        input_ids[row, : item.tokens] = torch.tensor(
-            item.context + [token for choice in item.choices for token in choice]
-        )
-        position_ids[row, :context] = torch.arange(context)
-        mask[row, :context, :context] = torch.ones(context, context, dtype=torch.bool).tril()
-        start = context
-        for choice in item.choices:
-            end = start + len(choice)
-            position_ids[row, start:end] = torch.arange(context, context + len(choice))
-            mask[row, start:end, :context] = True
-            mask[row, start:end, start:end] = torch.ones(
-                len(choice), len(choice), dtype=torch.bool
-            ).tril()
-            start = end
-    return input_ids, position_ids, mask[:, None]
-
-
-def _predicted(item: ChoiceItem) -> tuple[list[int], list[int]]:
-    """For every token of every choice: the position that predicts it, and the token."""
-    places, targets, start = list[int](), list[int](), len(item.context)
-    for choice in item.choices:
-        places += [len(item.context) - 1, *range(start, start + len(choice) - 1)]
-        targets += choice
-        start += len(choice)
-    return places, targets
-
-
-def _as_taken(mask: Tensor, model: Any) -> Tensor:
-    """A boolean mask for sdpa; numbers to add for the other implementations."""
-    if getattr(model.config, "_attn_implementation", "sdpa") == "sdpa":
-        return mask
-    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)

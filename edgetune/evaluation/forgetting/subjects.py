@@ -1,30 +1,22 @@
-"""What `edgetune eval` measures likelihoods and embeddings on: a bundle, a run in torch, or a bare
-base.
+"""What `edgetune eval` measures likelihoods and embeddings on: a bundle (here, without torch), a
+run or a bare base (`torch_subject`).
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgetune.adapters.full_model import full_folder, read_full
-from edgetune.adapters.lora import adapter_off
-from edgetune.adapters.runs import find_adapter, load_adapted_model
 from edgetune.core.errors import InputError
-from edgetune.core.layout import BUILTIN, MANIFEST, MODEL, MODEL_CONFIG, MODEL_METADATA
+from edgetune.core.layout import BUILTIN, MANIFEST, MODEL_CONFIG
 from edgetune.core.progress import Say
-from edgetune.evaluation.forgetting.likelihood import ChoiceItem, Score
+from edgetune.core.settings import some_of
+from edgetune.evaluation.forgetting.likelihood import ChoiceItem, Score, goes_on_with_nothing
 from edgetune.evaluation.forgetting.measure import General, compare_general
 from edgetune.evaluation.forgetting.tasks import Texts
-from edgetune.evaluation.forgetting.torch_subject import TorchSubject
-from edgetune.models.base import Base, open_folder
-from edgetune.models.heads import unwrapped
-from edgetune.models.load import load_body, load_tokenizer
-from edgetune.models.resolve import resolve_base
 
 ROWS_AT_ONCE = 8
 
@@ -33,6 +25,8 @@ def is_base(target: Path) -> bool:
     """Whether `eval`'s argument names a base model: built in, a GGUF file, or a folder with a model
     and nothing of a run.
     """
+    from edgetune.adapters.full_model import full_folder
+
     name = str(target)
     if name.startswith(BUILTIN) or name.endswith(".gguf") or "#" in name:
         return True
@@ -76,97 +70,15 @@ def forgetting(
             where=str(target),
             got="a run or a base, which torch runs",
         )
+    from edgetune.evaluation.forgetting.torch_subject import base_subject, run_subject
+    from edgetune.models.resolve import resolve_base
+
     if is_base(target):
         base = resolve_base(str(target))
         return compare_general(
             base_subject(base), general, limit=limit, tasks=tasks, trained=False, say=say
         )
     return compare_general(run_subject(target), general, limit=limit, tasks=tasks, say=say)
-
-
-def base_subject(base: Base) -> TorchSubject:
-    """A bare base."""
-    model, tokenizer = load_body(base), load_tokenizer(base)
-
-    def lend() -> Any:
-        return contextlib.nullcontext(model)
-
-    return _torch_subject(tokenizer, base, lend, lend)
-
-
-def run_subject(folder: Path) -> TorchSubject:
-    """A run: with its adapter off and on, or, where all weights learned, the base it came from and
-    its own model.
-    """
-    model, tokenizer, metadata = load_adapted_model(folder)
-    if metadata["task"] == "reward":
-        raise InputError(
-            "a reward predicts no text that could be forgotten",
-            where=str(folder),
-            expected="a run of another method",
-        )
-
-    def after() -> Any:
-        return contextlib.nullcontext(model)
-
-    origin = full_folder(folder) or (None if full_folder(folder) else _model_beside(folder))
-    if origin is None:
-        base = resolve_base(metadata["base"]["name"])
-        return _torch_subject(tokenizer, base, lambda: adapter_off(model), after)
-    base, before = _original(origin)
-    return _torch_subject(tokenizer, base, lambda: contextlib.nullcontext(before), after)
-
-
-def _model_beside(folder: Path) -> Path | None:
-    model = find_adapter(folder).parent / MODEL
-    return model if (model / MODEL_METADATA).is_file() else None
-
-
-def _original(model: Path) -> tuple[Base, Any]:
-    own, metadata = read_full(model)
-    base = resolve_base(metadata["base"]["name"])
-    if base.digest != metadata["base"]["digest"]:
-        raise InputError(
-            "the base that this model was trained from has changed",
-            where=str(model),
-            expected=metadata["base"]["digest"],
-            got=base.digest,
-        )
-    return open_folder(own.folder, name=own.name, digest=own.digest), load_body(base)
-
-
-def _torch_subject(tokenizer: Any, base: Base, before: Any, after: Any) -> TorchSubject:
-    if base.kind == "encoder-decoder":
-        raise _goes_on_with_nothing(base.name)
-    return TorchSubject(
-        tokenizer,
-        kind=base.kind,
-        limit=base.max_length,
-        pooling=base.pooling,
-        before=before,
-        after=after,
-    )
-
-
-def _goes_on_with_nothing(where: str) -> InputError:
-    return InputError(
-        "an encoder-decoder does not go on with a text, so what it forgot of texts is not measured",
-        where=where,
-        expected="a decoder or an encoder",
-    )
-
-
-def torch_texts(model: Any, tokenizer: Any) -> TorchSubject:
-    """A model in memory, as it is, for scoring texts."""
-    limit = getattr(unwrapped(model).config, "max_position_embeddings", None) or 1 << 20
-    return TorchSubject(
-        tokenizer,
-        kind="decoder",
-        limit=limit,
-        pooling=None,
-        before=lambda: contextlib.nullcontext(model),
-        after=lambda: contextlib.nullcontext(model),
-    )
 
 
 class BundleSubject:
@@ -180,7 +92,7 @@ class BundleSubject:
             raise InputError(
                 "which adapter?",
                 where=str(runtime.folder),
-                expected=f"--adapter with one of {', '.join(names)}",
+                expected=f"--adapter with {some_of(names)}",
             )
         self._runtime, self._adapter = (
             runtime,
@@ -196,7 +108,7 @@ class BundleSubject:
             )
         self.texts: Texts | None = None
         if runtime.manifest.graph.encoder is not None:
-            raise _goes_on_with_nothing(str(runtime.folder))
+            raise goes_on_with_nothing(str(runtime.folder))
         if runtime.manifest.is_decoder:
             self.texts = Texts(self._encode, self._beginning(), runtime.manifest.graph.max_length)
 

@@ -312,11 +312,13 @@ class NativeBatch(ArenaBatch):
             self._run([self._piece(row, part, start + at)], last, logits)
         return logits[0]
 
-    def run_step(self, tokens: Sequence[int]) -> Float32:
+    def run_step(
+        self, rows: Sequence[BatchRow], tokens: Sequence[int], lengths: Sequence[int]
+    ) -> Float32:
         """See `ArenaBatch`."""
         pieces = [
-            self._piece(row, [token], row.length - 1)
-            for row, token in zip(self.decoding, tokens, strict=True)
+            self._piece(row, [token], length - 1)
+            for row, token, length in zip(rows, tokens, lengths, strict=True)
         ]
         most = self.engine.model.sizes.most_tokens
         for first in range(0, len(pieces), most):

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from edgetune.core.settings import did_you_mean
 from edgetune.runtime.adapters.registry import AdapterInUseError, InUse
 from edgetune.runtime.server.http.bodies import LOAD_ADAPTER, UNLOAD_ADAPTER
 from edgetune.runtime.server.http.errors import ApiError, bad_request, not_found
@@ -46,7 +47,8 @@ async def unload_lora_adapter(request: Request) -> Response:
     in_use: InUse = body.get("in_use") or "forget"
     async with _one_at_a_time(request):
         if not service.runtime.registry.knows(name):
-            message = f"The lora adapter '{name}' cannot be found."
+            near = did_you_mean(name, service.runtime.adapters)
+            message = f"The lora adapter '{name}' cannot be found. {near}".rstrip()
             raise not_found(message, code="adapter_not_found", param="lora_name")
         if in_use != "wait":
             await service.in_thread(_unload, service, name, in_use)
@@ -136,7 +138,7 @@ def allowed_folder(given: str, roots: Sequence[Path]) -> Path:
     for root, parts in inside:
         if (folder := _walk(root, parts, outside)) is not None:
             return folder
-    message = f"No adapter found at '{path.name}' inside the allowed folders."
+    message = f"No adapter found at '{path.name[:60]}' inside the allowed folders."
     raise not_found(message, code="adapter_not_found", param="lora_path")
 
 

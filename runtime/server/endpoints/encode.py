@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from edgetune.core.errors import InputError
-from edgetune.core.tasks import REWARD, VALUE
+from edgetune.core.tasks import CLASSIFICATION, REWARD, VALUE
 from edgetune.runtime.server.http.bodies import CLASSIFY, EMBEDDINGS, POOLING, SCORE, TAG
 from edgetune.runtime.server.http.errors import bad_request, deadline_exceeded
 from edgetune.runtime.server.http.exchange import unless_gone
@@ -48,9 +48,9 @@ async def classify(request: Request) -> Response:
         )
         raise bad_request(message, param="model", code="no_labels")
     call.inputs = [tuple(one) if isinstance(one, list) else one for one in call.inputs]
-    await call.count(lambda text: len(runtime.text_ids(text, call.adapter, truncate=call.truncate)))
+    await call.count(lambda text: len(runtime.text_ids(text, call.adapter, **call.how)))
     work = await call.service.in_thread(
-        lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate)
+        lambda: scheduler.classify(call.inputs, call.adapter, **call.how)
     )
     found = await in_time(request, call, work)
     return call.answer("classify", [{"index": i, **_classified(c)} for i, c in enumerate(found)])
@@ -65,11 +65,9 @@ async def tag(request: Request) -> Response:
     if await call.service.in_thread(runtime.task, call.adapter) != "token-classification":
         message = f"The model '{call.model}' tags no words; name an adapter that does."
         raise bad_request(message, param="model", code="no_tags")
-    await call.count(
-        lambda row: len(read_words(runtime.opened, row, call.adapter, truncate=call.truncate).ids)
-    )
+    await call.count(lambda row: len(read_words(runtime.opened, row, call.adapter, **call.how).ids))
     work = await call.service.in_thread(
-        lambda: scheduler.tag(call.inputs, call.adapter, truncate=call.truncate)
+        lambda: scheduler.tag(call.inputs, call.adapter, **call.how)
     )
     found = await in_time(request, call, work)
     data = [
@@ -90,9 +88,9 @@ async def embeddings(request: Request) -> Response:
     """
     call = await _read(request, EMBEDDINGS)
     runtime, scheduler = call.service.runtime, call.service.scheduler
-    await call.count(lambda text: len(runtime.text_ids(text, call.adapter, truncate=call.truncate)))
+    await call.count(lambda text: len(runtime.text_ids(text, call.adapter, **call.how)))
     work = await call.service.in_thread(
-        lambda: scheduler.embed(call.inputs, call.adapter, truncate=call.truncate)
+        lambda: scheduler.embed(call.inputs, call.adapter, **call.how)
     )
     vectors = await in_time(request, call, work)
     packed = call.body.get("encoding_format") == "base64"
@@ -123,6 +121,11 @@ class Call:
     def truncate(self) -> bool:
         """Whether texts that are too long are cut."""
         return self.body.get("truncate_prompt_tokens") == -1
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the texts are read."""
+        return {"truncate": self.truncate, "control_tokens": self.body.get("control_tokens")}
 
     async def count(self, length: Callable[[Any], int], *, param: str = "input") -> None:
         """Every input's tokens, before the first is computed. ApiError, which names `param`, when
@@ -166,11 +169,18 @@ async def _read(request: Request, schema: Schema) -> Call:
     service.check_open()
     body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
     note(request.scope, model=body["model"], user=body.get("user"))
+    adapter = service.adapter_of(body["model"])
     if service.runtime.manifest.is_decoder:
-        what = "This bundle generates text; it neither classifies nor embeds."
-        raise bad_request(what, param="model", code="wrong_task")
+        task = await service.in_thread(service.runtime.task, adapter)
+        if schema is not CLASSIFY or task != CLASSIFICATION:
+            what = (
+                "This bundle generates text and embeds nothing; name an adapter that classifies."
+                if schema is CLASSIFY
+                else "This bundle generates text; it neither tags nor embeds."
+            )
+            raise bad_request(what, param="model", code="wrong_task")
     inputs = [body["input"]] if isinstance(body["input"], str) else body["input"]
-    return Call(service, request.scope, body, service.adapter_of(body["model"]), inputs)
+    return Call(service, request.scope, body, adapter, inputs)
 
 
 def _classified(found: Classification) -> dict[str, Any]:
@@ -241,17 +251,15 @@ async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Ca
     call.inputs = answers_of(body)
     param = "text_2" if schema is SCORE else "messages" if "messages" in body else "input"
     if kind == VALUE:
-        pairs = _Counted(lambda pair: runtime.text_ids(pair, call.adapter, truncate=call.truncate))
+        pairs = _Counted(lambda pair: runtime.text_ids(pair, call.adapter, **call.how))
         await call.count(pairs.read, param=param)
         values = await service.in_thread(
-            lambda: scheduler.classify(call.inputs, call.adapter, truncate=call.truncate)
+            lambda: scheduler.classify(call.inputs, call.adapter, **call.how)
         )
         return call, [float(found.value or 0.0) for found in await in_time(request, call, values)]
     limit = min(scheduler.context, service.options.max_prompt_tokens or scheduler.context)
     reader = await service.in_thread(
-        lambda: AnswerReader(
-            runtime.opened, runtime.chosen(call.adapter), truncate=call.truncate, limit=limit
-        )
+        lambda: AnswerReader(runtime.opened, runtime.chosen(call.adapter), limit=limit, **call.how)
     )
     answers = _Counted(reader.ids)
     await call.count(answers.read, param=param)

@@ -23,6 +23,14 @@ DEADLINE = optional(
     maximum=86400,
     description="Seconds after which the answer is of no use (ours).",
 )
+CONTROL_TOKENS = optional(
+    "string",
+    enum=["text", "tokens"],
+    description=(
+        "What a control token is that a text of the request spells: text (characters), or tokens"
+        " (itself); as the adapter was trained, where it is left out (ours)."
+    ),
+)
 INPUTS = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 2048}
 SCHEMA_NAME = {"type": "string", "minLength": 1, "maxLength": 64}
 FORMAT_KINDS = {
@@ -132,6 +140,7 @@ CHAT = obj(
     model=MODEL,
     messages={"type": "array", "items": MESSAGE, "minItems": 1, "maxItems": 1024},
     **SAMPLING,
+    control_tokens=CONTROL_TOKENS,
     max_completion_tokens=optional("integer", minimum=1, maximum=2**31 - 1),
     logprobs=optional("boolean"),
     top_logprobs=optional("integer", minimum=0, maximum=20),
@@ -181,14 +190,7 @@ COMPLETIONS = obj(
     add_special_tokens=optional(
         "boolean", description="Whether the tokenizer adds its own (vLLM); default true."
     ),
-    control_tokens=optional(
-        "string",
-        enum=["text", "tokens"],
-        description=(
-            "What a control token is that the prompt spells: text (characters, the default), or"
-            " tokens (itself)."
-        ),
-    ),
+    control_tokens=CONTROL_TOKENS,
     echo=optional("boolean", enum=[False], description="Only false: the prompt is not repeated."),
     best_of=optional("integer", enum=[1], description="Only 1."),
     suffix=unsupported("text is only continued, not filled in."),
@@ -215,6 +217,7 @@ CLASSIFY = obj(
     ),
     truncate_prompt_tokens=TRUNCATE,
     use_activation=optional("boolean", enum=[True]),
+    control_tokens=CONTROL_TOKENS,
     user=USER,
     deadline_s=DEADLINE,
 )
@@ -229,6 +232,7 @@ TAG = obj(
     model=MODEL,
     input=either(TEXT, INPUTS, {"type": "array", "items": WORDS, "minItems": 1, "maxItems": 2048}),
     truncate_prompt_tokens=TRUNCATE,
+    control_tokens=CONTROL_TOKENS,
     user=USER,
     deadline_s=DEADLINE,
 )
@@ -256,6 +260,7 @@ SCORE = obj(
     use_activation=optional(
         "boolean", enum=[False], description="Only false: scores are as the head gives them."
     ),
+    control_tokens=CONTROL_TOKENS,
     user=USER,
     deadline_s=DEADLINE,
 )
@@ -281,6 +286,7 @@ POOLING = obj(
     use_activation=optional(
         "boolean", enum=[False], description="Only false: scores are as the head gives them."
     ),
+    control_tokens=CONTROL_TOKENS,
     user=USER,
     deadline_s=DEADLINE,
 )
@@ -291,6 +297,7 @@ EMBEDDINGS = obj(
     encoding_format=optional("string", enum=["float", "base64"]),
     dimensions=unsupported("vectors keep the model's own length."),
     truncate_prompt_tokens=TRUNCATE,
+    control_tokens=CONTROL_TOKENS,
     user=USER,
     deadline_s=DEADLINE,
 )

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
+from edgetune.core.settings import did_you_mean
 from edgetune.runtime.server.http.errors import ApiError, bad_request
 from edgetune.runtime.server.http.exchange import ClientGone
 
@@ -169,7 +170,8 @@ def _check_object(value: Mapping[str, Any], schema: Schema, param: str) -> None:
         if name in properties:
             check(item, properties[name], f"{prefix}{name}")
         elif rest is False:
-            message = f"Unknown parameter: '{prefix}{name[:60]}'."
+            near = did_you_mean(name[:60], properties)
+            message = f"Unknown parameter: '{prefix}{name[:60]}'. {near}".rstrip()
             raise bad_request(message, param=f"{prefix}{name[:60]}", code="unknown_parameter")
         elif rest is not True:
             check(item, rest, f"{prefix}{name[:60]}")

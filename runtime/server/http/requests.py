@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetune.core.errors import AdapterError, InputError
-from edgetune.core.tasks import REWARD
+from edgetune.core.tasks import CLASSIFICATION, REWARD
 from edgetune.runtime.generation.settings import GenerationSettings
 from edgetune.runtime.scheduler.requests import GenerationRequest
 from edgetune.runtime.server.http.errors import ApiError, bad_request, not_found
@@ -75,7 +75,13 @@ def plan_chat(service: Service, body: Mapping[str, Any], request_id: str) -> Pla
             )
             raise bad_request(message, param="tool_choice", code="invalid_value")
         body = {**body, "guided_grammar": grammar}
-    prompt = _prompt_ids(service, messages, adapter, tools or None)
+    prompt = _prompt_ids(
+        service,
+        messages,
+        adapter,
+        tools=tools or None,
+        control_tokens=body.get("control_tokens"),
+    )
     return replace(_plan(service, body, [prompt], adapter, logprobs, request_id), tools=bool(tools))
 
 
@@ -86,10 +92,7 @@ def plan_completion(service: Service, body: Mapping[str, Any], request_id: str) 
     _check_text(service, adapter)
     prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     special = body.get("add_special_tokens", True)
-    form = None if adapter is None else service.runtime.opened.adapter(adapter).prompt_format
-    if body.get("control_tokens"):
-        form = {"control_tokens": body["control_tokens"]}
-    encode = service.runtime.tokenizer.reading(form).encode
+    encode = service.runtime.opened.tokenizer_of(adapter, body.get("control_tokens")).encode
     ids = [
         encode(p, add_special_tokens=special) if isinstance(p, str) else list(p) for p in prompts
     ]
@@ -136,9 +139,8 @@ def error_of(error: Exception, *, param: str | None = None) -> ApiError | None:
             str(error), param=param, code="context_length_exceeded" if long else None
         )
     if isinstance(error, AdapterError) and error.what.startswith("unknown adapter"):
-        return not_found(
-            f"The model '{error.got}' does not exist.", code="model_not_found", param="model"
-        )
+        message = f"The model '{error.got}' does not exist. {error.fix}".rstrip()
+        return not_found(message, code="model_not_found", param="model")
     if isinstance(error, AdapterError):
         return bad_request(str(error), param=param, code="adapter_error")
     return None
@@ -182,10 +184,16 @@ def _check_task(service: Service) -> None:
 
 
 def _check_text(service: Service, adapter: str | None) -> None:
-    if service.runtime.task(adapter) == REWARD:
+    task = service.runtime.task(adapter)
+    if task in (CLASSIFICATION, REWARD):
+        does, ask = (
+            ("scores answers", "/score or /pooling")
+            if task == REWARD
+            else ("classifies texts", "/classify")
+        )
         what = (
-            f"The model '{service.runtime.chosen(adapter)}' scores answers; it generates no text."
-            " Ask /score or /pooling."
+            f"The model '{service.runtime.chosen(adapter)}' {does}; it generates no text."
+            f" Ask {ask}."
         )
         raise bad_request(what, param="model", code="wrong_task")
 
@@ -217,10 +225,10 @@ def _prompt_ids(
     service: Service,
     messages: list[dict[str, Any]],
     adapter: str | None,
-    tools: list[Mapping[str, Any]] | None,
+    **how: Any,
 ) -> list[int]:
     try:
-        return service.runtime.prompt_ids(messages, adapter, tools=tools)
+        return service.runtime.prompt_ids(messages, adapter, **how)
     except InputError as error:
         raise error_of(error, param="messages") or error from error
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from edgetune.core.errors import AdapterError
+from edgetune.core.settings import did_you_mean
 from edgetune.runtime.scheduler.scheduler import Scheduler
-from edgetune.runtime.server.http.errors import not_found, overloaded, unavailable
+from edgetune.runtime.server.http.errors import ApiError, not_found, overloaded, unavailable
 from edgetune.runtime.server.http.exchange import Exchange, Mailroom
 from edgetune.runtime.server.http.metrics import Metrics
 from edgetune.runtime.tasks.runtime import Runtime
@@ -121,9 +122,7 @@ class Service:
             return None
         if self.runtime.registry.knows(model):
             return model
-        raise not_found(
-            f"The model '{model}' does not exist.", code="model_not_found", param="model"
-        )
+        raise no_such_model(model, self.models())
 
     def models(self) -> list[str]:
         """Every name that can be asked for, the base first (a merged bundle's base is not there any
@@ -150,6 +149,12 @@ class Service:
         self.scheduler.close(drain=True, timeout_s=self.options.drain_s)
         for threads in (self._threads, self._submits, self._waits):
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def no_such_model(model: str, known: Sequence[str]) -> ApiError:
+    """404 for a name that no model has, with the nearest one that there is."""
+    message = f"The model '{model}' does not exist. {did_you_mean(model, known)}".rstrip()
+    return not_found(message, code="model_not_found", param="model")
 
 
 def short_name(name: str) -> str:

@@ -20,26 +20,21 @@ from training_helpers import intent_recipe, sft_recipe, silent
 
 from edgetune.cli.eval import command
 from edgetune.core.errors import DataError, InputError
-from edgetune.evaluation.forgetting.likelihood import (
-    ChoiceItem,
-    Score,
-    beginning,
-    make_item,
-    score_items,
-)
+from edgetune.evaluation.forgetting.likelihood import ChoiceItem, Score, make_item
 from edgetune.evaluation.forgetting.measure import compare_general
-from edgetune.evaluation.forgetting.subjects import (
-    BundleSubject,
-    base_subject,
-    forgetting,
-    run_subject,
-)
+from edgetune.evaluation.forgetting.subjects import BundleSubject, forgetting
 from edgetune.evaluation.forgetting.tasks import (
     GENERAL_TASKS,
     Choices,
     LastWord,
     Texts,
     text_measures,
+)
+from edgetune.evaluation.forgetting.torch_subject import (
+    base_subject,
+    beginning,
+    run_subject,
+    score_items,
 )
 from edgetune.metrics.statistics import Z as Z95
 from edgetune.metrics.statistics import mean, paired_interval, perplexity, spearman

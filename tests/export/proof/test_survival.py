@@ -125,7 +125,7 @@ def test_the_line_and_the_verdict_name_the_weakest_layer(
 ) -> None:
     from edgetune.export.proof.proof import Proof
 
-    proof = Proof(1, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ())
+    proof = Proof(1, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ())
     survived = survival_summary(
         survival(adapted(tiny_decoder, make_adapter(tiny_decoder, tmp_path / "a")), INT4)
     )

@@ -24,7 +24,7 @@ from training_helpers import (
 
 from edgetune.cli.export import command
 from edgetune.cli.verify import command as verify
-from edgetune.core.errors import DataError, InputError
+from edgetune.core.errors import DataError, InputError, ProofError
 from edgetune.data.loaders import load_examples
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.export.bundle import export_bundle
@@ -131,6 +131,28 @@ def test_the_commands_take_other_rows_and_verify_repeats_it(intents: Path, tmp_p
             standalone_mode=False,
             catch_exceptions=False,
         )
+
+
+def test_a_lossy_bundle_is_refused_leaves_the_old_one_and_ships_where_that_is_asked_for(
+    actions: Path, tmp_path: Path
+) -> None:
+    data, bundle = actions.parent / "actions.jsonl", tmp_path / "b"
+    old = shipped(actions, bundle, rows=0)
+    lossy = ["--adapter", f"a={actions}", "--out", str(bundle), "--replace", "--threads", "1"]
+    lossy += ["--precision", "int4", "--block-size", "64", "--keep", "lm_head=int4"]
+    lossy += ["--task-data", str(data)]
+    with pytest.raises(ProofError, match=r"exact match 100.0 → .*--allow-metric-loss ships it"):
+        CliRunner().invoke(command, lossy, standalone_mode=False, catch_exceptions=False)
+    assert read_manifest(bundle).files == old.files
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["b"]
+    done = CliRunner().invoke(command, [*lossy, "--allow-metric-loss"])
+    assert done.exit_code == 0 and "a: changed: same answer on " in done.output
+    verdict = read_manifest(bundle).proof["verdict"]["a"]
+    assert verdict["allowed_by"] == "--allow-metric-loss" and verdict["reasons"]
+    page = (bundle / "report.html").read_text()
+    assert '<span class="bad">changed</span>' in page and "✓ as trained" not in page
+    again = CliRunner().invoke(verify, [str(bundle), "--parity", "--threads", "1"])
+    assert "a: changed: " in again.output and "--allow-metric-loss" in again.output
 
 
 def test_a_decoders_answers_are_compared_text_by_text(actions: Path, tmp_path: Path) -> None:

@@ -123,14 +123,16 @@ def test_a_foreign_tagger_is_fitted_by_shape_and_that_is_said(
     assert any("could not be checked" in note for note in packed.notes)
 
 
-def test_a_classifier_of_several_labels_on_a_decoder_is_said_to_be_one(
+def test_a_classifier_of_several_labels_on_a_decoder_is_one(
     tiny_decoder: Path, tmp_path: Path
 ) -> None:
     peft_adapter(tiny_decoder, tmp_path, labels=3, target_modules=["q_proj"])
     manifest = decoder_manifest()
     head = HeadInfo(weight="head.weight", bias="head.bias", in_features=64)
-    with pytest.raises(AdapterError, match="a classifier of 3 labels on a decoder"):
-        pack_adapter(tmp_path, replace(manifest, head=head))
+    packed = pack_adapter(tmp_path, replace(manifest, head=head))
+    assert packed.task == "sequence-classification"
+    assert packed.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert packed.tensors["head.weight"].shape == (1, 64, 3)
 
 
 def refusal(folder: Path, manifest: Manifest) -> list[str]:

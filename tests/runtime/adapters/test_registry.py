@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runtime_helpers import decoder_bundle, peft_adapter
@@ -226,3 +227,18 @@ def test_a_stream_holds_its_adapter_until_it_ends_or_is_dropped(tiny_decoder: Pa
         del dropped
         for name in ("a", "b"):
             runtime.unload_adapter(name, in_use="refuse")
+
+
+def test_memory_is_given_back_while_adapters_come_and_go_but_not_for_each(
+    registry: Open, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released, clock = list[float](), [0.0]
+    module = "edgetune.runtime.adapters.registry"
+    monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(f"{module}.release_free_memory", lambda: released.append(clock[0]))
+    known = registry()
+    for clock[0] in (1.0, 11.0, 12.0, 13.0, 22.0):
+        for name in ("x", "y"):
+            known.load(name, folders / "m1")
+            known.unload(name)
+    assert released == [11.0, 22.0]

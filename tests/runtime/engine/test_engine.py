@@ -5,6 +5,7 @@ token by token.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,17 @@ def test_a_text_that_is_too_long_for_an_encoder_is_named(encoder: EncoderEngine)
         ),
     ):
         encoder.run([[5] * 129])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"kv_heads": None}, {"kv_heads": 1}, {"head_dim": 99}, {"layers": 3}, {"layers": None}],
+)
+def test_a_manifest_with_other_sizes_of_keys_and_values_is_refused(
+    tiny_decoder: Path, sizes: dict[str, int | None]
+) -> None:
+    folder = decoder_bundle(tiny_decoder)
+    manifest = read_manifest(folder)
+    changed = replace(manifest, graph=replace(manifest.graph, **sizes))
+    with pytest.raises(BundleError, match="2 layers of 2 heads of 16 keys and values"):
+        DecoderEngine(folder, changed, threads=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtime_helpers import decoder_bundle
+from runtime_helpers import decoder_bundle, engines_here
 
 from edgetune.runtime import Runtime
 from edgetune.runtime.generation.prompt_lookup import PAUSE, PromptLookup
@@ -80,7 +80,8 @@ def test_guesses_beside_other_rows_and_forced_tokens_change_no_answer(
     rng = random.Random(1)
     shape = {"type": "object", "properties": {"name": {"enum": ["lights", "doors"]}, "n": {}}}
     schema = json.dumps({**shape, "required": ["name", "n"], "additionalProperties": False})
-    with Runtime.open(decoder_bundle(tiny_decoder), threads=2) as runtime:
+    bundle, engine = decoder_bundle(tiny_decoder), engines_here()[-1]
+    with Runtime.open(bundle, threads=2, engine=engine) as runtime:
         requests = []
         for i in range(12):
             name = rng.choice(["a", "b", None])

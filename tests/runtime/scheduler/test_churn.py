@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtime_helpers import decoder_bundle, peft_adapter
+from runtime_helpers import decoder_bundle, engines_here, peft_adapter
 
 from edgetune.core.errors import AdapterError
 from edgetune.runtime import Runtime
@@ -43,7 +43,11 @@ def many(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runtime(tiny_decoder: Path, many: Path) -> Iterator[Runtime]:
     bundle = decoder_bundle(tiny_decoder)
-    with Runtime.open(bundle, threads=1, adapter_folder=many, adapter_memory_mb=0.015) as opened:
+    engine = engines_here()[-1]
+    memory = 0.015 if engine == "native" else 0.03
+    with Runtime.open(
+        bundle, threads=1, adapter_folder=many, adapter_memory_mb=memory, engine=engine
+    ) as opened:
         yield opened
 
 

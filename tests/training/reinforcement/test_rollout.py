@@ -9,7 +9,8 @@ import pytest
 import torch
 from preference_helpers import adapted, tiny
 
-from edgetune.data.batching import IGNORE, collate
+from edgetune.data.batching import IGNORE
+from edgetune.data.collation import collate
 from edgetune.objectives.grpo import AnswerExample
 from edgetune.objectives.preference import token_log_probs
 from edgetune.training.reinforcement.rollout import Answer, Sampling, TorchRollout, draw, nucleus

@@ -63,6 +63,11 @@ class Conversation(list[dict[str, Any]]):
         )
 
 
+def tools_of(messages: Any) -> list[Any] | None:
+    """The tools that come with a prompt, where it is a conversation that has some."""
+    return getattr(messages, "tools", None) or None
+
+
 def conversation_column(values: Mapping[str, Any]) -> str | None:
     """The column of a row that holds a conversation; None where there is none."""
     return next((name for name in CONVERSATIONS if _is_conversation(values.get(name))), None)

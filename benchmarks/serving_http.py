@@ -1,0 +1,149 @@
+"""The serving benchmark's sections `http` and `cold`: what HTTP and a fresh process add."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+from serving_adapters import make_adapters
+from serving_load import (
+    STREAMS,
+    Answer,
+    Job,
+    Prompts,
+    Row,
+    by_http,
+    by_python,
+    made,
+    no_end,
+    served,
+    speed,
+)
+
+from edgetune.runtime import Runtime
+from edgetune.runtime.scheduler.scheduler import Scheduler
+
+
+def http(options: argparse.Namespace, work: Path) -> list[Row]:
+    """The same load through `edgetune serve` and through the scheduler of this process."""
+    library = work / "library"
+    with Runtime.open(
+        options.bundle, threads=options.threads, adapter_folder=made(library)
+    ) as runtime:
+        names = make_adapters(library, runtime.manifest, STREAMS, source=options.adapter)
+        prompts, bias = Prompts(runtime.manifest.graph.vocab_size), no_end(runtime)
+        flags = (
+            "--adapter-library",
+            str(library),
+            "--threads",
+            str(options.threads),
+            "--max-rows",
+            str(STREAMS),
+        )
+        with (
+            served(options.bundle, work / "server.log", *flags) as server,
+            Scheduler(runtime, max_rows=STREAMS) as scheduler,
+        ):
+            ways: dict[str, Callable[[Sequence[Job]], list[Answer]]] = {
+                "python": lambda jobs: by_python(scheduler, jobs),
+                "http": lambda jobs: by_http(server.port, jobs, bias),
+            }
+            whole: dict[str, list[float]] = {way: [] for way in ways}
+            alone: dict[str, list[float]] = {way: [] for way in ways}
+            loaded: dict[str, list[float]] = {way: [] for way in ways}
+            for turn in range(options.rounds + 1):
+                together = [Job(name, prompts(options.prompt), options.new) for name in names]
+                single = [
+                    Job(names[k % STREAMS], prompts(options.prompt), 1)
+                    for k in range(options.singles)
+                ]
+                spread = [
+                    Job(name, prompts(options.prompt), options.new // 4, at=k / options.rate)
+                    for k, name in enumerate(names * 2)
+                ]
+                for way in list(ways)[:: -1 if turn % 2 else 1]:
+                    answers, firsts = (
+                        ways[way](together),
+                        [ways[way]([job])[0].first for job in single],
+                    )
+                    opened = ways[way](spread)
+                    if turn:
+                        whole[way].append(speed(answers))
+                        alone[way].append(1e3 * median(firsts))
+                        loaded[way].append(1e3 * median(answer.first for answer in opened))
+            log = server.errors()
+    if log:
+        raise SystemExit(f"the server logged errors: {log[0]}")
+    lost = [100 * (1 - h / p) for h, p in zip(whole["http"], whole["python"], strict=True)]
+    rows = [Row(f"8 streams, 8 adapters, {way}", median(whole[way]), "tokens/s") for way in ways]
+    rows.append(Row("tokens/s lost to HTTP", median(lost), "%", 5))
+    rows += [
+        Row(f"time to first token of a single request, {way}", median(alone[way]), "ms")
+        for way in ways
+    ]
+    rows.append(
+        Row(
+            "added by HTTP to the first token of a single request",
+            median(h - p for h, p in zip(alone["http"], alone["python"], strict=True)),
+            "ms",
+            3,
+        )
+    )
+    rows += [
+        Row(
+            f"time to first token, open loop of {options.rate:g} requests/s, {way}",
+            median(loaded[way]),
+            "ms",
+        )
+        for way in ways
+    ]
+    rows.append(
+        Row(
+            "added by HTTP to the first token, open loop",
+            median(h - p for h, p in zip(loaded["http"], loaded["python"], strict=True)),
+            "ms",
+        )
+    )
+    return rows
+
+
+def cold(options: argparse.Namespace, work: Path) -> list[Row]:
+    """`edgetune predict` from the start of the process to the first byte of the answer."""
+    rows = []
+    for title, flags in (("", ()), (" --no-verify", ("--no-verify",))):
+        taken = []
+        for _ in range(options.starts + 1):
+            start = time.perf_counter()
+            command = [
+                sys.executable,
+                "-m",
+                "edgetune",
+                "predict",
+                str(options.bundle),
+                options.text,
+                "--max-new-tokens",
+                "8",
+                "--threads",
+                str(options.threads),
+            ]
+            with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, bufsize=0) as process:
+                assert process.stdout is not None
+                if not process.stdout.read(1):
+                    raise SystemExit("edgetune predict printed nothing")
+                taken.append(time.perf_counter() - start)
+                process.stdout.read()
+        rows.append(
+            Row(
+                f"predict{title}, start to first token, median of {options.starts}",
+                median(taken[1:]),
+                "s",
+                1.0,
+            )
+        )
+        rows.append(Row(f"predict{title}, start to first token, best", min(taken[1:]), "s", 1.0))
+    return rows

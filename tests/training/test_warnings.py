@@ -1,0 +1,60 @@
+"""What a run says at its end of figures that do not show by themselves what they are worth."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+
+from training_helpers import TEXTS, packed_recipe, sft_recipe, write_rows
+
+from edgetune.core.progress import Progress
+from edgetune.recipe.schema import Recipe
+from edgetune.report.run_page import write_report
+from edgetune.training import run_recipe
+
+MEASURED = "validation rows stand in train too: what is measured on them says nothing of other rows"
+
+
+def ended(recipe: Recipe, out: Path) -> tuple[list[str], str]:
+    """The warnings in summary.json, and what the run says last."""
+    stream = io.StringIO()
+    summary = run_recipe(recipe, out=out, progress=Progress(stream), write_more=write_report)
+    saved = json.loads((out / "summary.json").read_text())
+    assert saved["warnings"] == summary.warnings
+    page = (out / "report.html").read_text()
+    assert all(escape(line) in page for line in summary.warnings)
+    return summary.warnings, stream.getvalue().rpartition("tokens/s")[0][-900:]
+
+
+def test_validation_rows_that_were_learned_are_said_at_the_end(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    warnings, said = ended(sft_recipe(tiny_decoder, tmp_path), tmp_path / "run")
+    assert warnings == [f"stage 0 (sft): all 4 {MEASURED}"] and warnings[0] in said
+    data = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
+    assert data[0]["validation_in_train"] == 4
+
+
+def test_documents_of_packed_text_are_compared_one_by_one(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    recipe = packed_recipe(tiny_decoder, tmp_path, epochs=1)
+    assert ended(recipe, tmp_path / "run")[0] == []
+    known = [{"text": f"{TEXTS[0]} 0"}, {"text": "something else"}]
+    held_out = write_rows(tmp_path / "known.jsonl", known)
+    stage = recipe.stage[0]
+    stage = replace(stage, data=replace(stage.data, validation=str(held_out)))
+    warnings, _ = ended(replace(recipe, stage=(stage,)), tmp_path / "again")
+    assert warnings == [f"stage 0 (causal-lm): 1 of 2 {MEASURED}"]
+
+
+def test_a_loss_that_ended_higher_than_it_began_is_said_at_the_end(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    wild = packed_recipe(tiny_decoder, tmp_path, learning_rate=3.0, epochs=3, warmup_ratio=0.0)
+    (warning,), said = ended(wild, tmp_path / "run")
+    assert warning.startswith("the loss of stage 0 (causal-lm) ended higher than it began: ")
+    assert warning in said
