@@ -172,7 +172,8 @@ void read_layer(Reader &reader, Layer &layer, const Json &json) {
     layer.scale = float(json.real("scale"));
     layer.window = int(json.whole("window", 0, LARGEST));
     layer.softcap = float(json.real("softcap"));
-    if (!std::isfinite(layer.scale) || !(layer.softcap >= 0)) fail("scale or softcap");
+    if (!std::isfinite(layer.scale) || !(layer.softcap >= 0) || !std::isfinite(layer.softcap))
+        fail("scale or softcap");
     reader.matrix(layer.attention_out, json.at("attention_out"), "attention_out",
                   m.heads * m.head_dim, {{m.hidden, round_up(m.hidden, LANES)}}, false);
     layer.after_attention = reader.optional_norm(json, "after_attention", m.hidden);
@@ -204,6 +205,7 @@ void read_embedding(Reader &reader, const Json &json) {
     }
     if (t.bits != 4 && t.bits != 8) fail("embedding: 0, 4 or 8 bits");
     t.block = int(json.whole("block_size", 16, 1 << 12));
+    if (t.block % 16) fail("embedding: blocks of a multiple of 16");
     const int64_t blocks = (t.columns + t.block - 1) / t.block, all = blocks * t.rows;
     t.weight = reader.place(json.at("weight"), all * t.block * t.bits / 8, "embedding");
     t.scales =
@@ -328,6 +330,11 @@ void make_buffers(OpenModel &open) {
     make_row(open);
 }
 
+void all_finite(const float *x, int count) {
+    for (int i = 0; i < count; i++)
+        if (!std::isfinite(x[i])) throw std::runtime_error("an embedding has a number that is not finite");
+}
+
 } // namespace
 
 void embed(OpenModel &open, int32_t id, float *x) {
@@ -341,7 +348,7 @@ void embed(OpenModel &open, int32_t id, float *x) {
             std::memcpy(&value, bytes + size_t(i) * 4, 4);
             x[i] = value * t.multiplier;
         }
-        return;
+        return all_finite(x, t.columns);
     }
     open.file->copy(reinterpret_cast<const uint8_t *>(t.scales + row * blocks), blocks * 4,
                     open.row.data());
@@ -359,6 +366,7 @@ void embed(OpenModel &open, int32_t id, float *x) {
         std::memcpy(&scale, open.row.data() + size_t(b) * 4, 4);
         x[i] = float(value - zero) * scale * t.multiplier;
     }
+    all_finite(x, t.columns);
 }
 
 std::vector<Matrix *> matrices(OpenModel &open) {
@@ -404,7 +412,7 @@ std::unique_ptr<OpenModel> open_model(const char *plan, size_t plan_bytes, const
     reader.matrix(m.head, json.at("head"), "head", m.hidden,
                   {{m.vocab, round_up(m.vocab, LANES)}}, false);
     m.logits_softcap = float(json.real("logits_softcap"));
-    if (!(m.logits_softcap >= 0)) fail("logits_softcap");
+    if (!(m.logits_softcap >= 0) || !std::isfinite(m.logits_softcap)) fail("logits_softcap");
     m.site_count = int(open->sites.size());
 
     size_t total = 0;

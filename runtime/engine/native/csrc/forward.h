@@ -54,11 +54,18 @@ INLINE F activated(F x, Activation kind) {
 
 INLINE F capped(F x, float cap) { return mul(all(cap), hyperbolic_tangent(div(x, all(cap)))); }
 
+// Zeros behind a token's numbers. They mostly lie there, and threads that read the same numbers do
+// not write them then.
+INLINE void clear(float *z, int from, int to) {
+    for (int i = from; i < to; i++)
+        if (z[i] != 0) z[i] = 0;
+}
+
 // What a product reads of one token: numbers rounded to 8 bits, a scale a block. `together` tokens lie
 // side by side, 32 numbers of each and so on: a product of several reads one stream.
 static void round_numbers(float *z, const Matrix &m, const Rounded &to, int at, int together) {
     const int width = m.blocks * m.block, subs = m.block / COLUMNS, zero = m.bits == 4 ? ZERO4 : ZERO8;
-    for (int i = m.inputs; i < width; i++) z[i] = 0;
+    clear(z, m.inputs, width);
     const int chunk = at / together, within = at % together;
     int8_t *values =
         to.values + (size_t(chunk) * m.blocks * subs * together + within) * COLUMNS;
@@ -111,7 +118,7 @@ static void lower(const float *z, int inputs, const SiteAdapter &site, float *lo
 static void prepare(const Model &model, const Matrix &m, Lane &lane, float *z, int at, int together,
                     const Adapter *adapter) {
     int line = (m.inputs + LANES - 1) / LANES * LANES;
-    for (int i = m.inputs; i < line; i++) z[i] = 0;
+    clear(z, m.inputs, line);
     if (m.bits) round_numbers(z, m, lane.rounded, at, together);
     if (adapter && m.site >= 0)
         lower(z, m.inputs, adapter->sites[m.site], lane.low + size_t(at) * model.low_line);
