@@ -100,8 +100,8 @@ def head_problems(
 
 def pack_head(read: LoraFolder, manifest: Manifest) -> dict[str, Float32]:
     """weight (1, hidden, labels) and bias (1, labels); of transformers' layers also those before
-    the output that the adapter brings (DENSE_LAYER, NORM_LAYER), transposed likewise, and its low-rank weights
-    on the dense layer.
+    the output that the adapter brings (DENSE_LAYER, NORM_LAYER), transposed likewise, and its
+    low-rank weights on the dense layer.
     """
     head, layers = manifest.head, head_layers_of(read, manifest)
     if head is None or not read.head:
