@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fuzz.test_fuzz_adapters import SEED
+from fuzz.figures import SEED
 
 NATIVE = Path(__file__).parents[1] / "native"
 ROUNDS = int(os.environ.get("EDGETUNE_FUZZ", "2000"))
