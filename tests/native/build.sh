@@ -24,7 +24,7 @@ commands() {
         ;;
     aarch64* | arm64*) unit neon NEON -march=armv8.2-a+dotprod+fp16 ;;
     esac
-    for file in "${tests[@]/#/$here/}" "$csrc"/{pool,json,memory,pack,bundle,adapter,api}; do
+    for file in "${tests[@]/#/$here/}" "$csrc"/{pool,json,memory,pack,bundle,embedding,adapter,api}; do
         echo "$cxx ${flags[*]} -c $file.cpp -o $folder/$(basename "$file").o"
     done
 }
