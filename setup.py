@@ -26,7 +26,16 @@ LIBRARY = "edgetune.runtime.engine.native.libedgetune_native"
 SOURCES = Path("edgetune/runtime/engine/native/csrc")
 MODES = ("auto", "required", "none")
 
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fwrapv",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-pthread",
+]
 QUIET = ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]

@@ -1,9 +1,9 @@
 """Decode and prefill speed of a bundle beside its peers, interleaved in one run; a table, then one
 JSON line.
 
-    python benchmarks/decode.py --bundle BUNDLE [--adapter NAME] [--plain BUNDLE]
-                                [--genai FOLDER --genai-python PYTHON] [--llama FILE.gguf
-                                --llama-python PYTHON]
+    python benchmarks/decode.py --bundle BUNDLE [--adapter NAME]
+                                [--genai FOLDER --genai-python PYTHON]
+                                [--llama FILE.gguf --llama-python PYTHON]
 
 With --genai also the bundle itself in onnxruntime-genai, with and without the adapter: the same
 weights in both engines.
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,23 +38,32 @@ def prompt_ids() -> list[int]:
     return [100 + (i * 7919) % 40000 for i in range(PROMPT)]
 
 
-def edgetune_rounds(bundle: str, adapter: str, threads: int, *, situations: bool = False) -> Round:
-    """Our runtime's decoder engine, adapter bound or not; `situations`: the graph that `edgetune
-    serve` opens.
+def edgetune_rounds(
+    bundle: str, adapter: str, threads: int, *, engine: str, rows: int = 1
+) -> Round:
+    """Our runtime's decoder engine, adapter bound or not; `rows` streams at once, all with the
+    adapter, each in a binding of its own.
     """
     from edgetune.runtime import Runtime
 
-    runtime = Runtime.open(bundle, threads=threads, verify=False, situations=situations)
-    bound = runtime.bound(adapter) if adapter else None
+    runtime = Runtime.open(bundle, threads=threads, verify=False, engine=engine)
+    bound = [runtime.bound(adapter) if adapter else None] * rows
+    decoder = runtime.opened.need_decoder()
+    if rows > 1 and adapter:
+        from edgetune.runtime.adapters.packing import pack_adapter
+
+        folder = Path(bundle) / "adapters" / adapter
+        tensors = pack_adapter(folder, runtime.manifest).tensors
+        bound = [decoder.bind(tensors) for _ in range(rows)]
 
     def once() -> tuple[float, float]:
         start = time.perf_counter()
-        state, logits = runtime.decoder.start([prompt_ids()], [bound], capacity=PROMPT + NEW)
-        token = int(logits[0].argmax())
+        state, logits = decoder.start([prompt_ids()] * rows, bound, capacity=PROMPT + NEW)
+        tokens = logits.argmax(-1).tolist()
         first = time.perf_counter()
         for _ in range(NEW - 1):
-            token = int(state.step([token])[0].argmax())
-        return first - start, time.perf_counter() - first
+            tokens = state.step(tokens).argmax(-1).tolist()
+        return (first - start) / rows, (time.perf_counter() - first) / rows
 
     return once
 
@@ -135,8 +143,10 @@ def llama_rounds(file: str, adapter: str, threads: int) -> Round:
 
 
 ENGINES = {
-    "edgetune": edgetune_rounds,
-    "situations": partial(edgetune_rounds, situations=True),
+    "native": partial(edgetune_rounds, engine="native"),
+    "native8": partial(edgetune_rounds, engine="native", rows=8),
+    "onnxruntime": partial(edgetune_rounds, engine="onnxruntime"),
+    "onnxruntime8": partial(edgetune_rounds, engine="onnxruntime", rows=8),
     "genai": genai_rounds,
     "llama": llama_rounds,
 }
@@ -166,20 +176,13 @@ def configurations(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
     def command(python: str, engine: str, model: str, adapter: str = "") -> list[str]:
         return [python, __file__, "--worker", engine, model, adapter, str(options.threads)]
 
-    yield (
-        "edgetune, adapter inputs, none active",
-        command(sys.executable, "edgetune", options.bundle),
-    )
-    yield (
-        "edgetune, adapter active",
-        command(sys.executable, "edgetune", options.bundle, options.adapter),
-    )
-    yield (
-        "edgetune, graph of situations, none active",
-        command(sys.executable, "situations", options.bundle),
-    )
-    if options.plain:
-        yield "edgetune, no adapter inputs", command(sys.executable, "edgetune", options.plain)
+    for engine, title in (("native", "edgetune"), ("onnxruntime", "edgetune by ONNX Runtime")):
+        ours = partial(command, sys.executable)
+        yield f"{title}, none active", ours(engine, options.bundle)
+        if options.adapter:
+            active = options.bundle, options.adapter
+            yield f"{title}, adapter active", ours(engine, *active)
+            yield f"{title}, 8 streams with 8 adapters", ours(f"{engine}8", *active)
     if options.genai:
         yield (
             "onnxruntime-genai, its own int4",
@@ -244,46 +247,19 @@ def _line(process: subprocess.Popen[str]) -> str:
             return line
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads read from memory: the largest of five passes over 256 MB
-    each.
-    """
-    import numpy as np
-
-    blocks = [np.ones(1 << 25) for _ in range(threads)]
-    fastest = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            started = time.perf_counter()
-            list(pool.map(np.max, blocks))
-            fastest = max(
-                fastest, sum(block.nbytes for block in blocks) / (time.perf_counter() - started)
-            )
-    return fastest
-
-
-def limit(bundle: str, threads: int) -> dict[str, float]:
-    """What a token must read (every stored weight once, the cache in the middle of the answer), and
-    how many a second memory allows.
+def plain_reads(bundle: str) -> dict[str, float]:
+    """Seconds of one plain read of the native engine's weights, by one thread and by two, medians
+    of 30; and what a token reads of them in bytes.
     """
     from edgetune.runtime.bundle.manifest import read_manifest
+    from edgetune.runtime.engine.native.decoder import NativeDecoder
 
-    graph = read_manifest(bundle).graph
-    weights = (Path(bundle) / str(graph.data)).stat().st_size
-    cache = (
-        (graph.layers or 0)
-        * 2
-        * (graph.kv_heads or 0)
-        * (graph.head_dim or 0)
-        * 4
-        * (PROMPT + NEW // 2)
-    )
-    bandwidth = read_bandwidth(threads)
-    return {
-        "bytes_per_token": weights + cache,
-        "read_gb_s": bandwidth / 1e9,
-        "tokens_per_s": bandwidth / (weights + cache),
-    }
+    found: dict[str, float] = {}
+    for threads in (1, 2):
+        model = NativeDecoder(bundle, read_manifest(bundle), threads=threads).model
+        found[f"read_s_{threads}"] = statistics.median(model.seconds_to_read() for _ in range(30))
+        found["weight_bytes"] = model.sizes.weight_bytes
+    return found
 
 
 def main() -> None:
@@ -295,15 +271,16 @@ def main() -> None:
     )
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--adapter", default="")
-    for name in ("plain", "genai", "llama", "llama-adapter"):
+    for name in ("genai", "llama", "llama-adapter"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--genai-python", default=sys.executable)
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    bound = limit(options.bundle, options.threads)
+    before = plain_reads(options.bundle)
     results = measure(options)
+    after = plain_reads(options.bundle)
     print(
         f"{'configuration':<48}{'decode tok/s':>14}{'prefill tok/s':>15}{'peak MB':>9}{'load s':>8}"
     )
@@ -311,18 +288,21 @@ def main() -> None:
         print(
             f"{title:<48}{row['decode']:>14.1f}{row['prefill']:>15.0f}{row['peak_mb']:>9.0f}{row['load_s']:>8.2f}"
         )
-    print(
-        f"limit: {bound['bytes_per_token'] / 1e6:.0f} MB a token at {bound['read_gb_s']:.1f} GB/s"
-        f" read by {options.threads} threads allow {bound['tokens_per_s']:.0f} tok/s; none active"
-        f" reaches {next(iter(results.values()))['decode'] / bound['tokens_per_s']:.0%}"
-    )
+    for label, read in (("before", before), ("after", after)):
+        one, two = (read["weight_bytes"] / read[f"read_s_{n}"] / 1e9 for n in (1, 2))
+        share = results["edgetune, none active"]["decode"] * read["read_s_2"]
+        print(
+            f"{label}: a plain read of the {read['weight_bytes'] / 1e6:.1f} MB of weights reaches"
+            f" {one:.1f} GB/s by one thread and {two:.1f} by two; a decode step takes"
+            f" {1 / share:.2f} times as long as the latter ({share:.0%})"
+        )
     print(
         json.dumps(
             {
                 "benchmark": "decode",
                 "prompt": PROMPT,
                 "new": NEW,
-                "limit": bound,
+                "reads": [before, after],
                 "results": results,
             }
         )

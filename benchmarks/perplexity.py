@@ -1,6 +1,7 @@
 """WikiText-2 perplexity of decoder bundles, through the real engine: what each precision costs.
 
     EDGETUNE_DATASETS=… python benchmarks/perplexity.py BUNDLE [BUNDLE …] [--rows 12] [--torch]
+        [--engines native,onnxruntime]
 
 The first rows × 512 tokens of the test text, no overlap, no adapter; `--torch` adds the base in
 torch fp32. A table, then one JSON line.
@@ -45,12 +46,12 @@ def perplexity(logits_of: Logits, rows: list[list[int]]) -> float:
     return math.exp(total / (len(rows) * (LENGTH - 1)))
 
 
-def engine_logits(bundle: Path) -> Logits:
-    """One prefill a row."""
+def engine_logits(bundle: Path, name: str) -> Logits:
+    """One prefill a row, by the engine of this name."""
     from edgetune.runtime.bundle.manifest import read_manifest
-    from edgetune.runtime.engine.decoder import DecoderEngine
+    from edgetune.runtime.tasks.choose_engine import open_decoder
 
-    engine = DecoderEngine(bundle, read_manifest(bundle), threads=2)
+    engine, _ = open_decoder(bundle, read_manifest(bundle), engine=name, threads=2)
     return lambda row: engine.logits([row])[0]
 
 
@@ -79,20 +80,20 @@ def main() -> None:
     parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--torch", action="store_true")
+    parser.add_argument("--engines", default="native,onnxruntime")
     options = parser.parse_args()
     manifest = json.loads((options.bundles[0] / "edgetune.json").read_text())
     rows = rows_of(options.bundles[0] / "tokenizer.json", options.rows)
     results: dict[str, float] = {}
     if options.torch:
         results["torch fp32"] = perplexity(torch_logits(manifest["base"]["name"]), rows)
+        print(f"{'torch fp32':<40}{results['torch fp32']:>10.3f}")
     for bundle in options.bundles:
-        results[bundle.name] = perplexity(engine_logits(bundle), rows)
-    for name, value in results.items():
-        size = (
-            sum(f.stat().st_size for f in (options.bundles[0].parent / name).glob("model.onnx*"))
-            / 1e6
-        )
-        print(f"{name:<30}{value:>9.2f}{size:>9.1f} MB")
+        for engine in options.engines.split(","):
+            value = perplexity(engine_logits(bundle, engine), rows)
+            results[f"{bundle.name}, {engine}"] = value
+            size = sum(file.stat().st_size for file in bundle.glob("model.onnx*")) / 1e6
+            print(f"{bundle.name + ', ' + engine:<40}{value:>10.3f}{size:>9.1f} MB")
     print(
         json.dumps(
             {"benchmark": "perplexity", "rows": options.rows, "length": LENGTH, "results": results}

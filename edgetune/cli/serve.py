@@ -236,7 +236,6 @@ def command(
             verify=not no_verify,
             adapter_folder=library,
             adapter_memory_mb=adapter_memory_mb,
-            situations=True,
             strict=strict,
             engine=engine,
         ) as runtime,

@@ -8,27 +8,12 @@
 const fs = require("node:fs");
 const path = require("node:path");
 const ort = require("onnxruntime-node");
+const { readAdapter } = require("./onnx_adapter.js");
 
-// A .onnx_adapter is a FlatBuffer: a root table whose field 3 lists parameters (name, dims, data type, raw bytes).
-function readAdapter(file) {
-  const bytes = fs.readFileSync(file);
-  if (bytes.toString("latin1", 4, 8) !== "TORT") throw new Error(`${file} is no .onnx_adapter`);
-  const follow = (at) => at + bytes.readUInt32LE(at);
-  const field = (table, index) => {
-    const vtable = table - bytes.readInt32LE(table);
-    const offset = 4 + 2 * index < bytes.readUInt16LE(vtable) ? bytes.readUInt16LE(vtable + 4 + 2 * index) : 0;
-    return offset ? table + offset : 0;
-  };
-  const tensors = {}, parameters = follow(field(follow(0), 3));
-  for (let i = 0; i < bytes.readUInt32LE(parameters); i++) {
-    const parameter = follow(parameters + 4 + 4 * i);
-    const [name, dims, raw] = [0, 1, 3].map((index) => follow(field(parameter, index)));
-    const text = bytes.toString("utf8", name + 4, name + 4 + bytes.readUInt32LE(name));
-    const shape = Array.from({ length: bytes.readUInt32LE(dims) }, (_, d) => Number(bytes.readBigInt64LE(dims + 4 + 8 * d)));
-    const data = Uint8Array.from(bytes.subarray(raw + 4, raw + 4 + bytes.readUInt32LE(raw))); // copied, so aligned
-    tensors[text] = new ort.Tensor("float32", new Float32Array(data.buffer), shape);
-  }
-  return tensors;
+// An adapter's tensors, by the names of the inputs that take them.
+function adapterInputs(file) {
+  const tensors = Object.entries(readAdapter(file));
+  return Object.fromEntries(tensors.map(([name, { shape, data }]) => [name, new ort.Tensor("float32", data, shape)]));
 }
 
 // The base model: every site with rank 0.
@@ -72,7 +57,7 @@ async function main([bundle, name, ...prompt]) {
   const manifest = JSON.parse(fs.readFileSync(path.join(bundle, "edgetune.json"), "utf8"));
   const session = await ort.InferenceSession.create(path.join(bundle, manifest.graph.engine));
   const entry = manifest.adapters.find((adapter) => adapter.name === name);
-  const adapter = entry ? readAdapter(path.join(bundle, entry.onnx_adapter)) : {};
+  const adapter = entry ? adapterInputs(path.join(bundle, entry.onnx_adapter)) : {};
   console.log((await generate(session, manifest, adapter, prompt.map(Number), 16)).join(" "));
 }
 

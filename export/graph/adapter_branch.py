@@ -1,11 +1,11 @@
 """One engine graph for two situations over the same weights: adapters active, and none.
 
-A site's nodes cost time although no adapter is there (SmolLM2: 360 nodes a token). So
-`situations.onnx` is one `If`: its branches are the engine's graph with adapter inputs and the same
-graph without them. It is for servers: ONNX Runtime rearranges the weights for each branch, so it
-loads in half as long again as `engine.onnx`. ONNX Runtime keeps what it rearranges of a weight once
-for both branches, as long as they are not nested deeper (there it does not rearrange weights at
-all, and a step takes fifty times as long: that is why there are two situations and not more).
+A site's nodes cost time although no adapter is there. So the decoder of an encoder-decoder is one
+`If`: its branches are the graph with adapter inputs and the same graph without them (decoders by
+themselves run natively, where an adapter that is not there costs nothing). ONNX Runtime keeps what
+it rearranges of a weight once for both branches, as long as they are not nested deeper (there it
+does not rearrange weights at all, and a step takes fifty times as long: that is why there are two
+situations and not more).
 
 What says that no adapter is active is the first site's A: of shape (0, in, 0), group 0. A caller
 that feeds rank 0 with group 1, as any graph takes it, gets the branch with adapter inputs and the

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from edgetune import __version__
 from edgetune.core.files import write_json
 from edgetune.core.progress import Say
-from edgetune.export.graph.adapter_branch import ADAPTED, PLAIN, by_situation
 from edgetune.export.graph.attention import refuse_head_size
 from edgetune.export.graph.deberta import LINEAR_ROWS
 from edgetune.export.graph.families import cache_sizes, fixed_length
@@ -31,7 +30,6 @@ from edgetune.export.graph.names import name_for_people
 from edgetune.export.graph.native_nodes import NotExpressibleError
 from edgetune.export.graph.native_plan import native_plan
 from edgetune.export.graph.onnx_file import (
-    BY_SITUATION,
     DATA,
     ENGINE,
     NATIVE,
@@ -55,7 +53,6 @@ from edgetune.models.heads import (
 )
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime.bundle.manifest import GraphInfo, HeadInfo, Site
-from edgetune.runtime.engine.session import ADAPTER_BRANCH
 
 LARGEST_CONTEXT = 8192  # rotary positions kept in the graph at most
 
@@ -115,13 +112,9 @@ def _graph(
         to_half(graph)
         shape |= {"cache_dtype": "float16"} if base.kind == "decoder" else {}
     name_for_people(graph.graph)
-    situations = (
-        BY_SITUATION if sites and base.kind == "decoder" and precision.weights != "fp16" else None
-    )  # fp16 is not for the CPU
     info = GraphInfo(
         engine=ENGINE,
         data=DATA,
-        situations=situations,
         max_length=max_length,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -241,12 +234,6 @@ def _write_graphs(
     if base.kind == "decoder":
         info = _write_native_plan(graph, folder, sites, info, say=say)
     write_graph(graph, folder / ENGINE, metadata=note)
-    if info.situations is not None:
-        write_graph(
-            by_situation(graph, sites),
-            folder / info.situations,
-            metadata=note | {ADAPTER_BRANCH: f"{ADAPTED}, {PLAIN}"},
-        )
     standard = standard_decoder(graph) if base.kind == "decoder" else standard_encoder(graph)
     name_for_people(standard.graph)
     write_graph(standard, folder / STANDARD, metadata=note)

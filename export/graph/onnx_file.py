@@ -23,9 +23,8 @@ from edgetune.export.graph.adapter_branch import adapted_graph
 from edgetune.runtime.bundle.diff import VERIFY, Graph
 from edgetune.runtime.bundle.native_plan import INLINE_BYTES
 
-ENGINE, BY_SITUATION, STANDARD, DATA, NATIVE = (
+ENGINE, STANDARD, DATA, NATIVE = (
     "engine.onnx",
-    "situations.onnx",
     "model.onnx",
     "model.onnx.data",
     "native.json",

@@ -14,7 +14,7 @@ from edgetune.core.layout import ADAPTER_METADATA, PEFT_PREFIX
 from edgetune.core.tasks import CLASSIFICATION, REWARD, TAGGING, VALUE
 from edgetune.runtime.adapters.lora import LoraFolder
 from edgetune.runtime.bundle.manifest import HeadInfo, Manifest
-from edgetune.runtime.engine.head import DENSE, LORA_A, LORA_B, NORM
+from edgetune.runtime.engine.head import DENSE_LAYER, LORA_A, LORA_B, NORM_LAYER
 
 DENSE_TAGGERS = ("modernbert",)  # families whose tagger has a dense layer before its output
 
@@ -100,8 +100,8 @@ def head_problems(
 
 def pack_head(read: LoraFolder, manifest: Manifest) -> dict[str, Float32]:
     """weight (1, hidden, labels) and bias (1, labels); of transformers' layers also those before
-    the output that the adapter brings (DENSE, NORM), transposed likewise, and its low-rank weights
-    on the dense layer.
+    the output that the adapter brings (DENSE_LAYER, NORM_LAYER), transposed likewise, and its
+    low-rank weights on the dense layer.
     """
     head, layers = manifest.head, head_layers_of(read, manifest)
     if head is None or not read.head:
@@ -109,7 +109,7 @@ def pack_head(read: LoraFolder, manifest: Manifest) -> dict[str, Float32]:
     found = _pair(read, _output(read, layers), head.weight, head.bias)
     if layers is None:
         return found
-    for layer, name in zip(layers.inner, (DENSE, NORM), strict=False):
+    for layer, name in zip(layers.inner, (DENSE_LAYER, NORM_LAYER), strict=False):
         if f"{layer}.weight" in read.head:
             found |= _pair(read, layer, f"{name}.weight", f"{name}.bias")
     a, b = read.head_deltas.get(layers.dense) or (

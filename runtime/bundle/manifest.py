@@ -64,8 +64,8 @@ class GraphInfo:
     """The graph files and the sizes a caller needs. `layers`, `kv_heads`, `head_dim`: decoders
     only.
 
-    `situations` holds the engine's graph twice over the same weights, with adapter inputs and
-    without, and runs the one that fits. Of an encoder-decoder `engine` is the decoder; `encoder`
+    `situations` is a file of bundles of version 0.1 that nothing opens any more. Of an
+    encoder-decoder `engine` is the decoder; `encoder`
     reads the prompt, and an answer begins after `start_token_id`. `native` describes a decoder to
     the native engine (`native_plan`); None: that engine does not take it.
     """

@@ -14,10 +14,11 @@ from edgetune.core.errors import BundleError
 from edgetune.core.head_layers import HeadLayers
 from edgetune.runtime.bundle.manifest import HeadInfo
 
-DENSE, NORM = "head.dense", "head.norm"
+DENSE_LAYER, NORM_LAYER = "head.dense", "head.norm"
 LORA_A, LORA_B = "head.dense.lora_A", "head.dense.lora_B"
 LAYER_TENSORS = frozenset(
-    {LORA_A, LORA_B} | {f"{layer}.{part}" for layer in (DENSE, NORM) for part in ("weight", "bias")}
+    {LORA_A, LORA_B}
+    | {f"{layer}.{part}" for layer in (DENSE_LAYER, NORM_LAYER) for part in ("weight", "bias")}
 )
 """What an adapter brings beside its output layer; LORA_A is always there, in a head of such layers
 only.
@@ -63,13 +64,13 @@ def before_output(
     """(…, hidden) → (…, hidden): `norm(activation(dense(states)))`; a layer that the adapter's
     tensors lack is the base's own.
     """
-    weight, bias = _layer(DENSE, layers.dense, tensors, own)
+    weight, bias = _layer(DENSE_LAYER, layers.dense, tensors, own)
     inner = states @ weight + bias
     if (a := tensors[LORA_A][0]).shape[1]:
         inner = inner + (states @ a) @ tensors[LORA_B][0]
     inner = ACTIVATIONS[layers.activation](inner)
     if layers.norm is not None:
-        weight, bias = _layer(NORM, layers.norm, tensors, own)
+        weight, bias = _layer(NORM_LAYER, layers.norm, tensors, own)
         centred = inner - inner.mean(-1, keepdims=True)
         variance = np.square(centred).mean(-1, keepdims=True)
         inner = centred / np.sqrt(variance + np.float32(layers.norm_eps)) * weight + bias

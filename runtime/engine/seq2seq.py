@@ -247,14 +247,11 @@ def decoder_engine(
     *,
     threads: int | None = None,
     providers: Sequence[str] = (),
-    adapter_branch: bool = False,
 ) -> DecoderEngine:
     """The engine of a bundle that generates text; see `GraphSession` for the arguments."""
     if manifest.graph.encoder is not None:
         return Seq2SeqEngine(folder, manifest, threads=threads, providers=providers)
-    return DecoderEngine(
-        folder, manifest, threads=threads, providers=providers, adapter_branch=adapter_branch
-    )
+    return DecoderEngine(folder, manifest, threads=threads, providers=providers)
 
 
 class Seq2SeqBatch(Batch):

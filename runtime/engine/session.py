@@ -31,7 +31,6 @@ from edgetune.runtime.engine.providers import (
     cannot_run,
     choose,
     in_use,
-    parse_providers,
 )
 
 SETTLED = 4
@@ -133,20 +132,13 @@ class GraphSession:
         *,
         threads: int | None = None,
         providers: Sequence[str] = (),
-        adapter_branch: bool = False,
     ) -> None:
         """`providers`: execution providers in order of preference; see `providers_in_use` for what
         came of it.
-
-        `adapter_branch`: open the graph that skips its adapter nodes while no adapter is active,
-        where the bundle has one and the CPU alone runs it.
         """
         self.folder, self.manifest, self.graph = Path(folder), manifest, manifest.graph
-        on_cpu = all(choice.provider.name == CPU for choice in parse_providers(providers))
-        branched = manifest.graph.situations if adapter_branch and on_cpu else None
-        graph = Path(folder) / (branched or manifest.graph.engine)
         self.session, self.providers_in_use = open_session(
-            graph, threads=threads, providers=providers
+            self.folder / manifest.graph.engine, threads=threads, providers=providers
         )
         self.place = cache_place(self.session)
         """where the cache and the logits lie; None: in arrays of ours"""

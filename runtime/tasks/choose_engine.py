@@ -47,7 +47,6 @@ def open_decoder(
     engine: str = AUTO,
     threads: int | None = None,
     providers: Sequence[str] = (),
-    adapter_branch: bool = False,
 ) -> tuple[Decoder, EngineInUse]:
     """The engine of a bundle that generates. InputError where the native engine was asked for and
     cannot run it; "auto" says why it is ONNX Runtime then.
@@ -77,9 +76,7 @@ def open_decoder(
         )
     from edgetune.runtime.engine.seq2seq import decoder_engine
 
-    graph = decoder_engine(
-        folder, manifest, threads=threads, providers=providers, adapter_branch=adapter_branch
-    )
+    graph = decoder_engine(folder, manifest, threads=threads, providers=providers)
     return graph, EngineInUse(ONNX_RUNTIME, "" if engine == ONNX_RUNTIME else why)
 
 

@@ -41,7 +41,6 @@ class OpenBundle:
         providers: Sequence[str] = (),
         adapter_folder: Path | None = None,
         adapter_memory_mb: float | None = None,
-        adapter_branch: bool = False,
         strict: bool = False,
         engine: str = AUTO,
     ) -> None:
@@ -68,7 +67,6 @@ class OpenBundle:
                 engine=engine,
                 threads=threads,
                 providers=providers,
-                adapter_branch=adapter_branch,
             )
             self.decoder = opened
         else:

@@ -53,7 +53,6 @@ class Runtime:
         verify: bool = True,
         adapter_folder: str | Path | None = None,
         adapter_memory_mb: float | None = None,
-        situations: bool = False,
         strict: bool = False,
         engine: str = AUTO,
     ) -> Runtime:
@@ -63,14 +62,11 @@ class Runtime:
         `providers`: execution providers in order of preference, such as `["cuda"]` or
         `["openvino:device_type=GPU"]`; one that is missing gives way to the next and at last to the
         CPU, and a line is logged (`Runtime.providers` has what is in use; InputError for an unknown
-        name). `adapter_folder` and `adapter_memory_mb`: see AdapterRegistry. `situations`: use the
-        graph with an adapter branch, which skips the adapter's nodes while none is active. For a
-        process that answers long and often without any adapter: a decoder's base alone then takes
-        up to a tenth less for a token, while loading takes half as long again and, for its
-        duration, 100 MB more for a model of 135M. `strict`: adapters from elsewhere are refused
-        where their base cannot be checked, and where they have no effect. `engine`: "native",
-        "onnxruntime", or "auto", native where it was built and fits the bundle and the providers
-        (`Runtime.engine` says which it is and why; InputError where "native" cannot be had).
+        name). `adapter_folder` and `adapter_memory_mb`: see AdapterRegistry. `strict`: adapters
+        from elsewhere are refused where their base cannot be checked, and where they have no
+        effect. `engine`: "native", "onnxruntime", or "auto", native where it was built and fits the
+        bundle and the providers (`Runtime.engine` says which it is and why; InputError where
+        "native" cannot be had).
         """
         parse_providers(providers)  # a typo is found before gigabytes are hashed
         path = Path(folder)
@@ -83,7 +79,6 @@ class Runtime:
                 providers=providers,
                 adapter_folder=None if adapter_folder is None else Path(adapter_folder),
                 adapter_memory_mb=adapter_memory_mb,
-                adapter_branch=situations,
                 strict=strict,
                 engine=engine,
             )

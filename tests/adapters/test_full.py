@@ -111,7 +111,7 @@ def test_a_base_alone_exports_with_a_proof_of_parity(full_run: Path, tmp_path: P
         [], tmp_path / "bundle", precision=Precision("fp32"), base_name=base, threads=1
     )
     assert manifest.adapters == () and manifest.proof["adapters"]["(base)"]["passed"]
-    assert reprove(tmp_path / "bundle", manifest, threads=1)["(base)"].passed
+    assert reprove(tmp_path / "bundle", manifest, threads=1)["onnxruntime"]["(base)"].passed
     with Runtime.open(tmp_path / "bundle", threads=1) as runtime:
         assert runtime.generate(["hello"], max_new_tokens=4)[0].completion_tokens == 4
 

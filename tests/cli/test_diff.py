@@ -175,9 +175,7 @@ def test_a_folder_that_is_no_bundle_is_named(bundles: tuple[Path, Path], tmp_pat
         diff(bundles[0], tmp_path)
 
 
-def test_a_decoders_nodes_are_those_behind_its_situations(
-    tiny_decoder: Path, tmp_path: Path
-) -> None:
+def test_a_decoders_nodes_are_compared(tiny_decoder: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_decoder, tmp_path / "a")
     export(tmp_path / "fp32", adapter)
     export(tmp_path / "int8", adapter, precision="int8")

@@ -14,24 +14,37 @@ import pytest
 from runtime_helpers import decoder_bundle
 
 from edgetune.runtime import Runtime
+from edgetune.runtime.engine.native.library import NAME, NoLibraryError, library
 
+NATIVE = Path(__file__).parents[2] / "edgetune" / "runtime" / "engine" / "native"
 CLIENTS = Path(__file__).parents[2] / "examples" / "clients"
 
 
-@pytest.fixture(scope="module")
-def node() -> str:
-    """Node with onnxruntime-node in its path, else a skip that says what is missing."""
+def node_with(package: str) -> str:
+    """Node with a package in its path, else a skip that says what is missing."""
     found = shutil.which("node")
     if found is None:
         pytest.skip("Node is not installed")
     probe = subprocess.run(
-        [found, "-e", "require('onnxruntime-node')"], cwd=CLIENTS, capture_output=True, check=False
+        [found, "-e", f"require('{package}')"], cwd=CLIENTS, capture_output=True, check=False
     )
     if probe.returncode:
-        pytest.skip(
-            "onnxruntime-node is not installed: cd examples/clients && npm install onnxruntime-node"
-        )
+        pytest.skip(f"{package} is not installed: cd examples/clients && npm install {package}")
     return found
+
+
+@pytest.fixture(scope="module")
+def node() -> str:
+    return node_with("onnxruntime-node")
+
+
+def native_library() -> Path:
+    """The native engine's library, else a skip."""
+    try:
+        library()
+    except NoLibraryError as error:
+        pytest.skip(str(error))
+    return NATIVE / NAME
 
 
 def answer_of_the_runtime(bundle: Path, adapter: str | None) -> tuple[list[int], list[int]]:
@@ -143,3 +156,42 @@ def test_cpp_names_the_adapter_that_is_missing(program: Path, tiny_decoder: Path
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("no adapter here: ") and "nobody.onnx_adapter" in done.stderr
+
+
+@pytest.mark.parametrize("adapter", ["a", "b", None])
+def test_node_answers_with_the_same_tokens_through_the_native_engine(
+    adapter: str | None, tiny_decoder: Path
+) -> None:
+    path, program, bundle = native_library(), node_with("koffi"), decoder_bundle(tiny_decoder)
+    ids, tokens = answer_of_the_runtime(bundle, adapter)
+    done = subprocess.run(
+        [program, "native.js", path, bundle, adapter or "-", *map(str, ids)],
+        cwd=CLIENTS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [int(token) for token in done.stdout.split()] == tokens
+
+
+def test_cpp_answers_with_the_same_tokens_through_the_native_engine(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    path, compiler = native_library(), shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (c++) is installed")
+    program, bundle = tmp_path / "native", decoder_bundle(tiny_decoder)
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE / 'csrc'}"]
+    command = [compiler, *flags, CLIENTS / "native.cpp", path, f"-Wl,-rpath,{NATIVE}"]
+    built = subprocess.run([*command, "-o", program], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    ids, tokens = answer_of_the_runtime(bundle, None)
+    done = subprocess.run(
+        [program, bundle, *map(str, ids)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [int(token) for token in done.stdout.split()] == tokens
+    done = subprocess.run([program, bundle, "999999"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "outside the vocabulary" in done.stderr

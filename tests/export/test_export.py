@@ -54,7 +54,6 @@ def test_a_decoder_bundle_holds_exactly_these_files(bundle: Path) -> None:
     graph = {
         "edgetune.json",
         "engine.onnx",
-        "situations.onnx",
         "native.json",
         "model.onnx",
         "model.onnx.data",

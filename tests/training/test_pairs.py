@@ -18,7 +18,7 @@ from training_helpers import silent, write_rows
 
 from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import METHODS, PROBLEMS
+from edgetune.core.tasks import CLASSIFICATION, METHODS, PROBLEMS
 from edgetune.recipe.read import recipe_from_dict
 from edgetune.recipe.schema import Parameters, Recipe
 from edgetune.training import run_recipe
@@ -86,7 +86,16 @@ def successions() -> list[Succession]:
                 recipe_from_dict({"base": "b", "parameters": {"train": train}, "stage": stages})
             except RecipeError:
                 continue
-            found += [(kind, train, first, second) for kind in kinds]
+            # all weights of a decoder that classifies would be a base that writes no text
+            found += [
+                (kind, train, first, second)
+                for kind in kinds
+                if not (
+                    kind == "decoder"
+                    and train == "full"
+                    and CLASSIFICATION in (first[0], second[0])
+                )
+            ]
     return found
 
 
@@ -165,8 +174,9 @@ def test_one_method_follows_another(
     if train == "lora":
         trained("bf16", "fp32")
     if first[0] != "grpo":  # whose answers are drawn, from other probabilities
-        # bf16 is another computation, and not a wholly different one
-        assert losses(bf16) != losses(fp32)
+        # bf16 is another computation, and not a wholly different one; what a decoder's head alone
+        # learns from was computed once, in float32
+        assert (losses(bf16) != losses(fp32)) == ((succession[0], train) != ("decoder", "head"))
         assert losses(bf16)[0] == pytest.approx(losses(fp32)[0], rel=0.05, abs=0.02)
     load_adapted_model(bf16)
     killed, recipe = tmp_path / "killed", recipe_of(succession, base, tmp_path, "bf16", "bf16")

@@ -116,7 +116,7 @@ def test_the_docs_run_an_adapter_in_a_dozen_lines_of_plain_onnx_runtime(
     (tmp_path / "bundles" / "home").symlink_to(bundle)
     monkeypatch.chdir(tmp_path)
     adapted, base = run(code), run(code.replace("inputs, options", "inputs"))
-    with Runtime.open(bundle, threads=1) as runtime:
+    with Runtime.open(bundle, threads=1, engine="onnxruntime") as runtime:
         ids = runtime.tokenizer.encode("dim the lights in the hall")
         for logits, adapter in ((adapted, runtime.bound("home")), (base, None)):
             (expected,) = runtime.decoder.logits([ids], [adapter])

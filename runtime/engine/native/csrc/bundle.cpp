@@ -172,7 +172,8 @@ void read_layer(Reader &reader, Layer &layer, const Json &json) {
     layer.scale = float(json.real("scale"));
     layer.window = int(json.whole("window", 0, LARGEST));
     layer.softcap = float(json.real("softcap"));
-    if (!std::isfinite(layer.scale) || !(layer.softcap >= 0)) fail("scale or softcap");
+    if (!std::isfinite(layer.scale) || !(layer.softcap >= 0) || !std::isfinite(layer.softcap))
+        fail("scale or softcap");
     reader.matrix(layer.attention_out, json.at("attention_out"), "attention_out",
                   m.heads * m.head_dim, {{m.hidden, round_up(m.hidden, LANES)}}, false);
     layer.after_attention = reader.optional_norm(json, "after_attention", m.hidden);
@@ -204,6 +205,7 @@ void read_embedding(Reader &reader, const Json &json) {
     }
     if (t.bits != 4 && t.bits != 8) fail("embedding: 0, 4 or 8 bits");
     t.block = int(json.whole("block_size", 16, 1 << 12));
+    if (t.block % 16) fail("embedding: blocks of a multiple of 16");
     const int64_t blocks = (t.columns + t.block - 1) / t.block, all = blocks * t.rows;
     t.weight = reader.place(json.at("weight"), all * t.block * t.bits / 8, "embedding");
     t.scales =
@@ -211,11 +213,6 @@ void read_embedding(Reader &reader, const Json &json) {
     if (const Json *zeros = json.find("zeros"))
         t.zeros = reader.place(*zeros, t.rows * (t.bits == 8 ? blocks : (blocks + 1) / 2),
                                "embedding");
-}
-
-void make_row(OpenModel &open) {
-    const Table &t = open.embedding;
-    open.row.resize(t.row_bytes() + (t.bits ? t.blocks() * 4 + t.zero_bytes() : 0));
 }
 
 void read_rotaries(Reader &reader, const Json &json) {
@@ -330,37 +327,6 @@ void make_buffers(OpenModel &open) {
 
 } // namespace
 
-void embed(OpenModel &open, int32_t id, float *x) {
-    const Table &t = open.embedding;
-    const size_t row = size_t(id), blocks = t.blocks();
-    uint8_t *bytes = open.row.data() + blocks * 4, *zeros = bytes + t.row_bytes();
-    open.file->copy(t.weight + row * t.row_bytes(), t.row_bytes(), bytes);
-    if (!t.bits) {
-        for (int i = 0; i < t.columns; i++) {
-            float value;
-            std::memcpy(&value, bytes + size_t(i) * 4, 4);
-            x[i] = value * t.multiplier;
-        }
-        return;
-    }
-    open.file->copy(reinterpret_cast<const uint8_t *>(t.scales + row * blocks), blocks * 4,
-                    open.row.data());
-    if (t.zeros) open.file->copy(t.zeros + row * t.zero_bytes(), t.zero_bytes(), zeros);
-    for (int i = 0; i < t.columns; i++) {
-        const int b = i / t.block;
-        int zero = t.bits == 4 ? 8 : 128, value = bytes[i];
-        if (t.bits == 4) {
-            value = bytes[i / 2] >> 4 * (i % 2) & 15;
-            if (t.zeros) zero = zeros[b / 2] >> 4 * (b % 2) & 15;
-        } else if (t.zeros) {
-            zero = zeros[b];
-        }
-        float scale;
-        std::memcpy(&scale, open.row.data() + size_t(b) * 4, 4);
-        x[i] = float(value - zero) * scale * t.multiplier;
-    }
-}
-
 std::vector<Matrix *> matrices(OpenModel &open) {
     std::vector<Matrix *> all;
     for (Layer &layer : open.layers)
@@ -404,7 +370,7 @@ std::unique_ptr<OpenModel> open_model(const char *plan, size_t plan_bytes, const
     reader.matrix(m.head, json.at("head"), "head", m.hidden,
                   {{m.vocab, round_up(m.vocab, LANES)}}, false);
     m.logits_softcap = float(json.real("logits_softcap"));
-    if (!(m.logits_softcap >= 0)) fail("logits_softcap");
+    if (!(m.logits_softcap >= 0) || !std::isfinite(m.logits_softcap)) fail("logits_softcap");
     m.site_count = int(open->sites.size());
 
     size_t total = 0;

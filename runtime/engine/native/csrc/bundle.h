@@ -87,6 +87,9 @@ std::unique_ptr<OpenModel> open_model(const char *plan, size_t plan_bytes, const
 
 std::vector<Matrix *> matrices(OpenModel &open);
 
+// Room for one row of the embedding as it is stored.
+void make_row(OpenModel &open);
+
 // One row of the embedding in float32, as the layers begin with it.
 void embed(OpenModel &open, int32_t id, float *x);
 

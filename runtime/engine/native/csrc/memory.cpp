@@ -55,7 +55,7 @@ Block::~Block() {
 }
 
 Mapping::Mapping(const std::string &path) {
-    file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe: no wait
     struct stat about;
     if (file < 0 || fstat(file, &about) != 0) {
         const std::string why = std::strerror(errno);
@@ -63,7 +63,7 @@ Mapping::Mapping(const std::string &path) {
         throw std::runtime_error("the weights cannot be read: " + why);
     }
     bytes = size_t(about.st_size);
-    if (bytes) {
+    if (bytes && S_ISREG(about.st_mode)) {
         void *got = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, file, 0);
         if (got != MAP_FAILED) start = static_cast<const uint8_t *>(got);
     }

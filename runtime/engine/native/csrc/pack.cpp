@@ -1,7 +1,9 @@
 #include "pack.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "half.h"
 
@@ -39,13 +41,17 @@ bool has_offsets(const Matrix &, const Stored &s) { return s.means || s.zeros; }
 float scale_unit(const Matrix &m, const Stored &s) {
     const int64_t count = int64_t(m.outputs) * s.stored_blocks;
     float high = 0;
+    int wrong = 0;
     for (int64_t i = 0; i < count; i++) {
         const float scale = s.scales[i] < 0 ? -s.scales[i] : s.scales[i];
         high = scale > high ? scale : high;
+        wrong |= !(scale <= FLT_MAX);
     }
     if (m.offsets) high *= m.bits == 4 ? 16 : 256; // no offset is larger
+    if (wrong || !std::isfinite(high))
+        throw std::runtime_error("the weights have a scale that is not finite, or too large");
     int exponent = 0;
-    if (!(high > 0) || !std::isfinite(high)) return 1;
+    if (!(high > 0)) return 1;
     std::frexp(high, &exponent);
     return std::ldexp(1.0f, exponent - 14); // the largest becomes 8,192 to 16,384
 }

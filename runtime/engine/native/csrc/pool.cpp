@@ -1,6 +1,9 @@
 #include "pool.h"
 
 #include <chrono>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,10 +29,17 @@ constexpr auto YIELDS = std::chrono::microseconds(200); // giving the core away 
 } // namespace
 
 Pool::Pool(int count) : threads(count) {
-    for (int t = 1; t < threads; t++) workers.emplace_back([this, t] { work(t); });
+    try {
+        for (int t = 1; t < threads; t++) workers.emplace_back([this, t] { work(t); });
+    } catch (const std::system_error &) {
+        stop();
+        throw std::runtime_error("the system gives no " + std::to_string(threads) + " threads");
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
     stopping = true;
     started.fetch_add(1);
     wake();

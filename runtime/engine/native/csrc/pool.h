@@ -21,6 +21,7 @@ struct Pool {
 
   private:
     void work(int thread);
+    void stop();
     template <class Ready> void wait(const Ready &ready);
     void wake();
 
