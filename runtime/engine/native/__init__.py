@@ -1,1 +1,1 @@
-"""Decoders in C++ as fast as memory: all layers in one call, adapters without a cost."""
+"""Decoders in C++: all layers in one call, adapters added where a result is written."""
