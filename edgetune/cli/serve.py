@@ -261,8 +261,9 @@ def _announce(service: Service, host: str, port: int) -> None:
     providers = service.runtime.providers
     address = f"[{host}]" if ":" in host else host
     on = "" if providers.names == ("cpu",) else f" on {providers}"
-    by = f" by {service.runtime.engine}" if service.runtime.manifest.is_decoder else ""
-    click.echo(f"serving {', '.join(service.models())} at http://{address}:{port}{on}{by}")
+    click.echo(f"serving {', '.join(service.models())} at http://{address}:{port}{on}")
+    if service.runtime.manifest.is_decoder:
+        click.echo(f"engine: {service.runtime.engine}")
     if host not in ("127.0.0.1", "::1", "localhost") and not service.options.api_keys:
         click.echo(
             "note: whoever reaches this address can use it; keys close it (--api-key-file)",
