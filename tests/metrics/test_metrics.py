@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from edgetune.metrics.labels import (
@@ -86,3 +88,10 @@ def test_bleu_is_sacrebleus_with_several_references() -> None:
         )
         < 100
     )
+
+
+def test_few_rows_of_many_labels_warn_nobody() -> None:
+    names = [f"label {number}" for number in range(20)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert macro_f1(names, names) == 1.0
