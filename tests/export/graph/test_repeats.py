@@ -30,12 +30,15 @@ COPIES = {
     "electra",
     "gemma",
     "gemma2",
+    "gpt_neox",
     "mistral",
+    "opt",
     "qwen2",
     "qwen3",
     "roberta",
+    "smollm3",
     "xlm-roberta",
-}  # their layers are another family's, but for what the layers of gemma3 and smollm3 have too
+}  # their layers are another family's, but for what those of gemma3, gpt2 and phi3 have too
 
 
 def deep(name: str, request: Any, folder: Path, *, layers: int = 4, **more: Any) -> Base:
