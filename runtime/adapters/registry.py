@@ -301,9 +301,9 @@ class AdapterRegistry:
         if bound.own_bytes is not None:  # the engine has its own copy of all but a head
             kept = {name: packed.tensors[name] for name in self._heads if name in packed.tensors}
             packed = replace(packed, tensors=kept)
-        known.resident = Resident(packed, bound, known.serial)
+        resident = known.resident = Resident(packed, bound, known.serial)
         self._release_memory()
-        return known.resident
+        return resident  # not the attribute: another thread may have made room meanwhile
 
     def _release_memory(self) -> None:
         """Give back what reading adapters took and what earlier ones left: the small tensors of

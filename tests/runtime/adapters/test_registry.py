@@ -242,3 +242,17 @@ def test_memory_is_given_back_while_adapters_come_and_go_but_not_for_each(
             known.load(name, folders / "m1")
             known.unload(name)
     assert released == [11.0, 22.0]
+
+
+def test_an_adapter_put_out_of_memory_right_after_it_was_read_is_still_given(
+    registry: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = registry()
+
+    def another_thread_makes_room() -> None:
+        for entry in known._known.values():
+            entry.resident = None
+
+    monkeypatch.setattr(known, "_release_memory", another_thread_makes_room)
+    name = known.names()[0]
+    assert known.get(name).packed.name == name
