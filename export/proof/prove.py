@@ -17,6 +17,7 @@ from edgetune.core.text import second_of, typed_at
 from edgetune.export.inputs.sources import AdapterSource, original_base, read_source
 from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import (
+    Decide,
     class_outputs,
     decide_by,
     decoder_outputs,
@@ -104,19 +105,8 @@ def _prove_one(
         trained_off = torch_outputs(original, rows, adapter=True)
 
     def ship(engine: Any, tensors: Any) -> Outputs:
-        if manifest.is_decoder:
-            bound = engine.bind(tensors) if tensors else None
-            if source.task == REWARD:
-                return decide(reward_outputs(engine, rows, bound))
-            if source.task == CLASSIFICATION:
-                return decide(class_outputs(engine, rows, tensors))
-            return _generator_outputs(engine, rows, bound)
-        if source.task == MASKED:
-            return embedding_outputs(engine, rows, tensors)
-        return decide(
-            token_outputs(engine, rows, tensors)
-            if source.task == TAGGING
-            else encoder_outputs(engine, rows, tensors)
+        return _shipped_outputs(
+            engine, source.task, rows, tensors, decide, decoder=manifest.is_decoder
         )
 
     judged = judged_by(manifest, reference)
@@ -165,6 +155,32 @@ def _prove_one(
         )
         for name, engine in engines.items()
     }
+
+
+def _shipped_outputs(
+    engine: Any,
+    task: str | None,
+    rows: list[list[int]],
+    tensors: Any,
+    decide: Decide,
+    *,
+    decoder: bool,
+) -> Outputs:
+    """What an engine gives on the probe with an adapter's tensors, compared as its task is."""
+    if decoder:
+        bound = engine.bind(tensors) if tensors else None
+        if task == REWARD:
+            return decide(reward_outputs(engine, rows, bound))
+        if task == CLASSIFICATION:
+            return decide(class_outputs(engine, rows, tensors))
+        return _generator_outputs(engine, rows, bound)
+    if task == MASKED:
+        return embedding_outputs(engine, rows, tensors)
+    return decide(
+        token_outputs(engine, rows, tensors)
+        if task == TAGGING
+        else encoder_outputs(engine, rows, tensors)
+    )
 
 
 def _bounds(judged: str, engine: str) -> str:

@@ -268,20 +268,7 @@ def manifest_from_dict(document: Any, *, where: str = MANIFEST) -> Manifest:
 
 def _check_paths(manifest: Manifest, where: str) -> None:
     """A bundle names only files inside itself: a manifest is data from somewhere else."""
-    graph, tokenizer = manifest.graph, manifest.tokenizer
-    paths = [
-        graph.engine,
-        graph.standard,
-        graph.situations,
-        graph.data,
-        graph.encoder,
-        graph.native,
-        tokenizer.file,
-        tokenizer.chat_template,
-        tokenizer.tool_template,
-        None if manifest.head is None else manifest.head.file,
-        *manifest.files,
-    ]
+    paths = [*_answering_files(manifest), manifest.tokenizer.tool_template, *manifest.files]
     for entry in manifest.adapters:
         paths += [entry.path, entry.onnx_adapter]
     for path in paths:
@@ -291,12 +278,10 @@ def _check_paths(manifest: Manifest, where: str) -> None:
             raise BundleError("a path leaves the bundle", where=where, got=repr(path))
 
 
-def _check_complete(manifest: Manifest, where: str) -> None:
-    """What answers are made from stands in `files` with its sha256, or nobody could say that it is
-    as exported.
-    """
-    graph, tokenizer = manifest.graph, manifest.tokenizer
-    needed = [
+def _answering_files(manifest: Manifest) -> list[str | None]:
+    """Files that answers are made from, those of adapters aside; None for what a bundle lacks."""
+    graph, tokenizer, head = manifest.graph, manifest.tokenizer, manifest.head
+    return [
         graph.engine,
         graph.standard,
         graph.situations,
@@ -305,8 +290,15 @@ def _check_complete(manifest: Manifest, where: str) -> None:
         graph.native,
         tokenizer.file,
         tokenizer.chat_template,
-        None if manifest.head is None else manifest.head.file,
+        None if head is None else head.file,
     ]
+
+
+def _check_complete(manifest: Manifest, where: str) -> None:
+    """What answers are made from stands in `files` with its sha256, or nobody could say that it is
+    as exported.
+    """
+    needed = _answering_files(manifest)
     for entry in manifest.adapters:
         needed.append(entry.onnx_adapter)
         if entry.path is not None and manifest.mode == "separate":
