@@ -5,6 +5,7 @@ them, or a file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -172,4 +173,7 @@ def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None
     labels = (
         read_metadata(adapter).get("labels") if (adapter / ADAPTER_METADATA).is_file() else None
     )
-    return load_examples(recipe.stage[-1], tokenizer, base, labels, seed=recipe.seed)
+    stage = recipe.stage[-1]
+    if stage.data.validation is None and stage.data.hold_out is None:  # a run says what it held out
+        stage = replace(stage, data=replace(stage.data, hold_out=0))
+    return load_examples(stage, tokenizer, base, labels, seed=recipe.seed)
