@@ -56,6 +56,18 @@ def load_examples(
     (with `data.skip_invalid` such rows are counted instead). `seed` draws the subset of
     `data.limit`.
     """
+    loading = open_rows(stage, tokenizer, base, labels, seed=seed)
+    sources = loading.sources
+    found = loader_of(stage, base)(loading)
+    findings = _findings(stage, sources, loading.form, found, seed=seed)
+    drawn = None if stage.data.validation is not None else len(_held(sources).rows)
+    return replace(found, findings=findings, held_out=drawn)
+
+
+def open_rows(
+    stage: Stage, tokenizer: Any, base: Base, labels: Sequence[str] | None = None, *, seed: int = 0
+) -> Loading:
+    """The rows of a stage and how they are read, for its loader."""
     _check_kind(stage, base)
     sources = stage_rows(stage, seed=seed)
     limit = token_limit(stage.max_length, tokenizer, base)
@@ -69,12 +81,7 @@ def load_examples(
     tokenizer = reading(tokenizer, form.control_tokens)
     for note in told(stage, form):
         sources["train"].note(note)
-    found = _loader(stage, base)(
-        Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
-    )
-    findings = _findings(stage, sources, form, found, seed=seed)
-    drawn = None if stage.data.validation is not None else len(_held(sources).rows)
-    return replace(found, findings=findings, held_out=drawn)
+    return Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
 
 
 def _held(sources: dict[str, Rows]) -> Rows:
@@ -141,7 +148,8 @@ def told(stage: Stage, form: PromptFormat) -> list[str]:
     return notes
 
 
-def _loader(stage: Stage, base: Base) -> Callable[[Loading], ExampleSet]:
+def loader_of(stage: Stage, base: Base) -> Callable[[Loading], ExampleSet]:
+    """What makes the rows of a stage into examples."""
     return load_answers if base.kind == "encoder-decoder" else LOADERS[stage.learned]
 
 

@@ -39,6 +39,15 @@ def stage_rows(stage: Stage, *, seed: int) -> dict[str, Rows]:
     return found
 
 
+def as_run(stage: Stage) -> Stage:
+    """The stage of a run's recipe, which says how many rows it held out; one that does not is of
+    before, when none were.
+    """
+    if stage.data.validation is not None or stage.data.hold_out is not None:
+        return stage
+    return replace(stage, data=replace(stage.data, hold_out=0))
+
+
 def validation_rows(stage: Stage, *, seed: int) -> Rows:
     """The rows of a stage that has some for validation; `train` is read only to hold them out."""
     if stage.data.validation is not None:

@@ -5,7 +5,6 @@ them, or a file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
 from edgetune.data.row import Row
 from edgetune.data.rows import read_rows
+from edgetune.data.splits import as_run
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import Base
 from edgetune.models.calibration import LENGTH, TOKENS, calibrate
@@ -173,7 +173,4 @@ def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None
     labels = (
         read_metadata(adapter).get("labels") if (adapter / ADAPTER_METADATA).is_file() else None
     )
-    stage = recipe.stage[-1]
-    if stage.data.validation is None and stage.data.hold_out is None:  # a run says what it held out
-        stage = replace(stage, data=replace(stage.data, hold_out=0))
-    return load_examples(stage, tokenizer, base, labels, seed=recipe.seed)
+    return load_examples(as_run(recipe.stage[-1]), tokenizer, base, labels, seed=recipe.seed)
