@@ -241,7 +241,7 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
             expected="stages of one task, on encoders after masked-lm",
             fix="Split this into two recipes.",
         )
-    if stage.data.validation is not None and stage.data.hold_out is not None:
+    if stage.data.validation is not None and stage.data.hold_out:
         what = f"{path}.data has both validation and hold_out"
         raise RecipeError(what, where=where, fix="Remove one of them.")
     used = METHODS[stage.method].columns

@@ -126,9 +126,9 @@ class Data:
         None,
         help=(
             "without a validation file: this many rows of train, drawn with the seed, are for"
-            " validation"
+            " validation; 0: none; not set: a tenth, 20 to 1,000 rows, of 100 or more"
         ),
-        at_least=1,
+        at_least=0,
     )
     limit: int | None = option(
         None, help="train on a random subset of this many rows, drawn with the seed", at_least=1

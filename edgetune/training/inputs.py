@@ -63,6 +63,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     start = read_start(recipe, base)
     tokenizer = load_tokenizer(base)
     sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
+    recipe = _with_hold_outs(recipe, sets)
     for stage in recipe.stage:
         method = method_of(stage, base.kind)
         method.check(own_settings(stage, method), base)
@@ -120,6 +121,17 @@ def _load_data(
         )
         sets.append(load_examples(stage, tokenizer, base, labels, seed=recipe.seed))
     return sets
+
+
+def _with_hold_outs(recipe: Recipe, sets: list[ExampleSet]) -> Recipe:
+    """The recipe that says how many rows were held out, which draws the same ones again."""
+    stages = [
+        stage
+        if examples.held_out is None
+        else replace(stage, data=replace(stage.data, hold_out=examples.held_out))
+        for stage, examples in zip(recipe.stage, sets, strict=True)
+    ]
+    return replace(recipe, stage=tuple(stages))
 
 
 def _load_replays(

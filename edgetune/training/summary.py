@@ -17,7 +17,6 @@ from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
 from edgetune.core.text import outside_tag
 from edgetune.data.examples import ExampleSet
-from edgetune.data.look import standing
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.torch_device import peak_device_mb
@@ -138,8 +137,9 @@ def data_facts(stage: ResolvedStage) -> dict[str, Any]:
         "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,
-        "validation_in_train": examples.validation_in_train[0],
+        "held_out": examples.held_out or 0,
         "taken_for": examples.notes,
+        "findings": [finding.to_dict() for finding in examples.findings],
         **({"unseen_words": examples.unseen_words} if examples.unseen_words else {}),
     }
 
@@ -176,14 +176,10 @@ def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) ->
     for examples in sets:
         for name, notes in examples.notes.items():
             lines.append(f"{name}: {'; '.join(notes)}")
-    for what in ("skipped", "truncated"):
-        counts = {
-            name: count
-            for examples in sets
-            for name, count in getattr(examples, what).items()
-            if count
-        }
-        lines += [f"{count} {name} rows {what}" for name, count in counts.items()]
+    for examples in sets:
+        mere = [one.line for one in examples.findings if not one.matters]
+        lines += [f"rows: {'; '.join(mere)}"] if mere else []
+        lines += [f"warning: {one.line}" for one in examples.findings if one.matters]
     for examples in sets:
         for name, counts in examples.unseen_words.items():
             if any(counts.values()):
@@ -211,7 +207,7 @@ def closing(summary: RunSummary) -> str:
 
 def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each stage whose training loss ended higher than it began (grpo's says nothing
-    about that), and for each that is measured on rows it learned.
+    about that), and for each finding in its rows that matters.
     """
     lines = []
     for stage in run.stages:
@@ -222,6 +218,5 @@ def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[
                 f"the loss of {name} ended higher than it began: {losses[0]:.4f} to"
                 f" {losses[-1]:.4f}; a lower learning_rate may help"
             )
-        if stage.examples.validation_in_train[0]:
-            lines.append(f"{name}: {standing(*stage.examples.validation_in_train)}")
+        lines += [f"{name}: {one.line}" for one in stage.examples.findings if one.matters]
     return lines
