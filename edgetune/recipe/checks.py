@@ -152,6 +152,16 @@ def check_problem(stage: Stage, *, path: str, where: str) -> None:
             where=where,
             fix="Remove label_names.",
         )
+    if stage.class_weights != "none" and (
+        not METHODS[stage.method].has_head or stage.problem == "regression"
+    ):
+        what = f'problem = "{stage.problem}"' if METHODS[stage.method].has_head else stage.method
+        raise RecipeError(
+            f"{path}.class_weights has no meaning for {what}",
+            where=where,
+            expected="a stage that learns labels",
+            fix="Remove class_weights.",
+        )
     if isinstance(stage.data.label, tuple) and stage.problem != "multi-label":
         raise RecipeError(
             f"{path}.data.label lists columns, which only several labels a row can have",

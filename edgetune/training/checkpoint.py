@@ -106,6 +106,7 @@ class State:
     ]  # of every process: what the next step learns from, where it was made before; see Experience
     journal: list[dict[str, Any]]
     seconds: float  # since the run began, loading and measuring included
+    watched: dict[str, Any] | None = None  # of the stage's validations; see `keeping.Keeping`
 
 
 def origin_of(
@@ -143,12 +144,20 @@ def in_own_tables(origin: Mapping[str, str]) -> dict[str, str]:
     return placed
 
 
+# Settings that came later: a run that began before had none, and goes on with what they are now.
+ADDED = re.compile(r"stage\.\d+\.(keep|patience|class_weights)")
+
+
 def check_origin(found: Mapping[str, str], wanted: Mapping[str, str], *, where: Path) -> None:
     """Raise one line that names what differs between the unfinished run and what shall
     continue it.
     """
     found, wanted = in_own_tables(found), in_own_tables(wanted)
-    keys = [key for key in dict.fromkeys([*wanted, *found]) if found.get(key) != wanted.get(key)]
+    keys = [
+        key
+        for key in dict.fromkeys([*wanted, *found])
+        if found.get(key) != wanted.get(key) and not (key not in found and ADDED.fullmatch(key))
+    ]
     if not keys:
         return
     by_digest = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +17,13 @@ from edgetune.models.torch_device import Precision, choose_precision
 from edgetune.recipe.generation import generation_defaults
 from edgetune.recipe.schema import DeviceChoice, Recipe, Stage
 from edgetune.training.batches import Batching
+from edgetune.training.class_weights import weighing, weights_of
 from edgetune.training.context import ResolvedRun, ResolvedStage
-from edgetune.training.inputs import Inputs
+from edgetune.training.inputs import Inputs, step_tokens
+from edgetune.training.keeping import steps_between_validations
 from edgetune.training.methods import method_of, own_settings
 from edgetune.training.parallel.distributed import Group
+from edgetune.training.validation import tokens_to_measure
 
 STEPS_BETWEEN, PARTS_OF_A_STAGE = 50, 10  # of checkpoints, where the recipe does not say
 
@@ -73,12 +77,29 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
     """Stage `index` of the recipe."""
     stage, examples = inputs.recipe.stage[index], inputs.sets[index]
     method = method_of(stage, inputs.base.kind)
-    total, rows = total_steps(stage, len(examples.train)), len(examples.train)
+    rows = len(examples.train)
+    total, per_epoch = (
+        total_steps(stage, rows),
+        steps_per_epoch(rows, stage.batch_size) * stage.iterations,
+    )
+    objective, collate = method.objective(stage), method.collate
+    weights = weights_of(
+        stage.class_weights,
+        examples,
+        several=stage.problem == "multi-label",
+        path=f"stage.{index}",
+    )
+    if weights is not None:
+        objective = functools.partial(cast(Any, objective), weights=weights)
+        if stage.problem == "single-label":
+            collate = weighing(collate, weights)
+    batching = Batching(inputs.pad_id, collate, method.length, examples.mask)
     return ResolvedStage(
         index=index,
         method=stage.method,
         task=stage.task,
         problem=stage.problem,
+        learned=stage.learned,
         settings=own_settings(stage, method),
         precision=precision,
         seed=inputs.recipe.seed + index,
@@ -88,17 +109,24 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
         replay=inputs.replays[index],
         tokenizer=inputs.tokenizer,
         base=inputs.base,
-        batching=Batching(inputs.pad_id, method.collate, method.length, examples.mask),
-        objective=method.objective(stage),
+        batching=batching,
+        objective=objective,
         measure=method.measure,
         outputs=method.outputs,
         prepare=method.prepare,
         batch_size=stage.batch_size,
         iterations=stage.iterations,
         total_steps=total,
-        validate_every=(
-            stage.validate_every or steps_per_epoch(rows, stage.batch_size) * stage.iterations
+        validate_every=stage.validate_every
+        or steps_between_validations(
+            total,
+            per_epoch,
+            measured=tokens_to_measure(examples.validation, batching),
+            learned_in_a_step=step_tokens(stage, examples.train, kind=inputs.base.kind)
+            / stage.iterations,
         ),
+        keep=stage.keep,
+        patience=stage.patience,
         save_every=inputs.recipe.checkpoint_every or steps_between(total),
         learning_rate=stage.learning_rate,
         head_learning_rate=stage.head_learning_rate,
@@ -106,6 +134,7 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
         warmup_ratio=stage.warmup_ratio,
         max_grad_norm=stage.max_grad_norm,
         fit_head=stage.head_init == "probe",
+        class_weights=weights,
     )
 
 

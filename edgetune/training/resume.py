@@ -161,5 +161,6 @@ class Course:
                 samples=samples,
                 journal=self.journal.records,
                 seconds=time.perf_counter() - self.started,
+                watched=None if kept.watched is None else dict(kept.watched),
             )
         )

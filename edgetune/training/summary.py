@@ -37,7 +37,7 @@ class RunSummary:
     base: dict[str, str]  # {"name", "digest"}
     metrics: dict[
         str, float
-    ]  # on the validation rows after the last step; training loss when there are none
+    ]  # on the validation rows, of the weights that are kept; none without such rows
     base_metrics: (
         dict[str, float] | None
     )  # the same with the adapter off; None where the base has no trained head
