@@ -22,6 +22,7 @@ COMMANDS = {
     "quickstart": "The whole road on embedded data: train, export, prove, check, predict.",
     "models": "List the built-in base models and fetch them.",
     "train": "Train an adapter from a recipe.",
+    "sweep": "Train a grid of settings and compare the runs.",
     "report": "Compare runs on one page.",
     "eval": "Measure a run or a bundle on a data file.",
     "export": "Turn adapters into a bundle, with proof.",
@@ -117,6 +118,7 @@ def _extra_of(module: str) -> str | None:
         "optimum",
         "sklearn",
         "scipy",
+        "optuna",
         "sacrebleu",
         "rouge_score",
     }:

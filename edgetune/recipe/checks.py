@@ -13,6 +13,7 @@ from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import METHODS
 from edgetune.core.templates import referred_column
 from edgetune.recipe.own_settings import stages_of
+from edgetune.recipe.parameters import ALPHA, RANK
 from edgetune.recipe.paths import split_function
 from edgetune.recipe.schema import Data, Recipe, Stage
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from edgetune.recipe.schema import Parameters
 
 
+SETTLED = {"rank": RANK, "alpha": ALPHA}  # in the recipe.toml of every run
 INIT = re.compile(r"default|gaussian|orthogonal|olora|loftq|pissa(_niter_[1-9]\d*)?")
 UNUSABLE_INITS = {
     "corda": "it needs calibration data that a recipe has no place for",
@@ -230,10 +232,11 @@ def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
     default = type(parameters)()
     for field in dataclasses.fields(parameters):
         fits_a_head = field.name in ("base_precision", "start") and parameters.train == "head"
+        allowed = (getattr(default, field.name), SETTLED.get(field.name))
         if (
             field.name not in ("train", "base_precision", "shard")
             and not fits_a_head
-            and getattr(parameters, field.name) != getattr(default, field.name)
+            and getattr(parameters, field.name) not in allowed
         ):
             raise RecipeError(
                 f'parameters.{field.name} has no meaning with train = "{parameters.train}"',

@@ -8,6 +8,8 @@ from typing import Literal
 
 from edgetune.core.settings import option
 
+RANK, ALPHA = 8, 16.0  # of an adapter whose recipe leaves them to edgetune
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
@@ -27,8 +29,14 @@ class Parameters:
             " weights, gradients and optimizer state (FSDP); one process trains as ever"
         ),
     )
-    rank: int = option(8, help="rank r of the adapter", at_least=1)
-    alpha: float = option(16.0, help="the delta weight is alpha / r · B A", above=0)
+    rank: int | Literal["auto"] = option(
+        "auto", help="rank r of the adapter; auto = 8, or what --search finds", at_least=1
+    )
+    alpha: float | Literal["auto"] = option(
+        "auto",
+        help="the delta weight is alpha / r · B A; auto = 16, with a rank that --search finds 2 r",
+        above=0,
+    )
     dropout: float = option(0.0, help="dropout before lora_A", at_least=0, below=1)
     target_modules: str | tuple[str, ...] = option(
         "all-linear",
@@ -68,10 +76,20 @@ class Parameters:
         ),
     )
 
+    @property
+    def r(self) -> int:
+        """The rank, settled."""
+        return RANK if isinstance(self.rank, str) else self.rank
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha, settled."""
+        return ALPHA if isinstance(self.alpha, str) else self.alpha
+
 
 def what_learns(parameters: Parameters) -> str:
     """In a few words."""
-    lora = f"LoRA r = {parameters.rank}, alpha = {parameters.alpha:g}"
+    lora = f"LoRA r = {parameters.r}, alpha = {parameters.lora_alpha:g}"
     what = {"lora": lora, "head": "the head alone", "full": "all weights"}[parameters.train]
     return (
         what

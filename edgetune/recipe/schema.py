@@ -205,9 +205,17 @@ class Stage:
     replay: Replay | None = option(
         None, help="general text mixed into the stage; decoders only, not for reward"
     )
-    epochs: float = option(1.0, help="passes over the training rows", above=0)
+    epochs: float | Literal["auto"] = option(
+        "auto",
+        help="passes over the training rows; auto = by method and number of rows, or --search",
+        above=0,
+    )
     max_steps: int | None = option(None, help="stop after this many optimizer steps", at_least=1)
-    learning_rate: float = option(2e-4, help="peak learning rate", above=0)
+    learning_rate: float | Literal["auto"] = option(
+        "auto",
+        help="peak learning rate; auto = by method, what learns and the base's width, or --search",
+        above=0,
+    )
     head_learning_rate: float | None = option(
         None, help="peak learning rate of the task head; not set: learning_rate", above=0
     )

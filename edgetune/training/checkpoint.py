@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import DataError, EdgetuneError, OutputError, RecipeError, TrainingError
 from edgetune.core.exclusive import exclusive
 from edgetune.core.files import PARTIAL, output_errors, whole_file
-from edgetune.core.layout import CHECKPOINTS
+from edgetune.core.layout import CHECKPOINTS, TRIALS
 from edgetune.core.progress import Say
 from edgetune.core.settings import flat, toml_value
 from edgetune.recipe.migrate import MOVED, new_place
@@ -272,7 +272,7 @@ def _unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
             say(checkpoints.kept)
         raise
     finally:
-        if work.is_dir() and not checkpoints.found():
+        if work.is_dir() and not checkpoints.found() and not (work / TRIALS).is_file():
             shutil.rmtree(work)
             if not was_there:
                 run.rmdir()

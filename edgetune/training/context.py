@@ -100,6 +100,7 @@ class ResolvedRun:
     head: str | None  # transformers' own layers, or None; see `models.load.new_head`
     generation: Mapping[str, Any] | None  # how the adapter answers where a request does not say
     forgetting: Forgetting | None
+    chosen: Mapping[str, Any]  # what the recipe had left open, by dotted key
     stages: tuple[ResolvedStage, ...]
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from edgetune.core.settings import settled
 from edgetune.data.batching import steps_per_epoch
 from edgetune.data.examples import ExampleSet
 from edgetune.models.load import hidden_size, new_head
@@ -69,6 +70,7 @@ def resolve(
         head=(new_head(inputs.base, recipe.task) if inputs.start is None else inputs.start.head),
         generation=_generation(recipe, inputs.sets[-1]),
         forgetting=recipe.forgetting,
+        chosen=inputs.chosen,
         stages=stages,
     )
 
@@ -128,7 +130,7 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
         keep=stage.keep,
         patience=stage.patience,
         save_every=inputs.recipe.checkpoint_every or steps_between(total),
-        learning_rate=stage.learning_rate,
+        learning_rate=settled(stage.learning_rate),
         head_learning_rate=stage.head_learning_rate,
         weight_decay=stage.weight_decay,
         warmup_ratio=stage.warmup_ratio,
@@ -140,9 +142,8 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
 
 def total_steps(stage: Stage, rows: int) -> int:
     """Optimizer steps of a stage over this many rows."""
-    planned = (
-        max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size))) * stage.iterations
-    )
+    passes = settled(stage.epochs) * steps_per_epoch(rows, stage.batch_size)
+    planned = max(1, math.ceil(passes)) * stage.iterations
     return min(planned, stage.max_steps or planned)
 
 

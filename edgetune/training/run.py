@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +55,7 @@ def run_recipe(
     resume: bool = False,
     replace_finished: bool = True,
     write_more: WriteMore | None = None,
+    searched: Mapping[str, Any] | None = None,
 ) -> RunSummary:
     """Train what the recipe says and write the run folder, whole or not at all.
 
@@ -62,8 +63,9 @@ def run_recipe(
     it is given that unfinished folder and the result (`report.run_page.write_report` is one).
     `resume` continues an unfinished run of the same recipe and data where its newest checkpoint
     left it, to the same adapter, bit for bit. A finished run in `out` is replaced, which is said;
-    with `replace_finished=False` it is an OutputError. Raises the errors of recipe, data and base
-    before anything is written; TrainingError when training cannot go on.
+    with `replace_finished=False` it is an OutputError. `searched` is what a search came to, for
+    the summary. Raises the errors of recipe, data and base before anything is written;
+    TrainingError when training cannot go on.
     """
     started = time.perf_counter()
     reset_peak_rss()
@@ -76,7 +78,7 @@ def run_recipe(
         progress = stack.enter_context(
             contextlib.closing(progress if group.leads else Progress(io.StringIO()))
         )
-        stack.enter_context(_settings(recipe))
+        stack.enter_context(run_settings(recipe))
         checkpoints = None
         if group.leads:
             work = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say)
@@ -97,7 +99,7 @@ def run_recipe(
             progress.say(f"the finished run in {folder} will be replaced")
         begun = None if state is None else state.precisions
         run = resolve(inputs, device=device, group=group, precisions=begun)
-        model = _first_model(run, group)
+        model = first_model(run, group)
         journal = _journal(checkpoints, state)
         trainable = trainable_parameters(model.model)
         course = Course(
@@ -123,6 +125,7 @@ def run_recipe(
             summary,
             forgetting=_forgetting(run, model, progress),
             warnings=warnings_of(run, journal.records),
+            search=None if searched is None else dict(searched),
         )
         _write(folder, run, model.model, summary, journal, write_more)
         group.from_leader(summary)
@@ -135,13 +138,16 @@ def _say_opening(inputs: Inputs, progress: Progress) -> None:
     recipe = inputs.recipe
     learns = what_learns(recipe.parameters)
     progress.say(opening(recipe.stage[-1].method, learns, inputs.base, inputs.sets))
+    if inputs.chosen:
+        numbers = ", ".join(f"{key} {value:g}" for key, value in inputs.chosen.items())
+        progress.say(f"chosen by rule: {numbers}")
     if inputs.start is not None:
         line = inputs.start.other_weights(base_precision(inputs.base))
         if line:
             progress.say(line)
 
 
-def _first_model(run: ResolvedRun, group: Group) -> RunModel:
+def first_model(run: ResolvedRun, group: Group) -> RunModel:
     """The model before its first step, alike in every process."""
     model = RunModel(run)
     group.copy_weights(
@@ -186,7 +192,7 @@ def _write(
 
 
 @contextlib.contextmanager
-def _settings(recipe: Recipe) -> Iterator[None]:
+def run_settings(recipe: Recipe) -> Iterator[None]:
     """Seed and threads of this run; the number of threads is put back afterwards."""
     threads = torch.get_num_threads()
     torch.manual_seed(recipe.seed)

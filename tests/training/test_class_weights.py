@@ -65,7 +65,8 @@ def test_balanced_is_what_scikit_learn_computes(tiny_encoder: Path, tmp_path: Pa
     tags = [tag for _, line in SENTENCES for tag in line.split()]
     expected = compute_class_weight("balanced", classes=np.array(sorted(set(tags))), y=tags)
     found = weights(tagged(tiny_encoder, tmp_path, class_weights="balanced"))
-    by_name = dict(zip(stage_of(tagged(tiny_encoder, tmp_path)).examples.labels or (), found))
+    names = list(stage_of(tagged(tiny_encoder, tmp_path)).examples.labels or ())
+    by_name = dict(zip(names, found, strict=True))
     np.testing.assert_allclose([by_name[name] for name in sorted(set(tags))], expected, rtol=1e-6)
     found = weights(multi_labelled(tiny_encoder, tmp_path, class_weights="balanced"))
     np.testing.assert_allclose(found.numpy(), [2 / 4, 4 / 2, 5 / 1], rtol=1e-6)
