@@ -219,11 +219,12 @@ class Stage:
     head_learning_rate: float | None = option(
         None, help="peak learning rate of the task head; not set: learning_rate", above=0
     )
-    batch_size: int = option(
+    batch_size: int | Literal["auto"] = option(
         8,
         help=(
             "examples per optimizer step, over all processes; what is too long for one pass is cut"
-            " into parts whose gradients are added up"
+            " into parts whose gradients are added up; auto = the largest that fits in one pass and"
+            " makes a row cheaper, measured once"
         ),
         at_least=1,
     )

@@ -106,6 +106,7 @@ class State:
     ]  # of every process: what the next step learns from, where it was made before; see Experience
     journal: list[dict[str, Any]]
     seconds: float  # since the run began, loading and measuring included
+    batch_sizes: list[int] | None = None  # of every stage, "auto" measured
     watched: dict[str, Any] | None = None  # of the stage's validations; see `keeping.Keeping`
 
 

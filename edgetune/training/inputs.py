@@ -28,6 +28,8 @@ from edgetune.training.methods import method_of, own_settings
 from edgetune.training.reinforcement.rewards import reward_digests
 from edgetune.training.replay import ReplayText, load_replay
 
+UNMEASURED = 8  # rows of a step that is still to be measured
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -147,6 +149,11 @@ def _load_replays(
     ]
 
 
+def rows_of_a_step(stage: Stage) -> int:
+    """The stage's batch; while it is not measured yet, an ordinary one."""
+    return UNMEASURED if isinstance(stage.batch_size, str) else stage.batch_size
+
+
 def step_tokens(stage: Stage, examples: Sequence[Any], *, kind: str) -> float:
     """Tokens that an optimizer step learns from, on the mean; of grpo's answers as many as there
     may be.
@@ -156,5 +163,5 @@ def step_tokens(stage: Stage, examples: Sequence[Any], *, kind: str) -> float:
     return (
         answers
         * sum(length(example) for example in examples)
-        / steps_per_epoch(len(examples), stage.batch_size)
+        / steps_per_epoch(len(examples), rows_of_a_step(stage))
     )

@@ -17,10 +17,10 @@ from edgetune.models.load import hidden_size, new_head
 from edgetune.models.torch_device import Precision, choose_precision
 from edgetune.recipe.generation import generation_defaults
 from edgetune.recipe.schema import DeviceChoice, Recipe, Stage
-from edgetune.training.batches import Batching
+from edgetune.training.batches import MAX_TOKENS_AT_ONCE, Batching
 from edgetune.training.class_weights import weighing, weights_of
 from edgetune.training.context import ResolvedRun, ResolvedStage
-from edgetune.training.inputs import Inputs, step_tokens
+from edgetune.training.inputs import Inputs, rows_of_a_step, step_tokens
 from edgetune.training.keeping import steps_between_validations
 from edgetune.training.methods import method_of, own_settings
 from edgetune.training.parallel.distributed import Group
@@ -35,16 +35,30 @@ def resolve(
     device: torch.device,
     group: Group,
     precisions: Sequence[str] | None = None,
+    batch_sizes: Sequence[int] | None = None,
 ) -> ResolvedRun:
     """The run that a recipe asks for, on this machine; alike in every process.
 
-    `precisions`: those that a resumed run began with, which to measure again might change.
+    `precisions` and `batch_sizes`: those that a resumed run began with, which to measure again
+    might change.
     """
     recipe = inputs.recipe
+    sizes = batch_sizes or [rows_of_a_step(stage) for stage in recipe.stage]
+    measured = [
+        not isinstance(stage.batch_size, int) and batch_sizes is not None for stage in recipe.stage
+    ]
+    recipe = replace(
+        recipe,
+        stage=tuple(
+            replace(stage, batch_size=size) for stage, size in zip(recipe.stage, sizes, strict=True)
+        ),
+    )
+    inputs = replace(inputs, recipe=recipe)
     asked = precisions or [stage.precision for stage in recipe.stage]
     chosen = group.from_leader(_precisions(inputs, asked, device))
     stages = tuple(
-        resolve_stage(inputs, index, precision=precision) for index, precision in enumerate(chosen)
+        resolve_stage(inputs, index, precision=precision, in_one_pass=measured[index])
+        for index, precision in enumerate(chosen)
     )
     return ResolvedRun(
         recipe=replace(
@@ -70,19 +84,24 @@ def resolve(
         head=(new_head(inputs.base, recipe.task) if inputs.start is None else inputs.start.head),
         generation=_generation(recipe, inputs.sets[-1]),
         forgetting=recipe.forgetting,
-        chosen=inputs.chosen,
+        chosen={
+            **inputs.chosen,
+            **{f"stage.{at}.batch_size": sizes[at] for at, auto in enumerate(measured) if auto},
+        },
         stages=stages,
     )
 
 
-def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> ResolvedStage:
-    """Stage `index` of the recipe."""
+def resolve_stage(
+    inputs: Inputs, index: int, *, precision: Precision, in_one_pass: bool = False
+) -> ResolvedStage:
+    """Stage `index` of the recipe; `in_one_pass`: its batch was measured to fit as it is."""
     stage, examples = inputs.recipe.stage[index], inputs.sets[index]
     method = method_of(stage, inputs.base.kind)
-    rows = len(examples.train)
+    rows, size = len(examples.train), rows_of_a_step(stage)
     total, per_epoch = (
         total_steps(stage, rows),
-        steps_per_epoch(rows, stage.batch_size) * stage.iterations,
+        steps_per_epoch(rows, size) * stage.iterations,
     )
     objective, collate = method.objective(stage), method.collate
     weights = weights_of(
@@ -95,7 +114,14 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
         objective = functools.partial(cast(Any, objective), weights=weights)
         if stage.problem == "single-label":
             collate = weighing(collate, weights)
-    batching = Batching(inputs.pad_id, collate, method.length, examples.mask)
+    longest = max(map(method.length, examples.train)) if in_one_pass else 0
+    batching = Batching(
+        inputs.pad_id,
+        collate,
+        method.length,
+        examples.mask,
+        at_once=max(MAX_TOKENS_AT_ONCE, size * longest),
+    )
     return ResolvedStage(
         index=index,
         method=stage.method,
@@ -116,7 +142,7 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
         measure=method.measure,
         outputs=method.outputs,
         prepare=method.prepare,
-        batch_size=stage.batch_size,
+        batch_size=size,
         iterations=stage.iterations,
         total_steps=total,
         validate_every=stage.validate_every
@@ -142,7 +168,7 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
 
 def total_steps(stage: Stage, rows: int) -> int:
     """Optimizer steps of a stage over this many rows."""
-    passes = settled(stage.epochs) * steps_per_epoch(rows, stage.batch_size)
+    passes = settled(stage.epochs) * steps_per_epoch(rows, rows_of_a_step(stage))
     planned = max(1, math.ceil(passes)) * stage.iterations
     return min(planned, stage.max_steps or planned)
 

@@ -16,14 +16,17 @@ from edgetune.adapters.folder import save_adapter
 from edgetune.adapters.full_model import save_full
 from edgetune.adapters.lora import trainable_parameters
 from edgetune.adapters.runs import check_replaceable
+from edgetune.core.errors import TrainingError
 from edgetune.core.files import whole_folder, write_json, write_text
 from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, SUMMARY
 from edgetune.core.memory import reset_peak_rss
 from edgetune.core.progress import Progress
 from edgetune.evaluation.forgetting.measure import compare_general
 from edgetune.models.torch_device import choose_device, hold_frozen_linears_in_bf16
+from edgetune.recipe.parameters import what_learns
 from edgetune.recipe.read import recipe_to_toml
-from edgetune.recipe.schema import Recipe, what_learns
+from edgetune.recipe.schema import Recipe
+from edgetune.training.batch_size import measured_size
 from edgetune.training.checkpoint import Checkpoints, State, unfinished
 from edgetune.training.context import ResolvedRun
 from edgetune.training.inputs import Inputs, read_inputs
@@ -98,8 +101,12 @@ def run_recipe(
         if (folder / SUMMARY).is_file():
             progress.say(f"the finished run in {folder} will be replaced")
         begun = None if state is None else state.precisions
-        run = resolve(inputs, device=device, group=group, precisions=begun)
+        sizes = None if state is None else state.batch_sizes
+        run = resolve(inputs, device=device, group=group, precisions=begun, batch_sizes=sizes)
         model = first_model(run, group)
+        if sizes is None and any(stage.batch_size == "auto" for stage in recipe.stage):
+            run = _with_batch_sizes(run, model, inputs, group, progress)
+            model = first_model(run, group)  # once more: what it begins from is alike
         journal = _journal(checkpoints, state)
         trainable = trainable_parameters(model.model)
         course = Course(
@@ -145,6 +152,25 @@ def _say_opening(inputs: Inputs, progress: Progress) -> None:
         line = inputs.start.other_weights(base_precision(inputs.base))
         if line:
             progress.say(line)
+
+
+def _with_batch_sizes(
+    run: ResolvedRun, model: RunModel, inputs: Inputs, group: Group, progress: Progress
+) -> ResolvedRun:
+    """The run with the batches that fit here, where the recipe has "auto"."""
+    if group.size > 1:
+        raise TrainingError(
+            'batch_size = "auto" is measured in one process', fix="Give a number of rows."
+        )
+    sizes = []
+    for stage, asked in zip(run.stages, inputs.recipe.stage, strict=True):
+        size = stage.batch_size
+        if asked.batch_size == "auto":
+            size = measured_size(run, stage, model)
+            progress.say(f"stage {stage.index}  batch_size {size}, measured")
+        sizes.append(size)
+    precisions = [stage.precision for stage in run.stages]
+    return resolve(inputs, device=run.device, group=group, precisions=precisions, batch_sizes=sizes)
 
 
 def first_model(run: ResolvedRun, group: Group) -> RunModel:

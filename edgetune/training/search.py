@@ -44,7 +44,7 @@ STARTUP = 3  # trials before one may be killed, and validations of it
 
 
 @dataclass(frozen=True)
-class Found:
+class Searched:
     """What a search came to."""
 
     recipe: Recipe  # with the chosen numbers
@@ -69,7 +69,7 @@ def find_settings(
     replace_finished: bool = True,
     most: int | None = None,
     progress: Progress | None = None,
-) -> Found:
+) -> Searched:
     """Search for at most `seconds`, also within a trial, or `most` trials, and return the recipe
     with the best trial's numbers. RecipeError where nothing is "auto" or nothing can be measured.
     """
@@ -80,6 +80,12 @@ def find_settings(
         raise RecipeError(
             "a search has nothing to look for: the recipe gives every number",
             fix='Set learning_rate, epochs or rank to "auto", or leave them out.',
+        )
+    if any(stage.batch_size == "auto" for stage in recipe.stage):
+        raise RecipeError(
+            'a search needs batch_size as a number: what "auto" measures may change from one trial'
+            " to the next",
+            fix="Give a number of rows.",
         )
     if launched().size > 1:
         raise TrainingError(
@@ -110,7 +116,7 @@ def find_settings(
         f" ended early; chosen: {_words(facts['settings'])}"
         + ("" if facts["best"] is None else f" ({facts['metric']} {facts['best']:.4f})")
     )
-    return Found(with_settings(recipe, facts["settings"]), path, facts)
+    return Searched(with_settings(recipe, facts["settings"]), path, facts)
 
 
 def _searched(key: str, recipe: Recipe) -> bool:
@@ -158,7 +164,7 @@ class _Search:
             if number == 0:
                 study.enqueue_trial(self._first(rule))
             self._try(study, study.ask(space), number, deadline)
-        return self._best() or rule
+        return self._best() or self._settings(rule)
 
     def _first(self, rule: Mapping[str, float]) -> dict[str, float]:
         """The rule's numbers, as a proposal."""
