@@ -13,6 +13,7 @@ from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import METHODS
 from edgetune.core.templates import referred_column
 from edgetune.recipe.own_settings import stages_of
+from edgetune.recipe.parameters import ALPHA, RANK
 from edgetune.recipe.paths import split_function
 from edgetune.recipe.schema import Data, Recipe, Stage
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from edgetune.recipe.schema import Parameters
 
 
+SETTLED = {"rank": RANK, "alpha": ALPHA}  # in the recipe.toml of every run
 INIT = re.compile(r"default|gaussian|orthogonal|olora|loftq|pissa(_niter_[1-9]\d*)?")
 UNUSABLE_INITS = {
     "corda": "it needs calibration data that a recipe has no place for",
@@ -152,6 +154,16 @@ def check_problem(stage: Stage, *, path: str, where: str) -> None:
             where=where,
             fix="Remove label_names.",
         )
+    if stage.class_weights != "none" and (
+        not METHODS[stage.method].has_head or stage.problem == "regression"
+    ):
+        what = f'problem = "{stage.problem}"' if METHODS[stage.method].has_head else stage.method
+        raise RecipeError(
+            f"{path}.class_weights has no meaning for {what}",
+            where=where,
+            expected="a stage that learns labels",
+            fix="Remove class_weights.",
+        )
     if isinstance(stage.data.label, tuple) and stage.problem != "multi-label":
         raise RecipeError(
             f"{path}.data.label lists columns, which only several labels a row can have",
@@ -220,10 +232,11 @@ def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
     default = type(parameters)()
     for field in dataclasses.fields(parameters):
         fits_a_head = field.name in ("base_precision", "start") and parameters.train == "head"
+        allowed = (getattr(default, field.name), SETTLED.get(field.name))
         if (
             field.name not in ("train", "base_precision", "shard")
             and not fits_a_head
-            and getattr(parameters, field.name) != getattr(default, field.name)
+            and getattr(parameters, field.name) not in allowed
         ):
             raise RecipeError(
                 f'parameters.{field.name} has no meaning with train = "{parameters.train}"',

@@ -36,7 +36,7 @@ class RunSummary:
     base: dict[str, str]  # {"name", "digest"}
     metrics: dict[
         str, float
-    ]  # on the validation rows after the last step; training loss when there are none
+    ]  # on the validation rows, of the weights that are kept; none without such rows
     base_metrics: (
         dict[str, float] | None
     )  # the same with the adapter off; None where the base has no trained head
@@ -65,6 +65,9 @@ class RunSummary:
     out: str
     # how the base's weights were rounded; None: not at all
     base_precision: dict[str, Any] | None = None
+    # numbers for what the recipe left open ("auto"), by dotted key
+    chosen: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] | None = None  # what a search of the settings came to
     # general ability before and after, where the recipe asks for it
     forgetting: list[dict[str, Any]] | None = None
     # what the figures above do not show by themselves, a line each; said at the end of the run
@@ -114,6 +117,7 @@ def summary_of(
         versions=versions(),
         out=str(out),
         base_precision=base_precision(run.base),
+        chosen=dict(run.chosen),
     )
 
 
