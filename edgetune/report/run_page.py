@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from edgetune.core.files import write_text
 from edgetune.core.layout import REPORT
 from edgetune.core.progress import duration
-from edgetune.core.settings import flat
 from edgetune.metrics.statistics import headline
+from edgetune.recipe.meaningful import meaningful_settings
 from edgetune.recipe.schema import Recipe, what_learns
+from edgetune.report.answers import confidence_section, errors_section
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.forgetting import general_changes, picture, task_changes
 from edgetune.report.html import PLOTTED_SHARES, STYLE, figure, html_table, words
@@ -62,6 +63,8 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
         *(f"<p>{escape(line)}.</p>" for line in summary.get("warnings", ())),
         '<h2>Training</h2><div class="plots">' + "".join(_plots(records)) + "</div>",
         "<h2>Results</h2>" + _results(summary),
+        *confidence_section(summary),
+        *errors_section(summary),
         *_forgetting(summary),
         "<h2>What the adapter changes</h2>" + _effect(summary),
         "<h2>Settings</h2>" + html_table(("setting", "value"), _settings(recipe)),
@@ -199,7 +202,7 @@ def _effect(summary: Mapping[str, Any]) -> str:
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
-    return [(key, str(value)) for key, value in flat(recipe) if value is not None and value != {}]
+    return [(key, str(value)) for key, value in meaningful_settings(recipe)]
 
 
 def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

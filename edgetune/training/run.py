@@ -122,7 +122,7 @@ def run_recipe(
         summary = replace(
             summary,
             forgetting=_forgetting(run, model, progress),
-            warnings=warnings_of(run, journal.records),
+            warnings=[*warnings_of(run, journal.records), *summary.warnings],
         )
         _write(folder, run, model.model, summary, journal, write_more)
         group.from_leader(summary)
