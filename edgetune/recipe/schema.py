@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 from edgetune.core.settings import option
 from edgetune.core.tasks import METHODS, MethodName, Problem, Task
+from edgetune.recipe.confidence import ConfidenceSettings
 from edgetune.recipe.own_settings import Dpo, Grpo
 from edgetune.recipe.parameters import Parameters as Parameters
 from edgetune.recipe.parameters import what_learns as what_learns
@@ -345,6 +346,9 @@ class Recipe:
     forgetting: Forgetting | None = option(None, help="measure general ability before and after")
     generation: Generation | None = option(
         None, help="how the adapter answers where a request does not say"
+    )
+    confidence: ConfidenceSettings | None = option(
+        None, help="how sure its answers are, and which are not given"
     )
     stage: tuple[Stage, ...] = option(help="at least one [[stage]]")
 
