@@ -10,7 +10,7 @@ from typing import Any
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import METHODS
-from edgetune.data.completions import load_completions
+from edgetune.data.completions import load_completions, prompted_rows, without_end
 from edgetune.data.examples import ExampleSet, Loading, token_limit
 from edgetune.data.labels import load_labelled
 from edgetune.data.look import look, standing_in
@@ -54,6 +54,22 @@ def load_examples(
     `data.limit`.
     """
     _check_kind(stage, base)
+    loading = _opened(stage, tokenizer, base, labels, seed=seed)
+    sources, form = loading.sources, loading.form
+    for note in told(stage, form):
+        sources["train"].note(note)
+    found = _loader(stage, base)(loading)
+    learned, asked = _compared(stage, sources, form, found, seed=seed)
+    measured = standing_in(learned, asked), len(asked)
+    seen = look(found.train, found.labels, measured)
+    notes = found.notes | ({"rows": seen} if seen else {})
+    return replace(found, validation_in_train=measured, notes=notes)
+
+
+def _opened(
+    stage: Stage, tokenizer: Any, base: Base, labels: Sequence[str] | None, *, seed: int
+) -> Loading:
+    """The files of a stage, and how their rows are read."""
     sources = stage_rows(stage, seed=seed)
     limit = token_limit(stage.max_length, tokenizer, base)
     form = prompt_format(
@@ -64,16 +80,31 @@ def load_examples(
     )
     form = replace(form, control_tokens=stage.data.control_tokens)
     tokenizer = reading(tokenizer, form.control_tokens)
-    for note in told(stage, form):
-        sources["train"].note(note)
-    found = _loader(stage, base)(
-        Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
-    )
-    learned, asked = _compared(stage, sources, form, found, seed=seed)
-    measured = standing_in(learned, asked), len(asked)
-    seen = look(found.train, found.labels, measured)
-    notes = found.notes | ({"rows": seen} if seen else {})
-    return replace(found, validation_in_train=measured, notes=notes)
+    return Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
+
+
+def answers_of(
+    stage: Stage, tokenizer: Any, base: Base, *, seed: int = 0
+) -> dict[str, list[tuple[str, str]]]:
+    """Every answer of an sft stage, those in the middle of its conversations too, as ("file, line
+    n", text); by the names of the stage's sources, "train" first.
+    """
+    loading = _opened(stage, tokenizer, base, None, seed=seed)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, source in loading.sources.items():
+        limit = stage.data.limit if name == "train" else None
+        rows, _ = prompted_rows(
+            replace(source, rows=sample(source.rows, limit, seed=seed), notes=[]),
+            loading.form,
+            tokenizer=loading.tokenizer,
+            skip_invalid=stage.data.skip_invalid,
+        )
+        found[name] = [
+            (f"{source.source}, line {row.line}", without_end(text, loading.tokenizer))
+            for row in rows
+            for text in (*(row.prompt[start:end] for start, end in row.answers), row.completion)
+        ]
+    return found
 
 
 def _compared(

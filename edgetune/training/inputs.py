@@ -4,7 +4,7 @@ an adapter to go on from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from edgetune.quantisation.precision import shipped_precision
 from edgetune.recipe.checks import KIND as SEQ2SEQ
 from edgetune.recipe.checks import check_recipe
 from edgetune.recipe.schema import Recipe, Stage
+from edgetune.training.answer_form import answer_form
 from edgetune.training.checkpoint import origin_of
 from edgetune.training.methods import method_of, own_settings
 from edgetune.training.reinforcement.rewards import reward_digests
@@ -40,6 +41,7 @@ class Inputs:
     digests: list[dict[str, str]]  # of everything that a stage reads, by what it is for
     start: StartAdapter | None
     pad_id: int
+    answer_schema: Mapping[str, Any] | None = None  # that `schema = "auto"` came to
 
     def origin(self, *, processes: int) -> dict[str, str]:
         """What a run that resumes must have in common with this one."""
@@ -63,6 +65,8 @@ def read_inputs(recipe: Recipe) -> Inputs:
     start = read_start(recipe, base)
     tokenizer = load_tokenizer(base)
     sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
+    form = answer_form(recipe, tokenizer, base)
+    sets = form.noted(sets)
     for stage in recipe.stage:
         method = method_of(stage, base.kind)
         method.check(own_settings(stage, method), base)
@@ -80,7 +84,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     ]
     if start is not None:
         digests[0]["start"] = start.digest
-    return Inputs(recipe, base, tokenizer, sets, replays, digests, start, pad_id)
+    return Inputs(recipe, base, tokenizer, sets, replays, digests, start, pad_id, form.schema)
 
 
 def _check_classifier(recipe: Recipe) -> None:
