@@ -174,7 +174,11 @@ class Generation:
     """What the adapter brings along for its answers; a request may ask for something else."""
 
     schema: str | None = option(
-        None, help="a JSON schema file: every answer is JSON that it accepts (needs llguidance)"
+        None,
+        help=(
+            'a JSON schema file, or "auto": derived from the JSON answers of the last sft stage;'
+            " every answer is JSON that it accepts (needs llguidance)"
+        ),
     )
     regex: str | None = option(
         None, help="a regular expression that every answer matches (needs llguidance)"
