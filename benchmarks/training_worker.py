@@ -340,8 +340,8 @@ def adapt_classifier(model: Any, parameters: Any) -> Any:
 
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        r=parameters.rank,
-        lora_alpha=parameters.alpha,
+        r=parameters.r,
+        lora_alpha=parameters.lora_alpha,
         target_modules=[
             "query",
             "key",

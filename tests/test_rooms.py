@@ -64,7 +64,8 @@ FLOORS = {
     ),
     "training": (
         "adapters core data edgetune evaluation.forgetting metrics models objectives "
-        "quantisation recipe training.fast training.parallel training.reinforcement"
+        "quantisation recipe runtime.generation training.fast training.parallel "
+        "training.reinforcement"
     ),
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "

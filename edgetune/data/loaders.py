@@ -10,7 +10,7 @@ from typing import Any
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import METHODS
-from edgetune.data.completions import load_completions
+from edgetune.data.completions import load_completions, prompted_rows, without_end
 from edgetune.data.examples import ExampleSet, Loading, token_limit
 from edgetune.data.findings import Finding, cut, find, unusable
 from edgetune.data.implicit_prompts import paired, well_answered
@@ -82,6 +82,30 @@ def open_rows(
     for note in told(stage, form):
         sources["train"].note(note)
     return Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
+
+
+def answers_of(
+    stage: Stage, tokenizer: Any, base: Base, *, seed: int = 0
+) -> dict[str, list[tuple[str, str]]]:
+    """Every answer of an sft stage, those in the middle of its conversations too, as ("file, line
+    n", text); by the names of the stage's sources, "train" first.
+    """
+    loading = open_rows(stage, tokenizer, base, None, seed=seed)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, source in loading.sources.items():
+        limit = stage.data.limit if name == "train" else None
+        rows, _ = prompted_rows(
+            replace(source, rows=sample(source.rows, limit, seed=seed), notes=[]),
+            loading.form,
+            tokenizer=loading.tokenizer,
+            skip_invalid=stage.data.skip_invalid,
+        )
+        found[name] = [
+            (f"{source.source}, line {row.line}", without_end(text, loading.tokenizer))
+            for row in rows
+            for text in (*(row.prompt[start:end] for start, end in row.answers), row.completion)
+        ]
+    return found
 
 
 def _held(sources: dict[str, Rows]) -> Rows:

@@ -13,6 +13,7 @@ from typing import Any
 
 from edgetune import __version__
 from edgetune.adapters.folder import AdapterMetadata
+from edgetune.core.confidence import confidence_of
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
 from edgetune.core.text import outside_tag
@@ -36,7 +37,7 @@ class RunSummary:
     base: dict[str, str]  # {"name", "digest"}
     metrics: dict[
         str, float
-    ]  # on the validation rows after the last step; training loss when there are none
+    ]  # on the validation rows, of the weights that are kept; none without such rows
     base_metrics: (
         dict[str, float] | None
     )  # the same with the adapter off; None where the base has no trained head
@@ -65,8 +66,16 @@ class RunSummary:
     out: str
     # how the base's weights were rounded; None: not at all
     base_precision: dict[str, Any] | None = None
+    # numbers for what the recipe left open ("auto"), by dotted key
+    chosen: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] | None = None  # what a search of the settings came to
     # general ability before and after, where the recipe asks for it
     forgetting: list[dict[str, Any]] | None = None
+    # of labels: what was fitted on the validation rows, see `core.confidence`, and what it gives
+    # there
+    confidence: dict[str, Any] | None = None
+    # of labels: figures a class, confusions, worst validation rows, see `metrics.error_analysis`
+    analysis: dict[str, Any] | None = None
     # what the figures above do not show by themselves, a line each; said at the end of the run
     warnings: list[str] = field(default_factory=list)
 
@@ -114,6 +123,7 @@ def summary_of(
         versions=versions(),
         out=str(out),
         base_precision=base_precision(run.base),
+        chosen=dict(run.chosen),
     )
 
 
@@ -159,6 +169,11 @@ def metadata(run: ResolvedRun, summary: RunSummary) -> AdapterMetadata:
         max_length=examples.max_length,
         metrics=summary.metrics,
         base_precision=summary.base_precision,
+        confidence=(
+            None
+            if summary.confidence is None
+            else confidence_of({"confidence": summary.confidence}).to_dict()
+        ),
     )
 
 
@@ -198,11 +213,28 @@ def closing(summary: RunSummary) -> str:
         for name, value in headline(summary.metrics).items()
     )
     result = metrics or f"train loss {summary.train_loss:.4f}"
+    if summary.confidence is not None:
+        result += f"\n{_confidence_line(summary.confidence)}"
     speed = (
         f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak"
         f" {summary.peak_rss_mb:,.0f} MB"
     )
     return f"{result}\n{speed}\nwritten to {summary.out}"
+
+
+def _confidence_line(found: Mapping[str, Any]) -> str:
+    line = (
+        f"confidence: temperature {found['temperature']:.2f}, calibration error"
+        f" {found['expected_calibration_error_before']:.3f} to"
+        f" {found['expected_calibration_error']:.3f}"
+    )
+    if found["threshold"] is None:
+        return line
+    return (
+        f"{line}; below a score of {found['threshold']:.2f} no answer:"
+        f" {found['share_answered']:.1%} of the validation rows answered,"
+        f" {found['accuracy_answered']:.1%} of them right"
+    )
 
 
 def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[str]:
