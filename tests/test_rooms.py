@@ -27,7 +27,6 @@ FLOORS = {
     "data": "core models recipe",
     "devices": "core",
     "adapters": "core edgetune models quantisation recipe",
-    "inspection": "core data models recipe",
     "metrics": "core",
     "objectives": "data models",
     "runtime.bundle": "core",
@@ -67,6 +66,7 @@ FLOORS = {
         "quantisation recipe runtime.generation training.fast training.parallel "
         "training.reinforcement"
     ),
+    "inspection": "core data models recipe training",
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"

@@ -174,10 +174,11 @@ def _answering(
 def is_json(column: Column) -> bool:
     """Whether nearly all values are JSON objects or arrays."""
     looked = list(column.values)[:50]
-    return bool(looked) and sum(map(_parses, looked)) > 0.9 * len(looked)
+    return bool(looked) and sum(map(parses, looked)) > 0.9 * len(looked)
 
 
-def _parses(value: str) -> bool:
+def parses(value: str) -> bool:
+    """Whether a text is a JSON object or array."""
     try:
         return isinstance(json.loads(value), (dict, list))
     except (ValueError, RecursionError):
