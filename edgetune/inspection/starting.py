@@ -71,9 +71,10 @@ def recipe_path(data: str) -> Path:
     if is_hub_id(data) and not Path(data).exists():
         return Path(re.split(r"[@:]", data.rpartition("/")[2])[0] + ".toml")
     path = Path(data)
-    if re.search(r"[*?\[]", path.name):
-        return path.parent / (re.sub(r"[^\w-]+", "", path.name.partition(".")[0]) + ".toml")
-    return path.parent / ((path.name.partition(".")[0] or "recipe") + ".toml")
+    if path.name in ("", ".."):  # the current folder, or one above it
+        path = path.resolve()
+    name = re.sub(r"[*?\[\]]+", "", path.name.partition(".")[0]).strip("-_ ")
+    return path.parent / f"{name or 'recipe'}.toml"
 
 
 def choices(

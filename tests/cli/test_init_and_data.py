@@ -134,6 +134,18 @@ def test_what_is_odd_about_a_recipes_rows_is_shown(
     assert "MÃ¼ller" in html and "<svg" in html and "alone" in html
 
 
+def test_a_line_that_is_no_row_is_counted_with_its_reason(
+    tmp_path: Path, tiny_encoder: Path, command_line: CommandLine
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", KINDS["one label"])
+    data.write_text(data.read_text() + '{"message": "cut off\n')
+    code, out, _ = command_line("init", data, "--base", tiny_encoder)
+    assert code == 0 and "skip_invalid = true" in (tmp_path / "rows.toml").read_text()
+    code, out, _ = command_line("data", tmp_path / "rows.toml")
+    assert code == 0 and "1 train rows cannot be used (left out)" in out
+    assert "line 121: not valid JSON" in out
+
+
 def test_prompts_that_leave_no_room_and_answers_that_are_too_long_are_told_apart(
     tmp_path: Path, tiny_decoder: Path, command_line: CommandLine
 ) -> None:

@@ -123,7 +123,8 @@ def test_a_folder_of_splits_measures_on_its_own(bases: Bases, tmp_path: Path) ->
     [
         ("a/tickets.csv", "a/tickets.toml"),
         ("tickets.jsonl.gz", "tickets.toml"),
-        ("data/part-*.jsonl", "data/part-.toml"),
+        ("data/part-*.jsonl", "data/part.toml"),
+        ("data/*.jsonl", "data/recipe.toml"),
         ("owner/some-set:train", "some-set.toml"),
     ],
 )
