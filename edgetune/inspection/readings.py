@@ -320,7 +320,8 @@ OTHERWISE: tuple[Builder, ...] = (_two_texts, _plain)  # where nothing of these 
 def _check_labels(table: Profile, given: Given) -> None:
     """DataError for a text beside a column that is called a label and can be none."""
     named = next((one for name, one in table.columns.items() if name.casefold() in LABEL), None)
-    if named is not None and table.texts() and not given and named.holds != "nothing":
+    usable = named is not None and (named.repeats or named.holds == "nothing")
+    if named is not None and not usable and table.texts() and not given:
         raise _no_label(table, named)
 
 

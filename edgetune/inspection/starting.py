@@ -31,6 +31,7 @@ from edgetune.training.inputs import read_inputs
 ENCODER, DECODER = "builtin:minilm-l6", "builtin:smollm2-135m-instruct"
 ABOUT = {ENCODER: "a sentence encoder of 23M parameters", DECODER: "135M parameters"}
 SCALE = 20  # numbers beyond it are divided, as the learning rate expects 1 to 10
+LATIN, FOREIGN = "\u024f", 0.2  # the last of Latin's letters; the share of others that is said
 UNEVEN = 10  # times as many rows of one label as of another
 COLUMN = 34  # where comments begin
 
@@ -46,6 +47,7 @@ class Draft:
     overview: Overview  # of the rows, none cut
     findings: Sequence[Finding]  # as the recipe reads them
     held_out: int
+    note: str = ""  # what the built-in base is not made for
 
 
 def sources_of(data: str, validation: str | None) -> tuple[str | tuple[str, ...], str | None]:
@@ -131,7 +133,20 @@ def draft(
                 raise
             continue  # answers that are JSON of no one form
         break
-    return Draft(whole, recipe, reading, others, overview, inputs.sets[0].findings, held_out)
+    findings, note = inputs.sets[0].findings, "" if base else _foreign(overview)
+    return Draft(whole, recipe, reading, others, overview, findings, held_out, note)
+
+
+def _foreign(overview: Overview) -> str:
+    """A line where the rows are written in letters that the built-in bases have hardly read."""
+    letters = [c for row in overview.texts["train"][:1000] for c in row.asked if c.isalpha()]
+    others = sum(c > LATIN for c in letters)
+    if others <= FOREIGN * len(letters):
+        return ""
+    return (
+        f"{others / len(letters):.0%} of the letters are not Latin, and the built-in base has read"
+        " English: --base names one that knows these rows' language"
+    )
 
 
 def _schema(reading: Reading, overview: Overview) -> str:

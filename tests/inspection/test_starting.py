@@ -14,7 +14,7 @@ from edgetune.core.progress import Progress
 from edgetune.core.tasks import METHODS
 from edgetune.inspection.fitting import Size, batch_of, longest
 from edgetune.inspection.readings import TASKS, Reading
-from edgetune.inspection.starting import Draft, choices, draft, recipe_path, sources_of
+from edgetune.inspection.starting import Draft, _foreign, choices, draft, recipe_path, sources_of
 from edgetune.recipe.read import load_recipe
 from edgetune.training import run_recipe
 
@@ -151,6 +151,15 @@ def test_json_answers_carry_their_schema_and_answers_of_no_one_form_do_not(
     assert made.recipe.generation is not None and made.recipe.generation.schema == "auto"
     prose = begin(write_jsonl(tmp_path / "prose.jsonl", KINDS["questions"]), bases)
     assert prose.recipe.generation is None
+
+
+def test_letters_that_the_built_in_base_has_not_read_are_said(bases: Bases, tmp_path: Path) -> None:
+    greeting = "привет, как у вас сегодня дела и что нового в этом доме"
+    rows = each(lambda n: {"text": f"{greeting}: {text(n)}", "label": label(n)})
+    made = begin(write_jsonl(tmp_path / "rows.jsonl", rows), bases)
+    assert made.note == "" and "of the letters are not Latin" in _foreign(made.overview)
+    latin = begin(write_jsonl(tmp_path / "latin.jsonl", KINDS["one label"]), bases)
+    assert _foreign(latin.overview) == ""
 
 
 def test_labels_of_uneven_numbers_are_told_how_to_be_weighed(bases: Bases, tmp_path: Path) -> None:
