@@ -320,8 +320,7 @@ OTHERWISE: tuple[Builder, ...] = (_two_texts, _plain)  # where nothing of these 
 def _check_labels(table: Profile, given: Given) -> None:
     """DataError for a text beside a column that is called a label and can be none."""
     named = next((one for name, one in table.columns.items() if name.casefold() in LABEL), None)
-    usable = named is not None and (named.repeats or named.holds == "nothing")
-    if named is not None and not usable and table.texts() and not given:
+    if named is not None and not named.repeats and table.texts() and not given:
         raise _no_label(table, named)
 
 
@@ -332,7 +331,9 @@ def _no_label(table: Profile, column: Column) -> DataError:
         for one in likeliest(table.columns.values(), LABELS)
         if one.repeats and not one.is_identity and one.name != column.name
     ]
-    if column.distinct < 2:
+    if not column.filled:
+        what = "is empty"
+    elif column.distinct < 2:
         what = "has the same value in every row"
     elif column.distinct == column.filled:
         what = "has another value in every row"

@@ -29,7 +29,7 @@ def test_a_file_becomes_a_recipe_and_is_not_written_over(
     recipe = tickets.with_suffix(".toml")
     assert (code, err) == (0, "")
     assert 'read as sequence-classification: the text in "message", one of 3 labels' in out
-    assert "20 rows are held out" in out and f"edgetune train {recipe}" in out
+    assert "to measure on: 20 rows held out of train" in out and f"edgetune train {recipe}" in out
     assert load_recipe(recipe).stage[0].data.label == "category"
     written = recipe.write_text(recipe.read_text() + "# mine\n")
     code, _, err = command_line(*init)
@@ -57,6 +57,7 @@ def test_options_choose_another_reading(
         ("a,b\n", (), "there are no rows in this file"),
         ("a,b\n1,2\n3,4\n", (), "there is no column of text"),
         ("text,kind\nhello there,x\nhow are you,x\n", ("--label", "kind"), "is no label"),
+        ("text,label\nhello there,\nhow are you,\n", (), '"label" is no label: it is empty'),
         ("text,kind\nhello there,x\nhow are you,y\n", ("--label", "kid"), 'Did you mean "kind"'),
         ("text,kind\nhello there,x\nhow are you,y\n", ("--task", "dpo"), "nothing fits --task dpo"),
     ],
