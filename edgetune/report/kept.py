@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from edgetune.report.charts import Series
 from edgetune.report.html import figure, words
 
-COLOR = 3
+Points = list[tuple[float, float]]
 
 
 def kept_lines(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -41,9 +40,9 @@ def kept_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield line[0].upper() + line[1:] + "."
 
 
-def kept_points(summary: Mapping[str, Any]) -> dict[str, Series]:
+def kept_points(summary: Mapping[str, Any]) -> dict[str, Points]:
     """Metric → the kept weights' points, at their steps over all stages."""
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, Points] = {}
     before = 0
     for stage in summary["stages"]:
         kept = stage.get("kept")
@@ -52,4 +51,4 @@ def kept_points(summary: Mapping[str, Any]) -> dict[str, Series]:
             value = kept["best"] if best else kept["last"]
             points.setdefault(kept["metric"], []).append((before + kept["step"], value))
         before += stage["steps"]
-    return {metric: Series("kept", found, COLOR) for metric, found in points.items()}
+    return points
