@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae", "calibration_error")
 THRESHOLD = 0.5  # of a label's probability: the logit 0
 VALUE = "value"  # the name of a regression head's only output
 MethodName = Literal[

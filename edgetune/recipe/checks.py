@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import METHODS
+from edgetune.core.tasks import CLASSIFICATION, METHODS
 from edgetune.core.templates import referred_column
+from edgetune.recipe.confidence import can_calibrate
 from edgetune.recipe.own_settings import stages_of
 from edgetune.recipe.parameters import ALPHA, RANK
 from edgetune.recipe.paths import split_function
@@ -217,6 +218,44 @@ def check_forgetting(recipe: Recipe, *, where: str) -> None:
         )
 
 
+def check_confidence(recipe: Recipe, *, where: str) -> None:
+    """RecipeError for a table that means nothing to the last stage."""
+    asked, stage = recipe.confidence, recipe.stage[-1]
+    if asked is None:
+        return
+    if not can_calibrate(stage.task, stage.problem):
+        what = stage.method if stage.problem == "single-label" else f"problem = {stage.problem!r}"
+        raise RecipeError(
+            f"[confidence] has no meaning for {what}",
+            where=where,
+            expected="labels: sequence-classification or token-classification",
+            fix="Remove it.",
+        )
+    single = stage.task == CLASSIFICATION and stage.problem == "single-label"
+    for name in ("target", "answered", "out_of_scope"):
+        if getattr(asked, name) is not None and not single:
+            raise RecipeError(
+                f"confidence.{name} has no meaning where a text has several labels or tags",
+                where=where,
+                expected="one label a row",
+                fix=f"Remove {name}.",
+            )
+    held_out = stage.data.validation is not None or stage.data.hold_out is not None
+    if asked.has_threshold and not held_out:
+        raise RecipeError(
+            "a threshold is chosen on validation rows, and there are none",
+            where=where,
+            expected=f"stage.{len(recipe.stage) - 1}.data.validation or data.hold_out",
+            fix="For example data.hold_out = 100.",
+        )
+    if asked.has_threshold and not asked.calibrate:
+        raise RecipeError(
+            "confidence.calibrate = false leaves scores that no threshold is chosen for",
+            where=where,
+            fix="Remove calibrate, or target and answered.",
+        )
+
+
 def _needs_the_base(grpo: Grpo) -> Iterator[tuple[str, str]]:
     """The settings of grpo that use the base beside the policy, and what to do without."""
     if grpo.kl and grpo.kl_to == "base":
@@ -254,7 +293,7 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
             expected="stages of one task, on encoders after masked-lm",
             fix="Split this into two recipes.",
         )
-    if stage.data.validation is not None and stage.data.hold_out is not None:
+    if stage.data.validation is not None and stage.data.hold_out:
         what = f"{path}.data has both validation and hold_out"
         raise RecipeError(what, where=where, fix="Remove one of them.")
     used = METHODS[stage.method].columns

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 from edgetune.core.settings import option
 from edgetune.core.tasks import METHODS, MethodName, Problem, Task
+from edgetune.recipe.confidence import ConfidenceSettings
 from edgetune.recipe.own_settings import Dpo, Grpo
 from edgetune.recipe.parameters import Parameters as Parameters
 from edgetune.recipe.parameters import what_learns as what_learns
@@ -128,9 +129,9 @@ class Data:
         None,
         help=(
             "without a validation file: this many rows of train, drawn with the seed, are for"
-            " validation"
+            " validation; 0: none; not set: a tenth, 20 to 1,000 rows, of 100 or more"
         ),
-        at_least=1,
+        at_least=0,
     )
     limit: int | None = option(
         None, help="train on a random subset of this many rows, drawn with the seed", at_least=1
@@ -173,7 +174,11 @@ class Generation:
     """What the adapter brings along for its answers; a request may ask for something else."""
 
     schema: str | None = option(
-        None, help="a JSON schema file: every answer is JSON that it accepts (needs llguidance)"
+        None,
+        help=(
+            'a JSON schema file, or "auto": derived from the JSON answers of the last sft stage;'
+            " every answer is JSON that it accepts (needs llguidance)"
+        ),
     )
     regex: str | None = option(
         None, help="a regular expression that every answer matches (needs llguidance)"
@@ -345,6 +350,9 @@ class Recipe:
     forgetting: Forgetting | None = option(None, help="measure general ability before and after")
     generation: Generation | None = option(
         None, help="how the adapter answers where a request does not say"
+    )
+    confidence: ConfidenceSettings | None = option(
+        None, help="how sure its answers are, and which are not given"
     )
     stage: tuple[Stage, ...] = option(help="at least one [[stage]]")
 

@@ -17,6 +17,7 @@ from edgetune.metrics.statistics import headline
 from edgetune.recipe.parameters import what_learns
 from edgetune.recipe.relevance import relevant
 from edgetune.recipe.schema import Recipe
+from edgetune.report.answers import confidence_section, errors_section
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.forgetting import general_changes, picture, task_changes
 from edgetune.report.html import PLOTTED_SHARES, STYLE, figure, html_table, words
@@ -82,6 +83,8 @@ def render_report(
         + "</div>",
         *(f"<p>{escape(line)}</p>" for line in kept_lines(summary)),
         "<h2>Results</h2>" + _results(summary),
+        *confidence_section(summary),
+        *errors_section(summary),
         *trial_section(trials),
         *_forgetting(summary),
         "<h2>What the adapter changes</h2>" + _effect(summary),

@@ -4,7 +4,7 @@ an adapter to go on from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from edgetune.quantisation.precision import shipped_precision
 from edgetune.recipe.checks import KIND as SEQ2SEQ
 from edgetune.recipe.checks import check_recipe
 from edgetune.recipe.schema import Recipe, Stage
+from edgetune.training.answer_form import answer_form
 from edgetune.training.automatic import by_rule, chosen
 from edgetune.training.checkpoint import origin_of
 from edgetune.training.methods import method_of, own_settings
@@ -44,6 +45,7 @@ class Inputs:
     start: StartAdapter | None
     pad_id: int
     chosen: dict[str, Any]  # what the recipe had left open, by dotted key
+    answer_schema: Mapping[str, Any] | None = None  # that `schema = "auto"` came to
 
     def origin(self, *, processes: int) -> dict[str, str]:
         """What a run that resumes must have in common with this one."""
@@ -67,7 +69,9 @@ def read_inputs(recipe: Recipe) -> Inputs:
     start = read_start(recipe, base)
     tokenizer = load_tokenizer(base)
     sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
-    asked, rows = recipe, [len(examples.train) for examples in sets]
+    form = answer_form(recipe, tokenizer, base)
+    sets = form.noted(sets)
+    asked, rows = _with_hold_outs(recipe, sets), [len(examples.train) for examples in sets]
     recipe = by_rule(asked, width=hidden_size(base), rows=rows)
     for stage in recipe.stage:
         method = method_of(stage, base.kind)
@@ -87,7 +91,9 @@ def read_inputs(recipe: Recipe) -> Inputs:
     if start is not None:
         digests[0]["start"] = start.digest
     found = chosen(asked, recipe)
-    return Inputs(recipe, base, tokenizer, sets, replays, digests, start, pad_id, found)
+    return Inputs(
+        recipe, base, tokenizer, sets, replays, digests, start, pad_id, found, form.schema
+    )
 
 
 def _check_classifier(recipe: Recipe) -> None:
@@ -127,6 +133,17 @@ def _load_data(
         )
         sets.append(load_examples(stage, tokenizer, base, labels, seed=recipe.seed))
     return sets
+
+
+def _with_hold_outs(recipe: Recipe, sets: list[ExampleSet]) -> Recipe:
+    """The recipe that says how many rows were held out, which draws the same ones again."""
+    stages = [
+        stage
+        if examples.held_out is None
+        else replace(stage, data=replace(stage.data, hold_out=examples.held_out))
+        for stage, examples in zip(recipe.stage, sets, strict=True)
+    ]
+    return replace(recipe, stage=tuple(stages))
 
 
 def _load_replays(

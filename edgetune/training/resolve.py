@@ -12,11 +12,10 @@ import torch
 
 from edgetune.core.settings import settled
 from edgetune.data.batching import steps_per_epoch
-from edgetune.data.examples import ExampleSet
 from edgetune.models.load import hidden_size, new_head
 from edgetune.models.torch_device import Precision, choose_precision
 from edgetune.recipe.generation import generation_defaults
-from edgetune.recipe.schema import DeviceChoice, Recipe, Stage
+from edgetune.recipe.schema import DeviceChoice, Stage
 from edgetune.training.batches import MAX_TOKENS_AT_ONCE, Batching
 from edgetune.training.class_weights import weighing, weights_of
 from edgetune.training.context import ResolvedRun, ResolvedStage
@@ -82,7 +81,7 @@ def resolve(
         parameters=recipe.parameters,
         start=inputs.start,
         head=(new_head(inputs.base, recipe.task) if inputs.start is None else inputs.start.head),
-        generation=_generation(recipe, inputs.sets[-1]),
+        generation=_generation(inputs),
         forgetting=recipe.forgetting,
         chosen={
             **inputs.chosen,
@@ -187,12 +186,13 @@ def _precisions(inputs: Inputs, asked: Sequence[str], device: torch.device) -> l
     return [chosen[setting] for setting in asked]
 
 
-def _generation(recipe: Recipe, examples: ExampleSet) -> dict[str, Any] | None:
+def _generation(inputs: Inputs) -> dict[str, Any] | None:
     """How the adapter answers; None for one that does not.
 
     As many tokens as the longest answer that was learned and a few more; packed text is as long as
     it can be, answers need not be.
     """
+    recipe, examples = inputs.recipe, inputs.sets[-1]
     if recipe.task != "text-generation":
         return None
     longest = 16 + max(
@@ -200,7 +200,9 @@ def _generation(recipe: Recipe, examples: ExampleSet) -> dict[str, Any] | None:
     )
     if recipe.stage[-1].method == "causal-lm":
         longest = min(longest, 256)
-    return generation_defaults(recipe, examples.max_new_tokens or longest)
+    return generation_defaults(
+        recipe, examples.max_new_tokens or longest, derived=inputs.answer_schema
+    )
 
 
 def _completion_length(labels: list[int] | int) -> int:

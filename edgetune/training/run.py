@@ -131,7 +131,7 @@ def run_recipe(
         summary = replace(
             summary,
             forgetting=_forgetting(run, model, progress),
-            warnings=warnings_of(run, journal.records),
+            warnings=[*warnings_of(run, journal.records), *summary.warnings],
             search=None if searched is None else dict(searched),
         )
         _write(folder, run, model.model, summary, journal, write_more)

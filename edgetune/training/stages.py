@@ -12,6 +12,7 @@ from edgetune.core.progress import Progress
 from edgetune.data.batching import Batch
 from edgetune.models.torch_device import device_of, generators_untouched
 from edgetune.training.checkpoint import Position, State
+from edgetune.training.confidence import measure_scores
 from edgetune.training.context import Kept, Prepared, ResolvedRun, ResolvedStage, StageStart
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
@@ -111,11 +112,15 @@ class Stages:
                 got="mean logit change 0",
                 fix="Raise learning_rate or epochs.",
             )
+        fitted = measure_scores(self.model.model, stage, held_out, self.settled.recipe.confidence)
         return {
             "metrics": metrics,
             "base_metrics": base_metrics,
             "effect": effect,
             "effect_rows": "validation" if examples.validation else "train",
+            "confidence": fitted.facts,
+            "analysis": fitted.analysis,
+            "warnings": [*fitted.warnings],
         }
 
 
