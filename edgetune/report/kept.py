@@ -23,6 +23,11 @@ def kept_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         line = f"stage {number}: " if len(stages) > 1 else ""
         if kept["step"] == kept["last_step"] == kept["best_step"]:
             line += f"the last step was the best by {words(metric)}"
+        elif kept["step"] == kept["best_step"] and kept["best"] == kept["last"]:
+            line += (
+                f"step {kept['step']:,} is kept, {words(metric)} {figure(metric, kept['best'])} as"
+                f" at the last, step {kept['last_step']:,}, with less loss"
+            )
         elif kept["step"] == kept["best_step"]:
             line += (
                 f"step {kept['step']:,} is kept, the best by {words(metric)}:"
