@@ -66,6 +66,8 @@ class ExampleSet:
     unseen_words: dict[str, dict[str, int]] = field(default_factory=dict)
     # validation rows that are learned too, of all (of packed text documents)
     validation_in_train: tuple[int, int] = (0, 0)
+    # validation rows that are none of the labels; their class is not read
+    out_of_scope: list[Example] = field(default_factory=list)
     # what each file was taken for, and what a look at its rows found
     notes: dict[str, list[str]] = field(default_factory=dict)
 

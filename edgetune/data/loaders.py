@@ -11,10 +11,11 @@ from typing import Any
 from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import METHODS
 from edgetune.data.completions import load_completions
-from edgetune.data.examples import ExampleSet, Loading, token_limit
-from edgetune.data.labels import load_labelled
+from edgetune.data.examples import Example, ExampleSet, Loading, token_limit
+from edgetune.data.labels import LabelledRow, encode_texts, load_labelled
 from edgetune.data.look import look, standing_in
 from edgetune.data.masking import load_masked
+from edgetune.data.out_of_scope import without_outside
 from edgetune.data.plain_text import load_packed, text_rows
 from edgetune.data.preferences import load_preferences
 from edgetune.data.prompts import PromptFormat, prompt_format
@@ -44,14 +45,20 @@ LOADERS: dict[str, Callable[[Loading], ExampleSet]] = {
 
 
 def load_examples(
-    stage: Stage, tokenizer: Any, base: Base, labels: Sequence[str] | None = None, *, seed: int = 0
+    stage: Stage,
+    tokenizer: Any,
+    base: Base,
+    labels: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    outside: str | None = None,
 ) -> ExampleSet:
     """All examples of a stage; `labels` fixes the classes, else they are the sorted labels of the
     training file.
 
     Raises RecipeError when method and base do not fit, DataError for a row that cannot be used
     (with `data.skip_invalid` such rows are counted instead). `seed` draws the subset of
-    `data.limit`.
+    `data.limit`. `outside`: see `outside_label`.
     """
     _check_kind(stage, base)
     sources = stage_rows(stage, seed=seed)
@@ -66,6 +73,9 @@ def load_examples(
     tokenizer = reading(tokenizer, form.control_tokens)
     for note in told(stage, form):
         sources["train"].note(note)
+    others: list[LabelledRow] = []
+    if outside is not None:
+        sources, others = without_outside(sources, form, outside)
     found = _loader(stage, base)(
         Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
     )
@@ -73,7 +83,14 @@ def load_examples(
     measured = standing_in(learned, asked), len(asked)
     seen = look(found.train, found.labels, measured)
     notes = found.notes | ({"rows": seen} if seen else {})
-    return replace(found, validation_in_train=measured, notes=notes)
+    found = replace(found, validation_in_train=measured, notes=notes)
+    if not others:
+        return found
+    ids, _ = encode_texts([row.text for row in others], tokenizer, limit=limit)
+    return replace(
+        found,
+        out_of_scope=[Example(one, 0, row.line) for row, one in zip(others, ids, strict=True)],
+    )
 
 
 def _compared(
