@@ -40,7 +40,7 @@ def fit_temperature(logits: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     hits = int((rows.argmax(-1) == right).sum())
 
     def too_sure(log_t: float) -> float:
-        mean = likeliest(rows, math.exp(log_t))[1].mean()
+        mean = best_labels(rows, math.exp(log_t))[1].mean()
         return float(mean - (hits + 1) / (len(right) + 2))
 
     if len(right) - hits < FEW_WRONG and too_sure(log_t) > 0 > too_sure(high):
@@ -54,7 +54,7 @@ def _log_softmax(logits: Floats) -> Floats:
     return result
 
 
-def likeliest(logits: npt.ArrayLike, temperature: float) -> tuple[npt.NDArray[np.int64], Floats]:
+def best_labels(logits: npt.ArrayLike, temperature: float) -> tuple[npt.NDArray[np.int64], Floats]:
     """The best class of each row of logits (rows, classes), and its calibrated probability."""
     p = np.exp(_log_softmax(np.asarray(logits, np.float64) / temperature))
     return p.argmax(-1), p.max(-1)

@@ -16,9 +16,9 @@ from edgetune.metrics.calibration import (
     SURE,
     Floats,
     Reached,
+    best_labels,
     calibration_error,
     fit_temperature,
-    likeliest,
     reliability,
     rows_needed,
     threshold_for,
@@ -57,8 +57,10 @@ def measure_scores(
     """What `[confidence]` asks for, fitted on the last stage's validation rows, and which of them
     are answered wrongly; nothing where the answers are no labels.
     """
-    if not can_calibrate(stage.task, stage.problem) or not held_out:
+    if not can_calibrate(stage.task, stage.problem):
         return Fitted()
+    if not held_out:
+        return Fitted(warnings=_too_few(0, asked))
     found = _logits(model, stage, held_out)
     logits, targets = (np.concatenate(column) for column in zip(*found, strict=True))
     others = batches_for_measuring(
@@ -96,9 +98,9 @@ def fit_confidence(
     if len(targets) < ENOUGH_ROWS:
         return Fitted(warnings=_too_few(len(targets), asked))
     temperature = fit_temperature(logits, targets)
-    best, scores = likeliest(logits, temperature)
+    best, scores = best_labels(logits, temperature)
     right = best == targets
-    _, unknown = likeliest(outside, temperature)
+    _, unknown = best_labels(outside, temperature)
     threshold, warnings = _threshold(scores, right, unknown, settings)
     fitted = Confidence(
         temperature=temperature,
@@ -108,7 +110,7 @@ def fit_confidence(
         out_of_scope=settings.out_of_scope,
         rows=len(targets),
     )
-    _, before = likeliest(logits, 1.0)
+    _, before = best_labels(logits, 1.0)
     facts = {
         **fitted.to_dict(),
         "expected_calibration_error": calibration_error(reliability(scores, right)),

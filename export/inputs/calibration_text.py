@@ -18,6 +18,7 @@ from edgetune.data.loaders import load_examples
 from edgetune.data.out_of_scope import outside_label
 from edgetune.data.row import Row
 from edgetune.data.rows import read_rows
+from edgetune.data.splits import as_run
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import Base
 from edgetune.models.calibration import LENGTH, TOKENS, calibrate
@@ -175,5 +176,5 @@ def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None
     )
     outside = outside_label(recipe)
     return load_examples(
-        recipe.stage[-1], tokenizer, base, labels, seed=recipe.seed, outside=outside
+        as_run(recipe.stage[-1]), tokenizer, base, labels, seed=recipe.seed, outside=outside
     )

@@ -65,7 +65,8 @@ class Runtime:
         name). `adapter_folder` and `adapter_memory_mb`: see AdapterRegistry. `strict`: adapters
         from elsewhere are refused where their base cannot be checked, and where they have no
         effect. `engine`: "native", "onnxruntime", or "auto", native where it was built and fits the
-        bundle and the providers (`Runtime.engine` says which it is and why; InputError where
+        bundle and the providers; "native:cache=int8": native with keys and values in 8 bits
+        (`Runtime.engine` says which it is and why; InputError where
         "native" cannot be had).
         """
         parse_providers(providers)  # a typo is found before gigabytes are hashed

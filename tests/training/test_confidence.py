@@ -248,6 +248,8 @@ def test_a_table_that_means_nothing_is_refused(
     method: str, problem: Any, settings: dict[str, Any], said: str, tiny_encoder: Path
 ) -> None:
     made = recipe(tiny_encoder, method, Path("train.jsonl"), None, problem=problem)
+    (only,) = made.stage
+    made = replace(made, stage=(replace(only, data=replace(only.data, hold_out=0)),))
     with pytest.raises(RecipeError, match=said):
         check_confidence(
             replace(made, confidence=ConfidenceSettings(**settings)), where="recipe.toml"
