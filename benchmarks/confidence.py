@@ -2,7 +2,7 @@
 its labels: Banking77 with ten labels held out of training; a table, then one JSON line.
 
     EDGETUNE_DATASETS=FOLDER python benchmarks/confidence.py [--seeds 0 1 2] [--shots 10]
-    [--precision int8 int4]
+    [--epochs 10] [--precision int8 int4]
 
 Near rows are test rows of the ten labels, far ones requests to a smart speaker (SNIPS) and short
 messages (SMS spam). Every score is judged by its recall of these where 95 of 100 other test rows
@@ -38,6 +38,7 @@ from edgetune.recipe.read import recipe_from_dict
 from edgetune.training import run_recipe
 
 HELD_OUT, VALIDATION_ROWS, FAR_ROWS, ANSWERED = 10, 5, 400, 0.95
+SHIPPED = ("accuracy", "answered", "accuracy_answered", "expected_calibration_error")
 Row = dict[str, Any]
 Array = NDArray[np.float64]
 
@@ -137,11 +138,11 @@ def write(path: Path, rows: list[Row]) -> Path:
     return path
 
 
-def train_one(seed: int, shots: int, data: dict[str, list[Row]], folder: Path) -> Path:
+def train_one(seed: int, epochs: int, data: dict[str, list[Row]], folder: Path) -> Path:
     """A run as a user would train it."""
     stage = {
         "method": "sequence-classification",
-        "epochs": 10,
+        "epochs": epochs,
         "batch_size": 32,
         "learning_rate": 5e-4,
         "head_learning_rate": 1e-3,
@@ -164,12 +165,12 @@ def train_one(seed: int, shots: int, data: dict[str, list[Row]], folder: Path) -
     return folder / "run"
 
 
-def one_seed(seed: int, shots: int, precisions: list[str]) -> dict[str, Any]:
+def one_seed(seed: int, shots: int, epochs: int, precisions: list[str]) -> dict[str, Any]:
     """Everything that one seed gives, printed on the way."""
     data = split(seed, shots)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run = train_one(seed, shots, data, folder)
+        run = train_one(seed, epochs, data, folder)
         answers = TorchAnswers.open(run)
         labels = list(answers.labels or ())
         found = {part: read(answers, data[part]) for part in data}
@@ -207,20 +208,20 @@ def shipped(
     for precision in precisions:
         places[precision] = folder / precision
         export_bundle([("intents", run)], places[precision], precision=Precision(precision))
+    file = write(folder / "test.jsonl", data["known"] + data["near"] + data["far"])
+    ends = np.cumsum([0, len(data["known"]), len(data["near"]), len(data["far"])])
     found: dict[str, Any] = {}
-    rejected: dict[str, list[bool]] = {}
+    rejected: dict[str, NDArray[np.bool_]] = {}
     for name, place in places.items():
-        found[name], rejected[name] = {}, []
-        for part in ("near", "far"):
-            file = write(folder / f"{part}-test.jsonl", data["known"] + data[part])
-            result = evaluate(place, file)
-            metrics = result.metrics
-            found[name][f"recall_{part}"] = metrics["out_of_scope_recall"]
-            rejected[name] += [bool(one.get("rejected")) for one in result.predictions]
-        for metric in ("accuracy", "answered", "accuracy_answered", "expected_calibration_error"):
-            found[name][metric] = metrics[metric]
-        changed = np.not_equal(rejected[name], rejected["torch"])
-        found[name]["changed_rejections"] = float(changed.mean())
+        result = evaluate(place, file)
+        by_line = {one["line"]: bool(one.get("rejected")) for one in result.predictions}
+        rejected[name] = np.array([by_line[line] for line in range(1, len(by_line) + 1)])
+        found[name] = {
+            "recall_near": float(rejected[name][ends[1] : ends[2]].mean()),
+            "recall_far": float(rejected[name][ends[2] : ends[3]].mean()),
+            **{metric: result.metrics[metric] for metric in SHIPPED},
+            "changed_rejections": float((rejected[name] != rejected["torch"]).mean()),
+        }
         print(name, json.dumps({key: round(value, 4) for key, value in found[name].items()}))
     return found
 
@@ -229,9 +230,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shots", type=int, choices=(5, 10), default=10)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--precision", nargs="*", default=["int8"])
     given = parser.parse_args()
-    print(json.dumps([one_seed(seed, given.shots, given.precision) for seed in given.seeds]))
+    found = [one_seed(seed, given.shots, given.epochs, given.precision) for seed in given.seeds]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

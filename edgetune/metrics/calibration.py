@@ -19,6 +19,7 @@ BINS = 15
 SURE = 0.9
 """How sure the share of right answers reaches its target: one-sided, by Clopper and Pearson."""
 FEW_WRONG = 10
+BINS_DRAWN, LEAST_ROWS = 10, 10
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
@@ -36,7 +37,9 @@ def fit_temperature(logits: npt.ArrayLike, targets: npt.ArrayLike) -> float:
         return float(-_log_softmax(rows / math.exp(log_t))[np.arange(len(right)), right].mean())
 
     low, high = math.log(LEAST_TEMPERATURE), math.log(LARGEST_TEMPERATURE)
-    log_t = float(minimize_scalar(loss, bounds=(low, high), method="bounded", tol=1e-6).x)
+    log_t = float(
+        minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x
+    )
     hits = int((rows.argmax(-1) == right).sum())
 
     def too_sure(log_t: float) -> float:
@@ -79,6 +82,19 @@ def reliability(scores: npt.ArrayLike, right: npt.ArrayLike, *, bins: int = BINS
         Bin(int(mask.sum()), float(values[mask].mean()), float(hits[mask].mean()))
         for at in range(bins)
         if (mask := places == at).any()
+    ]
+
+
+def bins_of_rows(scores: npt.ArrayLike, right: npt.ArrayLike) -> list[Bin]:
+    """Bins of equally many answers, for a picture: BINS_DRAWN, or fewer of LEAST_ROWS each
+    (adaptive binning, Nguyen and O'Connor 2015).
+    """
+    values, hits = _surest_first(scores, right)
+    parts = max(1, min(BINS_DRAWN, len(values) // LEAST_ROWS))
+    return [
+        Bin(len(part), float(values[part].mean()), float(hits[part].mean()))
+        for part in np.array_split(np.arange(len(values))[::-1], parts)
+        if len(part)
     ]
 
 
