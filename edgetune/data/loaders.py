@@ -11,11 +11,12 @@ from typing import Any
 from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import METHODS
 from edgetune.data.completions import load_completions, prompted_rows, without_end
-from edgetune.data.examples import ExampleSet, Loading, token_limit
+from edgetune.data.examples import Example, ExampleSet, Loading, token_limit
 from edgetune.data.findings import Finding, cut, find, unusable
 from edgetune.data.implicit_prompts import paired, well_answered
-from edgetune.data.labels import load_labelled
+from edgetune.data.labels import LabelledRow, encode_texts, load_labelled
 from edgetune.data.masking import load_masked
+from edgetune.data.out_of_scope import without_outside
 from edgetune.data.plain_text import load_packed
 from edgetune.data.preferences import load_preferences
 from edgetune.data.prompts import PromptFormat, prompt_format
@@ -47,21 +48,36 @@ LOADERS: dict[str, Callable[[Loading], ExampleSet]] = {
 
 
 def load_examples(
-    stage: Stage, tokenizer: Any, base: Base, labels: Sequence[str] | None = None, *, seed: int = 0
+    stage: Stage,
+    tokenizer: Any,
+    base: Base,
+    labels: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    outside: str | None = None,
 ) -> ExampleSet:
     """All examples of a stage; `labels` fixes the classes, else they are the sorted labels of the
     training file.
 
     Raises RecipeError when method and base do not fit, DataError for a row that cannot be used
     (with `data.skip_invalid` such rows are counted instead). `seed` draws the subset of
-    `data.limit`.
+    `data.limit`. `outside`: see `outside_label`.
     """
     loading = open_rows(stage, tokenizer, base, labels, seed=seed)
+    others: list[LabelledRow] = []
+    if outside is not None:
+        sources, others = without_outside(loading.sources, loading.form, outside)
+        loading = replace(loading, sources=sources)
     sources = loading.sources
     found = loader_of(stage, base)(loading)
     findings = _findings(stage, sources, loading.form, found, seed=seed)
     drawn = None if stage.data.validation is not None else len(_held(sources).rows)
-    return replace(found, findings=findings, held_out=drawn)
+    found = replace(found, findings=findings, held_out=drawn)
+    if not others:
+        return found
+    ids, _ = encode_texts([row.text for row in others], loading.tokenizer, limit=loading.limit)
+    strangers = [Example(one, 0, row.line) for row, one in zip(others, ids, strict=True)]
+    return replace(found, out_of_scope=strangers)
 
 
 def open_rows(

@@ -240,13 +240,13 @@ def check_confidence(recipe: Recipe, *, where: str) -> None:
                 expected="one label a row",
                 fix=f"Remove {name}.",
             )
-    held_out = stage.data.validation is not None or stage.data.hold_out is not None
+    held_out = stage.data.validation is not None or stage.data.hold_out != 0
     if asked.has_threshold and not held_out:
         raise RecipeError(
             "a threshold is chosen on validation rows, and there are none",
             where=where,
             expected=f"stage.{len(recipe.stage) - 1}.data.validation or data.hold_out",
-            fix="For example data.hold_out = 100.",
+            fix="Remove data.hold_out = 0.",
         )
     if asked.has_threshold and not asked.calibrate:
         raise RecipeError(

@@ -14,6 +14,7 @@ from edgetune.core.tasks import CLASSIFICATION
 from edgetune.data.batching import steps_per_epoch
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
+from edgetune.data.out_of_scope import outside_label
 from edgetune.models.base import Base
 from edgetune.models.load import hidden_size, load_tokenizer
 from edgetune.models.resolve import resolve_base
@@ -131,7 +132,11 @@ def _load_data(
         labels = next(
             (examples.labels for examples in sets if examples.labels is not None), classes
         )
-        sets.append(load_examples(stage, tokenizer, base, labels, seed=recipe.seed))
+        sets.append(
+            load_examples(
+                stage, tokenizer, base, labels, seed=recipe.seed, outside=outside_label(recipe)
+            )
+        )
     return sets
 
 
