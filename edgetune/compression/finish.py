@@ -13,6 +13,7 @@ from edgetune.compression.straight_through import rounded_weights
 from edgetune.core.arrays import Array
 from edgetune.core.layout import PEFT_PREFIX, RECIPE
 from edgetune.core.progress import Progress
+from edgetune.core.settings import settled
 from edgetune.export.inputs.small_adapter import Factors, rank_settings, write_plain
 from edgetune.models.torch_device import choose_device, hold_frozen_linears_in_bf16
 from edgetune.recipe.read import load_run_recipe
@@ -96,14 +97,21 @@ def _recipe(recipe: Recipe, start: Path, factors: Mapping[str, Factors], steps: 
     )
     stage = replace(
         last,
-        data=replace(last.data, validation=None),
-        learning_rate=RATE * last.learning_rate,
+        data=replace(
+            last.data,
+            validation=None,
+            # rows that were held out stay out
+            hold_out=0 if last.data.validation is not None else last.data.hold_out,
+        ),
+        learning_rate=RATE * settled(last.learning_rate),
         head_learning_rate=(
             None if last.head_learning_rate is None else RATE * last.head_learning_rate
         ),
         max_steps=steps,
-        epochs=max(last.epochs, float(steps)),
-        validate_every=None,
+        epochs=max(settled(last.epochs), float(steps)),
+        validate_every=2 * steps,
+        keep="last",
+        patience=None,
     )
     return replace(recipe, parameters=parameters, stage=(stage,), forgetting=None)
 

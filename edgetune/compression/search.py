@@ -38,7 +38,7 @@ STEPS = 100
 
 
 @dataclass(frozen=True)
-class Size:
+class AdapterSize:
     """A form that an adapter may take."""
 
     factors: Mapping[str, Factors]
@@ -83,7 +83,9 @@ class Compressed:
     """the adapter as trained"""
 
 
-def sizes_of(read: LoraFolder, *, rank: float | None = None, bits: int | None = None) -> list[Size]:
+def sizes_of(
+    read: LoraFolder, *, rank: float | None = None, bits: int | None = None
+) -> list[AdapterSize]:
     """The forms that no smaller one equals, the smallest first; of a `rank` or `bits` that is asked
     for.
     """
@@ -97,8 +99,8 @@ def sizes_of(read: LoraFolder, *, rank: float | None = None, bits: int | None = 
             ranks = ranks_within(spectra, mean)
             factors = factors_of(spectra, ranks)
             kept = kept_effect(spectra, _cut(shipped, ranks))
-            found.append(Size(factors, own_bits, code_bytes(factors, own_bits), kept))
-    front: list[Size] = []
+            found.append(AdapterSize(factors, own_bits, code_bytes(factors, own_bits), kept))
+    front: list[AdapterSize] = []
     for size in sorted(found, key=lambda one: (one.bytes, -one.kept)):
         if not front or size.kept > front[-1].kept:
             front.append(size)
@@ -130,7 +132,7 @@ class Search:
         self.made: list[SmallAdapter] = []  # one a trial
         self.reference = None if task is None else task.as_trained()
 
-    def tried(self, size: Size, *, steps: int = 0) -> SizeTrial:
+    def tried(self, size: AdapterSize, *, steps: int = 0) -> SizeTrial:
         """Round, or train against the codes and round; and measure."""
         read, factors, kept = self.read, size.factors, size.kept
         if steps:
@@ -154,12 +156,12 @@ class Search:
         self.progress.say(size_line(trial))
         return trial
 
-    def holds(self, size: Size, *, steps: int = 0) -> bool:
+    def holds(self, size: AdapterSize, *, steps: int = 0) -> bool:
         """Whether it keeps within the bound."""
         trial = self.tried(size, steps=steps)
         return self.max_loss is None or trial.loss is None or trial.loss <= self.max_loss
 
-    def forced(self, size: Size) -> int:
+    def forced(self, size: AdapterSize) -> int:
         """The trial of a size that was asked for, also trained against its codes."""
         self.tried(size)
         if self.steps:
@@ -167,11 +169,11 @@ class Search:
         losses = [trial.loss for trial in self.trials if trial.loss is not None]
         return losses.index(min(losses)) if losses else len(self.trials) - 1
 
-    def smallest(self, sizes: Sequence[Size]) -> int:
+    def smallest(self, sizes: Sequence[AdapterSize]) -> int:
         """The trial of the smallest size that holds."""
         chosen = -1
 
-        def note(size: Size, *, steps: int = 0) -> bool:
+        def note(size: AdapterSize, *, steps: int = 0) -> bool:
             nonlocal chosen
             held = self.holds(size, steps=steps)
             chosen = len(self.trials) - 1 if held else chosen
@@ -191,7 +193,7 @@ class Search:
         return chosen
 
 
-def halved(sizes: Sequence[Size], holds: Callable[[Size], bool]) -> int:
+def halved(sizes: Sequence[AdapterSize], holds: Callable[[AdapterSize], bool]) -> int:
     """The index of the smallest that holds, where every larger one does; len(sizes): none."""
     low, high = 0, len(sizes)
     while low < high:
