@@ -27,6 +27,8 @@ COMMANDS = {
     "sweep": "Train a grid of settings and compare the runs.",
     "report": "Compare runs on one page.",
     "eval": "Measure a run or a bundle on a data file.",
+    "compress": "Make a trained adapter small: a lower rank in few bits.",
+    "decompress": "Write a small adapter as PEFT's own again.",
     "export": "Turn adapters into a bundle, with proof.",
     "verify": "Check a bundle's hashes; with --parity prove it again.",
     "diff": "Say what changed from one bundle to another.",

@@ -21,7 +21,7 @@ from torch import nn
 from edgetune.adapters.folder import load_adapter
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTER, ADAPTER_METADATA
-from edgetune.core.precisions import FLOATS
+from edgetune.core.precisions import FLOATS, adapter_bounds
 from edgetune.core.tasks import CLASSIFICATION, MASKED, REWARD
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.export.proof.probe import torch_outputs
@@ -211,11 +211,10 @@ def judged_by(manifest: Manifest, reference: Base) -> str:
     bits: int8's bounds.
     """
     own = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
-    return (
-        "int8"
-        if own == "int4" and manifest.mode == "separate" and reference.precision is not None
-        else own
-    )
+    if own == "int4" and manifest.mode == "separate" and reference.precision is not None:
+        own = "int8"
+    adapters: str = manifest.quality.get("adapter_precision", "fp32")
+    return coarsest([own, adapter_bounds(adapters)])
 
 
 def warning(name: str, metadata: Mapping[str, Any], manifest: Manifest) -> str:
