@@ -69,6 +69,7 @@ METHODS: dict[MethodName, Method] = {
         task=REWARD,
         kinds=("decoder",),
         columns=("prompt", "chosen", "rejected", "system", "template"),
+        settings=("adapter",),
     ),
     "masked-lm": Method(task="masked-lm", kinds=("encoder",), columns=("text",)),
     "sequence-classification": Method(

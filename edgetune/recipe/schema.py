@@ -250,6 +250,13 @@ class Stage:
             " Kumar et al. 2022); random"
         ),
     )
+    adapter: str | None = option(
+        None,
+        help=(
+            "reward: the name of an adapter of its own, for the `reward` of a later grpo stage; not"
+            " set: the run's adapter"
+        ),
+    )
     dpo: Dpo | None = option(None, help="settings of dpo; not set: the defaults")
     grpo: Grpo | None = option(None, help="settings of grpo, where `reward` is needed")
 

@@ -62,6 +62,7 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
         *(f"<p>{escape(line)}.</p>" for line in summary.get("warnings", ())),
         '<h2>Training</h2><div class="plots">' + "".join(_plots(records)) + "</div>",
         "<h2>Results</h2>" + _results(summary),
+        *_judges(summary),
         *_forgetting(summary),
         "<h2>What the adapter changes</h2>" + _effect(summary),
         "<h2>Settings</h2>" + html_table(("setting", "value"), _settings(recipe)),
@@ -158,6 +159,13 @@ def _results(summary: Mapping[str, Any]) -> str:
         else "base"
     )
     return html_table(("validation", without, "with the adapter"), rows)
+
+
+def _judges(summary: Mapping[str, Any]) -> Iterable[str]:
+    """A table for each adapter that was trained to guide the policy."""
+    for name, judge in summary.get("adapters", {}).items():
+        title = f"Judge {name}, trained by stage {judge['stage']}"
+        yield f"<h2>{escape(title)}</h2>" + _results({**judge, "task": "reward"})
 
 
 def with_interval(name: str, metrics: Mapping[str, float]) -> str:

@@ -21,6 +21,7 @@ from edgetune.quantisation.blocks import ROUNDING
 from edgetune.quantisation.precision import shipped_precision
 from edgetune.recipe.checks import KIND as SEQ2SEQ
 from edgetune.recipe.checks import check_recipe
+from edgetune.recipe.judges import judges_of
 from edgetune.recipe.schema import Recipe, Stage
 from edgetune.training.checkpoint import origin_of
 from edgetune.training.methods import method_of, own_settings
@@ -63,9 +64,11 @@ def read_inputs(recipe: Recipe) -> Inputs:
     start = read_start(recipe, base)
     tokenizer = load_tokenizer(base)
     sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
+    judges = judges_of(recipe)
     for stage in recipe.stage:
         method = method_of(stage, base.kind)
-        method.check(own_settings(stage, method), base)
+        asked = own_settings(stage, method) if stage.grpo is None else stage.grpo.without(judges)
+        method.check(asked, base)
     pad_id = (
         tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None
@@ -75,7 +78,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     digests = [
         examples.digests
         | ({} if replay is None else {"replay": replay.digest})
-        | ({} if stage.grpo is None else reward_digests(stage.grpo))
+        | ({} if stage.grpo is None else reward_digests(stage.grpo.without(judges)))
         for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
     ]
     if start is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -30,16 +30,19 @@ def resolve(
     device: torch.device,
     group: Group,
     precisions: Sequence[str] | None = None,
+    judges: Mapping[str, str] | None = None,
 ) -> ResolvedRun:
     """The run that a recipe asks for, on this machine; alike in every process.
 
     `precisions`: those that a resumed run began with, which to measure again might change.
+    `judges`: the run folders of those that are trained, by name.
     """
     recipe = inputs.recipe
     asked = precisions or [stage.precision for stage in recipe.stage]
     chosen = group.from_leader(_precisions(inputs, asked, device))
     stages = tuple(
-        resolve_stage(inputs, index, precision=precision) for index, precision in enumerate(chosen)
+        resolve_stage(inputs, index, precision=precision, judges=judges or {})
+        for index, precision in enumerate(chosen)
     )
     return ResolvedRun(
         recipe=replace(
@@ -69,7 +72,9 @@ def resolve(
     )
 
 
-def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> ResolvedStage:
+def resolve_stage(
+    inputs: Inputs, index: int, *, precision: Precision, judges: Mapping[str, str]
+) -> ResolvedStage:
     """Stage `index` of the recipe."""
     stage, examples = inputs.recipe.stage[index], inputs.sets[index]
     method = method_of(stage, inputs.base.kind)
@@ -79,7 +84,8 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
         method=stage.method,
         task=stage.task,
         problem=stage.problem,
-        settings=own_settings(stage, method),
+        settings=own_settings(stage, method) if stage.grpo is None else stage.grpo.reading(judges),
+        adapter=stage.adapter,
         precision=precision,
         seed=inputs.recipe.seed + index,
         examples=examples,

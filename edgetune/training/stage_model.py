@@ -42,7 +42,7 @@ class RunModel:
         self.model = self._build().to(run.device)
         if run.start is not None:
             run.start.put_on(self.model)
-        if any(stage.task != run.task for stage in run.stages):
+        if any(stage.task != run.task for stage in run.own_stages):
             self._masked = self._borrowing()
         # Every weight that learns in any stage, under names that stay; what two of them share is
         # there once.

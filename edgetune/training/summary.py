@@ -68,6 +68,8 @@ class RunSummary:
     base_precision: dict[str, Any] | None = None
     # general ability before and after, where the recipe asks for it
     forgetting: list[dict[str, Any]] | None = None
+    # of each judge, by name: see `judge_facts`
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     # what the figures above do not show by themselves, a line each; said at the end of the run
     warnings: list[str] = field(default_factory=list)
 
@@ -194,19 +196,29 @@ def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) ->
     return "\n".join(lines)
 
 
-def closing(summary: RunSummary) -> str:
-    """The result, the speed and the place, a line each."""
+def judge_facts(stage: int, summary: RunSummary) -> dict[str, Any]:
+    """What came of a judge, for the summary of the run that it is a part of."""
+    keys = ("metrics", "base_metrics", "effect", "effect_rows", "train_loss", "seconds")
+    return {"stage": stage} | {key: getattr(summary, key) for key in keys}
+
+
+def results_line(summary: RunSummary) -> str:
+    """The metrics, those of the base beside them."""
     base = summary.base_metrics or {}
     metrics = "  ".join(
         f"{name} {value:.4f}" + (f" (base {base[name]:.4f})" if name in base else "")
         for name, value in headline(summary.metrics).items()
     )
-    result = metrics or f"train loss {summary.train_loss:.4f}"
+    return metrics or f"train loss {summary.train_loss:.4f}"
+
+
+def closing(summary: RunSummary) -> str:
+    """The result, the speed and the place, a line each."""
     speed = (
         f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak"
         f" {summary.peak_rss_mb:,.0f} MB"
     )
-    return f"{result}\n{speed}\nwritten to {summary.out}"
+    return f"{results_line(summary)}\n{speed}\nwritten to {summary.out}"
 
 
 def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[str]:
