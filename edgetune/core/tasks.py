@@ -17,19 +17,25 @@ MethodName = Literal[
     "grpo",
     "reward",
     "masked-lm",
+    "contrastive",
     "sequence-classification",
     "token-classification",
 ]
 Problem = Literal["single-label", "multi-label", "regression"]
 Task = Literal[
-    "text-generation", "reward", "masked-lm", "sequence-classification", "token-classification"
+    "text-generation",
+    "reward",
+    "masked-lm",
+    "feature-extraction",
+    "sequence-classification",
+    "token-classification",
 ]
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 TAGGING: Task = "token-classification"
 CLASSIFICATION: Task = "sequence-classification"
 MASKED: Task = "masked-lm"
-EMBEDDING = "feature-extraction"
-"""What a masked-lm adapter does in a bundle: the encoder's embedding, of another domain."""
+EMBEDDING: Task = "feature-extraction"
+"""A text's embedding: what contrastive trains, and what a masked-lm adapter gives in a bundle."""
 GENERATION: Task = "text-generation"
 REWARD: Task = "reward"
 PROBLEMS = get_args(Problem)
@@ -72,6 +78,12 @@ METHODS: dict[MethodName, Method] = {
         settings=("adapter",),
     ),
     "masked-lm": Method(task="masked-lm", kinds=("encoder",), columns=("text",)),
+    "contrastive": Method(
+        task=EMBEDDING,
+        kinds=("encoder",),
+        columns=("text", "text_pair", "negative", "label", "label_names"),
+        settings=("contrastive",),
+    ),
     "sequence-classification": Method(
         task="sequence-classification",
         kinds=("encoder", "decoder"),

@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import METHODS
+from edgetune.core.tasks import EMBEDDING, METHODS
 from edgetune.data.completions import load_completions
+from edgetune.data.contrasts import contrast_format, load_contrasts
 from edgetune.data.examples import ExampleSet, Loading, token_limit
 from edgetune.data.labels import load_labelled
 from edgetune.data.look import look, standing_in
@@ -33,6 +34,7 @@ LOADERS: dict[str, Callable[[Loading], ExampleSet]] = {
     "causal-lm": load_packed,
     "masked-lm": load_masked,
     "sft": load_completions,
+    "contrastive": load_contrasts,
     "sequence-classification": load_labelled,
     "multi-label": load_targets,
     "regression": load_targets,
@@ -56,11 +58,16 @@ def load_examples(
     _check_kind(stage, base)
     sources = stage_rows(stage, seed=seed)
     limit = token_limit(stage.max_length, tokenizer, base)
-    form = prompt_format(
-        stage.data,
-        method=stage.method,
-        chat_template=tokenizer.chat_template,
-        columns=sources["train"].rows[0].values,
+    columns = sources["train"].rows[0].values
+    form = (
+        contrast_format(stage.data, columns)
+        if stage.task == EMBEDDING
+        else prompt_format(
+            stage.data,
+            method=stage.method,
+            chat_template=tokenizer.chat_template,
+            columns=columns,
+        )
     )
     form = replace(form, control_tokens=stage.data.control_tokens)
     tokenizer = reading(tokenizer, form.control_tokens)
@@ -102,6 +109,9 @@ def told(stage: Stage, form: PromptFormat) -> list[str]:
         "{{ chosen }}",
     ):
         notes.append(f"answered with {form.completion!r}")
+    if stage.task == EMBEDDING:
+        found = {"alike": form.positive, "unlike": form.negative, "label": form.label}
+        notes += [f"{what}: {template!r}" for what, template in found.items() if template]
     if form.system_column is not None:
         notes.append(f"system messages of the rows' own, {form.system_column!r}")
     if stage.data.tags is None and form.tags not in (None, "tags"):

@@ -22,6 +22,20 @@ class Dpo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contrastive:
+    """What only `contrastive` asks for."""
+
+    scale: float = option(
+        20.0, help="what cosines are multiplied by before the softmax (1 / temperature)", above=0
+    )
+    pairs: int = option(
+        4,
+        help="rows with a label: other rows of that label that each is learned beside, at most",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grpo:
     """What only `grpo` asks for."""
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from edgetune.core.tasks import EMBEDDING
 from edgetune.data.batching import steps_per_epoch
 from edgetune.data.examples import ExampleSet
 from edgetune.models.load import hidden_size, new_head
@@ -94,7 +95,9 @@ def resolve_stage(
         replay=inputs.replays[index],
         tokenizer=inputs.tokenizer,
         base=inputs.base,
-        batching=Batching(inputs.pad_id, method.collate, method.length, examples.mask),
+        batching=Batching(
+            inputs.pad_id, method.collate, method.length, examples.mask, whole=method.whole
+        ),
         objective=method.objective(stage),
         measure=method.measure,
         outputs=method.outputs,
@@ -111,7 +114,7 @@ def resolve_stage(
         weight_decay=stage.weight_decay,
         warmup_ratio=stage.warmup_ratio,
         max_grad_norm=stage.max_grad_norm,
-        fit_head=stage.head_init == "probe",
+        fit_head=stage.head_init == "probe" and stage.task != EMBEDDING,
     )
 
 
