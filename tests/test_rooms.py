@@ -65,6 +65,7 @@ FLOORS = {
         "adapters core data edgetune evaluation.forgetting metrics models objectives "
         "quantisation recipe training.fast training.parallel training.reinforcement"
     ),
+    "labelling": "core data runtime",
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"
@@ -78,8 +79,8 @@ FLOORS = {
     "runtime.server": "core runtime.scheduler runtime.server.endpoints runtime.server.http",
     "cli": (
         "core data devices edgetune evaluation evaluation.forgetting export export.graph "
-        "export.inputs export.proof metrics models quantisation quickstart recipe report "
-        "runtime.bundle runtime.check runtime.engine runtime.scheduler runtime.server "
+        "export.inputs export.proof labelling metrics models quantisation quickstart recipe "
+        "report runtime.bundle runtime.check runtime.engine runtime.scheduler runtime.server "
         "runtime.server.http runtime.tasks training training.parallel"
     ),
     "__main__": "cli",

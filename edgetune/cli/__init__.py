@@ -22,6 +22,7 @@ COMMANDS = {
     "quickstart": "The whole road on embedded data: train, export, prove, check, predict.",
     "models": "List the built-in base models and fetch them.",
     "train": "Train an adapter from a recipe.",
+    "label": "Label texts by a bundle and few labelled rows, for training.",
     "report": "Compare runs on one page.",
     "eval": "Measure a run or a bundle on a data file.",
     "export": "Turn adapters into a bundle, with proof.",
