@@ -144,6 +144,7 @@ def llama_rounds(file: str, adapter: str, threads: int) -> Round:
 
 ENGINES = {
     "native": partial(edgetune_rounds, engine="native"),
+    "native_small": partial(edgetune_rounds, engine="native:cache=int8"),
     "native8": partial(edgetune_rounds, engine="native", rows=8),
     "onnxruntime": partial(edgetune_rounds, engine="onnxruntime"),
     "onnxruntime8": partial(edgetune_rounds, engine="onnxruntime", rows=8),
@@ -183,6 +184,7 @@ def configurations(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
             active = options.bundle, options.adapter
             yield f"{title}, adapter active", ours(engine, *active)
             yield f"{title}, 8 streams with 8 adapters", ours(f"{engine}8", *active)
+    yield "edgetune, cache in 8 bits, none active", ours("native_small", options.bundle)
     if options.genai:
         yield (
             "onnxruntime-genai, its own int4",

@@ -6,10 +6,11 @@ then one JSON line.
     python benchmarks/serving.py swap --bundle BUNDLE
     python benchmarks/serving.py http --bundle BUNDLE
     python benchmarks/serving.py cold --bundle BUNDLE
-   python benchmarks/serving.py llama --bundle BUNDLE --llama FILE.gguf --llama-python PYTHON
+    python benchmarks/serving.py llama --bundle BUNDLE --llama FILE.gguf --llama-python PYTHON
     python benchmarks/serving.py soak --bundle BUNDLE --minutes 30
 
-Several sections may be named at once. BUNDLE is a decoder's (`edgetune export`, mode separate). The
+Several sections may be named at once; all but `soak` are run by both engines, or by the one that
+`--engine` names. BUNDLE is a decoder's (`edgetune export`, mode separate). The
 adapters are made here, of rank 8 on all linear layers, or out of FOLDER with noise, in a temporary
 folder (`--work` names another one). What is compared takes turns in one run, in alternating order,
 so that a drifting machine hits all alike; ratios are of one turn each, medians are shown. The first
@@ -19,89 +20,94 @@ turn warms up. End tokens are banned, so every answer has all its tokens.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from serving_adapters import make_adapters
 from serving_http import cold, http
-from serving_load import STREAMS, Job, Prompts, Row, by_python, made, speed, table
+from serving_load import STREAMS, Job, Prompts, Row, by_python, made, opened, speed, table
 from serving_soak import soak
 from serving_swap import swap
 
-from edgetune.runtime import Runtime
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
 median = statistics.median
+Section = Callable[[argparse.Namespace, Path], list[Row]]
 
 
 def streams(options: argparse.Namespace, work: Path) -> list[Row]:
-    """8 streams of 8 adapters beside 8 streams of one adapter, one stream, and the base model."""
-    with Runtime.open(options.bundle, threads=options.threads, adapter_folder=work) as runtime:
-        names: list[str | None] = list(
-            make_adapters(work, runtime.manifest, STREAMS, source=options.adapter)
-        )
+    """8 streams of 8 adapters beside 8 streams of one adapter, one stream, and the base model; the
+    engines take turns.
+    """
+    with contextlib.ExitStack() as stack:
+        made_of: list[str] = []
+        schedulers = {}
+        for engine in options.engine:
+            runtime = stack.enter_context(opened(_with(options, engine), work))
+            made_of = made_of or make_adapters(
+                work, runtime.manifest, STREAMS, source=options.adapter
+            )
+            schedulers[engine] = stack.enter_context(Scheduler(runtime, max_rows=STREAMS))
+        names: list[str | None] = [*made_of]
         kinds = {
             "one stream": names[:1],
             "8 streams, one adapter": names[:1] * STREAMS,
             "8 streams, 8 adapters": names,
+            "8 streams, no adapter": [None] * STREAMS,
         }
-        kinds["8 streams, no adapter"] = [None] * STREAMS
         prompts = Prompts(runtime.manifest.graph.vocab_size)
-        whole: dict[str, list[float]] = {kind: [] for kind in kinds}
-        steps: dict[str, list[float]] = {kind: [] for kind in kinds}
-        with Scheduler(runtime, max_rows=STREAMS) as scheduler:
-            for turn in range(options.rounds + 1):
-                for kind in list(kinds)[:: -1 if turn % 2 else 1]:
-                    before = scheduler.stats()
-                    answers = by_python(
-                        scheduler,
-                        [Job(name, prompts(options.prompt), options.new) for name in kinds[kind]],
-                    )
-                    after = scheduler.stats()
-                    made = (
-                        after.tokens_generated_total - before.tokens_generated_total - len(answers)
-                    )  # first ones: prefill
-                    if turn:
-                        whole[kind].append(speed(answers))
-                        steps[kind].append(
-                            made / (after.step_seconds_total - before.step_seconds_total)
-                        )
-    mixed, shared, one = "8 streams, 8 adapters", "8 streams, one adapter", "one stream"
-    rows = [Row(f"{kind}, with prompts", median(whole[kind]), "tokens/s") for kind in kinds]
-    rows += [Row(f"{kind}, engine steps only", median(steps[kind]), "tokens/s") for kind in kinds]
-    rows.append(
-        Row(
-            "8 adapters against one shared, with prompts",
-            _ratio(whole, mixed, shared),
-            "x",
-            0.9,
-            at_least=True,
-        )
-    )
-    rows.append(
-        Row(
-            "8 adapters against one stream, with prompts",
-            _ratio(whole, mixed, one),
-            "x",
-            2.5,
-            at_least=True,
-        )
-    )
-    rows.append(
-        Row("8 adapters against one shared, engine steps only", _ratio(steps, mixed, shared), "x")
-    )
-    rows.append(
-        Row("8 adapters against one stream, engine steps only", _ratio(steps, mixed, one), "x")
-    )
+        ways = [(engine, kind) for engine in schedulers for kind in kinds]
+        whole: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+        steps: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+        for turn in range(options.rounds + 1):
+            for engine, kind in ways[:: -1 if turn % 2 else 1]:
+                scheduler = schedulers[engine]
+                before = scheduler.stats()
+                answers = by_python(
+                    scheduler,
+                    [Job(name, prompts(options.prompt), options.new) for name in kinds[kind]],
+                )
+                after = scheduler.stats()
+                new = after.tokens_generated_total - before.tokens_generated_total - len(answers)
+                if turn:  # new: without the first ones, which are prefill's
+                    whole[engine, kind].append(speed(answers))
+                    seconds = after.step_seconds_total - before.step_seconds_total
+                    steps[engine, kind].append(new / seconds)
+    return [row for engine in schedulers for row in _stream_rows(engine, list(kinds), whole, steps)]
+
+
+Rounds = dict[tuple[str, str], list[float]]
+
+
+def _stream_rows(engine: str, kinds: Sequence[str], whole: Rounds, steps: Rounds) -> list[Row]:
+    """Tokens/s of each kind by one engine, and what eight adapters take."""
+    one, shared, mixed = ((engine, kind) for kind in kinds[:3])
+    rows = [
+        Row(f"{engine}: {kind}, {what}", median(of[engine, kind]), "tokens/s")
+        for what, of in (("with prompts", whole), ("engine steps only", steps))
+        for kind in kinds
+    ]
+    for what, of, targets in (
+        ("with prompts", whole, (0.9, 2.5)),
+        ("engine steps only", steps, (None, None)),
+    ):
+        for beside, to, target in zip(
+            (shared, one), ("one shared", "one stream"), targets, strict=True
+        ):
+            title = f"{engine}: 8 adapters against {to}, {what}"
+            rows.append(Row(title, _ratio(of, mixed, beside), "x", target, at_least=True))
     return rows
 
 
-def _ratio(rounds: dict[str, list[float]], kind: str, to: str) -> float:
+def _ratio(rounds: Rounds, kind: tuple[str, str], to: tuple[str, str]) -> float:
     return median(a / b for a, b in zip(rounds[kind], rounds[to], strict=True))
 
 
@@ -109,7 +115,7 @@ def together(options: argparse.Namespace, work: Path) -> list[Row]:
     """First tokens of 8 short requests sent at once: one prompt between two steps, or as many as
     128 tokens hold.
     """
-    with Runtime.open(options.bundle, threads=options.threads, adapter_folder=work) as runtime:
+    with opened(options, work) as runtime:
         names = make_adapters(work, runtime.manifest, STREAMS, source=options.adapter)
         prompts, ways = (
             Prompts(runtime.manifest.graph.vocab_size),
@@ -144,7 +150,7 @@ def llama(options: argparse.Namespace, work: Path) -> list[Row]:
         )
     seconds: list[float] = []
     ours: list[float] = []
-    with Runtime.open(options.bundle, threads=options.threads, adapter_folder=work) as runtime:
+    with opened(options, work) as runtime:
         names = make_adapters(work, runtime.manifest, STREAMS, source=options.adapter)
         files = export_gguf_adapters(
             [(name, work / name) for name in names],
@@ -191,13 +197,30 @@ def llama(options: argparse.Namespace, work: Path) -> list[Row]:
     ]
 
 
+def by_each_engine(section: Section) -> Section:
+    """The section once an engine, in a folder of its own; its name stands before each row."""
+
+    def rows(options: argparse.Namespace, work: Path) -> list[Row]:
+        return [
+            replace(row, title=f"{engine}: {row.title}")
+            for engine in options.engine
+            for row in section(_with(options, engine), made(work / engine))
+        ]
+
+    return rows
+
+
+def _with(options: argparse.Namespace, engine: str) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), "engine": [engine]})
+
+
 SECTIONS = {
     "streams": streams,
-    "together": together,
-    "swap": swap,
-    "http": http,
+    "together": by_each_engine(together),
+    "swap": by_each_engine(swap),
+    "http": by_each_engine(http),
     "cold": cold,
-    "llama": llama,
+    "llama": by_each_engine(llama),
     "soak": soak,
 }
 
@@ -214,6 +237,12 @@ def main() -> None:
         help="a PEFT folder of this base; the adapters are made of it (not for soak)",
     )
     parser.add_argument("--work", type=Path, help="folder for adapters and logs; kept")
+    parser.add_argument(
+        "--engine",
+        action="append",
+        choices=("native", "onnxruntime"),
+        help="one of them; not set: both (soak: the one that edgetune chooses)",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--rounds", type=int, default=7, help="streams, http: turns after the first"
@@ -238,6 +267,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="soak: how long")
     parser.add_argument("--load", type=float, default=4.0, help="soak: requests/s")
     options = parser.parse_args()
+    options.engine = options.engine or ["native", "onnxruntime"]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.sections:

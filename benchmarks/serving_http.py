@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from serving_adapters import make_adapters
 from serving_load import (
@@ -21,20 +22,18 @@ from serving_load import (
     by_python,
     made,
     no_end,
+    opened,
     served,
     speed,
 )
 
-from edgetune.runtime import Runtime
 from edgetune.runtime.scheduler.scheduler import Scheduler
 
 
 def http(options: argparse.Namespace, work: Path) -> list[Row]:
     """The same load through `edgetune serve` and through the scheduler of this process."""
     library = work / "library"
-    with Runtime.open(
-        options.bundle, threads=options.threads, adapter_folder=made(library)
-    ) as runtime:
+    with opened(options, made(library)) as runtime:
         names = make_adapters(library, runtime.manifest, STREAMS, source=options.adapter)
         prompts, bias = Prompts(runtime.manifest.graph.vocab_size), no_end(runtime)
         flags = (
@@ -44,6 +43,8 @@ def http(options: argparse.Namespace, work: Path) -> list[Row]:
             str(options.threads),
             "--max-rows",
             str(STREAMS),
+            "--engine",
+            options.engine[0],
         )
         with (
             served(options.bundle, work / "server.log", *flags) as server,
@@ -71,11 +72,11 @@ def http(options: argparse.Namespace, work: Path) -> list[Row]:
                         ways[way](together),
                         [ways[way]([job])[0].first for job in single],
                     )
-                    opened = ways[way](spread)
+                    arrived = ways[way](spread)
                     if turn:
                         whole[way].append(speed(answers))
                         alone[way].append(1e3 * median(firsts))
-                        loaded[way].append(1e3 * median(answer.first for answer in opened))
+                        loaded[way].append(1e3 * median(answer.first for answer in arrived))
             log = server.errors()
     if log:
         raise SystemExit(f"the server logged errors: {log[0]}")
@@ -114,36 +115,31 @@ def http(options: argparse.Namespace, work: Path) -> list[Row]:
 
 def cold(options: argparse.Namespace, work: Path) -> list[Row]:
     """`edgetune predict` from the start of the process to the first byte of the answer."""
+    ways = [(engine, flags) for engine in options.engine for flags in ((), ("--no-verify",))]
+    taken: dict[Any, list[float]] = {way: [] for way in ways}
+    for start in range(options.starts + 1):
+        for engine, flags in ways[:: -1 if start % 2 else 1]:
+            seconds = _first_byte(options, "--engine", engine, *flags)
+            if start:
+                taken[engine, flags].append(seconds)
     rows = []
-    for title, flags in (("", ()), (" --no-verify", ("--no-verify",))):
-        taken = []
-        for _ in range(options.starts + 1):
-            start = time.perf_counter()
-            command = [
-                sys.executable,
-                "-m",
-                "edgetune",
-                "predict",
-                str(options.bundle),
-                options.text,
-                "--max-new-tokens",
-                "8",
-                "--threads",
-                str(options.threads),
-            ]
-            with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, bufsize=0) as process:
-                assert process.stdout is not None
-                if not process.stdout.read(1):
-                    raise SystemExit("edgetune predict printed nothing")
-                taken.append(time.perf_counter() - start)
-                process.stdout.read()
-        rows.append(
-            Row(
-                f"predict{title}, start to first token, median of {options.starts}",
-                median(taken[1:]),
-                "s",
-                1.0,
-            )
-        )
-        rows.append(Row(f"predict{title}, start to first token, best", min(taken[1:]), "s", 1.0))
+    for (engine, flags), seconds in taken.items():
+        title = " ".join([f"{engine}: predict", *flags])
+        what = f"{title}, start to first token"
+        rows.append(Row(f"{what}, median of {options.starts}", median(seconds), "s", 0.5))
+        rows.append(Row(f"{what}, best", min(seconds), "s"))
     return rows
+
+
+def _first_byte(options: argparse.Namespace, *flags: str) -> float:
+    """Seconds from the start of `edgetune predict` to the first byte that it prints."""
+    command = [sys.executable, "-m", "edgetune", "predict", str(options.bundle), options.text]
+    command += ["--max-new-tokens", "8", "--threads", str(options.threads), *flags]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        if not process.stdout.read(1):
+            raise SystemExit("edgetune predict printed nothing")
+        seconds = time.perf_counter() - start
+        process.stdout.read()
+    return seconds

@@ -4,6 +4,7 @@ server process, rows of a table.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import selectors
@@ -64,6 +65,16 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     return "\n".join(
         ["| measure | measured | to reach |", "|---|---|---|", *(row.line() for row in rows)]
+    )
+
+
+def opened(options: argparse.Namespace, adapters: Path | None = None) -> Runtime:
+    """The bundle, by the first engine of the options."""
+    return Runtime.open(
+        options.bundle,
+        threads=options.threads,
+        adapter_folder=adapters,
+        engine=options.engine[0],
     )
 
 

@@ -18,6 +18,7 @@ from serving_load import (
     Row,
     by_python,
     memory_mb,
+    opened,
     percentile,
 )
 
@@ -29,7 +30,7 @@ from edgetune.runtime.scheduler.scheduler import Scheduler
 
 def swap(options: argparse.Namespace, work: Path) -> list[Row]:
     """What another adapter costs a request: resident, from disk, and hundreds of them in memory."""
-    with Runtime.open(options.bundle, threads=options.threads) as runtime:
+    with opened(options) as runtime:
         made = make_adapters(work / "made", runtime.manifest, STREAMS + 1, source=options.adapter)
     many = linked(work / "many", work / "made", made, options.adapters)
     limit = options.adapter_memory_mb
@@ -38,6 +39,7 @@ def swap(options: argparse.Namespace, work: Path) -> list[Row]:
         threads=options.threads,
         adapter_folder=work / "many",
         adapter_memory_mb=limit,
+        engine=options.engine[0],
     ) as runtime:
         before = memory_mb()
         assert len(runtime.registry.statuses()) >= len(many)
@@ -62,16 +64,12 @@ def swap(options: argparse.Namespace, work: Path) -> list[Row]:
         Row("first use from disk, file in the page cache, p99", 1e3 * percentile(first, 99), "ms"),
         Row("first use from disk, page cache dropped, p50", 1e3 * median(cold), "ms"),
     ]
-    with Runtime.open(
-        options.bundle, threads=options.threads, adapter_folder=work / "made"
-    ) as runtime:
+    with opened(options, work / "made") as runtime:
         for name in made:
             runtime.adapter(name)
-        return (
-            rows
-            + _host_rows(runtime, made, options.samples)
-            + _request_rows(runtime, made, options.samples // 5)
-        )
+        if options.engine[0] == "onnxruntime":  # the native engine binds nothing a request
+            rows += _host_rows(runtime, made, options.samples)
+        return rows + _request_rows(runtime, made, options.samples // 5)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

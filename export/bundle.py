@@ -128,14 +128,13 @@ def export_bundle(
                 say(proof_line(name, engine, proof))
             where = str(out) if engine == ONNX_RUNTIME else f"{out}, {engine} engine"
             demand(found_by, where=where, merged=merged)
-        proofs = proven[ONNX_RUNTIME]
         answers = prove_from_text(folder, manifest, base, sources, threads=threads)
         for name, one in answers.items():
             say(f"answers {name}: {one.line()}")
         results = plan.measure(
             folder, manifest, base, sources, load=torch_model, threads=threads, say=say
         )
-        verdicts = verdicts_of(proofs, results, allowed_by=plan.allowed_by)
+        verdicts = verdicts_of(proven, results, allowed_by=plan.allowed_by)
         demand_verdicts(verdicts, where=str(out), merged=merged)
         found = (
             None
@@ -330,7 +329,7 @@ def _add_adapter(
         max_length=source.metadata.get("max_length"),
     )
     if manifest.mode == "merged":
-        return replace(entry, path=None)
+        return replace(entry, path=None, confidence=source.metadata.get("confidence"))
     packed = pack_adapter(source.folder, manifest, name=source.name)
     for note in packed.notes:
         say(f"adapter {source.name}: {note}")

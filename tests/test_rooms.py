@@ -27,6 +27,7 @@ FLOORS = {
     "data": "core models recipe",
     "devices": "core",
     "adapters": "core edgetune models quantisation recipe",
+    "inspection": "core data models recipe",
     "metrics": "core",
     "objectives": "data models",
     "runtime.bundle": "core",
@@ -63,9 +64,10 @@ FLOORS = {
     ),
     "training": (
         "adapters core data edgetune evaluation.forgetting metrics models objectives "
-        "quantisation recipe training.fast training.parallel training.reinforcement"
+        "quantisation recipe runtime.generation training.fast training.parallel "
+        "training.reinforcement"
     ),
-    "labelling": "core data runtime",
+    "labelling": "core data metrics runtime",
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"
@@ -79,7 +81,8 @@ FLOORS = {
     "runtime.server": "core runtime.scheduler runtime.server.endpoints runtime.server.http",
     "cli": (
         "core data devices edgetune evaluation evaluation.forgetting export export.graph "
-        "export.inputs export.proof labelling metrics models quantisation quickstart recipe "
+        "export.inputs export.proof inspection labelling metrics models quantisation quickstart "
+        "recipe "
         "report runtime.bundle runtime.check runtime.engine runtime.scheduler runtime.server "
         "runtime.server.http runtime.tasks training training.parallel"
     ),

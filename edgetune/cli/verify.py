@@ -93,18 +93,16 @@ def _parity(
     from edgetune.export.proof.prove import proof_line, remeasure, reprove
     from edgetune.export.proof.task_metric import TaskPlan
     from edgetune.export.proof.verdict import ALLOW, REFUSED, verdicts_again
-    from edgetune.runtime.tasks.choose_engine import ONNX_RUNTIME
 
     proven = reprove(bundle, manifest, threads=threads)
     for engine, found in proven.items():
         for name, proof in found.items():
             click.echo(proof_line(name, engine, proof))
-    proofs = proven[ONNX_RUNTIME]
     plan = TaskPlan(rows, data, allowed_by=ALLOW if allow_loss else "")
     tasks = (
         {} if data is None else remeasure(bundle, manifest, plan, threads=threads, say=click.echo)
     )
-    verdicts = verdicts_again(manifest, proofs, tasks, allowed_by=plan.allowed_by)
+    verdicts = verdicts_again(manifest, proven, tasks, allowed_by=plan.allowed_by)
     show_verdicts({name: verdict.to_dict() for name, verdict in verdicts.items()})
     passed = all(proof.passed for found in proven.values() for proof in found.values())
     return int(not passed or any(verdict.value == REFUSED for verdict in verdicts.values()))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 RECIPE, ADAPTER, MODEL, JOURNAL = "recipe.toml", "adapter", "model", "metrics.jsonl"
 SUMMARY, REPORT, CHECKPOINTS, CURVES = "summary.json", "report.html", "checkpoints", "tensorboard"
+TRIALS = "search.jsonl"  # of a run whose settings were searched
 # of a run and of a bundle: a folder for each adapter, in a run those of judges, each a run itself
 ADAPTERS = "adapters"
 LAYOUT = frozenset(
-    {RECIPE, ADAPTER, ADAPTERS, MODEL, JOURNAL, SUMMARY, REPORT, CHECKPOINTS, CURVES}
+    {RECIPE, ADAPTER, ADAPTERS, MODEL, JOURNAL, SUMMARY, REPORT, CHECKPOINTS, CURVES, TRIALS}
 )
 # An adapter: PEFT's own two files, and ours.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -11,14 +11,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetune.core.errors import DataError, RecipeError
+from edgetune.core.tasks import EMBEDDING
 from edgetune.data.columns import number_in
 from edgetune.data.examples import ExampleSet, Loading, load
 from edgetune.data.labels import NO_LINE, encode_texts, readable
-from edgetune.data.prompts import PromptFormat, first_column, render, row_template
+from edgetune.data.prompts import (
+    PromptFormat,
+    first_column,
+    prompt_format,
+    render,
+    row_template,
+)
 from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
 from edgetune.recipe.own_settings import Contrastive
-from edgetune.recipe.schema import Data
+from edgetune.recipe.schema import Data, Stage
 
 ANCHORS = ("anchor", "text", "sentence1", "query", "question")
 POSITIVES = ("positive", "text_pair", "sentence2", "passage", "answer")
@@ -51,10 +58,16 @@ class ContrastExample:
         """Tokens of the example as rows of one batch, the shorter ones padded."""
         return (1 + len(self.others)) * max(map(len, (self.input_ids, *self.others)))
 
-    @property
-    def rejected_ids(self) -> list[int]:
-        """The other texts in one, by which rows that repeat are found."""
-        return [token for ids in self.others for token in ids]
+
+def stage_format(
+    stage: Stage, *, chat_template: str | None, columns: Mapping[str, Any]
+) -> PromptFormat:
+    """How a stage's rows are read, of any method; see `prompt_format`."""
+    if stage.task == EMBEDDING:
+        return contrast_format(stage.data, columns)
+    return prompt_format(
+        stage.data, method=stage.method, chat_template=chat_template, columns=columns
+    )
 
 
 def contrast_format(data: Data, columns: Mapping[str, Any]) -> PromptFormat:
@@ -110,16 +123,25 @@ def contrast_rows(
     return convert_rows(source, convert, skip_invalid=skip_invalid)
 
 
+def contrasted(row: Row, form: PromptFormat, where: str) -> tuple[str, str, tuple[str, ...]]:
+    """A row's anchor, what is said of it (the texts like and unlike it, its label, or a number),
+    and its label's name.
+    """
+    (one,), _ = contrast_rows(Rows(where.rpartition(", line")[0], [row], 0, ""), form)
+    said = [*one.texts[1:], *([] if one.score is None else [f"{one.score:g}"])]
+    return one.texts[0], " ".join(said) or one.label or "", (one.label,) if one.label else ()
+
+
 def load_contrasts(loading: Loading) -> ExampleSet:
     """Pairs and triplets as they are; of rows with labels, each beside some others of its label.
     Longer texts are cut to `max_length` tokens.
     """
-    if loading.stage.batch_size < 2:
+    if loading.stage.batch_size == 1:
         raise RecipeError(
             "contrastive learns from the other rows of a step",
             where="batch_size",
             expected="at least 2, better 32 or more",
-            got=str(loading.stage.batch_size),
+            got="1",
         )
     truncated: dict[str, int] = {}
     labelled = loading.form.positive is None

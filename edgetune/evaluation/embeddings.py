@@ -14,11 +14,11 @@ from edgetune.core.errors import DataError
 from edgetune.data.contrasts import ContrastRow, contrast_rows
 from edgetune.data.rows import Rows
 from edgetune.evaluation.answers import Advance, HeadAnswers
+from edgetune.evaluation.label_measures import Measured
 from edgetune.metrics.labels import accuracy, regression_metrics
 from edgetune.metrics.retrieval import find_own, nearest_other, retrieval_metrics
 
 TEXTS_AT_ONCE = 32
-Measured = tuple[dict[str, float], list[dict[str, Any]], int]  # metrics, predictions, rows left out
 
 
 def measure_embeddings(
@@ -41,7 +41,7 @@ def measure_embeddings(
         first, second = (_embedded(answers, rows, at, advance) for at in (0, 1))
         measure = _by_scores if answers.prompt_format.label is not None else _by_texts
         metrics, predictions = measure(rows, first, second)
-    return metrics, predictions, skipped
+    return Measured(metrics, predictions, skipped)
 
 
 def _by_labels(

@@ -7,11 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import coo_matrix, diags
 
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int64]
+from edgetune.metrics.retrieval import Floats, Integers
 
 NEIGHBOURS, TEMPERATURE = 10, 0.1  # of a text, and of the similarities between them
 STAY = 0.05  # of a text's labels that stay with it in a step of spreading
@@ -20,7 +18,7 @@ ROWS_AT_ONCE = 1024
 LEAST = 1e-6  # a probability that a voice does not go below, so that it cannot forbid
 
 
-def spread(
+def spread_labels(
     known: Floats, classes: Integers, unknown: Floats, *, labels: int, neighbours: int = NEIGHBOURS
 ) -> Floats:
     """Probabilities (unknown, labels) of texts by their unit-length embeddings (unknown, hidden)

@@ -18,7 +18,8 @@ from edgetune.data.labels import LabelledRow, labelled_rows, readable, two_or_mo
 from edgetune.data.plain_text import text_rows
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import read_rows
-from edgetune.labelling.neighbours import Floats, spread, surest, together
+from edgetune.labelling.neighbours import spread_labels, surest, together
+from edgetune.metrics.retrieval import Floats
 from edgetune.runtime import Runtime
 
 HEADS_WEIGHT = 0.3
@@ -132,7 +133,7 @@ def _voices(
         ]
         points = [part / np.float32(np.sqrt(max(1, len(encoders)))) for part in points]
         classes = np.array([names.index(label) for _, label in shown])
-        table = spread(points[0], classes, points[1], labels=len(names))
+        table = spread_labels(points[0], classes, points[1], labels=len(names))
         voices.append(("neighbours", table, 1 - how.heads_weight if heads else 1.0))
     return voices
 

@@ -41,6 +41,7 @@ class ResolvedStage:
     method: MethodName
     task: Task
     problem: Problem
+    learned: str  # the method, or the problem where that is another than single-label
     settings: Any  # the table that only this method has; None where there is none
     adapter: str | None  # of its own, that of a judge; None: the run's
     precision: Precision
@@ -63,6 +64,8 @@ class ResolvedStage:
     iterations: int  # steps on the same rows
     total_steps: int
     validate_every: int
+    keep: str  # "best" or "last"
+    patience: int | None
     save_every: int  # steps between two checkpoints
     # the optimizer
     learning_rate: float
@@ -71,6 +74,7 @@ class ResolvedStage:
     warmup_ratio: float
     max_grad_norm: float
     fit_head: bool  # by regression on the frozen features, where the head is new
+    class_weights: Tensor | None  # (labels,) fp32; None: every row counts alike
 
     @property
     def pad_id(self) -> int:
@@ -97,6 +101,7 @@ class ResolvedRun:
     head: str | None  # transformers' own layers, or None; see `models.load.new_head`
     generation: Mapping[str, Any] | None  # how the adapter answers where a request does not say
     forgetting: Forgetting | None
+    chosen: Mapping[str, Any]  # what the recipe had left open, by dotted key
     stages: tuple[ResolvedStage, ...]
 
     @property
@@ -139,6 +144,7 @@ class Kept:
 
     reference: Mapping[str, Tensor] = field(default_factory=dict)  # see Prepared
     samples: Any = None  # see Experience; this process's own
+    watched: Mapping[str, Any] | None = None  # see `keeping.Keeping`
 
 
 @dataclass(frozen=True)

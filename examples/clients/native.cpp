@@ -42,7 +42,7 @@ class Model {
  public:
   Model(const fs::path& bundle, int threads) : model_(nullptr, edgetune_close) {
     const std::string plan = contents(bundle / "native.json"), data = (bundle / "model.onnx.data").string();
-    model_.reset(edgetune_open(plan.data(), plan.size(), data.c_str(), threads, nullptr, error_, sizeof error_));
+    model_.reset(edgetune_open(plan.data(), plan.size(), data.c_str(), threads, 16, nullptr, error_, sizeof error_));
     if (!model_) throw std::runtime_error(error_);
     edgetune_model_sizes(model_.get(), &sizes_);
   }
@@ -51,7 +51,7 @@ class Model {
   Ids generate(const Ids& prompt, const std::set<int32_t>& end, size_t maxNewTokens) {
     const int64_t step = sizes_.cache_step, tokens = int64_t(prompt.size() + maxNewTokens);
     const int64_t capacity = (tokens + step - 1) / step * step;
-    std::vector<uint16_t> memory(size_t(2 * sizes_.layers * sizes_.kv_heads * capacity * sizes_.cache_width));
+    std::vector<uint8_t> memory(size_t(2 * sizes_.layers * sizes_.kv_heads * capacity * sizes_.cache_bytes));
     const edgetune_cache cache = {memory.data(), 1, capacity};
     std::vector<float> logits(size_t(sizes_.vocab));
     Ids answer, all = prompt;

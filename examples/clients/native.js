@@ -10,7 +10,7 @@ const path = require("node:path");
 const koffi = require("koffi");
 const { readAdapter } = require("./onnx_adapter.js");
 
-const SIZES = ["hidden", "vocab", "layers", "heads", "kv_heads", "head_dim", "positions", "cache_width", "cache_step", "most_tokens", "threads"];
+const SIZES = ["hidden", "vocab", "layers", "heads", "kv_heads", "head_dim", "positions", "cache_bytes", "cache_step", "most_tokens", "threads"];
 koffi.struct("edgetune_sizes", { ...Object.fromEntries(SIZES.map((name) => [name, "int32_t"])), weight_bytes: "uint64_t" });
 koffi.struct("edgetune_cache", { memory: "void *", slots: "int64_t", capacity: "int64_t" });
 koffi.struct("edgetune_span", { ids: "void *", count: "int32_t", slot: "int32_t", length: "int32_t", adapter: "void *" });
@@ -27,7 +27,7 @@ function load(file) {
     };
   };
   return {
-    open: checked("open", "void *edgetune_open(str plan, size_t, str data, int threads, str set, uint8_t *error, size_t)", (model) => !model),
+    open: checked("open", "void *edgetune_open(str plan, size_t, str data, int threads, int cache_bits, str set, uint8_t *error, size_t)", (model) => !model),
     sizes: library.func("void edgetune_model_sizes(void *model, _Out_ edgetune_sizes *sizes)"),
     newAdapter: library.func("void *edgetune_adapter_new(void *model)"),
     add: checked("add", "int edgetune_adapter_add(void *adapter, str site, int rank, float *a, float *b, uint8_t *error, size_t)", (code) => code),
@@ -50,7 +50,7 @@ function generate(native, model, adapter, prompt, end, maxNewTokens) {
   const sizes = {}, answer = [], all = Int32Array.from([...prompt, ...Array(maxNewTokens).fill(0)]);
   native.sizes(model, sizes);
   const capacity = Math.ceil(all.length / sizes.cache_step) * sizes.cache_step;
-  const memory = new Uint16Array(2 * sizes.layers * sizes.kv_heads * capacity * sizes.cache_width);
+  const memory = new Uint8Array(2 * sizes.layers * sizes.kv_heads * capacity * sizes.cache_bytes);
   const logits = new Float32Array(sizes.vocab);
   for (let done = 0, length = prompt.length; answer.length < maxNewTokens; ) {
     const count = Math.min(length - done, sizes.most_tokens), wanted = done + count === length ? 1 : 0; // in pieces
@@ -69,7 +69,7 @@ function main([file, bundle, name, ...prompt]) {
   const manifest = JSON.parse(fs.readFileSync(path.join(bundle, "edgetune.json"), "utf8"));
   const plan = fs.readFileSync(path.join(bundle, "native.json"), "utf8");
   const native = load(file), data = path.join(bundle, "model.onnx.data");
-  const model = native.open(plan, Buffer.byteLength(plan), data, 2, null);
+  const model = native.open(plan, Buffer.byteLength(plan), data, 2, 16, null);
   const entry = manifest.adapters.find((adapter) => adapter.name === name);
   const adapter = entry ? bind(native, model, manifest, path.join(bundle, entry.onnx_adapter)) : null;
   console.log(generate(native, model, adapter, prompt.map(Number), manifest.tokenizer.eos_token_ids, 16).join(" "));

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgetune.core.errors import ProofError
@@ -18,8 +18,11 @@ from edgetune.export.proof.proof import TRY_AFTER_MERGING, Proof
 from edgetune.export.proof.task_loss import ENOUGH_ROWS, POINT, line_of
 from edgetune.export.proof.task_metric import TaskResult
 from edgetune.runtime.bundle.manifest import Manifest
+from edgetune.runtime.tasks.choose_engine import ONNX_RUNTIME
 
 AS_TRAINED, CHANGED, REFUSED = "as trained", "changed", "refused"
+GRADES = (AS_TRAINED, CHANGED, REFUSED)
+"""the better ones first"""
 NOTHING_SEEN = 0.01
 """As trained: rounding is at most this share of the adapter's effect, and as few of the rows and
 positions are answered otherwise."""
@@ -73,14 +76,46 @@ def judge_adapter(
     return ProofVerdict(AS_TRAINED if _nothing_seen(proof, task) else CHANGED, says)
 
 
+ByEngine = Mapping[str, Mapping[str, Proof]]
+"""Proofs by the engine's name and the adapter's."""
+
+
 def verdicts_of(
-    proofs: Mapping[str, Proof], tasks: Mapping[str, TaskResult], *, allowed_by: str = ""
+    proven: ByEngine, tasks: Mapping[str, TaskResult], *, allowed_by: str = ""
 ) -> dict[str, ProofVerdict]:
-    """The verdict of every adapter of a bundle."""
+    """The verdict of every adapter of a bundle: of two engines the worse one's."""
     return {
-        name: judge_adapter(proof, tasks.get(name), allowed_by=allowed_by)
-        for name, proof in proofs.items()
+        name: _worst(
+            {
+                engine: judge_adapter(proof, tasks.get(name), allowed_by=allowed_by)
+                for engine, proof in _of_adapter(proven, name)
+            }
+        )
+        for name in _adapters(proven)
     }
+
+
+def _adapters(proven: ByEngine) -> list[str]:
+    return list(dict.fromkeys(name for proofs in proven.values() for name in proofs))
+
+
+def _of_adapter(proven: ByEngine, name: str) -> list[tuple[str, Proof]]:
+    return [(engine, proofs[name]) for engine, proofs in proven.items() if name in proofs]
+
+
+def _worst(verdicts: Mapping[str, ProofVerdict]) -> ProofVerdict:
+    """The worst of several engines' verdicts, the first of equals; another engine than ONNX Runtime
+    is named.
+    """
+    engine = max(verdicts, key=lambda name: GRADES.index(verdicts[name].value))
+    worst = verdicts[engine]
+    if engine == ONNX_RUNTIME:
+        return worst
+    return replace(
+        worst,
+        says=f"{engine} engine: {worst.says}",
+        reasons=tuple(f"{engine} engine: {reason}" for reason in worst.reasons),
+    )
 
 
 def demand_verdicts(
@@ -104,7 +139,7 @@ def demand_verdicts(
 
 def verdicts_again(
     manifest: Manifest,
-    proofs: Mapping[str, Proof],
+    proven: ByEngine,
     tasks: Mapping[str, TaskResult],
     *,
     allowed_by: str = "",
@@ -113,13 +148,19 @@ def verdicts_again(
     holds.
     """
     return {
-        name: judge_adapter(
-            proof,
-            tasks.get(name),
-            allowed_by=allowed_by or str(_recorded(manifest, "verdict", name, "allowed_by") or ""),
-            measured=_counted(_recorded(manifest, "task", name, "rows")),
+        name: _worst(
+            {
+                engine: judge_adapter(
+                    proof,
+                    tasks.get(name),
+                    allowed_by=allowed_by
+                    or str(_recorded(manifest, "verdict", name, "allowed_by") or ""),
+                    measured=_counted(_recorded(manifest, "task", name, "rows")),
+                )
+                for engine, proof in _of_adapter(proven, name)
+            }
         )
-        for name, proof in proofs.items()
+        for name in _adapters(proven)
     }
 
 

@@ -209,7 +209,7 @@ def plan_cache(graph: GraphInfo, *, rows: int, cache_mb: float | None = None) ->
     memory. It is an upper bound: memory is used where tokens are written. InputError when it does
     not hold 64 tokens.
     """
-    itemsize = 2 if graph.cache_dtype == "float16" else 4
+    itemsize = np.dtype(graph.cache_dtype or "float32").itemsize
     token = token_bytes(2 * (graph.layers or 0), graph.kv_heads or 0, graph.head_dim or 0, itemsize)
     if cache_mb is None:
         wanted = (

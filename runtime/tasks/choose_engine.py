@@ -16,13 +16,15 @@ from edgetune.runtime.engine.native.library import NoLibraryError
 from edgetune.runtime.engine.providers import CPU, parse_providers
 
 AUTO, OURS, ONNX_RUNTIME = "auto", "native", "onnxruntime"
-ENGINES = (AUTO, OURS, ONNX_RUNTIME)
+SMALL_CACHE = f"{OURS}:cache=int8"
+"""the native engine with keys and values in 8 bits"""
+ENGINES = (AUTO, OURS, SMALL_CACHE, ONNX_RUNTIME)
 log = logging.getLogger("edgetune.runtime")
 
 
 @dataclass(frozen=True)
 class EngineInUse:
-    """The engine that answers; `why` it is not the other one, empty where it was asked for."""
+    """The engine that answers; `why` it is not the other one or not as usual, empty where it is."""
 
     name: str
     why: str = ""
@@ -59,7 +61,8 @@ def open_decoder(
         from edgetune.runtime.engine.native.decoder import NativeDecoder
 
         try:
-            native = NativeDecoder(folder, manifest, threads=threads)
+            cache = "int8" if engine == SMALL_CACHE else "fp16"
+            native = NativeDecoder(folder, manifest, threads=threads, cache_precision=cache)
         except NoLibraryError as error:
             why = str(error)
         except BundleError as error:
@@ -67,8 +70,9 @@ def open_decoder(
             if engine == AUTO:
                 log.warning("onnxruntime answers instead of the native engine: %s", error)
         else:
-            return native, EngineInUse(OURS, instructions=native.model.instructions)
-    if engine == OURS:
+            small = "keys and values in 8 bits" if engine == SMALL_CACHE else ""
+            return native, EngineInUse(OURS, small, instructions=native.model.instructions)
+    if engine in (OURS, SMALL_CACHE):
         raise InputError(
             f"the native engine cannot run this bundle: {why}",
             where=str(folder),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edgetune.core.errors import InputError
@@ -20,6 +21,7 @@ from edgetune.runtime.tasks.choose_engine import (
     AUTO,
     ONNX_RUNTIME,
     OURS,
+    SMALL_CACHE,
     EngineInUse,
     check_engine_name,
     open_decoder,
@@ -47,8 +49,10 @@ class OpenBundle:
         """See `Runtime.open`, whose arguments these are."""
         check_engine_name(engine)
         self.folder, self.manifest = folder, manifest
-        self.tokenizer = BundleTokenizer(folder, manifest)
-        release_free_memory()  # what parsing the vocabulary took
+        with ThreadPoolExecutor(1) as beside:  # the engine takes as long as the vocabulary
+            opening = beside.submit(_open_engine, folder, manifest, engine, threads, providers)
+            self.tokenizer = BundleTokenizer(folder, manifest)
+            self.decoder, self.encoder, self.engine = opening.result()
         self.registry = AdapterRegistry(
             folder,
             manifest,
@@ -57,29 +61,10 @@ class OpenBundle:
             memory_mb=adapter_memory_mb,
             strict=strict,
         )
-        self.decoder: Decoder | None = None
-        self.encoder: Encoder | None = None
-        opened: Decoder | Encoder
-        if manifest.is_decoder:
-            opened, self.engine = open_decoder(
-                folder,
-                manifest,
-                engine=engine,
-                threads=threads,
-                providers=providers,
-            )
-            self.decoder = opened
-        else:
-            if engine == OURS:
-                raise InputError("the native engine runs no encoders", where=str(folder))
-            from edgetune.runtime.engine.encoder import EncoderEngine
-
-            opened = self.encoder = EncoderEngine(
-                folder, manifest, threads=threads, providers=providers
-            )
-            self.engine = EngineInUse(ONNX_RUNTIME)
-        self.providers = opened.providers_in_use
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
+        opened = self.decoder or self.encoder
+        assert opened is not None
+        self.providers = opened.providers_in_use
         opened.long_lived()
 
     def close(self) -> None:
@@ -173,6 +158,27 @@ class OpenBundle:
         if engine is None:
             raise self._cannot()
         return engine.bind(tensors)
+
+
+def _open_engine(
+    folder: Path,
+    manifest: Manifest,
+    engine: str,
+    threads: int | None,
+    providers: Sequence[str],
+) -> tuple[Decoder | None, Encoder | None, EngineInUse]:
+    """The engine that runs a bundle's model, and why it is that one."""
+    if manifest.is_decoder:
+        decoder, used = open_decoder(
+            folder, manifest, engine=engine, threads=threads, providers=providers
+        )
+        return decoder, None, used
+    if engine in (OURS, SMALL_CACHE):
+        raise InputError("the native engine runs no encoders", where=str(folder))
+    from edgetune.runtime.engine.encoder import EncoderEngine
+
+    encoder = EncoderEngine(folder, manifest, threads=threads, providers=providers)
+    return None, encoder, EngineInUse(ONNX_RUNTIME)
 
 
 def bound(found: Resident | None) -> AdapterRow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgetune.labelling.neighbours import spread, surest, together
+from edgetune.labelling.neighbours import spread_labels, surest, together
 
 
 def on_a_circle(*degrees: float) -> np.ndarray:
@@ -15,7 +15,7 @@ def on_a_circle(*degrees: float) -> np.ndarray:
 def test_labels_spread_along_neighbours_to_texts_far_from_every_labelled_one() -> None:
     chain = on_a_circle(*range(5, 65, 5))  # from the first label, up to 60 degrees
     texts = np.concatenate([chain, on_a_circle(95, 100)])
-    found = spread(on_a_circle(0, 90), np.array([0, 1]), texts, labels=2, neighbours=2)
+    found = spread_labels(on_a_circle(0, 90), np.array([0, 1]), texts, labels=2, neighbours=2)
     # though 50 to 60 lie nearer to the second label
     assert found.argmax(axis=1).tolist() == [0] * 12 + [1] * 2
     np.testing.assert_allclose(found.sum(axis=1), 1.0, rtol=1e-5)
@@ -34,14 +34,14 @@ def test_it_is_the_fixed_point_of_label_spreading() -> None:
     start[[0, 1], [0, 1]] = 0.05
     expected = np.linalg.solve(np.eye(12) - 0.95 * scale[:, None] * edges * scale, start)[2:]
     expected /= expected.sum(axis=1, keepdims=True)
-    found = spread(points[:2], np.array([0, 1]), points[2:], labels=2, neighbours=11)
+    found = spread_labels(points[:2], np.array([0, 1]), points[2:], labels=2, neighbours=11)
     np.testing.assert_allclose(found, expected, atol=0.1)  # after 30 steps
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.9
 
 
 def test_a_text_that_no_label_reaches_may_have_any() -> None:
     apart = on_a_circle(0, 5, 180, 185)
-    found = spread(apart[:1], np.array([0]), apart[1:], labels=2, neighbours=1)
+    found = spread_labels(apart[:1], np.array([0]), apart[1:], labels=2, neighbours=1)
     assert found[0].tolist() == [1.0, 0.0] and found[1:].tolist() == [[0.5, 0.5]] * 2
 
 

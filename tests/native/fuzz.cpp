@@ -46,14 +46,14 @@ void damage(std::vector<uint8_t> &data, std::mt19937 &random) {
 bool open_and_run(const std::string &plan, const std::string &path, int threads) {
     char error[300] = "";
     edgetune_model *model =
-        edgetune_open(plan.data(), plan.size(), path.c_str(), threads, nullptr, error, sizeof error);
+        edgetune_open(plan.data(), plan.size(), path.c_str(), threads, threads % 2 ? 16 : 8, nullptr, error, sizeof error);
     expect("an error is one line", model || (*error && !std::strchr(error, '\n')));
     if (!model) return false;
     edgetune_sizes sizes;
     edgetune_model_sizes(model, &sizes);
     const int64_t capacity = 32;
-    const int64_t numbers = int64_t(2) * sizes.layers * sizes.kv_heads * capacity * sizes.cache_width;
-    std::vector<uint16_t> memory(static_cast<size_t>(numbers));
+    const int64_t bytes = int64_t(2) * sizes.layers * sizes.kv_heads * capacity * sizes.cache_bytes;
+    std::vector<uint8_t> memory(static_cast<size_t>(bytes));
     const edgetune_cache cache = {memory.data(), 1, capacity};
     const int32_t ids[] = {0, 1, 2, 1, 0, 1, 2, 1, 0, 1, 2, 1, 0, 1, 2, 1, 0, 1}, wanted[] = {0};
     std::vector<float> logits(static_cast<size_t>(sizes.vocab)), states(static_cast<size_t>(sizes.hidden));

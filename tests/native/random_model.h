@@ -12,6 +12,7 @@ struct Options {
     bool zeros = false, means = false, bias = false, inlined = false;
     bool layer_norm = false, norm_bias = false, head_norms = false, after_norms = false;
     std::vector<int> rotaries = {16}; // widths; layers take them in turn
+    int cache_bits = 16;
     int window = 0;                   // of every second layer
     double softcap = 0, logits_softcap = 0, multiplier = 1;
     std::string activation = "silu";
@@ -27,7 +28,7 @@ class RandomModel {
     RandomModel(const Options &options, uint32_t seed) : o(options), random(seed) {
         dense.hidden = o.hidden, dense.vocab = o.vocab, dense.heads = o.heads;
         dense.kv_heads = o.kv_heads, dense.head_dim = o.head_dim;
-        dense.logits_softcap = o.logits_softcap;
+        dense.logits_softcap = o.logits_softcap, dense.cache_bits = o.cache_bits;
         plan = "{\"version\":1" + whole("hidden", o.hidden) + whole("vocab", o.vocab) +
                whole("heads", o.heads) + whole("kv_heads", o.kv_heads) +
                whole("head_dim", o.head_dim) + real("logits_softcap", o.logits_softcap) +

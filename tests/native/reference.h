@@ -134,6 +134,7 @@ struct DenseModel {
     Normed norm;
     Dense head;
     double logits_softcap = 0;
+    int cache_bits = 16;
 
     // States and logits of every token of one row.
     void run(const std::vector<int> &ids, const Loras *loras, std::vector<Numbers> &states,
@@ -166,6 +167,14 @@ struct DenseModel {
     }
 
   private:
+    // A key or value as the cache holds it.
+    void keep(double *at) const {
+        double top = 0;
+        for (int d = 0; d < head_dim; d++) top = std::max(top, std::fabs(at[d]));
+        for (int d = 0; d < head_dim && top > 0; d++)
+            at[d] = cache_bits == 8 ? std::nearbyint(at[d] * 127 / top) * top / 127 : as_half(at[d]);
+    }
+
     static void add(Numbers &x, Numbers branch, const Normed &after) {
         if (after.present) branch = after.of(branch);
         for (size_t i = 0; i < x.size(); i++) x[i] += branch[i];
@@ -187,7 +196,7 @@ struct DenseModel {
                     if (layer.rotary >= 0) rotaries[size_t(layer.rotary)].turn(at, int(t));
                 }
                 if (h >= heads)
-                    for (int d = 0; d < head_dim; d++) at[d] = as_half(at[d]);
+                    keep(at);
             }
         }
         for (size_t t = 0; t < x.size(); t++) {

@@ -1,5 +1,5 @@
-"""Keys and values of the native engine in one arena: half precision, and keys of 16 tokens
-transposed among themselves, so whole steps of 16 are copied, promised and given back.
+"""Keys and values of the native engine in one arena: bytes, of which those of 16 tokens lie
+together, so whole steps of 16 are copied, promised and given back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgetune.runtime.engine.native.library import CSizes
 
 def native_graph(graph: GraphInfo, sizes: CSizes) -> GraphInfo:
     """The sizes of a model's cache as the native engine keeps it."""
-    return replace(graph, cache_dtype="float16", head_dim=sizes.cache_width)
+    return replace(graph, cache_dtype="uint8", head_dim=sizes.cache_bytes)
 
 
 class NativeArena(CacheArena):

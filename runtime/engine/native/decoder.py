@@ -38,16 +38,22 @@ class NativeDecoder:
         manifest: Manifest,
         *,
         threads: int | None = None,
+        cache_precision: str = "fp16",
         instructions: str | None = None,
     ) -> None:
-        """`threads` None takes every core that this process may use; `instructions`: an instruction
-        set, None: the best that this processor has.
+        """`threads` None takes every core that this process may use; `cache_precision`: of keys and
+        values, fp16 or int8; `instructions`: an instruction set, None: the best that this processor
+        has.
 
         NoLibraryError where the library is missing; BundleError for a plan that it does not take.
         """
         self.manifest, self.graph = manifest, manifest.graph
         self.model = NativeModel(
-            Path(folder), manifest, threads=threads or usable_cores(), instructions=instructions
+            Path(folder),
+            manifest,
+            threads=threads or usable_cores(),
+            cache_precision=cache_precision,
+            instructions=instructions,
         )
         self.providers_in_use = ProvidersInUse((CPU,))
 

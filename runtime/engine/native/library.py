@@ -9,7 +9,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 ERROR_BYTES = 512
 NAME = {"darwin": "libedgetune_native.dylib", "win32": "edgetune_native.dll"}.get(
     sys.platform, "libedgetune_native.so"
@@ -31,7 +31,7 @@ class CSizes(ctypes.Structure):
                 "kv_heads",
                 "head_dim",
                 "positions",
-                "cache_width",
+                "cache_bytes",
                 "cache_step",
                 "most_tokens",
                 "threads",
@@ -103,7 +103,7 @@ def _declare(found: ctypes.CDLL) -> None:
     error = [text, size]
     for name, result, arguments in (
         ("instruction_sets", text, []),
-        ("open", pointer, [text, size, text, number, text, *error]),
+        ("open", pointer, [text, size, text, number, number, text, *error]),
         ("close", None, [pointer]),
         ("model_sizes", None, [pointer, ctypes.POINTER(CSizes)]),
         ("model_instruction_set", text, [pointer]),

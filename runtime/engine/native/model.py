@@ -18,8 +18,10 @@ from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.engine.interface import BoundAdapter, Tensors
 from edgetune.runtime.engine.native.library import ERROR_BYTES, CCache, CSizes, CSpan, library
 
-Memory = npt.NDArray[np.uint16]
-"""Keys and values in half precision: (2·layers, slots, kv_heads, capacity, cache_width)."""
+Memory = npt.NDArray[np.uint8]
+"""Keys and values: (2·layers, slots, kv_heads, capacity, cache_bytes)."""
+CACHE_BITS = {"fp16": 16, "int8": 8}
+"""Precisions of a cache, and the bits of a number there."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,13 @@ class NativeModel:
     """The library's model of one bundle. Calls from several threads wait for each other."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, *, threads: int, instructions: str | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int,
+        cache_precision: str = "fp16",
+        instructions: str | None = None,
     ) -> None:
         """NoLibraryError where there is no library; BundleError for a plan that does not fit."""
         graph = manifest.graph
@@ -91,6 +99,7 @@ class NativeModel:
             len(plan),
             str(folder / graph.data).encode(),
             threads,
+            CACHE_BITS[cache_precision],
             None if instructions is None else instructions.encode(),
             message,
             ERROR_BYTES,
@@ -158,9 +167,9 @@ class NativeModel:
             slots,
             self.sizes.kv_heads,
             -(-capacity // step) * step,
-            self.sizes.cache_width,
+            self.sizes.cache_bytes,
         )
-        return np.zeros(shape, np.uint16)
+        return np.zeros(shape, np.uint8)
 
     def _check_sizes(self, where: str) -> None:
         """What the manifest says of the model is what the plan says."""

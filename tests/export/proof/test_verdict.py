@@ -18,6 +18,7 @@ from edgetune.export.proof.verdict import (
     demand_verdicts,
     judge_adapter,
     verdicts_again,
+    verdicts_of,
 )
 
 EXACT = Proof(
@@ -149,13 +150,25 @@ def test_a_figure_that_is_not_a_number_is_refused() -> None:
 )
 def test_a_manifest_that_records_no_verdict_is_judged_by_the_proof_alone(recorded: dict) -> None:
     manifest = SimpleNamespace(proof=recorded)
-    found = verdicts_again(manifest, {"a": replace(EXACT, mean_kl=0.3)}, {})  # type: ignore[arg-type]
+    found = verdicts_again(manifest, {"onnxruntime": {"a": replace(EXACT, mean_kl=0.3)}}, {})  # type: ignore[arg-type]
     assert found["a"].value == "refused"
 
 
 def test_what_an_export_was_told_to_allow_still_holds() -> None:
     recorded = {"verdict": {"a": {"allowed_by": ALLOW}}, "task": {"b": {"rows": 64}}}
     proof = replace(EXACT, mean_kl=0.3)
-    found = verdicts_again(SimpleNamespace(proof=recorded), {"a": proof, "b": proof}, {})  # type: ignore[arg-type]
+    proven = {"onnxruntime": {"a": proof, "b": proof}}
+    found = verdicts_again(SimpleNamespace(proof=recorded), proven, {})  # type: ignore[arg-type]
     assert [one.value for one in found.values()] == ["changed", "changed"]
     assert [one.allowed_by for one in found.values()] == [ALLOW, ""]
+
+
+def test_of_two_engines_the_worse_one_decides_and_is_named() -> None:
+    worse = replace(EXACT, mean_kl=0.3)
+    found = verdicts_of({"onnxruntime": {"a": EXACT}, "native": {"a": worse}}, {})
+    assert found["a"].value == "refused"
+    assert found["a"].reasons == tuple(
+        f"native engine: {reason}" for reason in judge_adapter(worse, None).reasons
+    )
+    found = verdicts_of({"onnxruntime": {"a": EXACT}, "native": {"a": EXACT}}, {})
+    assert found == {"a": judge_adapter(EXACT, None)}

@@ -152,12 +152,14 @@ const char *edgetune_instruction_sets(void) {
 }
 
 edgetune_model *edgetune_open(const char *plan, size_t plan_bytes, const char *data_path, int threads,
-                              const char *instruction_set, char *error, size_t error_bytes) {
+                              int cache_bits, const char *instruction_set, char *error, size_t error_bytes) {
     return guarded<edgetune_model *>(nullptr, error, error_bytes, [&] {
         if (threads < 1 || threads > MOST_THREADS)
             throw std::runtime_error("1 to " + std::to_string(MOST_THREADS) + " threads");
+        if (cache_bits != 16 && cache_bits != 8) throw std::runtime_error("a cache of 16 or 8 bits");
         std::unique_ptr<edgetune_model> model(new edgetune_model);
         model->open = open_model(plan, plan_bytes, data_path, threads, chosen(instruction_set));
+        model->open->model.cache_bits = cache_bits;
         return model.release();
     });
 }
@@ -170,7 +172,7 @@ void edgetune_model_sizes(const edgetune_model *model, edgetune_sizes *sizes) {
     uint64_t weights = 0;
     for (const Matrix *matrix : matrices(open)) weights += matrix->bytes();
     *sizes = {m.hidden, m.vocab, m.layer_count, m.heads, m.kv_heads, m.head_dim, m.positions,
-              m.head_width, LANES, MOST_TOKENS, m.threads, weights};
+              m.cache_bytes(), LANES, MOST_TOKENS, m.threads, weights};
 }
 
 const char *edgetune_model_instruction_set(const edgetune_model *model) {
@@ -211,7 +213,7 @@ int edgetune_run(edgetune_model *model, const edgetune_cache *cache, const edget
             before = wanted[i];
         }
         const Work work = {&open.model, open.tokens.data(), count,
-                           {cache->memory, cache->slots, cache->capacity},
+                           {static_cast<uint8_t *>(cache->memory), cache->slots, cache->capacity},
                            wanted, wanted_count, logits, states};
         Running running = {&work, open.kernels};
         open.pool->run(run_share, &running);

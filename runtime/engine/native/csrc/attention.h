@@ -1,4 +1,4 @@
-// Queries and a cache of keys and values in half precision.
+// Queries and a cache of keys and values in half precision or 8 bits.
 // Included by kernels_*.cpp behind a simd_*.h, inside that instruction set's namespace; see forward.h.
 
 constexpr float NOTHING = -1e30f; // a score that nobody gave
@@ -11,46 +11,75 @@ struct Span { // what one row of queries sees of the keys, and what came of some
     float *acc;      // (head_width): sum of exp(score - high) * value
 };
 
-INLINE uint16_t *side_of(const Work &w, int side, int slot, int head) {
+// Numbers of a cache: half precision, or 8 bits of which each token has a scale.
+struct Halves {
+    typedef uint16_t Number;
+    static constexpr bool SCALED = false;
+    INLINE F load16(const Number *p) { return load_half(p); }
+};
+struct Bytes {
+    typedef int8_t Number;
+    static constexpr bool SCALED = true;
+    INLINE F load16(const Number *p) { return load_bytes(p); }
+};
+
+INLINE uint8_t *side_of(const Work &w, int side, int slot, int head) {
     const Model &m = *w.model;
     return w.cache.memory +
            (((size_t(side) * w.cache.slots + slot) * m.kv_heads + head) * w.cache.capacity) *
-               m.head_width;
+               m.cache_bytes();
 }
 
-// Scores of R queries with W steps of 16 keys, written to `scores`.
-template <int R, int W>
-INLINE void score_keys(const Span *rows, const uint16_t *key, int dim, int width, float softcap,
+// The step of LANES tokens from the token `at`, a multiple of LANES.
+template <class C> INLINE typename C::Number *step_at(uint8_t *side, int at, int width) {
+    return (typename C::Number *)(side + size_t(at) * (C::SCALED ? width + 4 : 2 * width));
+}
+template <class C> INLINE float *scales_of(typename C::Number *step, int width) {
+    return (float *)(step + LANES * width);
+}
+
+// Scores of R queries with W steps of 16 keys from the key `at`, written to `scores`.
+template <class C, int R, int W>
+INLINE void score_keys(const Span *rows, uint8_t *keys, int at, int dim, int width, float softcap,
                        float *scores) {
+    const typename C::Number *key[W];
     F s[R][W];
+    for (int w = 0; w < W; w++) key[w] = step_at<C>(keys, at + w * LANES, width);
     for (int r = 0; r < R; r++)
         for (int w = 0; w < W; w++) s[r][w] = all(0.0f);
     for (int d = 0; d < dim; d++) {
         F k[W];
-        for (int w = 0; w < W; w++) k[w] = load_half(key + (w * width + d) * LANES);
+        for (int w = 0; w < W; w++) k[w] = C::load16(key[w] + d * LANES);
         for (int r = 0; r < R; r++) {
             F q = all(rows[r].q[d]);
             for (int w = 0; w < W; w++) s[r][w] = fma(q, k[w], s[r][w]);
         }
     }
     for (int r = 0; r < R; r++)
-        for (int w = 0; w < W; w++)
+        for (int w = 0; w < W; w++) {
+            if (C::SCALED)
+                s[r][w] = mul(s[r][w], load(scales_of<C>(step_at<C>(keys, at + w * LANES, width), width)));
             store(scores + r * KEYS + w * LANES, softcap > 0 ? capped(s[r][w], softcap) : s[r][w]);
+        }
 }
 
-// The values of keys, each times its weight, as W vectors of R results.
-template <int R, int W>
-INLINE void add_values(const Span *rows, const uint16_t *value, int count, int width, int d,
+// The values from `first` to `end`, each times its weight, as W vectors of R results.
+template <class C, int R, int W>
+INLINE void add_values(const Span *rows, uint8_t *values, int first, int end, int width, int d,
                        const float *weights) {
     F a[R][W];
     for (int r = 0; r < R; r++)
         for (int w = 0; w < W; w++) a[r][w] = all(0.0f);
-    for (int k = 0; k < count; k++, value += width) {
-        F v[W];
-        for (int w = 0; w < W; w++) v[w] = load_half(value + d + w * LANES);
-        for (int r = 0; r < R; r++) {
-            F p = all(weights[r * KEYS + k]);
-            for (int w = 0; w < W; w++) a[r][w] = fma(p, v[w], a[r][w]);
+    for (int k = first; k < end;) {
+        const int step = k / LANES * LANES, stop = step + LANES < end ? step + LANES : end;
+        const typename C::Number *value = step_at<C>(values, step, width) + (k - step) * width + d;
+        for (; k < stop; k++, value += width) {
+            F v[W];
+            for (int w = 0; w < W; w++) v[w] = C::load16(value + w * LANES);
+            for (int r = 0; r < R; r++) {
+                F p = all(weights[r * KEYS + (k - first)]);
+                for (int w = 0; w < W; w++) a[r][w] = fma(p, v[w], a[r][w]);
+            }
         }
     }
     for (int r = 0; r < R; r++)
@@ -78,9 +107,9 @@ INLINE void weigh(Span &row, int start, int end, float *scores) {
 }
 
 // R queries and the keys from `start`, a multiple of KEYS, to `end`.
-template <int R>
-static void attend_keys(const Model &model, const uint16_t *keys, const uint16_t *values,
-                        float softcap, int start, int end, Span *rows, float *scores) {
+template <class C, int R>
+static void attend_keys(const Model &model, uint8_t *keys, uint8_t *values, float softcap, int start,
+                        int end, Span *rows, float *scores) {
     const int width = model.head_width, dim = model.head_dim;
     int first = rows[0].from;
     for (int r = 1; r < R; r++)
@@ -88,33 +117,46 @@ static void attend_keys(const Model &model, const uint16_t *keys, const uint16_t
     if (first < start) first = start;
     int k = start;
     for (; k + STEPS * LANES <= round_up(end, LANES); k += STEPS * LANES)
-        score_keys<R, STEPS>(rows, keys + size_t(k) * width, dim, width, softcap, scores + (k - start));
+        score_keys<C, R, STEPS>(rows, keys, k, dim, width, softcap, scores + (k - start));
     for (; k < end; k += LANES)
-        score_keys<R, 1>(rows, keys + size_t(k) * width, dim, width, softcap, scores + (k - start));
-    for (int r = 0; r < R; r++) weigh(rows[r], start, end, scores + r * KEYS);
-    const uint16_t *value = values + size_t(first) * width;
+        score_keys<C, R, 1>(rows, keys, k, dim, width, softcap, scores + (k - start));
+    for (int r = 0; r < R; r++) {
+        float *own = scores + r * KEYS;
+        weigh(rows[r], start, end, own);
+        for (int step = start; C::SCALED && step < end; step += LANES, own += LANES)
+            store(own, mul(load(own), load(scales_of<C>(step_at<C>(values, step, width), width))));
+    }
     const float *weights = scores + (first - start);
     int d = 0;
     for (; d + STEPS * LANES <= width; d += STEPS * LANES)
-        add_values<R, STEPS>(rows, value, end - first, width, d, weights);
-    for (; d < width; d += LANES) add_values<R, 1>(rows, value, end - first, width, d, weights);
+        add_values<C, R, STEPS>(rows, values, first, end, width, d, weights);
+    for (; d < width; d += LANES) add_values<C, R, 1>(rows, values, first, end, width, d, weights);
+}
+
+template <class C>
+INLINE void attend_rows(const Model &m, uint8_t *keys, uint8_t *values, float softcap, int start,
+                        int end, Span *rows, int count, float *scores) {
+    switch (count) {
+    case 1: return attend_keys<C, 1>(m, keys, values, softcap, start, end, rows, scores);
+    case 2: return attend_keys<C, 2>(m, keys, values, softcap, start, end, rows, scores);
+    case 3: return attend_keys<C, 3>(m, keys, values, softcap, start, end, rows, scores);
+    default: return attend_keys<C, 4>(m, keys, values, softcap, start, end, rows, scores);
+    }
 }
 
 static void attend(const Work &w, const Layer &layer, int index, int slot, int head, int start,
                    Span *rows, int count, float *scores) {
-    const uint16_t *keys = side_of(w, 2 * index, slot, head);
-    const uint16_t *values = side_of(w, 2 * index + 1, slot, head);
+    uint8_t *keys = side_of(w, 2 * index, slot, head);
+    uint8_t *values = side_of(w, 2 * index + 1, slot, head);
     int end = 0;
     for (int r = 0; r < count; r++)
         if (rows[r].to > end) end = rows[r].to;
     if (end > start + KEYS) end = start + KEYS;
     const Model &m = *w.model;
-    switch (count) {
-    case 1: return attend_keys<1>(m, keys, values, layer.softcap, start, end, rows, scores);
-    case 2: return attend_keys<2>(m, keys, values, layer.softcap, start, end, rows, scores);
-    case 3: return attend_keys<3>(m, keys, values, layer.softcap, start, end, rows, scores);
-    default: return attend_keys<4>(m, keys, values, layer.softcap, start, end, rows, scores);
-    }
+    if (m.cache_bits == 8)
+        attend_rows<Bytes>(m, keys, values, layer.softcap, start, end, rows, count, scores);
+    else
+        attend_rows<Halves>(m, keys, values, layer.softcap, start, end, rows, count, scores);
 }
 
 // What came of some keys, joined by what came of later ones. A row's keys are always joined in this
@@ -151,24 +193,42 @@ static void query(const Model &m, const Layer &layer, const float *y, int positi
     for (int i = 0; i < m.head_width; i += LANES) store(q + i, mul(load(q + i), all(layer.scale)));
 }
 
+// 8 bits of a token's numbers, written to `codes`; their scale.
+INLINE float to_bytes(const float *x, int width, int8_t *codes) {
+    F most_of = all(0.0f);
+    for (int i = 0; i < width; i += LANES) most_of = most(most_of, magnitude(load(x + i)));
+    const float top = largest(most_of);
+    const F inverse = all(top > 0 ? 127.0f / top : 0.0f);
+    for (int i = 0; i < width; i += LANES) store_bytes(codes + i, mul(load(x + i), inverse), false);
+    return top / 127.0f;
+}
+
 // Write one token's key and value of a head into the cache.
 static void append(const Work &w, const Layer &layer, int index, int token, int head,
                    float *scratch) {
     const Model &m = *w.model;
     const Token &t = w.tokens[token];
-    const int width = m.head_width;
+    const int width = m.head_width, step = t.position / LANES * LANES, lane = t.position - step;
     const float *k = m.y + size_t(token) * m.y_line + size_t(m.heads + head) * width;
     const float *v = k + size_t(m.kv_heads) * width;
-    uint16_t *half = (uint16_t *)(scratch + width);
     for (int i = 0; i < width; i += LANES) store(scratch + i, load(k + i));
     if (layer.k_norm.present) normalise(layer.k_norm, scratch, m.head_dim, scratch);
     if (layer.rotary >= 0) rotate(m.rotaries[layer.rotary], t.position, scratch);
+    uint8_t *keys = side_of(w, 2 * index, t.slot, head);
+    uint8_t *values = side_of(w, 2 * index + 1, t.slot, head);
+    if (m.cache_bits == 8) {
+        int8_t *key = step_at<Bytes>(keys, step, width), *value = step_at<Bytes>(values, step, width);
+        int8_t *codes = (int8_t *)(scratch + width);
+        scales_of<Bytes>(key, width)[lane] = to_bytes(scratch, width, codes);
+        for (int i = 0; i < width; i++) key[size_t(i) * LANES + lane] = codes[i];
+        scales_of<Bytes>(value, width)[lane] = to_bytes(v, width, value + size_t(lane) * width);
+        return;
+    }
+    uint16_t *key = step_at<Halves>(keys, step, width), *value = step_at<Halves>(values, step, width);
+    uint16_t *half = (uint16_t *)(scratch + width);
     for (int i = 0; i < width; i += LANES) store_half(half + i, load(scratch + i));
-    uint16_t *key = side_of(w, 2 * index, t.slot, head) +
-                    size_t(t.position / LANES) * LANES * width + t.position % LANES;
-    for (int i = 0; i < width; i++) key[size_t(i) * LANES] = half[i];
-    uint16_t *value = side_of(w, 2 * index + 1, t.slot, head) + size_t(t.position) * width;
-    for (int i = 0; i < width; i += LANES) store_half(value + i, load(v + i));
+    for (int i = 0; i < width; i++) key[size_t(i) * LANES + lane] = half[i];
+    for (int i = 0; i < width; i += LANES) store_half(value + size_t(lane) * width + i, load(v + i));
 }
 
 INLINE int seen_from(const Layer &layer, int position) {

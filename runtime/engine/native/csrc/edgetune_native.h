@@ -23,25 +23,25 @@ extern "C" {
 #define EDGETUNE_API __attribute__((visibility("default")))
 #endif
 
-#define EDGETUNE_ABI 1
+#define EDGETUNE_ABI 2
 
 typedef struct edgetune_model edgetune_model;
 typedef struct edgetune_adapter edgetune_adapter;
 
 typedef struct {
     int32_t hidden, vocab, layers, heads, kv_heads, head_dim, positions;
-    int32_t cache_width;    /* numbers that one head's key or value takes in the cache */
+    int32_t cache_bytes;    /* what one head's key or value of a token takes in the cache */
     int32_t cache_step;     /* the capacity of a cache is a multiple of this many tokens */
     int32_t most_tokens;    /* tokens that one call runs at most */
     int32_t threads;
     uint64_t weight_bytes;  /* what a token reads of the weights */
 } edgetune_sizes;
 
-/* Keys and values as IEEE half precision: (2 * layers, slots, kv_heads, capacity, cache_width), a
- * layer's keys before its values. Keys of `cache_step` tokens are transposed among themselves, so
- * tokens are copied between slots in whole steps. Zeros at first. */
+/* Keys and values: (2 * layers, slots, kv_heads, capacity, cache_bytes), a layer's keys before its
+ * values. `cache_step` tokens lie together, so tokens are copied between slots in whole steps. Zeros
+ * at first. */
 typedef struct {
-    uint16_t *memory;
+    void *memory;
     int64_t slots, capacity;
 } edgetune_cache;
 
@@ -58,9 +58,10 @@ EDGETUNE_API int edgetune_abi(void);
  * between; empty where the engine cannot run. */
 EDGETUNE_API const char *edgetune_instruction_sets(void);
 
-/* Open a model; `instruction_set` NULL takes the best. */
+/* Open a model; `cache_bits` of a number in its caches: 16 (half precision) or 8 (a scale for each
+ * token and head); `instruction_set` NULL takes the best. */
 EDGETUNE_API edgetune_model *edgetune_open(const char *plan, size_t plan_bytes,
-                                           const char *data_path, int threads,
+                                           const char *data_path, int threads, int cache_bits,
                                            const char *instruction_set, char *error,
                                            size_t error_bytes);
 EDGETUNE_API void edgetune_close(edgetune_model *model);

@@ -107,8 +107,10 @@ struct Token {
     const Adapter *adapter;
 };
 
+// Of every head's keys, then its values: steps of LANES tokens, each a value a column or a token (keys
+// are transposed among themselves) in half precision, or in 8 bits and behind them LANES scales.
 struct Cache {
-    uint16_t *memory;
+    uint8_t *memory;
     int64_t slots, capacity;
 };
 
@@ -117,6 +119,10 @@ struct Pool;
 struct Model {
     int hidden = 0, vocab = 0, heads = 0, kv_heads = 0, head_dim = 0, layer_count = 0, positions = 0;
     int head_width = 0; // head_dim in whole vectors
+    int cache_bits = 16; // of a number in the cache: 16 or 8
+
+    // what one head's key or value of a token takes in the cache
+    int cache_bytes() const { return cache_bits == 8 ? head_width + 4 : 2 * head_width; }
     Layer *layers = nullptr;
     Norm norm;
     Matrix head;

@@ -53,6 +53,11 @@ INLINE void store_half(uint16_t *p, F a) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.a, 0));
     _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.b, 0));
 }
+INLINE F load_bytes(const int8_t *p) {
+    const __m128i x = _mm_loadu_si128((const __m128i *)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(x, x)))};
+}
 INLINE __m256 power_of_two8(__m256 n) {
     __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));

@@ -33,6 +33,9 @@ INLINE F load_half(const uint16_t *p) {
 INLINE void store_half(uint16_t *p, F a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a.v, 0));
 }
+INLINE F load_bytes(const int8_t *p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)))};
+}
 INLINE F power_of_two(F n) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), n.v)}; }
 
 // Write 16 numbers rounded to 8 bits, even ones of 8 first where `paired`; their sum.

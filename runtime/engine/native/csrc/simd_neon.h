@@ -40,6 +40,16 @@ INLINE F load_half(const uint16_t *p) {
 INLINE void store_half(uint16_t *p, F a) {
     EACH vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
 }
+INLINE F load_bytes(const int8_t *p) {
+    const int8x16_t x = vld1q_s8(p);
+    const int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_s8(vget_high_s8(x));
+    F a;
+    a.v[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
+    a.v[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(low)));
+    a.v[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
+    a.v[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)));
+    return a;
+}
 INLINE F power_of_two(F n) {
     EACH n.v[i] = vreinterpretq_f32_s32(
         vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v[i]), vdupq_n_s32(127)), 23));

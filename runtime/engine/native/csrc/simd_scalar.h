@@ -34,6 +34,7 @@ INLINE float total(F a) { float s = 0; EACH s += a.v[i]; return s; }
 INLINE float largest(F a) { float s = a.v[0]; EACH s = a.v[i] > s ? a.v[i] : s; return s; }
 INLINE F load_half(const uint16_t *p) { F a; EACH a.v[i] = half_to_float(p[i]); return a; }
 INLINE void store_half(uint16_t *p, F a) { EACH p[i] = float_to_half(a.v[i]); }
+INLINE F load_bytes(const int8_t *p) { F a; EACH a.v[i] = p[i]; return a; }
 INLINE F power_of_two(F n) { EACH n.v[i] = ldexpf(1.0f, (int)n.v[i]); return n; }
 
 INLINE int32_t store_bytes(int8_t *p, F a, bool paired) {

@@ -107,6 +107,25 @@ def test_a_prompt_in_pieces_by_any_threads_is_the_same_to_the_bit(
             state.step([7])
 
 
+def test_a_cache_in_eight_bits_takes_half_and_answers_nearly_the_same(llama: Family) -> None:
+    bundle, manifest = llama.build(PRECISIONS["int4"], "int4")
+    usual, _ = open_decoder(bundle, manifest, engine="native", threads=2)
+    small, which = open_decoder(bundle, manifest, engine="native:cache=int8", threads=2)
+    assert isinstance(usual, NativeDecoder) and isinstance(small, NativeDecoder)
+    assert which.name == "native" and "8 bits" in str(which)
+    width = usual.model.sizes.cache_bytes // 2
+    assert small.model.sizes.cache_bytes == width + 4
+    longer = [*IDS, *IDS[::-1], *IDS[::2], *IDS]
+    whole = small.logits([longer])[0]
+    assert 0 < distance(whole, usual.logits([longer])[0]) < 0.05
+    batch = small.new_batch(rows=2, max_context=len(longer))
+    batch.begin(None, tokens=len(longer))
+    np.testing.assert_array_equal(batch.prefill(longer[:5]), whole[4])
+    batch.join()
+    for at, token in enumerate(longer[5:], start=5):
+        np.testing.assert_array_equal(batch.step([token])[0], whole[at])
+
+
 def test_rows_with_other_adapters_beside_them_answer_as_alone(family: Family) -> None:
     engine, adapter = opened(family, "fp32")
     double = engine.bind(
