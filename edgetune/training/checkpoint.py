@@ -196,6 +196,11 @@ class Checkpoints:
         return sorted(named, key=lambda path: _place(path))
 
     @property
+    def anything(self) -> bool:
+        """Whether there is something to go on from."""
+        return bool(self.found()) or self.has_judges or (self.folder / TRIALS).is_file()
+
+    @property
     def has_judges(self) -> bool:
         """Whether a judge of this run is trained already, or partly."""
         judges = judges_in(self.folder)
@@ -284,8 +289,7 @@ def _unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
             say(checkpoints.kept)
         raise
     finally:
-        kept = checkpoints.found() or checkpoints.has_judges or (work / TRIALS).is_file()
-        if work.is_dir() and not kept:
+        if work.is_dir() and not checkpoints.anything:
             shutil.rmtree(work)
             if not was_there:
                 run.rmdir()
