@@ -47,7 +47,7 @@ def _log_softmax(logits: Floats) -> Floats:
     return result
 
 
-def likeliest(logits: npt.ArrayLike, temperature: float) -> tuple[npt.NDArray[np.int64], Floats]:
+def best_labels(logits: npt.ArrayLike, temperature: float) -> tuple[npt.NDArray[np.int64], Floats]:
     """The best class of each row of logits (rows, classes), and its calibrated probability."""
     p = np.exp(_log_softmax(np.asarray(logits, np.float64) / temperature))
     return p.argmax(-1), p.max(-1)

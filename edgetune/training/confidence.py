@@ -15,9 +15,9 @@ from edgetune.data.batching import Batch
 from edgetune.metrics.calibration import (
     SURE,
     Reached,
+    best_labels,
     calibration_error,
     fit_temperature,
-    likeliest,
     reliability,
     rows_needed,
     threshold_for,
@@ -76,7 +76,7 @@ def fit_confidence(
     if len(targets) < ENOUGH_ROWS:
         return Fitted(warnings=_too_few(len(targets), asked))
     temperature = fit_temperature(logits, targets)
-    best, scores = likeliest(logits, temperature)
+    best, scores = best_labels(logits, temperature)
     right = best == targets
     threshold, warnings = _threshold(scores, right, settings)
     fitted = Confidence(
@@ -87,7 +87,7 @@ def fit_confidence(
         out_of_scope=settings.out_of_scope,
         rows=len(targets),
     )
-    _, before = likeliest(logits, 1.0)
+    _, before = best_labels(logits, 1.0)
     facts = {
         **fitted.to_dict(),
         "expected_calibration_error": calibration_error(reliability(scores, right)),

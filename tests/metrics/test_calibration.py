@@ -14,10 +14,10 @@ from edgetune.metrics.calibration import (
     SURE,
     Bin,
     Covered,
+    best_labels,
     calibration_error,
     coverage_curve,
     fit_temperature,
-    likeliest,
     reliability,
     rows_needed,
     threshold_for,
@@ -50,7 +50,7 @@ def test_the_temperature_is_the_one_a_minimiser_of_torchs_loss_finds(sharpness: 
 def test_rows_that_are_all_right_do_not_make_the_scores_sure_of_everything() -> None:
     logits = np.eye(3)[[0, 1, 2] * 10] * 4
     targets = np.array([0, 1, 2] * 10)
-    _, scores = likeliest(logits, fit_temperature(logits, targets))
+    _, scores = best_labels(logits, fit_temperature(logits, targets))
     assert 0.9 < scores.min() < 0.999
 
 
