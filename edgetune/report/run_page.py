@@ -83,6 +83,7 @@ def render_report(
         + "</div>",
         *(f"<p>{escape(line)}</p>" for line in kept_lines(summary)),
         "<h2>Results</h2>" + _results(summary),
+        *_judges(summary),
         *confidence_section(summary),
         *errors_section(summary),
         *trial_section(trials),
@@ -202,6 +203,13 @@ def _results(summary: Mapping[str, Any]) -> str:
         else "base"
     )
     return html_table(("validation", without, "with the adapter"), rows)
+
+
+def _judges(summary: Mapping[str, Any]) -> Iterable[str]:
+    """A table for each adapter that was trained to guide the policy."""
+    for name, judge in summary.get("adapters", {}).items():
+        title = f"Judge {name}, trained by stage {judge['stage']}"
+        yield f"<h2>{escape(title)}</h2>" + _results({**judge, "task": "reward"})
 
 
 def with_interval(name: str, metrics: Mapping[str, float]) -> str:
