@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import METHODS
+from edgetune.core.tasks import EMBEDDING, METHODS
 from edgetune.data.completions import load_completions, prompted_rows, without_end
+from edgetune.data.contrasts import load_contrasts, stage_format
 from edgetune.data.examples import Example, ExampleSet, Loading, token_limit
 from edgetune.data.findings import Finding, cut, find, unusable
 from edgetune.data.implicit_prompts import paired, well_answered
@@ -19,7 +20,7 @@ from edgetune.data.masking import load_masked
 from edgetune.data.out_of_scope import without_outside
 from edgetune.data.plain_text import load_packed
 from edgetune.data.preferences import load_preferences
-from edgetune.data.prompts import PromptFormat, prompt_format
+from edgetune.data.prompts import PromptFormat
 from edgetune.data.rollout_prompts import load_prompts
 from edgetune.data.row import RowTexts
 from edgetune.data.row_texts import row_texts
@@ -37,6 +38,7 @@ LOADERS: dict[str, Callable[[Loading], ExampleSet]] = {
     "causal-lm": load_packed,
     "masked-lm": load_masked,
     "sft": load_completions,
+    "contrastive": load_contrasts,
     "sequence-classification": load_labelled,
     "multi-label": load_targets,
     "regression": load_targets,
@@ -87,9 +89,8 @@ def open_rows(
     _check_kind(stage, base)
     sources = stage_rows(stage, seed=seed)
     limit = token_limit(stage.max_length, tokenizer, base)
-    form = prompt_format(
-        stage.data,
-        method=stage.method,
+    form = stage_format(
+        stage,
         chat_template=tokenizer.chat_template,
         columns=sources["train"].rows[0].values,
     )
@@ -181,6 +182,9 @@ def told(stage: Stage, form: PromptFormat) -> list[str]:
         "{{ chosen }}",
     ):
         notes.append(f"answered with {form.completion!r}")
+    if stage.task == EMBEDDING:
+        found = {"alike": form.positive, "unlike": form.negative, "label": form.label}
+        notes += [f"{what}: {template!r}" for what, template in found.items() if template]
     if form.system_column is not None:
         notes.append(f"system messages of the rows' own, {form.system_column!r}")
     if stage.data.tags is None and form.tags not in (None, "tags"):

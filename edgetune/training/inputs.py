@@ -22,6 +22,7 @@ from edgetune.quantisation.blocks import ROUNDING
 from edgetune.quantisation.precision import shipped_precision
 from edgetune.recipe.checks import KIND as SEQ2SEQ
 from edgetune.recipe.checks import check_recipe
+from edgetune.recipe.judges import judges_of
 from edgetune.recipe.schema import Recipe, Stage
 from edgetune.training.answer_form import answer_form
 from edgetune.training.automatic import by_rule, chosen
@@ -74,9 +75,11 @@ def read_inputs(recipe: Recipe) -> Inputs:
     sets = form.noted(sets)
     asked, rows = _with_hold_outs(recipe, sets), [len(examples.train) for examples in sets]
     recipe = by_rule(asked, width=hidden_size(base), rows=rows)
+    judges = judges_of(recipe)
     for stage in recipe.stage:
         method = method_of(stage, base.kind)
-        method.check(own_settings(stage, method), base)
+        own = own_settings(stage, method) if stage.grpo is None else stage.grpo.without(judges)
+        method.check(own, base)
     pad_id = (
         tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None
@@ -86,7 +89,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     digests = [
         examples.digests
         | ({} if replay is None else {"replay": replay.digest})
-        | ({} if stage.grpo is None else reward_digests(stage.grpo))
+        | ({} if stage.grpo is None else reward_digests(stage.grpo.without(judges)))
         for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
     ]
     if start is not None:
