@@ -39,6 +39,7 @@ PEFT_TASKS = {
     "sequence-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "masked-lm": "FEATURE_EXTRACTION",
+    "feature-extraction": "FEATURE_EXTRACTION",
     "reward": "SEQ_CLS",
 }
 

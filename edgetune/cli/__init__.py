@@ -25,6 +25,7 @@ COMMANDS = {
     "data": "Show what a data file or a recipe's rows hold.",
     "train": "Train an adapter from a recipe.",
     "sweep": "Train a grid of settings and compare the runs.",
+    "label": "Label texts by a bundle and few labelled rows, for training.",
     "report": "Compare runs on one page.",
     "eval": "Measure a run or a bundle on a data file.",
     "compress": "Make a trained adapter small: a lower rank in few bits.",

@@ -12,7 +12,7 @@ from typing import Any
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTERS
 from edgetune.core.progress import Say
-from edgetune.core.tasks import CLASSIFICATION, MASKED, REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, EMBEDDING, MASKED, REWARD, TAGGING
 from edgetune.core.text import second_of, typed_at
 from edgetune.export.inputs.sources import AdapterSource, original_base, read_source
 from edgetune.export.proof.from_text import prove_from_text
@@ -175,7 +175,7 @@ def _shipped_outputs(
         if task == CLASSIFICATION:
             return decide(class_outputs(engine, rows, tensors))
         return _generator_outputs(engine, rows, bound)
-    if task == MASKED:
+    if task in (MASKED, EMBEDDING):
         return embedding_outputs(engine, rows, tensors)
     return decide(
         token_outputs(engine, rows, tensors)

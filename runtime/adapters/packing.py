@@ -254,7 +254,7 @@ def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
     fitting = (
         DECODER_TASKS if manifest.is_decoder else ENCODER_TASKS
     )  # one base serves every kind of head
-    embeds = task == MASKED and not manifest.is_decoder
+    embeds = task in (MASKED, EMBEDDING) and not manifest.is_decoder
     if task is not None and task not in fitting and not embeds:
         problems.append(f"{ADAPTER_METADATA}: task: expected {' or '.join(fitting)}, got {task}")
     pooling = metadata.get("pooling")
