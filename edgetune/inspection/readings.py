@@ -36,7 +36,7 @@ LABEL = ("label", "labels", "category", "class", "intent")
 LABEL_WORDS = 5  # of a label, on the mean, at most
 SEPARATORS = re.compile(r"\s*[|;]\s*|\s*,\s+")
 TASKS: dict[str, tuple[MethodName, Problem]] = {
-    **{name: (name, "single-label") for name in METHODS if name != "grpo"},
+    **{name: (name, "single-label") for name in METHODS if name not in ("contrastive", "grpo")},
     "multi-label": ("sequence-classification", "multi-label"),
     "regression": ("sequence-classification", "regression"),
 }
