@@ -124,5 +124,7 @@ def _say(made: Draft) -> None:
     click.echo(lengths_line(made.overview))
     if made.held_out:
         click.echo(f"{made.held_out} rows are held out to measure on")
+    if made.note:
+        click.echo(f"warning: {made.note}")
     for finding in made.findings:
         click.echo(f"{'warning: ' if finding.matters else ''}{finding.line}")

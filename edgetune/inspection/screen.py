@@ -12,9 +12,9 @@ BAR, LABELS = 24, 12  # characters of the longest bar; labels that are shown
 
 def rows_line(overview: Overview) -> str:
     """How many rows there are, and of what."""
-    total = sum(overview.rows.values()) + sum(overview.unusable.values())
+    counts = [f"{of + overview.unusable.get(name, 0):,}" for name, of in overview.rows.items()]
     notes = "; ".join(overview.notes.get("train", ()))
-    return f"{overview.source}: {total:,} rows" + (f" ({notes})" if notes else "")
+    return f"{overview.source}: {' + '.join(counts)} rows" + (f" ({notes})" if notes else "")
 
 
 def lengths_line(overview: Overview) -> str:

@@ -164,6 +164,7 @@ def _ratio(values: Values) -> float:
 
 SCORES: Mapping[str, tuple[Callable[[Prediction], list[float]], Statistic]] = {
     "accuracy": (lambda one: [float(one["prediction"] == one["label"])], mean),
+    "recall_at_1": (lambda one: [float(one["prediction"] == one["label"])], mean),
     "json_exact_match": (_text_score(json_exact_match), mean),
     "rouge_l": (_text_score(rouge_l), mean),
     "preference_accuracy": (_preference, mean),
