@@ -87,6 +87,19 @@ EXIT = {"ok": 0, "over": 1, "slower": 1, "noisy": 3}
     metavar="%",
     help="With --against: slower by less is no regression.",
 )
+@click.option(
+    "--on",
+    metavar="ssh://[USER@]HOST[:PORT]",
+    help="Measure there: bundle and runtime are copied, and removed afterwards.",
+)
+@click.option(
+    "--remote-python", default="python3", show_default=True, help="With --on: the Python there."
+)
+@click.option(
+    "--wheel",
+    type=click.Path(path_type=Path),
+    help="With --on: install this wheel of edgetune there, such as one with its native engine.",
+)
 @provider_option
 @engine_option
 @click.option(
@@ -116,6 +129,9 @@ def command(
     beside: int,
     against: Path | None,
     allow_slower: float,
+    on: str | None,
+    remote_python: str,
+    wheel: Path | None,
     providers: tuple[str, ...],
     engine: str,
     json_file: Path | None,
@@ -137,6 +153,7 @@ def command(
     from edgetune.runtime.check import report
     from edgetune.runtime.check.latency import Workload, host_speed
     from edgetune.runtime.check.regression import changes, read_baseline
+    from edgetune.runtime.check.remote import Remote, address_of, host_there, measured_there
     from edgetune.runtime.check.rounds import measure_rounds
     from edgetune.runtime.check.verdict import judge
 
@@ -151,7 +168,12 @@ def command(
         there = nearest(unknown[0], shipped, none="none in this bundle")
         raise AdapterError(f"unknown adapter {unknown[0]!r}", **there)
     length = prompt_tokens or (256 if manifest.is_decoder else 32)
-    used = threads or min(device.threads, load_device("host").threads)
+    remote = None if on is None else Remote(address_of(on), python=remote_python)
+    used = threads
+    if remote is None:
+        used = threads or min(device.threads, load_device("host").threads)
+    elif not device.is_host:
+        used = threads or device.threads
     if rounds is None:
         rounds = 1 if baseline is None else len(baseline["measured"]["rounds"])
     workload = Workload(
@@ -165,14 +187,18 @@ def command(
         engine,
         beside,
     )
-    click.echo(
-        f"measuring {bundle} with {used} threads, {rounds} x {runs} requests of {length} tokens …",
-        err=True,
+    _note(
+        f"measuring {bundle} {'' if on is None else f'on {on} '}with {used or 'all'} threads,"
+        f" {rounds} x {runs} requests of {length} tokens …"
     )
-    measured = measure_rounds(workload, rounds=rounds)
+    if remote is None:
+        measured = measure_rounds(workload, rounds=rounds)
+    else:
+        with measured_there(remote, bundle, wheel=wheel, say=_note) as measure:
+            measured = measure_rounds(workload, rounds=rounds, measure=measure)
     for note in [*measured["providers"]["notes"], *measured["machine"]["notes"]]:
         click.echo(f"warning: {note}", err=True)
-    speed = None if device.is_host else host_speed(used)
+    speed = None if device.is_host or remote is not None else host_speed(used)
     verdicts = judge(measured, budget, device=device, host=speed)
     if unmeasured := sorted(set(asked) - {verdict.key for verdict in verdicts}):
         what = f"this bundle has no {unmeasured[0]}, so its limit cannot be checked"
@@ -183,6 +209,8 @@ def command(
             fix="Leave it out.",
         )
     document = _document(workload, measured, verdicts, device, speed, budget=budget)
+    if remote is not None:
+        document["host"] = host_there(remote)
     changed = (
         []
         if baseline is None
@@ -207,6 +235,10 @@ def command(
     if junit is not None:
         write_text(junit, report.junit(verdicts, changed, bundle=bundle.name, on=device.name))
     return EXIT[state]
+
+
+def _note(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _document(

@@ -4,7 +4,7 @@ side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,11 +66,16 @@ def _medians(results: list[dict[str, Any]]) -> Latency:
     return Latency(**figures, load_ms=load, peak_rss_mb=peak)
 
 
-def measure_rounds(workload: Workload, *, rounds: int = 1) -> dict[str, Any]:
-    """`measure_latency` so many times, as one measurement: all samples together, the median load,
+Measure = Callable[[Workload], dict[str, Any]]
+
+
+def measure_rounds(
+    workload: Workload, *, rounds: int = 1, measure: Measure = measure_latency
+) -> dict[str, Any]:
+    """`measure` so many times, as one measurement: all samples together, the median load,
     the highest peak; `rounds` has each round's samples.
     """
-    found = [measure_latency(workload) for _ in range(rounds)]
+    found = [measure(workload) for _ in range(rounds)]
     together = found[-1]
     kept = [
         {"runs": one["samples"]["runs"], "machine": one["machine"], "load_ms": one["load_ms"]}
