@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from edgetune.cli.options import THREADS, chosen_providers, engine_option, provi
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
     from edgetune.runtime.check.latency import Workload
+    from edgetune.runtime.check.rounds import Measuring
     from edgetune.runtime.check.verdict import Speed, Verdict
 
 
@@ -88,6 +90,16 @@ EXIT = {"ok": 0, "over": 1, "slower": 1, "noisy": 3}
     help="With --against: slower by less is no regression.",
 )
 @click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="AXIS=N,N,…",
+    help="Measure over prompt, new, batch, threads or beside, without a verdict; several times.",
+)
+@click.option(
+    "--page", type=click.Path(path_type=Path), help="With --sweep: write pictures and a table."
+)
+@click.option(
     "--on",
     metavar="ssh://[USER@]HOST[:PORT]",
     help="Measure there: bundle and runtime are copied, and removed afterwards.",
@@ -129,6 +141,8 @@ def command(
     beside: int,
     against: Path | None,
     allow_slower: float,
+    sweeps: tuple[str, ...],
+    page: Path | None,
     on: str | None,
     remote_python: str,
     wheel: Path | None,
@@ -151,13 +165,15 @@ def command(
     from edgetune.devices import load_device, parse_budget
     from edgetune.runtime.bundle.manifest import read_manifest
     from edgetune.runtime.check import report
-    from edgetune.runtime.check.latency import Workload, host_speed
+    from edgetune.runtime.check.latency import Workload, host_speed, measure_latency
     from edgetune.runtime.check.regression import changes, read_baseline
     from edgetune.runtime.check.remote import Remote, address_of, host_there, measured_there
     from edgetune.runtime.check.rounds import measure_rounds
+    from edgetune.runtime.check.sweep import parse_sweep
     from edgetune.runtime.check.verdict import judge
 
     manifest = read_manifest(bundle)
+    axes = parse_sweep(sweeps)
     baseline = None if against is None else read_baseline(against)
     device = load_device(device_name)
     kind = "decoder" if manifest.is_decoder else "encoder"
@@ -191,11 +207,14 @@ def command(
         f"measuring {bundle} {'' if on is None else f'on {on} '}with {used or 'all'} threads,"
         f" {rounds} x {runs} requests of {length} tokens …"
     )
-    if remote is None:
-        measured = measure_rounds(workload, rounds=rounds)
-    else:
-        with measured_there(remote, bundle, wheel=wheel, say=_note) as measure:
-            measured = measure_rounds(workload, rounds=rounds, measure=measure)
+    with contextlib.ExitStack() as stack:
+        measure: Measuring = measure_latency
+        if remote is not None:
+            copied = measured_there(remote, bundle, wheel=wheel, say=_note)
+            measure = stack.enter_context(copied)
+        if axes:
+            return _sweep(workload, axes, measure, page, json_file)
+        measured = measure_rounds(workload, rounds=rounds, measure=measure)
     for note in [*measured["providers"]["notes"], *measured["machine"]["notes"]]:
         click.echo(f"warning: {note}", err=True)
     speed = None if device.is_host or remote is not None else host_speed(used)
@@ -216,7 +235,7 @@ def command(
         if baseline is None
         else changes(baseline, document["workload"], measured["rounds"], allowed=allow_slower / 100)
     )
-    state = report.worst([v.state for v in verdicts] + [c.state for c in changed])
+    state = report.overall_state([v.state for v in verdicts] + [c.state for c in changed])
     document |= {"state": state, "changes": [one.to_dict() for one in changed]}
     for line in report.measured_lines(measured):
         click.echo(line)
@@ -235,6 +254,30 @@ def command(
     if junit is not None:
         write_text(junit, report.junit(verdicts, changed, bundle=bundle.name, on=device.name))
     return EXIT[state]
+
+
+def _sweep(
+    workload: Workload,
+    axes: dict[str, tuple[int, ...]],
+    measure: Measuring,
+    page: Path | None,
+    json_file: Path | None,
+) -> int:
+    """Measure every combination, say each as it comes, and write what was asked for."""
+    from edgetune.core.files import write_json, write_text
+    from edgetune.report.sweep_page import render_sweep
+    from edgetune.runtime.check.sweep import sweep, sweep_line
+
+    found = []
+    for point in sweep(workload, axes, measure):
+        click.echo(sweep_line(point))
+        found.append(point.to_dict())
+    name = Path(workload.bundle).name
+    if json_file is not None:
+        write_json(json_file, {"schema": 2, "bundle": workload.bundle, "points": found})
+    if page is not None:
+        write_text(page, render_sweep(found, title=f"edgetune check {name}"))
+    return 0
 
 
 def _note(line: str) -> None:

@@ -20,7 +20,6 @@ import numpy.typing as npt
 from edgetune.core.errors import DeviceError
 from edgetune.runtime.check.verdict import CONFIDENCE, NOISY, OK
 
-Floats = npt.NDArray[np.float64]
 SLOWER = "slower"
 ALLOWED = 0.03
 """Slower by less than this is no regression."""
@@ -28,12 +27,12 @@ FEWEST_ROUNDS = 3
 RESAMPLES = 4000
 YARDSTICKS = {"ttft_ms": "product_ms", "request_ms": "product_ms", "tpot_ms": "read_ms"}
 """The yardstick's job that is bound by the same as a figure: arithmetic, or memory."""
-FIXED = ("prompt_tokens", "new_tokens", "threads")
+FIXED = ("prompt_tokens", "new_tokens", "threads", "batch")
 """Of a workload: what must be equal on both sides."""
 
 
 @dataclass(frozen=True)
-class Change:
+class Against:
     """One figure now beside before: `ratio` of the medians, each in units of its yardstick."""
 
     key: str
@@ -83,7 +82,7 @@ def changes(
     rounds: Sequence[Mapping[str, Any]],
     *,
     allowed: float = ALLOWED,
-) -> list[Change]:
+) -> list[Against]:
     """Every figure that both sides have. DeviceError where they measured different work.
 
     `slower`: the ratio is above 1 + `allowed` and its interval above 1; `too noisy to tell`: the
@@ -91,7 +90,7 @@ def changes(
     """
     before = baseline["workload"]
     for name in FIXED:
-        if before.get(name) != workload.get(name):
+        if before.get(name, 1) != workload.get(name, 1):
             raise DeviceError(
                 f"the baseline measured another {name}",
                 expected=str(before.get(name)),
@@ -145,7 +144,7 @@ def _figures(one: Mapping[str, Any]) -> dict[Key, _Round]:
     return found
 
 
-def _change(key: Key, then: list[_Round], now: list[_Round], allowed: float) -> Change:
+def _change(key: Key, then: list[_Round], now: list[_Round], allowed: float) -> Against:
     sides = [np.log([one.units for one in side]) for side in (then, now)]
     ratio = float(np.exp(np.median(sides[1]) - np.median(sides[0])))
     low, high = _interval(*sides)
@@ -156,10 +155,10 @@ def _change(key: Key, then: list[_Round], now: list[_Round], allowed: float) -> 
     else:
         state = OK
     ms = [float(np.median([one.ms for one in side])) for side in (then, now)]
-    return Change(key[0], key[1], ms[0], ms[1], ratio, low, high, state)
+    return Against(key[0], key[1], ms[0], ms[1], ratio, low, high, state)
 
 
-def _interval(then: Floats, now: Floats) -> tuple[float, float]:
+def _interval(then: npt.NDArray[np.float64], now: npt.NDArray[np.float64]) -> tuple[float, float]:
     """95 % bootstrap interval of the ratio of medians, rounds resampled; a fixed seed."""
     rng = np.random.default_rng(0)
     medians = [

@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import edgetune
+from edgetune import core
 from edgetune.core.errors import DeviceError
 from edgetune.core.files import sha256_file
+from edgetune.core.progress import Say
 from edgetune.runtime.check import over_there
 from edgetune.runtime.check.latency import Workload
 
@@ -148,7 +149,6 @@ class Remote:
         return [self.python, "-c", source, work, folder]
 
 
-Say = Callable[[str], None]
 File = tuple[Path, int, str]
 """(here, bytes, sha256)"""
 
@@ -235,7 +235,7 @@ def _files(bundle: Path, wheel: Path | None) -> dict[str, File]:
             raise DeviceError("no such wheel", where=str(wheel))
         found[wheel.name] = wheel
     else:
-        root = Path(edgetune.__file__).parent
+        root = Path(core.__file__).parents[1]
         inside = [root / "__init__.py", root / "py.typed"]
         for room in ROOMS:
             inside += sorted(path for path in (root / room).rglob("*") if path.is_file())

@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from edgetune.devices.loader import Device
-from edgetune.runtime.check.regression import SLOWER, Change
+from edgetune.runtime.check.regression import SLOWER, Against
 from edgetune.runtime.check.verdict import FORMULA, NOISY, OK, OVER, Speed, Verdict
 
 WORDS = {OK: "ok", OVER: "OVER", SLOWER: "SLOWER", NOISY: "too noisy to tell"}
@@ -56,7 +56,7 @@ def budget_lines(verdicts: Sequence[Verdict], device: Device, speed: Speed | Non
         yield f"  {v.key + who:32} {v.value:10.4g}{spread} of {v.limit:g}: {WORDS[v.state]}{basis}"
 
 
-def change_lines(changes: Sequence[Change], baseline: str) -> Iterator[str]:
+def change_lines(changes: Sequence[Against], baseline: str) -> Iterator[str]:
     """Every figure beside the baseline's."""
     yield f"against {baseline} (a fixed job beside each request taken out):"
     for c in changes:
@@ -70,7 +70,7 @@ def change_lines(changes: Sequence[Change], baseline: str) -> Iterator[str]:
 def markdown(
     measured: Mapping[str, Any],
     verdicts: Sequence[Verdict],
-    changes: Sequence[Change],
+    changes: Sequence[Against],
     *,
     title: str,
     state: str,
@@ -99,7 +99,7 @@ def markdown(
     return "\n".join(lines)
 
 
-def junit(verdicts: Sequence[Verdict], changes: Sequence[Change], *, bundle: str, on: str) -> str:
+def junit(verdicts: Sequence[Verdict], changes: Sequence[Against], *, bundle: str, on: str) -> str:
     """One test case a limit and a figure of the baseline: what is exceeded fails, what cannot be
     told is skipped.
     """
@@ -132,7 +132,7 @@ def junit(verdicts: Sequence[Verdict], changes: Sequence[Change], *, bundle: str
     return head + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def worst(states: Sequence[str]) -> str:
+def overall_state(states: Sequence[str]) -> str:
     """The state of a whole check: exceeded, slower, too noisy to tell, or ok."""
     return next((state for state in (OVER, SLOWER, NOISY) if state in states), OK)
 
