@@ -78,7 +78,7 @@ def markdown(
     """A comment for a pull request: the verdict first, then tables."""
     lines = [f"### {title}: {WORDS[state]}", ""]
     if changes:
-        lines += ["| against the baseline | ratio | 95 % | before ms | now ms | |"]
+        lines += ["| against the baseline | ratio | 98 % | before ms | now ms | |"]
         lines += ["|---|---|---|---|---|---|"]
         lines += [
             f"| {_who(c.key, c.adapter)} | {c.ratio:.3f} | {c.low:.3f} … {c.high:.3f} |"
