@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 @click.command("devices")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(name: str | None, as_json: bool) -> None:
+@click.option("--template", is_flag=True, help="Print a profile to fill in.")
+def command(name: str | None, as_json: bool, template: bool) -> None:
     """List the device profiles, or show one: NAME, or the path of a profile of your own (.toml).
 
     `edgetune devices host` shows this machine.
     """
     from edgetune.devices import list_devices, load_device
+    from edgetune.devices.template import template as form
 
-    if name is None:
+    if template:
+        click.echo(form(), nl=False)
+    elif name is None:
         _list([load_device(one) for one in list_devices()], as_json=as_json)
     else:
         _show(load_device(name), as_json=as_json)
@@ -46,6 +50,16 @@ def _available() -> str:
     return f"execution providers {', '.join(available())} (--provider)"
 
 
+def _both(sustained: float | None, peak: float | None, unit: str) -> str | None:
+    """What was measured, and the peak on paper."""
+    parts = [
+        f"{value:g} {unit} {what}"
+        for value, what in ((sustained, "sustained"), (peak, "at peak"))
+        if value is not None
+    ]
+    return ", ".join(parts) or None
+
+
 def _show(device: Device, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(device), indent=2))
@@ -57,14 +71,8 @@ def _show(device: Device, *, as_json: bool) -> None:
         "cores": f"{device.cores}, of which {device.threads} are used",
         "memory": f"{device.memory_mb} MB" if device.memory_mb else "unknown",
         "clock": f"{device.clock_ghz} GHz" if device.clock_ghz else None,
-        "arithmetic": (
-            f"{device.peak_gflops:g} GFLOP/s fp32 at peak" if device.peak_gflops else None
-        ),
-        "bandwidth": (
-            f"{device.memory_bandwidth_gb_s:g} GB/s at peak"
-            if device.memory_bandwidth_gb_s
-            else None
-        ),
+        "arithmetic": _both(device.sustained_gflops, device.peak_gflops, "GFLOP/s fp32"),
+        "bandwidth": _both(device.sustained_bandwidth_gb_s, device.memory_bandwidth_gb_s, "GB/s"),
         "features": ", ".join(device.features) or None,
         "providers": ", ".join(device.providers) or None,
         "available": _available() if device.is_host else None,
