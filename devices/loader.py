@@ -83,6 +83,11 @@ class Device:
         return self.name == HOST
 
     @property
+    def is_gpu(self) -> bool:
+        """Whether its graph runs on a GPU."""
+        return self.providers[:1] in (("cuda",), ("tensorrt",))
+
+    @property
     def peak_gflops(self) -> float | None:
         """threads · clock · FLOPs a cycle, in fp32 GFLOP/s."""
         if self.clock_ghz is None or self.fp32_flops_per_cycle is None:

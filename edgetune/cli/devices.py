@@ -37,9 +37,10 @@ def _list(devices: list[Device], *, as_json: bool) -> None:
         click.echo(json.dumps([asdict(device) for device in devices], indent=2))
         return
     for device in devices:
-        memory = f"{device.memory_mb / 1024:.0f} GB" if device.memory_mb else "?"
-        speed = f", {device.memory_bandwidth_gb_s:g} GB/s" if device.memory_bandwidth_gb_s else ""
-        click.echo(f"{device.name:18} {device.title}: {device.cores} cores, {memory}{speed}")
+        memory = f"{device.memory_mb / 1024:.3g} GB" if device.memory_mb else "?"
+        speed = _both(device.sustained_bandwidth_gb_s, device.memory_bandwidth_gb_s, "GB/s")
+        found = ", ".join([f"{device.cores} cores", memory, *([speed] if speed else [])])
+        click.echo(f"{device.name:22} {device.title}: {found}")
     click.echo("\nShow one with its sources and budget: edgetune devices NAME")
 
 

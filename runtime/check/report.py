@@ -42,7 +42,9 @@ def measured_lines(measured: Mapping[str, Any]) -> Iterator[str]:
 
 def budget_lines(verdicts: Sequence[Verdict], device: Device, speed: Speed | None) -> Iterator[str]:
     """Every limit beside what was found; `speed`: of this machine, where the device is another."""
-    if speed is not None:
+    if speed is not None and device.is_gpu:
+        yield f"Measured on this machine's processor: times on {device.title} are not estimated.\n"
+    elif speed is not None:
         yield (
             f"The measurements are of this machine ({speed.gflops:.0f} GFLOP/s, {speed.gb_s:.0f}"
             " GB/s), not of"

@@ -17,8 +17,8 @@ OK, OVER, NOISY = "ok", "over", "noisy"
 RESAMPLES = 1000
 CONFIDENCE = 95
 ACHIEVABLE = 0.67
-"""Share of a device's peak on paper that code reaches: 11.4 of 17 GB/s measured on a Raspberry Pi 5
-(its profile).
+"""Share of a device's peak on paper that code reaches, where its profile says nothing of what was
+measured: 11.4 of 17 GB/s on a Raspberry Pi 5.
 """
 UNCERTAINTY = 1.5
 """An estimate may be off by this factor either way: kernels, caches and clocks do not scale with
@@ -27,7 +27,8 @@ two numbers.
 FORMULA = (
     "ttft, request, load, swap: host time x (host GFLOP/s / device GFLOP/s); "
     "tpot: host time x max(that, host GB/s / device GB/s); "
-    f"device figures are {ACHIEVABLE} x the profile's peak; uncertainty x/÷ {UNCERTAINTY}"
+    f"device figures are what its profile says is sustained, else {ACHIEVABLE} x its peak; "
+    f"uncertainty x/÷ {UNCERTAINTY}"
 )
 
 
@@ -100,10 +101,12 @@ def judge(
     measured: Mapping[str, Any], budget: Budget, *, device: Device, host: Speed | None = None
 ) -> list[Verdict]:
     """Every limit against the measurement; on another device against the estimate, for which `host`
-    is needed.
+    is needed. A GPU's times are not estimated from a processor's: they are left out.
     """
     verdicts = []
     for key, limit in budget.items():
+        if host is not None and device.is_gpu and scale(key, device, host) is not None:
+            continue
         for adapter, interval in _figures(measured, key):
             found, basis = interval, "measured"
             if (
@@ -129,16 +132,25 @@ def scale(key: str, device: Device, host: Speed) -> float | None:
     """What a host time is multiplied by to estimate the device's; None for figures that do not
     change (memory, size).
     """
-    if device.peak_gflops is None or device.memory_bandwidth_gb_s is None:
+    reached = reachable(device)
+    if reached is None:
         return None
-    compute = host.gflops / (device.peak_gflops * ACHIEVABLE)
-    memory = host.gb_s / (device.memory_bandwidth_gb_s * ACHIEVABLE)
+    compute, memory = host.gflops / reached.gflops, host.gb_s / reached.gb_s
     timed = timed_key(key)
     if timed is not None:
         return max(compute, memory) if timed[0] == "tpot" else compute
     if key == "tokens_per_s":
         return 1 / max(compute, memory)
     return compute if key.endswith("load_ms") else None
+
+
+def reachable(device: Device) -> Speed | None:
+    """What code reaches there: as measured, where the profile has it, else a share of the peak;
+    None for the host.
+    """
+    gflops = device.sustained_gflops or (device.peak_gflops or 0) * ACHIEVABLE
+    gb_s = device.sustained_bandwidth_gb_s or (device.memory_bandwidth_gb_s or 0) * ACHIEVABLE
+    return Speed(gflops, gb_s) if gflops and gb_s else None
 
 
 def _state(found: Interval, limit: float, *, at_least: bool) -> str:

@@ -96,9 +96,9 @@ def test_one_exceeded_limit_outweighs_an_undecided_one() -> None:
 
 def test_another_device_is_estimated_by_the_stated_formula() -> None:
     pi = load_device("raspberry-pi-5")
-    speed = Speed(gflops=205.824, gb_s=22.914)  # twice the Pi's achievable arithmetic and bandwidth
+    speed = Speed(gflops=205.824, gb_s=22.8)  # twice what the Pi reaches, in both
     assert scale("ttft_ms", pi, speed) == pytest.approx(2.0)
-    assert scale("tpot_ms", pi, Speed(gflops=102.912, gb_s=34.371)) == pytest.approx(3.0)
+    assert scale("tpot_ms", pi, Speed(gflops=102.912, gb_s=34.2)) == pytest.approx(3.0)
     assert scale("peak_rss_mb", pi, speed) is None
     found = judge(
         measured(STEADY, peak_rss_mb=80.0),
@@ -112,8 +112,14 @@ def test_another_device_is_estimated_by_the_stated_formula() -> None:
     assert "GB/s" in FORMULA
 
 
+def test_a_gpu_is_not_estimated_from_a_processor() -> None:
+    values, limits = measured(STEADY, bundle_mb=9.0), {"tpot_ms": 9.0, "bundle_mb": 10.0}
+    found = judge(values, limits, device=load_device("h100"), host=Speed(200, 20))
+    assert [(v.key, v.basis) for v in found] == [("bundle_mb", "measured")]
+
+
 def test_an_estimate_close_to_the_limit_cannot_be_told() -> None:
-    speed = Speed(gflops=205.824, gb_s=22.914)
+    speed = Speed(gflops=205.824, gb_s=22.8)
     assert (
         judge(measured(STEADY), {"tpot_ms": 22}, device=load_device("raspberry-pi-5"), host=speed)[
             0

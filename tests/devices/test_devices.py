@@ -27,14 +27,18 @@ OTHERS = [name for name in list_devices() if name != "host"]
 
 def test_the_promised_profiles_are_there() -> None:
     assert list_devices()[0] == "host"
-    assert {"raspberry-pi-5", "jetson-orin-nano", "desktop-x86"} <= set(list_devices())
+    assert set(OTHERS) == {
+        *("raspberry-pi-zero-2-w", "raspberry-pi-4", "raspberry-pi-5", "jetson-orin-nano"),
+        *("snapdragon-8-gen-3", "intel-n100", "apple-m2", "desktop-x86", "server-epyc-9354"),
+        *("h100", "h200"),
+    }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_figure_has_a_source_with_a_page_and_what_it_says(name: str) -> None:
     device = load_device(name)
     sourced = {figure for source in device.sources for figure in source.figures}
-    assert set(FIGURES) <= sourced
+    assert {name for name in (*FIGURES, *MEASURED) if getattr(device, name) is not None} <= sourced
     assert all(source.url.startswith("http") and len(source.read) > 20 for source in device.sources)
 
 
@@ -45,6 +49,16 @@ def test_every_profile_limits_both_kinds_of_model(name: str) -> None:
         device.budget["decoder"]
     )
     assert {"request_ms", "peak_rss_mb", "load_ms", "bundle_mb"} <= set(device.budget["encoder"])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_sustained_lies_below_what_is_on_paper_or_is_said_to_be_unknown(name: str) -> None:
+    device = load_device(name)
+    peak, sustained = device.memory_bandwidth_gb_s, device.sustained_bandwidth_gb_s
+    if peak is None or sustained is None:
+        assert "No page was found" in device.notes
+    else:
+        assert 0.5 * peak < sustained < peak
 
 
 def test_the_host_is_probed() -> None:
