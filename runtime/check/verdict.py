@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,20 +16,6 @@ from edgetune.devices.loader import Device
 OK, OVER, NOISY = "ok", "over", "noisy"
 RESAMPLES = 1000
 CONFIDENCE = 95
-ACHIEVABLE = 0.67
-"""Share of a device's peak on paper that code reaches, where its profile says nothing of what was
-measured: 11.4 of 17 GB/s on a Raspberry Pi 5.
-"""
-UNCERTAINTY = 1.5
-"""An estimate may be off by this factor either way: kernels, caches and clocks do not scale with
-two numbers.
-"""
-FORMULA = (
-    "ttft, request, load, swap: host time x (host GFLOP/s / device GFLOP/s); "
-    "tpot: host time x max(that, host GB/s / device GB/s); "
-    f"device figures are what its profile says is sustained, else {ACHIEVABLE} x its peak; "
-    f"uncertainty x/÷ {UNCERTAINTY}"
-)
 
 
 @dataclass(frozen=True)
@@ -45,6 +31,19 @@ class Interval:
         return Interval(
             self.value * factor, self.low * factor / spread, self.high * factor * spread
         )
+
+
+class Projection(Protocol):
+    """From this machine to another: `projection.Projection`, which needs the measurement's
+    modules.
+    """
+
+    @property
+    def spread(self) -> float:
+        """An estimate may be off by this factor either way."""
+
+    def factor(self, key: str, device: Device) -> float | None:
+        """What a budget key's time is multiplied by; None where it stays."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,6 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What the host can do with the threads in use, measured: fp32 GFLOP/s and memory GB/s."""
-
-    gflops: float
-    gb_s: float
 
 
 def percentile(groups: Sequence[Sequence[float]], p: int) -> Interval:
@@ -98,23 +89,24 @@ def summary(groups: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def judge(
-    measured: Mapping[str, Any], budget: Budget, *, device: Device, host: Speed | None = None
+    measured: Mapping[str, Any],
+    budget: Budget,
+    *,
+    device: Device,
+    projection: Projection | None = None,
 ) -> list[Verdict]:
-    """Every limit against the measurement; on another device against the estimate, for which `host`
-    is needed. A GPU's times are not estimated from a processor's: they are left out.
+    """Every limit against the measurement; on another device against the estimate, for which
+    `projection` is needed. A GPU's times are not estimated from a processor's: they are left out.
     """
     verdicts = []
     for key, limit in budget.items():
-        if host is not None and device.is_gpu and scale(key, device, host) is not None:
+        factor = None if projection is None else projection.factor(key, device)
+        if projection is not None and factor is not None and device.is_gpu:
             continue
         for adapter, interval in _figures(measured, key):
             found, basis = interval, "measured"
-            if (
-                host is not None
-                and not device.is_host
-                and (factor := scale(key, device, host)) is not None
-            ):
-                found, basis = interval.times(factor, spread=UNCERTAINTY), "estimate"
+            if projection is not None and factor is not None:
+                found, basis = interval.times(factor, spread=projection.spread), "estimate"
             state = _state(found, limit, at_least=key in AT_LEAST)
             verdicts.append(
                 Verdict(key, adapter, limit, found.value, found.low, found.high, state, basis)
@@ -126,31 +118,6 @@ def overall(verdicts: Sequence[Verdict]) -> str:
     """over if any limit is exceeded, else noisy if any cannot be told, else ok."""
     states = {verdict.state for verdict in verdicts}
     return next((state for state in (OVER, NOISY) if state in states), OK)
-
-
-def scale(key: str, device: Device, host: Speed) -> float | None:
-    """What a host time is multiplied by to estimate the device's; None for figures that do not
-    change (memory, size).
-    """
-    reached = reachable(device)
-    if reached is None:
-        return None
-    compute, memory = host.gflops / reached.gflops, host.gb_s / reached.gb_s
-    timed = timed_key(key)
-    if timed is not None:
-        return max(compute, memory) if timed[0] == "tpot" else compute
-    if key == "tokens_per_s":
-        return 1 / max(compute, memory)
-    return compute if key.endswith("load_ms") else None
-
-
-def reachable(device: Device) -> Speed | None:
-    """What code reaches there: as measured, where the profile has it, else a share of the peak;
-    None for the host.
-    """
-    gflops = device.sustained_gflops or (device.peak_gflops or 0) * ACHIEVABLE
-    gb_s = device.sustained_bandwidth_gb_s or (device.memory_bandwidth_gb_s or 0) * ACHIEVABLE
-    return Speed(gflops, gb_s) if gflops and gb_s else None
 
 
 def _state(found: Interval, limit: float, *, at_least: bool) -> str:
