@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from edgetune.devices.loader import Device
     from edgetune.runtime.check.latency import Workload
     from edgetune.runtime.check.projection import Projection
+    from edgetune.runtime.check.rounds import Measuring
     from edgetune.runtime.check.verdict import Verdict
 
 
@@ -88,6 +90,29 @@ EXIT = {"ok": 0, "over": 1, "slower": 1, "noisy": 3}
     metavar="%",
     help="With --against: slower by less is no regression.",
 )
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="AXIS=N,N,…",
+    help="Measure over prompt, new, batch, threads or beside, without a verdict; several times.",
+)
+@click.option(
+    "--page", type=click.Path(path_type=Path), help="With --sweep: write pictures and a table."
+)
+@click.option(
+    "--on",
+    metavar="ssh://[USER@]HOST[:PORT]",
+    help="Measure there: bundle and runtime are copied, and removed afterwards.",
+)
+@click.option(
+    "--remote-python", default="python3", show_default=True, help="With --on: the Python there."
+)
+@click.option(
+    "--wheel",
+    type=click.Path(path_type=Path),
+    help="With --on: install this wheel of edgetune there, such as one with its native engine.",
+)
 @provider_option
 @engine_option
 @click.option(
@@ -117,6 +142,11 @@ def command(
     beside: int,
     against: Path | None,
     allow_slower: float,
+    sweeps: tuple[str, ...],
+    page: Path | None,
+    on: str | None,
+    remote_python: str,
+    wheel: Path | None,
     providers: tuple[str, ...],
     engine: str,
     json_file: Path | None,
@@ -136,13 +166,16 @@ def command(
     from edgetune.devices import load_device, parse_budget
     from edgetune.runtime.bundle.manifest import read_manifest
     from edgetune.runtime.check import report
-    from edgetune.runtime.check.latency import Workload
+    from edgetune.runtime.check.latency import Workload, measure_latency
     from edgetune.runtime.check.projection import project
     from edgetune.runtime.check.regression import changes, read_baseline
+    from edgetune.runtime.check.remote import Remote, address_of, host_there, measured_there
     from edgetune.runtime.check.rounds import measure_rounds
+    from edgetune.runtime.check.sweep import parse_sweep
     from edgetune.runtime.check.verdict import judge
 
     manifest = read_manifest(bundle)
+    axes = parse_sweep(sweeps)
     baseline = None if against is None else read_baseline(against)
     device = load_device(device_name)
     kind = "decoder" if manifest.is_decoder else "encoder"
@@ -153,7 +186,12 @@ def command(
         there = nearest(unknown[0], shipped, none="none in this bundle")
         raise AdapterError(f"unknown adapter {unknown[0]!r}", **there)
     length = prompt_tokens or (256 if manifest.is_decoder else 32)
-    used = threads or min(device.threads, load_device("host").threads)
+    remote = None if on is None else Remote(address_of(on), python=remote_python)
+    used = threads
+    if remote is None:
+        used = threads or min(device.threads, load_device("host").threads)
+    elif not device.is_host:
+        used = threads or device.threads
     if rounds is None:
         rounds = 1 if baseline is None else len(baseline["measured"]["rounds"])
     workload = Workload(
@@ -167,16 +205,23 @@ def command(
         engine,
         beside,
     )
-    click.echo(
-        f"measuring {bundle} with {used} threads, {rounds} x {runs} requests of {length} tokens …",
-        err=True,
+    _note(
+        f"measuring {bundle} {'' if on is None else f'on {on} '}with {used or 'all'} threads,"
+        f" {rounds} x {runs} requests of {length} tokens …"
     )
-    measured = measure_rounds(workload, rounds=rounds)
+    with contextlib.ExitStack() as stack:
+        measure: Measuring = measure_latency
+        if remote is not None:
+            copied = measured_there(remote, bundle, wheel=wheel, say=_note)
+            measure = stack.enter_context(copied)
+        if axes:
+            return _sweep(workload, axes, measure, page, json_file)
+        measured = measure_rounds(workload, rounds=rounds, measure=measure)
     for note in [*measured["providers"]["notes"], *measured["machine"]["notes"]]:
         click.echo(f"warning: {note}", err=True)
     projection = None
-    if not device.is_host:
-        click.echo("measuring other thread counts and prompts, for the estimate …", err=True)
+    if not device.is_host and remote is None:
+        _note("measuring other thread counts and prompts, for the estimate …")
         projection = project(workload, measured)
     verdicts = judge(measured, budget, device=device, projection=projection)
     if unmeasured := sorted(set(asked) - {verdict.key for verdict in verdicts}):
@@ -190,12 +235,14 @@ def command(
             fix="Leave it out.",
         )
     document = _document(workload, measured, verdicts, device, projection, budget=budget)
+    if remote is not None:
+        document["host"] = host_there(remote)
     changed = (
         []
         if baseline is None
         else changes(baseline, document["workload"], measured["rounds"], allowed=allow_slower / 100)
     )
-    state = report.worst([v.state for v in verdicts] + [c.state for c in changed])
+    state = report.overall_state([v.state for v in verdicts] + [c.state for c in changed])
     document |= {"state": state, "changes": [one.to_dict() for one in changed]}
     for line in report.measured_lines(measured):
         click.echo(line)
@@ -214,6 +261,34 @@ def command(
     if junit is not None:
         write_text(junit, report.junit(verdicts, changed, bundle=bundle.name, on=device.name))
     return EXIT[state]
+
+
+def _sweep(
+    workload: Workload,
+    axes: dict[str, tuple[int, ...]],
+    measure: Measuring,
+    page: Path | None,
+    json_file: Path | None,
+) -> int:
+    """Measure every combination, say each as it comes, and write what was asked for."""
+    from edgetune.core.files import write_json, write_text
+    from edgetune.report.sweep_page import render_sweep
+    from edgetune.runtime.check.sweep import sweep, sweep_line
+
+    found = []
+    for point in sweep(workload, axes, measure):
+        click.echo(sweep_line(point))
+        found.append(point.to_dict())
+    name = Path(workload.bundle).name
+    if json_file is not None:
+        write_json(json_file, {"schema": 2, "bundle": workload.bundle, "points": found})
+    if page is not None:
+        write_text(page, render_sweep(found, title=f"edgetune check {name}"))
+    return 0
+
+
+def _note(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _document(

@@ -58,6 +58,8 @@ class Workload:
     engine: str = "auto"
     beside: int = 0
     """busy processes next to it"""
+    batch: int = 1
+    """rows at once: prompts that are read together, answers that are written together"""
 
 
 def measure_latency(workload: Workload) -> dict[str, Any]:
@@ -153,8 +155,9 @@ def measure_here(workload: Workload) -> dict[str, Any]:
 
 
 def work_facts(runtime: Runtime, workload: Workload) -> dict[str, int]:
-    """What a request's bytes and operations follow from: tokens of its prompt, weights that a token
-    is multiplied with, their bytes, and bytes of keys and values a token.
+    """What a request's bytes and operations follow from: tokens of its prompts, how many of
+    them, weights that a token is multiplied with, their bytes, and bytes of keys and values a
+    token.
     """
     manifest, graph = runtime.manifest, runtime.manifest.graph
     file = manifest.files.get(graph.data or graph.engine)
@@ -166,6 +169,7 @@ def work_facts(runtime: Runtime, workload: Workload) -> dict[str, int]:
     heads = (graph.layers or 0) * (graph.kv_heads or 0) * (graph.head_dim or 0)
     return {
         "prompt_tokens": _prompt_tokens(runtime, workload),
+        "batch": workload.batch,
         "weights": weights,
         "weight_bytes": size,
         "layers": graph.layers or 0,
@@ -200,25 +204,28 @@ def _run(
     """
     graph, tokenizer = runtime.manifest.graph, runtime.tokenizer
     count = _prompt_tokens(runtime, workload)
-    ids = synthetic_ids(count, graph.vocab_size, avoid=sorted(tokenizer.eos_token_ids), seed=seed)
-    tensors = runtime.bound(name)
+    rows = [
+        synthetic_ids(count, graph.vocab_size, avoid=sorted(tokenizer.eos_token_ids), seed=at)
+        for at in range(seed, seed + workload.batch)
+    ]
+    bound = [runtime.bound(name)] * workload.batch
     start = time.perf_counter()
     if not runtime.manifest.is_decoder:
         encoder = runtime.opened.need_encoder()
         ask = encoder.tokens if runtime.task(name) == TAGGING else encoder.run
-        ask([ids], [tensors], pad_token_id=tokenizer.pad_token_id)
+        ask(rows, bound, pad_token_id=tokenizer.pad_token_id)
         return {"request_ms": [(time.perf_counter() - start) * 1e3]}
     decoder = runtime.opened.need_decoder()
     if runtime.task(name) in (CLASSIFICATION, REWARD):
         from edgetune.runtime.tasks.scoring import read_scores
 
-        read_scores(decoder, [ids], [tensors])
+        read_scores(decoder, rows, bound)
         return {"request_ms": [(time.perf_counter() - start) * 1e3]}
-    state, logits = decoder.start([ids], [tensors], capacity=count + workload.new_tokens)
-    token = int(logits[0].argmax())
+    state, logits = decoder.start(rows, bound, capacity=count + workload.new_tokens)
+    tokens = [int(row.argmax()) for row in logits]
     times = [time.perf_counter()]
     for _ in range(min(workload.new_tokens - 1, state.limit - count)):
-        token = int(state.step([token])[0].argmax())
+        tokens = [int(row.argmax()) for row in state.step(tokens)]
         times.append(time.perf_counter())
     return {"ttft_ms": [(times[0] - start) * 1e3], "tpot_ms": (np.diff(times) * 1e3).tolist()}
 
@@ -240,7 +247,7 @@ def _energy(
     """Joules a request and a token, yardstick and idling between included; and where from."""
     if joules is None:
         return {"source": None}
-    answers = workload.runs * adapters
+    answers = workload.runs * adapters * workload.batch
     return {
         "source": meter.source,
         "joules_per_request": joules / answers,

@@ -183,12 +183,12 @@ def _work(figure: str, facts: Mapping[str, Any]) -> Work:
     """`facts`: see `latency.work_facts`. A token costs two operations a weight, and attention two
     a number of the keys and of the values before it.
     """
-    tokens = facts["prompt_tokens"]
+    tokens, rows = facts["prompt_tokens"], facts["batch"]
     attention = 4 * facts["layers"] * facts["hidden_size"] * tokens
     if figure == "tpot_ms":
         cache = facts["cache_bytes_a_token"] * tokens
-        return Work(facts["weight_bytes"] + cache, 2 * facts["weights"] + attention)
-    return Work(facts["weight_bytes"], tokens * (2 * facts["weights"] + attention / 2))
+        return Work(facts["weight_bytes"] + rows * cache, rows * (2 * facts["weights"] + attention))
+    return Work(facts["weight_bytes"], rows * tokens * (2 * facts["weights"] + attention / 2))
 
 
 def _model(costs: tuple[float, float], work: Work, speed: Speed) -> float:

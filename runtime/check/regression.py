@@ -2,8 +2,8 @@
 
 Both sides hold rounds, each a process of its own, and beside every request the time of a fixed job
 (`Yardstick`). A request's time is divided by its yardstick's, so a machine that is slower today is
-not a regression; rounds are resampled whole, so what differs from process to process widens the
-interval.
+not a regression. What differs from process to process widens the interval: it is Welch's, of the
+rounds' medians, so a machine that scatters gives "too noisy to tell" instead of an alarm.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.core.errors import DeviceError
-from edgetune.runtime.check.verdict import CONFIDENCE, NOISY, OK
+from edgetune.runtime.check.verdict import NOISY, OK
 
-Floats = npt.NDArray[np.float64]
 SLOWER = "slower"
 ALLOWED = 0.03
 """Slower by less than this is no regression."""
 FEWEST_ROUNDS = 3
-RESAMPLES = 4000
+T_99 = {2: 6.96, 3: 4.54, 4: 3.75, 5: 3.36, 6: 3.14, 8: 2.90, 10: 2.76, 15: 2.60, 30: 2.46}
+"""Student's t, 1 % on either side, by degrees of freedom (Abramowitz and Stegun, table 26.10); of
+fewer the largest."""
 YARDSTICKS = {"ttft_ms": "product_ms", "request_ms": "product_ms", "tpot_ms": "read_ms"}
 """The yardstick's job that is bound by the same as a figure: arithmetic, or memory."""
-FIXED = ("prompt_tokens", "new_tokens", "threads")
+FIXED = ("prompt_tokens", "new_tokens", "threads", "batch")
 """Of a workload: what must be equal on both sides."""
 
 
 @dataclass(frozen=True)
-class Change:
-    """One figure now beside before: `ratio` of the medians, each in units of its yardstick."""
+class Against:
+    """A figure now beside before; `ratio`: of the rounds' medians, in units of their yardsticks."""
 
     key: str
     adapter: str | None
@@ -83,15 +84,15 @@ def changes(
     rounds: Sequence[Mapping[str, Any]],
     *,
     allowed: float = ALLOWED,
-) -> list[Change]:
+) -> list[Against]:
     """Every figure that both sides have. DeviceError where they measured different work.
 
-    `slower`: the ratio is above 1 + `allowed` and its interval above 1; `too noisy to tell`: the
-    interval reaches from below 1 to above 1 + 2 · `allowed`.
+    `slower`: the ratio is above 1 + `allowed` and its interval (98 %) above 1; `too noisy to tell`:
+    the interval reaches from below 1 to above 1 + 2 · `allowed`.
     """
     before = baseline["workload"]
     for name in FIXED:
-        if before.get(name) != workload.get(name):
+        if before.get(name, 1) != workload.get(name, 1):
             raise DeviceError(
                 f"the baseline measured another {name}",
                 expected=str(before.get(name)),
@@ -145,10 +146,9 @@ def _figures(one: Mapping[str, Any]) -> dict[Key, _Round]:
     return found
 
 
-def _change(key: Key, then: list[_Round], now: list[_Round], allowed: float) -> Change:
+def _change(key: Key, then: list[_Round], now: list[_Round], allowed: float) -> Against:
     sides = [np.log([one.units for one in side]) for side in (then, now)]
-    ratio = float(np.exp(np.median(sides[1]) - np.median(sides[0])))
-    low, high = _interval(*sides)
+    ratio, low, high = _ratio(*sides)
     if ratio > 1 + allowed and low > 1:
         state = SLOWER
     elif low < 1 and high > 1 + 2 * allowed:
@@ -156,19 +156,24 @@ def _change(key: Key, then: list[_Round], now: list[_Round], allowed: float) -> 
     else:
         state = OK
     ms = [float(np.median([one.ms for one in side])) for side in (then, now)]
-    return Change(key[0], key[1], ms[0], ms[1], ratio, low, high, state)
+    return Against(key[0], key[1], ms[0], ms[1], ratio, low, high, state)
 
 
-def _interval(then: Floats, now: Floats) -> tuple[float, float]:
-    """95 % bootstrap interval of the ratio of medians, rounds resampled; a fixed seed."""
-    rng = np.random.default_rng(0)
-    medians = [
-        np.median(side[rng.integers(0, len(side), (RESAMPLES, len(side)))], axis=1)
-        for side in (now, then)
-    ]
-    ratios = np.exp(medians[0] - medians[1])
-    low, high = np.percentile(ratios, [(100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2])
-    return float(low), float(high)
+def _ratio(
+    then: npt.NDArray[np.float64], now: npt.NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """The ratio of two sides' typical rounds, of their logarithms, and Welch's interval of it."""
+    apart = float(now.mean() - then.mean())
+    errors = [float(side.var(ddof=1)) / len(side) for side in (then, now)]
+    error = sum(errors) ** 0.5
+    if not error:
+        return (float(np.exp(apart)),) * 3
+    freedom = sum(errors) ** 2 / sum(
+        one**2 / (len(side) - 1) for one, side in zip(errors, (then, now), strict=True)
+    )
+    known = [degrees for degrees in T_99 if degrees <= freedom] or [min(T_99)]
+    reach = T_99[max(known)] * error
+    return float(np.exp(apart)), float(np.exp(apart - reach)), float(np.exp(apart + reach))
 
 
 def _named(found: Mapping[Key, Any]) -> str:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from edgetune.devices.loader import Device
 from edgetune.runtime.check.projection import FORMULA, HeldOut, Projection
-from edgetune.runtime.check.regression import SLOWER, Change
+from edgetune.runtime.check.regression import SLOWER, Against
 from edgetune.runtime.check.verdict import NOISY, OK, OVER, Verdict
 
 WORDS = {OK: "ok", OVER: "OVER", SLOWER: "SLOWER", NOISY: "too noisy to tell"}
@@ -63,7 +63,7 @@ def budget_lines(
         yield f"  {v.key + who:32} {v.value:10.4g}{spread} of {v.limit:g}: {WORDS[v.state]}{basis}"
 
 
-def change_lines(changes: Sequence[Change], baseline: str) -> Iterator[str]:
+def change_lines(changes: Sequence[Against], baseline: str) -> Iterator[str]:
     """Every figure beside the baseline's."""
     yield f"against {baseline} (a fixed job beside each request taken out):"
     for c in changes:
@@ -77,7 +77,7 @@ def change_lines(changes: Sequence[Change], baseline: str) -> Iterator[str]:
 def markdown(
     measured: Mapping[str, Any],
     verdicts: Sequence[Verdict],
-    changes: Sequence[Change],
+    changes: Sequence[Against],
     *,
     title: str,
     state: str,
@@ -85,7 +85,7 @@ def markdown(
     """A comment for a pull request: the verdict first, then tables."""
     lines = [f"### {title}: {WORDS[state]}", ""]
     if changes:
-        lines += ["| against the baseline | ratio | 95 % | before ms | now ms | |"]
+        lines += ["| against the baseline | ratio | 98 % | before ms | now ms | |"]
         lines += ["|---|---|---|---|---|---|"]
         lines += [
             f"| {_who(c.key, c.adapter)} | {c.ratio:.3f} | {c.low:.3f} … {c.high:.3f} |"
@@ -106,7 +106,7 @@ def markdown(
     return "\n".join(lines)
 
 
-def junit(verdicts: Sequence[Verdict], changes: Sequence[Change], *, bundle: str, on: str) -> str:
+def junit(verdicts: Sequence[Verdict], changes: Sequence[Against], *, bundle: str, on: str) -> str:
     """One test case a limit and a figure of the baseline: what is exceeded fails, what cannot be
     told is skipped.
     """
@@ -139,7 +139,7 @@ def junit(verdicts: Sequence[Verdict], changes: Sequence[Change], *, bundle: str
     return head + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def worst(states: Sequence[str]) -> str:
+def overall_state(states: Sequence[str]) -> str:
     """The state of a whole check: exceeded, slower, too noisy to tell, or ok."""
     return next((state for state in (OVER, SLOWER, NOISY) if state in states), OK)
 

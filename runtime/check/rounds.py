@@ -4,7 +4,7 @@ side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Latency:
 
 
 def side_by_side(workloads: Mapping[str, Workload], *, rounds: int = 3) -> dict[str, Latency]:
-    """Measure every workload once a round, every second round backwards; the medians of each."""
+    """Measuring every workload once a round, every second round backwards; the medians of each."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in workloads}
     for at in range(rounds):
         for name in list(workloads)[:: -1 if at % 2 else 1]:
@@ -66,11 +66,16 @@ def _medians(results: list[dict[str, Any]]) -> Latency:
     return Latency(**figures, load_ms=load, peak_rss_mb=peak)
 
 
-def measure_rounds(workload: Workload, *, rounds: int = 1) -> dict[str, Any]:
-    """`measure_latency` so many times, as one measurement: all samples together, the median load,
+Measuring = Callable[[Workload], dict[str, Any]]
+
+
+def measure_rounds(
+    workload: Workload, *, rounds: int = 1, measure: Measuring = measure_latency
+) -> dict[str, Any]:
+    """`measure` so many times, as one measurement: all samples together, the median load,
     the highest peak; `rounds` has each round's samples.
     """
-    found = [measure_latency(workload) for _ in range(rounds)]
+    found = [measure(workload) for _ in range(rounds)]
     together = found[-1]
     kept = [
         {"runs": one["samples"]["runs"], "machine": one["machine"], "load_ms": one["load_ms"]}

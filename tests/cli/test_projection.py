@@ -107,7 +107,7 @@ def test_what_a_profile_says_is_sustained_stands_before_its_peak() -> None:
 def test_a_measurement_becomes_a_point_with_its_bytes_and_operations() -> None:
     from edgetune.runtime.check.latency import Workload
 
-    facts = {"prompt_tokens": 10, "weights": 1000, "weight_bytes": 500, "layers": 2}
+    facts = {"batch": 1, "prompt_tokens": 10, "weights": 1000, "weight_bytes": 500, "layers": 2}
     facts |= {"hidden_size": 8, "cache_bytes_a_token": 32}
     run: dict[str, Any] = {"adapter": None, "ttft_ms": [[4.0]] * 3, "tpot_ms": [[1.0, 3.0]] * 3}
     run["yardstick"] = {"read_ms": [2.0, 2.0, 1.0]}  # a quiet moment is half as slow

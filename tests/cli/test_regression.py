@@ -24,8 +24,9 @@ from edgetune.runtime.check.machine import (
     notes_of,
 )
 from edgetune.runtime.check.regression import changes, read_baseline
+from edgetune.runtime.check.sweep import parse_sweep
 
-WORKLOAD = {"prompt_tokens": 16, "new_tokens": 8, "threads": 2}
+WORKLOAD = {"prompt_tokens": 16, "new_tokens": 8, "threads": 2, "batch": 1}
 
 
 def rounds(
@@ -177,3 +178,38 @@ def test_check_gates_on_a_baseline(
     ]
     assert [case.get("name") for case in failed][:1] == ["tpot_ms (a) against the baseline"]
     assert "SLOWER" in capsys.readouterr().out
+
+
+def test_a_sweep_measures_every_combination(
+    tiny_decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, document = tmp_path / "sweep.html", tmp_path / "sweep.json"
+    words = ["check", str(decoder_bundle(tiny_decoder)), "--adapter", "a", "--runs", "3"]
+    words += ["--sweep", "batch=1,3", "--sweep", "prompt=4,8,16", "--new-tokens", "3"]
+    words += ["--page", str(page), "--json", str(document), "--threads", "1"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert not stop.value.code
+    points = json.loads(document.read_text())["points"]
+    assert [(p["at"]["batch"], p["at"]["prompt"]) for p in points] == [
+        (batch, prompt) for batch in (1, 3) for prompt in (4, 8, 16)
+    ]
+    assert all(p["tpot_ms"]["p50"] > 0 for p in points)
+    assert page.read_text().count("<svg") == 2
+    assert "batch 3, prompt 16 (a): TTFT p50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["prompt"], "a sweep is axis=numbers"),
+        (["prmpt=1"], "unknown axis 'prmpt'"),
+        (["prompt=a"], "a value of prompt is wrong"),
+        (["new=1"], "whole numbers from 2 on"),
+        (["batch=1", "batch=2"], "batch is given twice"),
+        (["prompt=" + ",".join(map(str, range(1, 70)))], "at most 64, got 69"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_one_line(asked: list[str], said: str) -> None:
+    with pytest.raises(DeviceError, match=said):
+        parse_sweep(asked)
