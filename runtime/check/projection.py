@@ -89,9 +89,9 @@ class Projection:
 
     @property
     def held_out(self) -> HeldOut | None:
-        """The last configuration, predicted from the others; None where there are too few."""
+        """The last configuration, predicted from the others; None where there is no other."""
         *others, last = self.points
-        if len(others) < 2:
+        if not others:
             return None
         errors = {
             figure: _model(_fit(figure, others), last.work[figure], last.speed) / took - 1
@@ -171,12 +171,8 @@ def configuration(workload: Workload, measured: Mapping[str, Any]) -> Configurat
 
 
 def _seconds(run: Mapping[str, Any], figure: str) -> float:
-    """Median over requests of the time in units of the read beside it, times the fastest such read:
-    what other processes took from both is left out.
-    """
-    beside = np.array(run["yardstick"]["read_ms"])
-    took = np.array([np.median(samples) for samples in run[figure]])
-    return float(np.median(took / beside) * beside.min() / 1e3)
+    """The fastest step or request: what other processes took from the others is left out."""
+    return float(np.concatenate(run[figure]).min()) / 1e3
 
 
 def _work(figure: str, facts: Mapping[str, Any]) -> Work:
