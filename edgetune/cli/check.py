@@ -13,8 +13,9 @@ from edgetune.cli.options import THREADS, chosen_providers, engine_option, provi
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
     from edgetune.runtime.check.latency import Workload
+    from edgetune.runtime.check.projection import Projection
     from edgetune.runtime.check.rounds import Measuring
-    from edgetune.runtime.check.verdict import Speed, Verdict
+    from edgetune.runtime.check.verdict import Verdict
 
 
 EXIT = {"ok": 0, "over": 1, "slower": 1, "noisy": 3}
@@ -157,7 +158,7 @@ def command(
 
     Exit 0: within the budget and no slower; 1: a limit is exceeded or a figure is slower; 3: too
     noisy to tell. Without --adapter every adapter of the bundle is measured. For another device
-    than the host, times are estimates and say so.
+    than the host, times are estimates with their error and say so.
     """
     from edgetune.core.errors import AdapterError, DeviceError
     from edgetune.core.files import write_json, write_text
@@ -165,7 +166,8 @@ def command(
     from edgetune.devices import load_device, parse_budget
     from edgetune.runtime.bundle.manifest import read_manifest
     from edgetune.runtime.check import report
-    from edgetune.runtime.check.latency import Workload, host_speed, measure_latency
+    from edgetune.runtime.check.latency import Workload, measure_latency
+    from edgetune.runtime.check.projection import project
     from edgetune.runtime.check.regression import changes, read_baseline
     from edgetune.runtime.check.remote import Remote, address_of, host_there, measured_there
     from edgetune.runtime.check.rounds import measure_rounds
@@ -217,17 +219,22 @@ def command(
         measured = measure_rounds(workload, rounds=rounds, measure=measure)
     for note in [*measured["providers"]["notes"], *measured["machine"]["notes"]]:
         click.echo(f"warning: {note}", err=True)
-    speed = None if device.is_host or remote is not None else host_speed(used)
-    verdicts = judge(measured, budget, device=device, host=speed)
+    projection = None
+    if not device.is_host and remote is None:
+        _note("measuring other thread counts and prompts, for the estimate …")
+        projection = project(workload, measured)
+    verdicts = judge(measured, budget, device=device, projection=projection)
     if unmeasured := sorted(set(asked) - {verdict.key for verdict in verdicts}):
         what = f"this bundle has no {unmeasured[0]}, so its limit cannot be checked"
+        if device.is_gpu:
+            what = f"{unmeasured[0]} of a GPU is not estimated from a processor's"
         raise DeviceError(
             what,
             where="--budget",
             got=f"a bundle for {manifest.task}, {manifest.mode}",
             fix="Leave it out.",
         )
-    document = _document(workload, measured, verdicts, device, speed, budget=budget)
+    document = _document(workload, measured, verdicts, device, projection, budget=budget)
     if remote is not None:
         document["host"] = host_there(remote)
     changed = (
@@ -240,7 +247,7 @@ def command(
     for line in report.measured_lines(measured):
         click.echo(line)
     click.echo("")
-    for line in report.budget_lines(verdicts, device, speed):
+    for line in report.budget_lines(verdicts, device, projection):
         click.echo(line)
     if changed:
         for line in report.change_lines(changed, str(against)):
@@ -289,7 +296,7 @@ def _document(
     measured: dict[str, Any],
     verdicts: list[Verdict],
     device: Device,
-    speed: Speed | None,
+    projection: Projection | None,
     *,
     budget: dict[str, float],
 ) -> dict[str, Any]:
@@ -298,10 +305,10 @@ def _document(
 
     from edgetune import __version__
     from edgetune.devices import probe_host
-    from edgetune.runtime.check.verdict import FORMULA
+    from edgetune.runtime.check.projection import FORMULA
 
-    estimated = speed is not None
-    host = probe_host() | ({} if speed is None else asdict(speed))
+    estimated = projection is not None
+    host = probe_host() | ({} if projection is None else asdict(projection.speed))
     return {
         "schema": 2,
         "edgetune_version": __version__,
@@ -310,6 +317,7 @@ def _document(
         "host": host,
         "estimated": estimated,
         "formula": FORMULA if estimated else None,
+        "projection": None if projection is None else projection.to_dict(),
         "workload": asdict(workload),
         "measured": measured,
         "budget": budget,

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from edgetune.runtime.check.machine import (
     conditions,
     notes_of,
 )
-from edgetune.runtime.check.verdict import Speed, summary
+from edgetune.runtime.check.verdict import summary
 
 if TYPE_CHECKING:
     from edgetune.runtime.tasks.runtime import Runtime
@@ -121,6 +120,7 @@ def measure_here(workload: Workload) -> dict[str, Any]:
         yardstick.close()
         swap_ms = _swaps(runtime, names)
         providers, engine = runtime.providers, str(runtime.engine)
+        work = work_facts(runtime, workload)
     samples = [
         {
             "adapter": name,
@@ -131,6 +131,7 @@ def measure_here(workload: Workload) -> dict[str, Any]:
     ]
     return {
         "engine": engine,
+        "work": work,
         "providers": {
             "in_use": list(providers.names),
             "nodes": dict(providers.nodes),
@@ -153,23 +154,35 @@ def measure_here(workload: Workload) -> dict[str, Any]:
     }
 
 
-def host_speed(threads: int | None = None) -> Speed:
-    """fp32 GFLOP/s of a 1024³ matrix product and GB/s of memory copied (read and written), best of
-    five.
+def work_facts(runtime: Runtime, workload: Workload) -> dict[str, int]:
+    """What a request's bytes and operations follow from: tokens of its prompts, how many of
+    them, weights that a token is multiplied with, their bytes, and bytes of keys and values a
+    token.
     """
-    cores = usable_cores()
-    used = min(threads or cores, cores)
-    a = np.random.default_rng(0).random((1024, 1024), np.float32)
-    product_ms = min(_timed_ms(lambda: a @ a) for _ in range(5))
-    gflops = 2 * 1024**3 / product_ms / 1e6 * used / cores  # numpy's product takes every core
-    arrays = [(np.ones(1 << 24, np.float32), np.ones(1 << 24, np.float32)) for _ in range(used)]
-    with ThreadPoolExecutor(used) as pool:
+    manifest, graph = runtime.manifest, runtime.manifest.graph
+    file = manifest.files.get(graph.data or graph.engine)
+    weights, size = manifest.base.parameters, 0 if file is None else file.bytes
+    if not manifest.is_decoder:  # of the table of tokens only a row a token is read
+        share = 1 - graph.vocab_size * graph.hidden_size / max(1, weights)
+        weights, size = int(weights * max(0.0, share)), int(size * max(0.0, share))
+    number = 2 if graph.cache_dtype == "float16" else 4
+    heads = (graph.layers or 0) * (graph.kv_heads or 0) * (graph.head_dim or 0)
+    return {
+        "prompt_tokens": _prompt_tokens(runtime, workload),
+        "batch": workload.batch,
+        "weights": weights,
+        "weight_bytes": size,
+        "layers": graph.layers or 0,
+        "hidden_size": graph.hidden_size,
+        "cache_bytes_a_token": 2 * number * heads,
+    }
 
-        def copy_all() -> None:
-            list(pool.map(lambda pair: np.copyto(*pair), arrays))
 
-        copy_ms = min(_timed_ms(copy_all) for _ in range(5))
-    return Speed(gflops=gflops, gb_s=used * 2 * arrays[0][0].nbytes / copy_ms / 1e6)
+def _prompt_tokens(runtime: Runtime, workload: Workload) -> int:
+    """As many as asked for, if the graph takes them."""
+    decoder = runtime.manifest.is_decoder
+    room = runtime.manifest.graph.max_length - (workload.new_tokens if decoder else 0)
+    return max(1, min(workload.prompt_tokens, room))
 
 
 def bundle_size(folder: Path) -> int:
@@ -190,8 +203,7 @@ def _run(
     score; ms.
     """
     graph, tokenizer = runtime.manifest.graph, runtime.tokenizer
-    room = graph.max_length - (workload.new_tokens if runtime.manifest.is_decoder else 0)
-    count = max(1, min(workload.prompt_tokens, room))
+    count = _prompt_tokens(runtime, workload)
     rows = [
         synthetic_ids(count, graph.vocab_size, avoid=sorted(tokenizer.eos_token_ids), seed=at)
         for at in range(seed, seed + workload.batch)

@@ -9,8 +9,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from edgetune.devices.loader import Device
+from edgetune.runtime.check.projection import FORMULA, HeldOut, Projection
 from edgetune.runtime.check.regression import SLOWER, Against
-from edgetune.runtime.check.verdict import FORMULA, NOISY, OK, OVER, Speed, Verdict
+from edgetune.runtime.check.verdict import NOISY, OK, OVER, Verdict
 
 WORDS = {OK: "ok", OVER: "OVER", SLOWER: "SLOWER", NOISY: "too noisy to tell"}
 TITLES = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "request_ms": "request ms"}
@@ -40,14 +41,20 @@ def measured_lines(measured: Mapping[str, Any]) -> Iterator[str]:
     yield _machine(measured["machine"])
 
 
-def budget_lines(verdicts: Sequence[Verdict], device: Device, speed: Speed | None) -> Iterator[str]:
-    """Every limit beside what was found; `speed`: of this machine, where the device is another."""
-    if speed is not None:
+def budget_lines(
+    verdicts: Sequence[Verdict], device: Device, projection: Projection | None
+) -> Iterator[str]:
+    """Every limit beside what was found; `projection`: where the device is another machine."""
+    if projection is not None and device.is_gpu:
+        yield f"Measured on this machine's processor: times on {device.title} are not estimated.\n"
+    elif projection is not None:
+        speed, out = projection.speed, projection.held_out
         yield (
             f"The measurements are of this machine ({speed.gflops:.0f} GFLOP/s, {speed.gb_s:.0f}"
-            " GB/s), not of"
+            f" GB/s with {speed.threads} threads), not of"
         )
-        yield f"{device.title}; its times below are ESTIMATES: {FORMULA}.\n"
+        yield f"{device.title}; its times below are ESTIMATES: {FORMULA}."
+        yield f"{_held_out(out)}\n"
     yield f"budget of {device.name}:"
     for v in verdicts:
         who = f" ({v.adapter})" if v.adapter else ""
@@ -139,6 +146,20 @@ def overall_state(states: Sequence[str]) -> str:
 
 def _who(key: str, adapter: str | None) -> str:
     return f"{key} ({adapter})" if adapter else key
+
+
+def _held_out(found: HeldOut | None) -> str:
+    """How good the same prediction was where the truth is known."""
+    if found is None:
+        return "Its error is not known: one configuration only was measured here."
+    errors = ", ".join(
+        f"{figure.removesuffix('_ms')} {error:+.0%}" for figure, error in found.errors.items()
+    )
+    threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
+    return (
+        f"Held out here ({threads}, prompt of {found.prompt_tokens}) and predicted from the other"
+        f" configurations: off by {errors}."
+    )
 
 
 def _percentiles(label: str, row: Mapping[str, float]) -> str:
