@@ -70,7 +70,8 @@ def examples_of(task: str, tokenizer: Any, base: Base) -> Sequence[Any]:
         path.write_text(
             f'base = "{base.name}"\nout = "{folder}/run"\n[[stage]]\nmethod ='
             f' "{method}"\nmax_length = 512\n[stage.data]\ntrain ='
-            f' "{Path(os.environ["EDGETUNE_DATASETS"], data)}"\nskip_invalid = true\n{form}\n'
+            f' "{Path(os.environ["EDGETUNE_DATASETS"], data)}"\nskip_invalid = true\nhold_out = 0\n'
+            f"{form}\n"
         )
         return load_examples(load_recipe(path).stage[0], tokenizer, base, None, seed=0).train
 

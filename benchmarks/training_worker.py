@@ -78,7 +78,7 @@ def recipe_of(options: argparse.Namespace) -> Any:
             f" = {options.batch_size}\nmax_steps = {options.steps * options.rounds}\nlearning_rate"
             " = 2e-4\nmax_length = 256\nprecision ="
             f' "{options.precision}"\n{head}[stage.data]\ntrain = "{options.data.resolve()}"\nlimit'
-            f" = {options.rows}\n{FORMS[options.task]}\n",
+            f" = {options.rows}\nhold_out = 0\n{FORMS[options.task]}\n",
             encoding="utf-8",
         )
         return load_recipe(path)
@@ -340,8 +340,8 @@ def adapt_classifier(model: Any, parameters: Any) -> Any:
 
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        r=parameters.rank,
-        lora_alpha=parameters.alpha,
+        r=parameters.r,
+        lora_alpha=parameters.lora_alpha,
         target_modules=[
             "query",
             "key",

@@ -329,7 +329,7 @@ def _add_adapter(
         max_length=source.metadata.get("max_length"),
     )
     if manifest.mode == "merged":
-        return replace(entry, path=None)
+        return replace(entry, path=None, confidence=source.metadata.get("confidence"))
     packed = pack_adapter(source.folder, manifest, name=source.name)
     for note in packed.notes:
         say(f"adapter {source.name}: {note}")

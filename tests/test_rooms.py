@@ -27,6 +27,7 @@ FLOORS = {
     "data": "core models recipe",
     "devices": "core",
     "adapters": "core edgetune models quantisation recipe",
+    "inspection": "core data models recipe",
     "metrics": "core",
     "objectives": "data models",
     "runtime.bundle": "core",
@@ -63,7 +64,8 @@ FLOORS = {
     ),
     "training": (
         "adapters core data edgetune evaluation.forgetting metrics models objectives "
-        "quantisation recipe training.fast training.parallel training.reinforcement"
+        "quantisation recipe runtime.generation training.fast training.parallel "
+        "training.reinforcement"
     ),
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "
@@ -78,8 +80,8 @@ FLOORS = {
     "runtime.server": "core runtime.scheduler runtime.server.endpoints runtime.server.http",
     "cli": (
         "core data devices edgetune evaluation evaluation.forgetting export export.graph "
-        "export.inputs export.proof metrics models quantisation quickstart recipe report "
-        "runtime.bundle runtime.check runtime.engine runtime.scheduler runtime.server "
+        "export.inputs export.proof inspection metrics models quantisation quickstart recipe "
+        "report runtime.bundle runtime.check runtime.engine runtime.scheduler runtime.server "
         "runtime.server.http runtime.tasks training training.parallel"
     ),
     "__main__": "cli",

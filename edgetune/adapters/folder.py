@@ -59,6 +59,8 @@ class AdapterMetadata:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     # how the base's weights were rounded while it learned; None: not at all
     base_precision: Mapping[str, Any] | None = None
+    # of labels: temperature and threshold, see `core.confidence`; None: not calibrated
+    confidence: Mapping[str, Any] | None = None
     edgetune_version: str = __version__
 
 

@@ -38,8 +38,8 @@ def adapt(model: nn.Module, parameters: Parameters, *, task: str) -> PeftModel:
             if getattr(model.config, "is_encoder_decoder", False)
             else PEFT_TASKS[task]
         ),  # type: ignore[union-attr]
-        r=parameters.rank,
-        lora_alpha=_whole(parameters.alpha),
+        r=parameters.r,
+        lora_alpha=_whole(parameters.lora_alpha),
         lora_dropout=parameters.dropout,
         target_modules=names,
         use_rslora=parameters.rslora,
@@ -103,7 +103,7 @@ def within(names: list[str], layers: tuple[int, ...] | None) -> list[str]:
 
 def _odd_ranks(parameters: Parameters) -> int | None:
     return next(
-        (rank for rank in (parameters.rank, *parameters.rank_pattern.values()) if rank % 2), None
+        (rank for rank in (parameters.r, *parameters.rank_pattern.values()) if rank % 2), None
     )
 
 
@@ -111,7 +111,7 @@ def _check_ranks(model: nn.Module, names: list[str], parameters: Parameters) -> 
     """No rank is larger than every weight; and PiSSA, OLoRA and LoftQ have no more directions than
     each has rows or columns.
     """
-    largest = max(parameters.rank, *parameters.rank_pattern.values(), 1)
+    largest = max(parameters.r, *parameters.rank_pattern.values(), 1)
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in names}
     widest = max(max(weight.shape) for weight in weights.values())
     if largest > widest:

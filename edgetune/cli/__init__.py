@@ -21,7 +21,10 @@ from edgetune.core.errors import EdgetuneError, ProofError
 COMMANDS = {
     "quickstart": "The whole road on embedded data: train, export, prove, check, predict.",
     "models": "List the built-in base models and fetch them.",
+    "init": "Look at a data file and write a recipe for it.",
+    "data": "Show what a data file or a recipe's rows hold.",
     "train": "Train an adapter from a recipe.",
+    "sweep": "Train a grid of settings and compare the runs.",
     "report": "Compare runs on one page.",
     "eval": "Measure a run or a bundle on a data file.",
     "export": "Turn adapters into a bundle, with proof.",
@@ -117,8 +120,10 @@ def _extra_of(module: str) -> str | None:
         "optimum",
         "sklearn",
         "scipy",
+        "optuna",
         "sacrebleu",
         "rouge_score",
+        "cleanlab",
     }:
         return "train"
     return None

@@ -40,6 +40,21 @@ if TYPE_CHECKING:
     help="Write metrics and every prediction there.",
 )
 @click.option(
+    "--errors",
+    "errors_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write every row that is answered wrongly there (.jsonl), the surest first.",
+)
+@click.option(
+    "--out-of-scope",
+    metavar="LABEL",
+    help=(
+        "Rows with this label are none of the adapter's; not set: what its recipe named, and rows"
+        " without a label where it has a threshold."
+    ),
+)
+@click.option(
     "--forgetting",
     is_flag=True,
     help="General ability before and after training; of a base as it is.",
@@ -88,6 +103,8 @@ def command(
     adapter: str | None,
     skip_invalid: bool,
     json_file: Path | None,
+    errors_file: Path | None,
+    out_of_scope: str | None,
     forgetting: bool,
     general: Path | None,
     limit: int | None,
@@ -98,13 +115,28 @@ def command(
     """Measure a run or a base (in torch) or a bundle (in the runtime) on a data file, or what
     training forgot.
     """
-    from edgetune.core.files import write_json
+    from edgetune.core.files import write_json, write_text
+    from edgetune.runtime.tasks.prediction_file import row_line
 
     if data is None and not forgetting:
         raise InputError("nothing to measure", expected="--data FILE, or --forgetting, or both")
     found: dict[str, Any] = {}
     if data is not None:
-        found = _measure(folder, data, adapter, skip_invalid, _prompting(asked), providers, engine)
+        found = _measure(
+            folder,
+            data,
+            adapter,
+            skip_invalid,
+            _prompting(asked),
+            providers,
+            engine,
+            out_of_scope,
+        )
+        if errors_file is not None:
+            write_text(errors_file, "".join(map(row_line, found["errors"])))
+            click.echo(f"  {len(found['errors'])} wrong rows: {errors_file}")
+    elif errors_file is not None:
+        raise InputError("--errors needs rows to answer", expected="--data FILE")
     if forgetting:
         from edgetune.evaluation.forgetting.subjects import forgetting as measure_forgetting
 
@@ -149,7 +181,9 @@ def _measure(
     how: Prompting | None,
     providers: tuple[str, ...],
     engine: str,
+    out_of_scope: str | None,
 ) -> dict[str, Any]:
+    from edgetune.cli.error_lines import error_lines
     from edgetune.evaluation.evaluate import evaluate
     from edgetune.metrics.statistics import headline
 
@@ -168,17 +202,21 @@ def _measure(
         how=how,
         providers=providers,
         engine=engine,
+        out_of_scope=out_of_scope,
     )
     name = f"{result.source} [{result.adapter}]" if result.adapter else result.source
     click.echo(f"{name} on {result.rows} rows of {result.data}")
+    width = max(18, *map(len, headline(result.metrics)), 0)
     for metric, value in headline(result.metrics).items():
         low, high = (result.metrics.get(f"{metric}_{end}") for end in ("low", "high"))
         interval = f"  (95 %: {low:.4f} to {high:.4f})" if low is not None else ""
         click.echo(
-            f"  {metric:<18} {value:.4f}{interval}"
+            f"  {metric:<{width}} {value:.4f}{interval}"
             if metric != "bleu"
-            else f"  {metric:<18} {value:.2f}"
+            else f"  {metric:<{width}} {value:.2f}"
         )
+    for line in error_lines(result.analysis):
+        click.echo(f"  {line}")
     for note in result.notes:
         click.echo(f"  note: {note}")
     if result.skipped:

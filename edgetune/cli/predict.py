@@ -74,6 +74,14 @@ STANDARD = Path("-")
 @click.option(
     "--truncate", is_flag=True, help="Cut texts that are too long for an encoder or a reward."
 )
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help=(
+        "A label of a lower score is no answer; not set: the adapter's own threshold, 0: every"
+        " label counts."
+    ),
+)
 @click.option("--threads", type=THREADS, help="Processor threads (default: all cores).")
 @provider_option
 @engine_option
@@ -88,6 +96,7 @@ def command(
     source: Path | None,
     output: Path | None,
     truncate: bool,
+    threshold: float | None,
     threads: int | None,
     providers: tuple[str, ...],
     engine: str,
@@ -103,7 +112,8 @@ def command(
 
     Rows hold "prompt", "messages" or "text", or the columns the adapter was trained on; "adapter"
     in a row chooses its adapter. Answered rows keep their fields and gain "completion" and
-    "finish_reason", or "label" and "score", "labels" and "scores", "value", or "tags", "spans" and
+    "finish_reason", or "label" and "score" (where the score is too low "label" is null and
+    "rejected" says which it was), "labels" and "scores", "value", or "tags", "spans" and
     "entities" (rows to tag hold "tokens" or "text"); rows of an adapter that reads two texts hold
     "text" and "text_pair"; for a reward adapter rows hold "prompt" and "completion", or "messages"
     that end with the answer, and gain "score".
@@ -127,10 +137,23 @@ def command(
         _check_settings(runtime, name, settings, alone=source is None)
         if source is not None and output is not None:
             _answer_file(
-                runtime, source, output, adapter=name, truncate=truncate, settings=settings
+                runtime,
+                source,
+                output,
+                adapter=name,
+                truncate=truncate,
+                threshold=threshold,
+                settings=settings,
             )
         else:
-            _answer_text(runtime, text or "", adapter=name, truncate=truncate, settings=settings)
+            _answer_text(
+                runtime,
+                text or "",
+                adapter=name,
+                truncate=truncate,
+                threshold=threshold,
+                settings=settings,
+            )
 
 
 def _rows(runtime: Runtime, source: Path, adapter: str | None) -> list[tuple[int, dict[str, Any]]]:
@@ -211,7 +234,13 @@ def _note_embedding(runtime: Runtime, what: str) -> None:
 
 
 def _answer_text(
-    runtime: Runtime, text: str, *, adapter: str | None, truncate: bool, settings: dict[str, Any]
+    runtime: Runtime,
+    text: str,
+    *,
+    adapter: str | None,
+    truncate: bool,
+    threshold: float | None,
+    settings: dict[str, Any],
 ) -> None:
     if not runtime.manifest.is_decoder or runtime.task(adapter) == CLASSIFICATION:
         if runtime.labels(adapter) is None:
@@ -225,11 +254,13 @@ def _answer_text(
             for word in runtime.tag([text], adapter, truncate=truncate)[0].words:
                 click.echo(f"{word.word}\t{word.tag}\t{word.score:.4f}\t{word.start}-{word.end}")
             return
-        found = runtime.classify([text], adapter, truncate=truncate)[0]
+        found = runtime.classify([text], adapter, truncate=truncate, threshold=threshold)[0]
         if found.value is not None:
             click.echo(f"{found.value:.6g}")
+        elif found.label is None:
+            click.echo(f"(no label)\t{found.score:.4f}\trejected: {found.rejected}")
         else:
-            labels = (found.label,) if found.labels is None else found.labels
+            labels = (found.likeliest,) if found.labels is None else found.labels
             click.echo(
                 "\n".join(f"{label}\t{found.scores[label]:.4f}" for label in labels) or "(no label)"
             )
@@ -258,6 +289,7 @@ def _answer_file(
     *,
     adapter: str | None,
     truncate: bool,
+    threshold: float | None,
     settings: dict[str, Any],
 ) -> None:
     from edgetune.runtime.tasks.prediction_file import (
@@ -273,7 +305,7 @@ def _answer_file(
     if adapter is None and (bare := sum("adapter" not in row for _, row in rows)):
         _note_embedding(runtime, f"{bare} of {len(rows)} rows get")
     answered: list[dict[str, Any]] = [{} for _ in requests]
-    finished = answer_rows(runtime, requests, truncate=truncate, **settings)
+    finished = answer_rows(runtime, requests, truncate=truncate, threshold=threshold, **settings)
     for done, (place, row) in enumerate(finished, 1):
         answered[place] = row
         if sys.stderr.isatty():

@@ -73,6 +73,13 @@ def from_dict(
     return built
 
 
+def settled(value: T | Literal["auto"]) -> T:
+    """A setting that was "auto" once. ValueError where it still is."""
+    if isinstance(value, str):
+        raise ValueError('"auto" is not settled yet')
+    return value
+
+
 def key_of(field: dataclasses.Field[Any]) -> str:
     """The name of a field in the file."""
     return field.metadata.get("key") or field.name
@@ -120,7 +127,8 @@ def _first(keys: typing.Collection[str]) -> str:
 
 
 def _one_of(choices: typing.Iterable[str]) -> str:
-    return "one of " + ", ".join(f'"{choice}"' for choice in choices)
+    quoted = [f'"{choice}"' for choice in choices]
+    return quoted[0] if len(quoted) == 1 else "one of " + ", ".join(quoted)
 
 
 @functools.cache

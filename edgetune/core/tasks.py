@@ -4,10 +4,11 @@ brings is registered under its name in data/loaders.py and training/methods.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae", "calibration_error")
 THRESHOLD = 0.5  # of a label's probability: the logit 0
 VALUE = "value"  # the name of a regression head's only output
 MethodName = Literal[
@@ -87,6 +88,27 @@ DECODER_TASKS = tuple(dict.fromkeys(m.task for m in METHODS.values() if "decoder
 ENCODER_TASKS = tuple(
     dict.fromkeys(m.task for m in METHODS.values() if m.has_head and "encoder" in m.kinds)
 )
+
+# By which validation metric a stage's best weights are told, by method or problem
+# (`Stage.learned`): the first that its validation gives. Of any other by the loss.
+BEST_BY = {
+    "sequence-classification": ("accuracy",),
+    "multi-label": ("micro_f1",),
+    "token-classification": ("entity_f1", "token_accuracy"),
+    "reward": ("preference_accuracy",),
+    "dpo": ("preference_accuracy",),
+    "grpo": ("reward",),
+}
+WEIGHTED_BEST_BY = ("macro_entity_f1", "macro_f1")  # where rare labels shall count as much
+
+
+def best_by(learned: str, metrics: Iterable[str], *, weighted: bool = False) -> str:
+    """The name of the metric of `metrics` by which the best weights are told; `weighted`: the stage
+    has class weights.
+    """
+    there = set(metrics)
+    wanted = (*(WEIGHTED_BEST_BY if weighted else ()), *BEST_BY.get(learned, ()))
+    return next((name for name in wanted if name in there), "loss")
 
 
 def lower_is_better(metric: str) -> bool:

@@ -45,6 +45,8 @@ class Batch:
     rows: tuple[int, ...]  # line numbers in the data file
     tokens: int  # real tokens, padding not counted
     targets: int  # positions (or rows) that carry loss
+    # what they count together where labels are weighted; None: `targets`
+    weight: float | None = None
     # (batch, seq), starting again at 0 with each packed document
     position_ids: Tensor | None = None
     features: Tensor | None = None  # (batch, hidden) pooled states that stand for the tokens

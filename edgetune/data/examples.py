@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from edgetune.core.errors import DataError
 from edgetune.data.batching import Batch
+from edgetune.data.findings import Finding
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import Rows, sample
 from edgetune.models.base import Base
@@ -64,10 +65,10 @@ class ExampleSet:
     mask: Mask | None = None
     # of tagged rows: {"cut", "no_sub_word"}
     unseen_words: dict[str, dict[str, int]] = field(default_factory=dict)
-    # validation rows that are learned too, of all (of packed text documents)
-    validation_in_train: tuple[int, int] = (0, 0)
-    # what each file was taken for, and what a look at its rows found
+    # what each file was taken for, and what its rows show (of packed text, the documents)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    held_out: int | None = None  # rows drawn from train; None where a file has those to measure on
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from edgetune.data.row import Row
 from edgetune.data.rows import Rows
 from edgetune.recipe.checks import column_name
 
-BITS = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}
+BIT_VALUES = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}
 Read = Callable[[Row, str], tuple[str, ...]]
 Names = tuple[str, ...]
 
@@ -128,4 +128,4 @@ def _bit(value: Any) -> bool | None:
     """0 or 1 in any spelling; None for anything else."""
     if isinstance(value, (bool, int, float)):
         return bool(value) if value in (0, 1) else None
-    return BITS.get(value.strip().lower()) if isinstance(value, str) else None
+    return BIT_VALUES.get(value.strip().lower()) if isinstance(value, str) else None

@@ -10,15 +10,18 @@ from typing import Any
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.tasks import METHODS
-from edgetune.data.completions import load_completions
+from edgetune.data.completions import load_completions, prompted_rows, without_end
 from edgetune.data.examples import ExampleSet, Loading, token_limit
+from edgetune.data.findings import Finding, cut, find, unusable
+from edgetune.data.implicit_prompts import paired, well_answered
 from edgetune.data.labels import load_labelled
-from edgetune.data.look import look, standing_in
 from edgetune.data.masking import load_masked
-from edgetune.data.plain_text import load_packed, text_rows
+from edgetune.data.plain_text import load_packed
 from edgetune.data.preferences import load_preferences
 from edgetune.data.prompts import PromptFormat, prompt_format
 from edgetune.data.rollout_prompts import load_prompts
+from edgetune.data.row import RowTexts
+from edgetune.data.row_texts import row_texts
 from edgetune.data.rows import Rows, sample
 from edgetune.data.seq2seq import load_answers
 from edgetune.data.splits import stage_rows
@@ -53,6 +56,18 @@ def load_examples(
     (with `data.skip_invalid` such rows are counted instead). `seed` draws the subset of
     `data.limit`.
     """
+    loading = open_rows(stage, tokenizer, base, labels, seed=seed)
+    sources = loading.sources
+    found = loader_of(stage, base)(loading)
+    findings = _findings(stage, sources, loading.form, found, seed=seed)
+    drawn = None if stage.data.validation is not None else len(_held(sources).rows)
+    return replace(found, findings=findings, held_out=drawn)
+
+
+def open_rows(
+    stage: Stage, tokenizer: Any, base: Base, labels: Sequence[str] | None = None, *, seed: int = 0
+) -> Loading:
+    """The rows of a stage and how they are read, for its loader."""
     _check_kind(stage, base)
     sources = stage_rows(stage, seed=seed)
     limit = token_limit(stage.max_length, tokenizer, base)
@@ -66,29 +81,77 @@ def load_examples(
     tokenizer = reading(tokenizer, form.control_tokens)
     for note in told(stage, form):
         sources["train"].note(note)
-    found = _loader(stage, base)(
-        Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
-    )
-    learned, asked = _compared(stage, sources, form, found, seed=seed)
-    measured = standing_in(learned, asked), len(asked)
-    seen = look(found.train, found.labels, measured)
-    notes = found.notes | ({"rows": seen} if seen else {})
-    return replace(found, validation_in_train=measured, notes=notes)
+    return Loading(sources, form, stage, tokenizer, labels=labels, limit=limit, seed=seed)
 
 
-def _compared(
+def answers_of(
+    stage: Stage, tokenizer: Any, base: Base, *, seed: int = 0
+) -> dict[str, list[tuple[str, str]]]:
+    """Every answer of an sft stage, those in the middle of its conversations too, as ("file, line
+    n", text); by the names of the stage's sources, "train" first.
+    """
+    loading = open_rows(stage, tokenizer, base, None, seed=seed)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, source in loading.sources.items():
+        limit = stage.data.limit if name == "train" else None
+        rows, _ = prompted_rows(
+            replace(source, rows=sample(source.rows, limit, seed=seed), notes=[]),
+            loading.form,
+            tokenizer=loading.tokenizer,
+            skip_invalid=stage.data.skip_invalid,
+        )
+        found[name] = [
+            (f"{source.source}, line {row.line}", without_end(text, loading.tokenizer))
+            for row in rows
+            for text in (*(row.prompt[start:end] for start, end in row.answers), row.completion)
+        ]
+    return found
+
+
+def _held(sources: dict[str, Rows]) -> Rows:
+    """The rows for validation; no rows where there are none."""
+    return sources.get("validation", replace(sources["train"], rows=[]))
+
+
+def _findings(
     stage: Stage, sources: dict[str, Rows], form: PromptFormat, found: ExampleSet, *, seed: int
-) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The examples of train and validation, or the documents where examples are packed of them."""
-    if stage.method != "causal-lm" or "validation" not in sources:
-        return found.train, found.validation
-    train = sources["train"]
-    drawn = replace(train, rows=sample(train.rows, stage.data.limit, seed=seed))
-    texts = [
-        [row.text for row in text_rows(source, form, skip_invalid=stage.data.skip_invalid)[0]]
-        for source in (drawn, sources["validation"])
+) -> list[Finding]:
+    """Of the rows that are learned and measured; of packed text, the documents."""
+    lines = {
+        "train": {example.row for example in found.train},
+        "validation": {example.row for example in found.validation},
+    }
+    if stage.method == "causal-lm":
+        drawn = sample(sources["train"].rows, stage.data.limit, seed=seed)
+        lines = {"train": {row.line for row in drawn}} | {
+            "validation": {row.line for row in _held(sources).rows}
+        }
+    texts = {
+        name: [one for one in texts_in(stage, source, form) if one.line in lines[name]]
+        for name, source in sources.items()
+    }
+    one_label = stage.learned == "sequence-classification"
+    return [
+        *unusable(found.skipped),
+        *cut(found.truncated, lines, found.max_length),
+        *find(
+            texts["train"],
+            texts.get("validation", []),
+            labelled=found.labels is not None,
+            one_label=one_label,
+        ),
     ]
-    return texts[0], texts[1]
+
+
+def texts_in(stage: Stage, source: Rows, form: PromptFormat) -> list[RowTexts]:
+    """The texts of the rows as the method reads them: answers marked as good or bad are paired, or
+    the good ones taken.
+    """
+    if "chosen" in METHODS[stage.method].columns:
+        source = paired(source, form)
+    elif stage.method == "sft" and form.prompt is not None:
+        source = well_answered(source, form)
+    return row_texts(stage, source, form)[0]
 
 
 def told(stage: Stage, form: PromptFormat) -> list[str]:
@@ -109,7 +172,8 @@ def told(stage: Stage, form: PromptFormat) -> list[str]:
     return notes
 
 
-def _loader(stage: Stage, base: Base) -> Callable[[Loading], ExampleSet]:
+def loader_of(stage: Stage, base: Base) -> Callable[[Loading], ExampleSet]:
+    """What makes the rows of a stage into examples."""
     return load_answers if base.kind == "encoder-decoder" else LOADERS[stage.learned]
 
 

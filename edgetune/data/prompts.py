@@ -98,8 +98,8 @@ def prompt_format(
         return PromptFormat(text=template_of("text"))
     if "tags" in read:
         return PromptFormat(
-            tokens=column_name(data.tokens or first_column(TOKENS, columns)),
-            tags=column_name(data.tags or first_column(TAGS, columns)),
+            tokens=column_name(data.tokens or first_column(WORD_COLUMNS, columns)),
+            tags=column_name(data.tags or first_column(TAG_COLUMNS, columns)),
         )
     if "label" in read:
         pair = None if data.text_pair is None else template_of("text_pair")
@@ -157,8 +157,8 @@ def _label_template(data: Data, columns: Mapping[str, Any]) -> str:
     return "{{ (" + value + " | string).split() | join(' ') | lower }}"
 
 
-TOKENS = ("tokens", "words")
-TAGS = ("tags", "ner_tags", "labels", "ner", "pos_tags")
+WORD_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("tags", "ner_tags", "labels", "ner", "pos_tags")
 
 
 def first_column(names: tuple[str, ...], columns: Mapping[str, Any]) -> str:

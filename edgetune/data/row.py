@@ -1,7 +1,8 @@
-"""One row of a data file and the place where it stands."""
+"""One row of a data file: its columns, the place where it stands, and it as bare texts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 
@@ -10,6 +11,18 @@ class Row(NamedTuple):
 
     line: int
     values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RowTexts:
+    """A row that can be used. `asked` is what the model reads of it, `answered` what it shall make
+    of that ("" where nothing is asked), `names` the labels or tags in it.
+    """
+
+    line: int
+    asked: str
+    answered: str = ""
+    names: tuple[str, ...] = ()
 
 
 class LineOf(int):

@@ -6,33 +6,46 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from edgetune.core.errors import DataError
 from edgetune.core.tasks import TAGGING
-from edgetune.data.prompts import PromptFormat, prompt_format, render
-from edgetune.data.row import Row
+from edgetune.data.alike import alike_keys
+from edgetune.data.row import RowTexts
+from edgetune.data.row_texts import row_texts
 from edgetune.data.rows import Rows, read_rows
 from edgetune.data.sentences import sentences
-from edgetune.data.tagging import tagged_rows
-from edgetune.data.targets import multi_label_rows
 from edgetune.recipe.schema import Stage
 
-NamesOf = Callable[[Row], Collection[str]]
+# without a word in the recipe: a tenth of the rows, at least and at most so many; of less than
+# ENOUGH rows none, for LEAST of them would be missed
+SHARE, LEAST, MOST, ENOUGH = 10, 20, 1000, 100
+NAMED = 4  # labels that a line names
 
 
 def stage_rows(stage: Stage, *, seed: int) -> dict[str, Rows]:
-    """Rows of `train`, and of `validation` where the recipe has such a file or holds rows out."""
+    """Rows of `train`, and of `validation` where the recipe has such a file or rows are held
+    out.
+    """
     data = stage.data
     found = {"train": _read(stage, data.train)}
     if data.validation is not None:
         found["validation"] = _read(stage, data.validation)
-    elif data.hold_out is not None:
-        found["train"], found["validation"] = hold_out(
-            found["train"], data.hold_out, seed=seed, names_of=_names_of(stage, found["train"])
-        )
+    elif data.hold_out != 0:
+        held_out = hold_out(stage, found["train"], seed=seed)
+        if held_out is not None:
+            found["train"], found["validation"] = held_out
     return found
+
+
+def as_run(stage: Stage) -> Stage:
+    """The stage of a run's recipe, which says how many rows it held out; one that does not is of
+    before, when none were.
+    """
+    if stage.data.validation is not None or stage.data.hold_out is not None:
+        return stage
+    return replace(stage, data=replace(stage.data, hold_out=0))
 
 
 def validation_rows(stage: Stage, *, seed: int) -> Rows:
@@ -47,82 +60,121 @@ def _read(stage: Stage, source: str | tuple[str, ...]) -> Rows:
     return sentences(rows) if stage.task == TAGGING else rows
 
 
-def hold_out(
-    source: Rows, count: int, *, seed: int, names_of: NamesOf | None = None
-) -> tuple[Rows, Rows]:
-    """The rows without `count` drawn ones, and these; both in file order. The same seed draws the
-    same rows.
+def usual_hold_out(rows: int) -> int:
+    """How many of so many rows are held out where the recipe does not say."""
+    return 0 if rows < ENOUGH else min(MOST, max(LEAST, rows // SHARE))
 
-    With `names_of`, the labels or tags of a row, every combination of them gives its share, and
-    none of them is held out with all its rows.
+
+def hold_out(stage: Stage, source: Rows, *, seed: int) -> tuple[Rows, Rows] | None:
+    """The rows without those that are held out, and these; both in file order, the same for the
+    same seed. None where none are, which is noted.
+
+    Rows that ask the same or nearly so stay together. Every label (or combination of labels or
+    tags) gives its share, and of each some row is left to train on. Rows that cannot be used are
+    not held out.
     """
+    asked = stage.data.hold_out
     total = len(source.rows)
-    if count >= total:
+    if asked is not None and asked >= total:
         raise DataError(
             "data.hold_out leaves no row to train on",
             where=source.source,
             expected=f"less than {total}",
-            got=str(count),
+            got=str(asked),
         )
-    draw = random.Random(seed)
-    if names_of is None:
-        drawn = set(draw.sample(range(total), count))
-    else:
-        drawn = _stratified(source, count, [frozenset(names_of(row)) for row in source.rows], draw)
-    kept = [row for at, row in enumerate(source.rows) if at not in drawn]
-    held = [row for at, row in enumerate(source.rows) if at in drawn]
-    validation = replace(source, rows=held, skipped=0, notes=[f"{count} rows held out of train"])
-    return replace(source, rows=kept), validation
+    texts, _ = row_texts(stage, source)
+    count = usual_hold_out(min(len(texts), stage.data.limit or len(texts)))
+    count = count if asked is None else asked
+    if not count:
+        source.note(
+            f"nothing is held out of less than {ENOUGH} rows (data.hold_out = N draws N of them)"
+        )
+        return None
+    groups = _groups(texts)
+    drawn = _drawn(groups, count, random.Random(seed))
+    if not drawn and asked is None:
+        source.note("nothing is held out: all rows ask the same, or no label has a second row")
+        return None
+    if not drawn:
+        raise DataError(
+            "data.hold_out can draw no row",
+            where=source.source,
+            expected="rows that ask something else than others, of labels with several rows",
+            got=f"{total} rows",
+            fix="Name a file with data.validation.",
+        )
+    lines = {text.line for group in drawn for text in group.rows}
+    kept = [row for row in source.rows if row.line not in lines]
+    held = [row for row in source.rows if row.line in lines]
+    notes = _notes(groups, drawn, len(held), asked)
+    return replace(source, rows=kept), replace(source, rows=held, skipped=0, notes=notes)
 
 
-def _stratified(
-    source: Rows, count: int, names: list[frozenset[str]], draw: random.Random
-) -> set[int]:
-    """Places of `count` rows: of each combination of names the same share, never all of a name."""
-    sizes, seen = Counter(names), Counter[frozenset[str]]()
-    order = list(range(len(names)))
+@dataclass(frozen=True)
+class _Group:
+    """Rows that stay on one side, and the labels in them."""
+
+    rows: list[RowTexts]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for row in self.rows for name in row.names)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Label → rows that have it."""
+        return Counter(name for row in self.rows for name in row.names)
+
+
+def _groups(texts: Sequence[RowTexts]) -> list[_Group]:
+    """Rows that ask nearly the same; where half of all do, those that are answered so, too."""
+    keys = alike_keys([row.asked for row in texts])
+    if texts and 2 * max(Counter(keys).values()) > len(texts):
+        keys = alike_keys([f"{row.asked}\n{row.answered}" for row in texts])
+    found: dict[str, list[RowTexts]] = {}
+    for key, row in zip(keys, texts, strict=True):
+        found.setdefault(key, []).append(row)
+    return [_Group(rows) for rows in found.values()]
+
+
+def _drawn(groups: Sequence[_Group], count: int, draw: random.Random) -> list[_Group]:
+    """Groups of `count` rows together (or less): of each combination of names the same share, never
+    all of a name.
+    """
+    names = [group.names for group in groups]
+    sizes, seen = Counter[frozenset[str]](), Counter[frozenset[str]]()
+    for group, combination in zip(groups, names, strict=True):
+        sizes[combination] += len(group.rows)
+    order = list(range(len(groups)))
     draw.shuffle(order)
     share = {}
     for at in order:  # the first of two rows is due at a quarter of the way, the second at three
-        share[at] = (seen[names[at]] + 0.5) / sizes[names[at]]
-        seen[names[at]] += 1
-    left = Counter(name for row in names for name in row)
-    drawn: set[int] = set()
+        size = len(groups[at].rows)
+        share[at] = (seen[names[at]] + size / 2) / sizes[names[at]]
+        seen[names[at]] += size
+    left = Counter(name for group in groups for name in group.counts.elements())
+    drawn, room = list[_Group](), count
     for at in sorted(order, key=lambda one: share[one]):
-        if len(drawn) < count and all(left[name] > 1 for name in names[at]):
-            drawn.add(at)
-            left.subtract(names[at])
-    if len(drawn) < count:
-        raise DataError(
-            "data.hold_out leaves some label without a row to train on",
-            where=source.source,
-            expected=f"at most {len(drawn)}",
-            got=str(count),
-        )
+        group = groups[at]
+        if len(group.rows) <= room and all(left[n] > k for n, k in group.counts.items()):
+            drawn.append(group)
+            room -= len(group.rows)
+            left.subtract(group.counts)
     return drawn
 
 
-def _names_of(stage: Stage, source: Rows) -> NamesOf | None:
-    """What must not vanish from training when rows are held out; None where there are no names."""
-    if stage.method not in ("sequence-classification", "token-classification"):
-        return None
-    if stage.problem == "regression":
-        return None
-    form = prompt_format(
-        stage.data, method=stage.method, chat_template=None, columns=source.rows[0].values
-    )
-    found = {row.line: _names(stage, replace(source, rows=[row]), form) for row in source.rows}
-    return lambda row: found[row.line]
-
-
-def _names(stage: Stage, one: Rows, form: PromptFormat) -> Collection[str]:
-    """The labels or tags of a single row; none where it cannot be used."""
-    (row,) = one.rows
-    try:
-        if stage.task == TAGGING:
-            return {tag for tagged in tagged_rows(one, form)[0] for tag in tagged.tags}
-        if stage.problem == "multi-label":
-            return {label for found in multi_label_rows(one, form)[0] for label in found.target}
-        return (render(form.label or "", row.values, where="", field="label").strip(),)
-    except DataError:
-        return ()
+def _notes(
+    groups: Sequence[_Group], drawn: Sequence[_Group], held: int, asked: int | None
+) -> list[str]:
+    """What is said of a hold-out."""
+    said = f"{held} rows held out of train" + ("" if asked is None else " by data.hold_out")
+    if asked is not None and held < asked:
+        said += f", not {asked}, for rows that ask the same stay together and each label keeps one"
+    every, measured = ({name for one in some for name in one.names} for some in (groups, drawn))
+    alone = sorted(every - measured)
+    notes = [said]
+    if alone:
+        named = ", ".join(repr(name) for name in alone[:NAMED])
+        more = f" and {len(alone) - NAMED} more" if len(alone) > NAMED else ""
+        notes.append(f"no row is held out of {named}{more}, which have too few")
+    return notes

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgetune.core.confidence import NONE, Confidence, ScoredLabel
 from edgetune.core.errors import InputError
 from edgetune.core.settings import some_of
 from edgetune.core.text import Text
@@ -44,8 +45,10 @@ class Answers(Protocol):
     prompt_format: PromptFormat
     notes: tuple[str, ...] = ()  # what else shapes the answers
 
-    def classify(self, texts: Sequence[Any]) -> list[str]:
-        """The label of each text, or of each pair of them."""
+    confidence: Confidence = NONE  # how its logits become scores
+
+    def scored(self, texts: Sequence[Any]) -> list[ScoredLabel]:
+        """The label of each text, or of each pair of them, with its score."""
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily."""
@@ -54,14 +57,14 @@ class Answers(Protocol):
 class HeadAnswers(Answers, Protocol):
     """What answers through a trained head besides: a bundle or a run, but no bare base."""
 
-    def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
-        """The labels of each text whose probability is at least 0.5 (multi-label)."""
+    def scored_sets(self, texts: Sequence[Text]) -> list[dict[str, float]]:
+        """The probability of each label of each text (multi-label)."""
 
     def values(self, texts: Sequence[Text]) -> list[float]:
         """The number of each text (regression)."""
 
-    def tag(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
-        """The tag of every word of each row."""
+    def scored_tags(self, rows: Sequence[Sequence[str]]) -> list[list[ScoredLabel]]:
+        """The tag of every word of each row with its score; 0 of a word that is not seen."""
 
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """A reward adapter's score of each answer."""
@@ -85,6 +88,7 @@ class BundleAnswers(HeadAnswers):
         self.task: str = packed.task or "text-generation"
         self.problem = packed.problem
         self.prompt_format = PromptFormat(**(packed.prompt_format or {}))
+        self.confidence: Confidence = packed.confidence
         own = shaping(packed.generation)
         self.notes = (
             (
@@ -97,17 +101,17 @@ class BundleAnswers(HeadAnswers):
             else ()
         )
 
-    def classify(self, texts: Sequence[Text]) -> list[str]:
-        """The label of each text."""
+    def scored(self, texts: Sequence[Text]) -> list[ScoredLabel]:
+        """The label of each text with its score."""
         return [
-            answer.label
+            ScoredLabel(answer.likeliest, answer.score, answer.rejected is not None)
             for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)
         ]
 
-    def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
-        """The labels of each text whose probability is at least 0.5 (multi-label)."""
+    def scored_sets(self, texts: Sequence[Text]) -> list[dict[str, float]]:
+        """The probability of each label of each text (multi-label)."""
         return [
-            answer.labels
+            answer.scores
             for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)
         ]
 
@@ -118,10 +122,11 @@ class BundleAnswers(HeadAnswers):
             for answer in self.runtime.classify(texts, adapter=self.adapter, truncate=True)
         ]
 
-    def tag(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
-        """The tag of every word of each row."""
+    def scored_tags(self, rows: Sequence[Sequence[str]]) -> list[list[ScoredLabel]]:
+        """The tag of every word of each row with its score."""
         return [
-            answer.tags for answer in self.runtime.tag(rows, adapter=self.adapter, truncate=True)
+            [ScoredLabel(word.tag, word.score) for word in answer.words]
+            for answer in self.runtime.tag(rows, adapter=self.adapter, truncate=True)
         ]
 
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from edgetune.core.confidence import ScoredLabel
 from edgetune.core.errors import DataError, InputError
 from edgetune.data.completions import encode_prompts
 from edgetune.data.labels import LabelledRow, labelled_rows
@@ -83,7 +84,7 @@ class BaseAnswers(Answers):
             {**metadata, "generation": {"max_new_tokens": longest + MARGIN}},
         )
 
-    def classify(self, texts: Sequence[str]) -> list[str]:
+    def scored(self, texts: Sequence[str]) -> list[ScoredLabel]:
         """The label of the highest log-likelihood after each text, its end included where the
         template marks one.
         """
@@ -110,9 +111,8 @@ class BaseAnswers(Answers):
         scored = self._subject.score(
             [ChoiceItem(context, ends) for context in contexts], adapted=False
         )
-        return [
-            labels[max(range(len(labels)), key=lambda at: scores[at].logprob)] for scores in scored
-        ]
+        best = [max(range(len(labels)), key=lambda at: scores[at].logprob) for scores in scored]
+        return [ScoredLabel(labels[at], None) for at in best]
 
     def generate(self, prompts: Sequence[str | list[Turn]]) -> list[str]:
         """The completion of each prompt, greedily; a plain one ends where the next example would

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from edgetune.core.errors import InputError
 from edgetune.core.layout import MANIFEST
+from edgetune.core.tasks import TAGGING
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import read_rows
-from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, Prompting
+from edgetune.evaluation.answers import (
+    Advance,
+    Answers,
+    BundleAnswers,
+    HeadAnswers,
+    Prompting,
+)
 from edgetune.evaluation.forgetting.subjects import is_base
 from edgetune.evaluation.measures import Evaluation, check_answers, measure_rows, measure_text
+
+H = TypeVar("H", bound=HeadAnswers)
 
 
 def evaluate(
@@ -24,13 +35,15 @@ def evaluate(
     how: Prompting | None = None,
     providers: Sequence[str] = (),
     engine: str = "auto",
+    out_of_scope: str | None = None,
 ) -> Evaluation:
     """Measure a run or adapter folder in torch, a bundle in the runtime, or a bare base, on the
     rows of `data`.
 
     The rows are read by the prompt format that was recorded with the adapter; a base is asked as
     `how` says. What learned from text is measured on text: perplexity and bits per byte.
-    `providers` and `engine`: what runs a bundle.
+    `providers` and `engine`: what runs a bundle. `out_of_scope`: the label of rows that are none
+    of the adapter's labels; None: what its recipe named.
     """
     if (folder / MANIFEST).is_file():
         if how is not None:
@@ -39,7 +52,7 @@ def evaluate(
 
         with Runtime.open(folder, providers=providers, engine=engine) as runtime:
             return measure(
-                BundleAnswers(runtime, adapter),
+                _with_scope(BundleAnswers(runtime, adapter), out_of_scope),
                 folder,
                 data,
                 skip_invalid=skip_invalid,
@@ -64,8 +77,25 @@ def evaluate(
     from edgetune.evaluation.torch_answers import TorchAnswers
 
     return measure(
-        TorchAnswers.open(folder), folder, data, skip_invalid=skip_invalid, advance=advance
+        _with_scope(TorchAnswers.open(folder), out_of_scope),
+        folder,
+        data,
+        skip_invalid=skip_invalid,
+        advance=advance,
     )
+
+
+def _with_scope(answers: H, out_of_scope: str | None) -> H:
+    """The answers, with another label for rows that are none of theirs."""
+    if out_of_scope is not None:
+        if answers.labels is None or answers.task == TAGGING or answers.problem != "single-label":
+            raise InputError(
+                "--out-of-scope names the label of rows that are none of an adapter's labels",
+                got=f"an adapter for {answers.task}",
+                expected="one that gives each row one label",
+            )
+        answers.confidence = replace(answers.confidence, out_of_scope=out_of_scope)
+    return answers
 
 
 def _asks_a_base(folder: Path) -> InputError:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from edgetune.core.errors import DataError, InputError
 from edgetune.core.tasks import TAGGING
@@ -20,25 +20,25 @@ from edgetune.data.conversations import (
     split_messages,
 )
 from edgetune.data.implicit_prompts import paired, row_pair, well_answered
-from edgetune.data.labels import labelled_rows
 from edgetune.data.plain_text import text_rows
 from edgetune.data.preferences import PreferenceRow, preference_rows
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.row import Row
 from edgetune.data.rows import Rows
-from edgetune.data.tagging import tagged_rows, unknown_tag
-from edgetune.data.targets import multi_label_rows, unknown_labels, value_rows
+from edgetune.data.targets import value_rows
 from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, HeadAnswers
 from edgetune.evaluation.forgetting.measure import Subject
 from edgetune.evaluation.forgetting.subjects import BundleSubject
 from edgetune.evaluation.forgetting.tasks import text_measures
-from edgetune.metrics.labels import (
-    accuracy,
-    macro_f1,
-    multi_label_metrics,
-    regression_metrics,
-    tag_metrics,
+from edgetune.evaluation.label_measures import (
+    Measured,
+    answered,
+    measure_classification,
+    measure_sets,
+    measure_words,
 )
+from edgetune.metrics.error_analysis import JudgedRow, worst
+from edgetune.metrics.labels import regression_metrics
 from edgetune.metrics.statistics import preference_metrics
 from edgetune.metrics.text import (
     bleu,
@@ -49,12 +49,6 @@ from edgetune.metrics.text import (
     rouge_l,
     slot_f1,
 )
-
-UNKNOWN = "is not known to the adapter"
-ROWS_AT_ONCE = 16
-Measured = tuple[dict[str, float], list[dict[str, Any]], int]  # metrics, predictions, rows left out
-Q = TypeVar("Q")  # a question
-A = TypeVar("A")  # the answer to it
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,9 @@ class Evaluation:
     notes: tuple[
         str, ...
     ] = ()  # what else shaped the answers, or should have: the adapter's own form and penalties
+    # see `metrics.error_analysis`: figures a class, confusions, worst rows, what scores are worth
+    analysis: dict[str, Any] = field(default_factory=dict)
+    errors: list[dict[str, Any]] = field(default_factory=list)  # every wrong row, the surest first
 
 
 def measure_text(
@@ -162,7 +159,7 @@ def measure_rows(
             windows=windows,
         )
     started = time.perf_counter()
-    metrics, predictions, skipped = _measure_of(answers)(
+    measured = _measure_of(answers)(
         answers, source, skip_invalid, advance or (lambda done, total: None)
     )
     return Evaluation(
@@ -171,12 +168,14 @@ def measure_rows(
         task=answers.task,
         data=source.source,
         data_digest=source.digest,
-        rows=len(predictions),
-        skipped=source.skipped + skipped,
-        metrics=metrics,
+        rows=len(measured.predictions),
+        skipped=source.skipped + measured.skipped,
+        metrics=measured.metrics,
         seconds=time.perf_counter() - started,
-        predictions=predictions,
+        predictions=measured.predictions,
         notes=answers.notes,
+        analysis=measured.analysis,
+        errors=measured.errors,
     )
 
 
@@ -187,79 +186,9 @@ def _measure_of(answers: Answers) -> Callable[[Any, Rows, bool, Advance], Measur
     if answers.labels is None:
         return _measure_generation
     if answers.task == TAGGING:
-        return _measure_words
-    heads = {"multi-label": _measure_sets, "regression": _measure_numbers}
-    return heads.get(answers.problem, _measure_classification)
-
-
-def _answered(
-    answer: Callable[[Sequence[Q]], list[A]], questions: Sequence[Q], advance: Advance
-) -> list[A]:
-    """The answers to all questions, ROWS_AT_ONCE at a time."""
-    found: list[A] = []
-    for at in range(0, len(questions), ROWS_AT_ONCE):
-        found += answer(questions[at : at + ROWS_AT_ONCE])
-        advance(len(found), len(questions))
-    return found
-
-
-def _measure_classification(
-    answers: Answers, source: Rows, skip_invalid: bool, advance: Advance
-) -> Measured:
-    rows, skipped = labelled_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
-    known = set(answers.labels or ())
-    for row in rows:
-        if row.label not in known:
-            raise DataError(
-                f'the adapter does not know the label "{row.label}"',
-                where=f"{source.source}, line {row.line}",
-                expected=f"one of {', '.join(sorted(known)[:8])}{' …' if len(known) > 8 else ''}",
-            )
-    predicted = _answered(answers.classify, [row.text for row in rows], advance)
-    expected = [row.label for row in rows]
-    metrics = {"accuracy": accuracy(predicted, expected), "macro_f1": macro_f1(predicted, expected)}
-    predictions = [
-        {"line": row.line, "prediction": label, "label": row.label}
-        for row, label in zip(rows, predicted, strict=True)
-    ]
-    return metrics, predictions, skipped
-
-
-def _measure_words(
-    answers: HeadAnswers, source: Rows, skip_invalid: bool, advance: Advance
-) -> Measured:
-    """Entity F1 and accuracy over the words of all rows."""
-    rows, skipped = tagged_rows(
-        source, answers.prompt_format, skip_invalid=skip_invalid, labels=answers.labels
-    )
-    known = sorted(answers.labels or ())
-    for row in rows:
-        if error := unknown_tag(row, source.source, known, what=UNKNOWN):
-            raise error
-    predicted = _answered(answers.tag, [row.words for row in rows], advance)
-    metrics = tag_metrics(predicted, [row.tags for row in rows], answers.labels or ())
-    predictions = [
-        {"line": row.line, "tokens": row.words, "prediction": tags, "tags": row.tags}
-        for row, tags in zip(rows, predicted, strict=True)
-    ]
-    return metrics, predictions, skipped
-
-
-def _measure_sets(
-    answers: HeadAnswers, source: Rows, skip_invalid: bool, advance: Advance
-) -> Measured:
-    """Micro and macro F1, and the share of rows with exactly the right labels."""
-    rows, skipped = multi_label_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
-    known = sorted(answers.labels or ())
-    for row in rows:
-        if error := unknown_labels(row, source.source, known, what=UNKNOWN):
-            raise error
-    predicted = _answered(answers.label_sets, [row.text for row in rows], advance)
-    predictions = [
-        {"line": row.line, "prediction": list(labels), "labels": list(row.target)}
-        for row, labels in zip(rows, predicted, strict=True)
-    ]
-    return multi_label_metrics(predicted, [row.target for row in rows]), predictions, skipped
+        return measure_words
+    heads = {"multi-label": measure_sets, "regression": _measure_numbers}
+    return heads.get(answers.problem, measure_classification)
 
 
 def _measure_numbers(
@@ -267,12 +196,13 @@ def _measure_numbers(
 ) -> Measured:
     """Pearson and Spearman correlation, and the mean squared error."""
     rows, skipped = value_rows(source, answers.prompt_format, skip_invalid=skip_invalid)
-    predicted = _answered(answers.values, [row.text for row in rows], advance)
+    predicted = answered(answers.values, [row.text for row in rows], advance)
     predictions = [
         {"line": row.line, "prediction": value, "value": row.target}
         for row, value in zip(rows, predicted, strict=True)
     ]
-    return regression_metrics(predicted, [row.target for row in rows]), predictions, skipped
+    metrics = regression_metrics(predicted, [row.target for row in rows])
+    return Measured(metrics, predictions, skipped)
 
 
 def _measure_preference(
@@ -288,14 +218,14 @@ def _measure_preference(
         )
         return list(zip(rewards[: len(part)], rewards[len(part) :], strict=True))
 
-    scores = _answered(rewards_of, rows, advance)
+    scores = answered(rewards_of, rows, advance)
     right = [0.5 if chosen == rejected else float(chosen > rejected) for chosen, rejected in scores]
     metrics = preference_metrics(right, [row.longer for row in rows])
     predictions = [
         {"line": row.line, "chosen": chosen, "rejected": rejected}
         for row, (chosen, rejected) in zip(rows, scores, strict=True)
     ]
-    return metrics, predictions, skipped
+    return Measured(metrics, predictions, skipped)
 
 
 def _measure_generation(
@@ -304,10 +234,11 @@ def _measure_generation(
     """Rows with the same prompt are one question with several references, as in E2E."""
     questions, skipped = grouped_questions(source, answers.prompt_format, skip_invalid=skip_invalid)
     prompts = [question.prompt for question in questions]
-    completions = _answered(answers.generate, prompts, advance)
+    completions = answered(answers.generate, prompts, advance)
     references = [question.references for question in questions]
     metrics = {"exact_match": exact_match(completions, references)}
-    if is_json_task(references):
+    as_json = is_json_task(references)
+    if as_json:
         metrics["json_exact_match"] = json_exact_match(completions, references)
         metrics["json_valid"] = json_valid(completions)
         metrics["slot_f1"] = slot_f1(completions, references)
@@ -318,7 +249,13 @@ def _measure_generation(
         {"line": question.line, "prediction": completion, "references": question.references}
         for question, completion in zip(questions, completions, strict=True)
     ]
-    return metrics, predictions, skipped
+    judged = [
+        JudgedRow(one.line, shown_prompt(one.prompt), one.references[0], completion)
+        for one, completion in zip(questions, completions, strict=True)
+        if not is_right(completion, one.references, as_json=as_json)
+    ]
+    errors = [one.to_dict() for one in judged]
+    return Measured(metrics, predictions, skipped, worst(judged), errors)
 
 
 @dataclass(frozen=True)
@@ -352,6 +289,17 @@ def grouped_questions(
     if not found:
         raise DataError("no row can be used", where=source.source, got=f"{skipped} invalid rows")
     return list(found.values()), skipped
+
+
+def is_right(completion: str, references: Sequence[str], *, as_json: bool) -> bool:
+    """Whether it is one of the references; of JSON the same value, else the same text."""
+    metric = json_exact_match if as_json else exact_match
+    return metric([completion], [references]) == 1.0
+
+
+def shown_prompt(prompt: Prompt) -> str:
+    """A prompt for people: of a conversation its last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "")
 
 
 def _paired_columns(form: PromptFormat) -> set[str]:

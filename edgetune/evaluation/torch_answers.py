@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from edgetune.adapters.runs import load_adapted_model
+from edgetune.core.confidence import ScoredLabel, confidence_of, scored
 from edgetune.core.errors import InputError
 from edgetune.core.templates import chat_messages
 from edgetune.core.text import Text, first_subwords, join_words, outside_tag
@@ -41,6 +42,7 @@ class TorchAnswers(HeadAnswers):
         self.problem: str = metadata.get("problem") or "single-label"
         self.labels = tuple(metadata["labels"]) if metadata["labels"] is not None else None
         self.prompt_format = PromptFormat(**(metadata["prompt_format"] or {}))
+        self.confidence = confidence_of(metadata)
         self.tokenizer = reading(tokenizer, self.prompt_format.control_tokens)
         own = shaping(metadata["generation"] or {})
         self.notes = (
@@ -60,21 +62,18 @@ class TorchAnswers(HeadAnswers):
         return cls(*load_adapted_model(folder))
 
     @torch.no_grad()
-    def classify(self, texts: Sequence[Text]) -> list[str]:
-        """The label of each text; longer ones are cut to the length the adapter was trained
-        with.
+    def scored(self, texts: Sequence[Text]) -> list[ScoredLabel]:
+        """The label of each text with its score; longer ones are cut to the length the adapter was
+        trained with.
         """
-        labels = self.labels or ()
-        return [labels[index] for index in self.class_logits(texts).argmax(-1).tolist()]
+        labels, logits = self.labels or (), self.class_logits(texts) / self.confidence.temperature
+        return [scored(labels, row, self.confidence) for row in logits.softmax(-1).tolist()]
 
     @torch.no_grad()
-    def label_sets(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
-        """The labels of each text whose probability is at least 0.5 (multi-label)."""
-        labels = self.labels or ()
-        return [
-            tuple(label for label, logit in zip(labels, row, strict=True) if logit >= 0)
-            for row in self.class_logits(texts).tolist()
-        ]
+    def scored_sets(self, texts: Sequence[Text]) -> list[dict[str, float]]:
+        """The probability of each label of each text (multi-label)."""
+        labels, logits = self.labels or (), self.class_logits(texts) / self.confidence.temperature
+        return [dict(zip(labels, row, strict=True)) for row in logits.sigmoid().tolist()]
 
     @torch.no_grad()
     def values(self, texts: Sequence[Text]) -> list[float]:
@@ -83,8 +82,10 @@ class TorchAnswers(HeadAnswers):
         return numbers
 
     @torch.no_grad()
-    def tag(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
-        """The tag of every word of each row; O for words that are cut off or have no sub-word."""
+    def scored_tags(self, rows: Sequence[Sequence[str]]) -> list[list[ScoredLabel]]:
+        """The tag of every word of each row with its score; O for words that are cut off or have no
+        sub-word.
+        """
         texts, spans = zip(*(join_words(words) for words in rows), strict=True)
         batch = self.tokenizer(
             list(texts),
@@ -97,13 +98,15 @@ class TorchAnswers(HeadAnswers):
         )
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         labels = self.labels or ()
+        probabilities = (logits / self.confidence.temperature).softmax(-1)
+        unseen = ScoredLabel(outside_tag(labels), 0.0)
         return [
             [
-                outside_tag(labels) if token is None else labels[best[token]]
+                unseen if token is None else scored(labels, row[token], self.confidence)
                 for token in first_subwords(text, offsets, words)
             ]
-            for best, text, offsets, words in zip(
-                logits.argmax(-1).tolist(),
+            for row, text, offsets, words in zip(
+                probabilities.tolist(),
                 texts,
                 batch["offset_mapping"].tolist(),
                 spans,

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from edgetune.data.batching import IGNORE, Batch
 from edgetune.models.heads import unwrapped
-from edgetune.objectives.language import class_logits
+from edgetune.objectives.language import class_logits, on
 
 
-def multi_label(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+def multi_label(
+    model: nn.Module, batch: Batch, *, weights: Tensor | None = None
+) -> tuple[Tensor, int]:
     """Binary cross entropy, a mean over rows and labels (transformers' problem_type
-    multi_label_classification).
+    multi_label_classification); `weights` (labels,) weigh the rows that have a label (torch's
+    `pos_weight`).
     """
-    return F.binary_cross_entropy_with_logits(class_logits(model, batch), batch.labels), len(
-        batch.labels
-    )
+    logits = class_logits(model, batch)
+    loss = F.binary_cross_entropy_with_logits(logits, batch.labels, pos_weight=on(logits, weights))
+    return loss, len(batch.labels)
 
 
 def regression(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -41,12 +44,20 @@ def values(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def token_classification(
-    model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
+    model: nn.Module,
+    batch: Batch,
+    *,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """Cross entropy of the tags at each word's first sub-word; 0 for a batch without any."""
+    """Cross entropy of the tags at each word's first sub-word, weighed by `weights` (tags,); 0 for
+    a batch without any.
+    """
     logits, targets = word_logits(model, batch)
     loss = (
-        F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        F.cross_entropy(
+            logits, targets, weight=on(logits, weights), label_smoothing=label_smoothing
+        )
         if len(targets)
         else logits.sum()
     )

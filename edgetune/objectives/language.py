@@ -46,14 +46,25 @@ def masked_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 def sequence_classification(
-    model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
+    model: nn.Module,
+    batch: Batch,
+    *,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """Cross entropy of the class logits."""
+    """Cross entropy of the class logits, a mean over rows; `weights` (labels,) weigh each by its
+    label.
+    """
     logits = class_logits(model, batch)
-    return (
-        F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing),
-        batch.labels.numel(),
+    loss = F.cross_entropy(
+        logits, batch.labels, weight=on(logits, weights), label_smoothing=label_smoothing
     )
+    return loss, batch.labels.numel()
+
+
+def on(logits: Tensor, weights: Tensor | None) -> Tensor | None:
+    """The weights on the device that the logits are on."""
+    return None if weights is None else weights.to(logits)
 
 
 def class_logits(model: Any, batch: Batch) -> Tensor:

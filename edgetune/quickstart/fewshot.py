@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from edgetune.adapters.lora import adapter_off
+from edgetune.core.confidence import ScoredLabel
 from edgetune.data.prompts import render
 from edgetune.data.row import Row
 from edgetune.evaluation.answers import Answers
@@ -39,9 +40,9 @@ class FewShotBase(Answers):
         ]
         self._cache: Any = None
 
-    def classify(self, texts: Sequence[str]) -> list[str]:
+    def scored(self, texts: Sequence[str]) -> list[ScoredLabel]:
         """A base without a head has no labels: as many empty ones as texts."""
-        return [""] * len(texts)
+        return [ScoredLabel("", None)] * len(texts)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Any]) -> list[str]:

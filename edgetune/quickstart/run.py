@@ -218,7 +218,9 @@ def _call(task: QuickstartTask, runtime: Runtime, road: Road) -> list[TimedCall]
     requests = list(task.calls)
     if runtime.labels(task.name) is not None:
         found = runtime.classify(requests, task.name)
-        calls = [TimedCall(r, c.label, c.score, None) for r, c in zip(requests, found, strict=True)]
+        calls = [
+            TimedCall(r, c.likeliest, c.score, None) for r, c in zip(requests, found, strict=True)
+        ]
     else:
         adapters = [task.name] * len(requests) + [None] * len(requests)
         limit = (runtime.adapter(task.name).generation or {}).get("max_new_tokens", 32)

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import METHODS
+from edgetune.core.tasks import CLASSIFICATION, METHODS
 from edgetune.core.templates import referred_column
+from edgetune.recipe.confidence import can_calibrate
 from edgetune.recipe.own_settings import stages_of
+from edgetune.recipe.parameters import ALPHA, RANK
 from edgetune.recipe.paths import split_function
 from edgetune.recipe.schema import Data, Recipe, Stage
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from edgetune.recipe.schema import Parameters
 
 
+SETTLED = {"rank": RANK, "alpha": ALPHA}  # in the recipe.toml of every run
 INIT = re.compile(r"default|gaussian|orthogonal|olora|loftq|pissa(_niter_[1-9]\d*)?")
 UNUSABLE_INITS = {
     "corda": "it needs calibration data that a recipe has no place for",
@@ -152,6 +155,16 @@ def check_problem(stage: Stage, *, path: str, where: str) -> None:
             where=where,
             fix="Remove label_names.",
         )
+    if stage.class_weights != "none" and (
+        not METHODS[stage.method].has_head or stage.problem == "regression"
+    ):
+        what = f'problem = "{stage.problem}"' if METHODS[stage.method].has_head else stage.method
+        raise RecipeError(
+            f"{path}.class_weights has no meaning for {what}",
+            where=where,
+            expected="a stage that learns labels",
+            fix="Remove class_weights.",
+        )
     if isinstance(stage.data.label, tuple) and stage.problem != "multi-label":
         raise RecipeError(
             f"{path}.data.label lists columns, which only several labels a row can have",
@@ -205,6 +218,44 @@ def check_forgetting(recipe: Recipe, *, where: str) -> None:
         )
 
 
+def check_confidence(recipe: Recipe, *, where: str) -> None:
+    """RecipeError for a table that means nothing to the last stage."""
+    asked, stage = recipe.confidence, recipe.stage[-1]
+    if asked is None:
+        return
+    if not can_calibrate(stage.task, stage.problem):
+        what = stage.method if stage.problem == "single-label" else f"problem = {stage.problem!r}"
+        raise RecipeError(
+            f"[confidence] has no meaning for {what}",
+            where=where,
+            expected="labels: sequence-classification or token-classification",
+            fix="Remove it.",
+        )
+    single = stage.task == CLASSIFICATION and stage.problem == "single-label"
+    for name in ("target", "answered", "out_of_scope"):
+        if getattr(asked, name) is not None and not single:
+            raise RecipeError(
+                f"confidence.{name} has no meaning where a text has several labels or tags",
+                where=where,
+                expected="one label a row",
+                fix=f"Remove {name}.",
+            )
+    held_out = stage.data.validation is not None or stage.data.hold_out is not None
+    if asked.has_threshold and not held_out:
+        raise RecipeError(
+            "a threshold is chosen on validation rows, and there are none",
+            where=where,
+            expected=f"stage.{len(recipe.stage) - 1}.data.validation or data.hold_out",
+            fix="For example data.hold_out = 100.",
+        )
+    if asked.has_threshold and not asked.calibrate:
+        raise RecipeError(
+            "confidence.calibrate = false leaves scores that no threshold is chosen for",
+            where=where,
+            fix="Remove calibrate, or target and answered.",
+        )
+
+
 def _needs_the_base(grpo: Grpo) -> Iterator[tuple[str, str]]:
     """The settings of grpo that use the base beside the policy, and what to do without."""
     if grpo.kl and grpo.kl_to == "base":
@@ -220,10 +271,11 @@ def _check_no_adapter_settings(parameters: Parameters, *, where: str) -> None:
     default = type(parameters)()
     for field in dataclasses.fields(parameters):
         fits_a_head = field.name in ("base_precision", "start") and parameters.train == "head"
+        allowed = (getattr(default, field.name), SETTLED.get(field.name))
         if (
             field.name not in ("train", "base_precision", "shard")
             and not fits_a_head
-            and getattr(parameters, field.name) != getattr(default, field.name)
+            and getattr(parameters, field.name) not in allowed
         ):
             raise RecipeError(
                 f'parameters.{field.name} has no meaning with train = "{parameters.train}"',
@@ -241,7 +293,7 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
             expected="stages of one task, on encoders after masked-lm",
             fix="Split this into two recipes.",
         )
-    if stage.data.validation is not None and stage.data.hold_out is not None:
+    if stage.data.validation is not None and stage.data.hold_out:
         what = f"{path}.data has both validation and hold_out"
         raise RecipeError(what, where=where, fix="Remove one of them.")
     used = METHODS[stage.method].columns

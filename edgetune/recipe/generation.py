@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 FORMS = ("schema", "regex", "grammar")
+AUTO_SCHEMA = "auto"  # a schema that is derived from the training answers
 
 
 def resolve_generation(recipe: Recipe, folder: Path, *, where: str) -> Generation | None:
@@ -45,22 +46,27 @@ def resolve_generation(recipe: Recipe, folder: Path, *, where: str) -> Generatio
         name: absolute(folder, expand(value, path=f"generation.{name}", where=where))
         for name in ("schema", "grammar")
         if (value := getattr(generation, name)) is not None
+        and (name, value) != ("schema", AUTO_SCHEMA)
     }
     resolved = replace(generation, **paths)
-    _forms(resolved, where=where)
+    forms_of(resolved, where=where)
     return resolved
 
 
-def generation_defaults(recipe: Recipe, max_new_tokens: int) -> dict[str, Any]:
+def generation_defaults(
+    recipe: Recipe, max_new_tokens: int, *, derived: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What `edgetune_adapter.json` records: `max_new_tokens` where the recipe has none, and what it
-    sets.
+    sets; `derived` takes the place of `schema = "auto"`.
     """
     defaults: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if recipe.generation is None:
         return defaults
     given = {f.name: getattr(recipe.generation, f.name) for f in fields(recipe.generation)}
     given["stop"] = list(recipe.generation.stop) or None
-    given |= _forms(recipe.generation, where="recipe")
+    given |= forms_of(recipe.generation, where="recipe")
+    if given["schema"] == AUTO_SCHEMA:
+        given["schema"] = derived
     return defaults | {name: value for name, value in given.items() if value is not None}
 
 
@@ -80,12 +86,14 @@ def shaping(generation: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _forms(generation: Generation, *, where: str) -> dict[str, Any]:
-    """The content of the files: the schema as a JSON object, the grammar as text."""
-    forms: dict[str, Any] = {}
+def forms_of(generation: Generation, *, where: str) -> dict[str, Any]:
+    """What answers are bound to, by the form's name: the content of a file, which is a JSON object
+    for the schema and a text for the grammar; the regular expression; or AUTO_SCHEMA.
+    """
+    forms = {name: text for name in FORMS if (text := getattr(generation, name)) is not None}
     for name in ("schema", "grammar"):
         path = getattr(generation, name)
-        if path is None:
+        if path is None or (name, path) == ("schema", AUTO_SCHEMA):
             continue
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -98,7 +106,7 @@ def _forms(generation: Generation, *, where: str) -> dict[str, Any]:
                 expected=expected,
                 got=path,
             ) from error
-    if not isinstance(forms.get("schema", {}), dict):
+    if forms.get("schema", {}) != AUTO_SCHEMA and not isinstance(forms.get("schema", {}), dict):
         raise RecipeError(
             "generation.schema is no JSON object",
             where=where,

@@ -16,6 +16,7 @@ from edgetune.core.settings import shortened
 from edgetune.core.tasks import METHODS
 from edgetune.recipe.checks import (
     _check_stage,
+    check_confidence,
     check_forgetting,
     check_own_settings,
     check_parameters,
@@ -102,6 +103,7 @@ def recipe_from_dict(
         raise RecipeError("there is no stage", where=where, expected="at least one [[stage]]")
     check_parameters(recipe.parameters, where=where)
     check_forgetting(recipe, where=where)
+    check_confidence(recipe, where=where)
     for index, stage in enumerate(recipe.stage):
         check_trained(recipe.parameters, stage, path=f"stage.{index}", where=where)
         previous = recipe.stage[index - 1] if index else None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from edgetune.core.settings import describe, toml_value
+from edgetune.recipe.confidence import ConfidenceSettings
 from edgetune.recipe.own_settings import Dpo, Grpo
 from edgetune.recipe.schema import Data, Forgetting, Generation, Parameters, Recipe, Replay, Stage
 
@@ -18,6 +19,7 @@ SECTIONS = (
     (Parameters, "[parameters]"),
     (Forgetting, "[forgetting]"),
     (Generation, "[generation]"),
+    (ConfidenceSettings, "[confidence]"),
     (Stage, "[[stage]]"),
     (Data, "data of a stage"),
     (Replay, "replay of a stage"),

@@ -14,7 +14,10 @@ from typing import Literal, TypeVar
 
 from edgetune.core.settings import option
 from edgetune.core.tasks import METHODS, MethodName, Problem, Task
+from edgetune.recipe.confidence import ConfidenceSettings
 from edgetune.recipe.own_settings import Dpo, Grpo
+from edgetune.recipe.parameters import Parameters as Parameters
+from edgetune.recipe.parameters import what_learns as what_learns
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 Own = TypeVar("Own")
@@ -126,9 +129,9 @@ class Data:
         None,
         help=(
             "without a validation file: this many rows of train, drawn with the seed, are for"
-            " validation"
+            " validation; 0: none; not set: a tenth, 20 to 1,000 rows, of 100 or more"
         ),
-        at_least=1,
+        at_least=0,
     )
     limit: int | None = option(
         None, help="train on a random subset of this many rows, drawn with the seed", at_least=1
@@ -171,7 +174,11 @@ class Generation:
     """What the adapter brings along for its answers; a request may ask for something else."""
 
     schema: str | None = option(
-        None, help="a JSON schema file: every answer is JSON that it accepts (needs llguidance)"
+        None,
+        help=(
+            'a JSON schema file, or "auto": derived from the JSON answers of the last sft stage;'
+            " every answer is JSON that it accepts (needs llguidance)"
+        ),
     )
     regex: str | None = option(
         None, help="a regular expression that every answer matches (needs llguidance)"
@@ -203,17 +210,26 @@ class Stage:
     replay: Replay | None = option(
         None, help="general text mixed into the stage; decoders only, not for reward"
     )
-    epochs: float = option(1.0, help="passes over the training rows", above=0)
+    epochs: float | Literal["auto"] = option(
+        "auto",
+        help="passes over the training rows; auto = by method and number of rows, or --search",
+        above=0,
+    )
     max_steps: int | None = option(None, help="stop after this many optimizer steps", at_least=1)
-    learning_rate: float = option(2e-4, help="peak learning rate", above=0)
+    learning_rate: float | Literal["auto"] = option(
+        "auto",
+        help="peak learning rate; auto = by method, what learns and the base's width, or --search",
+        above=0,
+    )
     head_learning_rate: float | None = option(
         None, help="peak learning rate of the task head; not set: learning_rate", above=0
     )
-    batch_size: int = option(
+    batch_size: int | Literal["auto"] = option(
         8,
         help=(
             "examples per optimizer step, over all processes; what is too long for one pass is cut"
-            " into parts whose gradients are added up"
+            " into parts whose gradients are added up; auto = the largest that fits in one pass and"
+            " makes a row cheaper, measured once"
         ),
         at_least=1,
     )
@@ -231,10 +247,36 @@ class Stage:
         "auto", help="number format of the matrix products"
     )
     validate_every: int | None = option(
-        None, help="steps between validations; not set: once per epoch", at_least=1
+        None,
+        help=(
+            "steps between validations; not set: once per epoch, and in a stage of fewer than 5"
+            " epochs 5 times, unless that would cost more than a fifth of the training"
+        ),
+        at_least=1,
+    )
+    keep: Literal["best", "last"] = option(
+        "best",
+        help=(
+            "which weights a stage leaves: those of its best validation (by the method's own"
+            " metric), or of its last step; without validation rows always the last"
+        ),
+    )
+    patience: int | None = option(
+        None,
+        help="stop after this many validations in a row that are no better; not set: never",
+        at_least=1,
     )
     label_smoothing: float = option(
         0.0, help="probability mass spread over all labels", at_least=0, below=1
+    )
+    class_weights: Literal["none", "balanced"] | dict[str, float] = option(
+        "none",
+        help=(
+            "classification: what a row of each label counts in the loss; balanced: rows / (labels"
+            " · rows of the label), as scikit-learn has it, for several labels a row rows without /"
+            " rows with it; or a table of label = weight, 1 for those that it leaves out"
+        ),
+        above=0,
     )
     problem: Problem = option(
         "single-label",
@@ -277,66 +319,6 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parameters:
-    """Which weights learn; everything but `train` is for lora."""
-
-    train: Literal["lora", "head", "full"] = option(
-        "lora",
-        help=(
-            "lora = an adapter; head = a new head alone, on features computed once; full = all"
-            " weights, which become a base of their own"
-        ),
-    )
-    shard: bool = option(
-        False,
-        help=(
-            "full, in several processes (torchrun, accelerate launch): each keeps a share of"
-            " weights, gradients and optimizer state (FSDP); one process trains as ever"
-        ),
-    )
-    rank: int = option(8, help="rank r of the adapter", at_least=1)
-    alpha: float = option(16.0, help="the delta weight is alpha / r · B A", above=0)
-    dropout: float = option(0.0, help="dropout before lora_A", at_least=0, below=1)
-    target_modules: str | tuple[str, ...] = option(
-        "all-linear",
-        help='"all-linear", a list of module names, or one regular expression over module paths',
-    )
-    rslora: bool = option(False, help="scale by alpha / sqrt(r) (rsLoRA)")
-    dora: bool = option(False, help="learn a magnitude per output too (DoRA)")
-    rank_pattern: dict[str, int] = option(
-        help="other ranks by module name or regex", factory=dict, at_least=1
-    )
-    alpha_pattern: dict[str, float] = option(
-        help="other alphas by module name or regex", factory=dict, above=0
-    )
-    layers: tuple[int, ...] | None = option(
-        None, help="[first, last]: only these layers, counted from 0; not set: all"
-    )
-    base_precision: Literal["int4", "int8"] | None = option(
-        None,
-        help=(
-            "lora, head: learn on exactly the weights that a bundle of this precision holds"
-            " (`edgetune export --precision`); not set: on the base as it is"
-        ),
-    )
-    start: str | None = option(
-        None,
-        help=(
-            "lora, head: a run or adapter folder of the same base, task and settings, whose adapter"
-            " goes on learning; not set: a fresh one"
-        ),
-    )
-    init: str = option(
-        "default",
-        help=(
-            "PEFT's init_lora_weights: default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
-            " (faster); olora and pissa are saved for the base as it ships, with twice the rank;"
-            " loftq (with base_precision): what rounding the base loses, as far as the rank goes"
-        ),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything a run depends on."""
 
@@ -369,20 +351,12 @@ class Recipe:
     generation: Generation | None = option(
         None, help="how the adapter answers where a request does not say"
     )
+    confidence: ConfidenceSettings | None = option(
+        None, help="how sure its answers are, and which are not given"
+    )
     stage: tuple[Stage, ...] = option(help="at least one [[stage]]")
 
     @property
     def task(self) -> Task:
         """What the finished adapter does."""
         return self.stage[-1].task
-
-
-def what_learns(parameters: Parameters) -> str:
-    """In a few words."""
-    lora = f"LoRA r = {parameters.rank}, alpha = {parameters.alpha:g}"
-    what = {"lora": lora, "head": "the head alone", "full": "all weights"}[parameters.train]
-    return (
-        what
-        if parameters.base_precision is None
-        else f"{what}, for the {parameters.base_precision} base"
-    )

@@ -193,7 +193,8 @@ def _said(name: str, x: float, y: float) -> str:
 
 
 def _legend(series: Sequence[Series]) -> str:
-    return legend((s.name, s.color) for s in series) if len(series) > 1 else ""
+    names = dict.fromkeys((s.name, s.color) for s in series)
+    return legend(names) if len(names) > 1 else ""
 
 
 BARS_WIDTH, BARS_LEFT, BARS_RIGHT = 940, 96, 64  # user units; the page scales the picture

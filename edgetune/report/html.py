@@ -24,14 +24,15 @@ p { margin: 0; color: var(--soft); }
 .tile { background: var(--card); border-radius: 8px; padding: .75rem .9rem; }
 .tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
+  gap: 1rem; }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: .75rem; }
 figcaption { font-weight: 600; font-size: .9rem; margin: 0 0 .4rem .3rem; }
 .key { font-weight: 400; color: var(--soft); margin-left: .9rem; }
 .key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px;
   margin-right: .3rem; background: currentColor; }
 svg { width: 100%; height: auto; display: block; } .grid { stroke: var(--rule); }
-.tick { fill: var(--soft); font-size: 11px; }
+.tick { fill: var(--soft); font-size: 13px; }
 .line { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
 .dot { fill: currentColor; }
 .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.core.files import write_text
-from edgetune.core.layout import REPORT
+from edgetune.core.layout import REPORT, TRIALS
 from edgetune.core.progress import duration
-from edgetune.core.settings import flat
 from edgetune.metrics.statistics import headline
-from edgetune.recipe.schema import Recipe, what_learns
+from edgetune.recipe.parameters import what_learns
+from edgetune.recipe.relevance import relevant
+from edgetune.recipe.schema import Recipe
+from edgetune.report.answers import confidence_section, errors_section
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.forgetting import general_changes, picture, task_changes
 from edgetune.report.html import PLOTTED_SHARES, STYLE, figure, html_table, words
+from edgetune.report.kept import kept_lines, kept_points
+from edgetune.report.trials import read_trials, trial_section
 
 Record = Mapping[str, Any]
 EFFECT_WORDS = {
@@ -39,15 +43,29 @@ class Result(Protocol):
     def records(self) -> Sequence[Record]: ...  # metrics.jsonl
 
 
-def write_report(folder: Path, result: Result) -> None:
-    """Write `folder`/report.html, whole or not at all."""
+def write_report(folder: Path, result: Result, *, trials: Path | None = None) -> None:
+    """Write `folder`/report.html, whole or not at all; with the file of a search's trials, and that
+    file beside it.
+    """
+    searched = [] if trials is None else read_trials(trials)
     page = render_report(
-        recipe=result.recipe, summary=asdict(result.summary), records=result.records
+        recipe=result.recipe,
+        summary=asdict(result.summary),
+        records=result.records,
+        trials=searched,
     )
+    if trials is not None:
+        write_text(folder / TRIALS, trials.read_text(encoding="utf-8"))
     write_text(folder / REPORT, page)
 
 
-def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequence[Record]) -> str:
+def render_report(
+    *,
+    recipe: Recipe,
+    summary: Mapping[str, Any],
+    records: Sequence[Record],
+    trials: Sequence[Record] = (),
+) -> str:
     """The page as HTML."""
     methods = ", then ".join(stage.method for stage in recipe.stage)
     title = f"{Path(summary['out']).name}: {methods}"
@@ -60,8 +78,14 @@ def render_report(*, recipe: Recipe, summary: Mapping[str, Any], records: Sequen
         ),
         _tiles(summary),
         *(f"<p>{escape(line)}.</p>" for line in summary.get("warnings", ())),
-        '<h2>Training</h2><div class="plots">' + "".join(_plots(records)) + "</div>",
+        '<h2>Training</h2><div class="plots">'
+        + "".join(_plots(records, kept_points(summary)))
+        + "</div>",
+        *(f"<p>{escape(line)}</p>" for line in kept_lines(summary)),
         "<h2>Results</h2>" + _results(summary),
+        *confidence_section(summary),
+        *errors_section(summary),
+        *trial_section(trials),
         *_forgetting(summary),
         "<h2>What the adapter changes</h2>" + _effect(summary),
         "<h2>Settings</h2>" + html_table(("setting", "value"), _settings(recipe)),
@@ -96,17 +120,28 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-def _plots(records: Sequence[Record]) -> Iterable[str]:
+def _plots(records: Sequence[Record], kept: Mapping[str, Series]) -> Iterable[str]:
     train = in_one_row([r for r in records if r["kind"] == "train"], records)
     held_out = in_one_row([r for r in records if r["kind"] == "validation"], records)
     yield line_chart(
-        "Loss", [_series("training", train, "loss", 1), _series("validation", held_out, "loss", 2)]
+        "Loss",
+        [
+            _series("training", train, "loss", 1),
+            _series("validation", held_out, "loss", 2),
+            *_of(kept, "loss"),
+        ],
     )
     shares = [name for name in PLOTTED_SHARES if any(name in r for _, r in held_out)]
     title = f"Validation {words(shares[0])}" if len(shares) == 1 else "Validation"
     yield line_chart(
         title,
-        [_series(words(name), held_out, name, color) for color, name in enumerate(shares, start=2)],
+        [
+            *(
+                _series(words(name), held_out, name, color)
+                for color, name in enumerate(shares, start=2)
+            ),
+            *_of(kept, *shares),
+        ],
     )
     if any("perplexity" in r for _, r in held_out):
         yield line_chart(
@@ -119,11 +154,20 @@ def _plots(records: Sequence[Record]) -> Iterable[str]:
     ):
         yield line_chart(
             title,
-            [_series("sampled", train, name, 1), _series("validation, greedy", held_out, name, 2)],
+            [
+                _series("sampled", train, name, 1),
+                _series("validation, greedy", held_out, name, 2),
+                *_of(kept, name),
+            ],
         )
     yield line_chart(
         "Learning rate", [_series("learning rate", train, "learning_rate", 3)], from_zero=True
     )
+
+
+def _of(kept: Mapping[str, Series], *names: str) -> list[Series]:
+    """The kept point, in the picture of its metric."""
+    return [kept[name] for name in names if name in kept]
 
 
 def in_one_row(chosen: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, Record]]:
@@ -199,7 +243,7 @@ def _effect(summary: Mapping[str, Any]) -> str:
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
-    return [(key, str(value)) for key, value in flat(recipe) if value is not None and value != {}]
+    return [(key, str(value)) for key, value in relevant(recipe)]
 
 
 def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ class Batching:
     mask: Mask | None = None  # hides tokens of every batch
     # examples that share a prefix stand in one part; see `shared_prefix.may_share`
     by_prefix: bool = False
+    at_once: int = MAX_TOKENS_AT_ONCE  # padded tokens of a part
 
     def batch(self, examples: Sequence[Any], step: int) -> Batch:
         """One batch of optimizer step `step`; of step 0, for measuring."""
@@ -46,7 +47,7 @@ class Batching:
         return batch if self.mask is None else self.mask(batch, step)
 
     def parts(self, examples: Sequence[Any], step: int) -> list[Batch]:
-        """The examples of a step in parts of at most MAX_TOKENS_AT_ONCE padded tokens, or
+        """The examples of a step in parts of at most `at_once` padded tokens, or
         DISTINCT_AT_ONCE where they are put together by their prefix.
         """
         if self.by_prefix:
@@ -55,6 +56,6 @@ class Batching:
             parts = split(
                 range(len(examples)),
                 [self.length(example) for example in examples],
-                MAX_TOKENS_AT_ONCE,
+                self.at_once,
             )
         return [self.batch([examples[i] for i in part], step) for part in parts]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import DataError, EdgetuneError, OutputError, RecipeError, TrainingError
 from edgetune.core.exclusive import exclusive
 from edgetune.core.files import PARTIAL, output_errors, whole_file
-from edgetune.core.layout import CHECKPOINTS
+from edgetune.core.layout import CHECKPOINTS, TRIALS
 from edgetune.core.progress import Say
 from edgetune.core.settings import flat, toml_value
 from edgetune.recipe.migrate import MOVED, new_place
@@ -106,6 +106,8 @@ class State:
     ]  # of every process: what the next step learns from, where it was made before; see Experience
     journal: list[dict[str, Any]]
     seconds: float  # since the run began, loading and measuring included
+    batch_sizes: list[int] | None = None  # of every stage, "auto" measured
+    watched: dict[str, Any] | None = None  # of the stage's validations; see `keeping.Keeping`
 
 
 def origin_of(
@@ -143,12 +145,20 @@ def in_own_tables(origin: Mapping[str, str]) -> dict[str, str]:
     return placed
 
 
+# Settings that came later: a run that began before had none, and goes on with what they are now.
+ADDED = re.compile(r"stage\.\d+\.(keep|patience|class_weights)")
+
+
 def check_origin(found: Mapping[str, str], wanted: Mapping[str, str], *, where: Path) -> None:
     """Raise one line that names what differs between the unfinished run and what shall
     continue it.
     """
     found, wanted = in_own_tables(found), in_own_tables(wanted)
-    keys = [key for key in dict.fromkeys([*wanted, *found]) if found.get(key) != wanted.get(key)]
+    keys = [
+        key
+        for key in dict.fromkeys([*wanted, *found])
+        if found.get(key) != wanted.get(key) and not (key not in found and ADDED.fullmatch(key))
+    ]
     if not keys:
         return
     by_digest = [
@@ -263,7 +273,7 @@ def _unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
             say(checkpoints.kept)
         raise
     finally:
-        if work.is_dir() and not checkpoints.found():
+        if work.is_dir() and not checkpoints.found() and not (work / TRIALS).is_file():
             shutil.rmtree(work)
             if not was_there:
                 run.rmdir()

@@ -41,6 +41,7 @@ class ResolvedStage:
     method: MethodName
     task: Task
     problem: Problem
+    learned: str  # the method, or the problem where that is another than single-label
     settings: Any  # the table that only this method has; None where there is none
     precision: Precision
     seed: int  # of the stage's own draws
@@ -62,6 +63,8 @@ class ResolvedStage:
     iterations: int  # steps on the same rows
     total_steps: int
     validate_every: int
+    keep: str  # "best" or "last"
+    patience: int | None
     save_every: int  # steps between two checkpoints
     # the optimizer
     learning_rate: float
@@ -70,6 +73,7 @@ class ResolvedStage:
     warmup_ratio: float
     max_grad_norm: float
     fit_head: bool  # by regression on the frozen features, where the head is new
+    class_weights: Tensor | None  # (labels,) fp32; None: every row counts alike
 
     @property
     def pad_id(self) -> int:
@@ -96,6 +100,7 @@ class ResolvedRun:
     head: str | None  # transformers' own layers, or None; see `models.load.new_head`
     generation: Mapping[str, Any] | None  # how the adapter answers where a request does not say
     forgetting: Forgetting | None
+    chosen: Mapping[str, Any]  # what the recipe had left open, by dotted key
     stages: tuple[ResolvedStage, ...]
 
     @property
@@ -133,6 +138,7 @@ class Kept:
 
     reference: Mapping[str, Tensor] = field(default_factory=dict)  # see Prepared
     samples: Any = None  # see Experience; this process's own
+    watched: Mapping[str, Any] | None = None  # see `keeping.Keeping`
 
 
 @dataclass(frozen=True)

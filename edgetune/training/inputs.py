@@ -4,7 +4,7 @@ an adapter to go on from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,24 +15,28 @@ from edgetune.data.batching import steps_per_epoch
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
 from edgetune.models.base import Base
-from edgetune.models.load import load_tokenizer
+from edgetune.models.load import hidden_size, load_tokenizer
 from edgetune.models.resolve import resolve_base
 from edgetune.quantisation.blocks import ROUNDING
 from edgetune.quantisation.precision import shipped_precision
 from edgetune.recipe.checks import KIND as SEQ2SEQ
 from edgetune.recipe.checks import check_recipe
 from edgetune.recipe.schema import Recipe, Stage
+from edgetune.training.answer_form import answer_form
+from edgetune.training.automatic import by_rule, chosen
 from edgetune.training.checkpoint import origin_of
 from edgetune.training.methods import method_of, own_settings
 from edgetune.training.reinforcement.rewards import reward_digests
 from edgetune.training.replay import ReplayText, load_replay
+
+UNMEASURED = 8  # rows of a step that is still to be measured
 
 
 @dataclass(frozen=True)
 class Inputs:
     """A list has one element per stage."""
 
-    recipe: Recipe
+    recipe: Recipe  # with numbers for rates, epochs and rank
     base: Base  # as training sees it
     tokenizer: Any
     sets: list[ExampleSet]
@@ -40,6 +44,8 @@ class Inputs:
     digests: list[dict[str, str]]  # of everything that a stage reads, by what it is for
     start: StartAdapter | None
     pad_id: int
+    chosen: dict[str, Any]  # what the recipe had left open, by dotted key
+    answer_schema: Mapping[str, Any] | None = None  # that `schema = "auto"` came to
 
     def origin(self, *, processes: int) -> dict[str, str]:
         """What a run that resumes must have in common with this one."""
@@ -63,6 +69,10 @@ def read_inputs(recipe: Recipe) -> Inputs:
     start = read_start(recipe, base)
     tokenizer = load_tokenizer(base)
     sets = _load_data(recipe, tokenizer, base, None if start is None else start.labels)
+    form = answer_form(recipe, tokenizer, base)
+    sets = form.noted(sets)
+    asked, rows = _with_hold_outs(recipe, sets), [len(examples.train) for examples in sets]
+    recipe = by_rule(asked, width=hidden_size(base), rows=rows)
     for stage in recipe.stage:
         method = method_of(stage, base.kind)
         method.check(own_settings(stage, method), base)
@@ -80,7 +90,10 @@ def read_inputs(recipe: Recipe) -> Inputs:
     ]
     if start is not None:
         digests[0]["start"] = start.digest
-    return Inputs(recipe, base, tokenizer, sets, replays, digests, start, pad_id)
+    found = chosen(asked, recipe)
+    return Inputs(
+        recipe, base, tokenizer, sets, replays, digests, start, pad_id, found, form.schema
+    )
 
 
 def _check_classifier(recipe: Recipe) -> None:
@@ -122,6 +135,17 @@ def _load_data(
     return sets
 
 
+def _with_hold_outs(recipe: Recipe, sets: list[ExampleSet]) -> Recipe:
+    """The recipe that says how many rows were held out, which draws the same ones again."""
+    stages = [
+        stage
+        if examples.held_out is None
+        else replace(stage, data=replace(stage.data, hold_out=examples.held_out))
+        for stage, examples in zip(recipe.stage, sets, strict=True)
+    ]
+    return replace(recipe, stage=tuple(stages))
+
+
 def _load_replays(
     recipe: Recipe, tokenizer: Any, sets: list[ExampleSet], *, pad_id: int, kind: str
 ) -> list[ReplayText | None]:
@@ -142,6 +166,11 @@ def _load_replays(
     ]
 
 
+def rows_of_a_step(stage: Stage) -> int:
+    """The stage's batch; while it is not measured yet, an ordinary one."""
+    return UNMEASURED if isinstance(stage.batch_size, str) else stage.batch_size
+
+
 def step_tokens(stage: Stage, examples: Sequence[Any], *, kind: str) -> float:
     """Tokens that an optimizer step learns from, on the mean; of grpo's answers as many as there
     may be.
@@ -151,5 +180,5 @@ def step_tokens(stage: Stage, examples: Sequence[Any], *, kind: str) -> float:
     return (
         answers
         * sum(length(example) for example in examples)
-        / steps_per_epoch(len(examples), stage.batch_size)
+        / steps_per_epoch(len(examples), rows_of_a_step(stage))
     )

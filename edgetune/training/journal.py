@@ -58,9 +58,11 @@ class Journal:
         if self.curves is not None:
             self.curves.add(rounded)
 
-    def last(self, kind: str) -> dict[str, Any] | None:
-        """The latest record of a kind."""
-        return next((record for record in reversed(self.records) if record["kind"] == kind), None)
+    def validation(self, stage: int, step: int | None) -> dict[str, float]:
+        """The metrics of a stage's validation after a step; none where there was none."""
+        place = {"kind": "validation", "stage": stage, "step": step}
+        records = [r for r in self.records if {k: r[k] for k in place} == place]
+        return {k: v for r in records for k, v in r.items() if k not in place}
 
     def close(self) -> None:
         """Finish TensorBoard's files."""
@@ -130,6 +132,11 @@ class StageLog:
             f"stage {self.index}  step {step}/{total}  validation  "
             + "  ".join(f"{k} {v:.4f}" for k, v in headline(metrics).items())
         )
+
+    def kept(self, lines: Sequence[str]) -> None:
+        """Say which weights the stage leaves."""
+        for line in lines:
+            self.progress.say(f"stage {self.index}  {line}")
 
 
 NOT_A_CURVE = ("kind", "stage", "step")

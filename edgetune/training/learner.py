@@ -65,15 +65,16 @@ class Learner:
         `spare` is for one without any.
         """
         parts = [to_device(batch, self.device) for batch in batches]
-        counts = [(part.targets, part.tokens, part.input_ids.numel()) for part in parts]
-        targets, tokens, padded = self.group.total(
-            [sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0]
+        counts = [(part.tokens, part.input_ids.numel()) for part in parts]
+        tokens, padded = self.group.total(
+            [sum(column) for column in zip(*counts, strict=True)] or [0, 0]
         )
+        (whole,) = self.group.total([sum(map(_weight, parts), 0.0)])
         if self._shards is not None:
             parts = self._shards.even(parts, to_device(spare(), self.device))
         loss = 0.0
         for part in parts:
-            part_loss, share = self._loss(objective, part), part.targets / max(1, targets)
+            part_loss, share = self._loss(objective, part), _weight(part) / (whole or 1.0)
             loss += share * part_loss.item()
             (part_loss * share * weight).backward()
         (loss,) = self.group.total([loss])
@@ -119,3 +120,8 @@ class Learner:
                 return self._shards.loss(objective, batch)[0]
         with computing(self.model, batch, self.precision):
             return objective(self.model, batch)[0]
+
+
+def _weight(part: Batch) -> float:
+    """What a part counts in its step."""
+    return float(part.targets) if part.weight is None else part.weight

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,11 +24,12 @@ from edgetune.training.checkpoint import Position, State
 from edgetune.training.context import Experience, ResolvedStage
 from edgetune.training.fast.memory import freed_memory_kept
 from edgetune.training.journal import StageLog
+from edgetune.training.keeping import Keeping, said_of
 from edgetune.training.learner import Learner
 from edgetune.training.parallel.shards import Stateful
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
-Save = Callable[[Position, Stateful], None]
+Save = Callable[[Position, Stateful, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class StageResult:
     padded_tokens: int
     seconds: float
     final_loss: float  # mean over the last logged steps
+    planned_steps: int = 0  # more than `steps` where it stopped early
+    # which weights it left: the step, by which metric, and its value there and at the last one; see
+    # `keeping.Keeping.settle`
+    kept: dict[str, Any] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -56,8 +62,8 @@ def train_stage(
     resumed: State | None = None,
     save: Save | None = None,
 ) -> StageResult:
-    """Minimise the stage's objective over its rows and leave the run's model with the last step's
-    weights.
+    """Minimise the stage's objective over its rows and leave the run's model with the weights of
+    its best validation, or of the last step.
 
     With `experience` a step learns from what it makes of the step's rows; the stage's `replay` adds
     general text to every step. `resumed` continues a stage where `save`, called every `save_every`
@@ -73,11 +79,14 @@ def train_stage(
         weight_decay=stage.weight_decay,
     )
     at = Position()
+    watch = Keeping(stage, learner.group, None if resumed is None else resumed.watched)
     if resumed is not None:
         at = replace(resumed.position)
         learner.load_state(optimizer, resumed.optimizer)
     learner.model.train()
     for step, indices in enumerate(_order(stage, start=at.step), start=at.step + 1):
+        if watch.spent:
+            break
         started = time.perf_counter()
         learning_rate = set_learning_rate(
             optimizer, warmup_cosine(step - 1, total, warmup_ratio=stage.warmup_ratio)
@@ -104,13 +113,22 @@ def train_stage(
         if measures or saves:
             with learner.in_one_piece():
                 if validate is not None and measures:
-                    log.validation(step, total, validate(learner.whole))
+                    metrics = validate(learner.whole)
+                    log.validation(step, total, metrics)
+                    watch.see(step, metrics, learner.whole)
                     learner.model.train()
+                if measures:
+                    watch.agree()
                 if save is not None and saves:
-                    save(at, learner.state_of(optimizer))
+                    save(at, learner.state_of(optimizer), watch.state)
     log.progress.close()
     learner.finish()
-    return StageResult(total, at.tokens, at.padded_tokens, at.seconds, at.final_loss)
+    if at.recent:
+        at.means_of_recent()
+    kept = watch.settle(learner.whole)
+    if kept is not None:
+        log.kept(said_of(kept, planned=total, steps=at.step))
+    return StageResult(at.step, at.tokens, at.padded_tokens, at.seconds, at.final_loss, total, kept)
 
 
 def _order(stage: ResolvedStage, *, start: int) -> Iterator[list[int]]:

@@ -18,6 +18,7 @@ from edgetune.data.tagging import TaggedExample
 from edgetune.models.heads import RewardModel, SequenceClassifier, TokenClassifier
 from edgetune.models.torch_device import device_of, to_device
 from edgetune.objectives.preference import collate_pairs
+from edgetune.training.class_weights import by_class
 
 TOKENS_AT_ONCE, ROWS_AT_ONCE = 4096, 64
 # inverse L2 strength; by development rows of Banking77, flat between 10 and 100 for 5, 10 and 100
@@ -26,7 +27,13 @@ C = 30.0
 REWARD_C, REWARD_FOLDS_FROM = (0.01, 0.1, 1.0, 10.0, 100.0), 50
 
 
-def fit_probe(model: SequenceClassifier, examples: Sequence[Example], *, pad_id: int) -> None:
+def fit_probe(
+    model: SequenceClassifier,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    weights: Tensor | None = None,
+) -> None:
     """Set `model.output` to an L2-regularised logistic regression on what it reads.
 
     The regression sees features of length 1 and has no intercept: the best label for a feature is
@@ -35,14 +42,19 @@ def fit_probe(model: SequenceClassifier, examples: Sequence[Example], *, pad_id:
     """
     targets = np.array([example.labels for example in examples])
     if len(np.unique(targets)) > 1:
-        fit_logistic(model.output, output_features(model, examples, pad_id=pad_id), targets)
+        features = output_features(model, examples, pad_id=pad_id)
+        fit_logistic(model.output, features, targets, weights=weights)
 
 
 def fit_logistic(
-    head: nn.Linear, features: NDArray[np.float32], targets: NDArray[np.int64]
+    head: nn.Linear,
+    features: NDArray[np.float32],
+    targets: NDArray[np.int64],
+    *,
+    weights: Tensor | None = None,
 ) -> None:
     """Set a head (labels, hidden) to the regression of `fit_probe` on features (rows, hidden) and
-    classes (rows,).
+    classes (rows,), weighed by `weights` (labels,).
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -50,17 +62,17 @@ def fit_logistic(
     if len(present) < 2:
         return
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    regression = LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(
-        features / lengths, targets
-    )
-    weights = regression.coef_ / float(lengths.mean())
+    regression = LogisticRegression(
+        C=C, fit_intercept=False, max_iter=1000, class_weight=by_class(weights, present)
+    ).fit(features / lengths, targets)
+    fitted = regression.coef_ / float(lengths.mean())
     if len(present) == 2:  # scikit-learn gives one row, for the second of two classes
-        weights = np.concatenate([-weights / 2, weights / 2])
+        fitted = np.concatenate([-fitted / 2, fitted / 2])
     with torch.no_grad():
         head.weight.zero_()
-        head.weight[torch.from_numpy(present).to(head.weight.device)] = torch.from_numpy(
-            weights
-        ).to(head.weight)
+        head.weight[torch.from_numpy(present).to(head.weight.device)] = torch.from_numpy(fitted).to(
+            head.weight
+        )
         if head.bias is not None:
             head.bias.zero_()
 
@@ -163,20 +175,33 @@ RIDGE = np.logspace(
 
 
 def fit_head(
-    model: SequenceClassifier, examples: Sequence[Any], *, problem: Problem, pad_id: int
+    model: SequenceClassifier,
+    examples: Sequence[Any],
+    *,
+    problem: Problem,
+    pad_id: int,
+    weights: Tensor | None = None,
 ) -> None:
-    """The head's first weights on the frozen body's features, as its task needs them."""
+    """The head's first weights on the frozen body's features, as its task needs them; `weights`
+    (labels,) are those of the loss.
+    """
     if isinstance(model, TokenClassifier):
-        fit_word_probe(model, examples, pad_id=pad_id)
+        fit_word_probe(model, examples, pad_id=pad_id, weights=weights)
     elif problem == "multi-label":
-        fit_label_probes(model, examples, pad_id=pad_id)
+        fit_label_probes(model, examples, pad_id=pad_id, weights=weights)
     elif problem == "regression":
         fit_value_probe(model, examples, pad_id=pad_id)
     else:
-        fit_probe(model, examples, pad_id=pad_id)
+        fit_probe(model, examples, pad_id=pad_id, weights=weights)
 
 
-def fit_label_probes(model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int) -> None:
+def fit_label_probes(
+    model: SequenceClassifier,
+    examples: Sequence[Any],
+    *,
+    pad_id: int,
+    weights: Tensor | None = None,
+) -> None:
     """One logistic regression a label, on features of length 1; a label that all or no rows have
     gets its log odds.
     """
@@ -184,17 +209,18 @@ def fit_label_probes(model: SequenceClassifier, examples: Sequence[Any], *, pad_
 
     features, scale = _unit_features(model, examples, pad_id=pad_id)
     targets = np.array([example.target for example in examples])  # (rows, labels)
-    weights, biases = np.zeros((targets.shape[1], features.shape[1])), np.zeros(targets.shape[1])
+    fitted, biases = np.zeros((targets.shape[1], features.shape[1])), np.zeros(targets.shape[1])
     for label, column in enumerate(targets.T):
         if 0 < column.sum() < len(column):
             with_bias = model.output.bias is not None
-            fitted = LogisticRegression(C=C, max_iter=1000, fit_intercept=with_bias).fit(
-                features, column
-            )
-            weights[label], biases[label] = fitted.coef_[0] / scale, np.ravel(fitted.intercept_)[0]
+            class_weight = None if weights is None else {1.0: float(weights[label])}
+            one = LogisticRegression(
+                C=C, max_iter=1000, fit_intercept=with_bias, class_weight=class_weight
+            ).fit(features, column)
+            fitted[label], biases[label] = one.coef_[0] / scale, np.ravel(one.intercept_)[0]
         else:
             biases[label] = np.log((column.sum() + 1) / (len(column) - column.sum() + 1))
-    _set(model.output, weights, biases)
+    _set(model.output, fitted, biases)
 
 
 def fit_value_probe(model: SequenceClassifier, examples: Sequence[Any], *, pad_id: int) -> None:
@@ -271,7 +297,11 @@ def word_states(
 
 
 def fit_word_probe(
-    model: TokenClassifier, examples: Sequence[TaggedExample], *, pad_id: int
+    model: TokenClassifier,
+    examples: Sequence[TaggedExample],
+    *,
+    pad_id: int,
+    weights: Tensor | None = None,
 ) -> None:
     """Set `model.output` to a logistic regression on what it reads of single words; see
     `fit_logistic`.
@@ -289,4 +319,4 @@ def fit_word_probe(
         for label in example.labels
         if label != IGNORE
     ]
-    fit_logistic(model.output, states, torch.tensor(labels).numpy())
+    fit_logistic(model.output, states, torch.tensor(labels).numpy(), weights=weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,17 +10,20 @@ from typing import Any, cast
 
 import torch
 
+from edgetune.core.settings import settled
 from edgetune.data.batching import steps_per_epoch
-from edgetune.data.examples import ExampleSet
 from edgetune.models.load import hidden_size, new_head
 from edgetune.models.torch_device import Precision, choose_precision
 from edgetune.recipe.generation import generation_defaults
-from edgetune.recipe.schema import DeviceChoice, Recipe, Stage
-from edgetune.training.batches import Batching
+from edgetune.recipe.schema import DeviceChoice, Stage
+from edgetune.training.batches import MAX_TOKENS_AT_ONCE, Batching
+from edgetune.training.class_weights import weighing, weights_of
 from edgetune.training.context import ResolvedRun, ResolvedStage
-from edgetune.training.inputs import Inputs
+from edgetune.training.inputs import Inputs, rows_of_a_step, step_tokens
+from edgetune.training.keeping import steps_between_validations
 from edgetune.training.methods import method_of, own_settings
 from edgetune.training.parallel.distributed import Group
+from edgetune.training.validation import tokens_to_measure
 
 STEPS_BETWEEN, PARTS_OF_A_STAGE = 50, 10  # of checkpoints, where the recipe does not say
 
@@ -30,16 +34,30 @@ def resolve(
     device: torch.device,
     group: Group,
     precisions: Sequence[str] | None = None,
+    batch_sizes: Sequence[int] | None = None,
 ) -> ResolvedRun:
     """The run that a recipe asks for, on this machine; alike in every process.
 
-    `precisions`: those that a resumed run began with, which to measure again might change.
+    `precisions` and `batch_sizes`: those that a resumed run began with, which to measure again
+    might change.
     """
     recipe = inputs.recipe
+    sizes = batch_sizes or [rows_of_a_step(stage) for stage in recipe.stage]
+    measured = [
+        not isinstance(stage.batch_size, int) and batch_sizes is not None for stage in recipe.stage
+    ]
+    recipe = replace(
+        recipe,
+        stage=tuple(
+            replace(stage, batch_size=size) for stage, size in zip(recipe.stage, sizes, strict=True)
+        ),
+    )
+    inputs = replace(inputs, recipe=recipe)
     asked = precisions or [stage.precision for stage in recipe.stage]
     chosen = group.from_leader(_precisions(inputs, asked, device))
     stages = tuple(
-        resolve_stage(inputs, index, precision=precision) for index, precision in enumerate(chosen)
+        resolve_stage(inputs, index, precision=precision, in_one_pass=measured[index])
+        for index, precision in enumerate(chosen)
     )
     return ResolvedRun(
         recipe=replace(
@@ -63,22 +81,52 @@ def resolve(
         parameters=recipe.parameters,
         start=inputs.start,
         head=(new_head(inputs.base, recipe.task) if inputs.start is None else inputs.start.head),
-        generation=_generation(recipe, inputs.sets[-1]),
+        generation=_generation(inputs),
         forgetting=recipe.forgetting,
+        chosen={
+            **inputs.chosen,
+            **{f"stage.{at}.batch_size": sizes[at] for at, auto in enumerate(measured) if auto},
+        },
         stages=stages,
     )
 
 
-def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> ResolvedStage:
-    """Stage `index` of the recipe."""
+def resolve_stage(
+    inputs: Inputs, index: int, *, precision: Precision, in_one_pass: bool = False
+) -> ResolvedStage:
+    """Stage `index` of the recipe; `in_one_pass`: its batch was measured to fit as it is."""
     stage, examples = inputs.recipe.stage[index], inputs.sets[index]
     method = method_of(stage, inputs.base.kind)
-    total, rows = total_steps(stage, len(examples.train)), len(examples.train)
+    rows, size = len(examples.train), rows_of_a_step(stage)
+    total, per_epoch = (
+        total_steps(stage, rows),
+        steps_per_epoch(rows, size) * stage.iterations,
+    )
+    objective, collate = method.objective(stage), method.collate
+    weights = weights_of(
+        stage.class_weights,
+        examples,
+        several=stage.problem == "multi-label",
+        path=f"stage.{index}",
+    )
+    if weights is not None:
+        objective = functools.partial(cast(Any, objective), weights=weights)
+        if stage.problem == "single-label":
+            collate = weighing(collate, weights)
+    longest = max(map(method.length, examples.train)) if in_one_pass else 0
+    batching = Batching(
+        inputs.pad_id,
+        collate,
+        method.length,
+        examples.mask,
+        at_once=max(MAX_TOKENS_AT_ONCE, size * longest),
+    )
     return ResolvedStage(
         index=index,
         method=stage.method,
         task=stage.task,
         problem=stage.problem,
+        learned=stage.learned,
         settings=own_settings(stage, method),
         precision=precision,
         seed=inputs.recipe.seed + index,
@@ -88,32 +136,39 @@ def resolve_stage(inputs: Inputs, index: int, *, precision: Precision) -> Resolv
         replay=inputs.replays[index],
         tokenizer=inputs.tokenizer,
         base=inputs.base,
-        batching=Batching(inputs.pad_id, method.collate, method.length, examples.mask),
-        objective=method.objective(stage),
+        batching=batching,
+        objective=objective,
         measure=method.measure,
         outputs=method.outputs,
         prepare=method.prepare,
-        batch_size=stage.batch_size,
+        batch_size=size,
         iterations=stage.iterations,
         total_steps=total,
-        validate_every=(
-            stage.validate_every or steps_per_epoch(rows, stage.batch_size) * stage.iterations
+        validate_every=stage.validate_every
+        or steps_between_validations(
+            total,
+            per_epoch,
+            measured=tokens_to_measure(examples.validation, batching),
+            learned_in_a_step=step_tokens(stage, examples.train, kind=inputs.base.kind)
+            / stage.iterations,
         ),
+        keep=stage.keep,
+        patience=stage.patience,
         save_every=inputs.recipe.checkpoint_every or steps_between(total),
-        learning_rate=stage.learning_rate,
+        learning_rate=settled(stage.learning_rate),
         head_learning_rate=stage.head_learning_rate,
         weight_decay=stage.weight_decay,
         warmup_ratio=stage.warmup_ratio,
         max_grad_norm=stage.max_grad_norm,
         fit_head=stage.head_init == "probe",
+        class_weights=weights,
     )
 
 
 def total_steps(stage: Stage, rows: int) -> int:
     """Optimizer steps of a stage over this many rows."""
-    planned = (
-        max(1, math.ceil(stage.epochs * steps_per_epoch(rows, stage.batch_size))) * stage.iterations
-    )
+    passes = settled(stage.epochs) * steps_per_epoch(rows, rows_of_a_step(stage))
+    planned = max(1, math.ceil(passes)) * stage.iterations
     return min(planned, stage.max_steps or planned)
 
 
@@ -131,12 +186,13 @@ def _precisions(inputs: Inputs, asked: Sequence[str], device: torch.device) -> l
     return [chosen[setting] for setting in asked]
 
 
-def _generation(recipe: Recipe, examples: ExampleSet) -> dict[str, Any] | None:
+def _generation(inputs: Inputs) -> dict[str, Any] | None:
     """How the adapter answers; None for one that does not.
 
     As many tokens as the longest answer that was learned and a few more; packed text is as long as
     it can be, answers need not be.
     """
+    recipe, examples = inputs.recipe, inputs.sets[-1]
     if recipe.task != "text-generation":
         return None
     longest = 16 + max(
@@ -144,7 +200,9 @@ def _generation(recipe: Recipe, examples: ExampleSet) -> dict[str, Any] | None:
     )
     if recipe.stage[-1].method == "causal-lm":
         longest = min(longest, 256)
-    return generation_defaults(recipe, examples.max_new_tokens or longest)
+    return generation_defaults(
+        recipe, examples.max_new_tokens or longest, derived=inputs.answer_schema
+    )
 
 
 def _completion_length(labels: list[int] | int) -> int:

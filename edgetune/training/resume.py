@@ -36,7 +36,7 @@ from edgetune.training.parallel.distributed import Group
 from edgetune.training.parallel.shards import Stateful
 
 CHOSEN = re.compile(
-    r"threads|device|stage\.\d+\.precision"
+    r"threads|device|stage\.\d+\.(precision|batch_size)"
 )  # a finished run's recipe says what was chosen for these
 
 
@@ -154,6 +154,7 @@ class Course:
                 position=position,
                 finished=[asdict(result) for result in self.results],
                 precisions=[stage.precision for stage in self.stages],
+                batch_sizes=[stage.batch_size for stage in self.stages],
                 weights=learned(self.model),
                 optimizer=optimizer.state_dict() if optimizer is not None else {},
                 rng=rng,
@@ -161,5 +162,6 @@ class Course:
                 samples=samples,
                 journal=self.journal.records,
                 seconds=time.perf_counter() - self.started,
+                watched=None if kept.watched is None else dict(kept.watched),
             )
         )

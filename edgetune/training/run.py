@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +16,17 @@ from edgetune.adapters.folder import save_adapter
 from edgetune.adapters.full_model import save_full
 from edgetune.adapters.lora import trainable_parameters
 from edgetune.adapters.runs import check_replaceable
+from edgetune.core.errors import TrainingError
 from edgetune.core.files import whole_folder, write_json, write_text
 from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, SUMMARY
 from edgetune.core.memory import reset_peak_rss
 from edgetune.core.progress import Progress
 from edgetune.evaluation.forgetting.measure import compare_general
 from edgetune.models.torch_device import choose_device, hold_frozen_linears_in_bf16
+from edgetune.recipe.parameters import what_learns
 from edgetune.recipe.read import recipe_to_toml
-from edgetune.recipe.schema import Recipe, what_learns
+from edgetune.recipe.schema import Recipe
+from edgetune.training.batch_size import measured_size
 from edgetune.training.checkpoint import Checkpoints, State, unfinished
 from edgetune.training.context import ResolvedRun
 from edgetune.training.inputs import Inputs, read_inputs
@@ -55,6 +58,7 @@ def run_recipe(
     resume: bool = False,
     replace_finished: bool = True,
     write_more: WriteMore | None = None,
+    searched: Mapping[str, Any] | None = None,
 ) -> RunSummary:
     """Train what the recipe says and write the run folder, whole or not at all.
 
@@ -62,8 +66,9 @@ def run_recipe(
     it is given that unfinished folder and the result (`report.run_page.write_report` is one).
     `resume` continues an unfinished run of the same recipe and data where its newest checkpoint
     left it, to the same adapter, bit for bit. A finished run in `out` is replaced, which is said;
-    with `replace_finished=False` it is an OutputError. Raises the errors of recipe, data and base
-    before anything is written; TrainingError when training cannot go on.
+    with `replace_finished=False` it is an OutputError. `searched` is what a search came to, for
+    the summary. Raises the errors of recipe, data and base before anything is written;
+    TrainingError when training cannot go on.
     """
     started = time.perf_counter()
     reset_peak_rss()
@@ -76,7 +81,7 @@ def run_recipe(
         progress = stack.enter_context(
             contextlib.closing(progress if group.leads else Progress(io.StringIO()))
         )
-        stack.enter_context(_settings(recipe))
+        stack.enter_context(run_settings(recipe))
         checkpoints = None
         if group.leads:
             work = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say)
@@ -96,8 +101,12 @@ def run_recipe(
         if (folder / SUMMARY).is_file():
             progress.say(f"the finished run in {folder} will be replaced")
         begun = None if state is None else state.precisions
-        run = resolve(inputs, device=device, group=group, precisions=begun)
-        model = _first_model(run, group)
+        sizes = None if state is None else state.batch_sizes
+        run = resolve(inputs, device=device, group=group, precisions=begun, batch_sizes=sizes)
+        model = first_model(run, group)
+        if sizes is None and any(stage.batch_size == "auto" for stage in recipe.stage):
+            run = _with_batch_sizes(run, model, inputs, group, progress)
+            model = first_model(run, group)  # once more: what it begins from is alike
         journal = _journal(checkpoints, state)
         trainable = trainable_parameters(model.model)
         course = Course(
@@ -122,7 +131,8 @@ def run_recipe(
         summary = replace(
             summary,
             forgetting=_forgetting(run, model, progress),
-            warnings=warnings_of(run, journal.records),
+            warnings=[*warnings_of(run, journal.records), *summary.warnings],
+            search=None if searched is None else dict(searched),
         )
         _write(folder, run, model.model, summary, journal, write_more)
         group.from_leader(summary)
@@ -135,13 +145,35 @@ def _say_opening(inputs: Inputs, progress: Progress) -> None:
     recipe = inputs.recipe
     learns = what_learns(recipe.parameters)
     progress.say(opening(recipe.stage[-1].method, learns, inputs.base, inputs.sets))
+    if inputs.chosen:
+        numbers = ", ".join(f"{key} {value:g}" for key, value in inputs.chosen.items())
+        progress.say(f"chosen by rule: {numbers}")
     if inputs.start is not None:
         line = inputs.start.other_weights(base_precision(inputs.base))
         if line:
             progress.say(line)
 
 
-def _first_model(run: ResolvedRun, group: Group) -> RunModel:
+def _with_batch_sizes(
+    run: ResolvedRun, model: RunModel, inputs: Inputs, group: Group, progress: Progress
+) -> ResolvedRun:
+    """The run with the batches that fit here, where the recipe has "auto"."""
+    if group.size > 1:
+        raise TrainingError(
+            'batch_size = "auto" is measured in one process', fix="Give a number of rows."
+        )
+    sizes = []
+    for stage, asked in zip(run.stages, inputs.recipe.stage, strict=True):
+        size = stage.batch_size
+        if asked.batch_size == "auto":
+            size = measured_size(run, stage, model)
+            progress.say(f"stage {stage.index}  batch_size {size}, measured")
+        sizes.append(size)
+    precisions = [stage.precision for stage in run.stages]
+    return resolve(inputs, device=run.device, group=group, precisions=precisions, batch_sizes=sizes)
+
+
+def first_model(run: ResolvedRun, group: Group) -> RunModel:
     """The model before its first step, alike in every process."""
     model = RunModel(run)
     group.copy_weights(
@@ -186,7 +218,7 @@ def _write(
 
 
 @contextlib.contextmanager
-def _settings(recipe: Recipe) -> Iterator[None]:
+def run_settings(recipe: Recipe) -> Iterator[None]:
     """Seed and threads of this run; the number of threads is put back afterwards."""
     threads = torch.get_num_threads()
     torch.manual_seed(recipe.seed)

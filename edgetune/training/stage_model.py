@@ -147,7 +147,13 @@ class RunModel:
         if isinstance(model, RewardModel):
             fit_reward_probe(model, rows, pad_id=pad_id)
         else:
-            fit_head(model, rows, problem=self._run.first.problem, pad_id=pad_id)
+            fit_head(
+                model,
+                rows,
+                problem=self._run.first.problem,
+                pad_id=pad_id,
+                weights=self._run.first.class_weights,
+            )
 
     def _borrowing(self) -> Any:
         """A masked-lm model around this body."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgetune.core.errors import TrainingError
@@ -12,6 +12,7 @@ from edgetune.core.progress import Progress
 from edgetune.data.batching import Batch
 from edgetune.models.torch_device import device_of, generators_untouched
 from edgetune.training.checkpoint import Position, State
+from edgetune.training.confidence import measure_scores
 from edgetune.training.context import Kept, Prepared, ResolvedRun, ResolvedStage, StageStart
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
@@ -42,6 +43,7 @@ class Stages:
     group: Group
     _opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _prepared: Prepared | None = None
+    _kept_step: int | None = None  # of the last stage
 
     def __enter__(self) -> Stages:
         return self
@@ -55,7 +57,7 @@ class Stages:
         model = self.model.for_stage(stage, begins=resumed is None)
         prepared = self._prepare(stage, model, resumed)
         held_out = _held_out(stage) if self.group.leads else []
-        return train_stage(
+        result = train_stage(
             Learner(model, stage.precision, self.group, shard=self.settled.shard),
             stage,
             log=StageLog(self.journal, self.progress, index),
@@ -66,8 +68,12 @@ class Stages:
             ),
             experience=prepared.experience,
             resumed=resumed,
-            save=lambda at, optimizer: save(at, optimizer, prepared.kept()),
+            save=lambda at, optimizer, watched: save(
+                at, optimizer, replace(prepared.kept(), watched=watched)
+            ),
         )
+        self._kept_step = None if result.kept is None else result.kept["step"]
+        return result
 
     def _prepare(self, stage: ResolvedStage, model: Any, resumed: State | None) -> Prepared:
         """Close what the stage before had open, and open this one's. Draws nothing: a resumed run
@@ -89,8 +95,7 @@ class Stages:
         stage, before = self.settled.stages[-1], self.model.before
         examples, precision = stage.examples, stage.precision
         held_out = _held_out(stage)
-        last = self.journal.last("validation") if held_out else None
-        metrics = {k: v for k, v in (last or {}).items() if k not in {"kind", "stage", "step"}}
+        metrics = self.journal.validation(stage.index, self._kept_step)
         base_metrics = None
         if held_out and self.model.base_answers and self._prepared is not None:
             with before() as base_model:
@@ -107,11 +112,15 @@ class Stages:
                 got="mean logit change 0",
                 fix="Raise learning_rate or epochs.",
             )
+        fitted = measure_scores(self.model.model, stage, held_out, self.settled.recipe.confidence)
         return {
             "metrics": metrics,
             "base_metrics": base_metrics,
             "effect": effect,
             "effect_rows": "validation" if examples.validation else "train",
+            "confidence": fitted.facts,
+            "analysis": fitted.analysis,
+            "warnings": [*fitted.warnings],
         }
 
 

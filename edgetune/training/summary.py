@@ -13,11 +13,11 @@ from typing import Any
 
 from edgetune import __version__
 from edgetune.adapters.folder import AdapterMetadata
+from edgetune.core.confidence import confidence_of
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
 from edgetune.core.text import outside_tag
 from edgetune.data.examples import ExampleSet
-from edgetune.data.look import standing
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.torch_device import peak_device_mb
@@ -37,7 +37,7 @@ class RunSummary:
     base: dict[str, str]  # {"name", "digest"}
     metrics: dict[
         str, float
-    ]  # on the validation rows after the last step; training loss when there are none
+    ]  # on the validation rows, of the weights that are kept; none without such rows
     base_metrics: (
         dict[str, float] | None
     )  # the same with the adapter off; None where the base has no trained head
@@ -66,8 +66,16 @@ class RunSummary:
     out: str
     # how the base's weights were rounded; None: not at all
     base_precision: dict[str, Any] | None = None
+    # numbers for what the recipe left open ("auto"), by dotted key
+    chosen: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] | None = None  # what a search of the settings came to
     # general ability before and after, where the recipe asks for it
     forgetting: list[dict[str, Any]] | None = None
+    # of labels: what was fitted on the validation rows, see `core.confidence`, and what it gives
+    # there
+    confidence: dict[str, Any] | None = None
+    # of labels: figures a class, confusions, worst validation rows, see `metrics.error_analysis`
+    analysis: dict[str, Any] | None = None
     # what the figures above do not show by themselves, a line each; said at the end of the run
     warnings: list[str] = field(default_factory=list)
 
@@ -115,6 +123,7 @@ def summary_of(
         versions=versions(),
         out=str(out),
         base_precision=base_precision(run.base),
+        chosen=dict(run.chosen),
     )
 
 
@@ -138,8 +147,9 @@ def data_facts(stage: ResolvedStage) -> dict[str, Any]:
         "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
         "skipped": examples.skipped,
         "truncated": examples.truncated,
-        "validation_in_train": examples.validation_in_train[0],
+        "held_out": examples.held_out or 0,
         "taken_for": examples.notes,
+        "findings": [finding.to_dict() for finding in examples.findings],
         **({"unseen_words": examples.unseen_words} if examples.unseen_words else {}),
     }
 
@@ -159,6 +169,11 @@ def metadata(run: ResolvedRun, summary: RunSummary) -> AdapterMetadata:
         max_length=examples.max_length,
         metrics=summary.metrics,
         base_precision=summary.base_precision,
+        confidence=(
+            None
+            if summary.confidence is None
+            else confidence_of({"confidence": summary.confidence}).to_dict()
+        ),
     )
 
 
@@ -176,14 +191,10 @@ def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) ->
     for examples in sets:
         for name, notes in examples.notes.items():
             lines.append(f"{name}: {'; '.join(notes)}")
-    for what in ("skipped", "truncated"):
-        counts = {
-            name: count
-            for examples in sets
-            for name, count in getattr(examples, what).items()
-            if count
-        }
-        lines += [f"{count} {name} rows {what}" for name, count in counts.items()]
+    for examples in sets:
+        mere = [one.line for one in examples.findings if not one.matters]
+        lines += [f"rows: {'; '.join(mere)}"] if mere else []
+        lines += [f"warning: {one.line}" for one in examples.findings if one.matters]
     for examples in sets:
         for name, counts in examples.unseen_words.items():
             if any(counts.values()):
@@ -202,6 +213,8 @@ def closing(summary: RunSummary) -> str:
         for name, value in headline(summary.metrics).items()
     )
     result = metrics or f"train loss {summary.train_loss:.4f}"
+    if summary.confidence is not None:
+        result += f"\n{_confidence_line(summary.confidence)}"
     speed = (
         f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak"
         f" {summary.peak_rss_mb:,.0f} MB"
@@ -209,9 +222,24 @@ def closing(summary: RunSummary) -> str:
     return f"{result}\n{speed}\nwritten to {summary.out}"
 
 
+def _confidence_line(found: Mapping[str, Any]) -> str:
+    line = (
+        f"confidence: temperature {found['temperature']:.2f}, calibration error"
+        f" {found['expected_calibration_error_before']:.3f} to"
+        f" {found['expected_calibration_error']:.3f}"
+    )
+    if found["threshold"] is None:
+        return line
+    return (
+        f"{line}; below a score of {found['threshold']:.2f} no answer:"
+        f" {found['share_answered']:.1%} of the validation rows answered,"
+        f" {found['accuracy_answered']:.1%} of them right"
+    )
+
+
 def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each stage whose training loss ended higher than it began (grpo's says nothing
-    about that), and for each that is measured on rows it learned.
+    about that), and for each finding in its rows that matters.
     """
     lines = []
     for stage in run.stages:
@@ -222,6 +250,5 @@ def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[
                 f"the loss of {name} ended higher than it began: {losses[0]:.4f} to"
                 f" {losses[-1]:.4f}; a lower learning_rate may help"
             )
-        if stage.examples.validation_in_train[0]:
-            lines.append(f"{name}: {standing(*stage.examples.validation_in_train)}")
+        lines += [f"{name}: {one.line}" for one in stage.examples.findings if one.matters]
     return lines

@@ -53,6 +53,11 @@ def batches_for_measuring(
     return [batching.batch([chosen[i] for i in part], 0) for part in parts]
 
 
+def tokens_to_measure(examples: Sequence[Example], batching: Batching) -> int:
+    """Tokens of a validation over these rows."""
+    return min(VALIDATION_TOKENS, sum(batching.length(example) for example in examples))
+
+
 def next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits of the labelled tokens, and these tokens."""
     return completion_logits(model, batch)

@@ -17,6 +17,7 @@ from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
 from edgetune.data.row import Row
 from edgetune.data.rows import read_rows
+from edgetune.data.splits import as_run
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.models.base import Base
 from edgetune.models.calibration import LENGTH, TOKENS, calibrate
@@ -172,4 +173,4 @@ def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None
     labels = (
         read_metadata(adapter).get("labels") if (adapter / ADAPTER_METADATA).is_file() else None
     )
-    return load_examples(recipe.stage[-1], tokenizer, base, labels, seed=recipe.seed)
+    return load_examples(as_run(recipe.stage[-1]), tokenizer, base, labels, seed=recipe.seed)

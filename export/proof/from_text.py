@@ -34,6 +34,7 @@ from edgetune.export.proof.probe import TEXTS
 from edgetune.export.proof.task_metric import ALONE, FREE
 from edgetune.export.proof.task_rows import rows_of
 from edgetune.export.proof.torch_model import judged_by, reference_base, torch_model
+from edgetune.metrics.error_analysis import set_of
 from edgetune.models.base import Base
 from edgetune.models.heads import pool
 from edgetune.models.load import load_body, plain_tokenizer, quiet
@@ -241,6 +242,7 @@ class _Walk:
             expected = logits.numpy()
         else:
             several = self.source.problem == "multi-label"
+            logits = logits / torch_side.confidence.temperature
             expected = (logits.sigmoid() if several else logits.softmax(-1)).numpy()
         answers = self.runtime.classify(asked, self.name, truncate=True)
         names = self.source.labels or ()  # in the order of the head's rows
@@ -253,11 +255,11 @@ class _Walk:
         if self.source.problem == "regression":
             theirs = ours = [None] * len(asked)
         elif self.source.problem == "multi-label":
-            theirs = torch_side.label_sets(asked)
+            theirs = [set_of(scores) for scores in torch_side.scored_sets(asked)]
             ours = [one.labels for one in answers]
         else:
             theirs = [names[at] for at in expected.argmax(-1)]
-            ours = [one.label for one in answers]
+            ours = [one.likeliest for one in answers]
         return self._judge(
             "labels", theirs, ours, asked, float(np.abs(expected - got).max()) / scale
         )
@@ -265,7 +267,8 @@ class _Walk:
     def _tags(self) -> FromText:
         words = self._asked(tagged_rows, lambda row: row.words, [text.split() for text in TEXTS])
         ours = [list(one.tags) for one in self.runtime.tag(words, self.name, truncate=True)]
-        return self._judge("tags", self._torch().tag(words), ours, words)
+        theirs = [[one.label for one in tags] for tags in self._torch().scored_tags(words)]
+        return self._judge("tags", theirs, ours, words)
 
     def _scores(self) -> FromText:
         plain = list(itertools.pairwise(TEXTS))

@@ -189,7 +189,11 @@ def _differ(in_torch: Prediction, in_bundle: Prediction, *, least: float) -> boo
 
 
 def answer_of(prediction: Prediction) -> Any:
-    """What was answered: of a reward, whether it prefers the chosen one."""
+    """What was answered: of a reward, whether it prefers the chosen one; None where the label was
+    not sure enough to count.
+    """
+    if prediction.get("rejected"):
+        return None
     if "prediction" in prediction:
         return prediction["prediction"]
     return prediction["chosen"] > prediction["rejected"]
@@ -222,6 +226,8 @@ def _changed_row(
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "the chosen answer" if value else "the rejected answer"
+    if value is None:
+        return "no label"
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -61,7 +61,19 @@ FREE: Mapping[str, Any] = {
     "presence_penalty": 0.0,
 }
 T = TypeVar("T")
+CALIBRATION = "expected_calibration_error"
 ALONE = "(base)"  # the name of what is measured and proven of a bundle without adapters
+
+
+@dataclass(frozen=True)
+class Rejections:
+    """Rows that an adapter's threshold leaves without a label: by torch, by the bundle, and by one
+    of the two alone.
+    """
+
+    torch: int
+    bundle: int
+    changed: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,8 @@ class TaskResult:
     same: float | None
     changed: TaskLoss | None = None
     """which rows; None where there are none (perplexity)"""
+    rejections: Rejections | None = None
+    """None where the adapter has no threshold"""
 
     @property
     def points(self) -> float:
@@ -114,7 +128,21 @@ class TaskResult:
         return (
             f"{self.metric} {self.torch[self.metric]:.4f} in torch, {self.bundle[self.metric]:.4f}"
             f" in the bundle ({self.rows} of {self.found} rows of {self.data}){same}"
+            f"{self._confidence()}"
         )
+
+    def _confidence(self) -> str:
+        """What rounding does to the scores."""
+        line = ""
+        if CALIBRATION in self.torch and CALIBRATION in self.bundle:
+            line = (
+                f"; calibration error {self.torch[CALIBRATION]:.3f} and"
+                f" {self.bundle[CALIBRATION]:.3f}"
+            )
+        if self.rejections is None:
+            return line
+        one = self.rejections
+        return f"{line}; without a label {one.torch} and {one.bundle} rows, {one.changed} changed"
 
 
 def relative_loss(reference: float, value: float, *, higher_is_better: bool) -> float:
@@ -184,7 +212,18 @@ def compare_on_task(in_torch: Evaluation, in_bundle: Evaluation, rows: TaskRows)
         headline(in_bundle.metrics),
         same,
         task_loss(metric, in_torch.predictions, in_bundle.predictions, rows.rows.rows),
+        _rejections(in_torch, in_bundle),
     )
+
+
+def _rejections(in_torch: Evaluation, in_bundle: Evaluation) -> Rejections | None:
+    if "answered" not in in_torch.metrics:
+        return None
+    ours, theirs = (
+        [bool(one.get("rejected")) for one in side.predictions] for side in (in_torch, in_bundle)
+    )
+    changed = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    return Rejections(sum(ours), sum(theirs), changed)
 
 
 def measure_tasks(

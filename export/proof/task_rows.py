@@ -45,7 +45,7 @@ def task_rows(source: AdapterSource, *, limit: int, data: Path | None = None) ->
         return None
     recipe = load_run_recipe(recipe_file)
     stage = recipe.stage[-1]
-    if stage.data.validation is None and stage.data.hold_out is None:
+    if stage.data.validation is None and not stage.data.hold_out:
         return None
     rows = validation_rows(stage, seed=recipe.seed)
     return _chosen(rows, limit, skip_invalid=stage.data.skip_invalid)

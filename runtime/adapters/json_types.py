@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edgetune.core.confidence import confidence_problems
 from edgetune.core.errors import InputError
 from edgetune.core.head_layers import LINEAR, TRANSFORMERS
 from edgetune.core.precisions import PRECISIONS
@@ -167,6 +168,8 @@ def wrong_metadata(metadata: Mapping[str, Any]) -> list[str]:
     ):
         if _is_object(metadata.get(name)):
             wrong += _wrong(metadata[name], table, f"{name}.")
+    if metadata.get("confidence") is not None:
+        wrong += confidence_problems(metadata["confidence"])
     if not wrong and metadata.get("generation"):
         try:
             settings_from(metadata["generation"], {})

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.core.arrays import Float32
+from edgetune.core.confidence import Confidence, confidence_of
 from edgetune.core.errors import AdapterError
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, PEFT_PREFIX
 from edgetune.core.tasks import (
@@ -92,6 +93,11 @@ class PackedAdapter:
     def problem(self) -> str:
         """Of a classification: single-label, multi-label or regression."""
         return self.metadata.get("problem") or "single-label"
+
+    @cached_property
+    def confidence(self) -> Confidence:
+        """How its logits become scores, and which of them are no answer."""
+        return confidence_of(self.metadata)
 
     @property
     def generation(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from edgetune.core.errors import AdapterError
+from edgetune.core.confidence import confidence_problems
+from edgetune.core.errors import AdapterError, BundleError
 from edgetune.core.files import is_regular, read_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTERS
 from edgetune.runtime.adapters.packing import PackedAdapter, merged_head, pack_adapter
@@ -114,6 +115,10 @@ def _metadata(folder: Path, entry: AdapterEntry) -> dict[str, Any]:
         "max_length": entry.max_length,
         "generation": entry.generation,
     }
+    if entry.confidence is not None:
+        if wrong := confidence_problems(entry.confidence):
+            raise BundleError("; ".join(wrong), where=str(folder), fix="Export it again.")
+        known["confidence"] = entry.confidence
     path = folder / (entry.path or "") / ADAPTER_METADATA
     if entry.path is not None and path.is_file():
         return {**read_json(path, error=AdapterError), **known}

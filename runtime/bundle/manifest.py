@@ -163,7 +163,8 @@ class AdapterEntry:
     """An adapter that ships in the bundle. `path` is None when it is merged into the graph.
 
     `problem` of a classification: single-label (also None), multi-label or regression.
-    `max_length`: tokens of a text that it was trained on at most.
+    `max_length`: tokens of a text that it was trained on at most. `confidence` of a merged one: see
+    `core.confidence`; others bring it in their folder.
     """
 
     name: str
@@ -178,6 +179,7 @@ class AdapterEntry:
     metrics: dict[str, Any] = field(default_factory=dict)
     problem: str | None = field(default=None, metadata=about(choices=PROBLEMS))
     max_length: int | None = field(default=None, metadata=about(written_where_set=True))
+    confidence: dict[str, Any] | None = field(default=None, metadata=about(written_where_set=True))
 
 
 @dataclass(frozen=True)

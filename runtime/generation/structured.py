@@ -9,9 +9,12 @@ engine's step ends.
 from __future__ import annotations
 
 import functools
+import string
 import threading
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,18 +122,78 @@ def constraint_of(
     return constraint
 
 
+@dataclass(frozen=True)
+class Departure:
+    """Where a text leaves a form."""
+
+    fits: str  # the text before
+    expected: str  # the characters that may follow there, for a person
+
+
+class FormCheck:
+    """Tells which texts could be answers of a form. InputError when the form is not valid,
+    PackageMissing without llguidance.
+    """
+
+    def __init__(self, kind: str, text: str) -> None:
+        guidance = _llguidance()
+        self._bytes = guidance.LLTokenizer("byte")
+        self._start = _compiled(guidance, self._bytes, kind, text)
+
+    def departure(self, text: str) -> Departure | None:
+        """None where the whole text is of the form."""
+        matcher, tokens = self._start.deep_copy(), self._bytes.tokenize_str(text)
+        fit = matcher.try_consume_tokens(tokens)
+        if fit == len(tokens) and matcher.is_accepting():
+            return None
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        follow = [self._bytes.decode_str([int(token)]) for token in np.flatnonzero(bits[:128])]
+        before = text.encode()[:fit].decode(errors="ignore")
+        return Departure(before, _characters([c for c in follow if c.isprintable()]))
+
+
+def _characters(allowed: Sequence[str]) -> str:
+    """Characters for a person: digits and letters as a range, the first few of many."""
+    shown = [c for c in allowed if not c.isspace()]
+    for name, group in (("0-9", string.digits), ("a-z", string.ascii_lowercase)):
+        if set(group) <= set(shown):
+            shown = [c for c in shown if c not in group] + [name]
+    some = " ".join(shown[:12]) + (" …" if len(shown) > 12 else "")
+    return some or "the end of the text"
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        fix = "Install edgetune[structured] (pip install llguidance)."
+        raise PackageMissing("structured output needs the package llguidance", fix=fix) from error
+    return llguidance
+
+
+def _compiled(guidance: Any, tokenizer: Any, kind: str, text: str) -> Any:
+    """llguidance's matcher of a form, at the beginning of an answer."""
+    where = f"the {kind} of the answer"
+    try:
+        if kind == "schema":
+            grammar = guidance.LLMatcher.grammar_from_json_schema(text, defaults=JSON_DEFAULTS)
+        elif kind == "regex":
+            grammar = guidance.LLMatcher.grammar_from_regex(text)
+        else:
+            grammar = guidance.LLMatcher.grammar_from_lark(text)
+        matcher = guidance.LLMatcher(tokenizer, grammar, log_level=0)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"cannot be used: {_first_line(str(error))}", where=where) from error
+    if matcher.is_error():
+        raise InputError(f"cannot be used: {_first_line(matcher.get_error())}", where=where)
+    return matcher
+
+
 class _Compiler:
     """llguidance's view of one tokenizer, and the grammars compiled for it."""
 
     def __init__(self, tokenizer: BundleTokenizer, vocab_size: int) -> None:
-        try:
-            import llguidance
-        except ImportError as error:
-            fix = "Install edgetune[structured] (pip install llguidance)."
-            raise PackageMissing(
-                "structured output needs the package llguidance", fix=fix
-            ) from error
-        self._guidance = llguidance
+        llguidance = _llguidance()
         size = max(vocab_size, tokenizer.tokenizer.get_vocab_size(with_added_tokens=True))
         eos = sorted(tokenizer.eos_token_ids)
         try:
@@ -142,7 +205,9 @@ class _Compiler:
                 f"answers of this tokenizer cannot be held to a form: {_first_line(str(error))}",
                 fix="Ask for free text.",
             ) from error
-        self._compiled = functools.lru_cache(COMPILED)(self._compile)
+        self._compiled = functools.lru_cache(COMPILED)(
+            functools.partial(_compiled, llguidance, self._tokenizer)
+        )
         self._copying = threading.Lock()
 
     def matcher(self, kind: str, text: str) -> Any:
@@ -150,22 +215,6 @@ class _Compiler:
         compiled = self._compiled(kind, text)
         with self._copying:
             return compiled.deep_copy()
-
-    def _compile(self, kind: str, text: str) -> Any:
-        where, matcher_class = f"the {kind} of the answer", self._guidance.LLMatcher
-        try:
-            if kind == "schema":
-                grammar = matcher_class.grammar_from_json_schema(text, defaults=JSON_DEFAULTS)
-            elif kind == "regex":
-                grammar = matcher_class.grammar_from_regex(text)
-            else:
-                grammar = matcher_class.grammar_from_lark(text)
-            matcher = matcher_class(self._tokenizer, grammar, log_level=0)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"cannot be used: {_first_line(str(error))}", where=where) from error
-        if matcher.is_error():
-            raise InputError(f"cannot be used: {_first_line(matcher.get_error())}", where=where)
-        return matcher
 
 
 _known: weakref.WeakKeyDictionary[BundleTokenizer, _Compiler] = weakref.WeakKeyDictionary()

@@ -28,6 +28,7 @@ from edgetune.runtime.scheduler.score_queue import ScoreQueue
 from edgetune.runtime.scheduler.worker import Worker
 from edgetune.runtime.tasks.answers import (
     Classification,
+    check_threshold,
     classification_of,
     need_finite,
     unit_length,
@@ -136,10 +137,12 @@ class Scheduler:
         *,
         truncate: bool = False,
         control_tokens: str | None = None,
+        threshold: float | None = None,
     ) -> Future[list[Classification]]:
         """As `Runtime.classify`, in batches with everyone else's texts. Errors of the input are
         raised here.
         """
+        check_threshold(threshold)
         name = self.runtime.chosen(adapter)
         self.runtime.need_labels(name)
         how: dict[str, Any] = {"truncate": truncate, "control_tokens": control_tokens}
@@ -148,10 +151,13 @@ class Scheduler:
         def finish_with(packed: PackedAdapter | None) -> Finish:
             assert packed is not None
             if self.runtime.decoder is None:
-                return lambda logits, _: [classification_of(row, packed) for row in logits]
+                return lambda logits, _: [
+                    classification_of(row, packed, threshold) for row in logits
+                ]
             manifest = self.runtime.manifest
             return lambda _, states: [
-                classification_of(head_logits(manifest, packed, state), packed) for state in states
+                classification_of(head_logits(manifest, packed, state), packed, threshold)
+                for state in states
             ]
 
         if self.runtime.decoder is not None:
@@ -201,14 +207,14 @@ class Scheduler:
 
         def finish_with(packed: PackedAdapter | None) -> Finish:
             assert packed is not None
-            labels = packed.labels or ()
+            labels, confidence = packed.labels or (), packed.confidence
 
             def finish(logits: list[npt.NDArray[np.float32]], _: Any) -> list[Tagging]:
                 for row in logits:
                     need_finite(row, name)
                 found = iter(logits)
                 return [
-                    r.tagging(next(found), labels) if r.ids else Tagging(r.text, ())
+                    r.tagging(next(found), labels, confidence) if r.ids else Tagging(r.text, ())
                     for r in readings
                 ]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.core.errors import AdapterError
+from edgetune.core.errors import AdapterError, InputError
 from edgetune.core.tasks import THRESHOLD, VALUE
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.generation.sampling import TokenLogprob, TokenSequence, softmax
@@ -38,18 +38,26 @@ class Completion:
 
 @dataclass(frozen=True)
 class Classification:
-    """The most likely label, its probability, and every label's.
+    """The most likely label, its calibrated probability, and every label's.
 
+    Below the adapter's own threshold, or the request's, `label` is None and `rejected` the label
+    that was likeliest.
     Of an adapter for several labels (multi-label) `labels` are those of at least 0.5, which need
     not include `label`, and each has a probability of its own. Of one for numbers (regression)
     `value` is the number; `label` is "value", and `score` and `scores` hold the number too.
     """
 
-    label: str
+    label: str | None
     score: float
     scores: dict[str, float]
     labels: tuple[str, ...] | None = None
     value: float | None = None
+    rejected: str | None = None
+
+    @property
+    def likeliest(self) -> str:
+        """The most likely label, whether it counts or not."""
+        return self.label or self.rejected or ""
 
 
 class TextStream:
@@ -81,22 +89,33 @@ def need_finite(values: npt.NDArray[np.float32], adapter: str | None) -> None:
     )
 
 
-def classification_of(logits: npt.NDArray[np.float32], adapter: PackedAdapter) -> Classification:
-    """A head's logits (labels,) as probabilities of its labels. AdapterError where they are not
-    finite.
+def classification_of(
+    logits: npt.NDArray[np.float32], adapter: PackedAdapter, threshold: float | None = None
+) -> Classification:
+    """A head's logits (labels,) as probabilities of its labels; `threshold` in place of the
+    adapter's own. AdapterError where they are not finite.
     """
     need_finite(logits, adapter.name)
     if adapter.problem == "regression":
         value = float(logits[0])
         return Classification(label=VALUE, score=value, scores={VALUE: value}, value=value)
     several = adapter.problem == "multi-label"
-    probabilities = sigmoid(logits) if several else softmax(logits)
+    scaled = adapter.confidence.scaled(logits)
+    probabilities = sigmoid(scaled) if several else softmax(scaled)
     scores = dict(zip(adapter.labels or (), probabilities.tolist(), strict=True))
     label = max(scores, key=lambda name: scores[name])
     labels = (
         tuple(name for name, score in scores.items() if score >= THRESHOLD) if several else None
     )
+    if not several and adapter.confidence.rejects(scores[label], threshold):
+        return Classification(label=None, score=scores[label], scores=scores, rejected=label)
     return Classification(label=label, score=scores[label], scores=scores, labels=labels)
+
+
+def check_threshold(threshold: float | None) -> None:
+    """InputError for a request's threshold that is no probability."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError("the threshold is out of range", expected="0 to 1", got=repr(threshold))
 
 
 def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

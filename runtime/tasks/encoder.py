@@ -15,6 +15,7 @@ from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.engine.interface import Decoder, Encoder
 from edgetune.runtime.tasks.answers import (
     Classification,
+    check_threshold,
     classification_of,
     need_finite,
     unit_length,
@@ -44,8 +45,10 @@ class EncoderAnswers:
         *,
         adapters: Sequence[str | None] | None = None,
         truncate: bool = False,
+        threshold: float | None = None,
     ) -> list[Classification]:
         """See `Runtime.classify`."""
+        check_threshold(threshold)
         names = self._opened.chosen_for(len(texts), adapter, adapters)
         for name in {*names}:
             self.need_labels(name)
@@ -56,7 +59,7 @@ class EncoderAnswers:
             else:
                 logits, _ = self._encode(texts, names, held, truncate=truncate)
             return [
-                classification_of(row, found.packed)
+                classification_of(row, found.packed, threshold)
                 for row, found in zip(logits, [held[name] for name in names], strict=True)
                 if found
             ]
@@ -220,7 +223,10 @@ class EncoderAnswers:
             for i, row in zip(chosen, logits, strict=True):
                 one = found[i]
                 need_finite(row, names[i])
-                results[i] = readings[i].tagging(row, (one.packed.labels if one else None) or ())
+                if one is not None:
+                    results[i] = readings[i].tagging(
+                        row, one.packed.labels or (), one.packed.confidence
+                    )
         return results
 
 

@@ -55,10 +55,15 @@ def requests_of(
 
 
 def answer_rows(
-    runtime: Runtime, requests: Sequence[Request], *, truncate: bool = False, **settings: Any
+    runtime: Runtime,
+    requests: Sequence[Request],
+    *,
+    truncate: bool = False,
+    threshold: float | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, answered row) in the order of finishing: rows of like length share a batch, whatever
-    their adapter.
+    their adapter. `threshold`: see `Runtime.classify`.
     """
     kinds = [_kind(runtime, request.adapter) for request in requests]
     for kind in dict.fromkeys(kinds):  # tagged, classified and embedded (or generated) rows apart
@@ -68,7 +73,9 @@ def answer_rows(
         for start in range(0, len(order), BATCH):
             places = order[start : start + BATCH]
             batch = [requests[i] for i in places]
-            answers = _answer(runtime, batch, truncate=truncate, settings=settings)
+            answers = _answer(
+                runtime, batch, truncate=truncate, threshold=threshold, settings=settings
+            )
             for i, request, answer in zip(places, batch, answers, strict=True):
                 yield i, {**request.row, **answer}
 
@@ -238,7 +245,12 @@ def _text(
 
 
 def _answer(
-    runtime: Runtime, batch: Sequence[Request], *, truncate: bool, settings: Mapping[str, Any]
+    runtime: Runtime,
+    batch: Sequence[Request],
+    *,
+    truncate: bool,
+    threshold: float | None,
+    settings: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     names, contents = [request.adapter for request in batch], [request.content for request in batch]
     if _kind(runtime, names[0]) == "score":
@@ -253,14 +265,16 @@ def _answer(
         return [_tagged(row, one) for row, one in zip(rows, tagged, strict=True)]
     texts = cast(list[Text], contents)
     if all(runtime.labels(name) is not None for name in names):
-        found = runtime.classify(texts, adapters=names, truncate=truncate)
+        found = runtime.classify(texts, adapters=names, truncate=truncate, threshold=threshold)
         return [_classified(c) for c in found]
     embeddings = runtime.embed(texts, adapters=names, truncate=truncate)
     return [{"embedding": row.tolist()} for row in embeddings]
 
 
 def _classified(found: Classification) -> dict[str, Any]:
-    """One label with its score; several labels with every label's score; or a number."""
+    """One label with its score (null, and what was rejected, where that is too low); several labels
+    with every label's score; or a number.
+    """
     if found.value is not None:
         return {"value": found.value}
     if found.labels is not None:
@@ -268,7 +282,8 @@ def _classified(found: Classification) -> dict[str, Any]:
             "labels": list(found.labels),
             "scores": {name: round(score, 6) for name, score in found.scores.items()},
         }
-    return {"label": found.label, "score": round(found.score, 6)}
+    answer = {"label": found.label, "score": round(found.score, 6)}
+    return answer if found.rejected is None else {**answer, "rejected": found.rejected}
 
 
 def _tagged(row: Any, found: Tagging) -> dict[str, Any]:

@@ -192,14 +192,19 @@ class Runtime:
         *,
         adapters: Sequence[str | None] | None = None,
         truncate: bool = False,
+        threshold: float | None = None,
     ) -> list[Classification]:
         """The label of each text, or of each pair of texts that belong together, with one adapter
         for all or one a text.
 
+        An answer whose score is below the adapter's own threshold has the label None and says what
+        it `rejected`; `threshold` (0 to 1) holds in its place, and 0 lets every answer through.
         `truncate` cuts a text to what the adapter was trained with; else a text longer than the
         model's positions is an InputError.
         """
-        return self._encoding.classify(texts, adapter, adapters=adapters, truncate=truncate)
+        return self._encoding.classify(
+            texts, adapter, adapters=adapters, truncate=truncate, threshold=threshold
+        )
 
     def tag(
         self,

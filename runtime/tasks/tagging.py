@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.core.confidence import Confidence
 from edgetune.core.errors import InputError
 from edgetune.core.text import entities, first_subwords, join_words, outside_tag, split_words
 from edgetune.runtime.generation.sampling import softmax
@@ -90,13 +91,15 @@ class WordReading:
     ids: list[int]
     first: list[int | None]
 
-    def tagging(self, logits: npt.NDArray[np.float32], labels: Sequence[str]) -> Tagging:
-        """The words' tags by the logits (tokens, labels)."""
+    def tagging(
+        self, logits: npt.NDArray[np.float32], labels: Sequence[str], confidence: Confidence
+    ) -> Tagging:
+        """The words' tags by the logits (tokens, labels), with calibrated scores."""
         words = []
         for (start, end), token in zip(self.spans, self.first, strict=True):
             tag, score = outside_tag(labels), 0.0
             if token is not None:
-                scores = softmax(logits[token])
+                scores = softmax(confidence.scaled(logits[token]))
                 best = int(scores.argmax())
                 tag, score = labels[best], float(scores[best])
             words.append(TaggedWord(self.text[start:end], tag, score, start, end))

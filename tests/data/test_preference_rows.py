@@ -230,7 +230,8 @@ def test_the_recorded_format_of_a_policy_is_evaluated_on_the_chosen_answer(
 
 def test_rows_held_out_of_train_validate(tiny_decoder: Path, tmp_path: Path) -> None:
     base, tokenizer = tiny(tiny_decoder)
-    path = write_rows(tmp_path / "rows.jsonl", pair_rows(12))
+    rows = [row | {"prompt": f"{'abcdefghijkl'[n]}?"} for n, row in enumerate(pair_rows(12))]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     data = {"train": str(path), "hold_out": 4}
     stage = recipe(tiny_decoder, "dpo", path, None, data=data).stage[0]
     examples = load_examples(stage, tokenizer, base, seed=3)

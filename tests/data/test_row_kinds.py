@@ -271,8 +271,14 @@ def test_rows_held_out_never_take_a_class_and_give_each_its_share(load_texts: Lo
     rows = [{"text": f"t{n}", "label": "rare" if n % 10 == 0 else "usual"} for n in range(100)]
     held = load_texts(rows, hold_out=20).validation
     assert [example.labels for example in held].count(0) == 2
-    with pytest.raises(DataError, match=r"leaves some label without a row .*at most 98, got 99"):
-        load_texts(rows, hold_out=99)
+    nearly_all = load_texts(rows, hold_out=99)
+    assert (len(nearly_all.train), len(nearly_all.validation), nearly_all.held_out) == (2, 98, 98)
+    assert nearly_all.notes["validation"] == [
+        "98 rows held out of train by data.hold_out, not 99, for rows that ask the same stay"
+        " together and each label keeps one"
+    ]
+    with pytest.raises(DataError, match=r"data\.hold_out can draw no row"):
+        load_texts([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], hold_out=1)
 
 
 def test_what_is_odd_about_rows_is_said(load_texts: Load) -> None:
@@ -282,11 +288,12 @@ def test_what_is_odd_about_rows_is_said(load_texts: Load) -> None:
         {"text": "other", "label": "neg"},
         {"text": "other", "label": "neg"},
     ]
-    notes = load_texts(rows, validation=rows[:1]).notes["rows"]
-    assert [note.split(":")[0] for note in notes] == [
+    found = load_texts(rows, validation=rows[:1]).findings
+    assert [one.line.split(":")[0] for one in found] == [
         "1 of 4 training rows repeat an earlier one",
         "texts with contradicting labels",
         "all 1 validation rows stand in train too",
+        "labels with a single training row",
         "labels that differ only in case or spaces",
     ]
     assert load_texts(rows, normalise_labels=True).labels == ("neg", "pos")

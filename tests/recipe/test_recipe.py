@@ -45,7 +45,7 @@ def stage(**changes: Any) -> dict[str, Any]:
 
 def test_values_are_read_and_defaults_filled_in(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
-    assert (recipe.parameters.rank, recipe.parameters.alpha, recipe.seed) == (4, 16.0, 0)
+    assert (recipe.parameters.rank, recipe.parameters.alpha, recipe.seed) == (4, "auto", 0)
     assert recipe.stage[0].learning_rate == 1.0 and isinstance(recipe.stage[0].learning_rate, float)
     assert recipe.stage[0].data.system == "" and recipe.stage[1].data.system is None
     assert recipe.task == "text-generation"
@@ -140,9 +140,9 @@ def test_set_changes_one_value(recipe_file: Path) -> None:
         ("parameters.ranc=4", r'unknown key "parameters.ranc".*Did you mean "rank"\?'),
         (
             "parameters.rank=four",
-            r'parameters.rank has a wrong value \(expected an integer, got "four"\)',
+            r'parameters.rank has a wrong value \(expected an integer or "auto", got "four"\)',
         ),
-        ("parameters.rank=true", r"expected an integer, got true"),
+        ("parameters.rank=true", r'expected an integer or "auto", got true'),
         ("parameters.rank=0", r"out of range \(expected at least 1, got 0\)"),
         ("parameters.rank_pattern={q=0}", r"out of range \(expected at least 1"),
         ("parameters.dropout=1.0", r"expected at least 0 and less than 1"),

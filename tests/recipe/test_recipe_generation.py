@@ -40,6 +40,12 @@ def test_without_the_section_only_the_length_is_recorded(tmp_path: Path) -> None
     ) == {"max_new_tokens": 40}
 
 
+def test_auto_is_no_file_and_gives_way_to_what_is_derived(tmp_path: Path) -> None:
+    made = recipe(tmp_path, schema="auto")
+    assert made.generation is not None and made.generation.schema == "auto"
+    assert generation_defaults(made, 40, derived=SCHEMA)["schema"] == SCHEMA
+
+
 def test_the_written_recipe_reads_back_from_anywhere(tmp_path: Path) -> None:
     first = recipe(tmp_path, schema="schema.json")
     (tmp_path / "elsewhere").mkdir()

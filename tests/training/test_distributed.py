@@ -315,3 +315,31 @@ def test_only_all_weights_are_shared(
     }
     with pytest.raises(RecipeError, match=message):
         recipe_from_dict({"base": str(tiny_decoder), "parameters": parameters, "stage": [stage]})
+
+
+def test_all_processes_leave_the_weights_of_the_best_validation(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    """Shared weights, and a second stage that goes on from what the first one kept."""
+    recipe = sft_recipe(
+        tiny_decoder,
+        tmp_path,
+        batch_size=5,
+        max_steps=6,
+        validate_every=2,
+        patience=1,
+        parameters={"train": "full", "shard": True},
+    )
+    write_rows(
+        tmp_path / "actions-dev.jsonl",
+        [{"prompt": "turn on the lights", "completion": "the lazy dog"}],
+    )
+    (first,) = recipe.stage
+    stages = (first, replace(first, max_steps=1, validate_every=1, patience=None))
+    recipe = replace(recipe, stage=stages, out=str(tmp_path / "two"))
+    train_together(recipe, tmp_path)
+    summary = run_recipe(recipe, out=tmp_path / "one", progress=silent())
+    assert summary.stages[0]["steps"] == 4 and summary.stages[0]["kept"]["step"] == 2
+    theirs = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert [stage["steps"] for stage in theirs["stages"]] == [4, 1]
+    assert theirs["metrics"] == pytest.approx(summary.metrics, rel=1e-4)

@@ -36,7 +36,7 @@ def test_nothing_is_left_open(tiny_decoder: Path, tmp_path: Path) -> None:
     assert stage.precision in ("fp32", "bf16") and run.recipe.stage[0].precision == stage.precision
     assert (run.device, run.recipe.device) == (CPU_DEVICE, "cpu")
     assert run.threads == run.recipe.threads == torch.get_num_threads()
-    assert (stage.total_steps, stage.validate_every, stage.save_every) == (9, 3, 50)
+    assert (stage.total_steps, stage.validate_every, stage.save_every) == (9, 2, 50)
     assert stage.examples.prompt_format.template == "chat"
     assert run.generation is not None and run.generation["max_new_tokens"] > 16
 

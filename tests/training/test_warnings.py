@@ -35,14 +35,17 @@ def test_validation_rows_that_were_learned_are_said_at_the_end(
     warnings, said = ended(sft_recipe(tiny_decoder, tmp_path), tmp_path / "run")
     assert warnings == [f"stage 0 (sft): all 4 {MEASURED}"] and warnings[0] in said
     data = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
-    assert data[0]["validation_in_train"] == 4
+    (found,) = data[0]["findings"]
+    assert (found["kind"], found["rows"], found["of"]) == ("validation-in-train", 4, 4)
+    assert found["lines"] == [1, 2, 3, 4] and data[0]["held_out"] == 0
 
 
 def test_documents_of_packed_text_are_compared_one_by_one(
     tiny_decoder: Path, tmp_path: Path
 ) -> None:
     recipe = packed_recipe(tiny_decoder, tmp_path, epochs=1)
-    assert ended(recipe, tmp_path / "run")[0] == []
+    nearly = "4 of 4 validation rows are known, but for case, spaces, digits and punctuation"
+    assert ended(recipe, tmp_path / "run")[0] == [f"stage 0 (causal-lm): {nearly}"]
     known = [{"text": f"{TEXTS[0]} 0"}, {"text": "something else"}]
     held_out = write_rows(tmp_path / "known.jsonl", known)
     stage = recipe.stage[0]
@@ -55,6 +58,6 @@ def test_a_loss_that_ended_higher_than_it_began_is_said_at_the_end(
     tiny_decoder: Path, tmp_path: Path
 ) -> None:
     wild = packed_recipe(tiny_decoder, tmp_path, learning_rate=3.0, epochs=3, warmup_ratio=0.0)
-    (warning,), said = ended(wild, tmp_path / "run")
+    (warning, _), said = ended(wild, tmp_path / "run")
     assert warning.startswith("the loss of stage 0 (causal-lm) ended higher than it began: ")
     assert warning in said

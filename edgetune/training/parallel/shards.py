@@ -85,7 +85,11 @@ class Shards:
         count nothing.
         """
         most = max(self._group.gathered(len(parts)))
-        filling = replace(parts[0] if parts else spare, targets=0) if len(parts) < most else None
+        filling = (
+            replace(parts[0] if parts else spare, targets=0, weight=None)
+            if len(parts) < most
+            else None
+        )
         return [*parts, *([filling] if filling is not None else []) * (most - len(parts))]
 
     def give_back(self, *, to_all: bool = False) -> None:

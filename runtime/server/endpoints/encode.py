@@ -37,7 +37,9 @@ T = TypeVar("T")
 async def classify(request: Request) -> Response:
     """POST /classify: the probability of every label, in the order of the adapter's labels.
 
-    Beside vLLM's fields: `labels` of an adapter for several labels, `value` of one for numbers.
+    Beside vLLM's fields: `score` of the likeliest label, and where that is below the threshold
+    `label` null and `rejected`; `labels` of an adapter for several labels, `value` of one for
+    numbers.
     """
     call = await _read(request, CLASSIFY)
     runtime, scheduler = call.service.runtime, call.service.scheduler
@@ -50,7 +52,9 @@ async def classify(request: Request) -> Response:
     call.inputs = [tuple(one) if isinstance(one, list) else one for one in call.inputs]
     await call.count(lambda text: len(runtime.text_ids(text, call.adapter, **call.how)))
     work = await call.service.in_thread(
-        lambda: scheduler.classify(call.inputs, call.adapter, **call.how)
+        lambda: scheduler.classify(
+            call.inputs, call.adapter, threshold=call.body.get("threshold"), **call.how
+        )
     )
     found = await in_time(request, call, work)
     return call.answer("classify", [{"index": i, **_classified(c)} for i, c in enumerate(found)])
@@ -186,9 +190,12 @@ async def _read(request: Request, schema: Schema) -> Call:
 def _classified(found: Classification) -> dict[str, Any]:
     own = {
         "label": found.label,
+        "score": found.score,
         "probs": list(found.scores.values()),
         "num_classes": len(found.scores),
     }
+    if found.rejected is not None:
+        own["rejected"] = found.rejected
     several = {} if found.labels is None else {"labels": list(found.labels)}
     return {**own, **several, **({} if found.value is None else {"value": found.value})}
 

@@ -216,6 +216,15 @@ CLASSIFY = obj(
         description="Texts, or pairs of texts for an adapter that reads two (ours).",
     ),
     truncate_prompt_tokens=TRUNCATE,
+    threshold=optional(
+        "number",
+        minimum=0,
+        maximum=1,
+        description=(
+            "A label of a lower score is null; the adapter's own threshold, where it is left out;"
+            " 0: every label counts (ours)."
+        ),
+    ),
     use_activation=optional("boolean", enum=[True]),
     control_tokens=CONTROL_TOKENS,
     user=USER,

@@ -130,7 +130,7 @@ class Lane {
       this.output.className = "answer";
       const labels = model.labels || found.probs.map((_, i) => `LABEL_${i}`);
       if (found.value !== undefined) this.output.replaceChildren(found.value.toFixed(4));
-      else this.bars(labels.map((label, i) => ({ label, score: found.probs[i] })));
+      else this.bars(labels.map((label, i) => ({ label, score: found.probs[i] })), found.rejected);
       this.number("ttft", milliseconds(took));
       this.number("tokens", String(answer.usage.prompt_tokens));
       return { lane: this.letter, model: model.id, ttft: took, speed: null };
@@ -170,7 +170,7 @@ class Lane {
     this.output.replaceChildren(...parts, letters.slice(at).join(""));
   }
 
-  bars(scores) {
+  bars(scores, rejected) {
     const best = [...scores].sort((a, b) => b.score - a.score).slice(0, 12);
     const rows = best.map(({ label, score }, i) => {
       const fill = element("div", { class: "fill" });
@@ -179,6 +179,7 @@ class Lane {
       return element("div", { class: i === 0 ? "bar first" : "bar" }, element("span", {}, label), element("span", {}, `${(score * 100).toFixed(1)} %`), track);
     });
     this.output.className = "answer";
-    this.output.replaceChildren(element("div", { class: "bars" }, ...rows));
+    const none = rejected === undefined ? null : element("p", { class: "rejected" }, `No label: not sure enough of ${rejected}.`);
+    this.output.replaceChildren(...(none ? [none] : []), element("div", { class: none ? "bars unsure" : "bars" }, ...rows));
   }
 }

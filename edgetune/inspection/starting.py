@@ -1,0 +1,238 @@
+"""A data file → a recipe that trains as it stands, with comments."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune.core.errors import DataError
+from edgetune.core.settings import toml_value
+from edgetune.core.tasks import METHODS
+from edgetune.data.examples import token_limit
+from edgetune.data.findings import Finding
+from edgetune.data.loaders import load_examples
+from edgetune.data.rows import read_rows
+from edgetune.data.sources import SPLIT
+from edgetune.inspection import fitting
+from edgetune.inspection.fitting import Setting, Size
+from edgetune.inspection.overview import WHOLE, Overview, look_at
+from edgetune.inspection.readings import Given, Reading, readings
+from edgetune.models.load import hidden_size, load_tokenizer
+from edgetune.models.resolve import resolve_base
+from edgetune.recipe.paths import file_format, is_hub_id
+from edgetune.recipe.read import parse_toml, recipe_from_dict
+from edgetune.recipe.schema import Recipe
+
+ENCODER, DECODER = "builtin:minilm-l6", "builtin:smollm2-135m-instruct"
+ABOUT = {ENCODER: "a sentence encoder of 23M parameters", DECODER: "135M parameters"}
+SCALE = 20  # numbers beyond it are divided, as the learning rate expects 1 to 10
+COLUMN = 34  # where comments begin
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe and what it was made from."""
+
+    text: str
+    recipe: Recipe
+    reading: Reading
+    others: Sequence[Reading]  # that the file could be read as, too
+    overview: Overview  # of the rows, none cut
+    findings: Sequence[Finding]  # as the recipe reads them
+    held_out: int
+
+
+def sources_of(data: str, validation: str | None) -> tuple[str | tuple[str, ...], str | None]:
+    """What to train on and to measure on: a folder with files of several splits is both."""
+    folder = Path(data)
+    if not folder.is_dir():
+        return data, validation
+    splits: dict[str, list[str]] = {}
+    for one in sorted(folder.iterdir()):
+        said = SPLIT.match(one.name)
+        if said and one.is_file() and file_format(one):
+            splits.setdefault(said[1].lower(), []).append(str(one))
+    if len(splits) < 2 or "train" not in splits:
+        return data, validation
+    held = next((s for s in ("validation", "valid", "val", "dev", "eval") if s in splits), "test")
+    train = splits["train"]
+    measured = validation or (splits[held][0] if held in splits else None)
+    return train[0] if len(train) == 1 else tuple(train), measured
+
+
+def recipe_path(data: str) -> Path:
+    """Where the recipe of a data file goes: beside it, under its name."""
+    if is_hub_id(data) and not Path(data).exists():
+        return Path(re.split(r"[@:]", data.rpartition("/")[2])[0] + ".toml")
+    path = Path(data)
+    if re.search(r"[*?\[]", path.name):
+        return path.parent / (re.sub(r"[^\w-]+", "", path.name.partition(".")[0]) + ".toml")
+    return path.parent / ((path.name.partition(".")[0] or "recipe") + ".toml")
+
+
+def choices(
+    data: str | tuple[str, ...], given: Given, task: str | None, base: str | None
+) -> list[Reading]:
+    """The readings of a file, those first that fit the base where one is named."""
+    rows = read_rows(data, skip_invalid=True)
+    found = readings(rows, given, task)
+    if base is None:
+        return found
+    kind = resolve_base(base).kind
+    fitting_base = [one for one in found if kind in METHODS[one.method].kinds]
+    return fitting_base or found
+
+
+def draft(
+    reading: Reading,
+    others: Sequence[Reading],
+    data: str | tuple[str, ...],
+    validation: str | None,
+    *,
+    path: Path,
+    base: str | None = None,
+) -> Draft:
+    """The recipe of a reading, read back and its rows loaded, so that it trains as it stands.
+
+    Raises what a training would: the errors of data and base.
+    """
+    name = base or (ENCODER if METHODS[reading.method].kinds[0] == "encoder" else DECODER)
+    found = resolve_base(name)
+    tokenizer = load_tokenizer(found)
+    rows = _data(reading, data, validation, path.parent)
+    first = _recipe({"base": name, "stage": [_stage(reading, rows, max_length=WHOLE)]}, path)
+    overview = look_at(first.stage[0], tokenizer, found, seed=first.seed)
+    size = Size(
+        rows=overview.rows["train"],
+        labels=len(overview.labels),
+        lengths=[one.tokens for of in overview.lengths.values() for one in of],
+        hidden=hidden_size(found),
+        positions=token_limit(WHOLE, tokenizer, found),
+    )
+    held_out = 0
+    if validation is None:
+        held_out = overview.rows.get("validation", 0) + overview.unusable.get("validation", 0)
+    text = _text(reading, rows, overview, size, held_out, name=name, path=path)
+    recipe = _recipe(parse_toml(text, where=str(path)), path)
+    examples = load_examples(recipe.stage[0], tokenizer, found, seed=recipe.seed)
+    return Draft(text, recipe, reading, others, overview, examples.findings, held_out)
+
+
+def _recipe(values: Mapping[str, Any], path: Path) -> Recipe:
+    return recipe_from_dict(values, folder=path.parent, where=str(path))
+
+
+def _data(
+    reading: Reading, data: str | tuple[str, ...], validation: str | None, folder: Path
+) -> dict[str, Any]:
+    """The keys of `[stage.data]` that say which rows and columns; paths as seen from the recipe."""
+
+    def seen(one: str) -> str:
+        if is_hub_id(one) and not Path(one).exists():
+            return one
+        return Path(os.path.relpath(one, folder)).as_posix()
+
+    train = seen(data) if isinstance(data, str) else [seen(one) for one in data]
+    measured = {} if validation is None else {"validation": seen(validation)}
+    return {"train": train, **measured, **reading.data}
+
+
+def _stage(reading: Reading, data: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    problem = {} if reading.problem == "single-label" else {"problem": reading.problem}
+    return {"method": reading.method, **problem, "data": dict(data), **settings}
+
+
+def _text(
+    reading: Reading,
+    data: Mapping[str, Any],
+    overview: Overview,
+    size: Size,
+    held_out: int,
+    *,
+    name: str,
+    path: Path,
+) -> str:
+    """The recipe as TOML with comments."""
+    length = fitting.longest(reading, size)
+    stage = [Setting("method", reading.method, reading.what)]
+    if reading.problem != "single-label":
+        stage.append(Setting("problem", reading.problem))
+    sections = {
+        "": [Setting("base", name, ABOUT.get(name, "")), Setting("out", f"runs/{path.stem}")],
+        "[parameters]": fitting.parameters(reading, size),
+        "[[stage]]": [*stage, *fitting.stage(reading, size), length],
+        "[stage.data]": _data_settings(reading, data, overview, size, held_out, length.value),
+    }
+    read = "; ".join(overview.notes.get("train", ())[:1])
+    lines = [
+        f"# {overview.rows['train'] + held_out:,} rows of {Path(overview.source).name}"
+        + (f" ({read})" if read else ""),
+        "# Every key: docs/reference/recipe.md. Train with: edgetune train " + path.name,
+    ]
+    for title, settings in sections.items():
+        lines += ["", title] if title else []
+        lines += [_line(setting) for setting in settings]
+    return "\n".join(lines) + "\n"
+
+
+def _data_settings(
+    reading: Reading,
+    data: Mapping[str, Any],
+    overview: Overview,
+    size: Size,
+    held_out: int,
+    limit: int,
+) -> list[Setting]:
+    found = [Setting(key, value) for key, value in data.items()]
+    if reading.task == "regression":
+        found = [_scaled(one, overview) if one.key == "label" else one for one in found]
+    if "validation" not in data:
+        why = (
+            "measured, not learned: each label its share, equal texts on one side"
+            if held_out
+            else f"{size.rows} rows are too few to hold any out"
+        )
+        found.append(Setting("hold_out", held_out, why))
+    kinds = {finding.kind for finding in overview.findings}
+    if "alike-labels" in kinds and reading.task == "sequence-classification":
+        found.append(Setting("normalise_labels", True, "some differ in case or spaces alone"))
+    elif fitting.few_rows_a_label(size) and reading.task == "sequence-classification":
+        found.append(Setting("label_names", True, "few rows a label: its name is one more"))
+    unusable = sum(overview.unusable.values())
+    if not fitting.can_be_cut(reading) and reading.method != "causal-lm":
+        unusable += sum(length > limit for length in size.lengths)
+    if unusable:
+        found.append(Setting("skip_invalid", True, f"{unusable} rows cannot be used"))
+    return found
+
+
+def _scaled(label: Setting, overview: Overview) -> Setting:
+    """A label divided by a power of ten where the numbers are large."""
+    numbers = [abs(float(row.answered)) for of in overview.texts.values() for row in of]
+    most = max(numbers, default=0.0)
+    if most <= SCALE or not isinstance(label.value, str) or "{" in label.value:
+        return label
+    power = 10
+    while most / power > SCALE:
+        power *= 10
+    template = f'{{{{ row["{label.value}"] | float / {power} }}}}'
+    return Setting("label", template, f"numbers up to {most:g}, brought to a scale of 1 to 10")
+
+
+def _line(setting: Setting) -> str:
+    written = f"{setting.key} = {toml_value(setting.value)}"
+    return written.ljust(COLUMN) + f" # {setting.why}" if setting.why else written
+
+
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """DataError where the recipe is there already, so that nobody's work is overwritten."""
+    if path.exists() and not force:
+        raise DataError(
+            "this recipe is there already",
+            where=str(path),
+            fix="Give another name with --out, or write over it with --force.",
+        )

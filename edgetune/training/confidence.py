@@ -1,0 +1,139 @@
+"""After training: the temperature and the threshold that the held-out rows ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from edgetune.core.confidence import NONE, Confidence
+from edgetune.data.batching import Batch
+from edgetune.metrics.calibration import (
+    SURE,
+    Reached,
+    best_labels,
+    calibration_error,
+    fit_temperature,
+    reliability,
+    rows_needed,
+    threshold_for,
+    threshold_that_answers,
+)
+from edgetune.recipe.confidence import ConfidenceSettings, can_calibrate
+from edgetune.training.context import ResolvedStage
+from edgetune.training.held_out import analyse
+from edgetune.training.validation import outputs_of
+
+ENOUGH_ROWS = 30
+"""Of fewer rows a temperature says more about them than about the model."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of the held-out rows; `facts` and `analysis` are for summary.json, `warnings` for a
+    person."""
+
+    confidence: Confidence | None = None
+    facts: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+    analysis: dict[str, Any] | None = None
+
+
+def measure_scores(
+    model: nn.Module,
+    stage: ResolvedStage,
+    held_out: Sequence[Batch],
+    asked: ConfidenceSettings | None,
+) -> Fitted:
+    """What `[confidence]` asks for, fitted on the last stage's validation rows, and which of them
+    are answered wrongly; nothing where the answers are no labels.
+    """
+    if not can_calibrate(stage.task, stage.problem) or not held_out:
+        return Fitted()
+    found = [
+        (logits.float().cpu().numpy(), targets.cpu().numpy())
+        for logits, targets in outputs_of(model, held_out, stage.outputs, precision=stage.precision)
+    ]
+    logits, targets = (np.concatenate(column) for column in zip(*found, strict=True))
+    fitted = fit_confidence(logits, targets, asked)
+    analysis = analyse(stage, held_out, [one for one, _ in found], fitted.confidence or NONE)
+    return replace(fitted, analysis=analysis)
+
+
+def fit_confidence(
+    logits: npt.NDArray[Any], targets: npt.NDArray[Any], asked: ConfidenceSettings | None
+) -> Fitted:
+    """Temperature and threshold by logits (rows, classes) and right classes (rows,); nothing where
+    the rows are fewer than ENOUGH_ROWS.
+    """
+    settings = asked or ConfidenceSettings()
+    if not settings.calibrate:
+        return Fitted()
+    if len(targets) < ENOUGH_ROWS:
+        return Fitted(warnings=_too_few(len(targets), asked))
+    temperature = fit_temperature(logits, targets)
+    best, scores = best_labels(logits, temperature)
+    right = best == targets
+    threshold, warnings = _threshold(scores, right, settings)
+    fitted = Confidence(
+        temperature=temperature,
+        threshold=None if threshold is None else round(threshold.threshold, 6),
+        target=None if threshold is None else settings.target,
+        answered=None if threshold is None else settings.answered,
+        out_of_scope=settings.out_of_scope,
+        rows=len(targets),
+    )
+    _, before = best_labels(logits, 1.0)
+    facts = {
+        **fitted.to_dict(),
+        "expected_calibration_error": calibration_error(reliability(scores, right)),
+        "expected_calibration_error_before": calibration_error(reliability(before, right)),
+        "accuracy_answered": None if threshold is None else threshold.right,
+        "share_answered": None if threshold is None else threshold.answered,
+    }
+    return Fitted(fitted, facts, warnings)
+
+
+def _too_few(rows: int, asked: ConfidenceSettings | None) -> tuple[str, ...]:
+    if asked is None:
+        return ()
+    kept = ", and no threshold is kept" if asked.has_threshold else ""
+    return (
+        f"[confidence]: {rows} validation rows are too few to calibrate on, {ENOUGH_ROWS} are"
+        f" needed{kept}",
+    )
+
+
+def _threshold(
+    scores: Any, right: Any, settings: ConfidenceSettings
+) -> tuple[Reached | None, tuple[str, ...]]:
+    """The higher of both thresholds, and a line where no threshold reaches the target."""
+    found: list[Reached] = []
+    warnings: tuple[str, ...] = ()
+    if settings.answered is not None:
+        found.append(threshold_that_answers(scores, right, settings.answered))
+    if settings.target is not None:
+        reached = threshold_for(scores, right, settings.target)
+        if reached is None:
+            warnings = (_unreached(scores, right, settings.target, kept=bool(found)),)
+        else:
+            found.append(reached)
+    return max(found, key=lambda one: one.threshold, default=None), warnings
+
+
+def _unreached(scores: Any, right: Any, target: float, *, kept: bool) -> str:
+    rows = len(scores)
+    needed = rows_needed(target)
+    why = (
+        f"the validation has {rows} rows, and it takes {needed} right answers in succession"
+        if rows < needed
+        else f"{int(np.sum(right))} of all {rows} validation rows are right"
+    )
+    return (
+        f"[confidence]: no threshold gives {target:.0%} right answers with {SURE:.0%} certainty"
+        f" ({why}), so " + ("answered alone sets it" if kept else "no threshold is kept")
+    )

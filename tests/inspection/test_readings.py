@@ -1,0 +1,108 @@
+"""What a file is taken for, and what is said where it can be nothing or something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from file_kinds import FORMATS, KINDS, READ_AS, each, label, text, write_format
+
+from edgetune.core.errors import DataError
+from edgetune.data.row import Row
+from edgetune.data.rows import Rows, read_rows
+from edgetune.inspection.readings import Reading, readings
+
+
+def read(values: list[dict[str, Any]], task: str | None = None, **given: str) -> list[Reading]:
+    source = Rows("rows.csv", [Row(n, one) for n, one in enumerate(values, start=1)], 0, "", [])
+    return readings(source, given, task)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_rows_is_recognised(kind: str) -> None:
+    assert read(KINDS[kind])[0].task == READ_AS[kind]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_every_format_reads_alike(ending: str, tmp_path: Path) -> None:
+    path = write_format(tmp_path, ending, KINDS["one label"])
+    first = readings(read_rows(path), {})[0]
+    assert (first.task, dict(first.data)) == (
+        "sequence-classification",
+        {"text": "message", "label": "category"},
+    )
+
+
+def test_a_conll_file_has_tags_and_a_poem_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("Ann B-PER\nsings O\n\nBob B-PER\nis O\nhere O\n" * 9)
+    assert readings(read_rows(tmp_path / "a.conll"), {})[0].task == "token-classification"
+    (tmp_path / "a.txt").write_text("\n".join(f"{text(n)[14:23]}" for n in range(60)))
+    assert readings(read_rows(tmp_path / "a.txt"), {})[0].task == "causal-lm"
+
+
+def test_two_readings_are_both_offered_with_the_options_that_choose_them() -> None:
+    stars = each(lambda n: {"review": text(n), "stars": n % 5 + 1})
+    options = [one.options() for one in read(stars)]
+    assert options[:2] == [
+        "--task sequence-classification --text review --label stars",
+        "--task regression --text review --label stars",
+    ]
+    assert [one.task for one in read(KINDS["preferences"])][:2] == ["dpo", "reward"]
+    assert [one.task for one in read(KINDS["plain text"])][:2] == ["causal-lm", "masked-lm"]
+
+
+def test_what_is_given_decides() -> None:
+    rows = each(
+        lambda n: {"title": text(n), "body": text(n + 5), "a b": label(n), "kind": "xy"[n % 2]}
+    )
+    assert dict(read(rows, label="a b", text="title")[0].data) == {"text": "title", "label": "a b"}
+    pair = read(rows, text="title", text_pair="body", label="kind")[0]
+    assert dict(pair.data) == {"text": "title", "text_pair": "body", "label": "kind"}
+    sft = read(rows, prompt="title", completion="body")[0]
+    assert (sft.task, dict(sft.data)) == ("sft", {"prompt": "title", "completion": "body"})
+    assert read(rows, "masked-lm")[0].task == "masked-lm"
+
+
+def test_numbers_that_name_classes_have_names_in_another_column() -> None:
+    rows = each(lambda n: {"text": text(n), "label": n % 3, "label_text": label(n)})
+    found = [dict(one.data)["label"] for one in read(rows) if one.task == READ_AS["one label"]]
+    assert found == ["label", "label_text"]
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "message"),
+    [
+        (
+            each(lambda n: {"uid": f"u{n}", "text": text(n), "topic": label(n)}),
+            {"label": "uid"},
+            r'"uid" is no label: it has another value in every row .*repeat: topic \(3\)\)\.'
+            r" Name it with --label topic",
+        ),
+        (
+            each(lambda n: {"text": text(n), "topic": "same"}),
+            {"label": "topic"},
+            "is no label: it has the same value in every row",
+        ),
+        (
+            each(lambda n: {"text": text(n), "topic": label(n)}),
+            {"label": "topics"},
+            r'there is no column "topics".*Did you mean "topic"',
+        ),
+        (
+            each(lambda n: {"width": n, "height": n * 2}),
+            {},
+            r"there is no column of text .*got the columns width \(numbers\), height \(numbers\)",
+        ),
+        (
+            each(lambda n: {"text": text(n)}),
+            {"chosen": "text"},
+            "nothing fits --chosen text",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_way_out(
+    values: list[dict[str, Any]], given: dict[str, str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read(values, **given)

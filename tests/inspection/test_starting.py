@@ -1,0 +1,159 @@
+"""A recipe that `edgetune init` writes reads, trains as it stands, and fits its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from file_kinds import KINDS, READ_AS, each, label, text, write_format, write_jsonl, write_table
+
+from edgetune.core.progress import Progress
+from edgetune.core.tasks import METHODS
+from edgetune.inspection.fitting import Size, longest, stage
+from edgetune.inspection.readings import TASKS, Reading
+from edgetune.inspection.starting import Draft, choices, draft, recipe_path, sources_of
+from edgetune.recipe.read import load_recipe
+from edgetune.training import run_recipe
+
+Bases = tuple[Path, Path]
+
+
+@pytest.fixture
+def bases(tiny_encoder: Path, tiny_decoder: Path) -> Bases:
+    return tiny_encoder, tiny_decoder
+
+
+def begin(data: Path, bases: Bases, task: str | None = None, **given: str) -> Draft:
+    train, validation = sources_of(str(data), None)
+    first, *others = choices(train, given, task, None)
+    kind = METHODS[first.method].kinds[0]
+    base = bases[0] if kind == "encoder" else bases[1]
+    return draft(first, others, train, validation, path=recipe_path(str(data)), base=str(base))
+
+
+def trained(made: Draft, path: Path, out: Path) -> dict[str, Any]:
+    """The summary after one step of the recipe as it was written."""
+    path.write_text(made.text, encoding="utf-8")
+    recipe = load_recipe(path, ["stage.0.max_steps=1", "stage.0.precision=fp32", "threads=1"])
+    summary = run_recipe(recipe, out=out, progress=Progress(io.StringIO()))
+    return dataclasses.asdict(summary)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_rows_gives_a_recipe_that_trains(
+    kind: str, bases: Bases, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", KINDS[kind])
+    made = begin(path, bases)
+    assert made.reading.task == READ_AS[kind]
+    (data,) = trained(made, tmp_path / "rows.toml", tmp_path / "run")["data"]
+    assert data["held_out"] == made.held_out >= 19 and not any(data["skipped"].values())
+    assert not any(data["truncated"].values())
+
+
+@pytest.mark.parametrize("task", ["reward", "masked-lm"])
+def test_the_other_readings_train_too(task: str, bases: Bases, tmp_path: Path) -> None:
+    kind = "preferences" if task == "reward" else "plain text"
+    made = begin(write_jsonl(tmp_path / "rows.jsonl", KINDS[kind]), bases, task)
+    assert trained(made, tmp_path / "rows.toml", tmp_path / "run")["data"][0]["held_out"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet", ".xlsx"])
+def test_tables_of_every_format_train(ending: str, bases: Bases, tmp_path: Path) -> None:
+    made = begin(write_format(tmp_path, ending, KINDS["one label"]), bases)
+    assert f'train = "rows{ending}"' in made.text
+    assert (
+        trained(made, tmp_path / "rows.toml", tmp_path / "run")["data"][0]["rows"]["train"] == 100
+    )
+
+
+def test_the_tasks_of_the_command_line_are_all_that_rows_can_be_read_as() -> None:
+    from edgetune.cli.init import TASKS as OFFERED
+
+    assert {*OFFERED} == {*TASKS}
+
+
+def test_a_recipe_says_why(bases: Bases, tmp_path: Path) -> None:
+    rows = each(lambda n: {"a text": text(n), "how much": 40 * n + 0.5})
+    made = begin(write_table(tmp_path / "rows.csv", rows, ","), bases)
+    assert 'label = "{{ row[\\"how much\\"] | float / 1000 }}" # numbers up to 4760.5' in made.text
+    assert "hold_out = 20" in made.text and "120 rows of rows.csv (CSV)" in made.text
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(bases: Bases, tmp_path: Path) -> None:
+    rows = [*KINDS["one label"], {"id": 1, "message": "", "category": "heat"}]
+    made = begin(write_table(tmp_path / "rows.csv", rows, ","), bases)
+    assert "skip_invalid = true" in made.text and "# 1 rows cannot be used" in made.text
+    assert made.recipe.stage[0].data.skip_invalid
+
+
+def test_labels_that_differ_in_case_alone_are_made_one(bases: Bases, tmp_path: Path) -> None:
+    rows = each(lambda n: {"text": text(n), "label": label(n).title() if n % 5 else label(n)})
+    made = begin(write_jsonl(tmp_path / "rows.jsonl", rows), bases)
+    assert "normalise_labels = true" in made.text
+    assert made.findings == [] or all(one.kind != "alike-labels" for one in made.findings)
+
+
+def test_few_rows_hold_none_out_and_many_labels_get_their_names(
+    bases: Bases, tmp_path: Path
+) -> None:
+    rows = each(lambda n: {"text": text(n), "label": f"topic {'abcdefghijkl'[n % 12]}"}, 60)
+    made = begin(write_jsonl(tmp_path / "rows.jsonl", rows), bases)
+    assert "hold_out = 0" in made.text and "label_names = true" in made.text
+
+
+def test_a_folder_of_splits_measures_on_its_own(bases: Bases, tmp_path: Path) -> None:
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", KINDS["one label"])
+    write_jsonl(folder / "dev.jsonl", KINDS["one label"][:30])
+    write_jsonl(folder / "test.jsonl", KINDS["one label"][:30])
+    made = begin(folder, bases)
+    assert 'train = "shop/train.jsonl"' in made.text
+    assert 'validation = "shop/dev.jsonl"' in made.text and "hold_out" not in made.text
+    assert recipe_path(str(folder)) == tmp_path / "shop.toml"
+    assert [one.kind for one in made.findings if one.matters] == ["validation-in-train"]
+
+
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [
+        ("a/tickets.csv", "a/tickets.toml"),
+        ("tickets.jsonl.gz", "tickets.toml"),
+        ("data/part-*.jsonl", "data/part-.toml"),
+        ("owner/some-set:train", "some-set.toml"),
+    ],
+)
+def test_a_recipe_lies_beside_its_data(data: str, path: str) -> None:
+    assert recipe_path(data) == Path(path)
+
+
+def size(rows: int, *lengths: int, labels: int = 4, positions: int = 512) -> Size:
+    return Size(rows, labels, lengths or (20,), 384, positions)
+
+
+def values(task: str, of: Size) -> dict[str, Any]:
+    return {one.key: one.value for one in stage(Reading(task), of)}
+
+
+def test_passes_become_fewer_with_more_rows_and_never_none() -> None:
+    passes = [values("sequence-classification", size(n))["epochs"] for n in (200, 10_000, 10**6)]
+    assert passes == [10, 4, 1]
+    assert values("sft", size(300))["epochs"] == 3
+
+
+def test_a_wide_base_learns_at_a_smaller_rate() -> None:
+    narrow, wide = size(500), dataclasses.replace(size(500), hidden=2048)
+    rates = [values("sft", one)["learning_rate"] for one in (narrow, wide)]
+    assert rates == [5e-4, 2e-4]
+
+
+def test_few_long_texts_are_cut_and_no_answer_is() -> None:
+    lengths = [20] * 199 + [400]
+    of = size(200, *lengths)
+    assert longest(Reading("sequence-classification"), of).value == 32
+    assert longest(Reading("sft"), of).value == 448
+    assert longest(Reading("sft"), size(200, *lengths, positions=256)).value == 256

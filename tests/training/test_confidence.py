@@ -1,0 +1,184 @@
+"""`[confidence]`: fitted after training, kept with the adapter, alike in torch and in a bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from export_helpers import export
+from head_helpers import room_recipe, room_rows
+from training_helpers import INTENTS, ROOMS, recipe, silent, write_rows
+
+from edgetune.core.errors import RecipeError
+from edgetune.evaluation.evaluate import evaluate
+from edgetune.recipe.checks import check_confidence
+from edgetune.recipe.confidence import ConfidenceSettings
+from edgetune.recipe.schema import Recipe
+from edgetune.runtime import Runtime
+from edgetune.runtime.tasks.prediction_file import answer_rows, requests_of
+from edgetune.training import run_recipe
+
+MORE = ("cellar", "attic", "garage", "office", "bath", "study", "porch", "shed", "loft", "den")
+
+
+def rows(rooms: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [
+        {"text": text.format(room), "label": label}
+        for room in rooms
+        for label, text in INTENTS.items()
+    ]
+
+
+def intents(base: Path, folder: Path, **confidence: Any) -> Recipe:
+    """Trained on four rooms, measured on 30 rows of ten others, of which some have a wrong
+    label: there is something to be unsure of.
+    """
+    held_out = rows(MORE)
+    for row in held_out[::7]:
+        row["label"] = "music" if row["label"] != "music" else "heat"
+    train = write_rows(folder / "train.jsonl", rows(ROOMS))
+    validation = write_rows(folder / "dev.jsonl", held_out)
+    settings = ConfidenceSettings(**confidence) if confidence else None
+    made = recipe(base, "sequence-classification", train, validation, epochs=6)
+    return replace(made, confidence=settings)
+
+
+@cache
+def trained(base: Path) -> Path:
+    """A run whose threshold answers four fifths of the rows, and its bundle beside it."""
+    folder = base.parent / f"{base.name}-confidence"
+    folder.mkdir()
+    run_recipe(intents(base, folder, answered=0.8), out=folder / "run", progress=silent())
+    export(folder / "bundle", folder / "run")
+    return folder
+
+
+def told(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "adapter" / "edgetune_adapter.json").read_text())
+    return found["confidence"]
+
+
+def test_temperature_and_threshold_are_part_of_the_adapter(tiny_encoder: Path) -> None:
+    confidence = told(trained(tiny_encoder) / "run")
+    assert confidence["rows"] == 30 and confidence["answered"] == 0.8
+    assert 0.05 <= confidence["temperature"] <= 20 and 0 < confidence["threshold"] < 1
+    assert confidence["fitted_on"] == "torch"
+
+
+def test_run_and_bundle_give_the_same_scores_and_reject_the_same(tiny_encoder: Path) -> None:
+    folder = trained(tiny_encoder)
+    in_torch, in_bundle = (
+        evaluate(folder / name, folder / "dev.jsonl") for name in ("run", "bundle")
+    )
+    for ours, theirs in zip(in_torch.predictions, in_bundle.predictions, strict=True):
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+        assert ours.get("rejected") == theirs.get("rejected")
+    assert in_torch.metrics["answered"] == pytest.approx(0.8)
+    assert in_torch.metrics["expected_calibration_error"] == pytest.approx(
+        in_bundle.metrics["expected_calibration_error"], abs=1e-3
+    )
+
+
+def test_a_low_score_has_no_label_and_says_what_was_rejected(tiny_encoder: Path) -> None:
+    folder = trained(tiny_encoder)
+    texts = [row["text"] for row in rows(MORE)]
+    with Runtime.open(folder / "bundle") as runtime:
+        least = runtime.adapter("run").confidence.threshold or 0.0
+        own = runtime.classify(texts, "run")
+        every = runtime.classify(texts, "run", threshold=0)
+        none = runtime.classify(texts, "run", threshold=1)
+        requests = requests_of(
+            runtime, [(1, {"text": texts[0]})], path="rows", adapter="run", truncate=True
+        )
+        ((_, answered),) = answer_rows(runtime, requests, threshold=1)
+    assert [one.label is None for one in own] == [one.score < least for one in every]
+    assert all(one.label == one.likeliest and one.rejected is None for one in every)
+    assert all(one.label is None and one.rejected == one.likeliest for one in none)
+    assert answered["label"] is None and answered["rejected"] == every[0].label
+    assert answered["score"] == round(every[0].score, 6)
+
+
+def test_the_scores_are_the_logits_over_the_temperature(tiny_encoder: Path) -> None:
+    folder = trained(tiny_encoder)
+    temperature = told(folder / "run")["temperature"]
+    with Runtime.open(folder / "bundle") as runtime:
+        (found,) = runtime.classify(["play a song in the attic"], "run")
+        logits, _ = runtime.encoder.run(  # type: ignore[union-attr]
+            [runtime.text_ids("play a song in the attic", "run")],
+            [runtime.bound("run")],
+            pad_token_id=0,
+        )
+    p = np.exp(logits[0] / temperature)
+    assert list(found.scores.values()) == pytest.approx((p / p.sum()).tolist(), abs=1e-6)
+
+
+def test_without_the_table_there_is_a_temperature_and_no_threshold(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    summary = run_recipe(intents(tiny_encoder, tmp_path), out=tmp_path / "run", progress=silent())
+    confidence = told(tmp_path / "run")
+    assert confidence["threshold"] is None and confidence["temperature"] != 1.0
+    assert summary.confidence is not None
+    found = evaluate(tmp_path / "run", tmp_path / "dev.jsonl").metrics
+    assert found["expected_calibration_error"] == pytest.approx(
+        summary.confidence["expected_calibration_error"], abs=1e-3
+    )
+
+
+def test_a_target_that_nothing_reaches_is_said_and_keeps_no_threshold(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    asked = intents(tiny_encoder, tmp_path, target=0.99)
+    summary = run_recipe(asked, out=tmp_path / "run", progress=silent())
+    assert told(tmp_path / "run")["threshold"] is None
+    (line,) = [line for line in summary.warnings if "[confidence]" in line]
+    assert "no threshold gives 99% right answers" in line and "230 right answers" in line
+
+
+def test_too_few_validation_rows_are_said_where_a_threshold_was_asked_for(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    asked = intents(tiny_encoder, tmp_path, target=0.9)
+    write_rows(tmp_path / "dev.jsonl", rows(MORE)[:12])
+    summary = run_recipe(asked, out=tmp_path / "run", progress=silent())
+    assert told(tmp_path / "run") is None and summary.confidence is None
+    assert any("12 validation rows are too few" in line for line in summary.warnings)
+
+
+def test_a_tagger_is_calibrated_by_its_words(tiny_encoder: Path, tmp_path: Path) -> None:
+    asked = room_recipe(tiny_encoder, tmp_path)
+    write_rows(tmp_path / "rooms-dev.jsonl", room_rows())
+    summary = run_recipe(asked, out=tmp_path / "run", progress=silent())
+    assert told(tmp_path / "run")["rows"] == sum(len(row["tokens"]) for row in room_rows())
+    found = evaluate(tmp_path / "run", tmp_path / "rooms-dev.jsonl")
+    assert summary.analysis is not None and summary.confidence is not None
+    assert found.analysis["classes"] == summary.analysis["classes"]
+    assert found.analysis["wrong"] == summary.analysis["wrong"] == len(found.errors)
+    assert found.metrics["expected_calibration_error"] == pytest.approx(
+        summary.confidence["expected_calibration_error"], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "problem", "settings", "said"),
+    [
+        ("sft", "single-label", {}, "no meaning for sft"),
+        ("sequence-classification", "regression", {}, "no meaning for problem = 'regression'"),
+        ("sequence-classification", "multi-label", {"target": 0.9}, "confidence.target"),
+        ("token-classification", "single-label", {"answered": 0.9}, "confidence.answered"),
+        ("sequence-classification", "single-label", {"target": 0.9}, "there are none"),
+    ],
+)
+def test_a_table_that_means_nothing_is_refused(
+    method: str, problem: Any, settings: dict[str, Any], said: str, tiny_encoder: Path
+) -> None:
+    made = recipe(tiny_encoder, method, Path("train.jsonl"), None, problem=problem)
+    with pytest.raises(RecipeError, match=said):
+        check_confidence(
+            replace(made, confidence=ConfidenceSettings(**settings)), where="recipe.toml"
+        )
