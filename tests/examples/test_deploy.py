@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_docs import parse
 
 from edgetune.cli.serve import command as serve
 
@@ -64,3 +65,15 @@ def test_the_unit_waits_for_answers_longer_than_the_server_drains() -> None:
     drain = serve.make_context("serve", words[2:]).params["drain"]
     (stop,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
     assert float(stop) > drain
+
+
+def test_the_workflow_gates_by_commands_that_there_are() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / "examples" / "ci" / "edgetune.yml").read_text())
+    steps = workflow["jobs"]["bundle"]["steps"]
+    script = "\n".join(step["run"] for step in steps if "run" in step)
+    found = re.findall(r"^ *(edgetune [^\"|&>\n]*)", script, re.MULTILINE)
+    assert [line.split()[1] for line in found] == ["train", "export", "eval", "check"]
+    for line in found:
+        parse(shlex.split(line)[1:], whole=True)
+    assert "--against baseline.json" in script and "exit $code" in script
