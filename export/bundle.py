@@ -33,7 +33,14 @@ from edgetune.export.inputs.calibration_text import (
     check_activations,
     check_quantiser,
 )
-from edgetune.export.inputs.sources import AdapterSource, base_of, check_sources, read_source
+from edgetune.export.inputs.small_adapter import write_rounded
+from edgetune.export.inputs.sources import (
+    AdapterSource,
+    base_of,
+    check_adapter_precision,
+    check_sources,
+    read_source,
+)
 from edgetune.export.proof.cost import CostPlan
 from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import probe_rows
@@ -74,6 +81,7 @@ def export_bundle(
     cost: CostPlan | None = None,
     context: int | None = None,
     replace_finished: bool = True,
+    adapter_precision: str = "fp32",
 ) -> Manifest:
     """Write a bundle of `adapters` (name, run folder or PEFT folder) to `out` and prove it.
 
@@ -82,10 +90,11 @@ def export_bundle(
     validation rows, and nothing does. `cost` says where WikiText-2 and STS-B are, on which
     the precision's cost is taken; not given: it is not. `calibration`: text for the quantiser gptq;
     not given: the training rows of the runs. `context`: positions, where the base has more than
-    the 8,192 that a bundle has by itself. `traced` keeps the graph for further bundles of the same
-    model. A bundle at `out` is replaced, which is said; with `replace_finished=False` it is an
-    OutputError. ProofError when the proof fails or the verdict is a refusal; then, as after any
-    error, nothing is left at `out` that was not there before.
+    the 8,192 that a bundle has by itself. `adapter_precision`: how the adapters' own numbers are
+    stored (`core.precisions.ADAPTER_PRECISIONS`); fp32: as they are. `traced` keeps the graph for
+    further bundles of the same model. A bundle at `out` is replaced, which is said; with
+    `replace_finished=False` it is an OutputError. ProofError when the proof fails or the verdict is
+    a refusal; then, as after any error, nothing is left at `out` that was not there before.
     """
     precision = precision or Precision()
     check_place(out, finished=replace_finished, say=say)
@@ -99,6 +108,7 @@ def export_bundle(
         )
         mode = "merged"
     check_sources(sources, mode, precision, base_name)
+    check_adapter_precision(adapter_precision, sources, mode)
     swaps = not any(source.is_model or source.config.get("use_dora") for source in sources)
     check_quantiser(precision, mode=mode, calibration=calibration, swaps=swaps)
     base = replace(base_of(sources, base_name), context=context)
@@ -118,6 +128,7 @@ def export_bundle(
             calibration=calibration,
             say=say,
             traced=traced,
+            adapter_precision=adapter_precision,
         )
         text = prove_text(folder, manifest, base, sources)
         say(f"proof of the text: passed; {text.line()}")
@@ -212,6 +223,7 @@ def _build(
     say: Say,
     calibration: Path | None = None,
     traced: Traced | None = None,
+    adapter_precision: str = "fp32",
 ) -> tuple[Manifest, dict[str, list[list[int]]]]:
     """Everything but the proof: files in `folder`, the manifest so far, and the probe rows of each
     adapter.
@@ -265,7 +277,8 @@ def _build(
         head=head,
         tokenizer=files,
         adapters=(),
-        quality={"kept_in_fp32": floats} if floats else {},
+        quality=({"kept_in_fp32": floats} if floats else {})
+        | ({"adapter_precision": adapter_precision} if adapter_precision != "fp32" else {}),
     )
     for line in filter(
         None, (warning(source.name, source.metadata, manifest) for source in sources)
@@ -312,8 +325,12 @@ def _add_adapter(
 ) -> AdapterEntry:
     """Copy the PEFT folder, write the same weights for other engines, describe both."""
     place = Path(ADAPTERS) / source.name
-    if not source.is_model:
+    own = manifest.quality.get("adapter_precision")
+    if own is not None:
+        write_rounded(source.folder, folder / place, own)
+    elif not source.is_model:
         copy_adapter(source.folder, folder / place)
+    stored = source.folder if source.is_model else folder / place
     entry = AdapterEntry(
         name=source.name,
         path=str(place),
@@ -323,14 +340,14 @@ def _add_adapter(
         prompt_format=source.metadata.get("prompt_format"),
         generation=source.metadata.get("generation"),
         rank=int(source.config.get("r", 0)),
-        digest=(None if source.is_model else sha256_file(source.folder / ADAPTER_WEIGHTS)),
+        digest=(None if source.is_model else sha256_file(stored / ADAPTER_WEIGHTS)),
         onnx_adapter=None,
         metrics=dict(source.metadata.get("metrics") or {}),
         max_length=source.metadata.get("max_length"),
     )
     if manifest.mode == "merged":
         return replace(entry, path=None, confidence=source.metadata.get("confidence"))
-    packed = pack_adapter(source.folder, manifest, name=source.name)
+    packed = pack_adapter(stored, manifest, name=source.name)
     for note in packed.notes:
         say(f"adapter {source.name}: {note}")
     if manifest.graph.standard is None:  # nor is there a graph that takes such a file

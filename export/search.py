@@ -115,6 +115,7 @@ def export_smallest(
     calibration: Path | None = None,
     context: int | None = None,
     replace_finished: bool = True,
+    adapter_precision: str = "fp32",
 ) -> Found:
     """Write the smallest bundle to `out` that loses at most `max_loss` (a share) of every adapter's
     task metric.
@@ -145,6 +146,7 @@ def export_smallest(
             None if cost is None else replace(cost, known={}),
             calibration,
             context,
+            adapter_precision,
         )
         first = search.tried(Candidate(Precision("fp32", overrides=dict(keep or {})), 0.0))
         if first.failed:
@@ -269,8 +271,10 @@ class _Search:
         cost: CostPlan | None = None,
         calibration: Path | None = None,
         context: int | None = None,
+        adapter_precision: str = "fp32",
     ) -> None:
         self.calibration, self.context = calibration, context
+        self.adapter_precision = adapter_precision
         self.adapters, self.folder, self.mode, self.base_name = adapters, folder, mode, base_name
         self.plan, self.threads, self.say, self.cost, self.traced = (
             plan,
@@ -317,6 +321,7 @@ class _Search:
                 traced=self.traced,
                 cost=self.cost,
                 context=self.context,
+                adapter_precision=self.adapter_precision,
                 calibration=self.calibration if candidate.precision.quantiser == "gptq" else None,
             )
             trial = self._measured(candidate.name, manifest)

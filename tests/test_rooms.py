@@ -27,7 +27,6 @@ FLOORS = {
     "data": "core models recipe",
     "devices": "core",
     "adapters": "core edgetune models quantisation recipe",
-    "inspection": "core data models recipe",
     "metrics": "core",
     "objectives": "data models",
     "runtime.bundle": "core",
@@ -67,6 +66,12 @@ FLOORS = {
         "quantisation recipe runtime.generation training.fast training.parallel "
         "training.reinforcement"
     ),
+    "inspection": "core data models recipe training",
+    "compression": (
+        "core export export.inputs export.proof models recipe runtime.adapters training "
+        "training.parallel"
+    ),
+    "labelling": "core data metrics runtime",
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"
@@ -79,9 +84,10 @@ FLOORS = {
     ),
     "runtime.server": "core runtime.scheduler runtime.server.endpoints runtime.server.http",
     "cli": (
-        "core data devices edgetune evaluation evaluation.forgetting export export.graph "
-        "export.inputs export.proof inspection metrics models quantisation quickstart recipe "
-        "report runtime.bundle runtime.check runtime.engine runtime.scheduler runtime.server "
+        "compression core data devices edgetune evaluation evaluation.forgetting export "
+        "export.graph export.inputs export.proof inspection labelling metrics models quantisation "
+        "quickstart recipe report runtime.bundle runtime.check runtime.engine "
+        "runtime.scheduler runtime.server "
         "runtime.server.http runtime.tasks training training.parallel"
     ),
     "__main__": "cli",

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from edgetune import __version__
+from edgetune.core.adapter_codes import decode_file, is_coded, plain_config, unknown_layout
 from edgetune.core.errors import AdapterError
 from edgetune.core.files import sha256_file, whole_folder, write_json
 from edgetune.core.layout import (
@@ -37,6 +39,7 @@ PEFT_TASKS = {
     "sequence-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "masked-lm": "FEATURE_EXTRACTION",
+    "feature-extraction": "FEATURE_EXTRACTION",
     "reward": "SEQ_CLS",
 }
 
@@ -146,7 +149,7 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     listed.
     """
     try:
-        config = LoraConfig.from_pretrained(str(folder))
+        config = read_config(folder)
         guards = HEAD_GUARDS if isinstance(model, SequenceClassifier) and not model.layers else ()
         saved = [name for name in config.modules_to_save or () if name not in guards]
         config.modules_to_save = saved or None
@@ -154,7 +157,7 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise AdapterError(f"PEFT cannot load this adapter: {error}", where=str(folder)) from error
     tensors = _without_copies(
-        {peft_name(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()},
+        {peft_name(name): tensor for name, tensor in read_tensors(folder).items()},
         model,
         folder,
     )
@@ -164,6 +167,30 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
         raise AdapterError(f"{folder} does not fit the base model", got="; ".join(problems))
     set_peft_model_state_dict(adapted, tensors)
     return adapted.eval()
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """PEFT's configuration of an adapter folder, also of a small one, which PEFT itself refuses."""
+    written = LoraConfig.from_json_file(str(folder / ADAPTER_CONFIG))
+    if not is_coded(written):
+        return LoraConfig.from_pretrained(str(folder))
+    if (layout := unknown_layout(written)) is not None:
+        raise ValueError(layout)
+    config = LoraConfig.from_peft_type(**LoraConfig.check_kwargs(**plain_config(written)))
+    for name, tensor in read_tensors(folder).items():
+        module, is_a, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")
+        if is_a and tensor.shape[0] != config.r:
+            config.rank_pattern[f"^{re.escape(module)}"] = tensor.shape[0]
+    config.alpha_pattern = dict(config.rank_pattern)
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights of an adapter folder by their names in it; those of a small one decoded."""
+    file = folder / ADAPTER_WEIGHTS
+    if not is_coded(LoraConfig.from_json_file(str(folder / ADAPTER_CONFIG))):
+        return load_file(file)
+    return {name: torch.from_numpy(array) for name, array in decode_file(load_numpy(file)).items()}
 
 
 def peft_name(name: str) -> str:

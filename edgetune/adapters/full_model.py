@@ -19,7 +19,7 @@ from edgetune.core.errors import AdapterError
 from edgetune.core.files import output_errors, write_json
 from edgetune.core.layout import ADAPTER, MODEL, MODEL_METADATA, TOKENIZER_FILES
 from edgetune.models.base import Base, digest_of, open_folder
-from edgetune.models.heads import SequenceClassifier
+from edgetune.models.heads import Embedder, SequenceClassifier
 from edgetune.models.load import quiet
 from edgetune.models.sentence_encoder import sentence_files
 
@@ -36,7 +36,7 @@ def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: Adapt
     it is complete.
     """
     folder = run / MODEL
-    body: Any = model.body if isinstance(model, SequenceClassifier) else model
+    body: Any = model.body if isinstance(model, (Embedder, SequenceClassifier)) else model
     with output_errors(folder), quiet():
         body.save_pretrained(folder)
         for name in (*BESIDE, *sentence_files(base.folder)):

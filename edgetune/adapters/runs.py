@@ -10,8 +10,9 @@ from edgetune.adapters.folder import load_adapter, read_metadata
 from edgetune.adapters.full_model import full_folder, own_base, read_full
 from edgetune.core.errors import AdapterError, OutputError
 from edgetune.core.layout import ADAPTER, ADAPTER_METADATA, LAYOUT, SUMMARY
+from edgetune.core.tasks import EMBEDDING
 from edgetune.models.base import Base
-from edgetune.models.heads import RewardModel, build_classifier
+from edgetune.models.heads import Embedder, RewardModel, build_classifier
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.models.masked_lm import load_masked_lm
 from edgetune.models.resolve import resolve_base
@@ -28,6 +29,8 @@ def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         model = (
             load_masked_lm(base, seed=0)[0] if metadata["task"] == "masked-lm" else load_body(base)
         )
+        if metadata["task"] == EMBEDDING:
+            model = Embedder(model, pooling=metadata["pooling"] or "mean")
         return model, load_tokenizer(base), metadata
     adapter_dir = find_adapter(folder)
     metadata = read_metadata(adapter_dir)
@@ -44,6 +47,8 @@ def load_adapted_model(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         )
     elif metadata["task"] == "reward":
         model = RewardModel(model)
+    elif metadata["task"] == EMBEDDING:
+        model = Embedder(model, pooling=metadata["pooling"] or "mean")
     return load_adapter(model, adapter_dir), load_tokenizer(base), metadata
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-from edgetune.adapters.folder import mismatches, read_metadata
+from edgetune.adapters.folder import mismatches, read_config, read_metadata, read_tensors
 from edgetune.adapters.runs import find_adapter
 from edgetune.core.errors import AdapterError, RecipeError
 from edgetune.core.files import sha256_file
@@ -56,7 +55,7 @@ class StartAdapter:
         another adapter.
         """
         self._check_settings(model.peft_config["default"])
-        tensors = load_file(self.folder / ADAPTER_WEIGHTS)
+        tensors = read_tensors(self.folder)
         if problems := mismatches(
             get_peft_model_state_dict(model, save_embedding_layers=False), tensors
         ):
@@ -70,7 +69,7 @@ class StartAdapter:
         set_peft_model_state_dict(model, tensors)
 
     def _check_settings(self, wanted: Any) -> None:
-        found = LoraConfig.from_pretrained(str(self.folder))
+        found = read_config(self.folder)
         differing = [name for name in SCALES if getattr(wanted, name) != getattr(found, name)]
         if differing:
             raise AdapterError(

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from edgetune.cli.options import THREADS, show_verdicts
+from edgetune.cli.options import THREADS, share_of, show_verdicts
 from edgetune.core.errors import ExportError
-from edgetune.core.precisions import PRECISIONS
+from edgetune.core.precisions import ADAPTER_PRECISIONS, PRECISIONS
 
 BLOCK_SIZE = 32
 
@@ -57,6 +57,16 @@ BLOCK_SIZE = 32
         "How weights are stored; fp16 (activations and cache too) is for GPUs; auto: the smallest"
         " that keeps within --max-loss; not given: what all adapters were trained for"
         " (base_precision), else int8."
+    ),
+)
+@click.option(
+    "--adapter-precision",
+    type=click.Choice(ADAPTER_PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help=(
+        "How the adapters' own numbers are stored: int8 to int2 as codes, at their own rank; what"
+        " that loses is part of the proof."
     ),
 )
 @click.option(
@@ -171,6 +181,7 @@ def command(
     form: str,
     mode: str,
     precision: str | None,
+    adapter_precision: str,
     max_loss: str | None,
     block_size: int,
     activations: str,
@@ -229,6 +240,7 @@ def command(
                 quantiser=quantiser,
                 calibration=calibration,
                 replace_finished=replace,
+                adapter_precision=adapter_precision,
             )
             return
         if max_loss is not None:
@@ -264,6 +276,7 @@ def command(
             cost=cost,
             context=context,
             replace_finished=replace,
+            adapter_precision=adapter_precision,
         )
     size = sum(info.bytes for info in manifest.files.values()) / 1e6
     click.echo(
@@ -293,7 +306,7 @@ def _smallest(
     found = export_smallest(
         sources,
         out,
-        max_loss=_share(max_loss or "0.5%"),
+        max_loss=share_of(max_loss or "0.5%"),
         say=lambda line: click.echo(line, err=True),
         **options,
     )
@@ -326,23 +339,11 @@ def _cost(general: Path | None, items: int | None) -> Any:
     return CostPlan(general or Path(root or "") / "general_ability", items)
 
 
-def _share(text: str) -> float:
-    """`0.5%` or `0.005`."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise ExportError(
-            "cannot read --max-loss", expected="a share of the metric, as 0.5% or 0.005", got=text
-        )
-    return value
-
-
 OF_BUNDLES = (
     "replace",
     "mode",
     "precision",
+    "adapter_precision",
     "max_loss",
     "block_size",
     "activations",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from edgetune.inspection.readings import Reading
     from edgetune.inspection.starting import Draft
 
+FEW_ROWS = 50
 ALSO = 3  # other readings that are shown
 TASKS = (
     "sequence-classification",
@@ -115,14 +116,18 @@ def _asked(found: Sequence[Reading]) -> int:
 
 def _say(made: Draft) -> None:
     """What was found in the file, and what was made of it."""
-    from edgetune.inspection.screen import lengths_line, rows_line
+    from edgetune.inspection.screen import held_out_line, lengths_line, rows_line
 
     click.echo(rows_line(made.overview))
     click.echo(f"read as {made.reading.task}: {made.reading.what}")
     for other in made.others[:ALSO]:
         click.echo(f"     or {other.options()}  ({other.what})")
     click.echo(lengths_line(made.overview))
-    if made.held_out:
-        click.echo(f"{made.held_out} rows are held out to measure on")
+    if held_out := held_out_line(made.overview):
+        click.echo(f"to measure on: {held_out}")
+    if (rows := made.overview.rows["train"]) < FEW_ROWS:
+        click.echo(f"warning: {rows} rows are few to learn from")
+    if made.note:
+        click.echo(f"warning: {made.note}")
     for finding in made.findings:
         click.echo(f"{'warning: ' if finding.matters else ''}{finding.line}")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from edgetune.core.errors import ExportError
+
 THREADS = click.IntRange(1, 1024)
 """what `--threads` takes; more are never of use, and starting them would take minutes"""
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -87,3 +89,16 @@ def show_verdicts(verdicts: Mapping[str, Mapping[str, Any]]) -> None:
     for name, one in verdicts.items():
         colour = "green" if one["value"] == AS_TRAINED else "red" if one["reasons"] else "yellow"
         click.echo(f"{name}: " + click.style(ProofVerdict(**one).line(), fg=colour))
+
+
+def share_of(text: str) -> float:
+    """`0.5%` or `0.005` of `--max-loss`."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise ExportError(
+            "cannot read --max-loss", expected="a share of the metric, as 0.5% or 0.005", got=text
+        )
+    return value

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.core.arrays import Float32
+from edgetune.core.errors import AdapterError
 
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.05, 20.0
 
@@ -60,8 +61,14 @@ KNOWN = tuple(field.name for field in fields(Confidence))
 
 
 def confidence_of(metadata: Mapping[str, Any]) -> Confidence:
-    """What an adapter's metadata says; keys that a later version adds are passed over."""
-    found = metadata.get("confidence") or {}
+    """What an adapter's metadata says; keys that a later version adds are passed over. AdapterError
+    for numbers that are none.
+    """
+    found = metadata.get("confidence")
+    if found is None:
+        return NONE
+    if wrong := confidence_problems(found):
+        raise AdapterError("; ".join(wrong), fix="Train the adapter again.")
     return Confidence(**{name: found[name] for name in KNOWN if name in found})
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 RECIPE, ADAPTER, MODEL, JOURNAL = "recipe.toml", "adapter", "model", "metrics.jsonl"
 SUMMARY, REPORT, CHECKPOINTS, CURVES = "summary.json", "report.html", "checkpoints", "tensorboard"
 TRIALS = "search.jsonl"  # of a run whose settings were searched
-LAYOUT = frozenset({RECIPE, ADAPTER, MODEL, JOURNAL, SUMMARY, REPORT, CHECKPOINTS, CURVES, TRIALS})
+# of a run and of a bundle: a folder for each adapter, in a run those of judges, each a run itself
+ADAPTERS = "adapters"
+LAYOUT = frozenset(
+    {RECIPE, ADAPTER, ADAPTERS, MODEL, JOURNAL, SUMMARY, REPORT, CHECKPOINTS, CURVES, TRIALS}
+)
 # An adapter: PEFT's own two files, and ours.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_METADATA = "edgetune_adapter.json"
@@ -26,7 +30,7 @@ TOKENIZER_FILES = (
     TOOL_TEMPLATE,
 )
 # A bundle, which keeps each adapter in a folder of ADAPTERS.
-MANIFEST, ADAPTERS = "edgetune.json", "adapters"
+MANIFEST = "edgetune.json"
 # Layers that transformers' classifiers put before their output and ours do not have: our folders
 # name them as saved, so PEFT refuses to load a folder into such a class (a KeyError names the
 # layer) instead of giving other labels.

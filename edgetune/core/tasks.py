@@ -18,19 +18,25 @@ MethodName = Literal[
     "grpo",
     "reward",
     "masked-lm",
+    "contrastive",
     "sequence-classification",
     "token-classification",
 ]
 Problem = Literal["single-label", "multi-label", "regression"]
 Task = Literal[
-    "text-generation", "reward", "masked-lm", "sequence-classification", "token-classification"
+    "text-generation",
+    "reward",
+    "masked-lm",
+    "feature-extraction",
+    "sequence-classification",
+    "token-classification",
 ]
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 TAGGING: Task = "token-classification"
 CLASSIFICATION: Task = "sequence-classification"
 MASKED: Task = "masked-lm"
-EMBEDDING = "feature-extraction"
-"""What a masked-lm adapter does in a bundle: the encoder's embedding, of another domain."""
+EMBEDDING: Task = "feature-extraction"
+"""A text's embedding: what contrastive trains, and what a masked-lm adapter gives in a bundle."""
 GENERATION: Task = "text-generation"
 REWARD: Task = "reward"
 PROBLEMS = get_args(Problem)
@@ -70,8 +76,15 @@ METHODS: dict[MethodName, Method] = {
         task=REWARD,
         kinds=("decoder",),
         columns=("prompt", "chosen", "rejected", "system", "template"),
+        settings=("adapter",),
     ),
     "masked-lm": Method(task="masked-lm", kinds=("encoder",), columns=("text",)),
+    "contrastive": Method(
+        task=EMBEDDING,
+        kinds=("encoder",),
+        columns=("text", "text_pair", "negative", "label", "label_names"),
+        settings=("contrastive",),
+    ),
     "sequence-classification": Method(
         task="sequence-classification",
         kinds=("encoder", "decoder"),
@@ -95,6 +108,7 @@ BEST_BY = {
     "sequence-classification": ("accuracy",),
     "multi-label": ("micro_f1",),
     "token-classification": ("entity_f1", "token_accuracy"),
+    "contrastive": ("accuracy", "spearman", "mrr"),
     "reward": ("preference_accuracy",),
     "dpo": ("preference_accuracy",),
     "grpo": ("reward",),

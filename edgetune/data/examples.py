@@ -65,6 +65,8 @@ class ExampleSet:
     mask: Mask | None = None
     # of tagged rows: {"cut", "no_sub_word"}
     unseen_words: dict[str, dict[str, int]] = field(default_factory=dict)
+    # validation rows that are none of the labels; their class is not read
+    out_of_scope: list[Example] = field(default_factory=list)
     # what each file was taken for, and what its rows show (of packed text, the documents)
     notes: dict[str, list[str]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)

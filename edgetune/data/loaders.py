@@ -9,16 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 from edgetune.core.errors import RecipeError
-from edgetune.core.tasks import METHODS
+from edgetune.core.tasks import EMBEDDING, METHODS
 from edgetune.data.completions import load_completions, prompted_rows, without_end
-from edgetune.data.examples import ExampleSet, Loading, token_limit
+from edgetune.data.contrasts import load_contrasts, stage_format
+from edgetune.data.examples import Example, ExampleSet, Loading, token_limit
 from edgetune.data.findings import Finding, cut, find, unusable
 from edgetune.data.implicit_prompts import paired, well_answered
-from edgetune.data.labels import load_labelled
+from edgetune.data.labels import LabelledRow, encode_texts, load_labelled
 from edgetune.data.masking import load_masked
+from edgetune.data.out_of_scope import without_outside
 from edgetune.data.plain_text import load_packed
 from edgetune.data.preferences import load_preferences
-from edgetune.data.prompts import PromptFormat, prompt_format
+from edgetune.data.prompts import PromptFormat
 from edgetune.data.rollout_prompts import load_prompts
 from edgetune.data.row import RowTexts
 from edgetune.data.row_texts import row_texts
@@ -36,6 +38,7 @@ LOADERS: dict[str, Callable[[Loading], ExampleSet]] = {
     "causal-lm": load_packed,
     "masked-lm": load_masked,
     "sft": load_completions,
+    "contrastive": load_contrasts,
     "sequence-classification": load_labelled,
     "multi-label": load_targets,
     "regression": load_targets,
@@ -47,21 +50,36 @@ LOADERS: dict[str, Callable[[Loading], ExampleSet]] = {
 
 
 def load_examples(
-    stage: Stage, tokenizer: Any, base: Base, labels: Sequence[str] | None = None, *, seed: int = 0
+    stage: Stage,
+    tokenizer: Any,
+    base: Base,
+    labels: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    outside: str | None = None,
 ) -> ExampleSet:
     """All examples of a stage; `labels` fixes the classes, else they are the sorted labels of the
     training file.
 
     Raises RecipeError when method and base do not fit, DataError for a row that cannot be used
     (with `data.skip_invalid` such rows are counted instead). `seed` draws the subset of
-    `data.limit`.
+    `data.limit`. `outside`: see `outside_label`.
     """
     loading = open_rows(stage, tokenizer, base, labels, seed=seed)
+    others: list[LabelledRow] = []
+    if outside is not None:
+        sources, others = without_outside(loading.sources, loading.form, outside)
+        loading = replace(loading, sources=sources)
     sources = loading.sources
     found = loader_of(stage, base)(loading)
     findings = _findings(stage, sources, loading.form, found, seed=seed)
     drawn = None if stage.data.validation is not None else len(_held(sources).rows)
-    return replace(found, findings=findings, held_out=drawn)
+    found = replace(found, findings=findings, held_out=drawn)
+    if not others:
+        return found
+    ids, _ = encode_texts([row.text for row in others], loading.tokenizer, limit=loading.limit)
+    strangers = [Example(one, 0, row.line) for row, one in zip(others, ids, strict=True)]
+    return replace(found, out_of_scope=strangers)
 
 
 def open_rows(
@@ -71,9 +89,8 @@ def open_rows(
     _check_kind(stage, base)
     sources = stage_rows(stage, seed=seed)
     limit = token_limit(stage.max_length, tokenizer, base)
-    form = prompt_format(
-        stage.data,
-        method=stage.method,
+    form = stage_format(
+        stage,
         chat_template=tokenizer.chat_template,
         columns=sources["train"].rows[0].values,
     )
@@ -165,6 +182,9 @@ def told(stage: Stage, form: PromptFormat) -> list[str]:
         "{{ chosen }}",
     ):
         notes.append(f"answered with {form.completion!r}")
+    if stage.task == EMBEDDING:
+        found = {"alike": form.positive, "unlike": form.negative, "label": form.label}
+        notes += [f"{what}: {template!r}" for what, template in found.items() if template]
     if form.system_column is not None:
         notes.append(f"system messages of the rows' own, {form.system_column!r}")
     if stage.data.tags is None and form.tags not in (None, "tags"):

@@ -71,12 +71,17 @@ class PromptFormat:
     system_column: str | None = None  # a row's own system message; `system` is the same for all
 
     control_tokens: Literal["text", "tokens"] = "text"  # what a row's spelling of one is
+    positive: str | None = None  # contrastive: a text that is like `text`, and one that is not
+    negative: str | None = None
 
     def to_dict(self) -> dict[str, str | None]:
         """As it is recorded in `edgetune_adapter.json`."""
         recorded = asdict(self)
         if self.control_tokens == "text":  # as every adapter before there was a choice
             del recorded["control_tokens"]
+        for name in ("positive", "negative"):  # no other method's adapter has them
+            if recorded[name] is None:
+                del recorded[name]
         return recorded
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from edgetune.core.errors import DataError
 from edgetune.core.messages import calls_text
-from edgetune.core.tasks import GENERATION, METHODS, REWARD, TAGGING
+from edgetune.core.tasks import EMBEDDING, GENERATION, METHODS, REWARD, TAGGING
 from edgetune.core.text import Text
 from edgetune.data.columns import number_in
+from edgetune.data.contrasts import contrasted, stage_format
 from edgetune.data.conversations import Prompt, row_answer, row_prompt, turns_and_answer
 from edgetune.data.implicit_prompts import row_pair
 from edgetune.data.label_sets import label_reader
-from edgetune.data.prompts import PromptFormat, prompt_format, render, row_text
+from edgetune.data.prompts import PromptFormat, render, row_text
 from edgetune.data.row import Row, RowTexts
 from edgetune.data.rows import Rows
 from edgetune.data.tagging import tagged_rows
@@ -32,12 +33,7 @@ def row_texts(
     `form`: how they are read; not given: as with a base that has a chat template, which these texts
     are without.
     """
-    form = form or prompt_format(
-        stage.data,
-        method=stage.method,
-        chat_template="chat",
-        columns=source.rows[0].values,
-    )
+    form = form or stage_format(stage, chat_template="chat", columns=source.rows[0].values)
     read = _reader(stage, source, form)
     found, refused = list[RowTexts](), dict[int, DataError]()
     for row in source.rows:
@@ -52,6 +48,8 @@ def _reader(stage: Stage, source: Rows, form: PromptFormat) -> Read:
     """(row, place) → asked, answered, names."""
     if stage.task == TAGGING:
         return _tags(source, form)
+    if stage.task == EMBEDDING:
+        return lambda row, where: contrasted(row, form, where)
     if "label" in METHODS[stage.method].columns:
         return _labels(stage, source, form)
     if stage.task in (GENERATION, REWARD) and "prompt" in METHODS[stage.method].columns:

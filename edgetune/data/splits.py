@@ -21,6 +21,7 @@ from edgetune.recipe.schema import Stage
 # without a word in the recipe: a tenth of the rows, at least and at most so many; of less than
 # ENOUGH rows none, for LEAST of them would be missed
 SHARE, LEAST, MOST, ENOUGH = 10, 20, 1000, 100
+BINS = 5  # of numbers, each of which gives its share
 NAMED = 4  # labels that a line names
 
 
@@ -90,7 +91,7 @@ def hold_out(stage: Stage, source: Rows, *, seed: int) -> tuple[Rows, Rows] | No
             f"nothing is held out of less than {ENOUGH} rows (data.hold_out = N draws N of them)"
         )
         return None
-    groups = _groups(texts)
+    groups = _groups(_binned(texts) if stage.problem == "regression" else texts)
     drawn = _drawn(groups, count, random.Random(seed))
     if not drawn and asked is None:
         source.note("nothing is held out: all rows ask the same, or no label has a second row")
@@ -124,6 +125,15 @@ class _Group:
     def counts(self) -> Counter[str]:
         """Label → rows that have it."""
         return Counter(name for row in self.rows for name in row.names)
+
+
+def _binned(texts: Sequence[RowTexts]) -> list[RowTexts]:
+    """The rows with the fifth of all numbers that theirs lies in for a name, so that small and
+    large ones are held out alike.
+    """
+    order = sorted(range(len(texts)), key=lambda at: float(texts[at].answered))
+    fifth = {at: str(BINS * place // len(texts)) for place, at in enumerate(order)}
+    return [replace(row, names=(fifth[at],)) for at, row in enumerate(texts)]
 
 
 def _groups(texts: Sequence[RowTexts]) -> list[_Group]:

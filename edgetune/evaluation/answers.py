@@ -69,6 +69,9 @@ class HeadAnswers(Answers, Protocol):
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """A reward adapter's score of each answer."""
 
+    def embed(self, texts: Sequence[str]) -> Any:
+        """Embeddings (texts, hidden) of length 1, a float32 array."""
+
 
 class BundleAnswers(HeadAnswers):
     """A bundle's answers with one of its adapters."""
@@ -135,6 +138,10 @@ class BundleAnswers(HeadAnswers):
             list(zip(prompts, completions, strict=True)), adapter=self.adapter, truncate=True
         )
         return scores
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        """Embeddings (texts, hidden) of length 1, a float32 array."""
+        return self.runtime.embed(texts, adapter=self.adapter, truncate=True)
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily, as long as the adapter's own limit allows."""

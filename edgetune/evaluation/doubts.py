@@ -4,7 +4,9 @@ cleanlab.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from edgetune.adapters.lora import adapter_off
 from edgetune.core.errors import EdgetuneError, InputError
 from edgetune.core.layout import RECIPE
 from edgetune.core.tasks import CLASSIFICATION
 from edgetune.core.text import Text
 from edgetune.data.labels import LabelledRow, labelled_rows
 from edgetune.data.splits import as_run, stage_rows
+from edgetune.models.heads import unwrapped
 from edgetune.recipe.read import load_run_recipe
 from edgetune.recipe.schema import Stage
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from edgetune.evaluation.torch_answers import TorchAnswers
 
 AT_ONCE = 64  # texts
+FOLDS, C = 5, 30.0  # of the regressions; their strength is that of a head's first weights
 SHOWN = 90  # characters of a text on the screen
 
 
@@ -91,41 +96,104 @@ def doubted_rows(run: Path, stage: Stage, *, seed: int) -> Doubts:
             got=", ".join(sorted({row.label for row in all_rows})[:8]),
         )
     known = _learned_texts(run, answers)
-    learned = [row.text in known for row in rows]
-    shares = _probabilities(answers, [row.text for row in rows])
-    doubts = _doubted(rows, shares, names, learned)
+    texts = [row.text for row in rows]
+    learned = np.array([text in known for text in texts])
+    given = np.array([names.index(row.label) for row in rows])
+    shares = _probabilities(answers, texts)
+    if learned.any():
+        shares[learned] = held_out_shares(
+            _base_features(answers, [texts[at] for at in np.flatnonzero(learned)]),
+            given[learned],
+            len(names),
+        )
+    found = [
+        (float(scores), int(at))
+        for part in (np.flatnonzero(learned), np.flatnonzero(~learned))
+        for at, scores in doubtful(given[part], shares[part], part)
+    ]
+    doubts = [
+        Doubt(
+            rows[at].line,
+            text if isinstance(text := texts[at], str) else " | ".join(text),
+            rows[at].label,
+            names[int(shares[at].argmax())],
+            score,
+            bool(learned[at]),
+        )
+        for score, at in sorted(found)
+    ]
     line = f"{len(doubts)} of {len(rows)} labels are doubtful"
     if len(rows) < len(all_rows):
         line += f" ({len(all_rows) - len(rows)} rows have labels that the run does not know)"
-    if any(learned):
+    if learned.any():
         line += (
-            f". The run was trained on {sum(learned)} of these rows: it believes their labels more"
-            " than it should, so there are likely more"
+            f". The run was trained on {learned.sum()} of these rows and believes their labels, so"
+            f" they are judged by its base without the adapter, each row by one of {FOLDS}"
+            " regressions that has not seen it"
         )
     return Doubts(doubts, line)
 
 
-def _doubted(
-    rows: Sequence[LabelledRow], shares: Any, names: Sequence[str], learned: Sequence[bool]
-) -> list[Doubt]:
-    """What cleanlab holds for an issue, least believed first."""
+def doubtful(given: Any, shares: Any, places: Any) -> list[tuple[int, float]]:
+    """(place, how much the given label is believed) of what cleanlab holds for a wrong label.
+
+    `given` (rows,) classes, `shares` (rows, labels) probabilities of rows that were not learned.
+    """
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
-    given = np.array([names.index(row.label) for row in rows])
-    issues = find_label_issues(given, shares, return_indices_ranked_by="self_confidence", n_jobs=1)
-    scores = get_label_quality_scores(given, shares)
-    return [
-        Doubt(
-            rows[at].line,
-            text if isinstance(text := rows[at].text, str) else " | ".join(text),
-            rows[at].label,
-            names[int(shares[at].argmax())],
-            float(scores[at]),
-            learned[at],
+    if len(given) < 2 or len(set(given.tolist())) < 2:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of labels with few rows
+        issues = find_label_issues(
+            given, shares, return_indices_ranked_by="self_confidence", n_jobs=1
         )
-        for at in issues.tolist()
-    ]
+    scores = get_label_quality_scores(given, shares)
+    return [(int(places[at]), float(scores[at])) for at in issues.tolist()]
+
+
+def held_out_shares(features: Any, given: Any, labels: int) -> Any:
+    """(rows, labels) probabilities, each row's by a logistic regression on the features (rows,
+    hidden) of other rows.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-9)
+    found = np.full((len(given), labels), 1.0 / labels)
+    if len(given) < FOLDS:
+        return found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of labels with fewer rows than there are parts
+        parts = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(unit, given))
+    for seen, unseen in parts:
+        if len(set(given[seen].tolist())) > 1:
+            fitted = LogisticRegression(C=C, max_iter=1000).fit(unit[seen], given[seen])
+            found[unseen] = 0.0
+            found[np.ix_(unseen, fitted.classes_)] = fitted.predict_proba(unit[unseen])
+    return found
+
+
+def _base_features(answers: TorchAnswers, texts: Sequence[Text]) -> Any:
+    """(texts, hidden): what the head's last layer reads, the adapter off."""
+    seen = list[Any]()
+    output = unwrapped(answers.model).output
+    hook = output.register_forward_pre_hook(lambda _, read: seen.append(read[0].float().numpy()))
+    try:
+        with torch.no_grad(), _without_adapter(answers.model):
+            for start in range(0, len(texts), AT_ONCE):
+                answers.class_logits(texts[start : start + AT_ONCE])
+    finally:
+        hook.remove()
+    return np.concatenate(seen)
+
+
+@contextlib.contextmanager
+def _without_adapter(model: Any) -> Iterator[None]:
+    """The base under the adapter; a run of all weights has none to take off."""
+    with adapter_off(model) if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+        yield
 
 
 def _learned_texts(run: Path, answers: TorchAnswers) -> set[Text]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import DataError, InputError
-from edgetune.core.tasks import TAGGING
+from edgetune.core.tasks import EMBEDDING, TAGGING
 from edgetune.core.templates import columns_of
 from edgetune.data.conversations import (
     Prompt,
@@ -27,6 +27,7 @@ from edgetune.data.row import Row
 from edgetune.data.rows import Rows
 from edgetune.data.targets import value_rows
 from edgetune.evaluation.answers import Advance, Answers, BundleAnswers, HeadAnswers
+from edgetune.evaluation.embeddings import measure_embeddings
 from edgetune.evaluation.forgetting.measure import Subject
 from edgetune.evaluation.forgetting.subjects import BundleSubject
 from edgetune.evaluation.forgetting.tasks import text_measures
@@ -127,7 +128,8 @@ def _text_subject(answers: Answers) -> Subject:
 
 def check_answers(answers: Answers, folder: Path) -> None:
     """Raises InputError where there is nothing to ask: masked-lm trains no answers."""
-    if answers.task == "masked-lm":
+    has_read = answers.prompt_format.label or answers.prompt_format.positive
+    if answers.task == "masked-lm" or (answers.task == EMBEDDING and not has_read):
         raise InputError(
             "what masked-lm trained answers nothing by itself",
             where=str(folder),
@@ -148,7 +150,8 @@ def measure_rows(
     of 512 tokens.
     """
     check_answers(answers, folder)
-    if answers.labels is None and answers.prompt_format.text is not None:
+    embeds = answers.task == EMBEDDING
+    if answers.labels is None and not embeds and answers.prompt_format.text is not None:
         return measure_text(
             _text_subject(answers),
             folder,
@@ -183,6 +186,8 @@ def _measure_of(answers: Answers) -> Callable[[Any, Rows, bool, Advance], Measur
     """How a task is measured."""
     if answers.task == "reward":
         return _measure_preference
+    if answers.task == EMBEDDING:
+        return measure_embeddings
     if answers.labels is None:
         return _measure_generation
     if answers.task == TAGGING:

@@ -114,6 +114,19 @@ class TorchAnswers(HeadAnswers):
             )
         ]
 
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Any:
+        """Embeddings (texts, hidden) of length 1, a float32 array."""
+        batch = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self._limit,
+            return_tensors="pt",
+        )
+        pooled = unwrapped(self.model).pooled(batch["input_ids"], batch["attention_mask"])
+        return torch.nn.functional.normalize(pooled, dim=-1).numpy()
+
     @property
     def _limit(self) -> int:
         limit: int = min(

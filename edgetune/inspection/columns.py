@@ -55,7 +55,9 @@ class Column:
         """Whether it names its row, or where it comes from, and says nothing about its text."""
         if IDENTITY.fullmatch(self.name.strip().replace(" ", "_").replace("-", "_")):
             return True
-        short = self.holds in ("text", "number") and self.words < 2 and not self._has_fractions
+        if _place(self.name, TEXTS) < len(TEXTS):
+            return False
+        short = self.holds in ("text", "number") and self.words < 2 and not self.has_fractions
         return short and self.filled > 20 and self.distinct == self.filled
 
     @property
@@ -65,11 +67,18 @@ class Column:
 
     @property
     def is_continuous(self) -> bool:
-        """Whether its numbers are measured, not counted in classes."""
-        return self.holds == "number" and (self._has_fractions or self.distinct > 20)
+        """Whether its numbers are measured, and not those of classes: with fractions, or many that
+        are not simply 0, 1, 2 …
+        """
+        if self.holds != "number" or self.has_fractions:
+            return self.holds == "number"
+        numbers = {int(float(one)) for one in self.values}
+        in_a_row = min(numbers) in (0, 1) and max(numbers) - min(numbers) + 1 == len(numbers)
+        return self.distinct > 20 and not (in_a_row and self.repeats)
 
     @property
-    def _has_fractions(self) -> bool:
+    def has_fractions(self) -> bool:
+        """Whether some of its numbers are not whole."""
         whole = all(re.fullmatch(r"[+-]?\d+(\.0*)?", one) for one in self.values)
         return self.holds == "number" and not whole
 

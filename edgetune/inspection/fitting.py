@@ -11,10 +11,12 @@ from typing import Any
 
 from edgetune.core.tasks import METHODS
 from edgetune.inspection.readings import Reading
+from edgetune.recipe.schema import Stage
+from edgetune.training.automatic import epochs_of, rate_of
 
-FEW = 20  # rows a label: there the label's own name helps, and a small rate
+FEW = 20  # rows a label: there the label's own name helps
 LABELS_FROM = 10  # labels
-WIDE = 1000  # hidden size of a body from which a smaller rate is the usual one
+MANY_ROWS = 2000  # from which a step takes more of them
 STEP = 16  # max_length is a multiple of this
 CUT = 0.99  # of the rows are read whole where the others may be cut
 PACKED = 512  # tokens of a sequence that documents are packed into
@@ -72,59 +74,25 @@ def _rounded(tokens: int) -> int:
     return max(2 * STEP, math.ceil(tokens * 1.1 / STEP) * STEP)
 
 
-def parameters(reading: Reading, size: Size) -> list[Setting]:
-    """`[parameters]`."""
-    small = reading.method == "sft" or few_rows_a_label(size)
-    rank = 8 if small else 16
-    return [Setting("rank", rank, "of the adapter's matrices"), Setting("alpha", 2 * rank)]
-
-
-def stage(reading: Reading, size: Size) -> list[Setting]:
-    """The settings of `[[stage]]` after its method, without `max_length`."""
-    found = {
-        "sequence-classification": _classifier,
-        "multi-label": _classifier,
-        "regression": _classifier,
-        "token-classification": _tagger,
-        "sft": lambda size: _decoder(size, rate=5e-4, passes=3000, most=3),
-        "dpo": lambda size: _decoder(size, rate=1e-4, passes=2000, most=2),
-        "reward": lambda size: _decoder(size, rate=2e-4, passes=2000, most=2, batch=16),
-        "causal-lm": lambda size: _decoder(size, rate=5e-4, passes=2000, most=3),
-        "masked-lm": lambda size: _passes(size, 10_000, 10, batch=32, rate=5e-4),
-    }[reading.task](size)
-    if reading.task == "regression":
-        found = [one for one in found if one.key != "label_smoothing"]
-    return found
-
-
 def few_rows_a_label(size: Size) -> bool:
     """Whether there are many labels with few rows each."""
     return size.labels >= LABELS_FROM and size.rows <= FEW * size.labels
 
 
-def _classifier(size: Size) -> list[Setting]:
-    if few_rows_a_label(size):
-        head = Setting("head_learning_rate", 1e-3)
-        return [*_passes(size, 40_000, 10, batch=16, rate=5e-4), head]
-    return _passes(size, 40_000, 10, batch=16 if size.rows < 2000 else 32, rate=1e-3)
-
-
-def _tagger(size: Size) -> list[Setting]:
-    head = Setting("head_learning_rate", 2e-3)
-    return [*_passes(size, 20_000, 10, batch=16 if size.rows < 1000 else 32, rate=1e-3), head]
-
-
-def _decoder(size: Size, *, rate: float, passes: int, most: int, batch: int = 8) -> list[Setting]:
-    return _passes(size, passes, most, batch=batch, rate=rate)
-
-
-def _passes(size: Size, rows: int, most: int, *, batch: int, rate: float) -> list[Setting]:
-    """About `rows` rows in all, in at most `most` passes."""
-    epochs = min(most, max(1, round(rows / max(1, size.rows))))
-    steps = epochs * math.ceil(size.rows / batch)
-    rate = rate / 2.5 if size.hidden > WIDE else rate
+def stage_settings(stage: Stage, size: Size) -> list[Setting]:
+    """Passes, batch and rate: what the rule of `"auto"` comes to for these rows, said beside it."""
+    batch = batch_of(stage.method, size.rows)
+    epochs, rate = epochs_of(stage, size.rows), rate_of(stage, train="lora", width=size.hidden)
+    steps = math.ceil(epochs * math.ceil(size.rows / batch))
     return [
-        Setting("epochs", epochs, f"{steps:,} steps over {size.rows:,} rows"),
+        Setting("epochs", "auto", f"{epochs:g} by rule: {steps:,} steps over {size.rows:,} rows"),
         Setting("batch_size", batch),
-        Setting("learning_rate", rate),
+        Setting("learning_rate", "auto", f"{rate:g} by rule; edgetune train --search 10m measures"),
     ]
+
+
+def batch_of(method: str, rows: int) -> int:
+    """Rows a step: more where a row is a text to label, and more where there are many."""
+    if METHODS[method].kinds[0] == "encoder":  # type: ignore[index]
+        return 16 if rows < MANY_ROWS else 32
+    return 16 if method == "reward" else 8

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from edgetune.core.errors import DataError
 from edgetune.data.batching import IGNORE
 from edgetune.data.examples import ExampleSet, Loading
 from edgetune.data.findings import Finding, cut, find
@@ -17,6 +18,7 @@ from edgetune.data.loaders import loader_of, open_rows, texts_in
 from edgetune.data.plain_text import encode_documents, text_rows
 from edgetune.data.row import RowTexts
 from edgetune.data.row_texts import row_texts
+from edgetune.data.rows import read_rows
 from edgetune.data.seq2seq import answer_length
 from edgetune.models.base import Base
 from edgetune.recipe.schema import Stage
@@ -164,11 +166,23 @@ def _unusable(stage: Stage, loading: Loading, found: ExampleSet) -> list[Finding
         source = loading.sources[name]
         _, refused = row_texts(loading.stage, source, loading.form)
         reason = next((str(error) for error in refused.values()), "")
+        reason = reason or _first_unreadable(stage, name)
         done = "left out" if stage.data.skip_invalid else "a training stops at the first"
         line = f"{count} {name} rows cannot be used ({done})" + (f": {reason}" if reason else "")
         total = len(source.rows) + source.skipped
         findings.append(Finding("unusable", count, total, line, True, tuple(refused)[:5]))
     return findings
+
+
+def _first_unreadable(stage: Stage, name: str) -> str:
+    """Why the first line that is no row at all is none; "" where all are rows."""
+    data = stage.data
+    source = data.train if name == "train" or data.validation is None else data.validation
+    try:
+        read_rows(source, encoding=data.encoding)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _long(

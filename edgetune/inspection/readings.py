@@ -14,6 +14,7 @@ from typing import Any
 from edgetune.core.errors import DataError
 from edgetune.core.messages import conversation_column
 from edgetune.core.tasks import METHODS, MethodName, Problem
+from edgetune.core.text import has_entities
 from edgetune.data.implicit_prompts import MARKS
 from edgetune.data.prompts import ASKED, TAG_COLUMNS, WORD_COLUMNS, first_column
 from edgetune.data.rows import Rows
@@ -31,6 +32,8 @@ ANSWERS = (
     ("text", "summary"), ("article", "summary"), ("document", "summary"), ("user", "assistant"),
     ("text", "json"), ("text", "target"), ("text", "output"),
 )  # fmt: skip
+LABEL = ("label", "labels", "category", "class", "intent")
+LABEL_WORDS = 5  # of a label, on the mean, at most
 SEPARATORS = re.compile(r"\s*[|;]\s*|\s*,\s+")
 TASKS: dict[str, tuple[MethodName, Problem]] = {
     **{name: (name, "single-label") for name in METHODS if name != "grpo"},
@@ -79,7 +82,11 @@ def readings(source: Rows, given: Given, task: str | None = None) -> list[Readin
         if "{" not in name:
             table.named(name, option=f"--{key.replace('_', '-')}")
     found = list[Reading]()
-    for builder in BUILDERS:
+    for builder in (*BUILDERS, *OTHERWISE):
+        if builder in OTHERWISE and not task:
+            if found:
+                break
+            _check_labels(table, given)
         for reading in builder(source, table, given):
             fits = set(given) <= {*METHODS[reading.method].columns} and task in (None, reading.task)
             found += [reading] if fits and reading not in found else []
@@ -114,7 +121,8 @@ def _tagging(source: Rows, table: Profile, given: Given) -> Iterator[Reading]:
 def _are_tags(turned: Rows) -> bool:
     """Whether what ends the lines are tags, and not the words of a text."""
     tags = Counter(tag for row in turned.rows for tag in row.values.get("tags", ()))
-    return 1 < len(tags) <= max(2, sum(tags.values()) // 10)
+    few = 1 < len(tags) <= sum(tags.values()) // 10
+    return few or has_entities(sorted(tags))
 
 
 def _preferences(source: Rows, table: Profile, given: Given) -> Iterator[Reading]:
@@ -174,10 +182,11 @@ def _answering(
 def is_json(column: Column) -> bool:
     """Whether nearly all values are JSON objects or arrays."""
     looked = list(column.values)[:50]
-    return bool(looked) and sum(map(_parses, looked)) > 0.9 * len(looked)
+    return bool(looked) and sum(map(parses, looked)) > 0.9 * len(looked)
 
 
-def _parses(value: str) -> bool:
+def parses(value: str) -> bool:
+    """Whether a text is a JSON object or array."""
     try:
         return isinstance(json.loads(value), (dict, list))
     except (ValueError, RecursionError):
@@ -219,18 +228,19 @@ def _of_label(
         return
     if (several := _labels_in_cells(column)) is not None:
         yield Reading("multi-label", data, f"{said}, some of {several} labels in a cell {where}")
-    if column.holds == "number" and column.is_continuous:
-        yield Reading("regression", data, f"{said}, a number {where}")
+    value = Reading("regression", data, f"{said}, a number {where}")
+    if column.is_continuous:
+        yield value
     usable = column.holds in ("text", "number", "bits") and column.repeats
-    if usable and (chosen or column.words <= 5):
+    if usable and not column.has_fractions and (chosen or column.words <= LABEL_WORDS):
         names = column.distinct
         yield Reading("sequence-classification", data, f"{said}, one of {names} labels {where}")
-        if column.holds == "number" and not column.is_continuous and names > 2:
-            yield Reading("regression", data, f"{said}, a number {where}")
-    elif chosen and column.holds not in ("number",):
+        if column.holds == "number" and names > 2 and not column.is_continuous:
+            yield value
+    elif chosen and column.holds != "number":
         raise _no_label(table, column)
-    elif chosen:
-        yield Reading("regression", data, f"{said}, a number {where}")
+    elif chosen and not column.is_continuous:
+        yield value
 
 
 def _labels_in_cells(column: Column) -> int | None:
@@ -277,7 +287,7 @@ def _first_text(table: Profile, *, without: str | None, also: str | None = None)
 
 def _two_texts(source: Rows, table: Profile, given: Given) -> Iterator[Reading]:
     """Two columns of text without a word what they are: the first asks, the second answers."""
-    texts = [column.name for column in table.texts() if not column.repeats]
+    texts = [one.name for one in table.texts() if one.words > LABEL_WORDS or not one.repeats]
     ordered = [name for name in table.columns if name in texts]
     if len(ordered) >= 2 and not given:
         asked, answered = ordered[:2]
@@ -303,9 +313,15 @@ BUILDERS: tuple[Builder, ...] = (
     _conversations,
     _instructions,
     _labelled,
-    _two_texts,
-    _plain,
 )
+OTHERWISE: tuple[Builder, ...] = (_two_texts, _plain)  # where nothing of these fits
+
+
+def _check_labels(table: Profile, given: Given) -> None:
+    """DataError for a text beside a column that is called a label and can be none."""
+    named = next((one for name, one in table.columns.items() if name.casefold() in LABEL), None)
+    if named is not None and not named.repeats and table.texts() and not given:
+        raise _no_label(table, named)
 
 
 def _no_label(table: Profile, column: Column) -> DataError:
@@ -315,7 +331,9 @@ def _no_label(table: Profile, column: Column) -> DataError:
         for one in likeliest(table.columns.values(), LABELS)
         if one.repeats and not one.is_identity and one.name != column.name
     ]
-    if column.distinct < 2:
+    if not column.filled:
+        what = "is empty"
+    elif column.distinct < 2:
         what = "has the same value in every row"
     elif column.distinct == column.filled:
         what = "has another value in every row"

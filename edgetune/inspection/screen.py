@@ -6,15 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from edgetune.inspection.overview import Overview, histogram, spread_of
 
+NOT_HELD = "nothing is held out"  # how a note begins that stands on a line of its own
 BLOCKS = " ▁▂▃▄▅▆▇█"
 BAR, LABELS = 24, 12  # characters of the longest bar; labels that are shown
 
 
 def rows_line(overview: Overview) -> str:
     """How many rows there are, and of what."""
-    total = sum(overview.rows.values()) + sum(overview.unusable.values())
-    notes = "; ".join(overview.notes.get("train", ()))
-    return f"{overview.source}: {total:,} rows" + (f" ({notes})" if notes else "")
+    counts = [f"{of + overview.unusable.get(name, 0):,}" for name, of in overview.rows.items()]
+    notes = "; ".join(note for note in overview.notes.get("train", ()) if NOT_HELD not in note)
+    return f"{overview.source}: {' + '.join(counts)} rows" + (f" ({notes})" if notes else "")
+
+
+def held_out_line(overview: Overview) -> str:
+    """What is measured on, where no file says so; "" where one does."""
+    notes = [note for of in overview.notes.values() for note in of]
+    return next((note for note in notes if NOT_HELD in note or "held out of train" in note), "")
 
 
 def lengths_line(overview: Overview) -> str:
@@ -38,9 +45,12 @@ def screen(overview: Overview) -> Iterator[str]:
     yield from _lengths(overview)
     yield from _labels(overview)
     yield ""
+    if held_out := held_out_line(overview):
+        yield f"validation: {held_out}"
     for name, notes in overview.notes.items():
-        if name != "train" and notes:
-            yield f"{name}: {'; '.join(notes)}"
+        other = [note for note in notes if note != held_out]
+        if name != "train" and other:
+            yield f"{name}: {'; '.join(other)}"
     for finding in overview.findings:
         yield f"{'warning: ' if finding.matters else 'note: '}{finding.line}{_where(finding.lines)}"
     if not overview.findings:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,24 @@ from edgetune.core.settings import toml_value
 from edgetune.core.tasks import METHODS
 from edgetune.data.examples import token_limit
 from edgetune.data.findings import Finding
-from edgetune.data.loaders import load_examples
 from edgetune.data.rows import read_rows
 from edgetune.data.sources import SPLIT
 from edgetune.inspection import fitting
 from edgetune.inspection.fitting import Setting, Size
 from edgetune.inspection.overview import WHOLE, Overview, look_at
-from edgetune.inspection.readings import Given, Reading, readings
+from edgetune.inspection.readings import Given, Reading, parses, readings
 from edgetune.models.load import hidden_size, load_tokenizer
 from edgetune.models.resolve import resolve_base
 from edgetune.recipe.paths import file_format, is_hub_id
 from edgetune.recipe.read import parse_toml, recipe_from_dict
-from edgetune.recipe.schema import Recipe
+from edgetune.recipe.schema import Recipe, Stage
+from edgetune.training.inputs import read_inputs
 
 ENCODER, DECODER = "builtin:minilm-l6", "builtin:smollm2-135m-instruct"
 ABOUT = {ENCODER: "a sentence encoder of 23M parameters", DECODER: "135M parameters"}
 SCALE = 20  # numbers beyond it are divided, as the learning rate expects 1 to 10
+LATIN, FOREIGN = "\u024f", 0.2  # the last of Latin's letters; the share of others that is said
+UNEVEN = 10  # times as many rows of one label as of another
 COLUMN = 34  # where comments begin
 
 
@@ -44,6 +47,7 @@ class Draft:
     overview: Overview  # of the rows, none cut
     findings: Sequence[Finding]  # as the recipe reads them
     held_out: int
+    note: str = ""  # what the built-in base is not made for
 
 
 def sources_of(data: str, validation: str | None) -> tuple[str | tuple[str, ...], str | None]:
@@ -69,9 +73,10 @@ def recipe_path(data: str) -> Path:
     if is_hub_id(data) and not Path(data).exists():
         return Path(re.split(r"[@:]", data.rpartition("/")[2])[0] + ".toml")
     path = Path(data)
-    if re.search(r"[*?\[]", path.name):
-        return path.parent / (re.sub(r"[^\w-]+", "", path.name.partition(".")[0]) + ".toml")
-    return path.parent / ((path.name.partition(".")[0] or "recipe") + ".toml")
+    if path.name in ("", ".."):  # the current folder, or one above it
+        path = path.resolve()
+    name = re.sub(r"[*?\[\]]+", "", path.name.partition(".")[0]).strip("-_ ")
+    return path.parent / f"{name or 'recipe'}.toml"
 
 
 def choices(
@@ -116,10 +121,41 @@ def draft(
     held_out = 0
     if validation is None:
         held_out = overview.rows.get("validation", 0) + overview.unusable.get("validation", 0)
-    text = _text(reading, rows, overview, size, held_out, name=name, path=path)
-    recipe = _recipe(parse_toml(text, where=str(path)), path)
-    examples = load_examples(recipe.stage[0], tokenizer, found, seed=recipe.seed)
-    return Draft(text, recipe, reading, others, overview, examples.findings, held_out)
+    text = _text(
+        reading, rows, overview, size, held_out, stage=first.stage[0], path=path, base=name
+    )
+    for whole in (text + _schema(reading, overview), text):
+        recipe = _recipe(parse_toml(whole, where=str(path)), path)
+        try:
+            inputs = read_inputs(recipe)
+        except DataError:
+            if whole == text:
+                raise
+            continue  # answers that are JSON of no one form
+        break
+    findings, note = inputs.sets[0].findings, "" if base else _foreign(overview)
+    return Draft(whole, recipe, reading, others, overview, findings, held_out, note)
+
+
+def _foreign(overview: Overview) -> str:
+    """A line where the rows are written in letters that the built-in bases have hardly read."""
+    letters = [c for row in overview.texts["train"][:1000] for c in row.asked if c.isalpha()]
+    others = sum(c > LATIN for c in letters)
+    if others <= FOREIGN * len(letters):
+        return ""
+    return (
+        f"{others / len(letters):.0%} of the letters are not Latin, and the built-in base has read"
+        " English: --base names one that knows these rows' language"
+    )
+
+
+def _schema(reading: Reading, overview: Overview) -> str:
+    """`[generation]` of answers that are all JSON; "" for others, and where llguidance is not."""
+    answers = [row.answered for of in overview.texts.values() for row in of]
+    if reading.method != "sft" or not all(map(parses, answers)) or not find_spec("llguidance"):
+        return ""
+    lines = ["", "[generation]", _line(Setting("schema", "auto", "answers have the form of these"))]
+    return "\n".join(lines) + "\n"
 
 
 def _recipe(values: Mapping[str, Any], path: Path) -> Recipe:
@@ -153,18 +189,18 @@ def _text(
     size: Size,
     held_out: int,
     *,
-    name: str,
+    stage: Stage,
     path: Path,
+    base: str,
 ) -> str:
     """The recipe as TOML with comments."""
     length = fitting.longest(reading, size)
-    stage = [Setting("method", reading.method, reading.what)]
+    head = [Setting("method", reading.method, reading.what)]
     if reading.problem != "single-label":
-        stage.append(Setting("problem", reading.problem))
+        head.append(Setting("problem", reading.problem))
     sections = {
-        "": [Setting("base", name, ABOUT.get(name, "")), Setting("out", f"runs/{path.stem}")],
-        "[parameters]": fitting.parameters(reading, size),
-        "[[stage]]": [*stage, *fitting.stage(reading, size), length],
+        "": [Setting("base", base, ABOUT.get(base, "")), Setting("out", f"runs/{path.stem}")],
+        "[[stage]]": [*head, *fitting.stage_settings(stage, size), length, *_weights(overview)],
         "[stage.data]": _data_settings(reading, data, overview, size, held_out, length.value),
     }
     read = "; ".join(overview.notes.get("train", ())[:1])
@@ -179,6 +215,17 @@ def _text(
     return "\n".join(lines) + "\n"
 
 
+def _weights(overview: Overview) -> list[Setting]:
+    """Of labels with very different numbers of rows, what would weigh them, as a comment."""
+    counts = [of["train"] for of in overview.labels.values() if of["train"]]
+    if overview.method != "sequence-classification" or not counts:
+        return []
+    if max(counts) < UNEVEN * min(counts):
+        return []
+    why = f"labels have {min(counts)} to {max(counts)} rows: rare ones would count more"
+    return [Setting("# class_weights", "balanced", why)]
+
+
 def _data_settings(
     reading: Reading,
     data: Mapping[str, Any],
@@ -187,7 +234,8 @@ def _data_settings(
     held_out: int,
     limit: int,
 ) -> list[Setting]:
-    found = [Setting(key, value) for key, value in data.items()]
+    measured = {"validation": "measured, not learned"}
+    found = [Setting(key, value, measured.get(key, "")) for key, value in data.items()]
     if reading.task == "regression":
         found = [_scaled(one, overview) if one.key == "label" else one for one in found]
     if "validation" not in data:

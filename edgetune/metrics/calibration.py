@@ -18,27 +18,37 @@ BINS = 15
 """Of equal width, as most publications have them (Guo et al. 2017, section 2)."""
 SURE = 0.9
 """How sure the share of right answers reaches its target: one-sided, by Clopper and Pearson."""
+FEW_WRONG = 10
+BINS_DRAWN, LEAST_ROWS = 10, 10
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
 def fit_temperature(logits: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     """The T that makes softmax(logits / T) of (rows, classes) likeliest to give `targets` (rows,).
 
-    To the rows one more is added that is of every class alike (a rule of succession): without it
-    rows that are all answered right would ask for T = 0, which is sure of everything.
+    Where fewer than FEW_WRONG rows are answered wrongly that T is theirs alone, and 0 where none
+    is: the mean score is then held to (right + 1) / (rows + 2), the rule of succession.
     """
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import brentq, minimize_scalar
 
     rows, right = np.asarray(logits, np.float64), np.asarray(targets)
 
     def loss(log_t: float) -> float:
-        log_p = _log_softmax(rows / math.exp(log_t))
-        own = log_p[np.arange(len(right)), right].sum()
-        return float(-(own + log_p.mean()) / (len(right) + 1))
+        return float(-_log_softmax(rows / math.exp(log_t))[np.arange(len(right)), right].mean())
 
-    ends = math.log(LEAST_TEMPERATURE), math.log(LARGEST_TEMPERATURE)
-    found = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-5})
-    return round(float(np.clip(math.exp(found.x), LEAST_TEMPERATURE, LARGEST_TEMPERATURE)), 4)
+    low, high = math.log(LEAST_TEMPERATURE), math.log(LARGEST_TEMPERATURE)
+    log_t = float(
+        minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x
+    )
+    hits = int((rows.argmax(-1) == right).sum())
+
+    def too_sure(log_t: float) -> float:
+        mean = best_labels(rows, math.exp(log_t))[1].mean()
+        return float(mean - (hits + 1) / (len(right) + 2))
+
+    if len(right) - hits < FEW_WRONG and too_sure(log_t) > 0 > too_sure(high):
+        log_t = float(brentq(too_sure, log_t, high))
+    return round(float(np.clip(math.exp(log_t), LEAST_TEMPERATURE, LARGEST_TEMPERATURE)), 4)
 
 
 def _log_softmax(logits: Floats) -> Floats:
@@ -72,6 +82,19 @@ def reliability(scores: npt.ArrayLike, right: npt.ArrayLike, *, bins: int = BINS
         Bin(int(mask.sum()), float(values[mask].mean()), float(hits[mask].mean()))
         for at in range(bins)
         if (mask := places == at).any()
+    ]
+
+
+def bins_of_rows(scores: npt.ArrayLike, right: npt.ArrayLike) -> list[Bin]:
+    """Bins of equally many answers, for a picture: BINS_DRAWN, or fewer of LEAST_ROWS each
+    (adaptive binning, Nguyen and O'Connor 2015).
+    """
+    values, hits = _surest_first(scores, right)
+    parts = max(1, min(BINS_DRAWN, len(values) // LEAST_ROWS))
+    return [
+        Bin(len(part), float(values[part].mean()), float(hits[part].mean()))
+        for part in np.array_split(np.arange(len(values))[::-1], parts)
+        if len(part)
     ]
 
 

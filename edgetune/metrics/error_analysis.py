@@ -13,6 +13,7 @@ from typing import Any
 
 from edgetune.core.tasks import THRESHOLD
 from edgetune.metrics.calibration import (
+    bins_of_rows,
     calibration_error,
     coverage_curve,
     reliability,
@@ -216,10 +217,12 @@ def score_metrics(
 
 
 def score_curves(answers: Sequence[JudgedRow]) -> dict[str, Any]:
-    """The reliability diagram's bins and the curve of right answers over answered rows."""
+    """The reliability diagram's bins, of equally many rows, and the curve of right answers over
+    answered rows.
+    """
     scores = [one.score or 0.0 for one in answers]
     right = [one.right for one in answers]
     return {
-        "reliability": [asdict(one) for one in reliability(scores, right)],
+        "reliability": [asdict(one) for one in bins_of_rows(scores, right)],
         "coverage": [asdict(one) for one in coverage_curve(scores, right)],
     }

@@ -254,8 +254,8 @@ class RewardModel(nn.Module):
 
 
 class Embedder(nn.Module):
-    """An encoder's body under its own `base_model_prefix`, as masked-lm trains it, without a
-    head: what an adapter of that method gives a text is its pooled state.
+    """An encoder's body under its own `base_model_prefix`, without a head: what an adapter of
+    masked-lm or contrastive gives a text is its pooled state.
     """
 
     def __init__(self, body: Any, *, pooling: Pooling) -> None:

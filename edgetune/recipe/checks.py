@@ -240,13 +240,13 @@ def check_confidence(recipe: Recipe, *, where: str) -> None:
                 expected="one label a row",
                 fix=f"Remove {name}.",
             )
-    held_out = stage.data.validation is not None or stage.data.hold_out is not None
+    held_out = stage.data.validation is not None or stage.data.hold_out != 0
     if asked.has_threshold and not held_out:
         raise RecipeError(
             "a threshold is chosen on validation rows, and there are none",
             where=where,
             expected=f"stage.{len(recipe.stage) - 1}.data.validation or data.hold_out",
-            fix="For example data.hold_out = 100.",
+            fix="Remove data.hold_out = 0.",
         )
     if asked.has_threshold and not asked.calibrate:
         raise RecipeError(
@@ -290,7 +290,7 @@ def _check_stage(stage: Stage, previous: Stage | None, *, path: str, where: str)
         raise RecipeError(
             f'{path}.method = "{stage.method}" cannot follow "{previous.method}"',
             where=where,
-            expected="stages of one task, on encoders after masked-lm",
+            expected="stages of one task, on encoders after masked-lm or contrastive",
             fix="Split this into two recipes.",
         )
     if stage.data.validation is not None and stage.data.hold_out:
@@ -347,11 +347,13 @@ def _check_rewards(stage: Stage, *, path: str, where: str) -> None:
 
 
 def _may_follow(stage: Stage, previous: Stage) -> bool:
-    """One adapter has one task; on an encoder, text may come first, for its head is not the
-    adapter's.
+    """One adapter has one task; on an encoder, text and embeddings may come first, for they need no
+    head that is the adapter's.
     """
     same = stage.task == previous.task and stage.problem == previous.problem
-    return same or (previous.method == "masked-lm" and "encoder" in METHODS[stage.method].kinds)
+    on_encoders = "encoder" in METHODS[stage.method].kinds
+    embeds_before = previous.method == "contrastive" and stage.method != "masked-lm"
+    return same or (on_encoders and (previous.method == "masked-lm" or embeds_before))
 
 
 KIND = "encoder-decoder"

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from edgetune.core.settings import option
@@ -22,14 +22,28 @@ class Dpo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contrastive:
+    """What only `contrastive` asks for."""
+
+    scale: float = option(
+        20.0, help="what cosines are multiplied by before the softmax (1 / temperature)", above=0
+    )
+    pairs: int = option(
+        4,
+        help="rows with a label: other rows of that label that each is learned beside, at most",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grpo:
     """What only `grpo` asks for."""
 
     reward: str | tuple[str, ...] = option(
         help=(
-            "what scores the answers: the run folder of a `reward` stage, or a Python function as"
-            ' "module:function" or "file.py:function", also found beside the recipe; or a list of'
-            " these"
+            "what scores the answers: the `adapter` of a reward stage before this one, the run"
+            ' folder of a `reward` stage, or a Python function as "module:function" or'
+            ' "file.py:function", also found beside the recipe; or a list of these'
         )
     )
     reward_weights: tuple[float, ...] | None = option(
@@ -75,6 +89,15 @@ class Grpo:
     def rewards(self) -> tuple[str, ...]:
         """`reward` as a tuple."""
         return (self.reward,) if isinstance(self.reward, str) else self.reward
+
+    def without(self, judges: Container[str]) -> Grpo:
+        """With those rewards alone that are no judges of the same recipe; for checks."""
+        kept = tuple(name for name in self.rewards if name not in judges)
+        return replace(self, reward=kept, reward_weights=None)
+
+    def reading(self, folders: Mapping[str, str]) -> Grpo:
+        """With the folders of judges instead of their names."""
+        return replace(self, reward=tuple(folders.get(name, name) for name in self.rewards))
 
 
 def stages_of(values: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -23,6 +23,7 @@ from edgetune.recipe.checks import (
     check_trained,
 )
 from edgetune.recipe.generation import resolve_generation
+from edgetune.recipe.judges import check_judges, check_known, judges_of
 from edgetune.recipe.migrate import check_places, migrated, new_place
 from edgetune.recipe.own_settings import with_own_tables
 from edgetune.recipe.paths import (
@@ -104,13 +105,16 @@ def recipe_from_dict(
     check_parameters(recipe.parameters, where=where)
     check_forgetting(recipe, where=where)
     check_confidence(recipe, where=where)
+    previous: Stage | None = None
     for index, stage in enumerate(recipe.stage):
         check_trained(recipe.parameters, stage, path=f"stage.{index}", where=where)
-        previous = recipe.stage[index - 1] if index else None
-        _check_stage(stage, previous, path=f"stage.{index}", where=where)
+        is_judge = stage.adapter is not None
+        _check_stage(stage, None if is_judge else previous, path=f"stage.{index}", where=where)
+        previous = previous if is_judge else stage
+    check_judges(recipe, where=where)
     stages = tuple(
         replace(
-            _resolve_reward(stage, folder=folder, path=f"stage.{index}.grpo.reward", where=where),
+            _resolve_reward(stage, recipe, folder, path=f"stage.{index}.grpo.reward", where=where),
             data=_resolve_data(stage.data, folder=folder, path=f"stage.{index}.data", where=where),
             replay=_resolve_replay(stage, folder=folder, path=f"stage.{index}.replay", where=where),
         )
@@ -147,14 +151,20 @@ def recipe_to_toml(recipe: Recipe) -> str:
     return settings.to_toml(recipe)
 
 
-def _resolve_reward(stage: Stage, *, folder: Path, path: str, where: str) -> Stage:
-    """Absolute paths of reward runs and of the files that hold reward functions."""
-    grpo = stage.grpo
+def _resolve_reward(stage: Stage, recipe: Recipe, folder: Path, *, path: str, where: str) -> Stage:
+    """Absolute paths of reward runs and of the files that hold reward functions; the recipe's own
+    judges keep their names.
+    """
+    grpo, judges = stage.grpo, judges_of(recipe)
     if grpo is None:
         return stage
-    found = tuple(
-        locate_reward(expand(value, path=path, where=where), folder) for value in grpo.rewards
-    )
+
+    def located(value: str) -> str:
+        value = expand(value, path=path, where=where)
+        check_known(value, recipe, folder, path=path, where=where)
+        return locate_reward(value, folder)
+
+    found = tuple(value if value in judges else located(value) for value in grpo.rewards)
     reward = found[0] if isinstance(grpo.reward, str) else found
     return replace(stage, grpo=replace(grpo, reward=reward))
 

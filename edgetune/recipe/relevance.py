@@ -12,6 +12,7 @@ from edgetune.recipe.schema import Recipe, Stage
 
 ADAPTER = "lora"
 ALWAYS = {"train", "start", "base_precision"}  # of [parameters], whatever learns
+UNFINISHED = {"checkpoint_every", "keep_checkpoints"}  # for a run that is under way
 COLUMNS = {key for method in METHODS.values() for key in method.columns}
 VALIDATING = {"keep", "patience", "validate_every"}
 LABELS = {"label_smoothing", "class_weights"}
@@ -20,13 +21,18 @@ STAGE = re.compile(r"stage\.(\d+)\.(data\.)?(\w+)")
 
 
 def relevant(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every setting that is set, but for what the stage's method, its data
-    or what learns never looks at.
+    """(dotted key, value) of every setting that is set and not switched off, but for what the
+    stage's method, its data or what learns never looks at.
     """
     for key, value in flat(recipe):
-        if value is None or value in ({}, ()) or not _matters(recipe, key):
-            continue
-        yield key, value
+        if not _off(value) and key not in UNFINISHED and _matters(recipe, key):
+            yield key, value
+
+
+def _off(value: Any) -> bool:
+    """Not set, or switched off."""
+    empty = value is None or value is False or value in ({}, (), "none")
+    return empty or (isinstance(value, float) and value == 0.0)
 
 
 def _matters(recipe: Recipe, key: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from edgetune.core.settings import option
 from edgetune.core.tasks import METHODS, MethodName, Problem, Task
 from edgetune.recipe.confidence import ConfidenceSettings
-from edgetune.recipe.own_settings import Dpo, Grpo
+from edgetune.recipe.own_settings import Contrastive, Dpo, Grpo
 from edgetune.recipe.parameters import Parameters as Parameters
 from edgetune.recipe.parameters import what_learns as what_learns
 
@@ -78,15 +78,19 @@ class Data:
         None,
         help=(
             "sequence-classification: a second text, read together with the first (sentence1,"
-            " sentence2); not set: one text"
+            " sentence2); not set: one text. contrastive: a text that is like the first"
         ),
+    )
+    negative: str | None = option(
+        None, help="contrastive: a text that is unlike the first; default: column negative, if any"
     )
     label: str | tuple[str, ...] | None = option(
         None,
         help=(
             'classification: its label; with problem = "multi-label" the name of a column that'
             " holds several, or a list of columns that hold 0 or 1 each; with"
-            ' "regression" a number; default: column label'
+            ' "regression" a number; default: column label. contrastive: rows of a label are alike;'
+            " beside text_pair a number, how much alike both are"
         ),
     )
     normalise_labels: bool = option(
@@ -96,7 +100,7 @@ class Data:
     label_names: bool = option(
         False,
         help=(
-            'classification: every label\'s name is one more training row ("card_arrival" reads'
+            'with labels: every label\'s name is one more training row ("card_arrival" reads'
             ' "card arrival"), which helps where there are few rows of each'
         ),
     )
@@ -292,6 +296,14 @@ class Stage:
             " Kumar et al. 2022); random"
         ),
     )
+    adapter: str | None = option(
+        None,
+        help=(
+            "reward: the name of an adapter of its own, for the `reward` of a later grpo stage; not"
+            " set: the run's adapter"
+        ),
+    )
+    contrastive: Contrastive | None = option(None, help="settings of contrastive")
     dpo: Dpo | None = option(None, help="settings of dpo; not set: the defaults")
     grpo: Grpo | None = option(None, help="settings of grpo, where `reward` is needed")
 

@@ -8,13 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from edgetune.core.tasks import TAGGING
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.html import html_table, raw_table
 
 TEXT = 160
 CLASSES = 20
 """Rows of the table of labels: of more, those with the lowest F1."""
-MATRIX_STYLE = """
+OWN_STYLE = """
+p.above { margin-top: 1.4rem; }
+table.wrong td:nth-child(3), table.wrong td:nth-child(4) { min-width: 9rem; }
+table.wrong td:last-child { white-space: nowrap; }
 table.matrix td, table.matrix th { padding: .2rem .35rem; text-align: right; }
 table.matrix { width: auto; }
 table.matrix td:first-child { text-align: left; white-space: normal; max-width: 20rem; }
@@ -28,14 +32,14 @@ def confidence_section(summary: Mapping[str, Any]) -> Iterable[str]:
         return
     yield "<h2>How sure the answers are</h2>"
     if found:
-        yield f"<p>{escape(_fitted(found))}</p>"
+        yield f"<p>{escape(_fitted(found, summary['task']))}</p>"
     bins, curve = analysis["reliability"], analysis["coverage"]
     drawn = [
         line_chart(
             "Right answers at each score",
             [
                 Series("answers", [(one["score"], one["right"]) for one in bins], 1),
-                Series("score as it should be", [(0.0, 0.0), (1.0, 1.0)], 3),
+                Series("calibrated", [(0.0, 0.0), (1.0, 1.0)], 3),
             ],
             x_label="score",
             from_zero=True,
@@ -53,11 +57,11 @@ def confidence_section(summary: Mapping[str, Any]) -> Iterable[str]:
     )
 
 
-def _fitted(found: Mapping[str, Any]) -> str:
+def _fitted(found: Mapping[str, Any], task: str) -> str:
+    what = "words of the validation rows" if task == TAGGING else "validation rows"
     line = (
-        f"On {found['rows']:,} validation rows (of a tagger words, of several labels each): logits"
-        f" divided by {found['temperature']:.3g}, which takes the expected calibration error from"
-        f" {found['expected_calibration_error_before']:.1%} to"
+        f"On {found['rows']:,} {what}: logits divided by {found['temperature']:.3g}, which takes"
+        f" the expected calibration error from {found['expected_calibration_error_before']:.1%} to"
         f" {found['expected_calibration_error']:.1%}."
     )
     if found["threshold"] is None:
@@ -77,27 +81,31 @@ def errors_section(summary: Mapping[str, Any]) -> Iterable[str]:
     yield "<h2>Errors on the validation rows</h2>"
     if not analysis["wrong"]:
         yield "<p>None of them is answered wrongly.</p>"
+    yield f"<style>{OWN_STYLE}</style>"
     if matrix := analysis.get("matrix"):
-        yield f"<style>{MATRIX_STYLE}</style>" + _matrix(matrix["labels"], matrix["rows"])
-    if pairs := analysis.get("confusions"):
+        yield _matrix(matrix["labels"], matrix["rows"])
+    elif pairs := analysis.get("confusions"):
         yield html_table(
             ("wanted", "got", "rows"),
             ((one["wanted"], one["got"], str(one["rows"])) for one in pairs),
         )
     yield from _classes(analysis["classes"])
     if analysis["worst"]:
-        yield f"<p>{analysis['wrong']:,} wrong rows, the surest first:</p>"
-        yield html_table(
+        yield f'<p class="above">{analysis["wrong"]:,} wrong rows, the surest first:</p>'
+        yield raw_table(
             ("line", "text, as the model read it", "wanted", "got", "score"),
-            (_wrong(one) for one in analysis["worst"]),
+            ([escape(cell) for cell in _wrong(one)] for one in analysis["worst"]),
+            kind="wrong",
         )
 
 
 def _classes(classes: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     shown = [one for one in classes if one["support"]]
     if len(shown) > CLASSES:
-        yield f"<p>The {CLASSES} of {len(shown)} labels with the lowest F1:</p>"
+        yield f'<p class="above">The {CLASSES} of {len(shown)} labels with the lowest F1:</p>'
         shown = sorted(shown, key=lambda one: (one["f1"], one["label"]))[:CLASSES]
+    else:
+        yield '<p class="above">The labels:</p>'
     yield html_table(
         ("label", "precision", "recall", "F1", "rows"),
         (

@@ -182,8 +182,9 @@ def _line(x: Scale, y: Scale, series: Series) -> str:
     line = f'<polyline class="line c{series.color}" points="{_path(x, y, series)}"/>'
     if len(series.points) > MARKED_POINTS:
         return line
+    r = 5.0 if len(series.points) == 1 else 3.2  # a point by itself stands on another's line
     return line + "".join(
-        dot(x(at), y(value), series.color, _said(series.name, at, value), r=3.2)
+        dot(x(at), y(value), series.color, _said(series.name, at, value), r=r)
         for at, value in series.points
     )
 

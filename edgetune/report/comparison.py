@@ -192,7 +192,7 @@ def _results(runs: Sequence[FinishedRun]) -> str:
             kind = "number best" if name in metrics and metrics[name] == best[name] else "number"
             cells.append(_cell(with_interval(name, metrics) if name in metrics else "–", kind=kind))
         rows.append(cells + [_cell(fact(run.summary), kind="number") for fact in facts.values()])
-    note = "Metrics are of each run's own validation rows, after its last step; the best is bold."
+    note = "Metrics are of each run's own validation rows and of what it kept; the best is bold."
     return (
         _rows(("run", *map(words, names), *facts), rows, numbers=True)
         + f'<p class="note">{note}</p>'

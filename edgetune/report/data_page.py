@@ -27,6 +27,7 @@ from edgetune.report.html import STYLE, html_table, raw_table
 
 Look = Mapping[str, Any]
 OWN_STYLE = """
+.plots { max-width: 34rem; }
 .share { display: inline-block; height: .7rem; border-radius: 2px; background: var(--c1); }
 .bar { fill: currentColor; } .limit { stroke: var(--c2); stroke-width: 1.5; }
 """

@@ -26,6 +26,8 @@ p { margin: 0; color: var(--soft); }
 .tile span { color: var(--soft); font-size: .85rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1rem; }
+.few { grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); }
+.plots + p, .plots + .wide { margin-top: .8rem; }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: .75rem; }
 figcaption { font-weight: 600; font-size: .9rem; margin: 0 0 .4rem .3rem; }
 .key { font-weight: 400; color: var(--soft); margin-left: .9rem; }

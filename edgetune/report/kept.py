@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from edgetune.report.charts import Series
 from edgetune.report.html import figure, words
 
-COLOR = 3
+Points = list[tuple[float, float]]
 
 
 def kept_lines(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -24,6 +23,11 @@ def kept_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         line = f"stage {number}: " if len(stages) > 1 else ""
         if kept["step"] == kept["last_step"] == kept["best_step"]:
             line += f"the last step was the best by {words(metric)}"
+        elif kept["step"] == kept["best_step"] and kept["best"] == kept["last"]:
+            line += (
+                f"step {kept['step']:,} is kept, {words(metric)} {figure(metric, kept['best'])} as"
+                f" at the last, step {kept['last_step']:,}, with less loss"
+            )
         elif kept["step"] == kept["best_step"]:
             line += (
                 f"step {kept['step']:,} is kept, the best by {words(metric)}:"
@@ -41,9 +45,9 @@ def kept_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield line[0].upper() + line[1:] + "."
 
 
-def kept_points(summary: Mapping[str, Any]) -> dict[str, Series]:
+def kept_points(summary: Mapping[str, Any]) -> dict[str, Points]:
     """Metric → the kept weights' points, at their steps over all stages."""
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, Points] = {}
     before = 0
     for stage in summary["stages"]:
         kept = stage.get("kept")
@@ -52,4 +56,4 @@ def kept_points(summary: Mapping[str, Any]) -> dict[str, Series]:
             value = kept["best"] if best else kept["last"]
             points.setdefault(kept["metric"], []).append((before + kept["step"], value))
         before += stage["steps"]
-    return {metric: Series("kept", found, COLOR) for metric, found in points.items()}
+    return points

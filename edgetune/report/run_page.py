@@ -21,7 +21,7 @@ from edgetune.report.answers import confidence_section, errors_section
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.forgetting import general_changes, picture, task_changes
 from edgetune.report.html import PLOTTED_SHARES, STYLE, figure, html_table, words
-from edgetune.report.kept import kept_lines, kept_points
+from edgetune.report.kept import Points, kept_lines, kept_points
 from edgetune.report.trials import read_trials, trial_section
 
 Record = Mapping[str, Any]
@@ -83,6 +83,7 @@ def render_report(
         + "</div>",
         *(f"<p>{escape(line)}</p>" for line in kept_lines(summary)),
         "<h2>Results</h2>" + _results(summary),
+        *_judges(summary),
         *confidence_section(summary),
         *errors_section(summary),
         *trial_section(trials),
@@ -120,7 +121,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-def _plots(records: Sequence[Record], kept: Mapping[str, Series]) -> Iterable[str]:
+def _plots(records: Sequence[Record], kept: Mapping[str, Points]) -> Iterable[str]:
     train = in_one_row([r for r in records if r["kind"] == "train"], records)
     held_out = in_one_row([r for r in records if r["kind"] == "validation"], records)
     yield line_chart(
@@ -128,7 +129,7 @@ def _plots(records: Sequence[Record], kept: Mapping[str, Series]) -> Iterable[st
         [
             _series("training", train, "loss", 1),
             _series("validation", held_out, "loss", 2),
-            *_of(kept, "loss"),
+            *_of(kept, 3, "loss"),
         ],
     )
     shares = [name for name in PLOTTED_SHARES if any(name in r for _, r in held_out)]
@@ -140,7 +141,7 @@ def _plots(records: Sequence[Record], kept: Mapping[str, Series]) -> Iterable[st
                 _series(words(name), held_out, name, color)
                 for color, name in enumerate(shares, start=2)
             ),
-            *_of(kept, *shares),
+            *_of(kept, 1, *shares),
         ],
     )
     if any("perplexity" in r for _, r in held_out):
@@ -157,7 +158,7 @@ def _plots(records: Sequence[Record], kept: Mapping[str, Series]) -> Iterable[st
             [
                 _series("sampled", train, name, 1),
                 _series("validation, greedy", held_out, name, 2),
-                *_of(kept, name),
+                *_of(kept, 3, name),
             ],
         )
     yield line_chart(
@@ -165,9 +166,9 @@ def _plots(records: Sequence[Record], kept: Mapping[str, Series]) -> Iterable[st
     )
 
 
-def _of(kept: Mapping[str, Series], *names: str) -> list[Series]:
-    """The kept point, in the picture of its metric."""
-    return [kept[name] for name in names if name in kept]
+def _of(kept: Mapping[str, Points], color: int, *names: str) -> list[Series]:
+    """The kept points, in the picture of their metric."""
+    return [Series("kept", kept[name], color) for name in names if name in kept]
 
 
 def in_one_row(chosen: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, Record]]:
@@ -202,6 +203,13 @@ def _results(summary: Mapping[str, Any]) -> str:
         else "base"
     )
     return html_table(("validation", without, "with the adapter"), rows)
+
+
+def _judges(summary: Mapping[str, Any]) -> Iterable[str]:
+    """A table for each adapter that was trained to guide the policy."""
+    for name, judge in summary.get("adapters", {}).items():
+        title = f"Judge {name}, trained by stage {judge['stage']}"
+        yield f"<h2>{escape(title)}</h2>" + _results({**judge, "task": "reward"})
 
 
 def with_interval(name: str, metrics: Mapping[str, float]) -> str:

@@ -26,14 +26,14 @@ def trial_section(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     best = next((t["number"] for t in trials if t["settings"] == chosen), None)
     series = [
         Series(
-            "the chosen trial" if trial["number"] == best else "the others",
+            "chosen" if trial["number"] == best else "others",
             [(float(at), float(value)) for at, (_, value) in enumerate(trial["curve"], start=1)],
             CHOSEN if trial["number"] == best else OTHERS,
         )
         for trial in sorted(trials, key=lambda trial: trial["number"] == best)
     ]
     yield (
-        '<h2>Search</h2><div class="plots">'
+        '<h2>Search</h2><div class="plots few">'
         + line_chart(
             f"Validation {words(metric)} of each trial", series, x_label="validation of the trial"
         )

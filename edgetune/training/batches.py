@@ -40,6 +40,8 @@ class Batching:
     # examples that share a prefix stand in one part; see `shared_prefix.may_share`
     by_prefix: bool = False
     at_once: int = MAX_TOKENS_AT_ONCE  # padded tokens of a part
+    # a step's examples are one batch, however many tokens: each is compared with all others
+    whole: bool = False
 
     def batch(self, examples: Sequence[Any], step: int) -> Batch:
         """One batch of optimizer step `step`; of step 0, for measuring."""
@@ -50,6 +52,8 @@ class Batching:
         """The examples of a step in parts of at most `at_once` padded tokens, or
         DISTINCT_AT_ONCE where they are put together by their prefix.
         """
+        if self.whole:
+            return [self.batch(examples, step)] if examples else []
         if self.by_prefix:
             parts = split_by_prefix([example.input_ids for example in examples], DISTINCT_AT_ONCE)
         else:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import DataError, EdgetuneError, OutputError, RecipeError, TrainingError
 from edgetune.core.exclusive import exclusive
 from edgetune.core.files import PARTIAL, output_errors, whole_file
-from edgetune.core.layout import CHECKPOINTS, TRIALS
+from edgetune.core.layout import ADAPTER, ADAPTERS, CHECKPOINTS, TRIALS
 from edgetune.core.progress import Say
 from edgetune.core.settings import flat, toml_value
 from edgetune.recipe.migrate import MOVED, new_place
@@ -195,6 +195,17 @@ class Checkpoints:
         named = [path for path in self.folder.iterdir() if NAME.fullmatch(path.name)]
         return sorted(named, key=lambda path: _place(path))
 
+    @property
+    def anything(self) -> bool:
+        """Whether there is something to go on from."""
+        return bool(self.found()) or self.has_judges or (self.folder / TRIALS).is_file()
+
+    @property
+    def has_judges(self) -> bool:
+        """Whether a judge of this run is trained already, or partly."""
+        judges = judges_in(self.folder)
+        return any(judges.glob(f"*/{ADAPTER}")) or any(judges.glob(f"*/{CHECKPOINTS}/*.pt"))
+
     def load(self, origin: Mapping[str, str], *, say: Say) -> State | None:
         """The newest checkpoint that can be read, None when there is none. Raises where it is of
         another run.
@@ -239,6 +250,11 @@ class Checkpoints:
         )
 
 
+def judges_in(work: Path) -> Path:
+    """Where the judges of an unfinished run are, each a run of its own."""
+    return work / ADAPTERS
+
+
 @contextlib.contextmanager
 def unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
     """RUN/checkpoints while a run is under way, which no other process may write meanwhile. When it
@@ -273,7 +289,7 @@ def _unfinished(run: Path, *, keep: int, say: Say) -> Iterator[Checkpoints]:
             say(checkpoints.kept)
         raise
     finally:
-        if work.is_dir() and not checkpoints.found() and not (work / TRIALS).is_file():
+        if work.is_dir() and not checkpoints.anything:
             shutil.rmtree(work)
             if not was_there:
                 run.rmdir()

@@ -14,6 +14,7 @@ from edgetune.core.confidence import NONE, Confidence
 from edgetune.data.batching import Batch
 from edgetune.metrics.calibration import (
     SURE,
+    Floats,
     Reached,
     best_labels,
     calibration_error,
@@ -26,7 +27,11 @@ from edgetune.metrics.calibration import (
 from edgetune.recipe.confidence import ConfidenceSettings, can_calibrate
 from edgetune.training.context import ResolvedStage
 from edgetune.training.held_out import analyse
-from edgetune.training.validation import outputs_of
+from edgetune.training.validation import (
+    VALIDATION_TOKENS,
+    batches_for_measuring,
+    outputs_of,
+)
 
 ENOUGH_ROWS = 30
 """Of fewer rows a temperature says more about them than about the model."""
@@ -52,23 +57,40 @@ def measure_scores(
     """What `[confidence]` asks for, fitted on the last stage's validation rows, and which of them
     are answered wrongly; nothing where the answers are no labels.
     """
-    if not can_calibrate(stage.task, stage.problem) or not held_out:
+    if not can_calibrate(stage.task, stage.problem):
         return Fitted()
-    found = [
-        (logits.float().cpu().numpy(), targets.cpu().numpy())
-        for logits, targets in outputs_of(model, held_out, stage.outputs, precision=stage.precision)
-    ]
+    if not held_out:
+        return Fitted(warnings=_too_few(0, asked))
+    found = _logits(model, stage, held_out)
     logits, targets = (np.concatenate(column) for column in zip(*found, strict=True))
-    fitted = fit_confidence(logits, targets, asked)
+    others = batches_for_measuring(
+        stage.examples.out_of_scope, stage.batching, tokens=VALIDATION_TOKENS
+    )
+    outside = [logits for logits, _ in _logits(model, stage, others)]
+    fitted = fit_confidence(logits, targets, asked, outside=np.concatenate([logits[:0], *outside]))
     analysis = analyse(stage, held_out, [one for one, _ in found], fitted.confidence or NONE)
     return replace(fitted, analysis=analysis)
 
 
+def _logits(
+    model: nn.Module, stage: ResolvedStage, batches: Sequence[Batch]
+) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Logits (rows, classes) and right classes (rows,) of each batch."""
+    return [
+        (logits.float().cpu().numpy(), targets.cpu().numpy())
+        for logits, targets in outputs_of(model, batches, stage.outputs, precision=stage.precision)
+    ]
+
+
 def fit_confidence(
-    logits: npt.NDArray[Any], targets: npt.NDArray[Any], asked: ConfidenceSettings | None
+    logits: npt.NDArray[Any],
+    targets: npt.NDArray[Any],
+    asked: ConfidenceSettings | None,
+    *,
+    outside: npt.NDArray[Any],
 ) -> Fitted:
-    """Temperature and threshold by logits (rows, classes) and right classes (rows,); nothing where
-    the rows are fewer than ENOUGH_ROWS.
+    """Temperature and threshold by logits (rows, classes) and right classes (rows,), and the logits
+    of rows that are none of the classes; nothing where the rows are fewer than ENOUGH_ROWS.
     """
     settings = asked or ConfidenceSettings()
     if not settings.calibrate:
@@ -78,7 +100,8 @@ def fit_confidence(
     temperature = fit_temperature(logits, targets)
     best, scores = best_labels(logits, temperature)
     right = best == targets
-    threshold, warnings = _threshold(scores, right, settings)
+    _, unknown = best_labels(outside, temperature)
+    threshold, warnings = _threshold(scores, right, unknown, settings)
     fitted = Confidence(
         temperature=temperature,
         threshold=None if threshold is None else round(threshold.threshold, 6),
@@ -94,6 +117,12 @@ def fit_confidence(
         "expected_calibration_error_before": calibration_error(reliability(before, right)),
         "accuracy_answered": None if threshold is None else threshold.right,
         "share_answered": None if threshold is None else threshold.answered,
+        "out_of_scope_rows": len(unknown),
+        "out_of_scope_recall": (
+            float((unknown < threshold.threshold).mean())
+            if threshold is not None and len(unknown)
+            else None
+        ),
     }
     return Fitted(fitted, facts, warnings)
 
@@ -109,24 +138,34 @@ def _too_few(rows: int, asked: ConfidenceSettings | None) -> tuple[str, ...]:
 
 
 def _threshold(
-    scores: Any, right: Any, settings: ConfidenceSettings
+    scores: Floats, right: npt.NDArray[Any], unknown: Floats, settings: ConfidenceSettings
 ) -> tuple[Reached | None, tuple[str, ...]]:
-    """The higher of both thresholds, and a line where no threshold reaches the target."""
+    """The higher of both thresholds with what it gives on rows that have a label, and a line where
+    no threshold reaches the target: an answer to a row of `unknown` label is wrong.
+    """
     found: list[Reached] = []
     warnings: tuple[str, ...] = ()
     if settings.answered is not None:
         found.append(threshold_that_answers(scores, right, settings.answered))
     if settings.target is not None:
-        reached = threshold_for(scores, right, settings.target)
+        every = np.concatenate([scores, unknown])
+        hits = np.concatenate([right, np.zeros(len(unknown), bool)])
+        reached = threshold_for(every, hits, settings.target)
         if reached is None:
-            warnings = (_unreached(scores, right, settings.target, kept=bool(found)),)
+            warnings = (_unreached(hits, settings.target, kept=bool(found)),)
         else:
             found.append(reached)
-    return max(found, key=lambda one: one.threshold, default=None), warnings
+    if not found:
+        return None, warnings
+    highest = max(one.threshold for one in found)
+    given = right[scores >= highest]
+    return Reached(highest, len(given) / len(right), float(given.mean()) if len(given) else 1.0), (
+        warnings
+    )
 
 
-def _unreached(scores: Any, right: Any, target: float, *, kept: bool) -> str:
-    rows = len(scores)
+def _unreached(right: npt.NDArray[Any], target: float, *, kept: bool) -> str:
+    rows = len(right)
     needed = rows_needed(target)
     why = (
         f"the validation has {rows} rows, and it takes {needed} right answers in succession"

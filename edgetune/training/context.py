@@ -43,6 +43,7 @@ class ResolvedStage:
     problem: Problem
     learned: str  # the method, or the problem where that is another than single-label
     settings: Any  # the table that only this method has; None where there is none
+    adapter: str | None  # of its own, that of a judge; None: the run's
     precision: Precision
     seed: int  # of the stage's own draws
     # the rows
@@ -109,11 +110,16 @@ class ResolvedRun:
         return next(stage for stage in self.stages if stage.task == self.task)
 
     @property
+    def own_stages(self) -> tuple[ResolvedStage, ...]:
+        """Those that train the run's own weights, no judge."""
+        return tuple(stage for stage in self.stages if stage.adapter is None)
+
+    @property
     def frozen_precision(self) -> Precision:
         """The format in which frozen weights of linear layers are held: bf16 where no stage needs
         more.
         """
-        return "bf16" if all(stage.precision == "bf16" for stage in self.stages) else "fp32"
+        return "bf16" if all(stage.precision == "bf16" for stage in self.own_stages) else "fp32"
 
 
 class Experience(Protocol):

@@ -14,6 +14,7 @@ from edgetune.core.tasks import CLASSIFICATION
 from edgetune.data.batching import steps_per_epoch
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
+from edgetune.data.out_of_scope import outside_label
 from edgetune.models.base import Base
 from edgetune.models.load import hidden_size, load_tokenizer
 from edgetune.models.resolve import resolve_base
@@ -21,6 +22,7 @@ from edgetune.quantisation.blocks import ROUNDING
 from edgetune.quantisation.precision import shipped_precision
 from edgetune.recipe.checks import KIND as SEQ2SEQ
 from edgetune.recipe.checks import check_recipe
+from edgetune.recipe.judges import judges_of
 from edgetune.recipe.schema import Recipe, Stage
 from edgetune.training.answer_form import answer_form
 from edgetune.training.automatic import by_rule, chosen
@@ -73,9 +75,11 @@ def read_inputs(recipe: Recipe) -> Inputs:
     sets = form.noted(sets)
     asked, rows = _with_hold_outs(recipe, sets), [len(examples.train) for examples in sets]
     recipe = by_rule(asked, width=hidden_size(base), rows=rows)
+    judges = judges_of(recipe)
     for stage in recipe.stage:
         method = method_of(stage, base.kind)
-        method.check(own_settings(stage, method), base)
+        own = own_settings(stage, method) if stage.grpo is None else stage.grpo.without(judges)
+        method.check(own, base)
     pad_id = (
         tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None
@@ -85,7 +89,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     digests = [
         examples.digests
         | ({} if replay is None else {"replay": replay.digest})
-        | ({} if stage.grpo is None else reward_digests(stage.grpo))
+        | ({} if stage.grpo is None else reward_digests(stage.grpo.without(judges)))
         for stage, examples, replay in zip(recipe.stage, sets, replays, strict=True)
     ]
     if start is not None:
@@ -131,7 +135,11 @@ def _load_data(
         labels = next(
             (examples.labels for examples in sets if examples.labels is not None), classes
         )
-        sets.append(load_examples(stage, tokenizer, base, labels, seed=recipe.seed))
+        sets.append(
+            load_examples(
+                stage, tokenizer, base, labels, seed=recipe.seed, outside=outside_label(recipe)
+            )
+        )
     return sets
 
 

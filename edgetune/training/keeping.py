@@ -120,7 +120,12 @@ def said_of(kept: Mapping[str, Any], *, planned: int, steps: int) -> list[str]:
             f"stopped after step {steps} of {planned}: no validation since step"
             f" {kept['best_step']} was better"
         )
-    if kept["step"] != kept["last_step"]:
+    if kept["step"] != kept["last_step"] and kept["best"] == kept["last"]:
+        lines.append(
+            f"kept step {kept['step']}, {name} {kept['best']:.4f} as at the last, step"
+            f" {kept['last_step']}, with less loss"
+        )
+    elif kept["step"] != kept["last_step"]:
         lines.append(
             f"kept step {kept['step']}, {name} {kept['best']:.4f}"
             f" (the last, step {kept['last_step']}: {kept['last']:.4f})"

@@ -132,8 +132,11 @@ def train_stage(
 
 
 def _order(stage: ResolvedStage, *, start: int) -> Iterator[list[int]]:
-    """The rows of every step that is left, as indices."""
-    lengths = [stage.batching.length(example) for example in stage.examples.train]
+    """The rows of every step that is left, as indices; rows that are compared with each other
+    stand together by chance alone, not by their length.
+    """
+    rows, batching = stage.examples.train, stage.batching
+    lengths = [0 if batching.whole else batching.length(example) for example in rows]
     return steps(
         lengths,
         stage.batch_size,

@@ -10,6 +10,7 @@ from typing import Any
 from edgetune.data.collation import collate, collate_tagged, collate_targets
 from edgetune.data.seq2seq import both_lengths, collate_answers
 from edgetune.models.base import Base
+from edgetune.objectives.contrastive import collate_contrasts, contrastive, coordinates
 from edgetune.objectives.labels import (
     decisions,
     multi_label,
@@ -22,7 +23,7 @@ from edgetune.objectives.language import Objective, masked_lm, sequence_classifi
 from edgetune.objectives.preference import bradley_terry, collate_pairs, dpo
 from edgetune.objectives.seq2seq import answer_logits, answer_loss
 from edgetune.recipe.checks import KIND as SEQ2SEQ
-from edgetune.recipe.own_settings import Dpo, Grpo
+from edgetune.recipe.own_settings import Contrastive, Dpo, Grpo
 from edgetune.recipe.schema import Stage
 from edgetune.training.batches import Collate, Length, padded_length, tokens_of
 from edgetune.training.context import Logits, Measure, Prepare, nothing_to_prepare
@@ -39,6 +40,7 @@ from edgetune.training.validation import (
     masked_tokens,
     measure_classes,
     measure_completions,
+    measure_contrasts,
     measure_label_sets,
     measure_policy,
     measure_rewards,
@@ -58,6 +60,7 @@ class Training:
     outputs: Logits
     collate: Collate = collate  # examples → a batch
     length: Length = tokens_of  # padded tokens that an example takes in a batch
+    whole: bool = False  # a step's examples are one batch, which is not split
     prepare: Prepare = nothing_to_prepare  # before the stage's first step
     settings: type[Any] | None = None  # the table of a stage that only this method has
     # of what that table names, before anything is trained
@@ -75,6 +78,15 @@ TRAINING = {
         outputs=masked_tokens,
     ),
     "sft": Training(objective=lambda stage: sft, measure=measure_completions, outputs=next_tokens),
+    "contrastive": Training(
+        objective=lambda stage: functools.partial(contrastive, scale=stage.own(Contrastive).scale),
+        measure=measure_contrasts,
+        outputs=coordinates,
+        collate=collate_contrasts,
+        length=padded_length,
+        whole=True,
+        settings=Contrastive,
+    ),
     "sequence-classification": Training(
         objective=lambda stage: functools.partial(
             sequence_classification, label_smoothing=stage.label_smoothing

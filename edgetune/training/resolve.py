@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
 from edgetune.core.settings import settled
+from edgetune.core.tasks import EMBEDDING
 from edgetune.data.batching import steps_per_epoch
 from edgetune.models.load import hidden_size, new_head
 from edgetune.models.torch_device import Precision, choose_precision
@@ -35,11 +36,12 @@ def resolve(
     group: Group,
     precisions: Sequence[str] | None = None,
     batch_sizes: Sequence[int] | None = None,
+    judges: Mapping[str, str] | None = None,
 ) -> ResolvedRun:
     """The run that a recipe asks for, on this machine; alike in every process.
 
     `precisions` and `batch_sizes`: those that a resumed run began with, which to measure again
-    might change.
+    might change. `judges`: the run folders of those that are trained, by name.
     """
     recipe = inputs.recipe
     sizes = batch_sizes or [rows_of_a_step(stage) for stage in recipe.stage]
@@ -56,7 +58,13 @@ def resolve(
     asked = precisions or [stage.precision for stage in recipe.stage]
     chosen = group.from_leader(_precisions(inputs, asked, device))
     stages = tuple(
-        resolve_stage(inputs, index, precision=precision, in_one_pass=measured[index])
+        resolve_stage(
+            inputs,
+            index,
+            precision=precision,
+            in_one_pass=measured[index],
+            judges=judges or {},
+        )
         for index, precision in enumerate(chosen)
     )
     return ResolvedRun(
@@ -92,9 +100,16 @@ def resolve(
 
 
 def resolve_stage(
-    inputs: Inputs, index: int, *, precision: Precision, in_one_pass: bool = False
+    inputs: Inputs,
+    index: int,
+    *,
+    precision: Precision,
+    in_one_pass: bool = False,
+    judges: Mapping[str, str] | None = None,
 ) -> ResolvedStage:
-    """Stage `index` of the recipe; `in_one_pass`: its batch was measured to fit as it is."""
+    """Stage `index` of the recipe; `in_one_pass`: its batch was measured to fit as it is;
+    `judges`: see `resolve`.
+    """
     stage, examples = inputs.recipe.stage[index], inputs.sets[index]
     method = method_of(stage, inputs.base.kind)
     rows, size = len(examples.train), rows_of_a_step(stage)
@@ -119,6 +134,7 @@ def resolve_stage(
         collate,
         method.length,
         examples.mask,
+        whole=method.whole,
         at_once=max(MAX_TOKENS_AT_ONCE, size * longest),
     )
     return ResolvedStage(
@@ -127,7 +143,10 @@ def resolve_stage(
         task=stage.task,
         problem=stage.problem,
         learned=stage.learned,
-        settings=own_settings(stage, method),
+        settings=(
+            own_settings(stage, method) if stage.grpo is None else stage.grpo.reading(judges or {})
+        ),
+        adapter=stage.adapter,
         precision=precision,
         seed=inputs.recipe.seed + index,
         examples=examples,
@@ -160,7 +179,7 @@ def resolve_stage(
         weight_decay=stage.weight_decay,
         warmup_ratio=stage.warmup_ratio,
         max_grad_norm=stage.max_grad_norm,
-        fit_head=stage.head_init == "probe",
+        fit_head=stage.head_init == "probe" and stage.task != EMBEDDING,
         class_weights=weights,
     )
 

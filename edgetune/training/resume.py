@@ -8,7 +8,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def find_state(
     finished = finished_summary(checkpoints.folder.parent, origin)
     if finished is not None:
         progress.say(f"nothing to resume: {checkpoints.folder.parent} is finished")
-    else:
+    elif not checkpoints.has_judges:
         progress.say(
             f"nothing to resume: no checkpoint in {checkpoints.folder}. Training begins at the"
             " beginning"
@@ -112,6 +112,7 @@ class Course:
     checkpoints: Checkpoints | None  # of the leader
     state: State | None  # to continue from
     started: float  # time.perf_counter()
+    judged: Mapping[int, StageResult] = field(default_factory=dict)  # stages that judges had
     results: list[StageResult] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -128,6 +129,9 @@ class Course:
         """
         first = self.state.stage if self.state is not None else 0
         for index in range(first, len(self.stages)):
+            if index in self.judged:
+                self.results.append(self.judged[index])
+                continue
             within = (
                 self.state
                 if self.state is not None and self.state.position.step and index == first

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,15 +22,20 @@ from edgetune.core.layout import ADAPTER, CURVES, JOURNAL, RECIPE, SUMMARY
 from edgetune.core.memory import reset_peak_rss
 from edgetune.core.progress import Progress
 from edgetune.evaluation.forgetting.measure import compare_general
-from edgetune.models.torch_device import choose_device, hold_frozen_linears_in_bf16
+from edgetune.models.torch_device import (
+    choose_device,
+    generators_untouched,
+    hold_frozen_linears_in_bf16,
+)
 from edgetune.recipe.parameters import what_learns
 from edgetune.recipe.read import recipe_to_toml
 from edgetune.recipe.schema import Recipe
 from edgetune.training.batch_size import measured_size
-from edgetune.training.checkpoint import Checkpoints, State, unfinished
+from edgetune.training.checkpoint import Checkpoints, unfinished
 from edgetune.training.context import ResolvedRun
 from edgetune.training.inputs import Inputs, read_inputs
 from edgetune.training.journal import Journal
+from edgetune.training.judges import Judges, train_judges
 from edgetune.training.parallel.distributed import Group, process_group
 from edgetune.training.resolve import resolve
 from edgetune.training.resume import Course, find_state
@@ -70,23 +75,49 @@ def run_recipe(
     the summary. Raises the errors of recipe, data and base before anything is written;
     TrainingError when training cannot go on.
     """
-    started = time.perf_counter()
     reset_peak_rss()
-    folder = Path(recipe.out if out is None else out)
     progress = progress if progress is not None else Progress()
-    finished_may_go = replace_finished or resume
-    check_replaceable(folder, finished=finished_may_go)
+    work = _Work(
+        Path(recipe.out if out is None else out),
+        resume,
+        replace_finished or resume,
+        write_more,
+        searched,
+    )
+    check_replaceable(work.folder, finished=work.finished_may_go)
+    with process_group() as group:
+        shown = progress if group.leads else Progress(io.StringIO())
+        with contextlib.closing(shown):
+            summary, is_new = _run(recipe, work, group, shown)
+    if is_new:
+        shown.say("\n".join([*summary.warnings, closing(summary)]))
+    return summary
+
+
+@dataclass(frozen=True)
+class _Work:
+    """How a run is done: where, and what may be there already."""
+
+    folder: Path
+    resume: bool
+    finished_may_go: bool
+    write_more: WriteMore | None
+    searched: Mapping[str, Any] | None
+
+
+def _run(recipe: Recipe, work: _Work, group: Group, progress: Progress) -> tuple[RunSummary, bool]:
+    """The run in `work.folder`, and whether it was not finished before; judges are runs inside
+    it.
+    """
+    started, folder = time.perf_counter(), work.folder
     with contextlib.ExitStack() as stack:
-        group = stack.enter_context(process_group())
-        progress = stack.enter_context(
-            contextlib.closing(progress if group.leads else Progress(io.StringIO()))
-        )
         stack.enter_context(run_settings(recipe))
         checkpoints = None
         if group.leads:
-            work = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say)
-            checkpoints = stack.enter_context(work)
-            check_replaceable(folder, finished=finished_may_go)  # a kill's may be back in place
+            opened = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say)
+            checkpoints = stack.enter_context(opened)
+            # a kill's may be back in place
+            check_replaceable(folder, finished=work.finished_may_go)
         device = choose_device(recipe.device, local_rank=group.local_rank)
         inputs = read_inputs(recipe)
         _say_opening(inputs, progress)
@@ -94,29 +125,52 @@ def run_recipe(
         state, finished = group.from_leader(
             (None, None)
             if checkpoints is None
-            else find_state(checkpoints, origin, resume=resume, progress=progress)
+            else find_state(checkpoints, origin, resume=work.resume, progress=progress)
         )
         if finished is not None:
-            return RunSummary(**finished)
+            return RunSummary(**finished), False
         if (folder / SUMMARY).is_file():
             progress.say(f"the finished run in {folder} will be replaced")
+
+        def train(judge: Recipe, place: Path) -> RunSummary:
+            with generators_untouched(device):
+                return _run(judge, replace(work, folder=place, searched=None), group, progress)[0]
+
+        judges = train_judges(recipe, train, folder=folder, progress=progress)
         begun = None if state is None else state.precisions
         sizes = None if state is None else state.batch_sizes
-        run = resolve(inputs, device=device, group=group, precisions=begun, batch_sizes=sizes)
+        run = resolve(
+            inputs,
+            device=device,
+            group=group,
+            precisions=begun,
+            batch_sizes=sizes,
+            judges=judges.folders,
+        )
         model = first_model(run, group)
-        if sizes is None and any(stage.batch_size == "auto" for stage in recipe.stage):
-            run = _with_batch_sizes(run, model, inputs, group, progress)
+        if sizes is None and any(
+            stage.batch_size == "auto" and stage.adapter is None for stage in recipe.stage
+        ):
+            run = _with_batch_sizes(run, model, inputs, group, progress, judges.folders)
             model = first_model(run, group)  # once more: what it begins from is alike
-        journal = _journal(checkpoints, state)
+        journal = _journal(checkpoints, judges.records() if state is None else state.journal)
         trainable = trainable_parameters(model.model)
         course = Course(
-            model.learning, run.stages, origin, journal, group, checkpoints, state, started
+            model.learning,
+            run.stages,
+            origin,
+            journal,
+            group,
+            checkpoints,
+            state,
+            started,
+            judges.results,
         )
         with Stages(run, model, journal, progress, group) as stages:
             results = course.run(stages.run)
             journal.close()
             if not group.leads:
-                return cast(RunSummary, group.from_leader(None))
+                return cast(RunSummary, group.from_leader(None)), True
             model.finish()
             measured = stages.measure()
         summary = summary_of(
@@ -130,14 +184,14 @@ def run_recipe(
         )
         summary = replace(
             summary,
+            adapters=judges.facts(),
             forgetting=_forgetting(run, model, progress),
             warnings=[*warnings_of(run, journal.records), *summary.warnings],
-            search=None if searched is None else dict(searched),
+            search=None if work.searched is None else dict(work.searched),
         )
-        _write(folder, run, model.model, summary, journal, write_more)
+        _write(work, run, model.model, summary, journal, judges)
         group.from_leader(summary)
-    progress.say("\n".join([*summary.warnings, closing(summary)]))
-    return summary
+    return summary, True
 
 
 def _say_opening(inputs: Inputs, progress: Progress) -> None:
@@ -155,7 +209,12 @@ def _say_opening(inputs: Inputs, progress: Progress) -> None:
 
 
 def _with_batch_sizes(
-    run: ResolvedRun, model: RunModel, inputs: Inputs, group: Group, progress: Progress
+    run: ResolvedRun,
+    model: RunModel,
+    inputs: Inputs,
+    group: Group,
+    progress: Progress,
+    judges: Mapping[str, str],
 ) -> ResolvedRun:
     """The run with the batches that fit here, where the recipe has "auto"."""
     if group.size > 1:
@@ -165,12 +224,19 @@ def _with_batch_sizes(
     sizes = []
     for stage, asked in zip(run.stages, inputs.recipe.stage, strict=True):
         size = stage.batch_size
-        if asked.batch_size == "auto":
+        if asked.batch_size == "auto" and asked.adapter is None:
             size = measured_size(run, stage, model)
             progress.say(f"stage {stage.index}  batch_size {size}, measured")
         sizes.append(size)
     precisions = [stage.precision for stage in run.stages]
-    return resolve(inputs, device=run.device, group=group, precisions=precisions, batch_sizes=sizes)
+    return resolve(
+        inputs,
+        device=run.device,
+        group=group,
+        precisions=precisions,
+        batch_sizes=sizes,
+        judges=judges,
+    )
 
 
 def first_model(run: ResolvedRun, group: Group) -> RunModel:
@@ -186,35 +252,36 @@ def first_model(run: ResolvedRun, group: Group) -> RunModel:
     return model
 
 
-def _journal(checkpoints: Checkpoints | None, state: State | None) -> Journal:
+def _journal(checkpoints: Checkpoints | None, records: Sequence[dict[str, Any]]) -> Journal:
     """The run's journal; in the leader it is written beside the checkpoints."""
     return Journal(
         None if checkpoints is None else checkpoints.folder / JOURNAL,
-        records=[] if state is None else state.journal,
+        records=records,
         curves=None if checkpoints is None else checkpoints.folder / CURVES,
     )
 
 
 def _write(
-    folder: Path,
+    work: _Work,
     run: ResolvedRun,
     model: Any,
     summary: RunSummary,
     journal: Journal,
-    write_more: WriteMore | None,
+    judges: Judges,
 ) -> None:
     """The run folder, whole or not at all."""
-    with whole_folder(folder) as partial:
+    with whole_folder(work.folder) as partial:
         about = metadata(run, summary)
         if run.train == "full":
-            save_full(model, partial, final=folder, base=run.base, metadata=about)
+            save_full(model, partial, final=work.folder, base=run.base, metadata=about)
         else:
             save_adapter(model, partial / ADAPTER, about)
+        judges.write(partial, final=work.folder)
         write_text(partial / RECIPE, recipe_to_toml(run.recipe))
         write_json(partial / SUMMARY, asdict(summary))
         journal.copy_to(partial)
-        if write_more is not None:
-            write_more(partial, RunResult(run.recipe, summary, journal.records))
+        if work.write_more is not None:
+            work.write_more(partial, RunResult(run.recipe, summary, journal.records))
 
 
 @contextlib.contextmanager

@@ -109,7 +109,14 @@ def find_settings(
         trials = TrialFile.open(path, origin, resume=resume)
         search = _Search(recipe, inputs, keys, trials, seconds, most or sys.maxsize, progress)
         if trials.chosen is None:
-            trials.choose(search.run())
+            try:
+                trials.choose(search.run())
+            except BaseException:
+                progress.say(
+                    f"{len(trials.records)} trials are kept in {path}; --search with --resume goes"
+                    " on from there"
+                )
+                raise
     facts = search.facts()
     progress.say(
         f"search: {facts['trials']} trials in {duration(facts['seconds'])}, {facts['ended_early']}"

@@ -14,8 +14,10 @@ from torch import nn
 
 from edgetune.adapters.first_weights import Start, restore_base, start_from_rounding, start_of
 from edgetune.adapters.lora import adapt, adapt_head, adapter_off
+from edgetune.core.tasks import EMBEDDING, GENERATION, MASKED
 from edgetune.models.base import Base
 from edgetune.models.heads import (
+    Embedder,
     RewardModel,
     SequenceClassifier,
     unwrapped,
@@ -42,7 +44,7 @@ class RunModel:
         self.model = self._build().to(run.device)
         if run.start is not None:
             run.start.put_on(self.model)
-        if any(stage.task != run.task for stage in run.stages):
+        if any(stage.task == MASKED != run.task for stage in run.own_stages):
             self._masked = self._borrowing()
         # Every weight that learns in any stage, under names that stay; what two of them share is
         # there once.
@@ -57,13 +59,13 @@ class RunModel:
         that fits it.
         """
         fitted = not self.fresh_head and self._run.first.fit_head
-        return self._run.task == "text-generation" or fitted
+        return self._run.task in (GENERATION, EMBEDDING) or fitted
 
     def for_stage(self, stage: ResolvedStage, *, begins: bool = True) -> Any:
         """The model that a stage trains; `begins` is False where a checkpoint continues in the
         middle of it.
         """
-        if stage.task != self._run.task:
+        if stage.task == MASKED != self._run.task:
             return self._masked
         later = stage is self._run.first and stage.index > 0
         # a head that came with the adapter is not fitted again
@@ -103,6 +105,8 @@ class RunModel:
         body = load_body(base)
         if task == "reward":
             return RewardModel(body)
+        if task == EMBEDDING:
+            return Embedder(body, pooling=base.pooling or "mean")
         if labels is None:
             return body
         return classifier_on(base, body, task=task, labels=len(labels), head=self._run.head)

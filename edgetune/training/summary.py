@@ -71,6 +71,8 @@ class RunSummary:
     search: dict[str, Any] | None = None  # what a search of the settings came to
     # general ability before and after, where the recipe asks for it
     forgetting: list[dict[str, Any]] | None = None
+    # of each judge, by name: see `judge_facts`
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     # of labels: what was fitted on the validation rows, see `core.confidence`, and what it gives
     # there
     confidence: dict[str, Any] | None = None
@@ -205,8 +207,14 @@ def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) ->
     return "\n".join(lines)
 
 
-def closing(summary: RunSummary) -> str:
-    """The result, the speed and the place, a line each."""
+def judge_facts(stage: int, summary: RunSummary) -> dict[str, Any]:
+    """What came of a judge, for the summary of the run that it is a part of."""
+    keys = ("metrics", "base_metrics", "effect", "effect_rows", "train_loss", "seconds")
+    return {"stage": stage} | {key: getattr(summary, key) for key in keys}
+
+
+def results_line(summary: RunSummary) -> str:
+    """The metrics, those of the base beside them."""
     base = summary.base_metrics or {}
     metrics = "  ".join(
         f"{name} {value:.4f}" + (f" (base {base[name]:.4f})" if name in base else "")
@@ -215,11 +223,16 @@ def closing(summary: RunSummary) -> str:
     result = metrics or f"train loss {summary.train_loss:.4f}"
     if summary.confidence is not None:
         result += f"\n{_confidence_line(summary.confidence)}"
+    return result
+
+
+def closing(summary: RunSummary) -> str:
+    """The result, the speed and the place, a line each."""
     speed = (
         f"{summary.tokens_per_second:,.0f} tokens/s, {duration(summary.seconds)}, peak"
         f" {summary.peak_rss_mb:,.0f} MB"
     )
-    return f"{result}\n{speed}\nwritten to {summary.out}"
+    return f"{results_line(summary)}\n{speed}\nwritten to {summary.out}"
 
 
 def _confidence_line(found: Mapping[str, Any]) -> str:

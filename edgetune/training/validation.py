@@ -22,8 +22,10 @@ from edgetune.metrics.labels import (
     regression_metrics,
     tag_metrics,
 )
+from edgetune.metrics.retrieval import find_own, nearest_other, retrieval_metrics
 from edgetune.metrics.statistics import preference_metrics
 from edgetune.models.torch_device import Precision, autocast, device_of, to_device
+from edgetune.objectives.contrastive import ContrastBatch, embedded, own_cosines
 from edgetune.objectives.labels import word_logits
 from edgetune.objectives.language import class_logits, completion_logits, masked_logits
 from edgetune.objectives.preference import PairBatch, implicit_rewards, pair_rewards
@@ -156,6 +158,40 @@ def outputs_of(
         with torch.no_grad(), autocast(precision, device):
             result = outputs(model, to_device(batch, device))
         yield result
+
+
+def measure_contrasts(
+    model: nn.Module, batches: Sequence[ContrastBatch], *, precision: Precision
+) -> dict[str, float]:
+    """Of pairs how well an anchor finds its own text among all, of rows with labels how often the
+    nearest other row has the same, of pairs with a score its correlation with the cosine.
+    """
+    model.eval()
+    found = []
+    device = device_of(model)
+    for batch in batches:
+        batch = to_device(batch, device)
+        with torch.no_grad(), computing(model, batch, precision):
+            anchors, others = embedded(model, batch)
+        found.append((anchors.cpu(), others.cpu()))
+    anchors, others = (torch.cat(part) for part in zip(*found, strict=True))
+    if all(batch.scores is not None for batch in batches):
+        scores = torch.cat([batch.scores for batch in batches if batch.scores is not None])
+        metrics = regression_metrics(own_cosines(anchors, others).tolist(), scores.tolist())
+        return {name: metrics[name] for name in ("spearman", "pearson")}
+    labels = [label for batch in batches for label in batch.classes or ()]
+    if labels:
+        nearest = nearest_other(anchors.numpy())
+        return {"accuracy": accuracy([labels[at] for at in nearest], labels)}
+    own = torch.cat([part[: len(first)] for first, part in found])
+    keys = [(batch.keys[:n], batch.keys[n : 2 * n]) for batch in batches if (n := batch.targets)]
+    ranks, _ = find_own(
+        anchors.numpy(),
+        own.numpy(),
+        anchor_keys=[key for first, _ in keys for key in first],
+        other_keys=[key for _, second in keys for key in second],
+    )
+    return retrieval_metrics(ranks)
 
 
 TIE = 1e-4  # a smaller margin is rounding: a policy that is still its reference prefers nothing

@@ -15,6 +15,7 @@ from edgetune.core.layout import ADAPTER_METADATA, RECIPE
 from edgetune.core.progress import Say
 from edgetune.data.examples import ExampleSet
 from edgetune.data.loaders import load_examples
+from edgetune.data.out_of_scope import outside_label
 from edgetune.data.row import Row
 from edgetune.data.rows import read_rows
 from edgetune.data.splits import as_run
@@ -173,4 +174,7 @@ def run_examples(adapter: Path, tokenizer: Any, base: Base) -> ExampleSet | None
     labels = (
         read_metadata(adapter).get("labels") if (adapter / ADAPTER_METADATA).is_file() else None
     )
-    return load_examples(as_run(recipe.stage[-1]), tokenizer, base, labels, seed=recipe.seed)
+    outside = outside_label(recipe)
+    return load_examples(
+        as_run(recipe.stage[-1]), tokenizer, base, labels, seed=recipe.seed, outside=outside
+    )

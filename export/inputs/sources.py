@@ -15,7 +15,7 @@ from edgetune.adapters.full_model import full_folder, own_base, read_full
 from edgetune.core.errors import AdapterError, ExportError, listed
 from edgetune.core.head_layers import TRANSFORMERS
 from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
-from edgetune.core.precisions import PRECISIONS
+from edgetune.core.precisions import ADAPTER_PRECISIONS, PRECISIONS
 from edgetune.core.settings import did_you_mean
 from edgetune.core.tasks import CLASSIFICATION, TAGGING, VALUE
 from edgetune.models.base import Base
@@ -39,6 +39,7 @@ class AdapterSource:
     problems: tuple[str, ...] = ()  # what adapter inputs cannot express
     is_model: bool = False  # all weights were trained: `folder` is a base of its own
     rows: int | None = None  # of another tool's head: how many labels it tells apart
+    coded: bool = False  # a small adapter, which PEFT does not read
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -113,7 +114,14 @@ def read_source(name: str, folder: Path) -> AdapterSource:
     modules = frozenset(read.modules or ())
     rows = None if metadata else _rows_of_head(read)
     return AdapterSource(
-        name, inner, metadata, read.config, modules, tuple(read.problems), rows=rows
+        name,
+        inner,
+        metadata,
+        read.config,
+        modules,
+        tuple(read.problems),
+        rows=rows,
+        coded=read.coded,
     )
 
 
@@ -195,6 +203,24 @@ def check_sources(
                 where=str(source.folder),
                 fix="--mode merged takes what PEFT can merge, and its proof says whether it did.",
             )
+
+
+def check_adapter_precision(precision: str, sources: Sequence[AdapterSource], mode: str) -> None:
+    """ExportError for a precision of adapters that is none, or where none stands by itself."""
+    if precision not in ADAPTER_PRECISIONS:
+        raise ExportError(
+            "unknown precision",
+            where="--adapter-precision",
+            expected=", ".join(ADAPTER_PRECISIONS),
+            got=precision,
+        )
+    if precision != "fp32" and (mode == "merged" or not sources):
+        raise ExportError(
+            "there is no adapter of its own to round in this bundle",
+            where=f"--adapter-precision {precision}",
+            got="a base alone" if not sources else "--mode merged",
+            fix="Leave it out.",
+        )
 
 
 def base_of(sources: Sequence[AdapterSource], base_name: str | None) -> Base:

@@ -362,11 +362,11 @@ class _Walk:
         return list(encoded["input_ids"])
 
     def _strangers_model(self) -> Any:
-        """The base by its Auto class and the adapter by PEFT; other tools' folders, which PEFT may
-        not read, as edgetune reads them.
+        """The base by its Auto class and the adapter by PEFT; other tools' folders and codes, which
+        PEFT may not read, as edgetune reads them.
         """
         source = self.source
-        if source is None or source.is_model or not source.metadata:
+        if source is None or source.is_model or not source.metadata or source.coded:
             return torch_model(self.base, source)
         from peft import PeftModel
 

@@ -12,7 +12,7 @@ from typing import Any
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTERS
 from edgetune.core.progress import Say
-from edgetune.core.tasks import CLASSIFICATION, MASKED, REWARD, TAGGING
+from edgetune.core.tasks import CLASSIFICATION, EMBEDDING, MASKED, REWARD, TAGGING
 from edgetune.core.text import second_of, typed_at
 from edgetune.export.inputs.sources import AdapterSource, original_base, read_source
 from edgetune.export.proof.from_text import prove_from_text
@@ -69,7 +69,7 @@ def prove_bundle(
             for name, engine in engines.items()
         }
     found = {
-        source.name: _prove_one(engines, manifest, base, source, rows[source.name])
+        source.name: _prove_one(engines, folder, manifest, base, source, rows[source.name])
         for source in sources
     }
     return {engine: {name: proofs[engine] for name, proofs in found.items()} for engine in engines}
@@ -86,6 +86,7 @@ def _engines(folder: Path, manifest: Manifest, threads: int | None) -> dict[str,
 
 def _prove_one(
     engines: Mapping[str, Any],
+    folder: Path,
     manifest: Manifest,
     base: Base,
     source: AdapterSource,
@@ -114,7 +115,7 @@ def _prove_one(
         tensors = (
             merged_head(source.folder, source.task or "", manifest) or None
             if manifest.mode == "merged"
-            else pack_adapter(source.folder, manifest, name=source.name).tensors
+            else pack_adapter(folder / ADAPTERS / source.name, manifest, name=source.name).tensors
         )
         return {
             name: prove_head(
@@ -139,7 +140,7 @@ def _prove_one(
             for name, engine in engines.items()
         }
     del model  # the engine needs the memory
-    tensors = pack_adapter(source.folder, manifest, name=source.name).tensors
+    tensors = pack_adapter(folder / ADAPTERS / source.name, manifest, name=source.name).tensors
     only_head = {
         name: tensor
         for name, tensor in tensors.items()
@@ -174,7 +175,7 @@ def _shipped_outputs(
         if task == CLASSIFICATION:
             return decide(class_outputs(engine, rows, tensors))
         return _generator_outputs(engine, rows, bound)
-    if task == MASKED:
+    if task in (MASKED, EMBEDDING):
         return embedding_outputs(engine, rows, tensors)
     return decide(
         token_outputs(engine, rows, tensors)

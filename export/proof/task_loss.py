@@ -164,6 +164,7 @@ def _ratio(values: Values) -> float:
 
 SCORES: Mapping[str, tuple[Callable[[Prediction], list[float]], Statistic]] = {
     "accuracy": (lambda one: [float(one["prediction"] == one["label"])], mean),
+    "recall_at_1": (lambda one: [float(one["prediction"] == one["label"])], mean),
     "json_exact_match": (_text_score(json_exact_match), mean),
     "rouge_l": (_text_score(rouge_l), mean),
     "preference_accuracy": (_preference, mean),
@@ -192,7 +193,7 @@ def answer_of(prediction: Prediction) -> Any:
     """What was answered: of a reward, whether it prefers the chosen one; None where the label was
     not sure enough to count.
     """
-    if prediction.get("rejected"):
+    if prediction.get("rejected") is True:  # of two answers it is the other one's score
         return None
     if "prediction" in prediction:
         return prediction["prediction"]

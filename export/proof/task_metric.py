@@ -45,6 +45,7 @@ METRICS = (
     "entity_f1",
     "micro_f1",
     "spearman",
+    "recall_at_1",
     "rouge_l",
     "preference_accuracy",
     "token_accuracy",

@@ -21,8 +21,8 @@ from torch import nn
 from edgetune.adapters.folder import load_adapter
 from edgetune.core.errors import ExportError
 from edgetune.core.layout import ADAPTER, ADAPTER_METADATA
-from edgetune.core.precisions import FLOATS
-from edgetune.core.tasks import CLASSIFICATION, MASKED, REWARD
+from edgetune.core.precisions import FLOATS, adapter_bounds
+from edgetune.core.tasks import CLASSIFICATION, EMBEDDING, MASKED, REWARD
 from edgetune.export.inputs.sources import AdapterSource
 from edgetune.export.proof.probe import torch_outputs
 from edgetune.export.proof.proof import Outputs, Proof, prove, with_survival
@@ -43,7 +43,7 @@ def torch_model(base: Base, source: AdapterSource | None = None, *, merge: bool 
     if source is None or source.is_model:
         return body
     model: Any = RewardModel(body) if source.task == REWARD else body
-    if base.kind == "encoder" and source.task == MASKED:
+    if base.kind == "encoder" and source.task in (MASKED, EMBEDDING):
         model = Embedder(body, pooling=base.pooling or "mean")
     elif base.kind == "encoder" or source.task == CLASSIFICATION:
         if source.labels is None:
@@ -211,11 +211,10 @@ def judged_by(manifest: Manifest, reference: Base) -> str:
     bits: int8's bounds.
     """
     own = coarsest([manifest.precision.weights, *manifest.precision.overrides.values()])
-    return (
-        "int8"
-        if own == "int4" and manifest.mode == "separate" and reference.precision is not None
-        else own
-    )
+    if own == "int4" and manifest.mode == "separate" and reference.precision is not None:
+        own = "int8"
+    adapters: str = manifest.quality.get("adapter_precision", "fp32")
+    return coarsest([own, adapter_bounds(adapters)])
 
 
 def warning(name: str, metadata: Mapping[str, Any], manifest: Manifest) -> str:

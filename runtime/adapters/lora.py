@@ -1,5 +1,5 @@
-"""A PEFT LoRA folder read with numpy alone: per-module A and scaled B, the task head, and what
-cannot be used.
+"""A PEFT LoRA folder, or a small one with codes, read with numpy alone: per-module A and scaled B,
+the task head, and what cannot be used.
 
 Semantics follow PEFT (`peft.utils.get_pattern_key`, `peft.tuners.lora`): scaling = alpha / r, or
 alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732); a pattern key is a regular
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from edgetune.core.adapter_codes import is_coded, plain_config, unknown_layout
 from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError, listed
 from edgetune.core.files import is_regular, read_json, sha256_file
@@ -93,6 +94,8 @@ class LoraFolder:
     problems: list[str] = field(default_factory=list)
     modules: set[str] | None = None
     """every module the file names, usable or not; None when the file could not be read"""
+    coded: bool = False
+    """a small adapter: its shapes say the ranks, and scaling is 1"""
 
     @property
     def rank(self) -> int:
@@ -107,10 +110,13 @@ def read_lora(
     `.problems`. Weights of more than `max_bytes` are not read.
     """
     path = Path(folder)
-    config = _read_json(path, ADAPTER_CONFIG, required=True)
+    written = _read_json(path, ADAPTER_CONFIG, required=True) or {}
+    config = plain_config(written)
     metadata = _read_json(path, ADAPTER_METADATA, required=False)
-    refuse_if(wrong_types(config or {}, metadata or {}), path)
-    read = LoraFolder(path=path, config=config or {}, metadata=metadata)
+    refuse_if(wrong_types(config, metadata or {}), path)
+    read = LoraFolder(path=path, config=config, metadata=metadata, coded=is_coded(written))
+    if (layout := unknown_layout(written)) is not None:
+        read.problems.append(f"{ADAPTER_CONFIG}: {layout}")
     read.problems += _config_problems(read.config)
     weights, place = path / ADAPTER_WEIGHTS, len(read.problems)
     with ThreadPoolExecutor(
@@ -306,12 +312,12 @@ def _sort_tensors(file: TensorFile, read: LoraFolder) -> None:
         if key in not_finite:
             read.problems.append(f"{key}: {NOT_FINITE}")
     for module, pair in sides.items():
-        problem = _pair_problem(read.config, module, pair)
+        problem = _pair_problem(read, module, pair)
         if problem:
             read.problems.append(problem)
         else:
             a, b = pair["A"], pair["B"]
-            scaling = scaling_of(read.config, module, a.shape[0])
+            scaling = 1.0 if read.coded else scaling_of(read.config, module, a.shape[0])
             with np.errstate(over="ignore"):
                 scaled = b * np.float32(scaling)
             if is_finite(b) and not is_finite(scaled):
@@ -332,7 +338,7 @@ def _is_known(key: str) -> bool:
     return bool(LORA.fullmatch(name) or HEAD.fullmatch(name)) or name.endswith(COPY)
 
 
-def _pair_problem(config: Mapping[str, Any], module: str, pair: Mapping[str, Array]) -> str | None:
+def _pair_problem(read: LoraFolder, module: str, pair: Mapping[str, Array]) -> str | None:
     for side in "AB":
         if side not in pair:
             return f"{module}.lora_{side}.weight: missing"
@@ -341,7 +347,8 @@ def _pair_problem(config: Mapping[str, Any], module: str, pair: Mapping[str, Arr
                 f"{module}.lora_{side}.weight: expected 2 dimensions, got {pair[side].shape}; only"
                 " linear layers"
             )
-    a, b, rank = pair["A"], pair["B"], rank_of(config, module)
+    a, b = pair["A"], pair["B"]
+    rank = a.shape[0] if read.coded else rank_of(read.config, module)
     if a.shape[0] != rank:
         return f"{module}.lora_A.weight: expected {(rank, a.shape[1])} (rank {rank}), got {a.shape}"
     if b.shape[1] != rank:

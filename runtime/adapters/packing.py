@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgetune.core.arrays import Float32
 from edgetune.core.confidence import Confidence, confidence_of
 from edgetune.core.errors import AdapterError
@@ -33,9 +31,11 @@ from edgetune.runtime.adapters.head import (
     task_of,
 )
 from edgetune.runtime.adapters.lora import LoraFolder, is_target, read_lora, refuse_if
+from edgetune.runtime.adapters.sites import Placed, SiteTensors, pack_sites
 from edgetune.runtime.adapters.trained_for import other_weights
-from edgetune.runtime.bundle.manifest import Manifest, Part
+from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.engine.head import LORA_A
+from edgetune.runtime.engine.interface import Tensors
 
 TYPED = ("bert", "electra")  # families that tell two texts apart by the types of their tokens
 
@@ -50,7 +50,7 @@ class PackedAdapter:
     """
 
     name: str
-    tensors: dict[str, Float32]
+    tensors: Tensors
     labels: tuple[str, ...] | None
     rank: int
     digest: str
@@ -106,15 +106,15 @@ class PackedAdapter:
 
 
 def pack_adapter(
-    folder: str | Path, manifest: Manifest, *, name: str | None = None
+    folder: str | Path, manifest: Manifest, *, name: str | None = None, by_site: bool = False
 ) -> PackedAdapter:
     """Read a PEFT folder for this bundle. AdapterError lists every mismatch: names, shapes, base,
-    hashes.
+    hashes. `by_site`: its tensors are packed one site at a time, when they are asked for.
     """
     path = Path(folder)
     _takes_adapters(manifest, path)
     read = read_lora(path, base_digest=manifest.base.digest, max_bytes=_most_bytes(manifest))
-    return pack_lora(read, manifest, name=name or path.name)
+    return pack_lora(read, manifest, name=name or path.name, by_site=by_site)
 
 
 def _most_bytes(manifest: Manifest) -> int:
@@ -127,17 +127,21 @@ def _most_bytes(manifest: Manifest) -> int:
     return 8 * (full + 2 * graph.vocab_size * graph.hidden_size) + (64 << 20)
 
 
-def pack_lora(read: LoraFolder, manifest: Manifest, *, name: str) -> PackedAdapter:
+def pack_lora(
+    read: LoraFolder, manifest: Manifest, *, name: str, by_site: bool = False
+) -> PackedAdapter:
     """Low-rank weights that are already in memory, for this bundle; else as `pack_adapter`."""
     path = read.path
     _takes_adapters(manifest, path)
     placed, labels = _place(read, manifest), labels_of(read, manifest)
     problems = [*read.problems, *_missing(read, manifest), *_task_problems(read, manifest)]
     refuse_if([*problems, *head_problems(read, manifest, labels)], path)
-    tensors = _pack_sites(placed, manifest) | pack_head(read, manifest)
+    head = pack_head(read, manifest)
     return PackedAdapter(
         name=name,
-        tensors=tensors,
+        tensors=(
+            SiteTensors(placed, manifest, head) if by_site else pack_sites(placed, manifest) | head
+        ),
         labels=labels,
         rank=read.rank,
         digest=read.digest or "",
@@ -165,10 +169,6 @@ def _takes_adapters(manifest: Manifest, path: Path) -> None:
             where=str(path),
             fix="Export with --mode separate to swap adapters.",
         )
-
-
-Placed = dict[tuple[int, int], tuple[Float32, Float32]]
-"""(site index, part index) → A (r, in), scaled B (out, r)"""
 
 
 def _place(read: LoraFolder, manifest: Manifest) -> Placed:
@@ -248,55 +248,13 @@ def _missing(read: LoraFolder, manifest: Manifest) -> list[str]:
     ]
 
 
-def _pack_sites(placed: Placed, manifest: Manifest) -> dict[str, Float32]:
-    """Concatenate the parts' A along rank and put their B's block-diagonally: one pair of inputs a
-    site.
-
-    All of an adapter's tensors are views of one buffer: one allocation to make, and to give back at
-    unload.
-    """
-    chosen = {}
-    for i, site in enumerate(manifest.sites):
-        if parts := [
-            (part, *placed[i, j]) for j, part in enumerate(site.parts) if (i, j) in placed
-        ]:
-            chosen[i] = parts
-    ranks = {i: sum(a.shape[0] for _, a, _ in parts) for i, parts in chosen.items()}
-    widths = {i: manifest.sites[i].in_features + manifest.sites[i].out_features for i in chosen}
-    buffer = np.empty(sum(ranks[i] * widths[i] for i in chosen), np.float32)
-    tensors, start = {}, 0
-    for i, parts in chosen.items():
-        site, rank = manifest.sites[i], ranks[i]
-        end_a, end_b = start + site.in_features * rank, start + widths[i] * rank
-        tensors[site.A] = buffer[start:end_a].reshape(1, site.in_features, rank)
-        tensors[site.B] = buffer[end_a:end_b].reshape(1, rank, site.out_features)
-        _fill_site(tensors[site.A][0], tensors[site.B][0], parts)
-        start = end_b
-    return tensors
-
-
-def _fill_site(
-    site_a: Float32, site_b: Float32, parts: list[tuple[Part, Float32, Float32]]
-) -> None:
-    """Write the parts into A (in, Σr) and B (Σr, out), B's row blocks at columns start:stop of
-    their part.
-    """
-    if len(parts) > 1 or parts[0][2].shape[0] < site_b.shape[1]:
-        site_b[:] = 0.0
-    row = 0
-    for part, a, b in parts:
-        site_a[:, row : row + a.shape[0]] = a.T
-        site_b[row : row + a.shape[0], part.start : part.stop] = b.T
-        row += a.shape[0]
-
-
 def _task_problems(read: LoraFolder, manifest: Manifest) -> list[str]:
     metadata, problems = read.metadata or {}, []
     task = metadata.get("task")
     fitting = (
         DECODER_TASKS if manifest.is_decoder else ENCODER_TASKS
     )  # one base serves every kind of head
-    embeds = task == MASKED and not manifest.is_decoder
+    embeds = task in (MASKED, EMBEDDING) and not manifest.is_decoder
     if task is not None and task not in fitting and not embeds:
         problems.append(f"{ADAPTER_METADATA}: task: expected {' or '.join(fitting)}, got {task}")
     pooling = metadata.get("pooling")

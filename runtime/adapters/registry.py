@@ -113,14 +113,18 @@ class AdapterRegistry:
         adapter_folder: Path | None = None,
         memory_mb: float | None = None,
         strict: bool = False,
+        by_site: bool = False,
     ) -> None:
         """`bind` makes an adapter's tensors ready for the engine. Each PEFT folder in
         `adapter_folder` is an adapter of its name.
 
         `memory_mb` (10⁶ bytes) bounds the resident ones, but for those that are pinned or in use;
-        None is no bound. `strict`: see AdapterSources.
+        None is no bound. `strict`: see AdapterSources. `by_site`: `bind` makes a copy of its own,
+        site by site, so that nothing is packed all at once.
         """
-        self._sources = AdapterSources(folder, manifest, adapter_folder, strict=strict)
+        self._sources = AdapterSources(
+            folder, manifest, adapter_folder, strict=strict, by_site=by_site
+        )
         self._bind = bind
         head = manifest.head
         self._heads = () if head is None else (head.weight, head.bias)
@@ -134,7 +138,7 @@ class AdapterRegistry:
         self._leaving: dict[str, _Known] = {}
         """what an unload waits for, while its name is nobody else's"""
         self.evictions = 0
-        self._released = time.monotonic()
+        self._released = -RELEASE_EVERY_S
 
     def names(self) -> tuple[str, ...]:
         """Every name that can be used: shipped, loaded, then those of the adapter folder."""

@@ -27,12 +27,20 @@ class AdapterSources:
     """The files behind adapter names."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, many: Path | None, *, strict: bool = False
+        self,
+        folder: Path,
+        manifest: Manifest,
+        many: Path | None,
+        *,
+        strict: bool = False,
+        by_site: bool = False,
     ) -> None:
         """`many`: a folder whose sub-folders are adapters; AdapterError when there is none.
         `strict`: an adapter with `PackedAdapter.doubts` is refused, unless it ships in the bundle.
+        `by_site`: see `pack_adapter`.
         """
         self._folder, self._manifest, self._many, self._strict = folder, manifest, many, strict
+        self._by_site = by_site
         if many is not None and not many.is_dir():
             raise AdapterError(
                 "no such adapter folder", where=str(many), expected="a folder of PEFT folders"
@@ -64,7 +72,7 @@ class AdapterSources:
         every misfit.
         """
         if isinstance(source, Path):
-            packed = pack_adapter(source, self._manifest, name=name)
+            packed = pack_adapter(source, self._manifest, name=name, by_site=self._by_site)
             if self._strict and packed.doubts:
                 raise AdapterError(
                     f"the adapter {name!r} is refused: {'; '.join(packed.doubts)}",
@@ -82,7 +90,7 @@ class AdapterSources:
                 source.digest or "",
             )
         path = self._folder / source.path
-        packed = pack_adapter(path, self._manifest, name=name)
+        packed = pack_adapter(path, self._manifest, name=name, by_site=self._by_site)
         if source.digest is not None and packed.digest != source.digest:
             raise AdapterError(
                 f"the adapter {name!r} is not the one the bundle was made with",

@@ -1,4 +1,5 @@
-"""A safetensors file read at once: every tensor as float32, and whether all of them are finite.
+"""A safetensors file read at once: every tensor as float32, coded ones decoded, and whether all of
+them are finite.
 
 The library checks the file (its header, that the offsets cover it without a gap); the tensors of
 float32 are then views of one buffer, which for the several hundred small tensors of an adapter
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.core.adapter_codes import coded
 from edgetune.core.arrays import Array
 from edgetune.core.files import MAX_JSON_BYTES, parse_json
 
@@ -62,9 +64,23 @@ class TensorFile:
             raise ValueError(
                 f"truncated or damaged, {size} bytes (the header describes {self._start + end})"
             )
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        """name → shape, as the header has it"""
+        self._codes = {
+            name: one
+            for name, entry in header.items()
+            if entry["dtype"] == "U8" and (one := coded(name, entry["shape"])) is not None
+        }
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """name → shape of every tensor that there will be"""
         self.nbytes = end
+        """of the tensors, those that are coded as float32"""
+        for name, entry in header.items():
+            shape, one = tuple(entry["shape"]), self._codes.get(name)
+            found = {name: shape} if one is None else one.shapes(shape[0])
+            if twice := sorted(found.keys() & self.shapes.keys()):
+                raise ValueError(f"{twice[0]:.200}: there twice, once in codes")
+            self.shapes |= found
+            if one is not None:
+                self.nbytes += 4 * sum(map(math.prod, found.values())) - math.prod(shape)
 
     @cached_property
     def data(self) -> npt.NDArray[np.uint8]:
@@ -78,8 +94,17 @@ class TensorFile:
 
     @cached_property
     def tensors(self) -> dict[str, Array]:
-        """name → float32 tensor, in the order of the header; fp16, bf16 and fp64 are converted."""
-        return {name: _tensor(name, entry, self._body) for name, entry in self._header.items()}
+        """name → float32 tensor, in the order of the header; fp16, bf16, fp64 and codes are
+        converted.
+        """
+        found: dict[str, Array] = {}
+        for name, entry in self._header.items():
+            one, (begin, end) = self._codes.get(name), entry["data_offsets"]
+            if one is None:
+                found[name] = _tensor(name, entry, self._body)
+            else:
+                found |= one.decode(self._body[begin:end].reshape(entry["shape"]))
+        return found
 
     def not_finite(self) -> set[str]:
         """Names of the tensors that hold NaN or infinite values."""

@@ -37,6 +37,7 @@ ROUTES = {
     "/v1/models/{model:path}": ("GET", models.show_model),
     "/v1/chat/completions": ("POST", generate.chat_completions),
     "/v1/completions": ("POST", generate.completions),
+    "/v1/responses": ("POST", generate.responses),
     "/v1/embeddings": ("POST", encode.embeddings),
     "/score": ("POST", encode.score),
     "/pooling": ("POST", encode.pooling),

@@ -60,6 +60,7 @@ class OpenBundle:
             adapter_folder=adapter_folder,
             memory_mb=adapter_memory_mb,
             strict=strict,
+            by_site=self.engine.name == OURS,
         )
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
         opened = self.decoder or self.encoder

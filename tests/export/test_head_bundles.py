@@ -28,6 +28,7 @@ from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.export.proof.probe import TEXTS, decide_by, token_outputs, torch_outputs
 from edgetune.export.proof.proof import Outputs, prove
 from edgetune.export.proof.prove import reprove
+from edgetune.metrics.error_analysis import set_of
 from edgetune.models.load import load_tokenizer
 from edgetune.models.resolve import resolve_base
 from edgetune.runtime import Runtime
@@ -65,9 +66,13 @@ def test_every_kind_of_head_passes_its_proof_on_one_encoder(tiny_encoder: Path) 
     )  # every token; a text; every label
 
 
+def tags_of(answers: TorchAnswers, rows: Any) -> list[list[str]]:
+    return [[one.label for one in tags] for tags in answers.scored_tags(rows)]
+
+
 @pytest.mark.parametrize("name", ["rooms", "parts"])
 def test_tags_are_torchs(tiny_encoder: Path, runtime: Runtime, name: str) -> None:
-    expected = TorchAnswers.open(adapters(tiny_encoder)[name]).tag(WORDS)
+    expected = tags_of(TorchAnswers.open(adapters(tiny_encoder)[name]), WORDS)
     found = runtime.tag(WORDS, name)
     assert [row.tags for row in found] == expected
     assert len({tag for row in expected for tag in row}) > 1
@@ -171,11 +176,13 @@ def test_classification_beside_taggers_is_torchs(tiny_encoder: Path, runtime: Ru
         for name in ("intent", "topics", "warmth")
     }
     texts = [TEXT, *TEXTS]
-    assert [found.label for found in runtime.classify(texts, "intent", truncate=True)] == answers[
-        "intent"
-    ].classify(texts)
+    assert [found.label for found in runtime.classify(texts, "intent", truncate=True)] == [
+        found.label for found in answers["intent"].scored(texts)
+    ]
     several = runtime.classify(texts, "topics", truncate=True)
-    assert [found.labels for found in several] == answers["topics"].label_sets(texts)
+    assert [found.labels for found in several] == [
+        set_of(scores) for scores in answers["topics"].scored_sets(texts)
+    ]
     assert len({found.labels for found in several}) > 1
     numbers = runtime.classify(texts, "warmth", truncate=True)
     np.testing.assert_allclose(
@@ -328,9 +335,8 @@ def test_a_merged_tagger_has_its_head_in_the_graph(tiny_encoder: Path) -> None:
         and manifest.adapters[0].task == "token-classification"
     )
     with Runtime.open(out, threads=1) as opened:
-        assert [row.tags for row in opened.tag(WORDS)] == TorchAnswers.open(
-            adapters(tiny_encoder)["rooms"]
-        ).tag(WORDS)
+        in_torch = tags_of(TorchAnswers.open(adapters(tiny_encoder)["rooms"]), WORDS)
+        assert [row.tags for row in opened.tag(WORDS)] == in_torch
     tokenizer = load_tokenizer(resolve_base(str(tiny_encoder)))
     batch = tokenizer([TEXT, "dog"], padding=True, return_tensors="np")
     feed = {name: batch[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
@@ -399,9 +405,8 @@ def test_a_bundle_of_before_takes_a_tagger(tiny_encoder: Path) -> None:
     """
     with Runtime.open(encoder_bundle(tiny_encoder), threads=1) as opened:
         opened.load_adapter("rooms", adapters(tiny_encoder)["rooms"] / "adapter")
-        assert [row.tags for row in opened.tag(WORDS, "rooms")] == TorchAnswers.open(
-            adapters(tiny_encoder)["rooms"]
-        ).tag(WORDS)
+        in_torch = tags_of(TorchAnswers.open(adapters(tiny_encoder)["rooms"]), WORDS)
+        assert [row.tags for row in opened.tag(WORDS, "rooms")] == in_torch
         with Runtime.open(encoder_bundle(tiny_encoder), threads=1) as alone:
             assert opened.classify([TEXT], "intent") == alone.classify([TEXT], "intent")
 

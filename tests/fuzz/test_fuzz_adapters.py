@@ -22,6 +22,7 @@ from runtime_helpers import encoder_bundle
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from edgetune.core.adapter_codes import Coded
 from edgetune.core.files import sha256_file
 from edgetune.runtime import Runtime
 
@@ -90,8 +91,32 @@ def change_tensor(folder: Path, rng: random.Random) -> None:
     )
 
 
+def change_codes(folder: Path, rng: random.Random) -> None:
+    """Put a tensor in codes in a tensor's place, its name or its bytes as they should not be."""
+    tensors = load_file(folder / WEIGHTS)
+    name = rng.choice([key for key in tensors if "lora_A" in key])
+    module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    for side in "AB":
+        tensors.pop(f"base_model.model.{module}.lora_{side}.weight", None)
+    bits = rng.choice([2, 3, 4, 8])
+    one = Coded(module, bits, (rng.choice([64, 128, 1, 9_999_999]), rng.choice([64, 128, 3])))
+    width = one.row_bytes if one.row_bytes < 1 << 16 else 100
+    rows = np.frombuffer(rng.randbytes(4 * width), np.uint8).reshape(4, width)
+    key = rng.choice([one.key, one.key, f"{one.key}x3", one.key.replace("bit", "bits"), module])
+    save_file(
+        tensors | {key: rows[: rng.choice([0, 1, 4]), : rng.choice([width, 9])]}, folder / WEIGHTS
+    )
+    path = folder / CONFIG
+    document = json.loads(path.read_text())
+    version = rng.choice([1, 1, 1, 2, None, True, "1", [], 1.0])
+    path.write_text(
+        json.dumps(document | {"edgetune_codes": version, "peft_type": rng.choice(["LORA", "x"])})
+    )
+
+
 CHANGES: tuple[Callable[[Path, random.Random], None], ...] = (
     change_key, change_key, change_key, replace_file, damage_bytes, change_tensor, change_tensor,
+    change_codes,
 )  # fmt: skip
 
 

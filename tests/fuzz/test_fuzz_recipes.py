@@ -60,6 +60,9 @@ GOOD: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("stage.0.head_init", ("probe", "random")),
     ("stage.0.label_smoothing", (0, 0.1)),
     ("stage.0.validate_every", (1,)),
+    ("stage.0.keep", ("best", "last")),
+    ("stage.0.patience", (1, 2)),
+    ("stage.0.class_weights", ("balanced", {"heat": 3, "lights": 0.5})),
     ("stage.0.data.hold_out", (1, 4)),
     ("stage.0.data.limit", (2, 9)),
     ("stage.0.data.skip_invalid", (True,)),
@@ -116,7 +119,7 @@ NOWHERE = [(place, TEXTS + LISTS) for place in (
 )]  # fmt: skip
 PLACES = (RECIPE, PARAMETERS, PARAMETERS, STAGE, STAGE, STAGE, DATA, DATA, OWN_TABLES, NOWHERE)
 DECODERS = ("stage.0.data.template", "stage.0.data.system")
-HEADS = ("stage.0.head_init", "stage.0.label_smoothing")
+HEADS = ("stage.0.head_init", "stage.0.label_smoothing", "stage.0.class_weights")
 
 
 def mutation(rng: random.Random) -> tuple[str, Any]:

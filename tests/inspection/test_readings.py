@@ -64,6 +64,20 @@ def test_what_is_given_decides() -> None:
     assert read(rows, "masked-lm")[0].task == "masked-lm"
 
 
+def test_many_numbers_in_a_row_are_classes_and_others_are_measured() -> None:
+    rows = each(lambda n: {"text": text(n), "label": n % 30, "weight": 3 * (n % 30)})
+    assert [one.task for one in read(rows, label="label")] == [
+        "sequence-classification",
+        "regression",
+    ]
+    assert read(rows, label="weight")[0].task == "regression"
+
+
+def test_long_texts_that_repeat_are_asked_and_answered() -> None:
+    rows = each(lambda n: {"mr": text(n // 8) + " with all that is in it", "ref": f"It is {n}, so"})
+    assert read(rows)[0].options() == "--task sft --prompt mr --completion ref"
+
+
 def test_numbers_that_name_classes_have_names_in_another_column() -> None:
     rows = each(lambda n: {"text": text(n), "label": n % 3, "label_text": label(n)})
     found = [dict(one.data)["label"] for one in read(rows) if one.task == READ_AS["one label"]]
@@ -88,6 +102,11 @@ def test_numbers_that_name_classes_have_names_in_another_column() -> None:
             each(lambda n: {"text": text(n), "topic": label(n)}),
             {"label": "topics"},
             r'there is no column "topics".*Did you mean "topic"',
+        ),
+        (
+            each(lambda n: {"text": text(n), "label": "same"}),
+            {},
+            '"label" is no label: it has the same value in every row',
         ),
         (
             each(lambda n: {"width": n, "height": n * 2}),

@@ -12,9 +12,9 @@ from file_kinds import KINDS, READ_AS, each, label, text, write_format, write_js
 
 from edgetune.core.progress import Progress
 from edgetune.core.tasks import METHODS
-from edgetune.inspection.fitting import Size, longest, stage
+from edgetune.inspection.fitting import Size, batch_of, longest
 from edgetune.inspection.readings import TASKS, Reading
-from edgetune.inspection.starting import Draft, choices, draft, recipe_path, sources_of
+from edgetune.inspection.starting import Draft, _foreign, choices, draft, recipe_path, sources_of
 from edgetune.recipe.read import load_recipe
 from edgetune.training import run_recipe
 
@@ -123,7 +123,8 @@ def test_a_folder_of_splits_measures_on_its_own(bases: Bases, tmp_path: Path) ->
     [
         ("a/tickets.csv", "a/tickets.toml"),
         ("tickets.jsonl.gz", "tickets.toml"),
-        ("data/part-*.jsonl", "data/part-.toml"),
+        ("data/part-*.jsonl", "data/part.toml"),
+        ("data/*.jsonl", "data/recipe.toml"),
         ("owner/some-set:train", "some-set.toml"),
     ],
 )
@@ -135,20 +136,37 @@ def size(rows: int, *lengths: int, labels: int = 4, positions: int = 512) -> Siz
     return Size(rows, labels, lengths or (20,), 384, positions)
 
 
-def values(task: str, of: Size) -> dict[str, Any]:
-    return {one.key: one.value for one in stage(Reading(task), of)}
+def test_what_auto_comes_to_is_said_beside_it(bases: Bases, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", KINDS["one label"])
+    made = begin(path, bases)
+    assert "10 by rule: 70 steps over 100 rows" in made.text
+    assert made.recipe.stage[0].epochs == made.recipe.stage[0].learning_rate == "auto"
+    assert (batch_of("sft", 50_000), batch_of("sequence-classification", 50_000)) == (8, 32)
 
 
-def test_passes_become_fewer_with_more_rows_and_never_none() -> None:
-    passes = [values("sequence-classification", size(n))["epochs"] for n in (200, 10_000, 10**6)]
-    assert passes == [10, 4, 1]
-    assert values("sft", size(300))["epochs"] == 3
+def test_json_answers_carry_their_schema_and_answers_of_no_one_form_do_not(
+    bases: Bases, tmp_path: Path
+) -> None:
+    made = begin(write_jsonl(tmp_path / "rows.jsonl", KINDS["JSON answers"]), bases)
+    assert made.recipe.generation is not None and made.recipe.generation.schema == "auto"
+    prose = begin(write_jsonl(tmp_path / "prose.jsonl", KINDS["questions"]), bases)
+    assert prose.recipe.generation is None
 
 
-def test_a_wide_base_learns_at_a_smaller_rate() -> None:
-    narrow, wide = size(500), dataclasses.replace(size(500), hidden=2048)
-    rates = [values("sft", one)["learning_rate"] for one in (narrow, wide)]
-    assert rates == [5e-4, 2e-4]
+def test_letters_that_the_built_in_base_has_not_read_are_said(bases: Bases, tmp_path: Path) -> None:
+    greeting = "привет, как у вас сегодня дела и что нового в этом доме"
+    rows = each(lambda n: {"text": f"{greeting}: {text(n)}", "label": label(n)})
+    made = begin(write_jsonl(tmp_path / "rows.jsonl", rows), bases)
+    assert made.note == "" and "of the letters are not Latin" in _foreign(made.overview)
+    latin = begin(write_jsonl(tmp_path / "latin.jsonl", KINDS["one label"]), bases)
+    assert _foreign(latin.overview) == ""
+
+
+def test_labels_of_uneven_numbers_are_told_how_to_be_weighed(bases: Bases, tmp_path: Path) -> None:
+    rows = each(lambda n: {"text": text(n), "label": "rare" if n % 24 == 0 else "usual"})
+    made = begin(write_jsonl(tmp_path / "rows.jsonl", rows), bases)
+    assert '# class_weights = "balanced"' in made.text
+    assert made.recipe.stage[0].class_weights == "none"
 
 
 def test_few_long_texts_are_cut_and_no_answer_is() -> None:

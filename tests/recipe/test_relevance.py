@@ -28,9 +28,10 @@ def test_a_decoders_stage_shows_no_labels_and_no_columns_of_others() -> None:
 
 
 def test_without_validation_rows_nothing_of_validation_is_shown() -> None:
-    found = keys("sequence-classification", {}, {}, validate_every=3)
+    found = keys("sequence-classification", {}, {}, validate_every=3, class_weights="balanced")
     assert not found & {"keep", "patience", "validate_every"}
-    assert {"problem", "class_weights", "head_init", "data.label_names"} <= found
+    assert {"problem", "class_weights", "head_init", "data.control_tokens"} <= found
+    assert not found & {"label_smoothing", "data.label_names", "parameters.dora"}  # off
 
 
 def test_where_no_adapter_learns_its_settings_are_left_out() -> None:

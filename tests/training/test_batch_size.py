@@ -62,7 +62,7 @@ def test_a_run_writes_the_number_down_and_a_resumed_one_has_it(
     summary = run_recipe(made, out=tmp_path / "run", progress=Progress(said), resume=True)
     written = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     assert written["stage"][0]["batch_size"] == summary.chosen["stage.0.batch_size"] == 16
-    assert summary.stages[0]["steps"] == 26 and "measured" not in said.getvalue()
+    assert summary.stages[0]["steps"] == 26 and "batch_size" not in said.getvalue()
     again = run_recipe(made, out=tmp_path / "run", progress=silent(), resume=True)
     assert again.chosen == summary.chosen
 

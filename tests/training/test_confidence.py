@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from export_helpers import export
 from head_helpers import room_recipe, room_rows
 from training_helpers import INTENTS, ROOMS, recipe, silent, write_rows
 
+from edgetune.cli import cli
 from edgetune.core.errors import RecipeError
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.recipe.checks import check_confidence
 from edgetune.recipe.confidence import ConfidenceSettings
 from edgetune.recipe.schema import Recipe
+from edgetune.report.answers import confidence_section, errors_section
 from edgetune.runtime import Runtime
 from edgetune.runtime.tasks.prediction_file import answer_rows, requests_of
 from edgetune.training import run_recipe
@@ -92,6 +95,8 @@ def test_a_low_score_has_no_label_and_says_what_was_rejected(tiny_encoder: Path)
         own = runtime.classify(texts, "run")
         every = runtime.classify(texts, "run", threshold=0)
         none = runtime.classify(texts, "run", threshold=1)
+        runtime.load_adapter("hot", folder / "run" / "adapter")
+        assert runtime.classify(texts, "hot") == own
         requests = requests_of(
             runtime, [(1, {"text": texts[0]})], path="rows", adapter="run", truncate=True
         )
@@ -164,6 +169,83 @@ def test_a_tagger_is_calibrated_by_its_words(tiny_encoder: Path, tmp_path: Path)
     )
 
 
+def test_rows_that_are_none_of_the_labels_teach_nothing_and_raise_the_threshold(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    asked = intents(tiny_encoder, tmp_path, target=0.6, out_of_scope="other")
+    for name in ("train", "dev"):
+        path = tmp_path / f"{name}.jsonl"
+        known = [json.loads(line) for line in path.read_text().splitlines()]
+        none: list[str | None] = ["other", "other"] if name == "train" else ["other", None, ""] * 4
+        strangers = [{"text": f"who wrote book {at}", "label": one} for at, one in enumerate(none)]
+        write_rows(path, [*known, *strangers])
+    summary = run_recipe(asked, out=tmp_path / "run", progress=silent())
+    metadata = json.loads((tmp_path / "run" / "adapter" / "edgetune_adapter.json").read_text())
+    assert metadata["labels"] == sorted(INTENTS)
+    assert summary.confidence is not None and summary.confidence["out_of_scope_rows"] == 12
+    assert (
+        metadata["confidence"]["rows"] == 30 and metadata["confidence"]["out_of_scope"] == "other"
+    )
+    found = evaluate(tmp_path / "run", tmp_path / "dev.jsonl")
+    rejected = [one.get("rejected", False) for one in found.predictions if not one["label"]]
+    assert len(rejected) == 12 and len(found.predictions) == 42
+    assert found.metrics["out_of_scope_recall"] == sum(rejected) / 12
+    assert found.metrics["out_of_scope_recall"] == summary.confidence["out_of_scope_recall"]
+    assert {error["line"] for error in found.errors if not error["wanted"]} == {
+        one["line"] for one in found.predictions if not one["label"] and not one.get("rejected")
+    }
+
+
+def test_a_merged_bundle_rejects_as_well(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder = trained(tiny_encoder)
+    export(tmp_path / "merged", folder / "run", mode="merged")
+    texts = [row["text"] for row in rows(MORE)]
+    with Runtime.open(folder / "bundle") as apart, Runtime.open(tmp_path / "merged") as merged:
+        ours, theirs = apart.classify(texts, "run"), merged.classify(texts)
+    assert [one.label for one in ours] == [one.label for one in theirs]
+    assert None in [one.label for one in theirs]
+
+
+def test_the_proof_counts_changed_rejections_and_the_page_draws_the_scores(
+    tiny_encoder: Path,
+) -> None:
+    folder = trained(tiny_encoder)
+    manifest = json.loads((folder / "bundle" / "edgetune.json").read_text())
+    task = manifest["proof"]["task"]["run"]
+    assert task["rejections"] == {"torch": 6, "bundle": 6, "changed": 0}
+    assert task["bundle"]["expected_calibration_error"] == pytest.approx(
+        task["torch"]["expected_calibration_error"], abs=1e-3
+    )
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    page = "".join([*confidence_section(summary), *errors_section(summary)])
+    assert (page.count("<svg") == 2 and "no label (rejected" in page) or "wrong rows" in page
+    assert all(f"<td>{one['label']}</td>" in page for one in summary["analysis"]["classes"])
+
+
+def test_predict_says_what_it_rejected(tiny_encoder: Path) -> None:
+    bundle = str(trained(tiny_encoder) / "bundle")
+    call = ["predict", bundle, "play a song in the attic", "--adapter", "run", "--threshold"]
+    every, none = (CliRunner().invoke(cli, [*call, least]) for least in ("0", "1"))
+    label, score = every.output.split()
+    assert none.output.split("\t") == ["(no label)", score, f"rejected: {label}\n"]
+    refused = CliRunner().invoke(cli, [*call, "2"])
+    assert refused.exit_code == 2 and "0<=x<=1" in refused.output
+
+
+def test_eval_says_and_writes_what_is_wrong(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder = trained(tiny_encoder)
+    data, errors = str(folder / "dev.jsonl"), tmp_path / "wrong.jsonl"
+    arguments = ["eval", str(folder / "run"), "--data", data, "--errors", str(errors)]
+    said = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert said.exit_code == 0, said.output
+    wrong = [json.loads(line) for line in errors.read_text().splitlines()]
+    scores = [one["score"] for one in wrong]
+    assert scores == sorted(scores, reverse=True) and len(wrong) >= 5
+    assert all({"line", "text", "wanted", "got", "score"} <= set(one) for one in wrong)
+    for words in ("right of the surest", "weakest labels", "most often confused", "the worst:"):
+        assert words in said.output
+
+
 @pytest.mark.parametrize(
     ("method", "problem", "settings", "said"),
     [
@@ -178,6 +260,8 @@ def test_a_table_that_means_nothing_is_refused(
     method: str, problem: Any, settings: dict[str, Any], said: str, tiny_encoder: Path
 ) -> None:
     made = recipe(tiny_encoder, method, Path("train.jsonl"), None, problem=problem)
+    (only,) = made.stage
+    made = replace(made, stage=(replace(only, data=replace(only.data, hold_out=0)),))
     with pytest.raises(RecipeError, match=said):
         check_confidence(
             replace(made, confidence=ConfidenceSettings(**settings)), where="recipe.toml"

@@ -28,7 +28,7 @@ from edgetune.core.tasks import best_by
 from edgetune.recipe.schema import Recipe
 from edgetune.training import RunSummary, run_recipe
 from edgetune.training.context import ResolvedStage
-from edgetune.training.keeping import Keeping, steps_between_validations
+from edgetune.training.keeping import Keeping, said_of, steps_between_validations
 from edgetune.training.parallel.distributed import Group
 
 
@@ -167,6 +167,9 @@ def test_the_best_is_by_the_metric_then_by_the_loss_then_the_earlier(
     kept = keeping.settle(model)
     assert kept is not None and (kept["step"], kept["best"], kept["last"]) == (3, 0.7, 0.7)
     assert model.weight.item() == 3.0
+    assert said_of(kept, planned=6, steps=6) == [
+        "kept step 3, preference_accuracy 0.7000 as at the last, step 6, with less loss"
+    ]
 
 
 def test_a_checkpoints_state_is_all_that_it_needs(tiny_decoder: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from edgetune.training import run_recipe
 MEASURED = "validation rows stand in train too: what is measured on them says nothing of other rows"
 
 
-def ended(recipe: Recipe, out: Path) -> tuple[list[str], str]:
-    """The warnings in summary.json, and what the run says last."""
-    stream = io.StringIO()
+def ended(recipe: Recipe, out: Path, stream: io.StringIO | None = None) -> tuple[list[str], str]:
+    """The warnings in summary.json, and what the run says last; all of it in `stream`."""
+    stream = stream or io.StringIO()
     summary = run_recipe(recipe, out=out, progress=Progress(stream), write_more=write_report)
     saved = json.loads((out / "summary.json").read_text())
     assert saved["warnings"] == summary.warnings
@@ -32,8 +32,11 @@ def ended(recipe: Recipe, out: Path) -> tuple[list[str], str]:
 def test_validation_rows_that_were_learned_are_said_at_the_end(
     tiny_decoder: Path, tmp_path: Path
 ) -> None:
-    warnings, said = ended(sft_recipe(tiny_decoder, tmp_path), tmp_path / "run")
+    stream = io.StringIO()
+    recipe = sft_recipe(tiny_decoder, tmp_path)
+    warnings, said = ended(recipe, tmp_path / "run", stream)
     assert warnings == [f"stage 0 (sft): all 4 {MEASURED}"] and warnings[0] in said
+    assert f"\nwarning: all 4 {MEASURED}\n" in stream.getvalue().partition("step 1/")[0]
     data = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
     (found,) = data[0]["findings"]
     assert (found["kind"], found["rows"], found["of"]) == ("validation-in-train", 4, 4)

@@ -23,7 +23,7 @@ from edgetune.data.batching import in_order_of_length
 from edgetune.evaluation.forgetting.likelihood import ChoiceItem, Score, goes_on_with_nothing
 from edgetune.evaluation.forgetting.tasks import Texts
 from edgetune.models.base import Base, open_folder
-from edgetune.models.heads import SequenceClassifier, pool, unwrapped
+from edgetune.models.heads import Embedder, SequenceClassifier, pool, unwrapped
 from edgetune.models.load import load_body, load_tokenizer
 from edgetune.models.resolve import resolve_base
 from edgetune.models.sentence_encoder import Pooling
@@ -87,7 +87,7 @@ class TorchSubject:
 
     def _pooled(self, model: Any, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         inner = unwrapped(model)
-        if isinstance(inner, SequenceClassifier):
+        if isinstance(inner, (Embedder, SequenceClassifier)):
             return inner.pooled(input_ids, mask)
         body = inner.base_model  # of a masked-lm model; a bare body is its own
         hidden = body(input_ids=input_ids, attention_mask=mask).last_hidden_state

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from edgetune.adapters.folder import mismatches, read_metadata
+from edgetune.adapters.folder import mismatches, read_config, read_metadata, read_tensors
 from edgetune.adapters.lora import only_adapter
 from edgetune.adapters.runs import find_adapter
 from edgetune.core.errors import AdapterError
-from edgetune.core.layout import ADAPTER_WEIGHTS
 from edgetune.data.batching import Batch
 from edgetune.data.conversations import Prompt
 from edgetune.data.preferences import encode_answered
@@ -125,9 +123,9 @@ def reward_adapter(
     adapter `name`.
     """
     adapter_dir, metadata = check_reward_adapter(folder, base)
-    config = LoraConfig.from_pretrained(str(adapter_dir))
+    config = read_config(adapter_dir)
     config.modules_to_save = None  # the score is applied here: a policy has no such module
-    tensors = load_file(adapter_dir / ADAPTER_WEIGHTS)
+    tensors = read_tensors(adapter_dir)
     score = tensors.pop(SCORE_WEIGHT, None)
     model.add_adapter(name, config)
     try:

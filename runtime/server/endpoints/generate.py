@@ -1,9 +1,10 @@
-"""`/v1/chat/completions` and `/v1/completions`: OpenAI's endpoints, streamed or whole."""
+"""`/v1/chat/completions`, `/v1/completions` and `/v1/responses`: OpenAI's endpoints, streamed or
+whole.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -26,24 +27,41 @@ from edgetune.runtime.server.http.json_body import Schema, read_body
 from edgetune.runtime.server.http.logs import log_error, note, request_id_of
 from edgetune.runtime.server.http.requests import Plan, error_of, plan_chat, plan_completion
 from edgetune.runtime.server.http.responses import ChatAnswer, Envelope, TextAnswer, ToolAnswer
+from edgetune.runtime.server.http.responses_answer import ResponseEnvelope
+from edgetune.runtime.server.http.responses_request import RESPONSES, plan_response
 from edgetune.runtime.server.http.service import Service
 from edgetune.runtime.tasks.answers import Completion
 
 Planner = Callable[[Service, Mapping[str, Any], str], Plan]
+AnyEnvelope = Envelope | ResponseEnvelope
+Enveloped = Callable[[Plan, str, Mapping[str, Any]], AnyEnvelope]
 
 
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions."""
-    return await _generate(request, CHAT, plan_chat, ChatAnswer())
+
+    def envelope(plan: Plan, request_id: str, body: Mapping[str, Any]) -> Envelope:
+        return Envelope(ToolAnswer() if plan.tools else ChatAnswer(), plan, request_id)
+
+    return await _generate(request, CHAT, plan_chat, envelope)
 
 
 async def completions(request: Request) -> Response:
     """POST /v1/completions."""
-    return await _generate(request, COMPLETIONS, plan_completion, TextAnswer())
+
+    def envelope(plan: Plan, request_id: str, body: Mapping[str, Any]) -> Envelope:
+        return Envelope(TextAnswer(), plan, request_id)
+
+    return await _generate(request, COMPLETIONS, plan_completion, envelope)
+
+
+async def responses(request: Request) -> Response:
+    """POST /v1/responses."""
+    return await _generate(request, RESPONSES, plan_response, ResponseEnvelope)
 
 
 async def _generate(
-    request: Request, schema: Schema, planner: Planner, answer: ChatAnswer | TextAnswer
+    request: Request, schema: Schema, planner: Planner, enveloped: Enveloped
 ) -> Response:
     service: Service = request.app.state.service
     service.check_open()
@@ -51,11 +69,9 @@ async def _generate(
     request_id = request_id_of(request.scope)
     note(request.scope, model=body["model"], user=body.get("user") or body.get("safety_identifier"))
     plan = await service.in_thread(planner, service, body, request_id)
-    if plan.tools:
-        answer = ToolAnswer()
     note(request.scope, prompt_tokens=plan.prompt_tokens, rows=len(plan.rows), stream=plan.stream)
     exchange = Exchange(service.scheduler, service.mailroom, plan.rows)
-    envelope = Envelope(answer, plan, request_id)
+    envelope = enveloped(plan, request_id, body)
     await service.submit(exchange)
     if plan.stream:
         return EventStream(service, exchange, envelope)
@@ -65,7 +81,7 @@ async def _generate(
 
 
 async def _whole(
-    scope: Scope, service: Service, exchange: Exchange, envelope: Envelope
+    scope: Scope, service: Service, exchange: Exchange, envelope: AnyEnvelope
 ) -> dict[str, Any]:
     done: dict[int, Completion] = {}
     with exchange:
@@ -85,7 +101,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, exchange: Exchange, envelope: Envelope) -> None:
+    def __init__(self, service: Service, exchange: Exchange, envelope: AnyEnvelope) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._service, self._exchange, self._envelope = service, exchange, envelope
@@ -105,42 +121,44 @@ class EventStream(Response):
                         {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
                     )
                     started = True
-                await send({"type": "http.response.body", "body": _event(part), "more_body": True})
+                await send(self._body(part))
         except (Exception, asyncio.CancelledError) as error:
             gone = isinstance(error, asyncio.CancelledError) and not self._service.draining
             if gone or not started:
                 raise
             failure = _failure(scope, error)
             note(scope, error=failure.code)
-            await send(
-                {"type": "http.response.body", "body": _event(failure.body()), "more_body": True}
-            )
+            for part in self._envelope.failed(failure):
+                await send(self._body(part))
         note(scope, **_facts(list(self._done.values())))
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        await send({"type": "http.response.body", "body": self._envelope.end, "more_body": False})
+
+    def _body(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        frame = self._envelope.frame(part)
+        return {"type": "http.response.body", "body": frame, "more_body": True}
 
     async def _parts(self) -> AsyncIterator[dict[str, Any]]:
-        envelope, answer, opened = self._envelope, self._envelope.answer, set[int]()
-        top = envelope.plan.top_logprobs
+        envelope, opened = self._envelope, set[int]()
         async for row, event in self._exchange.events():
             if not isinstance(event, TokenEvent):
                 self._done[row] = _completion_of(event)
             if row not in opened:
                 opened.add(row)
-                if (first := answer.opening(row)) is not None:
-                    yield envelope.part(first)
+                for part in envelope.begun(row):
+                    yield part
             if isinstance(event, TokenEvent):
-                if not (event.text or event.logprobs):
-                    continue
-                if (piece := answer.piece(row, event.text, event.logprobs, top)) is not None:
-                    yield envelope.part(piece)
+                if event.text or event.logprobs:
+                    for part in envelope.more(row, event.text, event.logprobs):
+                        yield part
             else:
                 completion = self._done[row]
                 self._service.metrics.completed(
                     completion, rows=self._service.scheduler.stats().running + 1
                 )
-                yield envelope.part(answer.closing(row, completion.finish_reason))
-        if envelope.plan.include_usage:
-            yield envelope.usage([self._done[row] for row in sorted(self._done)])
+                for part in envelope.ended(row, completion):
+                    yield part
+        for part in envelope.last([self._done[row] for row in sorted(self._done)]):
+            yield part
 
 
 def _completion_of(event: Event) -> Completion:
@@ -164,10 +182,6 @@ def _failure(scope: Scope, error: BaseException) -> ApiError:
         return unavailable(STOPPED)
     log_error(scope, error)
     return internal(request_id_of(scope))
-
-
-def _event(value: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _facts(completions: list[Completion]) -> dict[str, Any]:

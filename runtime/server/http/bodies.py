@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from edgetune.runtime.server.http.json_body import Schema, either, obj, optional, unsupported
 
-MODEL = {
+MODEL_NAME = {
     "type": "string",
     "minLength": 1,
     "maxLength": 256,
@@ -137,7 +137,7 @@ MESSAGE = obj(
 NO_STORE = "nothing is kept on this server."
 CHAT = obj(
     ("model", "messages"),
-    model=MODEL,
+    model=MODEL_NAME,
     messages={"type": "array", "items": MESSAGE, "minItems": 1, "maxItems": 1024},
     **SAMPLING,
     control_tokens=CONTROL_TOKENS,
@@ -168,7 +168,7 @@ CHAT = obj(
 )
 COMPLETIONS = obj(
     ("model", "prompt"),
-    model=MODEL,
+    model=MODEL_NAME,
     prompt=either(
         {"type": "string", "minLength": 1, "maxLength": TEXT_LIMIT},
         {
@@ -208,7 +208,7 @@ PAIRS = {
 }
 CLASSIFY = obj(
     ("model", "input"),
-    model=MODEL,
+    model=MODEL_NAME,
     input=either(
         TEXT,
         INPUTS,
@@ -238,7 +238,7 @@ WORDS = {
 }
 TAG = obj(
     ("model", "input"),
-    model=MODEL,
+    model=MODEL_NAME,
     input=either(TEXT, INPUTS, {"type": "array", "items": WORDS, "minItems": 1, "maxItems": 2048}),
     truncate_prompt_tokens=TRUNCATE,
     control_tokens=CONTROL_TOKENS,
@@ -256,7 +256,7 @@ TRUNCATE_ANSWER = optional(
 )
 SCORE = obj(
     ("model", "text_1", "text_2"),
-    model=MODEL,
+    model=MODEL_NAME,
     text_1=either(TEXT, INPUTS, description="Prompts of a reward adapter, or one for all answers."),
     text_2=either(
         TEXT,
@@ -275,7 +275,7 @@ SCORE = obj(
 )
 POOLING = obj(
     ("model",),
-    model=MODEL,
+    model=MODEL_NAME,
     messages=optional(
         "array",
         items=MESSAGE,
@@ -301,7 +301,7 @@ POOLING = obj(
 )
 EMBEDDINGS = obj(
     ("model", "input"),
-    model=MODEL,
+    model=MODEL_NAME,
     input=either(TEXT, INPUTS),
     encoding_format=optional("string", enum=["float", "base64"]),
     dimensions=unsupported("vectors keep the model's own length."),
@@ -332,7 +332,7 @@ LOAD_ADAPTER = obj(
 )
 UNLOAD_ADAPTER = obj(
     ("lora_name",),
-    lora_name=MODEL,
+    lora_name=MODEL_NAME,
     lora_int_id=unsupported("adapters have names."),
     in_use=optional(
         "string",

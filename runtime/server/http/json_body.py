@@ -106,7 +106,10 @@ def _check_any(value: Any, schema: Schema, param: str) -> None:
     """The first alternative that fits; else the complaint of the alternative that comes closest."""
     choices = schema["anyOf"]
     if isinstance(value, dict) and (tagged := [choice for choice in choices if _tags(choice)]):
-        choices = [choice for choice in tagged if value.get("type") in _tags(choice)]
+        others = [] if "type" in value else [choice for choice in choices if choice not in tagged]
+        choices = [choice for choice in tagged if value.get("type") in _tags(choice)] or [
+            choice for choice in others if "object" in _kinds(choice)
+        ]
         if not choices:
             tags = {"type": "string", "enum": [tag for choice in tagged for tag in _tags(choice)]}
             check(value, obj(("type",), type=tags), param)

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgetune import __version__
 from edgetune.runtime.server.http.bodies import BODIES
+from edgetune.runtime.server.http.responses_request import RESPONSES
 
 STRING, INTEGER, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
 OBJECT = {"type": "object"}
@@ -65,6 +66,21 @@ ANSWERS: dict[str, Any] = {
             "timings": OBJECT,
         },
     },
+    "Response": {
+        "type": "object",
+        "required": ["id", "object", "created_at", "model", "status", "output", "usage"],
+        "properties": {
+            "id": STRING,
+            "object": {"const": "response"},
+            "created_at": INTEGER,
+            "model": STRING,
+            "status": {"enum": ["completed", "incomplete"]},
+            "incomplete_details": {"type": ["object", "null"]},
+            "output": {"type": "array", "items": OBJECT},
+            "usage": OBJECT,
+            "timings": OBJECT,
+        },
+    },
     "Listed": {
         "type": "object",
         "required": ["object", "data", "model", "usage"],
@@ -101,6 +117,11 @@ def document() -> dict[str, Any]:
         "/v1/completions": {
             "post": _post("Continue a text.", "CompletionRequest", "Generated", EVENTS)
         },
+        "/v1/responses": {
+            "post": _post(
+                "Answer items, in OpenAI's newer words.", "ResponseRequest", "Response", EVENTS
+            )
+        },
         "/classify": {"post": _post("Classify texts.", "ClassifyRequest", "Listed", {})},
         "/tag": {"post": _post("Tag the words of texts.", "TagRequest", "Listed", {})},
         "/score": {"post": _post("Score answers to prompts.", "ScoreRequest", "Listed", {})},
@@ -133,7 +154,10 @@ def document() -> dict[str, Any]:
             "description": "One base model, many adapters.",
         },
         "paths": paths,
-        "components": {"schemas": {**ANSWERS, **BODIES}, "securitySchemes": schemes},
+        "components": {
+            "schemas": {**ANSWERS, **BODIES, "ResponseRequest": RESPONSES},
+            "securitySchemes": schemes,
+        },
         "security": [{"key": []}, {}],
     }
 

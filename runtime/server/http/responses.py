@@ -4,12 +4,14 @@ stream.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgetune.runtime.generation.sampling import TokenLogprob
+from edgetune.runtime.server.http.errors import ApiError
 from edgetune.runtime.server.http.requests import Plan
 from edgetune.runtime.server.http.tools import ToolParser
 from edgetune.runtime.tasks.answers import Completion
@@ -54,14 +56,7 @@ class ChatAnswer:
         """Each token with its likeliest rivals."""
         if top is None or found is None:
             return None
-        content = [
-            {
-                **_token(t.token, t.logprob),
-                "top_logprobs": [_token(text, value) for _, text, value in t.top[:top]],
-            }
-            for t in found
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": token_logprobs(found, top), "refusal": None}
 
     @staticmethod
     def _delta(
@@ -169,6 +164,9 @@ Answer = ChatAnswer | TextAnswer
 class Envelope:
     """What all objects of one answer have in common."""
 
+    end = b"data: [DONE]\n\n"
+    """What a stream's last bytes are."""
+
     def __init__(self, answer: Answer, plan: Plan, request_id: str) -> None:
         self.answer, self.plan = answer, plan
         self._head = {
@@ -191,15 +189,42 @@ class Envelope:
             **self._last(completions),
         }
 
-    def part(self, choice: Mapping[str, Any] | None) -> dict[str, Any]:
+    def begun(self, row: int) -> Iterator[dict[str, Any]]:
+        """A choice is under way."""
+        if (first := self.answer.opening(row)) is not None:
+            yield self._part(first)
+
+    def more(
+        self, row: int, text: str, logprobs: Sequence[TokenLogprob] | None
+    ) -> Iterator[dict[str, Any]]:
+        """More text of a choice."""
+        piece = self.answer.piece(row, text, logprobs, self.plan.top_logprobs)
+        if piece is not None:
+            yield self._part(piece)
+
+    def ended(self, row: int, completion: Completion) -> Iterator[dict[str, Any]]:
+        """A choice is over."""
+        yield self._part(self.answer.closing(row, completion.finish_reason))
+
+    def last(self, completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
+        """The chunk after the last choice's end, when it was asked for."""
+        if self.plan.include_usage:
+            yield {**self._part(None), **self._last(completions)}
+
+    def failed(self, failure: ApiError) -> Iterator[dict[str, Any]]:
+        """What a stream that had begun says last."""
+        yield failure.body()
+
+    @staticmethod
+    def frame(part: Mapping[str, Any]) -> bytes:
+        """A chunk as it is sent."""
+        return b"data: " + json.dumps(part, separators=(",", ":")).encode() + b"\n\n"
+
+    def _part(self, choice: Mapping[str, Any] | None) -> dict[str, Any]:
         """One chunk of a stream."""
         choices = [] if choice is None else [choice]
         usage: dict[str, Any] = {"usage": None} if self.plan.include_usage else {}
         return {**self._head, "object": self.answer.chunk, "choices": choices, **usage}
-
-    def usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The chunk after the last choice's end, when it was asked for."""
-        return {**self.part(None), **self._last(completions)}
 
     def _last(self, completions: Sequence[Completion]) -> dict[str, Any]:
         made, read = sum(c.completion_tokens for c in completions), self.plan.prompt_tokens
@@ -242,6 +267,19 @@ def _calls(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": dict(call)}
         for call in calls
+    ]
+
+
+def token_logprobs(found: Sequence[TokenLogprob], top: int | None) -> list[dict[str, Any]]:
+    """Each token with its `top` likeliest rivals; none where nobody asked."""
+    if top is None:
+        return []
+    return [
+        {
+            **_token(t.token, t.logprob),
+            "top_logprobs": [_token(text, value) for _, text, value in t.top[:top]],
+        }
+        for t in found
     ]
 
 

@@ -299,3 +299,16 @@ def test_another_kind_of_peft_is_refused(tiny_decoder: Path, tmp_path: Path) -> 
     assert refusal(tmp_path, decoder_manifest()) == [
         "adapter_config.json: peft_type: expected LORA, got IA3"
     ]
+
+
+def test_sites_packed_one_after_the_other_are_those_of_the_whole(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    manifest = decoder_manifest()
+    peft_adapter(tiny_decoder, tmp_path / "a", rank_pattern={"q_proj": 2})
+    whole = pack_adapter(tmp_path / "a", manifest)
+    lazy = pack_adapter(tmp_path / "a", manifest, by_site=True)
+    assert list(lazy.tensors) == list(whole.tensors) and len(lazy.tensors) == len(whole.tensors)
+    for name, tensor in whole.tensors.items():
+        np.testing.assert_array_equal(lazy.tensors[name], tensor)
+    assert lazy.nbytes == whole.nbytes and "nothing" not in lazy.tensors

@@ -35,6 +35,18 @@ def test_every_labels_probability_is_in_the_answer(server: Running, model: str) 
     )
 
 
+def test_a_request_may_set_a_threshold_of_its_own(server: Running) -> None:
+    body = {"model": "mood", "input": "hello", "threshold": 1}
+    (row,) = server.post("/classify", body).json()["data"]
+    (found,) = server.runtime.classify(["hello"], "mood")
+    assert (row["label"], row["rejected"]) == (None, found.label)
+    assert row["score"] == pytest.approx(found.score, abs=1e-5)
+    (row,) = server.post("/classify", {**body, "threshold": 0}).json()["data"]
+    assert row["label"] == found.label and "rejected" not in row
+    refused = server.post("/classify", {**body, "threshold": 1.5})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "threshold")
+
+
 def test_one_text_is_a_list_of_one(server: Running) -> None:
     answer = server.post("/classify", {"model": "mood", "input": "hello"}).json()
     assert (answer["object"], [row["index"] for row in answer["data"]]) == ("list", [0])

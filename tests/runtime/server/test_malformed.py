@@ -16,13 +16,16 @@ from runtime_helpers import decoder_bundle
 from server_helpers import Running, serve
 
 from edgetune.runtime.server.app import ROUTES
-from edgetune.runtime.server.http.bodies import BODIES
+from edgetune.runtime.server.http import bodies
+from edgetune.runtime.server.http.responses_request import RESPONSES
 
+BODIES = {**bodies.BODIES, "ResponseRequest": RESPONSES}
 HELLO = [{"role": "user", "content": "hello"}]
 # What each endpoint takes, and its table of properties.
 FINE: dict[str, tuple[str, dict[str, Any]]] = {
     "/v1/chat/completions": ("ChatRequest", {"messages": HELLO, "max_tokens": 1}),
     "/v1/completions": ("CompletionRequest", {"prompt": "hello", "max_tokens": 1}),
+    "/v1/responses": ("ResponseRequest", {"input": "hello", "max_output_tokens": 1}),
     "/v1/embeddings": ("EmbeddingRequest", {"input": "hello"}),
     "/classify": ("ClassifyRequest", {"input": "hello"}),
     "/tag": ("TagRequest", {"input": "hello"}),

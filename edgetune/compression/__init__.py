@@ -1,0 +1,1 @@
+"""A trained adapter made small: rank and bits chosen on validation rows."""
