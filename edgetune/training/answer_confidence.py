@@ -20,7 +20,7 @@ from edgetune.metrics.calibration import calibration_error, reliability
 from edgetune.metrics.platt import fit_platt
 from edgetune.recipe.confidence import ConfidenceSettings
 from edgetune.recipe.generation import FORMS
-from edgetune.training.confidence import ENOUGH_ROWS, Fitted
+from edgetune.training.confidence import FEWEST_ROWS, Fitted
 from edgetune.training.context import ResolvedStage
 from edgetune.training.validation import outputs_of
 
@@ -35,9 +35,9 @@ def wants_confidence(
 
 
 def measure_answers(model: nn.Module, stage: ResolvedStage, held_out: Sequence[Batch]) -> Fitted:
-    """The calibration of answers; nothing where the rows are fewer than ENOUGH_ROWS."""
+    """The calibration of answers; nothing where the rows are fewer than FEWEST_ROWS."""
     found = list(_answers(model, stage, held_out))
-    if len(found) < ENOUGH_ROWS:
+    if len(found) < FEWEST_ROWS:
         return Fitted()
     scores, right = np.array([score for score, _ in found]), np.array([hit for _, hit in found])
     slope, intercept = fit_platt(scores, right)
