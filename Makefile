@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # one process a core, a file's tests in one of them: they share the exports they make
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-all fuzz check coverage clean
+.PHONY: quickstart test test-all fuzz check coverage docs clean
 
 quickstart: $(STAMP)
 	$(BIN)/edgetune quickstart --out quickstart-out
@@ -31,6 +31,10 @@ check: $(STAMP)
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -q --cov --cov-report=term-missing:skip-covered
 
+# the site, out of docs/ and the docstrings, into site/; a dead link is an error
+docs: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # where a C++ compiler and kernels for this processor are, an engine that is not built is a fault
 COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 KERNELS := $(filter x86_64 aarch64 arm64,$(shell uname -m))
@@ -46,4 +50,4 @@ $(STAMP): pyproject.toml constraints.txt $(ENGINE)
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache quickstart-out
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache quickstart-out site

@@ -121,6 +121,11 @@ def cpu_model() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
+def clocks_of_cpuinfo() -> list[float]:
+    """MHz of each core, where Linux says it there."""
+    return [float(found) for found in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read(CPUINFO), re.M)]
+
+
 def cpu_features() -> list[str]:
     """Instruction sets that matter to inference."""
     match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(CPUINFO), re.MULTILINE)

@@ -1,9 +1,10 @@
 """How the memory of this process lies in pages: large ones for weights that every token reads.
 
 A request to Linux that changes no content and may be refused; elsewhere it does nothing. SmolLM2
-int4 on two cores decodes 11 to 18 % faster on large pages (`benchmarks/RESULTS.md`). Advice that
-drops pages (MADV_DONTNEED on the weights' file while it is read) has no place here: ONNX Runtime
-unmaps pieces of the file meanwhile, and what comes to lie there would lose its content.
+int4 on two cores decodes 11 to 18 % faster on large pages (`docs/explanation/what-was-tried.md`).
+Advice that drops pages (MADV_DONTNEED on the weights' file while it is read) has no place here:
+ONNX Runtime unmaps pieces of the file meanwhile, and what comes to lie there would lose its
+content.
 """
 
 from __future__ import annotations

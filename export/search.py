@@ -35,7 +35,8 @@ from edgetune.models.base import Base
 from edgetune.models.load import load_tokenizer
 from edgetune.quantisation.precision import Precision
 from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.check.latency import Latency, Workload, side_by_side
+from edgetune.runtime.check.latency import Workload
+from edgetune.runtime.check.rounds import Latency, side_by_side
 
 AUTO_ROWS = {"decoder": 64, "encoder": 1000, "encoder-decoder": 64}
 WITHIN_REACH = 8

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "benchmarks" / "RESULTS.md",
     ROOT / "examples" / "clients" / "README.md",
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -119,6 +120,12 @@ def test_a_source_file_that_is_named_is_there(page: Path) -> None:
     for path in re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|toml))`", page.read_text()):
         if not path.startswith(("shop/", "runs/")):  # the reader's own
             assert (ROOT / path).is_file(), path
+
+
+def test_the_measured_results_are_figures_with_at_most_200_lines_of_prose() -> None:
+    lines = (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines()
+    prose = [line for line in lines if line and not line.startswith(("|", "#", "    "))]
+    assert len(prose) <= 200 and max(map(len, prose)) <= 100
 
 
 def test_the_readme_has_a_sentence_for_every_room_and_at_most_90_lines() -> None:

@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": "Check a bundle's hashes; with --parity prove it again.",
     "diff": "Say what changed from one bundle to another.",
     "predict": "Answer one text or a file of rows.",
+    "chat": "Talk to a bundle in the terminal.",
     "serve": "Answer over HTTP: OpenAI's endpoints, adapters as models, a playground.",
     "top": "Watch a server live in the terminal.",
     "check": "Measure latency and memory against a device's budget.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 import click
 
@@ -13,11 +13,12 @@ from edgetune.cli.options import THREADS, chosen_providers, engine_option, provi
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
     from edgetune.runtime.check.latency import Workload
-    from edgetune.runtime.check.verdict import Speed, Verdict
+    from edgetune.runtime.check.projection import Projection
+    from edgetune.runtime.check.rounds import Measuring
+    from edgetune.runtime.check.verdict import Verdict
 
 
-EXIT = {"ok": 0, "over": 1, "noisy": 3}
-WORDS = {"ok": "ok", "over": "OVER", "noisy": "too noisy to tell"}
+EXIT = {"ok": 0, "over": 1, "slower": 1, "noisy": 3}
 
 
 @click.command("check")
@@ -64,6 +65,54 @@ WORDS = {"ok": "ok", "over": "OVER", "noisy": "too noisy to tell"}
     type=THREADS,
     help="Threads. [default: the device's, if this machine has them]",
 )
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="Fresh processes, of --runs requests each. [default: 1; with --against the baseline's]",
+)
+@click.option(
+    "--beside",
+    type=click.IntRange(min=0, max=256),
+    default=0,
+    help="Busy processes next to it: what contention costs.",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="BASELINE.json",
+    help="Exit 1 where a figure is slower than in this file of --json (of 3 rounds or more).",
+)
+@click.option(
+    "--allow-slower",
+    type=click.FloatRange(min=0, max=100),
+    default=3.0,
+    show_default=True,
+    metavar="%",
+    help="With --against: slower by less is no regression.",
+)
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="AXIS=N,N,…",
+    help="Measure over prompt, new, batch, threads or beside, without a verdict; several times.",
+)
+@click.option(
+    "--page", type=click.Path(path_type=Path), help="With --sweep: write pictures and a table."
+)
+@click.option(
+    "--on",
+    metavar="ssh://[USER@]HOST[:PORT]",
+    help="Measure there: bundle and runtime are copied, and removed afterwards.",
+)
+@click.option(
+    "--remote-python", default="python3", show_default=True, help="With --on: the Python there."
+)
+@click.option(
+    "--wheel",
+    type=click.Path(path_type=Path),
+    help="With --on: install this wheel of edgetune there, such as one with its native engine.",
+)
 @provider_option
 @engine_option
 @click.option(
@@ -71,6 +120,11 @@ WORDS = {"ok": "ok", "over": "OVER", "noisy": "too noisy to tell"}
     "json_file",
     type=click.Path(path_type=Path),
     help="Write everything, raw samples too.",
+)
+@click.option(
+    "--markdown",
+    type=click.Path(path_type=Path),
+    help="Write the verdicts as Markdown, for a pull request.",
 )
 @click.option(
     "--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file for CI."
@@ -84,25 +138,45 @@ def command(
     prompt_tokens: int | None,
     new_tokens: int,
     threads: int | None,
+    rounds: int | None,
+    beside: int,
+    against: Path | None,
+    allow_slower: float,
+    sweeps: tuple[str, ...],
+    page: Path | None,
+    on: str | None,
+    remote_python: str,
+    wheel: Path | None,
     providers: tuple[str, ...],
     engine: str,
     json_file: Path | None,
+    markdown: Path | None,
     junit: Path | None,
 ) -> int:
-    """Measure BUNDLE in a fresh process and compare with the device's budget.
+    """Measure BUNDLE in fresh processes and compare with the device's budget and, with --against,
+    with an earlier measurement.
 
-    Exit 0: within the budget; 1: a limit is exceeded; 3: too noisy to tell. Without --adapter every
-    adapter of the bundle is measured. For another device than the host, times are estimates and say
-    so.
+    Exit 0: within the budget and no slower; 1: a limit is exceeded or a figure is slower; 3: too
+    noisy to tell. Without --adapter every adapter of the bundle is measured. For another device
+    than the host, times are estimates with their error and say so.
     """
     from edgetune.core.errors import AdapterError, DeviceError
+    from edgetune.core.files import write_json, write_text
     from edgetune.core.settings import nearest
     from edgetune.devices import load_device, parse_budget
     from edgetune.runtime.bundle.manifest import read_manifest
-    from edgetune.runtime.check.latency import Workload, host_speed, measure_latency
-    from edgetune.runtime.check.verdict import judge, overall
+    from edgetune.runtime.check import report
+    from edgetune.runtime.check.latency import Workload, measure_latency
+    from edgetune.runtime.check.projection import project
+    from edgetune.runtime.check.regression import changes, read_baseline
+    from edgetune.runtime.check.remote import Remote, address_of, host_there, measured_there
+    from edgetune.runtime.check.rounds import measure_rounds
+    from edgetune.runtime.check.sweep import parse_sweep
+    from edgetune.runtime.check.verdict import judge
 
     manifest = read_manifest(bundle)
+    axes = parse_sweep(sweeps)
+    baseline = None if against is None else read_baseline(against)
     device = load_device(device_name)
     kind = "decoder" if manifest.is_decoder else "encoder"
     asked = parse_budget(limits)
@@ -112,7 +186,14 @@ def command(
         there = nearest(unknown[0], shipped, none="none in this bundle")
         raise AdapterError(f"unknown adapter {unknown[0]!r}", **there)
     length = prompt_tokens or (256 if manifest.is_decoder else 32)
-    used = threads or min(device.threads, load_device("host").threads)
+    remote = None if on is None else Remote(address_of(on), python=remote_python)
+    used = threads
+    if remote is None:
+        used = threads or min(device.threads, load_device("host").threads)
+    elif not device.is_host:
+        used = threads or device.threads
+    if rounds is None:
+        rounds = 1 if baseline is None else len(baseline["measured"]["rounds"])
     workload = Workload(
         str(bundle),
         adapters or shipped,
@@ -122,96 +203,92 @@ def command(
         new_tokens,
         chosen_providers(providers or device.providers, None),
         engine,
+        beside,
     )
-    click.echo(
-        f"measuring {bundle} with {used} threads, {runs} requests of {length} tokens …", err=True
+    _note(
+        f"measuring {bundle} {'' if on is None else f'on {on} '}with {used or 'all'} threads,"
+        f" {rounds} x {runs} requests of {length} tokens …"
     )
-    measured = measure_latency(workload)
-    for note in measured["providers"]["notes"]:
+    with contextlib.ExitStack() as stack:
+        measure: Measuring = measure_latency
+        if remote is not None:
+            copied = measured_there(remote, bundle, wheel=wheel, say=_note)
+            measure = stack.enter_context(copied)
+        if axes:
+            return _sweep(workload, axes, measure, page, json_file)
+        measured = measure_rounds(workload, rounds=rounds, measure=measure)
+    for note in [*measured["providers"]["notes"], *measured["machine"]["notes"]]:
         click.echo(f"warning: {note}", err=True)
-    speed = None if device.is_host else host_speed(used)
-    verdicts = judge(measured, budget, device=device, host=speed)
+    projection = None
+    if not device.is_host and remote is None:
+        _note("measuring other thread counts and prompts, for the estimate …")
+        projection = project(workload, measured)
+    verdicts = judge(measured, budget, device=device, projection=projection)
     if unmeasured := sorted(set(asked) - {verdict.key for verdict in verdicts}):
         what = f"this bundle has no {unmeasured[0]}, so its limit cannot be checked"
+        if device.is_gpu:
+            what = f"{unmeasured[0]} of a GPU is not estimated from a processor's"
         raise DeviceError(
             what,
             where="--budget",
             got=f"a bundle for {manifest.task}, {manifest.mode}",
             fix="Leave it out.",
         )
-    state = overall(verdicts)
-    _print(measured, verdicts, device, speed, state=state)
-    document = _document(workload, measured, verdicts, device, speed, budget=budget, state=state)
+    document = _document(workload, measured, verdicts, device, projection, budget=budget)
+    if remote is not None:
+        document["host"] = host_there(remote)
+    changed = (
+        []
+        if baseline is None
+        else changes(baseline, document["workload"], measured["rounds"], allowed=allow_slower / 100)
+    )
+    state = report.overall_state([v.state for v in verdicts] + [c.state for c in changed])
+    document |= {"state": state, "changes": [one.to_dict() for one in changed]}
+    for line in report.measured_lines(measured):
+        click.echo(line)
+    click.echo("")
+    for line in report.budget_lines(verdicts, device, projection):
+        click.echo(line)
+    if changed:
+        for line in report.change_lines(changed, str(against)):
+            click.echo(line)
+    click.echo(report.WORDS[state] if verdicts or changed else "no limits: nothing to compare with")
+    title = f"edgetune check {bundle.name} on {device.name}"
     if json_file is not None:
-        from edgetune.core.files import write_json
-
         write_json(json_file, document)
+    if markdown is not None:
+        write_text(markdown, report.markdown(measured, verdicts, changed, title=title, state=state))
     if junit is not None:
-        _write_junit(junit, bundle, device, verdicts)
+        write_text(junit, report.junit(verdicts, changed, bundle=bundle.name, on=device.name))
     return EXIT[state]
 
 
-def _print(
-    measured: dict[str, Any],
-    verdicts: list[Verdict],
-    device: Device,
-    speed: Speed | None,
-    *,
-    state: str,
-) -> None:
-    click.echo(f"engine: {measured['engine']}")
-    click.echo(f"execution providers: {_providers(measured['providers'])}")
-    click.echo(f"{'measured on this machine':28} {'p50':>9} {'p90':>9} {'p95':>9} {'p99':>9}")
-    for row in measured["adapters"]:
-        name = row["adapter"] or "base model"
-        for key, label in (
-            ("ttft_ms", "TTFT ms"),
-            ("tpot_ms", "TPOT ms"),
-            ("request_ms", "request ms"),
-        ):
-            if key in row:
-                _print_percentiles(f"{name}: {label}", row[key])
-        if "tokens_per_s" in row:
-            click.echo(f"{name + ': tokens/s':28} {row['tokens_per_s']['p50']:9.1f}")
-    if measured["swap_ms"]:
-        _print_percentiles("swap ms", measured["swap_ms"])
-    loads = ", ".join(f"{name} {ms:.1f}" for name, ms in measured["adapter_load_ms"].items())
-    click.echo(
-        f"load {measured['load_ms']:.0f} ms"
-        + (f"; adapters from disk: {loads} ms" if loads else "")
-    )
-    click.echo(
-        f"peak memory {measured['peak_rss_mb']:.0f} MB; bundle {measured['bundle_mb']:.1f} MB\n"
-    )
-    if speed is not None:
-        from edgetune.runtime.check.verdict import FORMULA
+def _sweep(
+    workload: Workload,
+    axes: dict[str, tuple[int, ...]],
+    measure: Measuring,
+    page: Path | None,
+    json_file: Path | None,
+) -> int:
+    """Measure every combination, say each as it comes, and write what was asked for."""
+    from edgetune.core.files import write_json, write_text
+    from edgetune.report.sweep_page import render_sweep
+    from edgetune.runtime.check.sweep import sweep, sweep_line
 
-        click.echo(
-            f"The measurements are of this machine ({speed.gflops:.0f} GFLOP/s, {speed.gb_s:.0f}"
-            " GB/s), not of"
-        )
-        click.echo(f"{device.title}; its times below are ESTIMATES: {FORMULA}.\n")
-    click.echo(f"budget of {device.name}:")
-    for v in verdicts:
-        who = f" ({v.adapter})" if v.adapter else ""
-        basis = " (estimate)" if v.basis == "estimate" else ""
-        spread = "" if v.low == v.high else f" [{v.low:.3g} … {v.high:.3g}]"
-        click.echo(
-            f"  {v.key + who:32} {v.value:10.4g}{spread} of {v.limit:g}: {WORDS[v.state]}{basis}"
-        )
-    click.echo(f"{WORDS[state]}" if verdicts else "no limits: nothing to compare with")
+    found = []
+    for point in sweep(workload, axes, measure):
+        click.echo(sweep_line(point))
+        found.append(point.to_dict())
+    name = Path(workload.bundle).name
+    if json_file is not None:
+        write_json(json_file, {"schema": 2, "bundle": workload.bundle, "points": found})
+    if page is not None:
+        write_text(page, render_sweep(found, title=f"edgetune check {name}"))
+    return 0
 
 
-def _providers(found: dict[str, Any]) -> str:
-    """Which ran the graph, with the nodes each had where ONNX Runtime tells."""
-    nodes = found["nodes"]
-    return ", ".join(
-        f"{name} ({nodes.get(name, 0)} nodes)" if nodes else name for name in found["in_use"]
-    )
-
-
-def _print_percentiles(label: str, row: dict[str, float]) -> None:
-    click.echo(f"{label:28} " + " ".join(f"{row[f'p{p}']:9.3f}" for p in (50, 90, 95, 99)))
+def _note(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _document(
@@ -219,59 +296,30 @@ def _document(
     measured: dict[str, Any],
     verdicts: list[Verdict],
     device: Device,
-    speed: Speed | None,
+    projection: Projection | None,
     *,
     budget: dict[str, float],
-    state: str,
 ) -> dict[str, Any]:
     """The contract for scripts: see `--json`."""
     from dataclasses import asdict
 
     from edgetune import __version__
     from edgetune.devices import probe_host
-    from edgetune.runtime.check.verdict import FORMULA
+    from edgetune.runtime.check.projection import FORMULA
 
-    estimated = speed is not None
-    host = probe_host() | ({} if speed is None else asdict(speed))
+    estimated = projection is not None
+    host = probe_host() | ({} if projection is None else asdict(projection.speed))
     return {
-        "schema": 1,
+        "schema": 2,
         "edgetune_version": __version__,
-        "state": state,
         "bundle": workload.bundle,
         "device": device.name,
         "host": host,
         "estimated": estimated,
         "formula": FORMULA if estimated else None,
+        "projection": None if projection is None else projection.to_dict(),
         "workload": asdict(workload),
         "measured": measured,
         "budget": budget,
         "verdicts": [verdict.to_dict() for verdict in verdicts],
     }
-
-
-def _write_junit(path: Path, bundle: Path, device: Device, verdicts: list[Verdict]) -> None:
-    """One test case a limit; an exceeded one fails, an undecided one is skipped."""
-    from edgetune.core.files import write_text
-
-    failures = sum(v.state == "over" for v in verdicts)
-    skipped = sum(v.state == "noisy" for v in verdicts)
-    counts = {"tests": str(len(verdicts)), "failures": str(failures), "skipped": str(skipped)}
-    suite = ElementTree.Element(
-        "testsuite", {"name": f"edgetune check {bundle.name} on {device.name}", **counts}
-    )
-    for v in verdicts:
-        name = f"{v.key} ({v.adapter})" if v.adapter else v.key
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=f"{bundle.name}.{device.name}", name=name
-        )
-        text = f"{v.value:.4g} of {v.limit:g} ({v.basis}, between {v.low:.4g} and {v.high:.4g})"
-        if v.state != "ok":
-            tag = "failure" if v.state == "over" else "skipped"
-            ElementTree.SubElement(case, tag, message=text)
-    ElementTree.indent(suite)
-    write_text(
-        path,
-        '<?xml version="1.0" encoding="utf-8"?>\n'
-        + ElementTree.tostring(suite, encoding="unicode")
-        + "\n",
-    )

@@ -12,7 +12,7 @@ from edgetune.cli.options import THREADS
 
 if TYPE_CHECKING:
     from edgetune.runtime.bundle.diff import Change, Difference, ReadGraph
-    from edgetune.runtime.check.latency import Latency
+    from edgetune.runtime.check.rounds import Latency
 
 
 WIDTH = 44  # characters of a value
@@ -149,7 +149,8 @@ def _verdict(found: Difference) -> str:
 def _measure(a: Path, b: Path, *, rounds: int, threads: int | None) -> dict[str, Latency]:
     """Both with the first adapter that they share, else without."""
     from edgetune.runtime.bundle.manifest import read_manifest
-    from edgetune.runtime.check.latency import Workload, side_by_side
+    from edgetune.runtime.check.latency import Workload
+    from edgetune.runtime.check.rounds import side_by_side
 
     manifests = [read_manifest(folder) for folder in (a, b)]
     others = {entry.name for entry in manifests[1].adapters}

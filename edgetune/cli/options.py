@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from edgetune.core.errors import ExportError
+
+if TYPE_CHECKING:
+    from edgetune.runtime.tasks.answers import Completion
 
 THREADS = click.IntRange(1, 1024)
 """what `--threads` takes; more are never of use, and starting them would take minutes"""
@@ -43,6 +46,15 @@ def engine_option(command: Command) -> Command:
             " native:cache=int8 keeps keys and values in 8 bits, half of the usual."
         ),
     )(command)
+
+
+def speed_line(done: Completion) -> str:
+    """An answer's tokens, times and end, for a person."""
+    speed = f", {1e3 / done.tpot_ms:.0f} tokens/s" if done.tpot_ms else ""
+    return (
+        f"[{done.completion_tokens} tokens, first after {done.ttft_ms:.0f} ms{speed},"
+        f" {done.finish_reason}]"
+    )
 
 
 def device_option(command: Command) -> Command:

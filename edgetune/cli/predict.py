@@ -16,6 +16,7 @@ from edgetune.cli.options import (
     device_option,
     engine_option,
     provider_option,
+    speed_line,
 )
 from edgetune.core.tasks import CLASSIFICATION, REWARD
 
@@ -70,6 +71,12 @@ STANDARD = Path("-")
     "--grammar",
     type=click.Path(path_type=Path),
     help="A Lark grammar file that the answer follows.",
+)
+@click.option(
+    "--confidence",
+    is_flag=True,
+    default=None,
+    help="With a generated answer how sure it is: the probability that it is right.",
 )
 @click.option(
     "--truncate", is_flag=True, help="Cut texts that are too long for an encoder or a reward."
@@ -273,13 +280,10 @@ def _answer_text(
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
-    if (done := stream.completion) is not None and sys.stderr.isatty():
-        speed = f", {1e3 / done.tpot_ms:.0f} tokens/s" if done.tpot_ms else ""
-        click.echo(
-            f"[{done.completion_tokens} tokens, first after {done.ttft_ms:.0f} ms{speed},"
-            f" {done.finish_reason}]",
-            err=True,
-        )
+    if (done := stream.completion) is not None and done.confidence is not None:
+        click.echo(f"confidence {done.confidence:.4f}", err=True)
+    if done is not None and sys.stderr.isatty():
+        click.echo(speed_line(done), err=True)
 
 
 def _answer_file(

@@ -23,6 +23,13 @@ Made from the code by `python -m edgetune.cli.reference_page`; a test keeps it t
 | 2 | bad usage or bad input: one line on standard error says what, where, expected, got and fix |
 | 3 | `check`: too noisy to tell |
 | 130 | interrupted |
+
+The Tab key completes commands, options, choices and files after one of these, for good in
+`~/.bashrc`, `~/.zshrc` or `~/.config/fish/config.fish`:
+
+    eval "$(_EDGETUNE_COMPLETE=bash_source edgetune)"
+    eval "$(_EDGETUNE_COMPLETE=zsh_source edgetune)"
+    _EDGETUNE_COMPLETE=fish_source edgetune | source
 """
 
 

@@ -130,18 +130,20 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if not is_coded(config):
         return dict(config)
     own = {key: value for key, value in config.items() if key != KEY}
-    return {**own, "peft_type": "LORA", "lora_alpha": own.get("r"), **WITHOUT_PATTERNS}
+    return {**own, "peft_type": "LORA", "lora_alpha": own.get("r"), **_without_patterns()}
 
 
 def coded_config(config: Mapping[str, Any], *, rank: int) -> dict[str, Any]:
     """The configuration of codes of at most this rank, with the words that keep PEFT from loading
     them.
     """
-    own = {**config, "r": rank, "lora_alpha": rank, **WITHOUT_PATTERNS}
+    own = {**config, "r": rank, "lora_alpha": rank, **_without_patterns()}
     return {**own, "peft_type": PEFT_TYPE, KEY: LAYOUT_VERSION}
 
 
-WITHOUT_PATTERNS = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+def _without_patterns() -> dict[str, Any]:
+    """Of its own for every caller, who may fill it."""
+    return {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
 
 
 def unknown_layout(config: Mapping[str, Any]) -> str | None:

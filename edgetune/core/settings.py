@@ -325,7 +325,7 @@ def _lines(tree: Any, *, path: str) -> Iterator[str]:
             isinstance(value, tuple) and bool(value) and dataclasses.is_dataclass(value[0])
         )
         if is_list_of_tables or dataclasses.is_dataclass(value):
-            tables.append((field.name, value))
+            tables.append((key_of(field), value))
         elif value is None:
             yield f"# {field.name} is not set: {field.metadata['help']}"
         else:

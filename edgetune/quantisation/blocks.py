@@ -10,7 +10,7 @@ Rows that lie on a grid of these bits already keep it (`grids`). A block of thei
 offset that no integer zero expresses (GGUF's Q4_1): w = scale · (q − zero) + offset. Offsets become
 columns of the product of their own, one a block, which the graph feeds with the block's mean input;
 they are rounded to 4 bits, so that a weight moves by about a fiftieth of a step. Kept in float32
-they would be exact, and cost more speed than int8 does (`benchmarks/RESULTS.md`).
+they would be exact, and cost more speed than int8 does (`docs/explanation/what-was-tried.md`).
 """
 
 from __future__ import annotations

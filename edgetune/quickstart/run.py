@@ -43,7 +43,8 @@ from edgetune.quickstart.plan import QuickstartPlan, QuickstartTask, Shipment
 from edgetune.report.run_page import write_report
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.manifest import Manifest
-from edgetune.runtime.check.latency import Workload, host_speed, measure_latency
+from edgetune.runtime.check.latency import Workload, measure_latency
+from edgetune.runtime.check.projection import project
 from edgetune.runtime.check.verdict import judge, overall
 from edgetune.training import RunSummary, run_recipe
 
@@ -248,11 +249,11 @@ def _check(plan: QuickstartPlan, folder: Path, manifest: Manifest, road: Road) -
     tokens = plan.prompt_tokens if manifest.is_decoder else ENCODER_TOKENS
     threads = min(device.threads, load_device("host").threads)
     names = tuple(entry.name for entry in manifest.adapters)
-    measured = measure_latency(
-        Workload(str(folder), names, threads, plan.requests, tokens, plan.new_tokens)
-    )
-    host = None if device.is_host else host_speed(threads)
-    verdicts = judge(measured, device.budget.get(kind, {}), device=device, host=host)
+    workload = Workload(str(folder), names, threads, plan.requests, tokens, plan.new_tokens)
+    measured = measure_latency(workload)
+    projection = None if device.is_host else project(workload, measured)
+    limits = device.budget.get(kind, {})
+    verdicts = judge(measured, limits, device=device, projection=projection)
     for verdict in verdicts:
         who = f" ({verdict.adapter})" if verdict.adapter else ""
         road.say(f"  {verdict.key}{who}: {verdict.value:.4g} of {verdict.limit:g}, {verdict.state}")

@@ -223,6 +223,8 @@ def check_confidence(recipe: Recipe, *, where: str) -> None:
     asked, stage = recipe.confidence, recipe.stage[-1]
     if asked is None:
         return
+    if stage.method == "sft" and not asked.has_threshold and asked.out_of_scope is None:
+        return
     if not can_calibrate(stage.task, stage.problem):
         what = stage.method if stage.problem == "single-label" else f"problem = {stage.problem!r}"
         raise RecipeError(

@@ -36,7 +36,7 @@ class Data:
         help=(
             "training rows: a file (.jsonl .json .csv .tsv .parquet .xlsx .txt, also .gz or .zst),"
             " a folder, a pattern such as data/*.jsonl, a hub data set"
-            " (owner/name[@revision][:configuration][:split]), or a list of these"
+            " (`owner/name[@revision][:configuration][:split]`), or a list of these"
         )
     )
     validation: str | tuple[str, ...] | None = option(

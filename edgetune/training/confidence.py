@@ -33,7 +33,7 @@ from edgetune.training.validation import (
     outputs_of,
 )
 
-ENOUGH_ROWS = 30
+FEWEST_ROWS = 30
 """Of fewer rows a temperature says more about them than about the model."""
 
 
@@ -90,12 +90,12 @@ def fit_confidence(
     outside: npt.NDArray[Any],
 ) -> Fitted:
     """Temperature and threshold by logits (rows, classes) and right classes (rows,), and the logits
-    of rows that are none of the classes; nothing where the rows are fewer than ENOUGH_ROWS.
+    of rows that are none of the classes; nothing where the rows are fewer than FEWEST_ROWS.
     """
     settings = asked or ConfidenceSettings()
     if not settings.calibrate:
         return Fitted()
-    if len(targets) < ENOUGH_ROWS:
+    if len(targets) < FEWEST_ROWS:
         return Fitted(warnings=_too_few(len(targets), asked))
     temperature = fit_temperature(logits, targets)
     best, scores = best_labels(logits, temperature)
@@ -132,7 +132,7 @@ def _too_few(rows: int, asked: ConfidenceSettings | None) -> tuple[str, ...]:
         return ()
     kept = ", and no threshold is kept" if asked.has_threshold else ""
     return (
-        f"[confidence]: {rows} validation rows are too few to calibrate on, {ENOUGH_ROWS} are"
+        f"[confidence]: {rows} validation rows are too few to calibrate on, {FEWEST_ROWS} are"
         f" needed{kept}",
     )
 

@@ -11,6 +11,7 @@ from edgetune.core.errors import TrainingError
 from edgetune.core.progress import Progress
 from edgetune.data.batching import Batch
 from edgetune.models.torch_device import device_of, generators_untouched
+from edgetune.training.answer_confidence import measure_answers, wants_confidence
 from edgetune.training.checkpoint import Position, State
 from edgetune.training.confidence import measure_scores
 from edgetune.training.context import Kept, Prepared, ResolvedRun, ResolvedStage, StageStart
@@ -112,7 +113,11 @@ class Stages:
                 got="mean logit change 0",
                 fix="Raise learning_rate or epochs.",
             )
-        fitted = measure_scores(self.model.model, stage, held_out, self.settled.recipe.confidence)
+        asked = self.settled.recipe.confidence
+        if wants_confidence(stage, asked, self.settled.generation):
+            fitted = measure_answers(self.model.model, stage, held_out)
+        else:
+            fitted = measure_scores(self.model.model, stage, held_out, asked)
         return {
             "metrics": metrics,
             "base_metrics": base_metrics,

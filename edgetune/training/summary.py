@@ -13,6 +13,7 @@ from typing import Any
 
 from edgetune import __version__
 from edgetune.adapters.folder import AdapterMetadata
+from edgetune.core.answer_confidence import GENERATION_KIND, answer_confidence_of
 from edgetune.core.confidence import confidence_of
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
@@ -171,12 +172,16 @@ def metadata(run: ResolvedRun, summary: RunSummary) -> AdapterMetadata:
         max_length=examples.max_length,
         metrics=summary.metrics,
         base_precision=summary.base_precision,
-        confidence=(
-            None
-            if summary.confidence is None
-            else confidence_of({"confidence": summary.confidence}).to_dict()
-        ),
+        confidence=_confidence(summary),
     )
+
+
+def _confidence(summary: RunSummary) -> dict[str, Any] | None:
+    """What the adapter takes along of the calibration."""
+    if summary.confidence is None:
+        return None
+    facts = {"confidence": summary.confidence}
+    return (answer_confidence_of(facts) or confidence_of(facts)).to_dict()
 
 
 def versions() -> dict[str, str]:
@@ -236,6 +241,12 @@ def closing(summary: RunSummary) -> str:
 
 
 def _confidence_line(found: Mapping[str, Any]) -> str:
+    if found.get("kind") == GENERATION_KIND:
+        return (
+            f"confidence of answers, by {found['rows']:,} rows: calibration error"
+            f" {found['expected_calibration_error_before']:.3f} to"
+            f" {found['expected_calibration_error']:.3f}"
+        )
     line = (
         f"confidence: temperature {found['temperature']:.2f}, calibration error"
         f" {found['expected_calibration_error_before']:.3f} to"

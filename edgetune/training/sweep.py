@@ -28,7 +28,7 @@ class SweptRun:
     @property
     def metric(self) -> str:
         """By which the runs are compared."""
-        kept = None if self.summary is None else self.summary.stages[-1]["kept"]
+        kept = None if self.summary is None else self.summary.stages[-1].get("kept")
         return "train_loss" if kept is None else str(kept["metric"])
 
     @property

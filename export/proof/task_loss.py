@@ -193,7 +193,7 @@ def answer_of(prediction: Prediction) -> Any:
     """What was answered: of a reward, whether it prefers the chosen one; None where the label was
     not sure enough to count.
     """
-    if prediction.get("rejected"):
+    if prediction.get("rejected") is True:  # of two answers it is the other one's score
         return None
     if "prediction" in prediction:
         return prediction["prediction"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edgetune.core.answer_confidence import GENERATION_KIND, answer_confidence_problems
 from edgetune.core.confidence import confidence_problems
 from edgetune.core.errors import InputError
 from edgetune.core.head_layers import LINEAR, TRANSFORMERS
@@ -168,8 +169,9 @@ def wrong_metadata(metadata: Mapping[str, Any]) -> list[str]:
     ):
         if _is_object(metadata.get(name)):
             wrong += _wrong(metadata[name], table, f"{name}.")
-    if metadata.get("confidence") is not None:
-        wrong += confidence_problems(metadata["confidence"])
+    if (sure := metadata.get("confidence")) is not None:
+        of_text = isinstance(sure, dict) and sure.get("kind") == GENERATION_KIND
+        wrong += answer_confidence_problems(sure) if of_text else confidence_problems(sure)
     if not wrong and metadata.get("generation"):
         try:
             settings_from(metadata["generation"], {})

@@ -5,11 +5,11 @@ edgetune.runtime.check.latency`.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,23 @@ import numpy as np
 from edgetune.core.errors import BundleError, EdgetuneError
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.tasks import CLASSIFICATION, REWARD, TAGGING
-from edgetune.runtime.check.verdict import Speed, summary
+from edgetune.devices.host import usable_cores
+from edgetune.runtime.check.machine import (
+    EnergyMeter,
+    Yardstick,
+    busy_neighbours,
+    conditions,
+    notes_of,
+)
+from edgetune.runtime.check.verdict import summary
 
 if TYPE_CHECKING:
     from edgetune.runtime.tasks.runtime import Runtime
 
-WARM_UP = 2
+MOST_WARM_UP = 10
+"""Requests of an adapter before it is measured, at most: as many as it takes until two in turn
+differ by less than `STEADY`."""
+STEADY = 0.05
 SWAPS = 50
 
 
@@ -45,6 +56,10 @@ class Workload:
     providers: tuple[str, ...] = ()
     """execution providers in order of preference; empty: the CPU"""
     engine: str = "auto"
+    beside: int = 0
+    """busy processes next to it"""
+    batch: int = 1
+    """rows at once: prompts that are read together, answers that are written together"""
 
 
 def measure_latency(workload: Workload) -> dict[str, Any]:
@@ -74,35 +89,49 @@ def measure_here(workload: Workload) -> dict[str, Any]:
     from edgetune.runtime.tasks.runtime import Runtime
 
     start = time.perf_counter()
-    with Runtime.open(
-        workload.bundle,
-        threads=workload.threads,
-        providers=workload.providers,
-        engine=workload.engine,
-    ) as runtime:
+    with (
+        busy_neighbours(workload.beside),
+        Runtime.open(
+            workload.bundle,
+            threads=workload.threads,
+            providers=workload.providers,
+            engine=workload.engine,
+        ) as runtime,
+    ):
         load_ms = (time.perf_counter() - start) * 1e3
         adapter_load_ms = {
             name: _timed_ms(partial(runtime.adapter, name)) for name in workload.adapters
         }
         names: list[str | None] = list(workload.adapters) or [None]
         runs: dict[str | None, list[dict[str, list[float]]]] = {name: [] for name in names}
-        for _ in range(WARM_UP):
-            for name in names:
-                _run(runtime, name, workload, seed=0)
+        beside: dict[str | None, list[dict[str, float]]] = {name: [] for name in names}
+        warmed = {name: _warm_up(runtime, name, workload) for name in names}
+        peak_mb = peak_rss_mb()
+        yardstick = Yardstick(workload.threads or usable_cores())
+        before, meter = conditions(yardstick), EnergyMeter()
         for i in range(
             workload.runs
         ):  # in turn, so that a slow moment of the machine hits all alike
             for name in names:
+                beside[name].append(yardstick.times())
                 runs[name].append(_run(runtime, name, workload, seed=i))
+                meter.look()
+        joules, after = meter.joules(), conditions(yardstick)
+        yardstick.close()
         swap_ms = _swaps(runtime, names)
-        peak_mb = peak_rss_mb()
         providers, engine = runtime.providers, str(runtime.engine)
+        work = work_facts(runtime, workload)
     samples = [
-        {"adapter": name, **{key: [run[key] for run in rows] for key in rows[0]}}
+        {
+            "adapter": name,
+            **{key: [run[key] for run in rows] for key in rows[0]},
+            "yardstick": {job: [at[job] for at in beside[name]] for job in beside[name][0]},
+        }
         for name, rows in runs.items()
     ]
     return {
         "engine": engine,
+        "work": work,
         "providers": {
             "in_use": list(providers.names),
             "nodes": dict(providers.nodes),
@@ -112,31 +141,48 @@ def measure_here(workload: Workload) -> dict[str, Any]:
         "adapter_load_ms": adapter_load_ms,
         "peak_rss_mb": peak_mb,
         "bundle_mb": bundle_size(Path(workload.bundle)) / 1e6,
-        "adapters": [_summaries(row) for row in samples],
+        "adapters": [summaries(row) for row in samples],
+        "machine": {
+            "before": asdict(before),
+            "after": asdict(after),
+            "notes": notes_of(before, after),
+            "warm_up": {name or "": count for name, count in warmed.items()},
+            "energy": _energy(meter, joules, workload, len(names)),
+        },
         "swap_ms": summary([swap_ms]) if swap_ms else None,
         "samples": {"runs": samples, "swap_ms": swap_ms},
     }
 
 
-def host_speed(threads: int | None = None) -> Speed:
-    """fp32 GFLOP/s of a 1024³ matrix product and GB/s of memory copied (read and written), best of
-    five.
+def work_facts(runtime: Runtime, workload: Workload) -> dict[str, int]:
+    """What a request's bytes and operations follow from: tokens of its prompts, how many of
+    them, weights that a token is multiplied with, their bytes, and bytes of keys and values a
+    token.
     """
-    from edgetune.devices.host import usable_cores
+    manifest, graph = runtime.manifest, runtime.manifest.graph
+    file = manifest.files.get(graph.data or graph.engine)
+    weights, size = manifest.base.parameters, 0 if file is None else file.bytes
+    if not manifest.is_decoder:  # of the table of tokens only a row a token is read
+        share = 1 - graph.vocab_size * graph.hidden_size / max(1, weights)
+        weights, size = int(weights * max(0.0, share)), int(size * max(0.0, share))
+    number = 2 if graph.cache_dtype == "float16" else 4
+    heads = (graph.layers or 0) * (graph.kv_heads or 0) * (graph.head_dim or 0)
+    return {
+        "prompt_tokens": _prompt_tokens(runtime, workload),
+        "batch": workload.batch,
+        "weights": weights,
+        "weight_bytes": size,
+        "layers": graph.layers or 0,
+        "hidden_size": graph.hidden_size,
+        "cache_bytes_a_token": 2 * number * heads,
+    }
 
-    cores = usable_cores()
-    used = min(threads or cores, cores)
-    a = np.random.default_rng(0).random((1024, 1024), np.float32)
-    product_ms = min(_timed_ms(lambda: a @ a) for _ in range(5))
-    gflops = 2 * 1024**3 / product_ms / 1e6 * used / cores  # numpy's product takes every core
-    arrays = [(np.ones(1 << 24, np.float32), np.ones(1 << 24, np.float32)) for _ in range(used)]
-    with ThreadPoolExecutor(used) as pool:
 
-        def copy_all() -> None:
-            list(pool.map(lambda pair: np.copyto(*pair), arrays))
-
-        copy_ms = min(_timed_ms(copy_all) for _ in range(5))
-    return Speed(gflops=gflops, gb_s=used * 2 * arrays[0][0].nbytes / copy_ms / 1e6)
+def _prompt_tokens(runtime: Runtime, workload: Workload) -> int:
+    """As many as asked for, if the graph takes them."""
+    decoder = runtime.manifest.is_decoder
+    room = runtime.manifest.graph.max_length - (workload.new_tokens if decoder else 0)
+    return max(1, min(workload.prompt_tokens, room))
 
 
 def bundle_size(folder: Path) -> int:
@@ -157,29 +203,56 @@ def _run(
     score; ms.
     """
     graph, tokenizer = runtime.manifest.graph, runtime.tokenizer
-    room = graph.max_length - (workload.new_tokens if runtime.manifest.is_decoder else 0)
-    count = max(1, min(workload.prompt_tokens, room))
-    ids = synthetic_ids(count, graph.vocab_size, avoid=sorted(tokenizer.eos_token_ids), seed=seed)
-    tensors = runtime.bound(name)
+    count = _prompt_tokens(runtime, workload)
+    rows = [
+        synthetic_ids(count, graph.vocab_size, avoid=sorted(tokenizer.eos_token_ids), seed=at)
+        for at in range(seed, seed + workload.batch)
+    ]
+    bound = [runtime.bound(name)] * workload.batch
     start = time.perf_counter()
     if not runtime.manifest.is_decoder:
         encoder = runtime.opened.need_encoder()
         ask = encoder.tokens if runtime.task(name) == TAGGING else encoder.run
-        ask([ids], [tensors], pad_token_id=tokenizer.pad_token_id)
+        ask(rows, bound, pad_token_id=tokenizer.pad_token_id)
         return {"request_ms": [(time.perf_counter() - start) * 1e3]}
     decoder = runtime.opened.need_decoder()
     if runtime.task(name) in (CLASSIFICATION, REWARD):
         from edgetune.runtime.tasks.scoring import read_scores
 
-        read_scores(decoder, [ids], [tensors])
+        read_scores(decoder, rows, bound)
         return {"request_ms": [(time.perf_counter() - start) * 1e3]}
-    state, logits = decoder.start([ids], [tensors], capacity=count + workload.new_tokens)
-    token = int(logits[0].argmax())
+    state, logits = decoder.start(rows, bound, capacity=count + workload.new_tokens)
+    tokens = [int(row.argmax()) for row in logits]
     times = [time.perf_counter()]
     for _ in range(min(workload.new_tokens - 1, state.limit - count)):
-        token = int(state.step([token])[0].argmax())
+        tokens = [int(row.argmax()) for row in state.step(tokens)]
         times.append(time.perf_counter())
     return {"ttft_ms": [(times[0] - start) * 1e3], "tpot_ms": (np.diff(times) * 1e3).tolist()}
+
+
+def _warm_up(runtime: Runtime, name: str | None, workload: Workload) -> int:
+    """Requests until two in turn take the same time, at most `MOST_WARM_UP`; how many."""
+    before = math.inf
+    for count in range(1, MOST_WARM_UP + 1):
+        took = sum(map(sum, _run(runtime, name, workload, seed=0).values()))
+        if abs(took - before) < STEADY * took:
+            return count
+        before = took
+    return MOST_WARM_UP
+
+
+def _energy(
+    meter: EnergyMeter, joules: float | None, workload: Workload, adapters: int
+) -> dict[str, Any]:
+    """Joules a request and a token, yardstick and idling between included; and where from."""
+    if joules is None:
+        return {"source": None}
+    answers = workload.runs * adapters * workload.batch
+    return {
+        "source": meter.source,
+        "joules_per_request": joules / answers,
+        "joules_per_token": joules / answers / workload.new_tokens,
+    }
 
 
 def _swaps(runtime: Runtime, names: Sequence[str | None]) -> list[float]:
@@ -193,7 +266,7 @@ def _swaps(runtime: Runtime, names: Sequence[str | None]) -> list[float]:
     return [_timed_ms(partial(swap, bound[i % len(bound)])) for i in range(SWAPS)]
 
 
-def _summaries(row: dict[str, Any]) -> dict[str, Any]:
+def summaries(row: dict[str, Any]) -> dict[str, Any]:
     """Percentiles of one adapter's samples."""
     figures = {
         key: summary(row[key])
@@ -224,59 +297,6 @@ def main() -> None:
         sys.stderr.write(f"edgetune: {error}\n")
         sys.exit(2)
     json.dump(result, sys.stdout)
-
-
-FIGURES = ("ttft_ms", "tpot_ms", "request_ms")
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Medians over all rounds, ms and MB; `ttft_ms` and `tpot_ms` of decoders, `request_ms` of
-    encoders.
-    """
-
-    ttft_ms: float | None
-    tpot_ms: float | None
-    request_ms: float | None
-    load_ms: float
-    peak_rss_mb: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the JSON file."""
-        return asdict(self)
-
-    @property
-    def step_ms(self) -> float:
-        """Time of a further token of a decoder, of a request to an encoder."""
-        value = self.tpot_ms if self.tpot_ms is not None else self.request_ms
-        assert value is not None
-        return value
-
-
-def side_by_side(workloads: Mapping[str, Workload], *, rounds: int = 3) -> dict[str, Latency]:
-    """Measure every workload once a round, every second round backwards; the medians of each."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in workloads}
-    for at in range(rounds):
-        for name in list(workloads)[:: -1 if at % 2 else 1]:
-            results[name].append(measure_latency(workloads[name]))
-    return {name: _medians(found) for name, found in results.items()}
-
-
-def _medians(results: list[dict[str, Any]]) -> Latency:
-    runs = [run for result in results for run in result["samples"]["runs"]]
-    figures = {
-        figure: (
-            float(np.median(samples))
-            if (samples := [x for run in runs for one in run.get(figure, []) for x in one])
-            else None
-        )
-        for figure in FIGURES
-    }
-    load, peak = (
-        float(np.median([result[name] for result in results]))
-        for name in ("load_ms", "peak_rss_mb")
-    )
-    return Latency(**figures, load_ms=load, peak_rss_mb=peak)
 
 
 if __name__ == "__main__":

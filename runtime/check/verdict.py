@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,19 +16,6 @@ from edgetune.devices.loader import Device
 OK, OVER, NOISY = "ok", "over", "noisy"
 RESAMPLES = 1000
 CONFIDENCE = 95
-ACHIEVABLE = 0.67
-"""Share of a device's peak on paper that code reaches: 11.4 of 17 GB/s measured on a Raspberry Pi 5
-(its profile).
-"""
-UNCERTAINTY = 1.5
-"""An estimate may be off by this factor either way: kernels, caches and clocks do not scale with
-two numbers.
-"""
-FORMULA = (
-    "ttft, request, load, swap: host time x (host GFLOP/s / device GFLOP/s); "
-    "tpot: host time x max(that, host GB/s / device GB/s); "
-    f"device figures are {ACHIEVABLE} x the profile's peak; uncertainty x/÷ {UNCERTAINTY}"
-)
 
 
 @dataclass(frozen=True)
@@ -44,6 +31,19 @@ class Interval:
         return Interval(
             self.value * factor, self.low * factor / spread, self.high * factor * spread
         )
+
+
+class Projection(Protocol):
+    """From this machine to another: `projection.Projection`, which needs the measurement's
+    modules.
+    """
+
+    @property
+    def spread(self) -> float:
+        """An estimate may be off by this factor either way."""
+
+    def factor(self, key: str, device: Device) -> float | None:
+        """What a budget key's time is multiplied by; None where it stays."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,6 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What the host can do with the threads in use, measured: fp32 GFLOP/s and memory GB/s."""
-
-    gflops: float
-    gb_s: float
 
 
 def percentile(groups: Sequence[Sequence[float]], p: int) -> Interval:
@@ -97,21 +89,24 @@ def summary(groups: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def judge(
-    measured: Mapping[str, Any], budget: Budget, *, device: Device, host: Speed | None = None
+    measured: Mapping[str, Any],
+    budget: Budget,
+    *,
+    device: Device,
+    projection: Projection | None = None,
 ) -> list[Verdict]:
-    """Every limit against the measurement; on another device against the estimate, for which `host`
-    is needed.
+    """Every limit against the measurement; on another device against the estimate, for which
+    `projection` is needed. A GPU's times are not estimated from a processor's: they are left out.
     """
     verdicts = []
     for key, limit in budget.items():
+        factor = None if projection is None else projection.factor(key, device)
+        if projection is not None and factor is not None and device.is_gpu:
+            continue
         for adapter, interval in _figures(measured, key):
             found, basis = interval, "measured"
-            if (
-                host is not None
-                and not device.is_host
-                and (factor := scale(key, device, host)) is not None
-            ):
-                found, basis = interval.times(factor, spread=UNCERTAINTY), "estimate"
+            if projection is not None and factor is not None:
+                found, basis = interval.times(factor, spread=projection.spread), "estimate"
             state = _state(found, limit, at_least=key in AT_LEAST)
             verdicts.append(
                 Verdict(key, adapter, limit, found.value, found.low, found.high, state, basis)
@@ -123,22 +118,6 @@ def overall(verdicts: Sequence[Verdict]) -> str:
     """over if any limit is exceeded, else noisy if any cannot be told, else ok."""
     states = {verdict.state for verdict in verdicts}
     return next((state for state in (OVER, NOISY) if state in states), OK)
-
-
-def scale(key: str, device: Device, host: Speed) -> float | None:
-    """What a host time is multiplied by to estimate the device's; None for figures that do not
-    change (memory, size).
-    """
-    if device.peak_gflops is None or device.memory_bandwidth_gb_s is None:
-        return None
-    compute = host.gflops / (device.peak_gflops * ACHIEVABLE)
-    memory = host.gb_s / (device.memory_bandwidth_gb_s * ACHIEVABLE)
-    timed = timed_key(key)
-    if timed is not None:
-        return max(compute, memory) if timed[0] == "tpot" else compute
-    if key == "tokens_per_s":
-        return 1 / max(compute, memory)
-    return compute if key.endswith("load_ms") else None
 
 
 def _state(found: Interval, limit: float, *, at_least: bool) -> str:

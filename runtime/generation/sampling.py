@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgetune.core.answer_confidence import AnswerConfidence
 from edgetune.core.arrays import Float32
 from edgetune.core.errors import InputError
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer, Detokenizer
@@ -116,6 +117,8 @@ class TokenSequence:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         """of the chosen tokens, when `settings.logprobs` asks for them"""
+        self.score = 0.0
+        """sum of the chosen tokens' log-probabilities, when `settings.confidence` asks for it"""
         self.finish_reason: str | None = None
 
     @property
@@ -136,6 +139,19 @@ class TokenSequence:
         """Everything emitted so far."""
         return "".join(self._pieces)
 
+    @property
+    def confidence(self) -> float | None:
+        """How sure the answer is, 0 to 1, when `settings.confidence` asks for it. One that was cut
+        off is not right.
+        """
+        if not self.settings.confidence:
+            return None
+        if self.finish_reason == "length":
+            return 0.0
+        if self.settings.calibration is None:
+            return math.exp(self.score)
+        return AnswerConfidence(*self.settings.calibration).of(self.score)
+
     def choose(self, logits: Float32) -> int:
         """Choose this row's next token from its logits (vocab,), which stay as they are."""
         shifted = self._penalties.apply(logits) if self._penalties.active else logits
@@ -148,6 +164,8 @@ class TokenSequence:
             raise InputError(
                 "no token can be chosen", expected=f"an id below {logits.size}", got=str(token)
             )
+        if self.settings.confidence:
+            self.score += logprob_of(logits, token)
         if self.settings.logprobs is not None:
             self.logprobs.append(
                 token_logprob(logits, token, self._tokenizer, top=self.settings.logprobs)
@@ -194,6 +212,12 @@ class TokenSequence:
         if piece:
             self._pieces.append(piece)
         return piece
+
+
+def logprob_of(logits: Float32, token: int) -> float:
+    """The log-probability of a token under its raw logits (vocab,), 0 at most."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    return min(0.0, float(shifted[token]) - math.log(np.exp(shifted).sum()))
 
 
 def token_logprob(

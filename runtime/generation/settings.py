@@ -46,6 +46,12 @@ class GenerationSettings:
     """Log-probabilities with the tokens: None without, 0 of the chosen ones, n of the n likeliest
     as well.
     """
+    confidence: bool = False
+    """How sure the answer is, with it: the probability that it is right, as its adapter was
+    calibrated; where it was not, the answer's own probability."""
+    calibration: tuple[float, float] | None = None
+    """Slope and intercept of the adapter's calibration (see `core.answer_confidence`); a caller has
+    no need to set it."""
     schema: str | None = None
     """The answer is JSON that this JSON schema (its JSON text) accepts."""
     regex: str | None = None

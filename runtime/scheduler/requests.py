@@ -214,6 +214,7 @@ class Running:
             logprobs=tuple(self.sequence.logprobs) if asked else None,
             queue_ms=((self.started or now) - self.submitted) * 1e3,
             cached_tokens=self.cached,
+            confidence=self.sequence.confidence,
         )
 
     def _end(self, event: Event) -> None:

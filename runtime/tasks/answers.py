@@ -4,7 +4,7 @@ tokens or logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,8 @@ class Completion:
     """Time in the scheduler's queue, part of `ttft_ms`."""
     cached_tokens: int = 0
     """Tokens of the prompt whose keys and values were there already."""
+    confidence: float | None = None
+    """How sure the answer is (0 to 1), where the settings ask for it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Classification:
 class TextStream:
     """Pieces of one text as they become certain; `completion` is there after the last."""
 
-    def __init__(self, pieces: Iterator[str | Completion]) -> None:
+    def __init__(self, pieces: Generator[str | Completion, None, None]) -> None:
         self._pieces = pieces
         self.completion: Completion | None = None
 
@@ -73,6 +75,10 @@ class TextStream:
                 self.completion = piece
             else:
                 yield piece
+
+    def close(self) -> None:
+        """End it before its end; its adapter is free."""
+        self._pieces.close()
 
 
 def need_finite(values: npt.NDArray[np.float32], adapter: str | None) -> None:
@@ -148,4 +154,5 @@ def completion_of(
         tpot_ms=tpot_ms,
         token_ids=tuple(row.tokens),
         logprobs=logprobs,
+        confidence=row.confidence,
     )

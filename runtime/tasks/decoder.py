@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from edgetune.core.answer_confidence import answer_confidence_of
 from edgetune.core.errors import InputError
 from edgetune.core.messages import tools_of
 from edgetune.core.tasks import CLASSIFICATION, REWARD
@@ -75,7 +77,7 @@ class DecoderAnswers:
         ids = self.prompt_ids(prompt, adapter)
         sequence = self._sequence(ids, adapter, settings, index=0)
 
-        def pieces() -> Iterator[str | Completion]:
+        def pieces() -> Generator[str | Completion, None, None]:
             with self._opened.registry.lease(adapter) as held:
                 # begun at once: the adapter is held from now on, until the stream ends or is
                 # dropped
@@ -177,7 +179,12 @@ class DecoderAnswers:
         """
         adapter = self._opened.chosen(adapter)
         defaults = {} if adapter is None else self._opened.adapter(adapter).generation
-        return settings_from(defaults, given, base=GenerationSettings())
+        settings = settings_from(defaults, given, base=GenerationSettings())
+        if adapter is None or not settings.confidence or settings.calibration is not None:
+            return settings
+        found = answer_confidence_of(self._opened.adapter(adapter).metadata)
+        calibration = None if found is None else (found.slope, found.intercept)
+        return replace(settings, calibration=calibration)
 
     def sequence(
         self,

@@ -258,7 +258,11 @@ def _answer(
         return [{"score": round(score, 6)} for score in scores]
     if runtime.manifest.is_decoder and _kind(runtime, names[0]) != "classify":
         done = runtime.generate(cast(list[Prompt], contents), adapters=names, **settings)
-        return [{"completion": c.text, "finish_reason": c.finish_reason} for c in done]
+        return [
+            {"completion": c.text, "finish_reason": c.finish_reason}
+            | ({} if c.confidence is None else {"confidence": round(c.confidence, 6)})
+            for c in done
+        ]
     if _kind(runtime, names[0]) == "tag":
         rows: list[Any] = contents
         tagged = runtime.tag(rows, adapters=names, truncate=truncate)

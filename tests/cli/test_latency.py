@@ -18,16 +18,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.memory import peak_rss_mb
 from edgetune.devices import load_device
 from edgetune.runtime.check.latency import Workload, measure_latency, synthetic_ids
-from edgetune.runtime.check.verdict import (
-    FORMULA,
-    Speed,
-    Verdict,
-    judge,
-    overall,
-    percentile,
-    scale,
-    summary,
-)
+from edgetune.runtime.check.projection import FORMULA
+from edgetune.runtime.check.verdict import Verdict, judge, overall, percentile, summary
 
 
 def test_percentiles_are_those_of_numpy_and_lie_in_their_interval() -> None:
@@ -94,34 +86,6 @@ def test_one_exceeded_limit_outweighs_an_undecided_one() -> None:
     assert overall([]) == "ok"
 
 
-def test_another_device_is_estimated_by_the_stated_formula() -> None:
-    pi = load_device("raspberry-pi-5")
-    speed = Speed(gflops=205.824, gb_s=22.914)  # twice the Pi's achievable arithmetic and bandwidth
-    assert scale("ttft_ms", pi, speed) == pytest.approx(2.0)
-    assert scale("tpot_ms", pi, Speed(gflops=102.912, gb_s=34.371)) == pytest.approx(3.0)
-    assert scale("peak_rss_mb", pi, speed) is None
-    found = judge(
-        measured(STEADY, peak_rss_mb=80.0),
-        {"tpot_ms": 60, "peak_rss_mb": 100},
-        device=pi,
-        host=speed,
-    )
-    assert [(v.basis, v.state) for v in found] == [("estimate", "ok"), ("measured", "ok")]
-    assert found[0].value == pytest.approx(20.2, rel=0.01)
-    assert found[0].high > 29
-    assert "GB/s" in FORMULA
-
-
-def test_an_estimate_close_to_the_limit_cannot_be_told() -> None:
-    speed = Speed(gflops=205.824, gb_s=22.914)
-    assert (
-        judge(measured(STEADY), {"tpot_ms": 22}, device=load_device("raspberry-pi-5"), host=speed)[
-            0
-        ].state
-        == "noisy"
-    )
-
-
 def test_synthetic_ids_avoid_special_tokens_and_repeat() -> None:
     ids = synthetic_ids(500, 10, avoid=[0, 2], seed=1)
     assert set(ids) <= {1, 3, 4, 5, 6, 7, 8, 9}
@@ -186,15 +150,20 @@ def test_check_exits_1_over_budget(tiny_encoder: Path, tmp_path: Path) -> None:
     assert failed == ["bundle_mb"]
 
 
-def test_check_says_when_its_verdict_is_an_estimate(
-    tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_check_says_when_its_verdict_is_an_estimate_and_how_good_it_is(
+    tiny_decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check(encoder_bundle(tiny_encoder), "--device", "raspberry-pi-5", "--json", tmp_path / "c.json")
-    found = json.loads((tmp_path / "c.json").read_text())
-    assert found["estimated"] is True
-    assert found["formula"] == FORMULA
-    assert {v["basis"] for v in found["verdicts"] if v["key"] == "request_ms"} == {"estimate"}
-    assert "The measurements are of this machine" in capsys.readouterr().out
+    bundle, document = decoder_bundle(tiny_decoder), tmp_path / "c.json"
+    check(bundle, "--device", "raspberry-pi-5", "--json", document, "--prompt-tokens", 16)
+    found = json.loads(document.read_text())
+    assert (found["estimated"], found["formula"]) == (True, FORMULA)
+    assert {v["basis"] for v in found["verdicts"] if v["key"] == "tpot_ms"} == {"estimate"}
+    points = [(one["threads"], one["prompt_tokens"]) for one in found["projection"]["points"]]
+    assert points == [(2, 16), (1, 16), (1, 4), (2, 4)]
+    assert set(found["projection"]["held_out"]["errors"]) == {"ttft_ms", "tpot_ms"}
+    said = capsys.readouterr().out
+    assert "ESTIMATES" in said
+    assert "Held out here (2 threads, prompt of 4)" in said
 
 
 def test_check_names_an_unknown_adapter(

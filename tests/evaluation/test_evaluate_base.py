@@ -70,7 +70,8 @@ def test_the_label_chosen_is_the_likeliest_after_the_prompt(
             logprobs.append(
                 logits.log_softmax(-1).gather(1, torch.tensor(choice)[:, None]).sum().item()
             )
-        assert asked.classify([row["text"]]) == [asked.labels[logprobs.index(max(logprobs))]]
+        (found,) = asked.scored([row["text"]])
+        assert found.label == asked.labels[logprobs.index(max(logprobs))]
 
 
 def test_choosing_gets_the_metrics_of_a_classifier(tiny_decoder: Path, intents: Path) -> None:
@@ -191,7 +192,7 @@ def test_the_command_takes_every_option(tiny_decoder: Path, intents: Path, tmp_p
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, (result.output, result.exception)
     asked = answers(tiny_decoder, intents, choose=True, shots=1, train=intents, plain=True)
-    found = asked.classify([row["text"] for row in intent_rows()])
+    found = [one.label for one in asked.scored([row["text"] for row in intent_rows()])]
     right = [label == row["label"] for label, row in zip(found, intent_rows(), strict=True)]
     written = json.loads((tmp_path / "out.json").read_text())["metrics"]
     assert written["accuracy"] == pytest.approx(sum(right) / len(right))

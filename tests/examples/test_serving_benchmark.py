@@ -123,7 +123,7 @@ def test_tables_say_what_was_measured_and_json_comes_last(
     assert len(
         [line for line in lines if line.startswith("| ") and "| measure |" not in line]
     ) == sum(map(len, results.values()))
-    assert results["streams"]["8 streams, 8 adapters, with prompts"] > 0
+    assert results["streams"]["onnxruntime: 8 streams, 8 adapters, with prompts"] > 0
     assert any("12 adapters registered" in title for title in results["swap"])
 
 

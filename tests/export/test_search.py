@@ -26,7 +26,7 @@ from edgetune.quantisation.precision import Precision
 from edgetune.runtime import Runtime
 from edgetune.runtime.bundle.digests import verify_files
 from edgetune.runtime.bundle.manifest import read_manifest
-from edgetune.runtime.check.latency import Latency
+from edgetune.runtime.check.rounds import Latency
 from edgetune.training import run_recipe
 
 ROW = [5, 9, 30, 31, 7, 100, 12]

@@ -95,6 +95,8 @@ def test_a_low_score_has_no_label_and_says_what_was_rejected(tiny_encoder: Path)
         own = runtime.classify(texts, "run")
         every = runtime.classify(texts, "run", threshold=0)
         none = runtime.classify(texts, "run", threshold=1)
+        runtime.load_adapter("hot", folder / "run" / "adapter")
+        assert runtime.classify(texts, "hot") == own
         requests = requests_of(
             runtime, [(1, {"text": texts[0]})], path="rows", adapter="run", truncate=True
         )
@@ -218,6 +220,16 @@ def test_the_proof_counts_changed_rejections_and_the_page_draws_the_scores(
     page = "".join([*confidence_section(summary), *errors_section(summary)])
     assert (page.count("<svg") == 2 and "no label (rejected" in page) or "wrong rows" in page
     assert all(f"<td>{one['label']}</td>" in page for one in summary["analysis"]["classes"])
+
+
+def test_predict_says_what_it_rejected(tiny_encoder: Path) -> None:
+    bundle = str(trained(tiny_encoder) / "bundle")
+    call = ["predict", bundle, "play a song in the attic", "--adapter", "run", "--threshold"]
+    every, none = (CliRunner().invoke(cli, [*call, least]) for least in ("0", "1"))
+    label, score = every.output.split()
+    assert none.output.split("\t") == ["(no label)", score, f"rejected: {label}\n"]
+    refused = CliRunner().invoke(cli, [*call, "2"])
+    assert refused.exit_code == 2 and "0<=x<=1" in refused.output
 
 
 def test_eval_says_and_writes_what_is_wrong(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_the_recorded_recipe_of_a_head_can_be_read_again(
     from edgetune.recipe.read import load_recipe
 
     assert load_recipe(head_run(tiny_encoder, tmp_path) / "recipe.toml").parameters == Parameters(
-        train="head"
+        train="head", rank=8, alpha=16.0
     )
     assert (
         recipe_from_dict(

@@ -71,7 +71,7 @@ def named(path: Path) -> Iterator[str]:
 
 def test_what_trains_a_stage_is_not_given_the_recipe() -> None:
     readers = {path.stem for path in TRAINING.rglob("*.py") if {"Stage", "Data"} & set(named(path))}
-    assert readers == {"inputs", "methods", "resolve"}
+    assert readers == {"answer_form", "automatic", "inputs", "methods", "resolve"}
 
 
 @pytest.mark.parametrize("stages", [1, 2])

@@ -267,6 +267,7 @@ def test_validation_counts_words_that_were_cut_off(tiny_encoder: Path, tmp_path:
     metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
     assert metrics["entity_recall"] <= 0.5  # the long rows' rooms are beyond the eighth token
     evaluation = evaluate(tmp_path / "run", tmp_path / "rooms-dev.jsonl").metrics
+    assert 0 <= evaluation.pop("expected_calibration_error") <= 1
     assert evaluation == pytest.approx(
         {name: value for name, value in metrics.items() if name != "loss"}
     )

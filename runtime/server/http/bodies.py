@@ -75,6 +75,10 @@ SAMPLING: dict[str, Schema] = {
             "maxItems": 16,
         },
     ),
+    "confidence": optional(
+        "boolean",
+        description="How sure the answer is, with it: the probability that it is right (ours).",
+    ),
     "max_tokens": optional("integer", minimum=1, maximum=2**31 - 1),
     "stream": optional("boolean"),
     "stream_options": {

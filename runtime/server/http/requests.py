@@ -26,6 +26,7 @@ SAME_NAME = (
     "presence_penalty",
     "seed",
     "stop",
+    "confidence",
 )
 
 

@@ -179,7 +179,8 @@ class Envelope:
         """The answer in one piece."""
         top = self.plan.top_logprobs
         choices = [
-            self.answer.choice(i, completion, top) for i, completion in enumerate(completions)
+            self.answer.choice(i, completion, top) | told_confidence(completion)
+            for i, completion in enumerate(completions)
         ]
         return {
             **self._head,
@@ -204,7 +205,8 @@ class Envelope:
 
     def ended(self, row: int, completion: Completion) -> Iterator[dict[str, Any]]:
         """A choice is over."""
-        yield self._part(self.answer.closing(row, completion.finish_reason))
+        closing = self.answer.closing(row, completion.finish_reason)
+        yield self._part(closing | told_confidence(completion))
 
     def last(self, completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
         """The chunk after the last choice's end, when it was asked for."""
@@ -236,6 +238,12 @@ class Envelope:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
         return {"usage": usage, "timings": timings(completions)}
+
+
+def told_confidence(completion: Completion) -> dict[str, float]:
+    """How sure an answer is (ours, beside OpenAI's fields), where it was asked for."""
+    sure = completion.confidence
+    return {} if sure is None else {"confidence": round(sure, 6)}
 
 
 def timings(completions: Sequence[Completion]) -> dict[str, float | None]:

@@ -14,7 +14,11 @@ from typing import Any
 from edgetune.runtime.generation.sampling import TokenLogprob
 from edgetune.runtime.server.http.errors import ApiError
 from edgetune.runtime.server.http.requests import Plan
-from edgetune.runtime.server.http.responses import timings, token_logprobs
+from edgetune.runtime.server.http.responses import (
+    timings,
+    token_logprobs,
+    told_confidence,
+)
 from edgetune.runtime.server.http.tools import ToolParser
 from edgetune.runtime.tasks.answers import Completion
 
@@ -192,6 +196,7 @@ class ResponseEnvelope:
             "user": body.get("user"),
             "metadata": body.get("metadata", {}),
             **({} if completion is None else {"timings": timings([completion])}),
+            **({} if completion is None else told_confidence(completion)),
         }
 
     def _usage(self, completion: Completion) -> dict[str, Any]:

@@ -99,6 +99,7 @@ SHARED = (
     "min_p",
     "repetition_penalty",
     "seed",
+    "confidence",
 )
 RESPONSES = obj(
     ("model", "input"),
