@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgetune.core.errors import DataError
+from edgetune.core.tasks import METHODS
 from edgetune.data.batching import IGNORE
 from edgetune.data.examples import ExampleSet, Loading
 from edgetune.data.findings import Finding, cut, find
@@ -150,6 +151,8 @@ def _length(example: Any, *, seq2seq: bool) -> RowLength:
         return RowLength(example.row, example.padded_length // 2, example.labels.count(IGNORE))
     if hasattr(example, "max_new_tokens"):
         return RowLength(example.row, example.padded_length, ids)
+    if hasattr(example, "others"):  # several texts, each a sequence of its own
+        return RowLength(example.row, max(ids, *map(len, example.others), 0))
     labels = example.labels
     if isinstance(labels, list) and labels and labels[0] == IGNORE and labels[-1] != IGNORE:
         answer = next((at for at, one in enumerate(reversed(labels)) if one == IGNORE), 0)
@@ -193,7 +196,7 @@ def _long(
     long = {name: [one for one in of if one.tokens > limit] for name, of in lengths.items()}
     if stage.method in ("causal-lm", "masked-lm"):
         return []
-    if stage.task in ("sequence-classification", "token-classification"):
+    if "encoder" in METHODS[stage.method].kinds:  # texts lose their end
         return cut(
             {name: len(rows) for name, rows in long.items()},
             {name: [one.line for one in of] for name, of in lengths.items()},

@@ -35,8 +35,9 @@ ANSWERS = (
 LABEL = ("label", "labels", "category", "class", "intent")
 LABEL_WORDS = 5  # of a label, on the mean, at most
 SEPARATORS = re.compile(r"\s*[|;]\s*|\s*,\s+")
+UNREAD = ("grpo", "contrastive")  # methods that no column says by itself
 TASKS: dict[str, tuple[MethodName, Problem]] = {
-    **{name: (name, "single-label") for name in METHODS if name not in ("contrastive", "grpo")},
+    **{name: (name, "single-label") for name in METHODS if name not in UNREAD},
     "multi-label": ("sequence-classification", "multi-label"),
     "regression": ("sequence-classification", "regression"),
 }

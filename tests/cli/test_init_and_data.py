@@ -193,3 +193,18 @@ def test_the_doubts_of_a_run_are_listed(
     assert code == 0 and doubts["line"] in out and "was trained on 95 of these rows" in out
     for one in doubts["rows"]:
         assert {*one} == {"line", "text", "given", "likely", "score", "learned"}
+
+
+def test_pairs_of_texts_that_are_alike_are_shown(
+    tmp_path: Path, tiny_encoder: Path, command_line: CommandLine
+) -> None:
+    rows = each(lambda n: {"anchor": text(n), "positive": f"{text(n)} again " * 9})
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'base = "{tiny_encoder}"\n[[stage]]\nmethod = "contrastive"\nmax_length = 64\n'
+        'data = { train = "rows.jsonl" }\n'
+    )
+    code, out, err = command_line("data", recipe)
+    assert (code, err) == (0, "") and "20 rows held out of train" in out
+    assert "100 train rows truncated to 64 tokens" in out
