@@ -52,7 +52,7 @@ class Device:
     cpu: str
     cores: int = field(metadata=about(help="as many as it has", above=0))
     threads: int = field(metadata=about(help="what a runtime should use there", above=0))
-    memory_mb: int | None = field(metadata=about(help="all of it", above=0))
+    memory_mb: int | None = field(default=None, metadata=about(help="all of it", above=0))
     clock_ghz: float | None = field(
         default=None, metadata=about(help="of a core at its fastest", above=0)
     )

@@ -249,7 +249,7 @@ def test_eval_says_and_writes_what_is_wrong(tiny_encoder: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("method", "problem", "settings", "said"),
     [
-        ("sft", "single-label", {}, "no meaning for sft"),
+        ("causal-lm", "single-label", {}, "no meaning for causal-lm"),
         ("sequence-classification", "regression", {}, "no meaning for problem = 'regression'"),
         ("sequence-classification", "multi-label", {"target": 0.9}, "confidence.target"),
         ("token-classification", "single-label", {"answered": 0.9}, "confidence.answered"),
