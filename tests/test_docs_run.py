@@ -117,7 +117,7 @@ class edgetune:  # noqa: N801
 @pytest.mark.parametrize("line", [marked(x) for x in RUN if x not in SERVE])
 def test_a_command_that_is_shown_runs(line: str, world: World) -> None:
     words = shlex.split(os.path.expandvars(world.here(line).replace("$PWD", str(world.folder))))
-    if words[0] == "edgetune":
+    if words[0] == "edgetune" and ">" not in words:  # else a shell writes the file
         out = words[words.index("--out") + 1] if "--out" in words else None
         world.need([word for word in words[1:] if word != out])
         if words[1] == "train":
