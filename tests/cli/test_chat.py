@@ -125,9 +125,10 @@ def test_a_terminal_is_asked_interrupted_and_left(tiny_decoder: Path) -> None:
     screen.until("a> ")
     screen.type("half a line")
     screen.until("half a line")
+    time.sleep(0.5)  # Python loses a signal just before it waits for the next key
     screen.interrupt()
     screen.until("\r\na> ")
-    screen.type("\x15/adapter none\n")  # what the interrupt left unread is taken back
+    screen.type("/adapter none\n")
     screen.until("base> ")
     screen.type("\x04")
     assert screen.end() == 0
