@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from edgetune.cli.options import THREADS, chosen_providers, engine_option, provi
 
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
+    from edgetune.runtime.bundle.manifest import Manifest
     from edgetune.runtime.check.latency import Workload
     from edgetune.runtime.check.projection import Projection
     from edgetune.runtime.check.rounds import Measuring
@@ -160,9 +162,7 @@ def command(
     noisy to tell. Without --adapter every adapter of the bundle is measured. For another device
     than the host, times are estimates with their error and say so.
     """
-    from edgetune.core.errors import AdapterError, DeviceError
     from edgetune.core.files import write_json, write_text
-    from edgetune.core.settings import nearest
     from edgetune.devices import load_device, parse_budget
     from edgetune.runtime.bundle.manifest import read_manifest
     from edgetune.runtime.check import report
@@ -181,10 +181,7 @@ def command(
     kind = "decoder" if manifest.is_decoder else "encoder"
     asked = parse_budget(limits)
     budget = {**device.budget.get(kind, {}), **asked}
-    shipped = tuple(entry.name for entry in manifest.adapters)
-    if unknown := [name for name in adapters if name not in shipped]:
-        there = nearest(unknown[0], shipped, none="none in this bundle")
-        raise AdapterError(f"unknown adapter {unknown[0]!r}", **there)
+    measured_ones = _measured_adapters(adapters, manifest)
     length = prompt_tokens or (256 if manifest.is_decoder else 32)
     remote = None if on is None else Remote(address_of(on), python=remote_python)
     used = threads
@@ -196,7 +193,7 @@ def command(
         rounds = 1 if baseline is None else len(baseline["measured"]["rounds"])
     workload = Workload(
         str(bundle),
-        adapters or shipped,
+        measured_ones,
         used,
         runs,
         length,
@@ -224,16 +221,7 @@ def command(
         _note("measuring other thread counts and prompts, for the estimate …")
         projection = project(workload, measured)
     verdicts = judge(measured, budget, device=device, projection=projection)
-    if unmeasured := sorted(set(asked) - {verdict.key for verdict in verdicts}):
-        what = f"this bundle has no {unmeasured[0]}, so its limit cannot be checked"
-        if device.is_gpu:
-            what = f"{unmeasured[0]} of a GPU is not estimated from a processor's"
-        raise DeviceError(
-            what,
-            where="--budget",
-            got=f"a bundle for {manifest.task}, {manifest.mode}",
-            fix="Leave it out.",
-        )
+    _refuse_unmeasured(asked, verdicts, manifest, device)
     document = _document(workload, measured, verdicts, device, projection, budget=budget)
     if remote is not None:
         document["host"] = host_there(remote)
@@ -244,14 +232,13 @@ def command(
     )
     state = report.overall_state([v.state for v in verdicts] + [c.state for c in changed])
     document |= {"state": state, "changes": [one.to_dict() for one in changed]}
-    for line in report.measured_lines(measured):
-        click.echo(line)
-    click.echo("")
-    for line in report.budget_lines(verdicts, device, projection):
-        click.echo(line)
-    if changed:
-        for line in report.change_lines(changed, str(against)):
-            click.echo(line)
+    lines = (
+        *report.measured_lines(measured),
+        "",
+        *report.budget_lines(verdicts, device, projection),
+        *(report.change_lines(changed, str(against)) if changed else ()),
+    )
+    click.echo("\n".join(lines))
     click.echo(report.WORDS[state] if verdicts or changed else "no limits: nothing to compare with")
     title = f"edgetune check {bundle.name} on {device.name}"
     if json_file is not None:
@@ -261,6 +248,38 @@ def command(
     if junit is not None:
         write_text(junit, report.junit(verdicts, changed, bundle=bundle.name, on=device.name))
     return EXIT[state]
+
+
+def _measured_adapters(asked: tuple[str, ...], manifest: Manifest) -> tuple[str, ...]:
+    """Those that were asked for, else all of the bundle; AdapterError for one that it lacks."""
+    from edgetune.core.errors import AdapterError
+    from edgetune.core.settings import nearest
+
+    shipped = tuple(entry.name for entry in manifest.adapters)
+    if unknown := [name for name in asked if name not in shipped]:
+        there = nearest(unknown[0], shipped, none="none in this bundle")
+        raise AdapterError(f"unknown adapter {unknown[0]!r}", **there)
+    return asked or shipped
+
+
+def _refuse_unmeasured(
+    asked: Mapping[str, float], verdicts: Sequence[Verdict], manifest: Manifest, device: Device
+) -> None:
+    """DeviceError where a limit was asked for that nothing was measured of."""
+    from edgetune.core.errors import DeviceError
+
+    unmeasured = sorted(set(asked) - {verdict.key for verdict in verdicts})
+    if not unmeasured:
+        return
+    what = f"this bundle has no {unmeasured[0]}, so its limit cannot be checked"
+    if device.is_gpu:
+        what = f"{unmeasured[0]} of a GPU is not estimated from a processor's"
+    raise DeviceError(
+        what,
+        where="--budget",
+        got=f"a bundle for {manifest.task}, {manifest.mode}",
+        fix="Leave it out.",
+    )
 
 
 def _sweep(

@@ -33,6 +33,8 @@ from edgetune.runtime.check.verdict import summary
 if TYPE_CHECKING:
     from edgetune.runtime.tasks.runtime import Runtime
 
+TIMES = ("ttft_ms", "tpot_ms", "request_ms")
+"""What a request's times are called: of decoders the first two, of encoders and scores the last."""
 MOST_WARM_UP = 10
 """Requests of an adapter before it is measured, at most: as many as it takes until two in turn
 differ by less than `STEADY`."""
@@ -268,11 +270,7 @@ def _swaps(runtime: Runtime, names: Sequence[str | None]) -> list[float]:
 
 def summaries(row: dict[str, Any]) -> dict[str, Any]:
     """Percentiles of one adapter's samples."""
-    figures = {
-        key: summary(row[key])
-        for key in ("ttft_ms", "tpot_ms", "request_ms")
-        if any(row.get(key, []))
-    }
+    figures = {key: summary(row[key]) for key in TIMES if any(row.get(key, []))}
     if "tpot_ms" in figures:
         figures["tokens_per_s"] = {"p50": 1e3 / figures["tpot_ms"]["p50"]}
     return {"adapter": row["adapter"], **figures}

@@ -18,7 +18,7 @@ import numpy as np
 from edgetune.devices.budget import timed_key
 from edgetune.devices.loader import Device
 from edgetune.runtime.check.host import Speed, host_speed
-from edgetune.runtime.check.latency import Workload, measure_latency
+from edgetune.runtime.check.latency import TIMES, Workload, measure_latency
 
 ACHIEVABLE = 0.67
 """Share of a device's peak on paper that code reaches, where its profile says nothing of what was
@@ -36,7 +36,6 @@ FORMULA = (
     " / there; device figures are what its profile says is sustained, else"
     f" {ACHIEVABLE} x its peak; uncertainty x/÷ {UNCERTAINTY} or the error held out"
 )
-FIGURES = ("tpot_ms", "ttft_ms", "request_ms")
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def project(workload: Workload, measured: Mapping[str, Any]) -> Projection:
 def configuration(workload: Workload, measured: Mapping[str, Any]) -> Configuration:
     """What a measurement says: work and seconds of each figure."""
     run, facts = measured["samples"]["runs"][0], measured["work"]
-    seconds = {figure: _seconds(run, figure) for figure in FIGURES if any(run.get(figure, []))}
+    seconds = {figure: _seconds(run, figure) for figure in TIMES if any(run.get(figure, []))}
     speed = host_speed(workload.threads)
     work = {figure: _work(figure, facts) for figure in seconds}
     return Configuration(speed.threads, facts["prompt_tokens"], speed, work, seconds)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+from edgetune.devices.budget import PERCENTILES
 from edgetune.devices.loader import Device
 from edgetune.runtime.check.projection import FORMULA, HeldOut, Projection
 from edgetune.runtime.check.regression import SLOWER, Against
@@ -15,7 +16,6 @@ from edgetune.runtime.check.verdict import NOISY, OK, OVER, Verdict
 
 WORDS = {OK: "ok", OVER: "OVER", SLOWER: "SLOWER", NOISY: "too noisy to tell"}
 TITLES = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "request_ms": "request ms"}
-PERCENTILES = (50, 90, 95, 99)
 
 
 def measured_lines(measured: Mapping[str, Any]) -> Iterator[str]:

@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.runtime.check.latency import Workload, measure_latency, summaries
+from edgetune.runtime.check.latency import TIMES, Workload, measure_latency, summaries
 from edgetune.runtime.check.verdict import summary
-
-FIGURES = ("ttft_ms", "tpot_ms", "request_ms")
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def _medians(results: list[dict[str, Any]]) -> Latency:
             if (samples := [x for run in runs for one in run.get(figure, []) for x in one])
             else None
         )
-        for figure in FIGURES
+        for figure in TIMES
     }
     load, peak = (
         float(np.median([result[name] for result in results]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgetune.core.errors import DeviceError
 from edgetune.core.settings import nearest
-from edgetune.runtime.check.latency import Workload
+from edgetune.runtime.check.latency import TIMES, Workload
 from edgetune.runtime.check.rounds import Measuring
 
 AXES = {
@@ -22,7 +22,6 @@ AXES = {
 """What `--sweep` calls it, and the workload's field."""
 MOST = 64
 """Points of a sweep: each is measured in a process of its own."""
-FIGURES = ("ttft_ms", "tpot_ms", "request_ms")
 Axes = Mapping[str, tuple[int, ...]]
 
 
@@ -92,7 +91,7 @@ def sweep(workload: Workload, axes: Axes, measure: Measuring) -> Iterator[SweepP
         own: dict[str, Any] = {AXES[name]: number for name, number in at.items()}
         measured = measure(replace(workload, **own))
         for row in measured["adapters"]:
-            figures = {key: row[key] for key in FIGURES if key in row}
+            figures = {key: row[key] for key in TIMES if key in row}
             yield SweepPoint(at, row["adapter"], figures, measured["peak_rss_mb"])
 
 

@@ -73,8 +73,9 @@ def test_seven_per_cent_more_is_slower_and_a_slower_machine_is_not() -> None:
 
 
 def test_a_measurement_that_scatters_cannot_be_told() -> None:
-    found = against(rounds(0, scatter=0.2), rounds(1, scatter=0.2))
-    assert found["tpot_ms"].state == "too noisy to tell" or found["tpot_ms"].high > 1.06
+    for seed in range(5):
+        found = against(rounds(seed, scatter=0.2), rounds(seed + 100, scatter=0.2))
+        assert found["tpot_ms"].state == "noisy"
     assert against(rounds(0), rounds(1, slower=1.07), allowed=0.2)["tpot_ms"].state == "ok"
 
 
