@@ -88,6 +88,12 @@ KINDS: Mapping[str, list[dict[str, Any]]] = {
     "preferences": each(
         lambda n: {"prompt": text(n), "chosen": f"Gladly, number {n}.", "rejected": "No."}
     ),
+    "texts that are alike": each(
+        lambda n: {"anchor": text(n), "positive": f"Number {n}.", "negative": f"No, {n + 1}."}
+    ),
+    "pairs without a label": each(
+        lambda n: {"sentence1": text(n), "sentence2": f"It has number {n}."}
+    ),
     "plain text": each(lambda n: {"text": f"{text(n)}. It is number {n}."}),
 }
 READ_AS = {
@@ -107,6 +113,8 @@ READ_AS = {
     "ShareGPT's conversations": "sft",
     "JSON answers": "sft",
     "preferences": "dpo",
+    "texts that are alike": "contrastive",
+    "pairs without a label": "contrastive",
     "plain text": "causal-lm",
 }
 

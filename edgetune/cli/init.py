@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgetune.inspection.readings import Reading
+    from edgetune.inspection.reading import Reading
     from edgetune.inspection.starting import Draft
 
 FEW_ROWS = 50
@@ -25,10 +25,12 @@ TASKS = (
     "reward",
     "causal-lm",
     "masked-lm",
+    "contrastive",
 )
 COLUMNS = {
     "text": "the text",
-    "text-pair": "a second text, read together with the first",
+    "text-pair": "a second text, read together with the first, or alike (contrastive)",
+    "negative": "a text that is unlike the first (contrastive)",
     "label": "its label, the list of its labels, or a number",
     "prompt": "what the model is asked",
     "completion": "what it shall answer",

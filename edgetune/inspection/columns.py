@@ -14,6 +14,7 @@ from edgetune.core.settings import nearest
 from edgetune.data.label_sets import BIT_VALUES
 from edgetune.data.rows import Rows, spread
 
+LABEL_WORDS = 5  # of a label, on the mean, at most
 LOOKED_AT = 5000  # rows, at equal distances
 Holds = Literal["text", "number", "bits", "strings", "list", "object", "nothing"]
 # by name: what a person means by a column; the first of these that is there is taken
@@ -66,6 +67,11 @@ class Column:
         return 2 <= self.distinct <= max(2, self.filled // 2)
 
     @property
+    def could_be_label(self) -> bool:
+        """Whether its texts repeat and are short."""
+        return self.repeats and self.words <= LABEL_WORDS
+
+    @property
     def is_continuous(self) -> bool:
         """Whether its numbers are measured, and not those of classes: with fractions, or many that
         are not simply 0, 1, 2 …
@@ -112,6 +118,10 @@ class Profile:
             if column.holds == "text" and not column.is_identity and column.distinct > 1
         ]
         return sorted(found, key=lambda one: (_place(one.name, TEXTS), -one.words))
+
+    def texts_by_name(self) -> dict[str, Column]:
+        """The same by name."""
+        return {one.name: one for one in self.texts()}
 
 
 def profile(source: Rows) -> Profile:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune.core.tasks import METHODS
-from edgetune.inspection.readings import Reading
+from edgetune.inspection.reading import Reading
 from edgetune.recipe.schema import Stage
 from edgetune.training.automatic import epochs_of, rate_of
 
@@ -92,7 +92,11 @@ def stage_settings(stage: Stage, size: Size) -> list[Setting]:
 
 
 def batch_of(method: str, rows: int) -> int:
-    """Rows a step: more where a row is a text to label, and more where there are many."""
+    """Rows a step: more where a row is a text to label, and more where there are many. Of texts
+    that are alike the others of a step are what each is told apart from.
+    """
+    if method == "contrastive":
+        return 32 if rows < MANY_ROWS else 64
     if METHODS[method].kinds[0] == "encoder":  # type: ignore[index]
         return 16 if rows < MANY_ROWS else 32
     return 16 if method == "reward" else 8

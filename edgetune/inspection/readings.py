@@ -8,24 +8,20 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune.core.errors import DataError
 from edgetune.core.messages import conversation_column
-from edgetune.core.tasks import METHODS, MethodName, Problem
+from edgetune.core.tasks import METHODS
 from edgetune.core.text import has_entities
 from edgetune.data.implicit_prompts import MARKS
 from edgetune.data.prompts import ASKED, TAG_COLUMNS, WORD_COLUMNS, first_column
 from edgetune.data.rows import Rows
 from edgetune.data.sentences import sentences
-from edgetune.inspection.columns import LABELS, Column, Profile, likeliest, profile
+from edgetune.inspection.alike import alike, alike_by_label, any_two_texts
+from edgetune.inspection.columns import LABEL_WORDS, LABELS, Column, Profile, likeliest, profile
+from edgetune.inspection.reading import PAIRS, Given, Reading, quoted
 
-PAIRS = (
-    ("sentence1", "sentence2"), ("text1", "text2"), ("text_a", "text_b"),
-    ("premise", "hypothesis"), ("question1", "question2"), ("question", "passage"),
-    ("question", "sentence"), ("query", "passage"), ("query", "document"), ("text", "text_pair"),
-)  # fmt: skip
 ANSWERS = (
     ("prompt", "response"), ("prompt", "answer"), ("prompt", "output"), ("prompt", "target"),
     ("request", "response"), ("question", "response"), ("source", "target"), ("src", "tgt"),
@@ -33,44 +29,7 @@ ANSWERS = (
     ("text", "json"), ("text", "target"), ("text", "output"),
 )  # fmt: skip
 LABEL = ("label", "labels", "category", "class", "intent")
-LABEL_WORDS = 5  # of a label, on the mean, at most
 SEPARATORS = re.compile(r"\s*[|;]\s*|\s*,\s+")
-UNREAD = ("grpo", "contrastive")  # methods that no column says by itself
-TASKS: dict[str, tuple[MethodName, Problem]] = {
-    **{name: (name, "single-label") for name in METHODS if name not in UNREAD},
-    "multi-label": ("sequence-classification", "multi-label"),
-    "regression": ("sequence-classification", "regression"),
-}
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way to read a file: the task (a method, or a problem of sequence-classification), the
-    settings of `data` that it needs, and a sentence.
-    """
-
-    task: str
-    data: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    what: str = ""
-
-    @property
-    def method(self) -> MethodName:
-        return TASKS[self.task][0]
-
-    @property
-    def problem(self) -> Problem:
-        return TASKS[self.task][1]
-
-    def options(self) -> str:
-        """What on the command line asks for this reading."""
-        return f"--task {self.task}" + "".join(
-            f" --{key.replace('_', '-')} {_quoted(value)}"
-            for key, value in self.data.items()
-            if isinstance(value, str)
-        )
-
-
-Given = Mapping[str, str]  # keys of `data` that the user has given
 
 
 def readings(source: Rows, given: Given, task: str | None = None) -> list[Reading]:
@@ -287,12 +246,15 @@ def _first_text(table: Profile, *, without: str | None, also: str | None = None)
 
 
 def _two_texts(source: Rows, table: Profile, given: Given) -> Iterator[Reading]:
-    """Two columns of text without a word what they are: the first asks, the second answers."""
-    texts = [one.name for one in table.texts() if one.words > LABEL_WORDS or not one.repeats]
+    """Two columns of text without a word what they are: the first asks, the second answers, or
+    both are alike.
+    """
+    texts = [one.name for one in table.texts() if not one.could_be_label]
     ordered = [name for name in table.columns if name in texts]
     if len(ordered) >= 2 and not given:
         asked, answered = ordered[:2]
         yield _answering(table, asked, answered, {"prompt": asked, "completion": answered})
+        yield from any_two_texts(source, table, given)
 
 
 def _plain(source: Rows, table: Profile, given: Given) -> Iterator[Reading]:
@@ -314,8 +276,10 @@ BUILDERS: tuple[Builder, ...] = (
     _conversations,
     _instructions,
     _labelled,
+    alike,
 )
-OTHERWISE: tuple[Builder, ...] = (_two_texts, _plain)  # where nothing of these fits
+# where nothing of these fits, or a task is named
+OTHERWISE: tuple[Builder, ...] = (_two_texts, any_two_texts, alike_by_label, _plain)
 
 
 def _check_labels(table: Profile, given: Given) -> None:
@@ -344,7 +308,7 @@ def _no_label(table: Profile, column: Column) -> DataError:
         f'the column "{column.name}" is no label: it {what}',
         where=table.source,
         expected="a column whose values repeat" + (f": {', '.join(others[:5])}" if others else ""),
-        fix=f"Name it with --label {_quoted(others[0].rpartition(' (')[0])}."
+        fix=f"Name it with --label {quoted(others[0].rpartition(' (')[0])}."
         if others
         else "Give rows with a label, or read the file otherwise (--task).",
     )
@@ -353,7 +317,7 @@ def _no_label(table: Profile, column: Column) -> DataError:
 def _nothing(table: Profile, given: Given, task: str | None) -> DataError:
     """The error for a file that nothing can be made of as asked."""
     has = ", ".join(f"{one.name} ({_held(one)})" for one in table.columns.values())
-    options = "".join(f" --{key.replace('_', '-')} {_quoted(v)}" for key, v in given.items())
+    options = "".join(f" --{key.replace('_', '-')} {quoted(v)}" for key, v in given.items())
     asked = (f"--task {task}" if task else "") + options
     no_text = not table.texts()
     return DataError(
@@ -378,7 +342,3 @@ def _held(column: Column) -> str:
         "nothing": "empty",
     }
     return str(names[column.holds])
-
-
-def _quoted(value: str) -> str:
-    return value if re.fullmatch(r"[\w.-]+", value) else "'" + value.replace("'", "'\\''") + "'"

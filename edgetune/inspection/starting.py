@@ -20,7 +20,8 @@ from edgetune.data.sources import SPLIT
 from edgetune.inspection import fitting
 from edgetune.inspection.fitting import Setting, Size
 from edgetune.inspection.overview import WHOLE, Overview, look_at
-from edgetune.inspection.readings import Given, Reading, parses, readings
+from edgetune.inspection.reading import Given, Reading
+from edgetune.inspection.readings import parses, readings
 from edgetune.models.load import hidden_size, load_tokenizer
 from edgetune.models.resolve import resolve_base
 from edgetune.recipe.paths import file_format, is_hub_id

@@ -11,7 +11,8 @@ from file_kinds import FORMATS, KINDS, READ_AS, each, label, text, write_format
 from edgetune.core.errors import DataError
 from edgetune.data.row import Row
 from edgetune.data.rows import Rows, read_rows
-from edgetune.inspection.readings import Reading, readings
+from edgetune.inspection.reading import Reading
+from edgetune.inspection.readings import readings
 
 
 def read(values: list[dict[str, Any]], task: str | None = None, **given: str) -> list[Reading]:
@@ -50,6 +51,32 @@ def test_two_readings_are_both_offered_with_the_options_that_choose_them() -> No
     ]
     assert [one.task for one in read(KINDS["preferences"])][:2] == ["dpo", "reward"]
     assert [one.task for one in read(KINDS["plain text"])][:2] == ["causal-lm", "masked-lm"]
+
+
+@pytest.mark.parametrize(
+    ("make", "tasks"),
+    [
+        (lambda n: {"question": text(n), "answer": f"It is {n}."}, ["sft", "contrastive"]),
+        (
+            lambda n: {"sentence1": text(n), "sentence2": f"It is {n}.", "score": n / 7},
+            ["regression", "contrastive"],
+        ),
+        (lambda n: {"left": text(n), "right": f"All is as it was {n}."}, ["sft", "contrastive"]),
+        (lambda n: {"text": text(n), "label": label(n)}, ["sequence-classification"]),
+    ],
+)
+def test_texts_that_are_alike_are_one_of_the_readings(make: Any, tasks: list[str]) -> None:
+    assert [one.task for one in read(each(make))] == tasks
+    asked = read(each(make), "contrastive")[0]
+    assert asked.task == "contrastive" and {*asked.data.values()} <= {*make(0)}
+    assert read(each(make), **{k: str(v) for k, v in asked.data.items()})[-1].task in tasks
+
+
+def test_a_pair_that_is_named_needs_no_other_column_gone() -> None:
+    rows = each(lambda n: {"a": text(n), "b": f"So {n} it is.", "kind": label(n), "no": f"No {n}!"})
+    assert dict(read(rows, "contrastive")[0].data) == {"text": "a", "label": "kind"}
+    named = read(rows, text="a", text_pair="b", negative="no")[0]
+    assert named.options() == "--task contrastive --text a --text-pair b --negative no"
 
 
 def test_what_is_given_decides() -> None:

@@ -13,7 +13,7 @@ from file_kinds import KINDS, READ_AS, each, label, text, write_format, write_js
 from edgetune.core.progress import Progress
 from edgetune.core.tasks import METHODS
 from edgetune.inspection.fitting import Size, batch_of, longest
-from edgetune.inspection.readings import TASKS, Reading
+from edgetune.inspection.reading import TASKS, Reading
 from edgetune.inspection.starting import Draft, _foreign, choices, draft, recipe_path, sources_of
 from edgetune.recipe.read import load_recipe
 from edgetune.training import run_recipe
@@ -54,9 +54,16 @@ def test_every_kind_of_rows_gives_a_recipe_that_trains(
     assert not any(data["truncated"].values())
 
 
-@pytest.mark.parametrize("task", ["reward", "masked-lm"])
-def test_the_other_readings_train_too(task: str, bases: Bases, tmp_path: Path) -> None:
-    kind = "preferences" if task == "reward" else "plain text"
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("reward", "preferences"),
+        ("masked-lm", "plain text"),
+        ("contrastive", "one label"),
+        ("contrastive", "questions"),
+    ],
+)
+def test_the_other_readings_train_too(task: str, kind: str, bases: Bases, tmp_path: Path) -> None:
     made = begin(write_jsonl(tmp_path / "rows.jsonl", KINDS[kind]), bases, task)
     assert trained(made, tmp_path / "rows.toml", tmp_path / "run")["data"][0]["held_out"]
 
