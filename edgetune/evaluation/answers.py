@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgetune.core.answer_confidence import answer_confidence_of
 from edgetune.core.confidence import NONE, Confidence, ScoredLabel
 from edgetune.core.errors import InputError
 from edgetune.core.settings import some_of
@@ -53,6 +54,10 @@ class Answers(Protocol):
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily."""
 
+    def generate_surely(self, prompts: Sequence[Prompt]) -> list[tuple[str, float | None]]:
+        """The same, and how sure each is: None where no adapter was calibrated for that."""
+        return [(text, None) for text in self.generate(prompts)]
+
 
 class HeadAnswers(Answers, Protocol):
     """What answers through a trained head besides: a bundle or a run, but no bare base."""
@@ -92,6 +97,7 @@ class BundleAnswers(HeadAnswers):
         self.problem = packed.problem
         self.prompt_format = PromptFormat(**(packed.prompt_format or {}))
         self.confidence: Confidence = packed.confidence
+        self._calibrated = answer_confidence_of(packed.metadata) is not None
         own = shaping(packed.generation)
         self.notes = (
             (
@@ -145,7 +151,18 @@ class BundleAnswers(HeadAnswers):
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """The completion of each prompt, greedily, as long as the adapter's own limit allows."""
+        return [text for text, _ in self._generated(prompts, confidence=False)]
+
+    def generate_surely(self, prompts: Sequence[Prompt]) -> list[tuple[str, float | None]]:
+        """The same, and how sure each is where the adapter was calibrated for that."""
+        return self._generated(prompts, confidence=self._calibrated)
+
+    def _generated(
+        self, prompts: Sequence[Prompt], *, confidence: bool
+    ) -> list[tuple[str, float | None]]:
         return [
-            answer.text
-            for answer in self.runtime.generate(prompts, adapter=self.adapter, temperature=0.0)
+            (answer.text, answer.confidence)
+            for answer in self.runtime.generate(
+                prompts, adapter=self.adapter, temperature=0.0, confidence=confidence
+            )
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ from edgetune.evaluation.label_measures import (
     measure_sets,
     measure_words,
 )
-from edgetune.metrics.error_analysis import JudgedRow, worst
+from edgetune.metrics.calibration import calibration_error, coverage_curve, reliability
+from edgetune.metrics.error_analysis import JudgedRow, worst, wrong_first
 from edgetune.metrics.labels import regression_metrics
 from edgetune.metrics.statistics import preference_metrics
 from edgetune.metrics.text import (
@@ -239,7 +240,8 @@ def _measure_generation(
     """Rows with the same prompt are one question with several references, as in E2E."""
     questions, skipped = grouped_questions(source, answers.prompt_format, skip_invalid=skip_invalid)
     prompts = [question.prompt for question in questions]
-    completions = answered(answers.generate, prompts, advance)
+    given = answered(answers.generate_surely, prompts, advance)
+    completions = [text for text, _ in given]
     references = [question.references for question in questions]
     metrics = {"exact_match": exact_match(completions, references)}
     as_json = is_json_task(references)
@@ -251,16 +253,26 @@ def _measure_generation(
         metrics["bleu"] = bleu(completions, references)
         metrics["rouge_l"] = rouge_l(completions, references)
     predictions = [
-        {"line": question.line, "prediction": completion, "references": question.references}
-        for question, completion in zip(questions, completions, strict=True)
+        {"line": question.line, "prediction": text, "references": question.references}
+        | ({} if sure is None else {"score": sure})
+        for question, (text, sure) in zip(questions, given, strict=True)
+    ]
+    right = [
+        is_right(text, of, as_json=as_json)
+        for text, of in zip(completions, references, strict=True)
     ]
     judged = [
-        JudgedRow(one.line, shown_prompt(one.prompt), one.references[0], completion)
-        for one, completion in zip(questions, completions, strict=True)
-        if not is_right(completion, one.references, as_json=as_json)
+        JudgedRow(one.line, shown_prompt(one.prompt), one.references[0], text, sure)
+        for one, (text, sure), hit in zip(questions, given, right, strict=True)
+        if not hit
     ]
-    errors = [one.to_dict() for one in judged]
-    return Measured(metrics, predictions, skipped, worst(judged), errors)
+    analysis = worst(judged)
+    if scores := [sure for _, sure in given if sure is not None]:
+        metrics["expected_calibration_error"] = calibration_error(reliability(scores, right))
+        analysis["coverage"] = [asdict(one) for one in coverage_curve(scores, right)]
+    return Measured(
+        metrics, predictions, skipped, analysis, [one.to_dict() for one in wrong_first(judged)]
+    )
 
 
 @dataclass(frozen=True)

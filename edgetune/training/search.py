@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from edgetune.recipe.schema import Recipe
 from edgetune.training.automatic import with_settings
 from edgetune.training.checkpoint import unfinished
 from edgetune.training.inputs import Inputs, read_inputs
-from edgetune.training.journal import Journal
 from edgetune.training.parallel.distributed import Group, launched
 from edgetune.training.resolve import resolve
 from edgetune.training.resume import Course
 from edgetune.training.run import first_model, run_settings
 from edgetune.training.stages import Stages
+from edgetune.training.trial_watch import OutOfTimeError, Pace, TrialJournal, TrialProgress
 from edgetune.training.trials import TrialFile
 
 POINTS = 8  # validations of a trial, so that curves can be compared
@@ -50,10 +50,6 @@ class Searched:
     recipe: Recipe  # with the chosen numbers
     trials: Path  # the file of its trials
     facts: dict[str, Any]  # for summary.json
-
-
-class _OutOfTimeError(Exception):
-    """The search's time is over."""
 
 
 class _HopelessError(Exception):
@@ -147,6 +143,7 @@ class _Search:
     progress: Progress
     precisions: list[str] | None = None
     metric: str = ""
+    pace: Pace = field(default_factory=Pace)
 
     def run(self) -> dict[str, Any]:
         """Try until the time is over; the settings to train with."""
@@ -159,7 +156,10 @@ class _Search:
         deadline = time.monotonic() + self.seconds - self.trials.seconds
         pruner = optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=STARTUP)
         study = None
-        while time.monotonic() < deadline and len(self.trials.records) < self.most:
+        while len(self.trials.records) < self.most:
+            # a trial that could not come to its first validation would measure nothing
+            if time.monotonic() + self._first_validation() >= deadline:
+                break
             number = len(self.trials.records)
             # proposals follow from the trials before and the number, so a resumed search has them
             sampler = optuna.samplers.TPESampler(seed=self.recipe.seed + number)
@@ -173,6 +173,11 @@ class _Search:
             self._try(study, study.ask(space), number, deadline)
         return self._best() or self._settings(rule)
 
+    def _first_validation(self) -> float:
+        """Seconds that the quickest trial needed to be measured once; 0 before there is one."""
+        known = (record.get("first_validation_seconds") for record in self.trials.records)
+        return min((seconds for seconds in known if seconds is not None), default=0.0)
+
     def _first(self, rule: Mapping[str, float]) -> dict[str, float]:
         """The rule's numbers, as a proposal."""
         return {k: round(value) if k.endswith("epochs") else value for k, value in rule.items()}
@@ -181,6 +186,7 @@ class _Search:
         """One trial, to its line in the file."""
         settings = self._settings(trial.params)
         started, curve = time.monotonic(), list[list[float]]()
+        first = math.inf  # seconds to its first validation
 
         def seen(metrics: Mapping[str, Any]) -> None:
             self.metric = self.metric or best_by(
@@ -188,6 +194,8 @@ class _Search:
                 metrics,
                 weighted=self.recipe.stage[-1].class_weights != "none",
             )
+            nonlocal first
+            first = min(first, time.monotonic() - started)
             value = float(metrics[self.metric])
             curve.append([metrics["step"], value])
             if math.isfinite(value):
@@ -198,7 +206,7 @@ class _Search:
         state = "complete"
         try:
             self._train(with_settings(self.inputs.recipe, settings), seen, deadline)
-        except _OutOfTimeError:
+        except OutOfTimeError:
             state = "out of time"
         except _HopelessError:
             state = "killed"
@@ -216,6 +224,7 @@ class _Search:
             "value": best,
             "curve": curve,
             "seconds": time.monotonic() - started,
+            "first_validation_seconds": None if math.isinf(first) else first,
         }
         self.trials.add(record, metric=self.metric)
         study.tell(trial, **_told(record, self._cost))
@@ -237,8 +246,8 @@ class _Search:
             last = replace(last, validate_every=max(1, -(-last.total_steps // POINTS)))
             run = replace(run, stages=(*run.stages[:-1], last))
             model = first_model(run, Group())
-            journal = _TrialJournal(last.index, seen)
-            watching = _TrialProgress(self.progress, deadline)
+            watching = TrialProgress(self.progress, deadline, self.pace, last)
+            journal = TrialJournal(last.index, seen, watching)
             course = Course(
                 model.learning, run.stages, {}, journal, Group(), None, None, time.perf_counter()
             )
@@ -333,36 +342,3 @@ def _past(record: Mapping[str, Any], space: Mapping[str, Any]) -> Any:
             if math.isfinite(value)
         },
     )
-
-
-class _TrialJournal(Journal):
-    """Writes nothing; hears of the last stage's validations."""
-
-    def __init__(self, last: int, seen: Callable[[Mapping[str, Any]], None]) -> None:
-        super().__init__(None)
-        self._last, self._seen = last, seen
-
-    def write(self, **record: Any) -> None:
-        """Keep the record, and pass a validation on."""
-        super().write(**record)
-        if record["kind"] == "validation" and record["stage"] == self._last:
-            self._seen(record)
-
-
-class _TrialProgress(Progress):
-    """Shows a trial's steps and not what it says; ends it when the time is over."""
-
-    def __init__(self, outer: Progress, deadline: float) -> None:
-        super().__init__(outer.stream)
-        self._deadline = deadline
-
-    def say(self, message: str) -> None:
-        """Nothing: a trial is one line, when it has ended."""
-
-    def step(self, step: int, total: int, **facts: Any) -> None:
-        """Raises when the search's time is over."""
-        if time.monotonic() > self._deadline:
-            self.close()
-            raise _OutOfTimeError
-        if self.live:
-            super().step(step, total, **facts)

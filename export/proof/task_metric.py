@@ -173,6 +173,10 @@ class FreeAnswers(BundleAnswers):
             answer.text for answer in self.runtime.generate(prompts, adapter=self.adapter, **FREE)
         ]
 
+    def generate_surely(self, prompts: Sequence[Any]) -> list[tuple[str, float | None]]:
+        """The same: calibrated are the answers that a form shapes."""
+        return [(text, None) for text in self.generate(prompts)]
+
 
 def measure_in_bundle(runtime: Runtime, source: AdapterSource, rows: TaskRows) -> Evaluation:
     """The answers of the bundle with that adapter."""

@@ -18,8 +18,9 @@ from edgetune.core.progress import Progress
 from edgetune.recipe.read import recipe_to_toml
 from edgetune.recipe.schema import Data, Recipe
 from edgetune.report.run_page import write_report
-from edgetune.training import run_recipe
+from edgetune.training import run_recipe, trial_watch
 from edgetune.training.search import find_settings
+from edgetune.training.trial_watch import TrialProgress
 
 RATE, RANK, ALPHA = "stage.0.learning_rate", "parameters.rank", "parameters.alpha"
 LONG = 3600.0
@@ -102,6 +103,37 @@ def test_it_stops_within_a_trial_when_the_time_is_over(tiny_decoder: Path, tmp_p
     found = find_settings(made, seconds=0.01, out=tmp_path / "run", progress=silent())
     assert [t["state"] for t in trials(found.trials)] == ["out of time"]
     assert found.facts["settings"] == {RATE: 5e-4, RANK: 8, ALPHA: 16.0}
+
+
+def test_a_trial_ends_before_a_step_or_a_validation_that_would_pass_the_deadline(
+    tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 1 s, validations of 10 s, by a clock of the test's own: a second trial has no 12 s
+    to come to its first validation.
+    """
+    clock = [0.0]
+    monkeypatch.setattr(trial_watch.time, "monotonic", lambda: clock[0])
+    original, validated = TrialProgress.step, TrialProgress.validated
+
+    def step(self: Any, *given: Any, **facts: Any) -> None:
+        clock[0] += 1.0
+        original(self, *given, **facts)
+
+    def validation(self: Any) -> None:
+        clock[0] += 10.0
+        validated(self)
+
+    monkeypatch.setattr(TrialProgress, "step", step)
+    monkeypatch.setattr(TrialProgress, "validated", validation)
+    made = open_recipe(tiny_decoder, tmp_path, epochs=99, max_steps=16)
+    # 16 steps, a validation after every second: 8 · (2 + 10) s
+    found = find_settings(made, seconds=100.0, out=tmp_path / "whole", progress=silent())
+    (whole,) = trials(found.trials)
+    assert (whole["state"], clock[0]) == ("complete", 96.0)
+    clock[0] = 0.0
+    found = find_settings(made, seconds=45.0, out=tmp_path / "cut", progress=silent())
+    (cut,) = trials(found.trials)
+    assert (cut["state"], len(cut["curve"]), clock[0]) == ("out of time", 3, 38.0)
 
 
 def test_a_trial_that_cannot_go_on_is_no_end(tiny_decoder: Path, tmp_path: Path) -> None:

@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 from runtime_helpers import decoder_bundle, write_metadata
 from server_helpers import Running, serve
+from training_helpers import write_rows
 
 from edgetune.core.errors import AdapterError
+from edgetune.data.rows import read_rows
+from edgetune.evaluation.answers import BundleAnswers
+from edgetune.evaluation.measures import measure_rows
 from edgetune.models.resolve import resolve_base
 from edgetune.runtime import Runtime
 
@@ -34,7 +38,11 @@ def server(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     write_metadata(
         folder / "sure",
         base=base_of(tiny_decoder),
-        prompt_format={"template": "plain"},
+        prompt_format={
+            "template": "plain",
+            "prompt": "{{ prompt }}",
+            "completion": "{{ completion }}",
+        },
         confidence=CALIBRATED,
     )
     with serve(bundle) as running:
@@ -77,6 +85,20 @@ def test_it_is_the_same_streamed_and_over_http(server: Running) -> None:
     items = {"model": "sure", "input": "hello", "confidence": True, "max_output_tokens": 90}
     items["text"] = {"format": {"type": "json_schema", **form["json_schema"]}}
     assert 0 < server.post("/v1/responses", items).json()["confidence"] < 1
+
+
+def test_eval_says_how_sure_the_wrong_answers_are(server: Running, tmp_path: Path) -> None:
+    rows = [{"prompt": text, "completion": "never"} for text in ("hello", "a longer question", "x")]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    found = measure_rows(BundleAnswers(server.runtime, "sure"), tmp_path, read_rows(file))
+    ask = {"temperature": 0.0, "confidence": True}
+    made = server.runtime.generate([row["prompt"] for row in rows], "sure", **ask)
+    assert [one["score"] for one in found.errors] == sorted(
+        (one.confidence for one in made), reverse=True
+    )
+    mean = sum(one.confidence or 0.0 for one in made) / 3  # of which none is right
+    assert found.metrics["expected_calibration_error"] == pytest.approx(mean)
+    assert found.analysis["coverage"][-1]["right"] == 0.0
 
 
 def test_a_calibration_that_is_none_is_refused(tiny_decoder: Path, tmp_path: Path) -> None:
