@@ -4,7 +4,7 @@ embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,20 +139,31 @@ def _voices(
 
 
 def _scores(runtime: Runtime, texts: Sequence[str], adapter: str, names: Sequence[str]) -> Floats:
-    found = []
-    for at in range(0, len(texts), TEXTS_AT_ONCE):
-        part = texts[at : at + TEXTS_AT_ONCE]
-        for answer in runtime.classify(part, adapter, truncate=True):
-            found.append([answer.scores[name] for name in names])
-    return np.array(found, np.float32)
+    def scores(part: Sequence[str]) -> list[list[float]]:
+        answers = runtime.classify(part, adapter, truncate=True)
+        return [[answer.scores[name] for name in names] for answer in answers]
+
+    return _in_parts(scores, texts)
 
 
 def _embedded(runtime: Runtime, texts: Sequence[str], adapter: str | None) -> Floats:
-    parts = [
-        runtime.embed(texts[at : at + TEXTS_AT_ONCE], adapters=None, adapter=adapter, truncate=True)
-        for at in range(0, len(texts), TEXTS_AT_ONCE)
-    ]
-    return np.concatenate(parts)
+    return _in_parts(
+        lambda part: runtime.embed(part, adapters=None, adapter=adapter, truncate=True), texts
+    )
+
+
+def _in_parts(answer: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> Floats:
+    """A row of numbers for each text (texts, n), those of like length asked together, so that
+    little is padded.
+    """
+    order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
+    parts = [order[at : at + TEXTS_AT_ONCE] for at in range(0, len(order), TEXTS_AT_ONCE)]
+    rows = np.concatenate(
+        [np.asarray(answer([texts[at] for at in part]), np.float32) for part in parts]
+    )
+    found = np.empty_like(rows)
+    found[order] = rows
+    return found
 
 
 def _check_held(held: Sequence[LabelledRow], names: Sequence[str], source: Path | None) -> None:
