@@ -42,7 +42,7 @@ def any_two_texts(source: Rows, table: Profile, given: Given) -> Iterator[Readin
 def alike_by_label(source: Rows, table: Profile, given: Given) -> Iterator[Reading]:
     """Texts of which those with the same label are alike; said only where it is asked for."""
     text = given.get("text") or next((one.name for one in table.texts()), None)
-    if text is None or "text_pair" in given:
+    if text is None or {"text_pair", NEGATIVE} & set(given):
         return
     usable = [
         column.name

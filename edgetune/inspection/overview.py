@@ -115,8 +115,8 @@ def look_at(
 
 
 ROW_KEYS = (
-    "text", "text_pair", "label", "tokens", "tags", "system", "prompt", "completion", "chosen",
-    "rejected",
+    "text", "text_pair", "positive", "negative", "label", "tokens", "tags", "system", "prompt",
+    "completion", "chosen", "rejected",
 )  # fmt: skip
 
 

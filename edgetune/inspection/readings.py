@@ -325,7 +325,7 @@ def _nothing(table: Profile, given: Given, task: str | None) -> DataError:
         + (": there is no column of text" if no_text and not asked else ""),
         where=table.source,
         expected="columns such as text and label, prompt and completion, messages, tokens and tags,"
-        " or chosen and rejected",
+        " chosen and rejected, or anchor and positive",
         got=f"the columns {has or '(none)'}",
         fix="Name them with --text and --label, or --prompt and --completion.",
     )
