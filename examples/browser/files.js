@@ -1,0 +1,71 @@
+// Files of a bundle: fetched once, checked against the manifest's sha256, kept by that digest. So a
+// base that two bundles share is fetched once, and what was changed on the way is never used.
+
+export const CACHE = "edgetune";
+
+// The file as { bytes, from }: "cache" or "network". `info` is the manifest's { sha256, bytes }; null
+// for a file without a digest, which is fetched every time. `progress(bytes)` is called as it comes.
+export async function fetchFile(url, info = null, progress = () => {}) {
+  if (!globalThis.caches || !crypto.subtle) {
+    throw new Error("open this page over https or from localhost: elsewhere browsers have no hashes");
+  }
+  if (!info) return { bytes: await download(url, null, progress), from: "network" };
+  const cache = await caches.open(CACHE);
+  const key = new URL(`/sha256/${info.sha256}`, location.origin).href;
+  const kept = await cache.match(key);
+  if (kept) {
+    const bytes = new Uint8Array(await kept.arrayBuffer());
+    if (await sha256(bytes) === info.sha256) return { bytes, from: "cache" };
+    await cache.delete(key);
+  }
+  const bytes = await download(url, info.bytes, progress);
+  const got = await sha256(bytes);
+  if (got !== info.sha256) {
+    const short = (digest) => `${digest.slice(0, 12)}…`;
+    throw new Error(`${nameOf(url)}: expected sha256 ${short(info.sha256)}, got ${short(got)}`);
+  }
+  await cache.put(key, new Response(bytes)).catch((error) => { // no room: it works, uncached
+    console.warn(`${nameOf(url)} is not kept: ${error.message}`);
+  });
+  return { bytes, from: "network" };
+}
+
+// A JSON file; `otherwise` (where given) for one that is not there.
+export async function fetchJson(url, info = null, otherwise = undefined) {
+  try {
+    return JSON.parse(new TextDecoder().decode((await fetchFile(url, info)).bytes));
+  } catch (error) {
+    if (error.status === 404 && otherwise !== undefined) return otherwise;
+    throw error instanceof SyntaxError ? new Error(`${nameOf(url)} is no JSON`) : error;
+  }
+}
+
+const nameOf = (url) => decodeURIComponent(new URL(url).pathname.split("/").pop());
+
+async function download(url, expected, progress) {
+  const response = await fetch(url, { cache: "no-cache" }).catch(() => {
+    throw new Error(`${url} cannot be reached: is the address right, and does its server allow CORS?`);
+  });
+  if (!response.ok) {
+    const error = new Error(`${url}: the server says ${response.status}`);
+    throw Object.assign(error, { status: response.status });
+  }
+  if (expected === null) return new Uint8Array(await response.arrayBuffer());
+  const bytes = new Uint8Array(expected);
+  let size = 0;
+  const reader = response.body.getReader();
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    if (size + part.value.length <= expected) bytes.set(part.value, size);
+    size += part.value.length;
+    progress(part.value.length);
+  }
+  if (size !== expected) {
+    throw new Error(`${nameOf(url)}: expected ${expected} bytes, got ${size}; copy it again`);
+  }
+  return bytes;
+}
+
+async function sha256(bytes) {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
