@@ -1,13 +1,21 @@
-// An adapter's folder → the tensors that a bundle's graph takes: A (1, in, rank) and B (1, rank, out)
-// for each site, scaling folded into B, and its head (1, hidden, labels), (1, labels).
+// An adapter's folder → the tensors that a bundle's graph takes: A (1, in, rank) and B (1, rank,
+// out) for each site, scaling folded into B, and its head (1, hidden, labels), (1, labels).
 import { PEFT, readTensors } from "./tensor_file.js";
 
 const LORA = /^(.+)\.lora_([AB])(?:\.default)?\.weight$/;
 const HEAD = /^(?:\w+\.)?(?:classifier|score)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)$/;
 // What PEFT can do besides W + scaling · B A, which a graph's adapter inputs cannot.
 const REFUSED = [
-  "use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
-  "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+  "use_dora",
+  "lora_bias",
+  "trainable_token_indices",
+  "target_parameters",
+  "layer_replication",
+  "alora_invocation_tokens",
+  "use_qalora",
+  "use_bdlora",
+  "arrow_config",
+  "kasa_config",
   "monteclora_config",
 ];
 const CHANGES_THE_BASE = /^(pissa|olora|corda|loftq|lora_ga)/;
@@ -24,7 +32,8 @@ export function packAdapter(manifest, { config, metadata, bytes }) {
 }
 
 function refuse(manifest, config, metadata) {
-  if (manifest.mode === "merged") throw new Error("this bundle's adapter is merged into its weights");
+  if (manifest.mode === "merged")
+    throw new Error("this bundle's adapter is merged into its weights");
   const coded = "edgetune_codes" in config;
   if (coded && config.edgetune_codes !== 1) {
     throw new Error(`edgetune_codes: expected 1, got ${config.edgetune_codes}`);
@@ -67,7 +76,8 @@ function scaled(pairs, config) {
   if ("edgetune_codes" in config) return pairs;
   const chosen = (pattern, module, otherwise) => {
     const found = Object.entries(pattern ?? {}).find(([key]) =>
-      new RegExp(`^(?:.*\\.)?(?:${key})$`).test(module));
+      new RegExp(`^(?:.*\\.)?(?:${key})$`).test(module),
+    );
     return found ? found[1] : otherwise;
   };
   for (const [module, { A, B }] of pairs) {
@@ -92,14 +102,16 @@ function packSites(manifest, pairs) {
   const left = new Map(pairs);
   const take = (module) => {
     const key = [...left.keys()].find((name) =>
-      [module, withoutFirst(module)].some((one) => one === name || one === withoutFirst(name)));
+      [module, withoutFirst(module)].some((one) => one === name || one === withoutFirst(name)),
+    );
     const pair = left.get(key);
     left.delete(key);
     return pair;
   };
   const tensors = {};
   for (const site of manifest.sites) {
-    const parts = site.parts.map((part) => ({ ...part, ...take(part.module) }))
+    const parts = site.parts
+      .map((part) => ({ ...part, ...take(part.module) }))
       .filter((part) => part.A || part.B);
     if (parts.length) Object.assign(tensors, packSite(site, parts));
   }
@@ -110,9 +122,10 @@ function packSites(manifest, pairs) {
 function packSite(site, parts) {
   for (const { module, start, stop, A, B } of parts) {
     const rank = A?.shape[0];
-    const fits = A && B && `${A.shape}` === `${[rank, site.in]}`
-      && `${B.shape}` === `${[stop - start, rank]}`;
-    if (!fits) throw new Error(`${module}: not of the shapes (r, ${site.in}), (${stop - start}, r)`);
+    const fits =
+      A && B && `${A.shape}` === `${[rank, site.in]}` && `${B.shape}` === `${[stop - start, rank]}`;
+    if (!fits)
+      throw new Error(`${module}: not of the shapes (r, ${site.in}), (${stop - start}, r)`);
   }
   const rank = parts.reduce((sum, { A }) => sum + A.shape[0], 0);
   const a = new Float32Array(site.in * rank); // (in, rank)

@@ -8,10 +8,13 @@ import { BundleText } from "./text.js";
 const WEIGHTS = "adapter_model.safetensors";
 const CONFIG = "adapter_config.json";
 const METADATA = "edgetune_adapter.json";
-const GREEDY = ["max_new_tokens", "temperature"]; // settings of an adapter that this page follows
 
 ort.env.logLevel = "error";
-// Threads need memory that they share, which a page has where its server sends two headers (README).
+// Settings of an adapter that change its answers and that greedy decoding here does not know.
+const NOT_FOLLOWED = ["temperature", "repetition_penalty", "frequency_penalty", "presence_penalty"];
+NOT_FOLLOWED.push("logit_bias", "stop", "schema", "regex", "grammar");
+
+// Threads need memory that they share, which a page has where its server sends two headers.
 export const threads = globalThis.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
 ort.env.wasm.numThreads = threads;
 
@@ -27,18 +30,23 @@ export class Bundle {
     const total = names.reduce((sum, name) => sum + (name ? bundle.info(name).bytes : 0), 0);
     let done = 0;
     const files = [];
+    bundle.kept = true;
     for (const name of names) {
       const counted = (bytes) => progress({ done: (done += bytes), total, from: "network" });
       const file = name ? await fetchFile(bundle.at(name), bundle.info(name), counted) : null;
       if (file?.from === "cache") {
         progress({ done: (done += file.bytes.length), total, from: "cache" });
       }
+      if (file?.kept === false) bundle.kept = false;
       files.push(file?.bytes ?? null);
     }
     const [engine, data, document, template] = files;
     const text = (bytes) => new TextDecoder().decode(bytes);
     bundle.text = new BundleText(
-      bundle.manifest, JSON.parse(text(document)), template && text(template));
+      bundle.manifest,
+      JSON.parse(text(document)),
+      template && text(template),
+    );
     const externalData = data ? [{ path: graph.data, data }] : [];
     const options = { executionProviders: ["wasm"], externalData };
     bundle.session = await ort.InferenceSession.create(engine, options);
@@ -53,8 +61,10 @@ export class Bundle {
     const held = this.adapters.get(name);
     if (!held) throw new Error(`no adapter ${name}`);
     if (held.inputs) return { ms: performance.now() - start, bytes: held.bytes, from: "memory" };
-    const found = this.manifest.mode === "merged"
-      ? { inputs: {}, about: held.entry, bytes: 0, from: "the base" } : await this.read(held);
+    const found =
+      this.manifest.mode === "merged"
+        ? { inputs: {}, about: held.entry, bytes: 0, from: "the base" }
+        : await this.read(held);
     Object.assign(held, found);
     return { ms: performance.now() - start, bytes: held.bytes, from: held.from };
   }
@@ -62,12 +72,12 @@ export class Bundle {
   // Add an adapter folder from anywhere, as `edgetune train` or `edgetune compress` wrote it.
   async add(url) {
     const folder = new URL(url.endsWith("/") ? url : `${url}/`, location.href).href;
-    const path = new URL(folder).pathname.replace(/(\/adapter)?\/$/, ""); // a run's folder is its name
+    const path = new URL(folder).pathname.replace(/(\/adapter)?\/$/, ""); // named after its run
     const name = decodeURIComponent(path.split("/").pop());
     if (this.adapters.has(name)) throw new Error(`there is an adapter ${name} already`);
     this.adapters.set(name, { entry: null, folder });
     try {
-      return { name, ...await this.load(name) };
+      return { name, ...(await this.load(name)) };
     } catch (error) {
       this.adapters.delete(name);
       throw error;
@@ -75,13 +85,18 @@ export class Bundle {
   }
 
   async read({ entry, folder }) {
-    const at = (name) => folder ? `${folder}${name}` : this.at(`${entry.path}/${name}`);
+    const at = (name) => (folder ? `${folder}${name}` : this.at(`${entry.path}/${name}`));
     const listed = (name) => this.manifest.files[`${entry.path}/${name}`] ?? null;
-    const metadata = entry && !listed(METADATA) ? null
-      : await fetchJson(at(METADATA), folder ? null : listed(METADATA), null);
-    const info = async (name) => folder
-      ? metadata?.files?.[name] ? { sha256: metadata.files[name], bytes: null } : null
-      : this.info(`${entry.path}/${name}`);
+    const metadata =
+      entry && !listed(METADATA)
+        ? null
+        : await fetchJson(at(METADATA), folder ? null : listed(METADATA), null);
+    const info = async (name) =>
+      folder
+        ? metadata?.files?.[name]
+          ? { sha256: metadata.files[name], bytes: null }
+          : null
+        : this.info(`${entry.path}/${name}`);
     const config = await fetchJson(at(CONFIG), await info(CONFIG));
     const { bytes, from } = await fetchFile(at(WEIGHTS), await info(WEIGHTS));
     const inputs = toInputs(ort, packAdapter(this.manifest, { config, metadata, bytes }));
@@ -101,7 +116,8 @@ export class Bundle {
       throw new Error("choose an adapter: this base alone gives no answers");
     }
     if (chosen !== null) await this.load(chosen);
-    const { inputs, about } = chosen === null ? { inputs: {}, about: {} } : this.adapters.get(chosen);
+    const { inputs, about } =
+      chosen === null ? { inputs: {}, about: {} } : this.adapters.get(chosen);
     const task = about.task ?? this.manifest.task;
     if (task === "sequence-classification") return this.classify(prompt, inputs, about);
     if (task !== "text-generation") {
@@ -125,14 +141,13 @@ export class Bundle {
       if (stopped()) break;
     }
     const total = performance.now() - start;
-    const { max_new_tokens: _, ...other } = about.generation ?? {};
-    const passedOver = Object.keys(other).filter((key) =>
-      other[key] != null && !(GREEDY.includes(key) && other[key] === 0));
+    const passedOver = NOT_FOLLOWED.filter((key) => about.generation?.[key]);
     return { ids: made, text: this.text.decode(made, true), prompt: ids, first, total, passedOver };
   }
 
   async classify(text, inputs, about) {
-    if (about.prompt_format?.text_pair != null) throw new Error("it reads two texts at once: this page gives one");
+    if (about.prompt_format?.text_pair != null)
+      throw new Error("it reads two texts at once: this page gives one");
     const ids = this.text.textIds(text, about.prompt_format);
     this.check(ids, this.manifest.graph.max_length);
     const start = performance.now();

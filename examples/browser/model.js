@@ -1,16 +1,22 @@
-// A bundle's engine.onnx over ONNX Runtime, in a browser or in Node (`ort` is either package): tokens
-// in, tokens or logits out. An adapter is a set of input tensors, so a swap loads nothing.
+// A bundle's engine.onnx over ONNX Runtime, in a browser or in Node (`ort` is either package):
+// tokens in, tokens or logits out. An adapter is a set of input tensors, so a swap loads nothing.
 
 // An adapter's tensors, { name: { shape, data } }, as inputs.
 export function toInputs(ort, tensors) {
-  return Object.fromEntries(Object.entries(tensors).map(
-    ([name, { shape, data }]) => [name, new ort.Tensor("float32", data, shape)]));
+  return Object.fromEntries(
+    Object.entries(tensors).map(([name, { shape, data }]) => [
+      name,
+      new ort.Tensor("float32", data, shape),
+    ]),
+  );
 }
 
 // The base model: every site with rank 0, and of an encoder a head without labels.
 export function noAdapter(ort, manifest) {
   const tensors = {};
-  const empty = (name, shape) => { tensors[name] = { shape, data: new Float32Array(0) }; };
+  const empty = (name, shape) => {
+    tensors[name] = { shape, data: new Float32Array(0) };
+  };
   for (const site of manifest.mode === "merged" ? [] : manifest.sites) {
     empty(site.A, [1, site.in, 0]);
     empty(site.B, [1, 0, site.out]);
@@ -49,8 +55,8 @@ function step(ort, session, inputs, cache, ids, length, outputs) {
   return session.run({ ...own, ...cache, ...inputs }, outputs);
 }
 
-// Greedy decoding: yields token ids up to an end token, itself included. The cache that a step gives
-// is the next one's input.
+// Greedy decoding: yields token ids up to an end token, itself included. The cache that a step
+// gives is the next one's input.
 export async function* greedy(ort, session, manifest, adapter, prompt, maxNewTokens) {
   const inputs = { ...noAdapter(ort, manifest), ...adapter };
   const most = Math.min(maxNewTokens, manifest.graph.max_length - prompt.length);
@@ -78,8 +84,18 @@ function largest(logits) {
 export async function labelLogits(ort, session, manifest, adapter, ids) {
   const inputs = { ...noAdapter(ort, manifest), ...adapter };
   if (manifest.task !== "text-generation") {
-    const own = { input_ids: int64(ort, ids), attention_mask: int64(ort, ids.map(() => 1)) };
-    if (manifest.graph.token_type_ids) own.token_type_ids = int64(ort, ids.map(() => 0));
+    const own = {
+      input_ids: int64(ort, ids),
+      attention_mask: int64(
+        ort,
+        ids.map(() => 1),
+      ),
+    };
+    if (manifest.graph.token_type_ids)
+      own.token_type_ids = int64(
+        ort,
+        ids.map(() => 0),
+      );
     return (await session.run({ ...own, ...inputs }, ["logits"])).logits.data;
   }
   const { weight, bias } = manifest.head;
@@ -89,7 +105,11 @@ export async function labelLogits(ort, session, manifest, adapter, ids) {
   const found = await step(ort, session, rest, cache, ids, ids.length, outputs);
   const state = found.last_hidden_state.data;
   return offset.data.map((start, label) =>
-    state.reduce((sum, value, i) => sum + value * matrix.data[i * offset.data.length + label], start));
+    state.reduce(
+      (sum, value, i) => sum + value * matrix.data[i * offset.data.length + label],
+      start,
+    ),
+  );
 }
 
 // Logits → what Runtime.classify answers: { label, scores, rejected }, `value` of a regression.
@@ -101,10 +121,12 @@ export function readLogits(logits, { labels, problem, confidence }) {
   const powers = scaled.map((value) => Math.exp(value - top));
   const sum = powers.reduce((total, value) => total + value, 0);
   const several = problem === "multi-label";
-  const scores = labels.map((label, i) => ({
-    label,
-    score: several ? 1 / (1 + Math.exp(-scaled[i])) : powers[i] / sum,
-  })).sort((one, other) => other.score - one.score);
+  const scores = labels
+    .map((label, i) => ({
+      label,
+      score: several ? 1 / (1 + Math.exp(-scaled[i])) : powers[i] / sum,
+    }))
+    .sort((one, other) => other.score - one.score);
   const [best] = scores;
   const least = several ? null : confidence?.threshold;
   const rejected = least != null && best.score < least ? best.label : null;

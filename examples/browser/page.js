@@ -7,7 +7,8 @@ let calls = 0;
 let model = null;
 
 const worker = new Worker("worker.js", { type: "module" });
-worker.onerror = () => show("the model’s code cannot be loaded: run npm install in this page’s folder");
+worker.onerror = () =>
+  show("the model’s code cannot be loaded: run npm install in this page’s folder");
 worker.onmessage = ({ data }) => {
   const call = waiting.get(data.id);
   if (!call) return;
@@ -23,8 +24,10 @@ function ask(call, args, hear = () => {}) {
   return new Promise((resolve, reject) => waiting.set(id, { resolve, reject, hear }));
 }
 
-const megabytes = (bytes) => bytes >= 1e6 ? `${(bytes / 1e6).toFixed(1)} MB` : `${Math.ceil(bytes / 1e3)} kB`;
-const milliseconds = (ms) => ms >= 1e4 ? `${(ms / 1e3).toFixed(1)} s` : `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
+const megabytes = (bytes) =>
+  bytes >= 1e6 ? `${(bytes / 1e6).toFixed(1)} MB` : `${Math.ceil(bytes / 1e3)} kB`;
+const milliseconds = (ms) =>
+  ms >= 1e4 ? `${(ms / 1e3).toFixed(1)} s` : `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
 const chosen = () => document.querySelector("#adapters :checked")?.value ?? "";
 
 function show(line) {
@@ -34,7 +37,9 @@ function show(line) {
 
 // Run what a control asks for with everything else switched off; an error is one line.
 async function busy(work) {
-  const controls = [...document.querySelectorAll("button, input")].filter((one) => one.id !== "stop");
+  const controls = [...document.querySelectorAll("button, input")].filter(
+    (one) => one.id !== "stop",
+  );
   for (const one of controls) one.disabled = true;
   show("");
   try {
@@ -66,9 +71,11 @@ async function open(url) {
   } finally {
     $("progress").hidden = true;
   }
-  const { base, precision, total, from, ms, threads } = model;
-  $("facts").textContent = `${base.name} · ${precision.weights} · ${threads} thread${threads > 1 ? "s" : ""}`;
-  const source = from === "cache" ? "out of this browser’s cache" : "from the network, and kept";
+  const { base, precision, total, from, kept, ms, threads } = model;
+  $("facts").textContent =
+    `${base.name} · ${precision.weights} · ${threads} thread${threads > 1 ? "s" : ""}`;
+  const network = kept ? "from the network, and kept" : "from the network; no room to keep it";
+  const source = from === "cache" ? "out of this browser’s cache" : network;
   $("opened").textContent = `${megabytes(total)} ${source}, open after ${milliseconds(ms)}.`;
   if (model.mode !== "merged") list({ name: "", task: "the base model" });
   for (const adapter of model.adapters) list(adapter);
@@ -77,10 +84,16 @@ async function open(url) {
 
 function list({ name, task, rank, bytes }) {
   const label = document.createElement("label");
-  const input = Object.assign(document.createElement("input"), { type: "radio", name: "adapter", value: name });
+  const input = Object.assign(document.createElement("input"), {
+    type: "radio",
+    name: "adapter",
+    value: name,
+  });
   const title = Object.assign(document.createElement("b"), { textContent: name || "none" });
   const facts = [task, rank ? `rank ${rank}` : null, bytes ? megabytes(bytes) : null];
-  const about = Object.assign(document.createElement("span"), { textContent: facts.filter(Boolean).join(" · ") });
+  const about = Object.assign(document.createElement("span"), {
+    textContent: facts.filter(Boolean).join(" · "),
+  });
   label.className = "adapter";
   label.append(input, title, about);
   $("adapters").append(label);
@@ -88,7 +101,9 @@ function list({ name, task, rank, bytes }) {
 }
 
 function switched(name, { ms, bytes, from }) {
-  const size = bytes ? ` (${megabytes(bytes)} from ${from === "memory" ? "memory" : `the ${from}`})` : "";
+  const size = bytes
+    ? ` (${megabytes(bytes)} from ${from === "memory" ? "memory" : `the ${from}`})`
+    : "";
   $("switched").textContent = `${name || "The base model"} after ${milliseconds(ms)}${size}.`;
   $("switched").dataset.ms = ms;
   $("switched").dataset.from = from;
@@ -128,10 +143,15 @@ async function answer() {
 
 function showText({ text, ids, prompt, first, total, passedOver }) {
   $("answer").textContent = text;
-  const rate = ids.length > 1 ? `, then ${((ids.length - 1) / (total - first) * 1e3).toFixed(1)} a second` : "";
-  const other = passedOver.length ? ` The adapter’s own ${passedOver.join(", ")} is not followed here.` : "";
-  $("numbers").textContent =
-    `${prompt.length} tokens read, ${ids.length} written: the first after ${milliseconds(first)}${rate}.${other}`;
+  const rate =
+    ids.length > 1
+      ? `, then ${(((ids.length - 1) / (total - first)) * 1e3).toFixed(1)} a second`
+      : "";
+  const other = passedOver.length
+    ? ` The adapter’s own ${passedOver.join(", ")} is not followed here.`
+    : "";
+  const counts = `${prompt.length} tokens read, ${ids.length} written`;
+  $("numbers").textContent = `${counts}: the first after ${milliseconds(first)}${rate}.${other}`;
   $("ids").textContent = ids.join(" ");
   $("ids-shown").hidden = false;
 }
@@ -144,8 +164,11 @@ function showLabels({ label, scores, rejected, threshold, value, prompt, total }
   for (const { label: name, score } of scores) {
     const bar = document.createElement("div");
     bar.className = "bar";
-    bar.append(...[name, `${(100 * score).toFixed(1)} %`].map(
-      (text) => Object.assign(document.createElement("span"), { textContent: text })));
+    bar.append(
+      ...[name, `${(100 * score).toFixed(1)} %`].map((text) =>
+        Object.assign(document.createElement("span"), { textContent: text }),
+      ),
+    );
     bar.append(Object.assign(document.createElement("meter"), { value: score, ariaLabel: name }));
     bar.dataset.score = score;
     $("answer").append(bar);
@@ -154,20 +177,23 @@ function showLabels({ label, scores, rejected, threshold, value, prompt, total }
   $("numbers").textContent = `${prompt.length} tokens read in ${milliseconds(total)}.`;
 }
 
-const submitted = (id, work) => $(id).addEventListener("submit", (event) => {
-  event.preventDefault();
-  busy(work);
-});
+const submitted = (id, work) =>
+  $(id).addEventListener("submit", (event) => {
+    event.preventDefault();
+    busy(work);
+  });
 submitted("open", () => open($("url").value));
 submitted("add", () => add($("adapter-url").value));
 submitted("ask", answer);
 $("adapters").addEventListener("change", () => busy(() => choose(chosen())));
 $("stop").addEventListener("click", () => worker.postMessage({ call: "stop" }));
-$("forget").addEventListener("click", () => busy(async () => {
-  const { CACHE } = await import("./files.js");
-  await caches.delete(CACHE);
-  $("switched").textContent = "Forgotten: the next bundle comes from the network.";
-}));
+$("forget").addEventListener("click", () =>
+  busy(async () => {
+    const { CACHE } = await import("./files.js");
+    await caches.delete(CACHE);
+    $("switched").textContent = "Forgotten: the next bundle comes from the network.";
+  }),
+);
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.ctrlKey && model) $("ask").requestSubmit();
 });

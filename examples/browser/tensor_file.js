@@ -61,7 +61,8 @@ function upperHalf(bits) {
   return bits32.getFloat32(0);
 }
 
-// One tensor of codes: a matrix (rows, WIDTH), or row k of A (rows, IN) and column k of B (OUT, rows).
+// One tensor of codes: a matrix (rows, WIDTH), or the rows of A (rows, IN) and columns of B (OUT,
+// rows).
 function decode(name, [rows, rowBytes], body) {
   const match = CODED.exec(name);
   if (!match || Boolean(match[2]) !== Boolean(match[5])) {

@@ -11,16 +11,19 @@ const calls = {
     const start = performance.now();
     let from = null;
     bundle = await Bundle.open(url, (progress) => {
-      from = progress.from === "network" ? "network" : from ?? "cache";
+      from = progress.from === "network" ? "network" : (from ?? "cache");
       postMessage({ id, progress });
     });
-    const { manifest, total } = bundle;
+    const { manifest, total, kept } = bundle;
     const adapters = manifest.adapters.map(({ name, task, rank, path }) => ({
-      name, task, rank, bytes: path && manifest.files[`${path}/adapter_model.safetensors`]?.bytes,
+      name,
+      task,
+      rank,
+      bytes: path && manifest.files[`${path}/adapter_model.safetensors`]?.bytes,
     }));
     const { base, task, precision, mode } = manifest;
     const ms = performance.now() - start;
-    return { base, task, precision, mode, adapters, total, from, ms, threads };
+    return { base, task, precision, mode, adapters, total, from, kept, ms, threads };
   },
   load: (id, name) => bundle.load(name),
   async add(id, url) {
