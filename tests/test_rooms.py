@@ -72,6 +72,7 @@ FLOORS = {
         "training.parallel"
     ),
     "labelling": "core data metrics runtime",
+    "bulk": "core data recipe runtime.tasks",
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"
@@ -84,7 +85,7 @@ FLOORS = {
     ),
     "runtime.server": "core runtime.scheduler runtime.server.endpoints runtime.server.http",
     "cli": (
-        "compression core data devices edgetune evaluation evaluation.forgetting export "
+        "bulk compression core data devices edgetune evaluation evaluation.forgetting export "
         "export.graph export.inputs export.proof inspection labelling metrics models quantisation "
         "quickstart recipe report runtime.bundle runtime.check runtime.engine "
         "runtime.scheduler runtime.server "

@@ -18,6 +18,7 @@ from edgetune.cli.options import (
     provider_option,
     speed_line,
 )
+from edgetune.cli.predict_many import Many, answer_many, is_many, many_options
 from edgetune.core.tasks import CLASSIFICATION, REWARD
 
 HEADED = (CLASSIFICATION, REWARD)  # what on a decoder gives no text
@@ -37,20 +38,20 @@ STANDARD = Path("-")
 @click.option(
     "--input",
     "source",
-    type=click.Path(path_type=Path),
     help=(
         "Rows to answer, in any format that training reads (.jsonl .json .csv .tsv .parquet .xlsx,"
-        " also .gz or .zst); - is standard input."
+        " also .gz or .zst): a file, a folder or a pattern; - is standard input."
     ),
 )
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
     help=(
         "Where the answered rows go (.jsonl or .csv, also .gz), written whole or not at all; - is"
-        " standard output."
+        " standard output. A name that ends with / is a folder of parts: what is answered there"
+        " stays answered when the command is stopped and given again."
     ),
 )
+@many_options
 @click.option("--max-new-tokens", type=int, help="Tokens to generate at most.")
 @click.option(
     "--temperature", type=float, help="0 (default) takes the most likely token; above 0 samples."
@@ -100,8 +101,12 @@ def command(
     bundle: Path,
     text: str | None,
     adapter: str | None,
-    source: Path | None,
-    output: Path | None,
+    source: str | None,
+    output: str | None,
+    shard: tuple[int, int] | None,
+    ray: str | None,
+    workers: int | None,
+    part_rows: int | None,
     truncate: bool,
     threshold: float | None,
     threads: int | None,
@@ -123,20 +128,37 @@ def command(
     "rejected" says which it was), "labels" and "scores", "value", or "tags", "spans" and
     "entities" (rows to tag hold "tokens" or "text"); rows of an adapter that reads two texts hold
     "text" and "text_pair"; for a reward adapter rows hold "prompt" and "completion", or "messages"
-    that end with the answer, and gain "score".
+    that end with the answer, and gain "score". In a folder of parts a row that cannot be answered
+    gains "error" instead of ending the command.
     """
     if text is not None and not text.strip():
         raise click.UsageError("TEXT is empty")
     if text == "-":
-        text, source, output = None, source or STANDARD, output or STANDARD
+        text, source, output = None, source or "-", output or "-"
     if (text is None) == (source is None):
         raise click.UsageError("give one TEXT, or --input FILE with --output FILE, or -")
     if (source is None) != (output is None):
         raise click.UsageError("--input and --output belong together")
-    from edgetune.runtime.tasks.runtime import Runtime
-
     settings |= {"stop": stop or None, "schema": _text_of(schema), "grammar": _text_of(grammar)}
     chosen = chosen_providers(providers, device_name)
+    if source and output and is_many(output, shard, ray, workers, part_rows):
+        answer_many(
+            bundle,
+            source,
+            output,
+            Many(shard, ray, workers, part_rows),
+            adapter=adapter,
+            threads=threads,
+            truncate=truncate,
+            threshold=threshold,
+            engine=engine,
+            providers=chosen,
+            verify=not no_verify,
+            settings={name: value for name, value in settings.items() if value is not None},
+        )
+        return
+    from edgetune.runtime.tasks.runtime import Runtime
+
     with Runtime.open(
         bundle, threads=threads, providers=chosen, verify=not no_verify, engine=engine
     ) as runtime:
@@ -145,8 +167,8 @@ def command(
         if source is not None and output is not None:
             _answer_file(
                 runtime,
-                source,
-                output,
+                Path(source),
+                Path(output),
                 adapter=name,
                 truncate=truncate,
                 threshold=threshold,

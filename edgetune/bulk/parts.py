@@ -1,0 +1,155 @@
+"""A job divided into parts: which rows of which file, and what of it is answered already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from edgetune.bulk.answers import ERROR, Answerer
+from edgetune.bulk.places import Folder, inputs_of, local_copy
+from edgetune.core.errors import OutputError
+from edgetune.core.files import parse_json, sha256_file
+from edgetune.core.layout import ADAPTER_WEIGHTS, MANIFEST
+from edgetune.data.rows import Rows, read_rows
+from edgetune.runtime.tasks.prediction_file import row_line
+
+PLAN = "job.json"
+"""The file in the folder of answers that says what is answered there."""
+ROWS = 1000
+"""Rows of a part, where nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows from `first` (counted from 0) to before `end` of one file, and where answers go."""
+
+    number: int
+    source: str
+    first: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """The file of its answers."""
+        return f"part-{self.number:05d}.jsonl"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a part."""
+
+    number: int
+    rows: int
+    errors: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All parts of a job in their order, and the folder of their answers."""
+
+    parts: Sequence[RowRange]
+    output: str
+
+    def shard(self, i: int, n: int) -> Job:
+        """The i-th (from 1) of n shares of the parts."""
+        return Job([part for part in self.parts if part.number % n == i - 1], self.output)
+
+    def unanswered(self) -> list[RowRange]:
+        """The parts whose answers are not there yet."""
+        there = Folder(self.output).names()
+        return [part for part in self.parts if part.name not in there]
+
+
+def plan(
+    source: str, output: str, answers: Answerer, *, rows: int = ROWS, about: Mapping[str, Any]
+) -> Job:
+    """Divide the rows of files into parts, and write that down in the folder of answers.
+
+    `about`: what answers depend on. OutputError where the folder holds another job, or other files;
+    DataError for a file that cannot be read.
+    """
+    parts: list[RowRange] = []
+    files = {}
+    for name in inputs_of(source):
+        found = _rows(name)
+        files[name] = {"rows": len(found.rows), "digest": found.digest}
+        for first in range(0, len(found.rows), rows):
+            end = min(first + rows, len(found.rows))
+            parts.append(RowRange(len(parts), name, first, end))
+    job = {
+        "bundle": sha256_file(Path(answers.bundle) / MANIFEST),
+        "adapter": _adapter(answers),
+        "rows_of_a_part": rows,
+        "settings": {k: v for k, v in sorted(about.items()) if v is not None},
+        "files": files,
+    }
+    folder = Folder(output)
+    known = folder.read(PLAN)
+    if known is None:
+        if there := sorted(folder.names()):
+            raise OutputError(
+                "this folder holds something else",
+                where=output,
+                expected="a new folder, or one that holds a part of the same job",
+                got=", ".join(there[:3]),
+            )
+        folder.write(PLAN, (json.dumps(job, indent=1) + "\n").encode())
+    elif (other := _difference(parse_json(known), job)) is not None:
+        raise OutputError(
+            f"this folder holds the answers of another job: {other}",
+            where=output,
+            fix="Give another folder, or the files and settings that the job began with.",
+        )
+    return Job(parts, output)
+
+
+def answer_part(answers: Answerer, part: RowRange, output: str) -> Done:
+    """Answer a part and write its file, whole or not at all."""
+    rows = [row.values for row in _rows(part.source).rows[part.first : part.end]]
+    answered = answers.rows(rows, source=part.source, first=part.first + 1)
+    Folder(output).write(part.name, "".join(map(row_line, answered)).encode())
+    return Done(part.number, len(answered), sum(ERROR in row for row in answered))
+
+
+def answer_here(answers: Answerer, job: Job, parts: Sequence[RowRange]) -> Iterator[Done]:
+    """Answer parts one after the other, in this process."""
+    for part in parts:
+        yield answer_part(answers, part, job.output)
+
+
+def _adapter(answers: Answerer) -> str | None:
+    """Its name, and of a folder's the digest of its weights."""
+    if (name := answers.adapter_name) is None or answers.adapter == name:
+        return name
+    return f"{name}@{sha256_file(Path(str(answers.adapter)) / ADAPTER_WEIGHTS)}"
+
+
+@lru_cache(maxsize=1)
+def _rows(source: str) -> Rows:
+    """All rows of a file; the last file stays read: parts of one file follow each other."""
+    with local_copy(source) as path:
+        return read_rows(path)
+
+
+def _difference(known: Any, job: Mapping[str, Any]) -> str | None:
+    """The first thing in which another job differs, or None."""
+    if not isinstance(known, dict):
+        return f"{PLAN} is damaged"
+    for key, value in job.items():
+        if known.get(key) == value:
+            continue
+        if key != "files" or not isinstance(known.get(key), dict):
+            return f"{key} was {json.dumps(known.get(key))[:80]}, now {json.dumps(value)[:80]}"
+        for name in {**known[key], **value}:
+            if known[key].get(name) != value.get(name):
+                return f"{name} is another file, or has other rows"
+    return None
+
+
+def as_row(part: RowRange) -> dict[str, Any]:
+    """A part as a row of a data set."""
+    return asdict(part)

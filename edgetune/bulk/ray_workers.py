@@ -1,0 +1,123 @@
+"""Parts answered by workers of Ray: each holds the open bundle, and a part whose worker dies is
+answered again by another one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from edgetune.bulk.answers import Answerer
+from edgetune.bulk.parts import Done, Job, RowRange, answer_part, as_row
+from edgetune.core.errors import EdgetuneError, InputError
+
+HERE = "here"
+"""In place of an address: the cluster of this machine, or a new one on it."""
+
+
+class PartWorker:
+    """One process of the pool."""
+
+    def __init__(self, answers: Answerer, output: str) -> None:
+        self.answers, self.output = answers, output
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Answer the parts of a batch (one); numbers, rows and errors of each."""
+        numbers, rows, errors, said = [], [], [], []
+        for number, source, first, end in zip(
+            batch["number"], batch["source"], batch["first"], batch["end"], strict=True
+        ):
+            part = RowRange(int(number), str(source), int(first), int(end))
+            line = ""
+            try:
+                done = answer_part(self.answers, part, self.output)
+            except EdgetuneError as error:  # Ray would show it with a traceback of its own
+                done, line = Done(part.number, 0, 0), str(error)
+            numbers.append(done.number)
+            rows.append(done.rows)
+            errors.append(done.errors)
+            said.append(line)
+        return {"number": numbers, "rows": rows, "errors": errors, "said": said}
+
+
+def answer_by_ray(
+    answers: Answerer,
+    job: Job,
+    parts: Sequence[RowRange],
+    *,
+    address: str = HERE,
+    workers: int | None = None,
+    threads: int = 1,
+) -> Iterator[Done]:
+    """Answer parts by a pool of workers, in the order of finishing. `workers`: None takes as many
+    as the cluster has processors for. InputError where Ray is missing or cannot be reached, and
+    what a worker raised.
+    """
+    ray = _ray()
+    if not ray.is_initialized():
+        try:
+            ray.init(
+                address=None if address == HERE else address,
+                log_to_driver=False,
+                include_dashboard=False,
+                configure_logging=True,
+                logging_level="ERROR",
+            )
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            raise InputError(
+                "there is no Ray cluster",
+                where=address,
+                got=f"{type(error).__name__}: {line}"[:200],
+            ) from error
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    most = int(ray.cluster_resources().get("CPU", 1)) // threads
+    pool = min(workers or max(most, 1), len(parts))
+    if pool > max(most, 1):
+        raise InputError(
+            "the cluster has too few processors",
+            expected=f"{pool} workers of {threads} threads",
+            got=f"{most * threads} processors",
+            fix=f"Set --workers {max(most, 1)}.",
+        )
+    done = ray.data.from_items(
+        [as_row(part) for part in parts], override_num_blocks=len(parts)
+    ).map_batches(
+        PartWorker,
+        fn_constructor_args=(answers, job.output),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=pool),
+        num_cpus=threads,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    for row in _rows(done):
+        if row["said"]:
+            raise InputError(row["said"])
+        yield Done(row["number"], row["rows"], row["errors"])
+
+
+def _rows(done: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set; InputError with the line that says why it failed."""
+    try:
+        yield from done.iter_rows()
+    except Exception as error:  # whatever a worker raised, in classes of Ray's
+        said = re.findall(r"^\s*(\w+(?:Error|Exception): .+)$", str(error), re.MULTILINE)
+        raise InputError(
+            "the workers of Ray stopped",
+            got=(said or [f"{type(error).__name__}: {error}"])[0][:300],
+            fix="What is answered stays; give the command again to go on.",
+        ) from error
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError(
+            "Ray is not installed", fix='Install it: pip install "edgetune[ray]".'
+        ) from error
+    return ray

@@ -1,0 +1,163 @@
+"""`edgetune predict` into a folder: rows in parts, resumable, by shards or by workers of Ray."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from edgetune.bulk.parts import Done
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Shard(click.ParamType):  # type: ignore[type-arg]
+    """`i/n`, from 1."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: Any, context: Any) -> tuple[int, int]:
+        """(i, n)."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(value))
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            self.fail(f"{value!r} is no shard; write i/n, such as 1/4 to 4/4", param, context)
+        return int(found[1]), int(found[2])
+
+
+@dataclass(frozen=True)
+class Many:
+    """How a folder of parts is filled."""
+
+    shard: tuple[int, int] | None
+    ray: str | None
+    workers: int | None
+    part_rows: int | None
+
+
+def many_options(command: F) -> F:
+    """The options of a folder of parts."""
+    for option in (
+        click.option(
+            "--part-rows",
+            type=click.IntRange(1),
+            help="With a folder: rows of a part (default 1000).",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            help="With --ray: how many processes answer (default: one a processor of the cluster).",
+        ),
+        click.option(
+            "--ray",
+            is_flag=False,
+            flag_value="here",
+            metavar="[ADDRESS]",
+            help=(
+                "With a folder: workers of Ray answer (the extra `ray`), here or on the cluster at"
+                " ADDRESS, where bundle and files must lie at the same paths."
+            ),
+        ),
+        click.option(
+            "--shard",
+            type=Shard(),
+            help="With a folder: this process answers the i-th of n shares of the parts.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def is_many(output: str, *options: Any) -> bool:
+    """Rows go into a folder of parts. UsageError for options that only a folder has."""
+    folder = output.endswith("/") or "://" in output or Path(output).is_dir()
+    if not folder and any(option is not None for option in options):
+        raise click.UsageError(
+            "--shard, --ray, --workers and --part-rows belong to an --output that is a folder"
+            f" (write {output}/)"
+        )
+    return folder
+
+
+def answer_many(
+    bundle: Path,
+    source: str,
+    output: str,
+    many: Many,
+    *,
+    adapter: str | None,
+    threads: int | None,
+    settings: dict[str, Any],
+    **opening: Any,
+) -> None:
+    """Answer what is not answered yet; say how far it is, and what could not be answered."""
+    if source == "-":
+        raise click.UsageError("a folder of parts is made of files, not of standard input")
+    if many.ray is not None and many.shard is not None:
+        raise click.UsageError("--ray divides the parts itself: leave --shard out")
+    if many.workers is not None and many.ray is None:
+        raise click.UsageError("--workers belongs to --ray")
+    from edgetune.bulk.answers import Answerer
+    from edgetune.bulk.parts import ROWS, answer_here, plan
+    from edgetune.bulk.ray_workers import answer_by_ray
+
+    by_ray = many.ray is not None
+    answers = Answerer(
+        bundle,
+        adapter=adapter,
+        threads=(threads or 1) if by_ray else threads,
+        **opening,
+        **settings,
+    )
+    about = settings | {key: opening[key] for key in ("truncate", "threshold")}
+    job = plan(source, output, answers, rows=many.part_rows or ROWS, about=about)
+    if many.shard is not None:
+        job = job.shard(*many.shard)
+    parts = job.unanswered()
+    if answered := len(job.parts) - len(parts):
+        click.echo(f"{answered} of {len(job.parts)} parts are answered already")
+    if parts:
+        finished: Iterator[Done] = (
+            answer_by_ray(
+                answers,
+                job,
+                parts,
+                address=many.ray or "",
+                workers=many.workers,
+                threads=threads or 1,
+            )
+            if by_ray
+            else answer_here(answers, job, parts)
+        )
+        rows, errors = _follow(finished, parts)
+        click.echo(f"{rows} rows answered: {output}")
+        if errors:
+            click.echo(
+                f"{errors} of {rows} rows could not be answered: see their `error` in {output}",
+                err=True,
+            )
+            raise SystemExit(1)
+    else:
+        click.echo(f"nothing is left to answer: {output}")
+
+
+def _follow(finished: Iterator[Done], parts: Sequence[Any]) -> tuple[int, int]:
+    """Show progress; the rows answered, and those that could not be."""
+    rows = errors = 0
+    begun = time.monotonic()
+    for at, done in enumerate(finished, 1):
+        rows, errors = rows + done.rows, errors + done.errors
+        if sys.stderr.isatty():
+            speed = rows / max(time.monotonic() - begun, 1e-9)
+            click.echo(
+                f"\r{at}/{len(parts)} parts, {rows} rows, {speed:.1f} rows/s",
+                nl=at == len(parts),
+                err=True,
+            )
+    return rows, errors
