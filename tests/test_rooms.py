@@ -30,6 +30,7 @@ FLOORS = {
     "metrics": "core",
     "objectives": "data models",
     "runtime.bundle": "core",
+    "runtime.sources": "core edgetune runtime.bundle",
     "runtime.engine": "core devices runtime.bundle",
     "runtime.engine.native": "core devices runtime.bundle runtime.engine",
     "runtime.generation": "core runtime.bundle",
