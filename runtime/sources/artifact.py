@@ -18,7 +18,7 @@ from edgetune.core.files import MAX_JSON_BYTES, parse_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.runtime.bundle.manifest import manifest_from_dict
 
-Kind = Literal["bundle", "adapter"]
+ArtifactKind = Literal["bundle", "adapter"]
 INDEX = "artifact.json"
 """The OCI manifest as a file, where the place is a folder."""
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -55,7 +55,7 @@ class Artifact:
     """
 
     url: str
-    kind: Kind
+    kind: ArtifactKind
     digest: str
     files: tuple[ArtifactFile, ...]
     base: str | None = None
@@ -163,8 +163,8 @@ def _file_of(layer: Any, url: str) -> ArtifactFile:
     return ArtifactFile(path, size, digest.removeprefix("sha256:"))
 
 
-def _kind(said: str | None, paths: set[str], url: str) -> Kind:
-    found: Kind | None = None
+def _kind(said: str | None, paths: set[str], url: str) -> ArtifactKind:
+    found: ArtifactKind | None = None
     if MANIFEST in paths:
         found = "bundle"
     elif {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= paths:
