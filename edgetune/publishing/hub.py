@@ -25,14 +25,14 @@ def push_to_hub(packed: Package, url: str, *, licence: str | None, private: bool
     name, revision = hub_name(url)
     address = os.environ.get("HF_ENDPOINT") or HUB_ADDRESS
     api = HfApi(endpoint=address, token=hub_token())
-    card = model_card(packed, name, licence=licence)
     added = [
         CommitOperationAdd(file.path, str(packed.folder / file.path))
         for file in packed.artifact.files
-        if file.path != README
     ]
     added.append(CommitOperationAdd(INDEX, packed.manifest))
-    added.append(CommitOperationAdd(README, card.encode()))
+    if README not in {file.path for file in packed.artifact.files}:  # who wrote one keeps it
+        card = model_card(packed, name, licence=licence)
+        added.append(CommitOperationAdd(README, card.encode()))
     try:
         api.create_repo(name, private=private, exist_ok=True)
         done = api.create_commit(

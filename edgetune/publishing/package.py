@@ -25,9 +25,9 @@ from edgetune.core.layout import (
 from edgetune.runtime.bundle.digests import verify_files
 from edgetune.runtime.bundle.manifest import Manifest, read_manifest
 from edgetune.runtime.sources.artifact import (
+    ARTIFACT_KIND,
     BASE,
     FILE_PATH,
-    KIND,
     MODEL_ARTIFACT,
     MODEL_CONFIG_TYPE,
     OCI_MANIFEST,
@@ -143,7 +143,7 @@ def _packed(
                 "size": len(config),
             },
             "layers": [_layer(file) for file in files],
-            "annotations": {KIND: kind, **({} if base is None else {BASE: base})},
+            "annotations": {ARTIFACT_KIND: kind, **({} if base is None else {BASE: base})},
         }
     )
     artifact = artifact_from_oci(document, url=str(folder))  # what a device will read

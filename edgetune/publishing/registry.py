@@ -63,7 +63,14 @@ def _has(registry: Registry, file: ArtifactFile) -> bool:
 def _send_file(
     registry: Registry, path: Path, file: ArtifactFile, sent: Callable[[int], None]
 ) -> None:
-    """In pieces; after a broken line from where the registry says that it is."""
+    """A small one at once, others in pieces; after a broken line from where the registry says that
+    it is.
+    """
+    digest = f"sha256:{file.sha256}"
+    if file.size <= CHUNK_BYTES:
+        _finish(registry, _start(registry), digest, path.read_bytes())
+        sent(file.size)
+        return
     location, offset, attempt = _start(registry), 0, 0
     with path.open("rb") as opened:
         while offset < file.size:
@@ -84,7 +91,7 @@ def _send_file(
                     raise
                 registry.transport.pause(attempt)
                 location, offset = _where(registry, location)
-    _finish(registry, location, f"sha256:{file.sha256}", b"")
+    _finish(registry, location, digest, b"")
 
 
 def _start(registry: Registry) -> str:

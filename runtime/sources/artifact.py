@@ -27,7 +27,7 @@ MODEL_CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
 FILE_PATH = "org.cncf.model.filepath"
 TITLE = "org.opencontainers.image.title"
 """The path of a layer, where a packager follows ORAS and not ModelPack."""
-KIND, BASE = "edgetune.kind", "edgetune.base.digest"
+ARTIFACT_KIND, BASE = "edgetune.kind", "edgetune.base.digest"
 """Annotations of the manifest: bundle or adapter, and the digest of the base model, as the bundle's
 own manifest and an adapter's metadata have it.
 """
@@ -78,7 +78,7 @@ def artifact_from_oci(raw: bytes, *, url: str) -> Artifact:
     files = tuple(_file_of(layer, url) for layer in layers)
     annotations = _texts(manifest.get("annotations"))
     check_files(files, url)
-    kind = _kind(annotations.get(KIND), {file.path for file in files}, url)
+    kind = _kind(annotations.get(ARTIFACT_KIND), {file.path for file in files}, url)
     base = annotations.get(BASE)
     if base is not None and not DIGEST.fullmatch(base):
         raise _wrong(url, f"{BASE} is no digest: {base:.80}")
