@@ -30,6 +30,7 @@ FLOORS = {
     "metrics": "core",
     "objectives": "data models",
     "runtime.bundle": "core",
+    "runtime.sources": "core edgetune runtime.bundle",
     "runtime.engine": "core devices runtime.bundle",
     "runtime.engine.native": "core devices runtime.bundle runtime.engine",
     "runtime.generation": "core runtime.bundle",
@@ -73,6 +74,7 @@ FLOORS = {
     ),
     "labelling": "core data metrics runtime",
     "bulk": "core data recipe runtime.tasks",
+    "publishing": "core models runtime.bundle runtime.sources",
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"
@@ -86,10 +88,10 @@ FLOORS = {
     "runtime.server": "core runtime.scheduler runtime.server.endpoints runtime.server.http",
     "cli": (
         "bulk compression core data devices edgetune evaluation evaluation.forgetting export "
-        "export.graph export.inputs export.proof inspection labelling metrics models quantisation "
-        "quickstart recipe report runtime.bundle runtime.check runtime.engine "
+        "export.graph export.inputs export.proof inspection labelling metrics models publishing "
+        "quantisation quickstart recipe report runtime.bundle runtime.check runtime.engine "
         "runtime.scheduler runtime.server "
-        "runtime.server.http runtime.tasks training training.parallel"
+        "runtime.server.http runtime.sources runtime.tasks training training.parallel"
     ),
     "__main__": "cli",
     "devices.profiles": "",
@@ -257,6 +259,7 @@ def test_importing_a_room_loads_nothing_heavy(code: str) -> None:
         "'--help'",
         "'predict', '--help'",
         "'serve', '--help'",
+        "'pull', '--help'",
         "'top', '--help'",
         "'check', '--help'",
         "'diff', '--help'",

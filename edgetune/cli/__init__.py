@@ -32,6 +32,8 @@ COMMANDS = {
     "decompress": "Write a small adapter as PEFT's own again.",
     "export": "Turn adapters into a bundle, with proof.",
     "verify": "Check a bundle's hashes; with --parity prove it again.",
+    "push": "Publish a bundle or an adapter to a registry, the hub or a folder.",
+    "pull": "Fetch a bundle or an adapter, only what is not here yet.",
     "diff": "Say what changed from one bundle to another.",
     "predict": "Answer one text or a file of rows.",
     "chat": "Talk to a bundle in the terminal.",
@@ -128,6 +130,7 @@ def _extra_of(module: str) -> str | None:
         "sacrebleu",
         "rouge_score",
         "cleanlab",
+        "huggingface_hub",
     }:
         return "train"
     return None

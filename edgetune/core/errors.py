@@ -7,6 +7,7 @@ EdgetuneError
 ├── AdapterError       an adapter folder that does not fit, or an unknown adapter name
 ├── BundleError        a bundle folder that is damaged, incomplete or of another schema
 ├── InputError         a request to the runtime: a prompt too long, a wrong field
+├── SourceError        a place that bundles and adapters come from or go to
 ├── OutputError        an output folder that cannot be written
 ├── DeviceError        a device profile or a budget
 ├── TrainingError      training that cannot go on (loss is NaN, no trainable weights)
@@ -83,6 +84,10 @@ class BundleError(EdgetuneError):
 
 class InputError(EdgetuneError):
     """A request to the runtime: a prompt too long, a wrong field."""
+
+
+class SourceError(EdgetuneError):
+    """A place that bundles and adapters come from or go to, or what it sent."""
 
 
 class OutputError(EdgetuneError):

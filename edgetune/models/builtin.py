@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune.core.errors import BaseModelError
-from edgetune.core.files import sha256_file
+from edgetune.core.files import cache_folder, sha256_file
 from edgetune.core.layout import (
     BUILTIN,
     MODEL_CONFIG,
@@ -25,7 +25,7 @@ from edgetune.core.layout import (
     TOKENIZER_CONFIG,
 )
 from edgetune.models.base import Base
-from edgetune.models.cache import cache_folder, cached, read_record
+from edgetune.models.cache import cached, read_record
 from edgetune.models.gguf import convert_gguf
 
 SENTENCE_ENCODER_FILES = (
@@ -52,6 +52,7 @@ class Builtin:
     inside: str
     unpack: Callable[[Path, Path], None]
     about: str
+    licence: str  # SPDX
 
     @property
     def folder(self) -> Path:
@@ -85,6 +86,7 @@ BUILTINS = {
                 "decoder, 135 M parameters, chat, English, 8192 tokens, Apache-2.0; 93 MB to fetch,"
                 " 640 MB in the cache"
             ),
+            licence="Apache-2.0",
         ),
         Builtin(
             name="builtin:minilm-l6",
@@ -97,6 +99,7 @@ BUILTINS = {
                 "sentence encoder, 23 M parameters, English, 512 tokens, Apache-2.0; 84 MB to"
                 " fetch, 92 MB in the cache"
             ),
+            licence="Apache-2.0",
         ),
     )
 }
