@@ -30,13 +30,16 @@ FLOORS = {
     "metrics": "core",
     "objectives": "data models",
     "runtime.bundle": "core",
+    "runtime.signature": "core",
     "runtime.engine": "core devices runtime.bundle",
     "runtime.engine.native": "core devices runtime.bundle runtime.engine",
     "runtime.generation": "core runtime.bundle",
-    "runtime.adapters": "core devices runtime.bundle runtime.engine runtime.generation",
+    "runtime.adapters": (
+        "core devices runtime.bundle runtime.engine runtime.generation runtime.signature"
+    ),
     "runtime.tasks": (
         "core devices runtime.adapters runtime.bundle runtime.engine runtime.engine.native "
-        "runtime.generation"
+        "runtime.generation runtime.signature"
     ),
     "runtime.scheduler": "core runtime.adapters runtime.engine runtime.generation runtime.tasks",
     "runtime": "runtime.tasks",
@@ -88,7 +91,7 @@ FLOORS = {
         "export.graph export.inputs export.proof inspection labelling metrics models quantisation "
         "quickstart recipe report runtime.bundle runtime.check runtime.engine "
         "runtime.scheduler runtime.server "
-        "runtime.server.http runtime.tasks training training.parallel"
+        "runtime.server.http runtime.signature runtime.tasks training training.parallel"
     ),
     "__main__": "cli",
     "devices.profiles": "",
@@ -102,7 +105,8 @@ THIRD_PARTY = {
         "tokenizers",
         "jinja2",
         "llguidance",
-    },  # the last only where it is asked for
+        "cryptography",
+    },  # the last two only where they are asked for
     "devices": {"tomli"},  # tomllib before Python 3.11
     "core": {"numpy", "jinja2"},
 }

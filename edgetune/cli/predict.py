@@ -16,6 +16,7 @@ from edgetune.cli.options import (
     device_option,
     engine_option,
     provider_option,
+    signature_option,
     speed_line,
 )
 from edgetune.core.tasks import CLASSIFICATION, REWARD
@@ -93,6 +94,7 @@ STANDARD = Path("-")
 @provider_option
 @engine_option
 @device_option
+@signature_option
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
 )
@@ -108,6 +110,7 @@ def command(
     providers: tuple[str, ...],
     engine: str,
     device_name: str | None,
+    signed_by: Path | None,
     no_verify: bool,
     stop: tuple[str, ...],
     schema: Path | None,
@@ -138,7 +141,12 @@ def command(
     settings |= {"stop": stop or None, "schema": _text_of(schema), "grammar": _text_of(grammar)}
     chosen = chosen_providers(providers, device_name)
     with Runtime.open(
-        bundle, threads=threads, providers=chosen, verify=not no_verify, engine=engine
+        bundle,
+        threads=threads,
+        providers=chosen,
+        verify=not no_verify,
+        engine=engine,
+        signed_by=signed_by,
     ) as runtime:
         name = _adapter(runtime, adapter)
         _check_settings(runtime, name, settings, alone=source is None)

@@ -16,6 +16,7 @@ from edgetune.cli.options import (
     device_option,
     engine_option,
     provider_option,
+    signature_option,
 )
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ KEYS = "EDGETUNE_API_KEYS"
 @provider_option
 @engine_option
 @device_option
+@signature_option
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
 )
@@ -197,6 +199,7 @@ def command(
     providers: tuple[str, ...],
     engine: str,
     device_name: str | None,
+    signed_by: Path | None,
     no_verify: bool,
     strict: bool,
     log_level: str,
@@ -238,6 +241,7 @@ def command(
             adapter_memory_mb=adapter_memory_mb,
             strict=strict,
             engine=engine,
+            signed_by=signed_by,
         ) as runtime,
     ):
         for line in load_adapters(runtime, named, pins):
