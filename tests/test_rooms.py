@@ -41,6 +41,7 @@ FLOORS = {
         "core devices runtime.adapters runtime.bundle runtime.engine runtime.engine.native "
         "runtime.generation runtime.signature"
     ),
+    "runtime.rollout": "core",
     "runtime.scheduler": "core runtime.adapters runtime.engine runtime.generation runtime.tasks",
     "runtime": "runtime.tasks",
     "evaluation.forgetting": "adapters core data metrics models objectives runtime",
@@ -79,7 +80,9 @@ FLOORS = {
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"
     ),
-    "runtime.server.http": ("core edgetune runtime.generation runtime.scheduler runtime.tasks"),
+    "runtime.server.http": (
+        "core edgetune runtime.generation runtime.rollout runtime.scheduler runtime.tasks"
+    ),
     "runtime.server.playground": "",
     "runtime.server.endpoints": (
         "core runtime.adapters runtime.scheduler runtime.server.http "
@@ -90,7 +93,7 @@ FLOORS = {
         "compression core data devices edgetune evaluation evaluation.forgetting export "
         "export.graph export.inputs export.proof inspection labelling metrics models quantisation "
         "quickstart recipe report runtime.bundle runtime.check runtime.engine "
-        "runtime.scheduler runtime.server "
+        "runtime.rollout runtime.scheduler runtime.server "
         "runtime.server.http runtime.signature runtime.tasks training training.parallel"
     ),
     "__main__": "cli",

@@ -89,6 +89,10 @@ class RequestScope:
         route = getattr(scope.get("route"), "path", "other")
         self.service.metrics.requests.labels(route, str(status)).inc()
         self.service.metrics.seconds.labels(route).observe(seconds)
+        if (version := notes(scope).get("version")) is not None:
+            alias = notes(scope)["model"]
+            self.service.metrics.versions.labels(alias, version, str(status)).inc()
+            self.service.metrics.version_seconds.labels(alias, version).observe(seconds)
         quiet = scope["path"] in QUIET_PATHS and status < 400
         if not LOGGER.isEnabledFor(logging.DEBUG if quiet else logging.INFO):
             return

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from edgetune.core.errors import AdapterError
 from edgetune.core.settings import did_you_mean
+from edgetune.runtime.rollout.aliases import Aliases
 from edgetune.runtime.scheduler.scheduler import Scheduler
 from edgetune.runtime.server.http.errors import ApiError, not_found, overloaded, unavailable
 from edgetune.runtime.server.http.exchange import Exchange, Mailroom
@@ -51,9 +52,16 @@ class ServerOptions:
 class Service:
     """One bundle being served. `started()` is called in the event loop, `stop()` when it ends."""
 
-    def __init__(self, runtime: Runtime, scheduler: Scheduler, options: ServerOptions) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        scheduler: Scheduler,
+        options: ServerOptions,
+        aliases: Aliases | None = None,
+    ) -> None:
         self.runtime, self.scheduler, self.options = runtime, scheduler, options
-        self.metrics = Metrics(scheduler)
+        self.aliases = Aliases() if aliases is None else aliases
+        self.metrics = Metrics(scheduler, self.aliases)
         self.base = options.model_name or short_name(runtime.manifest.base.name)
         self.created = int(time.time())
         self.draining = False
@@ -125,11 +133,11 @@ class Service:
         raise no_such_model(model, self.models())
 
     def models(self) -> list[str]:
-        """Every name that can be asked for, the base first (a merged bundle's base is not there any
-        more).
+        """Every name that can be asked for: the base (a merged bundle's is not there any more),
+        adapters, aliases.
         """
         base = [] if self.runtime.manifest.mode == "merged" else [self.base]
-        return [*base, *self.runtime.adapters]
+        return list(dict.fromkeys([*base, *self.runtime.adapters, *self.aliases.all()]))
 
     def deadline(self, asked_s: float | None) -> float | None:
         """The moment of `time.monotonic()` by which an answer must be there: the caller's or the
