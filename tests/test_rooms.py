@@ -41,7 +41,6 @@ FLOORS = {
         "core devices runtime.adapters runtime.bundle runtime.engine runtime.engine.native "
         "runtime.generation runtime.signature"
     ),
-    "runtime.rollout": "core",
     "runtime.scheduler": "core runtime.adapters runtime.engine runtime.generation runtime.tasks",
     "runtime": "runtime.tasks",
     "evaluation.forgetting": "adapters core data metrics models objectives runtime",
@@ -55,6 +54,7 @@ FLOORS = {
     ),
     "report": "core metrics recipe",
     "runtime.check": "core devices runtime.tasks",
+    "runtime.rollout": "core devices runtime.check runtime.signature runtime.tasks",
     "export": (
         "adapters core edgetune export.graph export.inputs export.proof models quantisation "
         "report runtime.adapters runtime.bundle runtime.check runtime.tasks"
