@@ -11,8 +11,8 @@ from typing import Any
 from edgetune.core.files import sha256_file
 from edgetune.runtime import Runtime
 from edgetune.runtime.rollout.aliases import Aliases
-from edgetune.runtime.rollout.rollout import Rollout, RolloutRules
-from edgetune.runtime.rollout.watch import RolloutBounds
+from edgetune.runtime.rollout.rollout import AliasRollout, RolloutRules
+from edgetune.runtime.rollout.trial import RolloutBounds
 from edgetune.runtime.signature.folder import digests_of, sign_folder
 from edgetune.runtime.signature.keys import PrivateKey
 
@@ -82,7 +82,7 @@ class Device:
             if "@" in name:
                 self.runtime.unload_adapter(name)
         self.aliases, self.steps = Aliases(), Steps()
-        self.rollout = Rollout(
+        self.rollout = AliasRollout(
             "mood", Copies(self.place), self.disk, self.runtime, self.aliases,
             rules=self.rules, tell=self.steps, clock=lambda: self.now,
         )  # fmt: skip

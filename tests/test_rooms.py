@@ -88,7 +88,9 @@ FLOORS = {
         "core runtime.adapters runtime.scheduler runtime.server.http "
         "runtime.server.playground runtime.tasks"
     ),
-    "runtime.server": "core runtime.scheduler runtime.server.endpoints runtime.server.http",
+    "runtime.server": (
+        "core runtime.rollout runtime.scheduler runtime.server.endpoints runtime.server.http"
+    ),
     "cli": (
         "compression core data devices edgetune evaluation evaluation.forgetting export "
         "export.graph export.inputs export.proof inspection labelling metrics models quantisation "

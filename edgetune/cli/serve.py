@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgetune.cli.follow import follow_options, following
 from edgetune.cli.options import (
     THREADS,
     chosen_providers,
@@ -166,6 +167,7 @@ KEYS = "EDGETUNE_API_KEYS"
 @engine_option
 @device_option
 @signature_option
+@follow_options
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
 )
@@ -211,6 +213,7 @@ def command(
     no_verify: bool,
     strict: bool,
     log_level: str,
+    **follow: Any,
 ) -> None:
     """Serve BUNDLE with OpenAI's HTTP endpoints, its adapters as models, and a playground at /.
 
@@ -268,7 +271,8 @@ def command(
         for alias, shares in split:
             _check_versions(service, alias, shares)
             known.set(alias, shares)
-        with scheduler:
+        follow |= {"device_name": device_name, "signed_by": signed_by}
+        with scheduler, following(service, **follow):
             _announce(service, host, place.getsockname()[1])
             DrainingServer(service).run(sockets=[place])
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from edgetune.runtime.rollout.rollout import Rollout
+from edgetune.runtime.rollout.rollout import AliasRollout
 
 log = logging.getLogger("edgetune.server")
 LOOK_S = 5.0
@@ -21,7 +21,7 @@ class Follower:
     the first interval: a thousand devices that start together do not ask together.
     """
 
-    def __init__(self, rollouts: Sequence[Rollout], *, every_s: float) -> None:
+    def __init__(self, rollouts: Sequence[AliasRollout], *, every_s: float) -> None:
         self._every_s, self._ending = every_s, threading.Event()
         self._rollouts = rollouts
         self._threads = [
@@ -48,7 +48,7 @@ class Follower:
         for thread in self._threads:
             thread.join(1.0)  # a fetch may hang; what is on the disk is whole at any moment
 
-    def _run(self, rollout: Rollout) -> None:
+    def _run(self, rollout: AliasRollout) -> None:
         due = time.monotonic() + random.random() * self._every_s
         while not self._ending.is_set():
             polls = time.monotonic() >= due

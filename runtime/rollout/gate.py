@@ -85,7 +85,7 @@ def is_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return bool(keys) and all(_same(a[key], b.get(key)) for key in keys)
 
 
-def check_budget(runtime: Runtime, name: str, budget: Budget, device: Device) -> None:
+def check_times(runtime: Runtime, name: str, budget: Budget, device: Device) -> None:
     """Time some requests with the adapter in this process's engine; AdapterError where a time is
     certainly over the budget. Limits of memory and of opening a bundle are `edgetune check`'s.
     """

@@ -20,9 +20,9 @@ from edgetune.core.errors import AdapterError, EdgetuneError, InputError, Output
 from edgetune.devices.budget import Budget
 from edgetune.devices.loader import Device
 from edgetune.runtime.rollout.aliases import Aliases
-from edgetune.runtime.rollout.gate import Identity, check_budget, check_proof, identify
+from edgetune.runtime.rollout.gate import Identity, check_proof, check_times, identify
 from edgetune.runtime.rollout.state import RolloutFolder, RolloutState, SeenVersion
-from edgetune.runtime.rollout.watch import Decision, RolloutBounds, Watch
+from edgetune.runtime.rollout.trial import Decision, RolloutBounds, Trial
 from edgetune.runtime.signature.keys import PublicKey
 from edgetune.runtime.tasks.runtime import Runtime
 
@@ -56,7 +56,7 @@ class RolloutRules:
     device: Device | None = None
 
 
-class Rollout:
+class AliasRollout:
     """An alias, its versions and their source. `open` first; then `step` from one thread, and
     `answered` and `shadowed` from any.
     """
@@ -78,7 +78,7 @@ class Rollout:
         self._aliases, self._tell, self._clock = aliases, tell, clock
         self._shipped = alias if runtime.registry.knows(alias) else None
         self._state = RolloutState()
-        self._watch: Watch | None = None
+        self._watch: Trial | None = None
         self._decided: tuple[Decision, str] | None = None
         self._last = ""
         self._loaded: set[str] = set()
@@ -265,7 +265,7 @@ class Rollout:
             raise AdapterError("; ".join(packed.doubts), where=name)
         rows = check_proof(self._runtime, name, folder, self.rules.bounds.proof)
         if self.rules.budget and self.rules.device is not None:
-            check_budget(self._runtime, name, self.rules.budget, self.rules.device)
+            check_times(self._runtime, name, self.rules.budget, self.rules.device)
         self._tell("checked", version=name, proof_rows=rows)
 
     def _load(self, version: str, state: RolloutState) -> Any:
@@ -289,7 +289,7 @@ class Rollout:
     def _begin_watch(self, new: str, old: str | None) -> None:
         names = self._state.seen[new].name, self._name(old)
         self._decided = None
-        self._watch = Watch(*names, self.rules.bounds, self._clock())
+        self._watch = Trial(*names, self.rules.bounds, self._clock())
 
     def _name(self, version: str | None) -> str | None:
         """A version's name; of None the adapter that the bundle ships under the alias, if any."""

@@ -10,6 +10,9 @@ from edgetune.runtime.server.http.json_body import Schema, read_body
 from edgetune.runtime.server.http.logs import note, request_id_of
 from edgetune.runtime.server.http.service import Service
 
+BODY = "edgetune.body"
+"""of a request for an alias, in its scope: what is asked again of two versions is found there"""
+
 
 async def read_asked(request: Request, schema: Schema) -> tuple[Service, dict[str, Any]]:
     """The service, and the body with the version in place of an alias: it stands in the answer, in
@@ -24,4 +27,5 @@ async def read_asked(request: Request, schema: Schema) -> tuple[Service, dict[st
     if version is None:
         return service, body
     note(request.scope, version=version)
+    request.scope[BODY] = body
     return service, {**body, "model": version}

@@ -83,6 +83,12 @@ class Metrics:
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
         )
+        self.rollout_steps = Counter(
+            "edgetune_rollout_steps",
+            "Steps of roll-outs: fetched, checked, trial, kept, settled, rolled back, refused …",
+            ("alias", "step"),
+            registry=self.registry,
+        )
         self.registry.register(SchedulerCollector(scheduler))
         self.registry.register(AliasCollector(aliases))
 

@@ -78,7 +78,7 @@ class Seen:
 
 
 @dataclass
-class Watch:
+class Trial:
     """A new version and the one before it (None: there was none) while the new one is on trial."""
 
     new: str
