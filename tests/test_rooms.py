@@ -31,6 +31,7 @@ FLOORS = {
     "objectives": "data models",
     "runtime.bundle": "core",
     "runtime.signature": "core",
+    "runtime.sources": "core edgetune runtime.bundle",
     "runtime.engine": "core devices runtime.bundle",
     "runtime.engine.native": "core devices runtime.bundle runtime.engine",
     "runtime.generation": "core runtime.bundle",
@@ -54,7 +55,9 @@ FLOORS = {
     ),
     "report": "core metrics recipe",
     "runtime.check": "core devices runtime.tasks",
-    "runtime.rollout": "core devices runtime.check runtime.signature runtime.tasks",
+    "runtime.rollout": (
+        "core devices runtime.check runtime.signature runtime.sources runtime.tasks"
+    ),
     "export": (
         "adapters core edgetune export.graph export.inputs export.proof models quantisation "
         "report runtime.adapters runtime.bundle runtime.check runtime.tasks"

@@ -87,7 +87,7 @@ def following(
     from edgetune.devices import load_device, parse_budget
     from edgetune.runtime.rollout.follow import Follower
     from edgetune.runtime.rollout.rollout import AliasRollout, RolloutRules
-    from edgetune.runtime.rollout.source import FolderVersions
+    from edgetune.runtime.rollout.source import ArtifactVersions
     from edgetune.runtime.rollout.trial import parse_bounds
     from edgetune.runtime.signature.keys import read_public_key
 
@@ -107,7 +107,9 @@ def following(
         for alias, source in named.items():
             rollout = AliasRollout(
                 alias,
-                FolderVersions(Path(source)),
+                ArtifactVersions(
+                    source, state / alias / "store", base=runtime.manifest.base.digest
+                ),
                 state / alias,
                 runtime,
                 service.aliases,

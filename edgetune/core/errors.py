@@ -8,6 +8,7 @@ EdgetuneError
 ├── BundleError        a bundle folder that is damaged, incomplete or of another schema
 ├── SignatureError     a signature that is missing, not of this key or not of these files
 ├── InputError         a request to the runtime: a prompt too long, a wrong field
+├── SourceError        a place that bundles and adapters come from or go to
 ├── OutputError        an output folder that cannot be written
 ├── DeviceError        a device profile or a budget
 ├── TrainingError      training that cannot go on (loss is NaN, no trainable weights)
@@ -88,6 +89,10 @@ class SignatureError(EdgetuneError):
 
 class InputError(EdgetuneError):
     """A request to the runtime: a prompt too long, a wrong field."""
+
+
+class SourceError(EdgetuneError):
+    """A place that bundles and adapters come from or go to, or what it sent."""
 
 
 class OutputError(EdgetuneError):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import stat
@@ -21,6 +22,14 @@ MAX_JSON_BYTES = 4 << 20
 MAX_JSON_DEPTH = 64
 PARTIAL, REPLACED = ".partial-", ".replaced-"  # then 8 hex digits, "-" and the final name
 TEMPORARY = re.compile(rf"{re.escape(PARTIAL)}[0-9a-f]{{8}}-")
+
+
+def cache_folder() -> Path:
+    """`$EDGETUNE_CACHE`, else `$XDG_CACHE_HOME/edgetune`, else `~/.cache/edgetune`."""
+    if chosen := os.environ.get("EDGETUNE_CACHE"):
+        return Path(chosen).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "edgetune"
 
 
 def sha256_file(path: Path) -> str:

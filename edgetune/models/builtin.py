@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune.core.errors import BaseModelError
-from edgetune.core.files import sha256_file
+from edgetune.core.files import cache_folder, sha256_file
 from edgetune.core.layout import (
     BUILTIN,
     MODEL_CONFIG,
@@ -25,7 +25,7 @@ from edgetune.core.layout import (
     TOKENIZER_CONFIG,
 )
 from edgetune.models.base import Base
-from edgetune.models.cache import cache_folder, cached, read_record
+from edgetune.models.cache import cached, read_record
 from edgetune.models.gguf import convert_gguf
 
 SENTENCE_ENCODER_FILES = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,6 @@ from edgetune.models.base import Base, digest_of, open_folder
 
 SCHEMA = 1
 RECORD = "base.json"
-
-
-def cache_folder() -> Path:
-    """`$EDGETUNE_CACHE`, else `$XDG_CACHE_HOME/edgetune`, else `~/.cache/edgetune`."""
-    if chosen := os.environ.get("EDGETUNE_CACHE"):
-        return Path(chosen).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "edgetune"
 
 
 def cached(folder: Path, *, name: str, source_sha256: str, make: Callable[[Path], None]) -> Base:

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 from edgetune.core.errors import BaseModelError
-from edgetune.core.files import sha256_file
+from edgetune.core.files import cache_folder, sha256_file
 from edgetune.core.layout import BUILTIN, MODEL, MODEL_CONFIG
 from edgetune.core.settings import did_you_mean
 from edgetune.models.base import Base, open_folder
 from edgetune.models.builtin import BUILTINS, resolve_builtin
-from edgetune.models.cache import cache_folder, cached
+from edgetune.models.cache import cached
 from edgetune.models.gguf import convert_gguf
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

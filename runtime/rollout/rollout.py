@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgetune.core.errors import AdapterError, EdgetuneError, InputError, OutputError
+from edgetune.core.errors import AdapterError, EdgetuneError, OutputError, SourceError
 from edgetune.devices.budget import Budget
 from edgetune.devices.loader import Device
 from edgetune.runtime.rollout.aliases import Aliases
 from edgetune.runtime.rollout.gate import Identity, check_proof, check_times, identify
 from edgetune.runtime.rollout.state import RolloutFolder, RolloutState, SeenVersion
-from edgetune.runtime.rollout.trial import Decision, RolloutBounds, Trial
+from edgetune.runtime.rollout.trial import Decision, RolloutBounds, VersionTrial
 from edgetune.runtime.signature.keys import PublicKey
 from edgetune.runtime.tasks.runtime import Runtime
 
@@ -78,7 +78,7 @@ class AliasRollout:
         self._aliases, self._tell, self._clock = aliases, tell, clock
         self._shipped = alias if runtime.registry.knows(alias) else None
         self._state = RolloutState()
-        self._watch: Trial | None = None
+        self._watch: VersionTrial | None = None
         self._decided: tuple[Decision, str] | None = None
         self._last = ""
         self._loaded: set[str] = set()
@@ -207,7 +207,7 @@ class AliasRollout:
                 self._refuse_replayed(identity)
                 self._try(identity)
             self._last = found
-        except (OutputError, InputError) as error:  # the network's doing: tried again
+        except (SourceError, OutputError) as error:  # tried again
             self._tell("failed", source=found, reason=str(error))
         except EdgetuneError as error:  # not asked for again until the source has something else
             self._last = found
@@ -289,7 +289,7 @@ class AliasRollout:
     def _begin_watch(self, new: str, old: str | None) -> None:
         names = self._state.seen[new].name, self._name(old)
         self._decided = None
-        self._watch = Trial(*names, self.rules.bounds, self._clock())
+        self._watch = VersionTrial(*names, self.rules.bounds, self._clock())
 
     def _name(self, version: str | None) -> str | None:
         """A version's name; of None the adapter that the bundle ships under the alias, if any."""

@@ -1,31 +1,48 @@
-"""Where new versions come from."""
+"""Where new versions come from: a registry's tag, a web server or a folder, asked repeatedly."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from dataclasses import dataclass
+import contextlib
 from pathlib import Path
 
-from edgetune.core.files import is_regular
-from edgetune.runtime.signature.envelope import SIGNATURE
-from edgetune.runtime.signature.folder import digests_of
+from edgetune.core.errors import AdapterError
+from edgetune.runtime.sources.artifact import Artifact
+from edgetune.runtime.sources.pull import pull, resolve
 
 
-@dataclass
-class FolderVersions:
-    """An adapter's folder on this machine, whatever it holds now."""
+class ArtifactVersions:
+    """One adapter as a source has it now. Files that came are kept in `store`, so that a fetch goes
+    on where it broke and what two versions share comes once.
+    """
 
-    folder: Path
+    def __init__(self, url: str, store: Path, *, base: str) -> None:
+        """`base`: digest of the model here; what is for another one is not fetched."""
+        self._url, self._store, self._base = url, store, base
+        self._found: Artifact | None = None
 
     def resolve(self) -> str:
-        """A digest of every file."""
-        digest = hashlib.sha256(repr(sorted(digests_of(self.folder).items())).encode())
-        if is_regular(self.folder / SIGNATURE):
-            digest.update((self.folder / SIGNATURE).read_bytes())
-        return f"sha256:{digest.hexdigest()}"
+        """The digest of what is there now. SourceError where nothing is, or nobody answers."""
+        self._found = resolve(self._url)
+        return self._found.digest
 
     def fetch(self, folder: Path) -> None:
-        """Copy it."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self.folder, folder, symlinks=True)
+        """Make `folder` what `resolve` found; SourceError or OutputError where it cannot be had,
+        AdapterError where it is no adapter for this base.
+        """
+        found = self._found or resolve(self._url)
+        if found.kind != "adapter" or found.base not in (None, self._base):
+            raise AdapterError(
+                "it is no adapter for the base model that is here",
+                where=self._url,
+                expected=f"an adapter for {self._base[:23]}…",
+                got=f"{found.kind} for {(found.base or 'none')[:23]}…",
+            )
+        self._forget_unused()
+        pull(found, folder, store=self._store)
+
+    def _forget_unused(self) -> None:
+        """Remove files of versions that are gone; those of the others are links to them."""
+        for path in self._store.glob("sha256/*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_nlink == 1:
+                    path.unlink()

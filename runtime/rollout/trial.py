@@ -78,7 +78,7 @@ class Seen:
 
 
 @dataclass
-class Trial:
+class VersionTrial:
     """A new version and the one before it (None: there was none) while the new one is on trial."""
 
     new: str
