@@ -125,9 +125,9 @@ def following(
 def followed(text: str) -> tuple[str, str]:
     """`home=SOURCE`, or a SOURCE whose last part is the name: `oci://host/acme/home:stable`."""
     head, equals, rest = text.partition("=")
-    name, source = (head, rest) if equals and not re.search(r"[/:]", head) else ("", text)
-    if not name:
-        name = re.sub(r"[:@].*$", "", source.rstrip("/").rpartition("/")[2])
+    name, source = head, rest
+    if not equals or re.search(r"[/:]", head):  # the = of a URL
+        source, name = text, re.sub(r"[:@].*$", "", text.rstrip("/").rpartition("/")[2])
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or not source:
         raise click.UsageError(
             f"--follow {text!r}: expected NAME=SOURCE, where NAME is of letters, digits, . _ -"

@@ -78,9 +78,9 @@ class AliasRollout:
         self._aliases, self._tell, self._clock = aliases, tell, clock
         self._shipped = alias if runtime.registry.knows(alias) else None
         self._state = RolloutState()
-        self._watch: VersionTrial | None = None
+        self._trial: VersionTrial | None = None
         self._decided: tuple[Decision, str] | None = None
-        self._last = ""
+        self._last = self._failing = ""
         self._loaded: set[str] = set()
         self._leaving: list[str] = []
         """names that no request is given any more; those under way are let go first"""
@@ -116,9 +116,9 @@ class AliasRollout:
         self._write(state)
         self._answer()
         if state.phase == "trial" and state.new is not None:
-            self._begin_watch(state.new, state.current)
+            self._begin_trial(state.new, state.current)
         if state.phase == "watched" and state.current is not None:
-            self._begin_watch(state.current, state.previous)
+            self._begin_trial(state.current, state.previous)
 
     def step(self, *, poll: bool = True) -> None:
         """Write down a decision, or look for a new version. Errors of the source are told."""
@@ -131,64 +131,67 @@ class AliasRollout:
         elif poll and self._state.phase == "settled":
             try:
                 self._poll()
-            except EdgetuneError as error:
-                self._tell("failed", reason=str(error))
+                self._failing = ""
+            except (EdgetuneError, OSError) as error:  # told once, tried again at every poll
+                if str(error) != self._failing:
+                    self._failing = str(error)
+                    self._tell("failed", reason=self._failing)
 
     def answered(self, version: str, seconds: float, *, failed: bool) -> None:
         """A request for the alias was answered by this version."""
-        if (watch := self._watch) is not None:
-            watch.answered(version, seconds, failed=failed)
+        if (trial := self._trial) is not None:
+            trial.answered(version, seconds, failed=failed)
             self._decide()
 
     def shadowed(self, *, alike: bool) -> None:
         """A request was answered by both versions."""
-        if (watch := self._watch) is not None:
-            watch.shadowed(alike=alike)
+        if (trial := self._trial) is not None:
+            trial.shadowed(alike=alike)
             self._decide()
 
     @property
     def on_trial(self) -> tuple[str, str] | None:
         """The version on trial and the one before it, while both answer."""
-        watch = self._watch
-        if watch is None or watch.old is None or self._state.phase != "trial":
+        trial = self._trial
+        if trial is None or trial.old is None or self._state.phase != "trial":
             return None
-        return watch.new, watch.old
+        return trial.new, trial.old
 
     def _decide(self) -> None:
         with self._lock:
-            watch = self._watch
-            if watch is None or self._decided is not None:
+            trial = self._trial
+            if trial is None or self._decided is not None:
                 return
-            decision, reason = watch.decide(self._clock())
+            decision, reason = trial.decide(self._clock())
             if decision == "go on":
                 return
             self._decided = decision, reason
             if decision == "roll back":  # at once; the disk hears of it from the follower's thread
-                self._aliases.set(self.alias, {} if watch.old is None else {watch.old: 1})
+                self._aliases.set(self.alias, {} if trial.old is None else {trial.old: 1})
         self.woken.set()
 
     def _carry_out(self, decision: Decision, reason: str) -> None:
-        state, watch = self._state, self._watch
-        assert watch is not None
+        state, trial = self._state, self._trial
+        assert trial is not None
         if decision == "roll back":
-            self._watch = None
+            self._trial = None
             self._write(_rolled_back(state, reason))
-            self._tell("rolled back", version=watch.new, reason=reason)
-            self._leaving.append(watch.new)
+            self._tell("rolled back", version=trial.new, reason=reason)
+            self._leaving.append(trial.new)
         elif state.phase == "trial":
             before = state.previous
             kept = replace(
                 state, phase="watched", previous=state.current, current=state.new, new=None
             )
             self._write(kept)
-            watch.begin_again(self._clock())
-            self._tell("kept", version=watch.new, reason=reason)
+            trial.begin_again(self._clock())
+            self._tell("kept", version=trial.new, reason=reason)
             if before is not None:
                 self._leaving.append(state.seen[before].name)
         else:
-            self._watch = None
+            self._trial = None
             self._write(replace(state, phase="settled", attempts={}))
-            self._tell("settled", version=watch.new, reason=reason)
+            self._tell("settled", version=trial.new, reason=reason)
         self._answer()
         self._decided = None
         self._folder.tidy(self._state)
@@ -207,8 +210,8 @@ class AliasRollout:
                 self._refuse_replayed(identity)
                 self._try(identity)
             self._last = found
-        except (SourceError, OutputError) as error:  # tried again
-            self._tell("failed", source=found, reason=str(error))
+        except (SourceError, OutputError):  # the network's or the disk's doing
+            raise
         except EdgetuneError as error:  # not asked for again until the source has something else
             self._last = found
             self._tell("refused", source=found, reason=str(error))
@@ -255,7 +258,7 @@ class AliasRollout:
             self._answer()
             return
         self._write(replace(trial, phase="trial", new=version))
-        self._begin_watch(version, state.current)
+        self._begin_trial(version, state.current)
         self._answer()
         self._tell("trial", version=name, share=self.rules.bounds.share)
 
@@ -286,10 +289,10 @@ class AliasRollout:
             with contextlib.suppress(AdapterError):
                 self._runtime.unload_adapter(name)
 
-    def _begin_watch(self, new: str, old: str | None) -> None:
+    def _begin_trial(self, new: str, old: str | None) -> None:
         names = self._state.seen[new].name, self._name(old)
         self._decided = None
-        self._watch = VersionTrial(*names, self.rules.bounds, self._clock())
+        self._trial = VersionTrial(*names, self.rules.bounds, self._clock())
 
     def _name(self, version: str | None) -> str | None:
         """A version's name; of None the adapter that the bundle ships under the alias, if any."""

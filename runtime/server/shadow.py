@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Scope
 
 from edgetune.runtime.rollout.gate import is_alike
 from edgetune.runtime.rollout.rollout import AliasRollout
-from edgetune.runtime.server.http.logs import begin_request, request_id_of
+from edgetune.runtime.server.http.asked import AS_NAMED
+from edgetune.runtime.server.http.logs import begin_request, log_error, request_id_of
 from edgetune.runtime.server.http.service import Service
 
 GREEDY = {"temperature": 0, "stream": False}
@@ -61,8 +62,12 @@ class Shadow:
         asked = json.dumps({**plain, **greedy, "model": version}).encode()
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         own = {
-            **{key: scope[key] for key in ("type", "http_version", "method", "path", "scheme")},
-            **{key: scope.get(key) for key in ("asgi", "raw_path", "client", "server")},
+            **{key: scope[key] for key in ("type", "app", "method", "path", "scheme")},
+            **{
+                key: scope.get(key)
+                for key in ("asgi", "http_version", "raw_path", "client", "server")
+            },
+            AS_NAMED: True,
             "query_string": b"",
             "root_path": scope.get("root_path", ""),
             "headers": [*headers, (b"content-length", str(len(asked)).encode())],
@@ -84,7 +89,8 @@ class Shadow:
 
         try:
             await self._app(own, receive, send)
-        except Exception:  # as a failed answer
+        except Exception as error:  # as a failed answer
+            log_error(own, error)
             return None
         return said(json.loads(content)) if status == 200 else None
 
