@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,26 +14,12 @@ from edgetune.core.files import sha256_file
 from edgetune.runtime import Runtime
 from edgetune.runtime.rollout.aliases import Aliases
 from edgetune.runtime.rollout.rollout import AliasRollout, RolloutRules
+from edgetune.runtime.rollout.source import ArtifactVersions
 from edgetune.runtime.rollout.trial import RolloutBounds
-from edgetune.runtime.signature.folder import digests_of, sign_folder
-from edgetune.runtime.signature.keys import PrivateKey
+from edgetune.runtime.signature.folder import sign_folder
+from edgetune.runtime.signature.keys import PrivateKey, read_public_key
 
 BOUNDS = RolloutBounds(share=0.5, requests=10, errors=0.1, latency=3.0)
-
-
-@dataclass
-class Copies:
-    """A folder as a source, copied file by file."""
-
-    folder: Path
-
-    def resolve(self) -> str:
-        signature = self.folder / "model.sig"
-        signed = signature.read_text() if signature.exists() else ""
-        return json.dumps([digests_of(self.folder), signed])
-
-    def fetch(self, folder: Path) -> None:
-        shutil.copytree(self.folder, folder)
 
 
 def publish(
@@ -83,10 +71,14 @@ class Device:
                 self.runtime.unload_adapter(name)
         self.aliases, self.steps = Aliases(), Steps()
         self.rollout = AliasRollout(
-            "mood", Copies(self.place), self.disk, self.runtime, self.aliases,
+            "mood", self.source(), self.disk, self.runtime, self.aliases,
             rules=self.rules, tell=self.steps, clock=lambda: self.now,
         )  # fmt: skip
         self.rollout.open()
+
+    def source(self) -> ArtifactVersions:
+        base = self.runtime.manifest.base.digest
+        return ArtifactVersions(str(self.place), self.disk / "store", base=base)
 
     def answer(self, key: str = "x") -> str:
         """The version that answers; it does."""
@@ -113,6 +105,35 @@ class Device:
 
     def bounds(self, **changes: Any) -> None:
         self.rules = replace(self.rules, bounds=replace(self.rules.bounds, **changes))
+
+
+def live_until_cut(bundle: str, place: str, disk: str, public: str, at: int) -> None:
+    """A device's life in a process of its own: it takes what `place` has, serves until that is
+    settled, and dies of SIGKILL right before the `at`-th change of its disk.
+    """
+    left = at
+
+    def dying(call: Any) -> Any:
+        def changed(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return changed
+
+    for owner, names in (
+        (os, ("fsync", "mkdir", "link", "unlink", "rmdir", "chmod", "replace")),
+        (shutil, ("rmtree", "copyfileobj", "copy2")),
+        (Path, ("replace", "mkdir", "unlink", "open", "chmod")),
+    ):
+        for name in names:
+            setattr(owner, name, dying(getattr(owner, name)))
+    with Runtime.open(bundle, threads=1) as runtime:
+        device = Device(runtime, Path(place), Path(disk), signed_by=read_public_key(public))
+        device.rollout.step()
+        device.serve_until("settled")
 
 
 def spoil(folder: Path) -> None:
