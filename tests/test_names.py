@@ -19,6 +19,7 @@ TWINS = {
     "Batch": "rows of one training step, in torch; rows that the engine decodes together, in numpy",
     "Precision": "of the arithmetic of training; of a bundle's weights",
     "Prompt": "training's are lists of dicts; a request's may be any sequence of mappings",
+    "resolve": "what a source of artifacts has; what a recipe's automatic settings come to",
     "log": "each file's own logger",
     "main": "the entry point of a `python -m`",
 }

@@ -79,6 +79,7 @@ FLOORS = {
         "training.parallel"
     ),
     "labelling": "core data metrics runtime",
+    "publishing": "core models runtime.bundle runtime.sources",
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"
@@ -96,10 +97,11 @@ FLOORS = {
     ),
     "cli": (
         "compression core data devices edgetune evaluation evaluation.forgetting export "
-        "export.graph export.inputs export.proof inspection labelling metrics models quantisation "
-        "quickstart recipe report runtime.bundle runtime.check runtime.engine "
+        "export.graph export.inputs export.proof inspection labelling metrics models publishing "
+        "quantisation quickstart recipe report runtime.bundle runtime.check runtime.engine "
         "runtime.rollout runtime.scheduler runtime.server "
-        "runtime.server.http runtime.signature runtime.tasks training training.parallel"
+        "runtime.server.http runtime.signature runtime.sources runtime.tasks training "
+        "training.parallel"
     ),
     "__main__": "cli",
     "devices.profiles": "",
@@ -268,6 +270,7 @@ def test_importing_a_room_loads_nothing_heavy(code: str) -> None:
         "'--help'",
         "'predict', '--help'",
         "'serve', '--help'",
+        "'pull', '--help'",
         "'top', '--help'",
         "'check', '--help'",
         "'diff', '--help'",

@@ -33,6 +33,8 @@ COMMANDS = {
     "export": "Turn adapters into a bundle, with proof.",
     "sign": "Sign a bundle or an adapter as its publisher.",
     "verify": "Check a bundle's hashes; with --key its signature, with --parity the proof again.",
+    "push": "Publish a bundle or an adapter to a registry, the hub or a folder.",
+    "pull": "Fetch a bundle or an adapter, only what is not here yet.",
     "diff": "Say what changed from one bundle to another.",
     "predict": "Answer one text or a file of rows.",
     "chat": "Talk to a bundle in the terminal.",
@@ -129,6 +131,7 @@ def _extra_of(module: str) -> str | None:
         "sacrebleu",
         "rouge_score",
         "cleanlab",
+        "huggingface_hub",
     }:
         return "train"
     return None

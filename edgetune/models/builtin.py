@@ -52,6 +52,7 @@ class Builtin:
     inside: str
     unpack: Callable[[Path, Path], None]
     about: str
+    licence: str  # SPDX
 
     @property
     def folder(self) -> Path:
@@ -85,6 +86,7 @@ BUILTINS = {
                 "decoder, 135 M parameters, chat, English, 8192 tokens, Apache-2.0; 93 MB to fetch,"
                 " 640 MB in the cache"
             ),
+            licence="Apache-2.0",
         ),
         Builtin(
             name="builtin:minilm-l6",
@@ -97,6 +99,7 @@ BUILTINS = {
                 "sentence encoder, 23 M parameters, English, 512 tokens, Apache-2.0; 84 MB to"
                 " fetch, 92 MB in the cache"
             ),
+            licence="Apache-2.0",
         ),
     )
 }

@@ -18,7 +18,7 @@ from edgetune.core.files import MAX_JSON_BYTES, parse_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.runtime.bundle.manifest import manifest_from_dict
 
-Kind = Literal["bundle", "adapter"]
+ArtifactKind = Literal["bundle", "adapter"]
 INDEX = "artifact.json"
 """The OCI manifest as a file, where the place is a folder."""
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -27,7 +27,7 @@ MODEL_CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
 FILE_PATH = "org.cncf.model.filepath"
 TITLE = "org.opencontainers.image.title"
 """The path of a layer, where a packager follows ORAS and not ModelPack."""
-KIND, BASE = "edgetune.kind", "edgetune.base.digest"
+ARTIFACT_KIND, BASE = "edgetune.kind", "edgetune.base.digest"
 """Annotations of the manifest: bundle or adapter, and the digest of the base model, as the bundle's
 own manifest and an adapter's metadata have it.
 """
@@ -55,7 +55,7 @@ class Artifact:
     """
 
     url: str
-    kind: Kind
+    kind: ArtifactKind
     digest: str
     files: tuple[ArtifactFile, ...]
     base: str | None = None
@@ -78,7 +78,7 @@ def artifact_from_oci(raw: bytes, *, url: str) -> Artifact:
     files = tuple(_file_of(layer, url) for layer in layers)
     annotations = _texts(manifest.get("annotations"))
     check_files(files, url)
-    kind = _kind(annotations.get(KIND), {file.path for file in files}, url)
+    kind = _kind(annotations.get(ARTIFACT_KIND), {file.path for file in files}, url)
     base = annotations.get(BASE)
     if base is not None and not DIGEST.fullmatch(base):
         raise _wrong(url, f"{BASE} is no digest: {base:.80}")
@@ -163,8 +163,8 @@ def _file_of(layer: Any, url: str) -> ArtifactFile:
     return ArtifactFile(path, size, digest.removeprefix("sha256:"))
 
 
-def _kind(said: str | None, paths: set[str], url: str) -> Kind:
-    found: Kind | None = None
+def _kind(said: str | None, paths: set[str], url: str) -> ArtifactKind:
+    found: ArtifactKind | None = None
     if MANIFEST in paths:
         found = "bundle"
     elif {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= paths:

@@ -42,7 +42,7 @@ class FolderSource:
             more = [file_of(folder, name) for name in names]
             return artifact_from_bundle(_small(folder / MANIFEST), url=url, more=more)
         if is_regular(folder / ADAPTER_CONFIG) and is_regular(folder / ADAPTER_WEIGHTS):
-            files = tuple(files_of(folder))
+            files = tuple(travelling_files(folder))
             check_files(files, url)
             listed = json.dumps([[file.path, file.sha256] for file in files])
             digest, base = digest_of_bytes(listed.encode()), adapter_base(folder)
@@ -73,7 +73,7 @@ class LocalResponse(io.BufferedReader):
         self.headers: dict[str, str] = {}
 
 
-def files_of(folder: Path) -> list[ArtifactFile]:
+def travelling_files(folder: Path) -> list[ArtifactFile]:
     """Every file of a folder that travels, by path: all but hidden ones and `artifact.json`.
     SourceError for a link, a pipe or a device, which would travel as something else.
     """

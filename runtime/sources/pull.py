@@ -13,11 +13,11 @@ from edgetune.core.exclusive import exclusive
 from edgetune.core.files import whole_folder
 from edgetune.core.layout import ADAPTER_CONFIG, MANIFEST
 from edgetune.runtime.bundle.manifest import read_manifest
-from edgetune.runtime.sources.artifact import Artifact, ArtifactFile, Kind
+from edgetune.runtime.sources.artifact import Artifact, ArtifactFile, ArtifactKind
 from edgetune.runtime.sources.folder import FolderSource, adapter_base
 from edgetune.runtime.sources.registry import OCI, Reference, Registry, RegistrySource
 from edgetune.runtime.sources.store import Store, check_room, default_store, sync
-from edgetune.runtime.sources.transport import Transport, shown
+from edgetune.runtime.sources.transport import Transport, shown_url
 from edgetune.runtime.sources.web import HUB, hub_source, web_source
 
 PullProgress = Callable[[int, int], None]
@@ -57,7 +57,7 @@ def pull(
     store: str | Path | None = None,
     progress: PullProgress | None = None,
     plain_http: bool = False,
-    kind: Kind | None = None,
+    kind: ArtifactKind | None = None,
     base: str | None = None,
     transport: Transport | None = None,
 ) -> Pulled:
@@ -98,7 +98,7 @@ def source_of(url: str | Path, transport: Transport) -> ArtifactSource:
     if re.match(r"\w+://", url) and not url.startswith("file://"):
         raise SourceError(
             "no source of this kind",
-            where=shown(url),
+            where=shown_url(url),
             expected="oci://HOST/REPOSITORY:TAG, hf://OWNER/NAME, http(s)://… or a folder",
         )
     return FolderSource(Path(url.removeprefix("file://")))
@@ -124,12 +124,12 @@ def _fetch(
             progress(came, max(total, came))
 
     for file in sorted(missing, key=lambda one: one.size):
-        store.fetch(file, place.open, transport, where=shown(artifact.url), arrived=arrived)
+        store.fetch(file, place.open, transport, where=shown_url(artifact.url), arrived=arrived)
     return came
 
 
-def _check_wanted(artifact: Artifact, kind: Kind | None, base: str | None) -> None:
-    where = shown(artifact.url)
+def _check_wanted(artifact: Artifact, kind: ArtifactKind | None, base: str | None) -> None:
+    where = shown_url(artifact.url)
     if kind is not None and artifact.kind != kind:
         raise SourceError("another kind of artifact", where=where, expected=kind, got=artifact.kind)
     if base is not None and artifact.base != base:
@@ -155,7 +155,7 @@ def _check_target(folder: Path) -> None:
 
 def _check_made(folder: Path, artifact: Artifact) -> None:
     """SourceError where the files are not what the artifact says that it is."""
-    where = shown(artifact.url)
+    where = shown_url(artifact.url)
     if artifact.kind == "adapter":
         base = adapter_base(folder)
         if None not in (base, artifact.base) and base != artifact.base:

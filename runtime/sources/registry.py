@@ -24,13 +24,12 @@ from edgetune.runtime.sources.artifact import (
 from edgetune.runtime.sources.credentials import Login, registry_login
 from edgetune.runtime.sources.transport import (
     AUTHORIZATION,
-    Body,
     StatusError,
     Transport,
     is_loopback,
     origin,
     read_at_most,
-    shown,
+    shown_url,
 )
 
 OCI = "oci://"
@@ -60,7 +59,7 @@ class Reference:
         if found is None:
             raise SourceError(
                 "not the name of an artifact in a registry",
-                where=shown(url),
+                where=shown_url(url),
                 expected="oci://HOST/REPOSITORY:TAG, the repository in small letters",
             )
         host, tag = found["host"] + (found["port"] or ""), found["tag"] or "latest"
@@ -100,11 +99,11 @@ class Registry:
         path: str,
         *,
         headers: Mapping[str, str] | None = None,
-        body: Body = None,
-        size: int | None = None,
+        body: bytes | None = None,
+        attempts: int | None = None,
     ) -> Any:
         """Send to a path of the repository, or to a whole URL that the registry gave. Only the
-        registry itself is shown who asks.
+        registry itself is shown_url who asks.
         """
         url = path if "://" in path else f"{self.root}/{path}"
         self.transport.check(url, after=self.root)
@@ -113,7 +112,7 @@ class Registry:
             own = {AUTHORIZATION: self._authorization} if ours and self._authorization else {}
             try:
                 return self.transport.open(
-                    method, url, headers={**(headers or {}), **own}, body=body, size=size
+                    method, url, headers={**(headers or {}), **own}, body=body, attempts=attempts
                 )
             except StatusError as error:
                 if error.status != 401 or not ours or again:
@@ -125,10 +124,13 @@ class Registry:
         """The manifest of a tag or a digest. SourceError where there is none, or another one than
         the digest says.
         """
-        with self.request(
-            "GET", f"manifests/{reference}", headers={"Accept": OCI_MANIFEST}
-        ) as response:
-            raw = read_at_most(response, MAX_JSON_BYTES, self.root)
+
+        def answer() -> bytes:
+            path, headers = f"manifests/{reference}", {"Accept": OCI_MANIFEST}
+            with self.request("GET", path, headers=headers) as response:
+                return read_at_most(response, MAX_JSON_BYTES, self.root)
+
+        raw = self.transport.patiently(answer, self.root)
         if DIGEST.fullmatch(reference) and digest_of_bytes(raw) != reference:
             raise SourceError(
                 "the registry sent another manifest than the one that was asked for",
@@ -205,7 +207,7 @@ class Registry:
         except (ValueError, AttributeError, RecursionError):
             token = None
         if not isinstance(token, str) or not token or not token.isprintable():
-            raise SourceError("no token came back", where=shown(realm))
+            raise SourceError("no token came back", where=shown_url(realm))
         return token
 
 

@@ -17,10 +17,12 @@ from typing import Any
 
 from edgetune.core.errors import OutputError, SourceError
 from edgetune.core.exclusive import exclusive
-from edgetune.core.files import CHUNK, cache_folder, is_regular, output_errors, sha256_file
+from edgetune.core.files import cache_folder, is_regular, output_errors, sha256_file
 from edgetune.runtime.sources.artifact import ArtifactFile
 from edgetune.runtime.sources.transport import BROKEN, StatusError, Transport, unreachable
 
+BLOCK = 1 << 16
+"""Bytes of a read: what a broken line may cost, at most."""
 Opened = Callable[[ArtifactFile, int], Any]
 """Opens a file from an offset on: `ArtifactSource.open`."""
 
@@ -161,7 +163,7 @@ class Store:
             with self._partial(file).open("r+b") as partial:
                 partial.truncate(offset)
                 partial.seek(offset)
-                while block := response.read(CHUNK):
+                while block := response.read1(BLOCK):
                     offset += len(block)
                     if offset > file.size:
                         partial.truncate(0)

@@ -14,7 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any, TypeVar
 
 from edgetune import __version__
 from edgetune.core.errors import SourceError
@@ -25,15 +25,14 @@ PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 BROKEN = (OSError, http.client.HTTPException)
 """What a connection raises that fails or ends early; urllib's errors are among them."""
 AUTHORIZATION = "Authorization"
-Body = bytes | Callable[[], IO[bytes]] | None
-"""Of a request: bytes, or what opens them anew for each try."""
+T = TypeVar("T")
 
 
 class StatusError(Exception):
     """A server said no: the status, its headers, and the start of what it wrote."""
 
     def __init__(self, url: str, status: int, headers: Mapping[str, str], text: str) -> None:
-        super().__init__(f"{shown(url)}: HTTP {status}")
+        super().__init__(f"{shown_url(url)}: HTTP {status}")
         self.url, self.status, self.headers, self.text = url, status, headers, text
 
 
@@ -53,32 +52,32 @@ class Transport:
         url: str,
         *,
         headers: Mapping[str, str] | None = None,
-        body: Body = None,
-        size: int | None = None,
+        body: bytes | None = None,
+        attempts: int | None = None,
     ) -> Any:
         """The response (status, headers, `read`), to be closed by a `with`; StatusError for a
-        status of 400 and more, SourceError where nobody answers. `size`: bytes of the body, where
-        it is opened.
+        status of 400 and more, SourceError where nobody answers. `attempts`: instead of the
+        transport's own.
         """
-        for attempt in range(1, self.attempts + 1):
+        most = self.attempts if attempts is None else attempts
+        for attempt in range(1, most + 1):
             try:
-                return self._once(method, url, dict(headers or {}), body, size)
+                return self._once(method, url, dict(headers or {}), body)
             except StatusError as error:
-                if error.status not in PASSING or attempt == self.attempts:
+                if error.status not in PASSING or attempt == most:
                     raise
                 self.pause(attempt, error.headers.get("Retry-After"))
             except BROKEN as error:
-                if attempt == self.attempts:
+                if attempt == most:
                     raise unreachable(url, error) from error
                 self.pause(attempt)
         raise AssertionError("at least one attempt")
 
-    def read(self, url: str, *, most: int, headers: Mapping[str, str] | None = None) -> bytes:
-        """A small document, whole. SourceError where it is longer than `most` bytes."""
+    def patiently(self, answer: Callable[[], T], url: str) -> T:
+        """What `answer` returns; asked again where the line breaks while an answer is read."""
         for attempt in range(1, self.attempts + 1):
             try:
-                with self.open("GET", url, headers=headers) as response:
-                    return read_at_most(response, most, url)
+                return answer()
             except BROKEN as error:
                 if attempt == self.attempts:
                     raise unreachable(url, error) from error
@@ -102,13 +101,13 @@ class Transport:
             parts = urllib.parse.urlsplit(url)
             host, _ = parts.hostname, parts.port
         except ValueError as error:
-            raise SourceError(f"not a URL: {error}", where=shown(url)) from error
+            raise SourceError(f"not a URL: {error}", where=shown_url(url)) from error
         if parts.scheme not in ("http", "https") or not host or not url.isprintable():
-            raise SourceError("not an http(s) URL", where=shown(url))
+            raise SourceError("not an http(s) URL", where=shown_url(url))
         if parts.username is not None:
             raise SourceError(
                 "a password in a URL ends up in logs",
-                where=shown(url),
+                where=shown_url(url),
                 fix="Put it into ~/.netrc, or log in to the registry.",
             )
         if parts.scheme == "https" or self.plain_http:
@@ -116,19 +115,14 @@ class Transport:
         if not is_loopback(host) or (after is not None and after.startswith("https:")):
             raise SourceError(
                 "without TLS anybody on the way can read and change it",
-                where=shown(url),
+                where=shown_url(url),
                 fix="Use https, or --plain-http where the network is your own.",
             )
 
-    def _once(
-        self, method: str, url: str, headers: dict[str, str], body: Body, size: int | None
-    ) -> Any:
+    def _once(self, method: str, url: str, headers: dict[str, str], body: bytes | None) -> Any:
         self.check(url)
-        data = body() if callable(body) else body
-        request = urllib.request.Request(url, data=data, method=method)
+        request = urllib.request.Request(url, data=body, method=method)
         request.add_header("User-Agent", f"edgetune/{__version__}")
-        if size is not None:
-            request.add_header("Content-Length", str(size))
         for name, value in headers.items():
             if name == AUTHORIZATION:
                 request.add_unredirected_header(name, value)
@@ -141,9 +135,6 @@ class Transport:
             with error:
                 text = error.read(2000).decode("utf-8", "replace")
             raise StatusError(url, error.code, dict(error.headers.items()), text) from error
-        finally:
-            if callable(body):
-                data.close()  # type: ignore[union-attr]
 
     def _opener(self, local: bool) -> urllib.request.OpenerDirector:
         """Of http and https alone, where urllib's own also reads files; no proxy to this
@@ -190,7 +181,7 @@ def read_at_most(response: Any, most: int, url: str) -> bytes:
     """A response's bytes; SourceError where there are more than `most`."""
     raw: bytes = response.read(most + 1)
     if len(raw) > most:
-        raise SourceError("the answer is too large", where=shown(url), expected=f"{most} bytes")
+        raise SourceError("the answer is too large", where=shown_url(url), expected=f"{most} bytes")
     length = response.headers.get("Content-Length")
     if length is not None and length.isdecimal() and len(raw) != int(length):
         raise http.client.IncompleteRead(raw, int(length) - len(raw))
@@ -211,7 +202,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def shown(url: str) -> str:
+def shown_url(url: str) -> str:
     """A URL for people and logs: without a password and without a query, which may hold a key."""
     return "".join(_without_secrets(url.partition("?")[0].partition("#")[0]))[:300]
 
@@ -228,7 +219,7 @@ def unreachable(url: str, error: Exception) -> SourceError:
     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
     return SourceError(
         f"no answer: {text}",
-        where=shown(url),
+        where=shown_url(url),
         fix="Check the address and the network; what was fetched is kept, and the same command"
         " goes on from there.",
     )

@@ -29,7 +29,7 @@ from edgetune.runtime.sources.transport import (
     StatusError,
     Transport,
     read_at_most,
-    shown,
+    shown_url,
 )
 
 HUB, HUB_ADDRESS = "hf://", "https://huggingface.co"
@@ -63,7 +63,7 @@ class WebSource:
             return artifact_from_bundle(raw, url=self.url, more=more)
         raise SourceError(
             f"the server has neither {INDEX} nor {MANIFEST} there",
-            where=shown(self.url),
+            where=shown_url(self.url),
             fix=PUSH_IT,
         )
 
@@ -79,9 +79,13 @@ class WebSource:
 
     def _small(self, path: str) -> bytes | None:
         """A small file; None where there is none."""
-        try:
+
+        def answer() -> bytes:
             with self._get(path, {}) as response:
                 return read_at_most(response, MAX_JSON_BYTES, self.root)
+
+        try:
+            return self.transport.patiently(answer, self.root)
         except StatusError as error:
             if error.status in (404, 410):
                 return None
@@ -95,14 +99,14 @@ class WebSource:
     def _refusal(self, path: str, error: StatusError) -> SourceError:
         said = REFUSALS.get(error.status, f"it answered with HTTP {error.status}")
         fix = LOG_IN if error.status in REFUSALS else "Publish it again, or try again later."
-        return SourceError(f"{path}: {said}", where=shown(self.url), fix=fix)
+        return SourceError(f"{path}: {said}", where=shown_url(self.url), fix=fix)
 
 
 def web_source(url: str, transport: Transport) -> WebSource:
     """A folder of a web server, with the name and password of ~/.netrc where it has them."""
     transport.check(url)
     if "?" in url or "#" in url:
-        raise SourceError("the address of a folder has no ? and no #", where=shown(url))
+        raise SourceError("the address of a folder has no ? and no #", where=shown_url(url))
     login = server_login(urllib.parse.urlsplit(url).hostname or "")
     return WebSource(url, url, transport, None if login is None else login.basic)
 
@@ -111,18 +115,12 @@ def hub_source(url: str, transport: Transport) -> WebSource:
     """`hf://OWNER/NAME[@REVISION]` at huggingface.co, or where `$HF_ENDPOINT` says. A branch is
     read as the commit that it is now, so that files of two versions never meet.
     """
-    found = HUB_NAME.fullmatch(url)
-    if found is None or ".." in url:
-        raise SourceError(
-            "not the name of a repository of the hub",
-            where=shown(url),
-            expected="hf://OWNER/NAME or hf://OWNER/NAME@REVISION",
-        )
+    (repository, revision), token = hub_name(url), hub_token()
     address = os.environ.get("HF_ENDPOINT") or HUB_ADDRESS
-    token, name = hub_token(), f"{address.rstrip('/')}/{found[1]}/resolve"
-    revision = urllib.parse.quote(found[2] or "main", safe="")
+    name = f"{address.rstrip('/')}/{repository}/resolve"
+    asked = urllib.parse.quote(revision or "main", safe="")
     source = WebSource(
-        url, f"{name}/{revision}", transport, None if token is None else f"Bearer {token}"
+        url, f"{name}/{asked}", transport, None if token is None else f"Bearer {token}"
     )
     for path in (INDEX, MANIFEST):
         try:
@@ -133,3 +131,15 @@ def hub_source(url: str, transport: Transport) -> WebSource:
         if re.fullmatch("[0-9a-f]{40}", commit):
             return replace(source, root=f"{name}/{commit}")
     return source
+
+
+def hub_name(url: str) -> tuple[str, str | None]:
+    """(OWNER/NAME, revision) of `hf://OWNER/NAME[@REVISION]`. SourceError where it is none."""
+    found = HUB_NAME.fullmatch(url)
+    if found is None or ".." in url:
+        raise SourceError(
+            "not the name of a repository of the hub",
+            where=shown_url(url),
+            expected="hf://OWNER/NAME or hf://OWNER/NAME@REVISION",
+        )
+    return found[1], found[2]
