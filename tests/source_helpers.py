@@ -7,63 +7,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
-import json
 import random
-import shutil
-import subprocess
+import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from process_helpers import free_port
 from runtime_helpers import DIGEST, decoder_manifest
 
 from edgetune.core.files import sha256_file, write_json
 from edgetune.runtime.bundle.manifest import AdapterEntry, FileInfo
 
-PROGRAM = "docker-registry"
-INSTALL = f"needs a registry: apt-get install {PROGRAM}"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from local_registry import INSTALL, is_installed, local_registry
+
 OTHER_DIGEST = "sha256:" + "b" * 64
 
 
 @contextlib.contextmanager
 def docker_registry(folder: Path) -> Iterator[str]:
-    """`oci://127.0.0.1:PORT` of a registry of its own; the test is skipped where none is
-    installed.
-    """
-    if shutil.which(PROGRAM) is None:
+    """A registry of its own; the test is skipped where none is installed."""
+    if not is_installed():
         pytest.skip(INSTALL)
-    port = free_port()
-    settings = {
-        "version": "0.1",
-        "log": {"level": "error", "accesslog": {"disabled": True}},
-        "storage": {"filesystem": {"rootdirectory": str(folder / "blobs")}},
-        "http": {"addr": f"127.0.0.1:{port}"},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yml").write_text(json.dumps(settings))  # JSON is YAML
-    command = [PROGRAM, "serve", str(folder / "config.yml")]
-    with (
-        (folder / "log").open("w") as log,
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process,
-    ):
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/v2/", process)
-            yield f"oci://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url):
-            return
-        time.sleep(0.05)
-    raise RuntimeError("the registry stopped")
+    with local_registry(folder) as url:
+        yield url
 
 
 class FileServer(http.server.SimpleHTTPRequestHandler):

@@ -37,7 +37,7 @@ from edgetune.runtime.sources.artifact import (
     artifact_from_oci,
     digest_of_bytes,
 )
-from edgetune.runtime.sources.folder import adapter_base, travelling_files
+from edgetune.runtime.sources.folder import adapter_base, recorded_files, travelling_files
 
 WEIGHTS = "application/vnd.cncf.model.weight.v1.raw"
 SETTINGS = "application/vnd.cncf.model.weight.config.v1.raw"
@@ -123,7 +123,7 @@ def _packed(
     metadata: Mapping[str, Any] | None = None,
 ) -> Package:
     files = travelling_files(folder)
-    _check_recorded(folder, files, metadata or {})
+    _check_recorded(folder, files)
     digests = [f"sha256:{file.sha256}" for file in files]
     config = _dump(
         {
@@ -154,11 +154,10 @@ def _packed(
     return Package(folder, artifact, config, document, known, said)
 
 
-def _check_recorded(folder: Path, files: list[ArtifactFile], metadata: Mapping[str, Any]) -> None:
+def _check_recorded(folder: Path, files: list[ArtifactFile]) -> None:
     """AdapterError where an adapter is not as it was trained."""
-    recorded, there = metadata.get("files"), {file.path: file.sha256 for file in files}
-    wanted = recorded if isinstance(recorded, dict) else {}
-    if differing := [path for path, sha256 in wanted.items() if there.get(path) != sha256]:
+    there, recorded = {file.path: file.sha256 for file in files}, recorded_files(folder)
+    if differing := [path for path, sha256 in recorded.items() if there.get(path) != sha256]:
         raise AdapterError(
             f"{differing[0]} is not as it was trained",
             where=str(folder),

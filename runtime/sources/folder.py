@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgetune.core.errors import EdgetuneError, SourceError
 from edgetune.core.files import MAX_JSON_BYTES, is_regular, read_json, sha256_file
@@ -100,12 +101,25 @@ def file_of(folder: Path, path: str) -> ArtifactFile:
 
 def adapter_base(folder: Path) -> str | None:
     """The digest of the base that an adapter's metadata names; None where it does not."""
+    base = _metadata(folder).get("base")
+    digest = base.get("digest") if isinstance(base, dict) else None
+    return digest if isinstance(digest, str) and DIGEST.fullmatch(digest) else None
+
+
+def recorded_files(folder: Path) -> dict[str, str]:
+    """What an adapter's metadata have of its files: name → sha256 as it was trained."""
+    files = _metadata(folder).get("files")
+    pairs = files.items() if isinstance(files, dict) else ()
+    return {str(name): str(sha256) for name, sha256 in pairs}
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Nothing of a folder without, or with damaged ones, which the runtime refuses."""
     try:
         metadata = read_json(folder / ADAPTER_METADATA, error=SourceError)
-        digest = metadata["base"]["digest"]
-    except (EdgetuneError, KeyError, TypeError):
-        return None
-    return digest if isinstance(digest, str) and DIGEST.fullmatch(digest) else None
+    except EdgetuneError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _small(path: Path) -> bytes:

@@ -14,12 +14,13 @@ from edgetune.core.files import whole_folder
 from edgetune.core.layout import ADAPTER_CONFIG, MANIFEST
 from edgetune.runtime.bundle.manifest import read_manifest
 from edgetune.runtime.sources.artifact import Artifact, ArtifactFile, ArtifactKind
-from edgetune.runtime.sources.folder import FolderSource, adapter_base
+from edgetune.runtime.sources.folder import FolderSource, adapter_base, recorded_files
 from edgetune.runtime.sources.registry import OCI, Reference, Registry, RegistrySource
 from edgetune.runtime.sources.store import Store, check_room, default_store, sync
 from edgetune.runtime.sources.transport import Transport, shown_url
 from edgetune.runtime.sources.web import HUB, hub_source, web_source
 
+CHANGED = "It was changed on the way or published in part: publish it again."
 PullProgress = Callable[[int, int], None]
 """Told of the bytes that came so far and of those that are to come altogether."""
 
@@ -156,8 +157,14 @@ def _check_target(folder: Path) -> None:
 def _check_made(folder: Path, artifact: Artifact) -> None:
     """SourceError where the files are not what the artifact says that it is."""
     where = shown_url(artifact.url)
+    there = {file.path: (file.size, file.sha256) for file in artifact.files}
     if artifact.kind == "adapter":
-        base = adapter_base(folder)
+        base, recorded = adapter_base(folder), recorded_files(folder)
+        for path, sha256 in recorded.items():
+            if path not in there or there[path][1] != sha256:
+                raise SourceError(
+                    f"the adapter's own metadata name another {path[:80]}", where=where, fix=CHANGED
+                )
         if None not in (base, artifact.base) and base != artifact.base:
             raise SourceError(
                 "the adapter was trained on another base than its manifest says",
@@ -170,13 +177,12 @@ def _check_made(folder: Path, artifact: Artifact) -> None:
         manifest = read_manifest(folder)
     except EdgetuneError as error:
         raise SourceError(str(error), where=where) from error
-    there = {file.path: (file.size, file.sha256) for file in artifact.files}
     wanted = {path: (info.bytes, info.sha256) for path, info in manifest.files.items()}
     if differing := sorted(path for path in wanted if there.get(path) != wanted[path]):
         raise SourceError(
             f"the bundle's own manifest names another {differing[0]}",
             where=where,
-            fix="It was changed on the way or published in part: publish it again.",
+            fix=CHANGED,
         )
     if artifact.base not in (None, manifest.base.digest):
         raise SourceError("the bundle has another base than its manifest says", where=where)
