@@ -101,7 +101,7 @@ class AliasRollout:
         for version in sorted(state.used()):
             try:
                 self._load(version, state)
-            except EdgetuneError as error:
+            except (EdgetuneError, OSError) as error:
                 self._tell("lost", version=state.seen[version].name, reason=str(error))
                 state = _without(state, version)
         trial = state.new if state.phase == "trial" else state.current
@@ -113,7 +113,12 @@ class AliasRollout:
                 reason = f"the process ended {attempts - 1} times while it was on trial"
                 state = _rolled_back(state, reason)
                 self._tell("rolled back", version=state.seen[trial].name, reason=reason)
-        self._write(state)
+        self._state = state
+        try:
+            self._folder.write(state)
+            self._folder.tidy(state)
+        except EdgetuneError as error:  # a full disk: what is in memory answers all the same
+            self._tell("failed", reason=str(error))
         self._answer()
         if state.phase == "trial" and state.new is not None:
             self._begin_trial(state.new, state.current)

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from edgetune.core.settings import about, from_dict
 
 log = logging.getLogger("edgetune.server")
 STATE, VERSIONS, INCOMING = "state.json", "versions", "incoming"
+ID = re.compile(r"[0-9a-f]{64}")
 MOST_SEEN = 5000
 """Versions that are remembered, the oldest forgotten first."""
 PHASES = ("settled", "trial", "watched")
@@ -97,9 +99,12 @@ class RolloutFolder:
             return RolloutState()
         try:
             document = read_json(path, error=BundleError)
-            return from_dict(
+            state = from_dict(
                 RolloutState, document, where=str(path), error=BundleError, table="an object"
             )
+            if not state.used() <= set(state.seen) or not all(map(ID.fullmatch, state.seen)):
+                raise BundleError("it names versions that it does not know", where=str(path))
+            return state
         except EdgetuneError as error:
             log.error("rollout state lost", extra={"fields": {"error": str(error)}})
             with contextlib.suppress(OSError):
