@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune.core.errors import EdgetuneError, SourceError
+from edgetune.core.errors import SourceError
 from edgetune.core.files import MAX_JSON_BYTES, is_regular, read_json, sha256_file
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.runtime.sources.artifact import (
@@ -114,12 +114,12 @@ def recorded_files(folder: Path) -> dict[str, str]:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """Nothing of a folder without, or with damaged ones, which the runtime refuses."""
-    try:
-        metadata = read_json(folder / ADAPTER_METADATA, error=SourceError)
-    except EdgetuneError:
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
+    """Nothing where the folder has none; SourceError for damaged ones."""
+    path = folder / ADAPTER_METADATA
+    metadata = read_json(path, error=SourceError) if path.exists() else {}
+    if not isinstance(metadata, dict):
+        raise SourceError("it is no JSON object", where=str(path))
+    return metadata
 
 
 def _small(path: Path) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from edgetune.core.errors import EdgetuneError, OutputError, SourceError
 from edgetune.core.exclusive import exclusive
 from edgetune.core.files import whole_folder
-from edgetune.core.layout import ADAPTER_CONFIG, MANIFEST
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, MANIFEST
 from edgetune.runtime.bundle.manifest import read_manifest
 from edgetune.runtime.sources.artifact import Artifact, ArtifactFile, ArtifactKind
 from edgetune.runtime.sources.folder import FolderSource, adapter_base, recorded_files
@@ -159,7 +159,12 @@ def _check_made(folder: Path, artifact: Artifact) -> None:
     where = shown_url(artifact.url)
     there = {file.path: (file.size, file.sha256) for file in artifact.files}
     if artifact.kind == "adapter":
-        base, recorded = adapter_base(folder), recorded_files(folder)
+        try:
+            base, recorded = adapter_base(folder), recorded_files(folder)
+        except SourceError as error:
+            raise SourceError(
+                f"{ADAPTER_METADATA}: {error.what}", where=where, fix=CHANGED
+            ) from error
         for path, sha256 in recorded.items():
             if path not in there or there[path][1] != sha256:
                 raise SourceError(
