@@ -20,7 +20,7 @@ PASSPHRASE = "EDGETUNE_KEY_PASSPHRASE"
 )
 @click.option(
     "--version",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 2**53 - 1),
     metavar="N",
     help="A number that is signed too: devices that follow refuse one that is not above the last.",
 )

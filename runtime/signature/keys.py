@@ -84,6 +84,7 @@ def read_private_key(path: str | Path, passphrase: str | None = None) -> Private
             "the passphrase and the key do not belong together",
             where=str(path),
             expected="a passphrase for a locked key, and none for an open one",
+            fix="`edgetune sign` reads it from EDGETUNE_KEY_PASSPHRASE.",
         ) from error
     except Exception as error:
         raise _no_key(path, "private") from error
