@@ -165,7 +165,7 @@ def cuts(bundle: Path, name: str, folder: Path, count: int) -> dict[str, Any]:
     key, place = read_private_key(new_key(folder, "own")), folder / "source"
     adapter, answered, versions = bundle / "adapters" / name, 0, Counter[str]()
     for at in range(count + 1):
-        publish(adapter, place, key, at + 1)
+        publish(adapter, place, key, at + 1, edgetune_version=f"0.1.{at}")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
