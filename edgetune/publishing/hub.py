@@ -33,16 +33,19 @@ def push_to_hub(packed: Package, url: str, *, licence: str | None, private: bool
     if README not in {file.path for file in packed.artifact.files}:  # who wrote one keeps it
         card = model_card(packed, name, licence=licence)
         added.append(CommitOperationAdd(README, card.encode()))
+    # of httpx or requests, whichever this huggingface_hub goes through
+    lost = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    refused: tuple[type[BaseException], ...] = (*lost, HfHubHTTPError, OSError, ValueError)
     try:
         api.create_repo(name, private=private, exist_ok=True)
         done = api.create_commit(
             name, added, commit_message=f"Push {packed.artifact.digest}", revision=revision
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except refused as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise SourceError(
             f"the hub did not take it: {said[0][:300]}",
             where=url,
-            fix="Log in with `hf auth login`, or set HF_TOKEN to a token that may write.",
+            fix="Look at the network, and log in: `hf auth login`, or HF_TOKEN that may write.",
         ) from error
     return f"hf://{name}@{done.oid}"

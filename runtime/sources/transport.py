@@ -220,6 +220,5 @@ def unreachable(url: str, error: Exception) -> SourceError:
     return SourceError(
         f"no answer: {text}",
         where=shown_url(url),
-        fix="Check the address and the network; what was fetched is kept, and the same command"
-        " goes on from there.",
+        fix="Check the address and the network; the same command goes on from here.",
     )

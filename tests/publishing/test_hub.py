@@ -106,6 +106,14 @@ def test_a_refusal_of_the_hub_is_one_line_without_the_token(hub: Any, tmp_path: 
     assert "\n" not in str(refused.value) and "hf_secret" not in str(refused.value)
 
 
+def test_a_hub_that_does_not_answer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(SourceError, match=r"the hub did not take it: .*refused"):
+        push(small_adapter(tmp_path / "home"), "hf://ann/home")
+
+
 def test_the_card_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
     run = tmp_path / "run"
     small_adapter(run / "adapter")
