@@ -41,6 +41,8 @@ NOT_RUN = {
         "written or read by a command that looks at its base or its rows: each has tests of its own"
     ),
     r"^curl|^edgetune top": "asks a server: below",
+    r"^edgetune (push|pull) ": "needs a registry or the hub: tests/runtime/sources",
+    r"\.pem\b|--follow|@v1|edgetune_proof": "needs keys or versions: tests/runtime/rollout",
 }
 SLOW = {"train", "export", "check", "sweep", "serve", "--parity", "--latency", "--forgetting"}
 ANY_VERDICT = {"check": {0, 1, 3}, "diff": {0, 1}}  # it depends on the machine and on the bundles

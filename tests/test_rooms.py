@@ -30,14 +30,17 @@ FLOORS = {
     "metrics": "core",
     "objectives": "data models",
     "runtime.bundle": "core",
+    "runtime.signature": "core",
     "runtime.sources": "core edgetune runtime.bundle",
     "runtime.engine": "core devices runtime.bundle",
     "runtime.engine.native": "core devices runtime.bundle runtime.engine",
     "runtime.generation": "core runtime.bundle",
-    "runtime.adapters": "core devices runtime.bundle runtime.engine runtime.generation",
+    "runtime.adapters": (
+        "core devices runtime.bundle runtime.engine runtime.generation runtime.signature"
+    ),
     "runtime.tasks": (
         "core devices runtime.adapters runtime.bundle runtime.engine runtime.engine.native "
-        "runtime.generation"
+        "runtime.generation runtime.signature"
     ),
     "runtime.scheduler": "core runtime.adapters runtime.engine runtime.generation runtime.tasks",
     "runtime": "runtime.tasks",
@@ -52,6 +55,9 @@ FLOORS = {
     ),
     "report": "core metrics recipe",
     "runtime.check": "core devices runtime.tasks",
+    "runtime.rollout": (
+        "core devices runtime.check runtime.signature runtime.sources runtime.tasks"
+    ),
     "export": (
         "adapters core edgetune export.graph export.inputs export.proof models quantisation "
         "report runtime.adapters runtime.bundle runtime.check runtime.tasks"
@@ -79,19 +85,24 @@ FLOORS = {
         "adapters core data devices evaluation export export.proof models quantisation recipe "
         "report runtime runtime.bundle runtime.check training"
     ),
-    "runtime.server.http": ("core edgetune runtime.generation runtime.scheduler runtime.tasks"),
+    "runtime.server.http": (
+        "core edgetune runtime.generation runtime.rollout runtime.scheduler runtime.tasks"
+    ),
     "runtime.server.playground": "",
     "runtime.server.endpoints": (
         "core runtime.adapters runtime.scheduler runtime.server.http "
         "runtime.server.playground runtime.tasks"
     ),
-    "runtime.server": "core runtime.scheduler runtime.server.endpoints runtime.server.http",
+    "runtime.server": (
+        "core runtime.rollout runtime.scheduler runtime.server.endpoints runtime.server.http"
+    ),
     "cli": (
         "bulk compression core data devices edgetune evaluation evaluation.forgetting export "
         "export.graph export.inputs export.proof inspection labelling metrics models publishing "
         "quantisation quickstart recipe report runtime.bundle runtime.check runtime.engine "
-        "runtime.scheduler runtime.server "
-        "runtime.server.http runtime.sources runtime.tasks training training.parallel"
+        "runtime.rollout runtime.scheduler runtime.server "
+        "runtime.server.http runtime.signature runtime.sources runtime.tasks training "
+        "training.parallel"
     ),
     "__main__": "cli",
     "devices.profiles": "",
@@ -105,7 +116,8 @@ THIRD_PARTY = {
         "tokenizers",
         "jinja2",
         "llguidance",
-    },  # the last only where it is asked for
+        "cryptography",
+    },  # the last two only where they are asked for
     "devices": {"tomli"},  # tomllib before Python 3.11
     "core": {"numpy", "jinja2"},
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -44,6 +45,19 @@ def engine_option(command: Command) -> Command:
         help=(
             "What runs a decoder: auto takes the native engine where it was built and fits;"
             " native:cache=int8 keeps keys and values in 8 bits, half of the usual."
+        ),
+    )(command)
+
+
+def signature_option(command: Command) -> Command:
+    """`--require-signature` of a command that opens a bundle."""
+    return click.option(
+        "--require-signature",
+        "signed_by",
+        type=click.Path(path_type=Path),
+        metavar="PUB.pem",
+        help=(
+            "Refuse the bundle, and every adapter from elsewhere, unless this public key signed it."
         ),
     )(command)
 

@@ -16,6 +16,7 @@ from edgetune.cli.options import (
     device_option,
     engine_option,
     provider_option,
+    signature_option,
     speed_line,
 )
 from edgetune.cli.predict_many import Many, answer_many, is_many, many_options
@@ -94,6 +95,7 @@ STANDARD = Path("-")
 @provider_option
 @engine_option
 @device_option
+@signature_option
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
 )
@@ -113,6 +115,7 @@ def command(
     providers: tuple[str, ...],
     engine: str,
     device_name: str | None,
+    signed_by: Path | None,
     no_verify: bool,
     stop: tuple[str, ...],
     schema: Path | None,
@@ -160,7 +163,12 @@ def command(
     from edgetune.runtime.tasks.runtime import Runtime
 
     with Runtime.open(
-        bundle, threads=threads, providers=chosen, verify=not no_verify, engine=engine
+        bundle,
+        threads=threads,
+        providers=chosen,
+        verify=not no_verify,
+        engine=engine,
+        signed_by=signed_by,
     ) as runtime:
         name = _adapter(runtime, adapter)
         _check_settings(runtime, name, settings, alone=source is None)

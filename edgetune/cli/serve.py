@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgetune.cli.follow import follow_options, following
 from edgetune.cli.options import (
     THREADS,
     chosen_providers,
     device_option,
     engine_option,
     provider_option,
+    signature_option,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +74,13 @@ KEYS = "EDGETUNE_API_KEYS"
     multiple=True,
     metavar="NAME",
     help="An adapter that is read at the start and never makes room; repeat for several.",
+)
+@click.option(
+    "--alias",
+    "aliases",
+    multiple=True,
+    metavar="NAME=ADAPTER[:SHARE,…]",
+    help="A name that an adapter answers for, or several in shares: home=home@v1:90,home@v2:10.",
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the base model.")
 @click.option(
@@ -157,6 +166,8 @@ KEYS = "EDGETUNE_API_KEYS"
 @provider_option
 @engine_option
 @device_option
+@signature_option
+@follow_options
 @click.option(
     "--no-verify", is_flag=True, help="Do not compare the bundle's hashes first (faster start)."
 )
@@ -180,6 +191,7 @@ def command(
     library: Path | None,
     adapter_memory_mb: float | None,
     pins: tuple[str, ...],
+    aliases: tuple[str, ...],
     model_name: str | None,
     api_key_file: Path | None,
     max_rows: int,
@@ -197,9 +209,11 @@ def command(
     providers: tuple[str, ...],
     engine: str,
     device_name: str | None,
+    signed_by: Path | None,
     no_verify: bool,
     strict: bool,
     log_level: str,
+    **follow: Any,
 ) -> None:
     """Serve BUNDLE with OpenAI's HTTP endpoints, its adapters as models, and a playground at /.
 
@@ -207,6 +221,7 @@ def command(
     SIGTERM lets answers under way finish.
     """
     from edgetune.devices.host import share_memory_between_threads
+    from edgetune.runtime.rollout.aliases import Aliases, parse_alias
     from edgetune.runtime.scheduler.scheduler import Scheduler
     from edgetune.runtime.server.http.logs import set_up_logging
     from edgetune.runtime.server.http.service import ServerOptions, Service
@@ -214,6 +229,7 @@ def command(
     from edgetune.runtime.tasks.runtime import Runtime
 
     named = [_named(text) for text in adapters]
+    split, known = [parse_alias(text) for text in aliases], Aliases()
     options = ServerOptions(
         model_name=model_name,
         adapter_folders=tuple(folder.resolve() for folder in folders),
@@ -238,6 +254,7 @@ def command(
             adapter_memory_mb=adapter_memory_mb,
             strict=strict,
             engine=engine,
+            signed_by=signed_by,
         ) as runtime,
     ):
         for line in load_adapters(runtime, named, pins):
@@ -250,8 +267,12 @@ def command(
             prefill_chunk=prefill_chunk,
             lookup=lookup,
         )
-        service = Service(runtime, scheduler, options)
-        with scheduler:
+        service = Service(runtime, scheduler, options, known)
+        for alias, shares in split:
+            _check_versions(service, alias, shares)
+            known.set(alias, shares)
+        follow |= {"device_name": device_name, "signed_by": signed_by}
+        with scheduler, following(service, **follow):
             _announce(service, host, place.getsockname()[1])
             DrainingServer(service).run(sockets=[place])
 
@@ -269,6 +290,21 @@ def _announce(service: Service, host: str, port: int) -> None:
             "note: whoever reaches this address can use it; keys close it (--api-key-file)",
             err=True,
         )
+
+
+def _check_versions(service: Service, alias: str, versions: Iterable[str]) -> None:
+    """InputError where an alias names what is not there, or hides the base."""
+    from edgetune.core.errors import InputError
+    from edgetune.core.settings import nearest
+
+    if alias == service.base:
+        raise InputError(f"--alias {alias!r} is the base model's name", fix="Choose another.")
+    for name in versions:
+        if name not in service.models():
+            where = f"--alias {alias}"
+            raise InputError(
+                f"unknown adapter {name!r}", where=where, **nearest(name, service.models())
+            )
 
 
 def load_adapters(

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    metavar="PUB.pem",
+    help="Check that this public key signed it, every file; also for an adapter's folder.",
+)
+@click.option(
     "--parity",
     is_flag=True,
     help="Prove again that it answers as what was trained (needs torch and the base model).",
@@ -40,14 +46,18 @@ if TYPE_CHECKING:
 @click.option("--threads", type=THREADS, help="Threads of the engine during the proof.")
 def command(
     bundle: Path,
+    key: Path | None,
     parity: bool,
     task_data: Path | None,
     task_rows: int | None,
     allow_metric_loss: bool,
     threads: int | None,
 ) -> int:
-    """Check that a bundle is what was exported. Exit 1 when anything differs."""
+    """Check that a bundle is what was exported, and with --key that its publisher signed it. Exit 1
+    when anything differs.
+    """
     from edgetune.core.errors import InputError
+    from edgetune.core.layout import MANIFEST
     from edgetune.runtime.bundle.digests import verify_files
     from edgetune.runtime.bundle.manifest import read_manifest
 
@@ -67,6 +77,11 @@ def command(
         from edgetune.data.rows import read_rows
 
         read_rows(task_data)  # before the proof takes its time
+    if key is not None:
+        if not _is_signed(bundle, key):
+            return 1
+        if not parity and not (bundle / MANIFEST).exists():  # an adapter has no hashes of its own
+            return 0
     manifest = read_manifest(bundle)
     problems = list(verify_files(bundle, manifest))
     for problem in problems:
@@ -79,6 +94,23 @@ def command(
     if not parity:
         return 0
     return _parity(bundle, manifest, task_data, task_rows, threads, allow_loss=allow_metric_loss)
+
+
+def _is_signed(folder: Path, key: Path) -> bool:
+    """Whether a folder is as its publisher signed it; why not is said."""
+    from edgetune.core.errors import SignatureError
+    from edgetune.runtime.signature.folder import check_signature
+    from edgetune.runtime.signature.keys import read_public_key
+
+    public = read_public_key(key)
+    try:
+        signed = check_signature(folder, public)
+    except SignatureError as error:
+        click.echo(f"edgetune: {error}", err=True)
+        return False
+    number = "" if signed.version is None else f", version {signed.version}"
+    click.echo(f"{folder}: {len(signed.files)} files as signed by {key}{number}")
+    return True
 
 
 def _parity(

@@ -6,6 +6,7 @@ EdgetuneError
 ├── BaseModelError     a base model that cannot be found, fetched or read
 ├── AdapterError       an adapter folder that does not fit, or an unknown adapter name
 ├── BundleError        a bundle folder that is damaged, incomplete or of another schema
+├── SignatureError     a signature that is missing, not of this key or not of these files
 ├── InputError         a request to the runtime: a prompt too long, a wrong field
 ├── SourceError        a place that bundles and adapters come from or go to
 ├── OutputError        an output folder that cannot be written
@@ -80,6 +81,10 @@ class AdapterError(EdgetuneError):
 
 class BundleError(EdgetuneError):
     """A bundle folder that is damaged, incomplete or of another schema."""
+
+
+class SignatureError(EdgetuneError):
+    """A signature that is missing, not of this key or not of these files."""
 
 
 class InputError(EdgetuneError):

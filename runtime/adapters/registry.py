@@ -25,6 +25,7 @@ from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.sources import AdapterSources, Source
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.engine.interface import BoundAdapter, Tensors
+from edgetune.runtime.signature.keys import PublicKey
 
 InUse = Literal["forget", "refuse", "wait"]
 """What `unload` does with an adapter that is in use: see there."""
@@ -114,16 +115,22 @@ class AdapterRegistry:
         memory_mb: float | None = None,
         strict: bool = False,
         by_site: bool = False,
+        signed_by: PublicKey | None = None,
     ) -> None:
         """`bind` makes an adapter's tensors ready for the engine. Each PEFT folder in
         `adapter_folder` is an adapter of its name.
 
         `memory_mb` (10⁶ bytes) bounds the resident ones, but for those that are pinned or in use;
-        None is no bound. `strict`: see AdapterSources. `by_site`: `bind` makes a copy of its own,
-        site by site, so that nothing is packed all at once.
+        None is no bound. `strict`, `signed_by`: see AdapterSources. `by_site`: `bind` makes
+        a copy of its own, site by site, so that nothing is packed all at once.
         """
         self._sources = AdapterSources(
-            folder, manifest, adapter_folder, strict=strict, by_site=by_site
+            folder,
+            manifest,
+            adapter_folder,
+            strict=strict,
+            by_site=by_site,
+            signed_by=signed_by,
         )
         self._bind = bind
         head = manifest.head

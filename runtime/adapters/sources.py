@@ -15,6 +15,8 @@ from edgetune.core.files import is_regular, read_json
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTERS
 from edgetune.runtime.adapters.packing import PackedAdapter, merged_head, pack_adapter
 from edgetune.runtime.bundle.manifest import AdapterEntry, Manifest
+from edgetune.runtime.signature.folder import check_signature
+from edgetune.runtime.signature.keys import PublicKey
 
 log = logging.getLogger("edgetune.runtime.adapters")
 log.addHandler(logging.NullHandler())  # a library's: who runs it decides where lines go
@@ -34,13 +36,15 @@ class AdapterSources:
         *,
         strict: bool = False,
         by_site: bool = False,
+        signed_by: PublicKey | None = None,
     ) -> None:
         """`many`: a folder whose sub-folders are adapters; AdapterError when there is none.
         `strict`: an adapter with `PackedAdapter.doubts` is refused, unless it ships in the bundle.
-        `by_site`: see `pack_adapter`.
+        `by_site`: see `pack_adapter`. `signed_by`: the key that must have signed every adapter
+        from elsewhere, each time that it is read.
         """
         self._folder, self._manifest, self._many, self._strict = folder, manifest, many, strict
-        self._by_site = by_site
+        self._by_site, self._signed_by = by_site, signed_by
         if many is not None and not many.is_dir():
             raise AdapterError(
                 "no such adapter folder", where=str(many), expected="a folder of PEFT folders"
@@ -69,9 +73,11 @@ class AdapterSources:
 
     def read(self, name: str, source: Source) -> tuple[PackedAdapter, str]:
         """The packed tensors, and a fingerprint of what they were made from. AdapterError lists
-        every misfit.
+        every misfit, SignatureError what is not as it was signed.
         """
         if isinstance(source, Path):
+            if self._signed_by is not None:
+                check_signature(source, self._signed_by)
             packed = pack_adapter(source, self._manifest, name=name, by_site=self._by_site)
             if self._strict and packed.doubts:
                 raise AdapterError(

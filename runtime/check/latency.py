@@ -116,7 +116,7 @@ def measure_here(workload: Workload) -> dict[str, Any]:
         ):  # in turn, so that a slow moment of the machine hits all alike
             for name in names:
                 beside[name].append(yardstick.times())
-                runs[name].append(_run(runtime, name, workload, seed=i))
+                runs[name].append(time_request(runtime, name, workload, seed=i))
                 meter.look()
         joules, after = meter.joules(), conditions(yardstick)
         yardstick.close()
@@ -198,7 +198,7 @@ def synthetic_ids(count: int, vocab_size: int, *, avoid: Sequence[int], seed: in
     return [int(i) for i in np.random.default_rng(abs(seed)).choice(allowed, count)]
 
 
-def _run(
+def time_request(
     runtime: Runtime, name: str | None, workload: Workload, *, seed: int
 ) -> dict[str, list[float]]:
     """One request: TTFT and the time of each further token, or the time of one encoder call or one
@@ -236,7 +236,7 @@ def _warm_up(runtime: Runtime, name: str | None, workload: Workload) -> int:
     """Requests until two in turn take the same time, at most `MOST_WARM_UP`; how many."""
     before = math.inf
     for count in range(1, MOST_WARM_UP + 1):
-        took = sum(map(sum, _run(runtime, name, workload, seed=0).values()))
+        took = sum(map(sum, time_request(runtime, name, workload, seed=0).values()))
         if abs(took - before) < STEADY * took:
             return count
         before = took

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgetune.runtime.scheduler.requests import QueueFull, SchedulerClosed
+from edgetune.runtime.server.http.asked import BODY
 from edgetune.runtime.server.http.errors import (
     STOPPED,
     ApiError,
@@ -28,11 +29,14 @@ from edgetune.runtime.server.http.exchange import ClientGone
 from edgetune.runtime.server.http.logs import LOGGER, begin_request, log_error, note, notes
 from edgetune.runtime.server.http.requests import error_of
 from edgetune.runtime.server.http.service import Service
+from edgetune.runtime.server.shadow import Shadow
 
 OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")
 """Reachable without a key: they show nothing of the models."""
 QUIET_PATHS = ("/health", "/ready", "/metrics")
 """Asked every few seconds by machines: logged at debug level."""
+FAILURES = ("adapter_error", "internal_error", "deadline_exceeded")
+"""What counts against a version that is on trial."""
 CLIENT_GONE = 499
 """nginx's status for a client that closed its connection; only the log and the counters ever see
 it.
@@ -44,6 +48,7 @@ class RequestScope:
 
     def __init__(self, app: ASGIApp, *, service: Service) -> None:
         self.app, self.service = app, service
+        self._shadow = Shadow(app, service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -89,6 +94,8 @@ class RequestScope:
         route = getattr(scope.get("route"), "path", "other")
         self.service.metrics.requests.labels(route, str(status)).inc()
         self.service.metrics.seconds.labels(route).observe(seconds)
+        if "version" in notes(scope):
+            self._record_version(scope, status, seconds)
         quiet = scope["path"] in QUIET_PATHS and status < 400
         if not LOGGER.isEnabledFor(logging.DEBUG if quiet else logging.INFO):
             return
@@ -103,6 +110,21 @@ class RequestScope:
             **notes(scope),
         }
         LOGGER.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
+
+    def _record_version(self, scope: Scope, status: int, seconds: float) -> None:
+        """How a version did that answered for an alias. What the client did wrong says nothing."""
+        alias, version = notes(scope)["model"], notes(scope)["version"]
+        self.service.metrics.versions.labels(alias, version, str(status)).inc()
+        self.service.metrics.version_seconds.labels(alias, version).observe(seconds)
+        rollout = self.service.rollouts.get(alias)
+        error = notes(scope).get("error")
+        failed = error is not None and (status == 200 or error in FAILURES)
+        if rollout is None or not (failed or status == 200):
+            return
+        tokens = notes(scope).get("completion_tokens") or 1
+        rollout.answered(version, seconds / tokens, failed=failed)
+        if not failed:
+            self._shadow.look(scope, scope[BODY], rollout)
 
 
 class KeyCheck:

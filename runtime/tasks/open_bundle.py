@@ -17,6 +17,7 @@ from edgetune.runtime.adapters.registry import AdapterRegistry, Resident
 from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.bundle.tokenizer import BundleTokenizer
 from edgetune.runtime.engine.interface import AdapterRow, BoundAdapter, Decoder, Encoder, Tensors
+from edgetune.runtime.signature.keys import PublicKey
 from edgetune.runtime.tasks.choose_engine import (
     AUTO,
     ONNX_RUNTIME,
@@ -45,6 +46,7 @@ class OpenBundle:
         adapter_memory_mb: float | None = None,
         strict: bool = False,
         engine: str = AUTO,
+        signed_by: PublicKey | None = None,
     ) -> None:
         """See `Runtime.open`, whose arguments these are."""
         check_engine_name(engine)
@@ -61,6 +63,7 @@ class OpenBundle:
             memory_mb=adapter_memory_mb,
             strict=strict,
             by_site=self.engine.name == OURS,
+            signed_by=signed_by,
         )
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
         opened = self.decoder or self.encoder

@@ -21,6 +21,8 @@ from edgetune.runtime.engine.interface import AdapterRow, Decoder, Encoder
 from edgetune.runtime.engine.providers import ProvidersInUse, parse_providers
 from edgetune.runtime.generation.sampling import TokenSequence
 from edgetune.runtime.generation.settings import GenerationSettings
+from edgetune.runtime.signature.folder import check_signature
+from edgetune.runtime.signature.keys import read_public_key
 from edgetune.runtime.tasks.answers import Classification, Completion, TextStream
 from edgetune.runtime.tasks.choose_engine import AUTO, EngineInUse
 from edgetune.runtime.tasks.decoder import DecoderAnswers, Prompt
@@ -55,6 +57,7 @@ class Runtime:
         adapter_memory_mb: float | None = None,
         strict: bool = False,
         engine: str = AUTO,
+        signed_by: str | Path | None = None,
     ) -> Runtime:
         """Open a bundle. `verify` compares every file's sha256 with the manifest; BundleError lists
         what differs.
@@ -67,10 +70,14 @@ class Runtime:
         effect. `engine`: "native", "onnxruntime", or "auto", native where it was built and fits the
         bundle and the providers; "native:cache=int8": native with keys and values in 8 bits
         (`Runtime.engine` says which it is and why; InputError where
-        "native" cannot be had).
+        "native" cannot be had). `signed_by`: a PEM file's public key, which must have signed the
+        bundle and every adapter from elsewhere; SignatureError where it has not.
         """
         parse_providers(providers)  # a typo is found before gigabytes are hashed
         path = Path(folder)
+        key = None if signed_by is None else read_public_key(signed_by)
+        if key is not None:
+            check_signature(path, key)
         manifest = read_manifest(path)
         with as_exported(path, manifest) if verify else contextlib.nullcontext():
             opened = OpenBundle(
@@ -82,6 +89,7 @@ class Runtime:
                 adapter_memory_mb=adapter_memory_mb,
                 strict=strict,
                 engine=engine,
+                signed_by=key,
             )
         return cls(opened)
 

@@ -46,11 +46,17 @@ def test_the_container_serves_by_options_that_there_are() -> None:
     serve.make_context("serve", words[2:])
 
 
-def test_the_unit_is_one_that_systemd_accepts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["edgetune.service", "edgetune-update.service", "edgetune-update.timer"]
+)
+def test_the_units_are_ones_that_systemd_accepts(tmp_path: Path, name: str) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd here")
-    unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace("/opt/edgetune/bin/edgetune", sys.executable))
+    for unit in UNIT.parent.glob("edgetune*.*"):
+        text = unit.read_text().replace("/usr/local/bin/edgetune-update", "/bin/true")
+        text = text.replace("/opt/edgetune/bin/edgetune", sys.executable)
+        (tmp_path / unit.name).write_text(text)
+    unit = tmp_path / name
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True
     )

@@ -50,6 +50,9 @@ async def unload_lora_adapter(request: Request) -> Response:
             near = did_you_mean(name, service.runtime.adapters)
             message = f"The lora adapter '{name}' cannot be found. {near}".rstrip()
             raise not_found(message, code="adapter_not_found", param="lora_name")
+        if (alias := service.aliases.using(name)) is not None:
+            message = f"The lora adapter '{name}' answers for the alias '{alias}'."
+            raise ApiError(409, message, param="lora_name", code="adapter_in_use")
         if in_use != "wait":
             await service.in_thread(_unload, service, name, in_use)
     if in_use == "wait":  # not under the lock, and not in a thread that others need

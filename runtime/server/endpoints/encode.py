@@ -19,10 +19,11 @@ from starlette.types import Scope
 
 from edgetune.core.errors import InputError
 from edgetune.core.tasks import CLASSIFICATION, REWARD, VALUE
+from edgetune.runtime.server.http.asked import read_asked
 from edgetune.runtime.server.http.bodies import CLASSIFY, EMBEDDINGS, POOLING, SCORE, TAG
 from edgetune.runtime.server.http.errors import bad_request, deadline_exceeded
 from edgetune.runtime.server.http.exchange import unless_gone
-from edgetune.runtime.server.http.json_body import Schema, read_body
+from edgetune.runtime.server.http.json_body import Schema
 from edgetune.runtime.server.http.logs import note, request_id_of
 from edgetune.runtime.server.http.requests import plain_message
 from edgetune.runtime.server.http.service import Service
@@ -169,10 +170,7 @@ class Call:
 
 
 async def _read(request: Request, schema: Schema) -> Call:
-    service: Service = request.app.state.service
-    service.check_open()
-    body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
-    note(request.scope, model=body["model"], user=body.get("user"))
+    service, body = await read_asked(request, schema)
     adapter = service.adapter_of(body["model"])
     if service.runtime.manifest.is_decoder:
         task = await service.in_thread(service.runtime.task, adapter)
@@ -245,10 +243,7 @@ async def pooling(request: Request) -> Response:
 
 
 async def _scores(request: Request, schema: Schema, answers_of: Any) -> tuple[Call, list[float]]:
-    service: Service = request.app.state.service
-    service.check_open()
-    body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
-    note(request.scope, model=body["model"], user=body.get("user"))
+    service, body = await read_asked(request, schema)
     call = Call(service, request.scope, body, service.adapter_of(body["model"]), [])
     runtime, scheduler = service.runtime, service.scheduler
     kind = await service.in_thread(_kind, runtime, call.adapter)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from edgetune.runtime.scheduler.requests import Event, FailedEvent, FinishedEvent, TokenEvent
+from edgetune.runtime.server.http.asked import read_asked
 from edgetune.runtime.server.http.bodies import CHAT, COMPLETIONS
 from edgetune.runtime.server.http.errors import (
     STOPPED,
@@ -23,7 +24,7 @@ from edgetune.runtime.server.http.errors import (
     unavailable,
 )
 from edgetune.runtime.server.http.exchange import Exchange, unless_gone
-from edgetune.runtime.server.http.json_body import Schema, read_body
+from edgetune.runtime.server.http.json_body import Schema
 from edgetune.runtime.server.http.logs import log_error, note, request_id_of
 from edgetune.runtime.server.http.requests import Plan, error_of, plan_chat, plan_completion
 from edgetune.runtime.server.http.responses import ChatAnswer, Envelope, TextAnswer, ToolAnswer
@@ -63,11 +64,8 @@ async def responses(request: Request) -> Response:
 async def _generate(
     request: Request, schema: Schema, planner: Planner, enveloped: Enveloped
 ) -> Response:
-    service: Service = request.app.state.service
-    service.check_open()
-    body = await read_body(request, schema, limit_mb=service.options.max_body_mb)
+    service, body = await read_asked(request, schema)
     request_id = request_id_of(request.scope)
-    note(request.scope, model=body["model"], user=body.get("user") or body.get("safety_identifier"))
     plan = await service.in_thread(planner, service, body, request_id)
     note(request.scope, prompt_tokens=plan.prompt_tokens, rows=len(plan.rows), stream=plan.stream)
     exchange = Exchange(service.scheduler, service.mailroom, plan.rows)

@@ -46,7 +46,22 @@ def model_cards(service: Service) -> list[dict[str, Any]]:
         if service.runtime.manifest.mode == "merged"
         else [_card(service, service.base, parent=None)]
     )
-    return base + [_adapter_card(service, status) for status in service.runtime.registry.statuses()]
+    cards = base + [
+        _adapter_card(service, status) for status in service.runtime.registry.statuses()
+    ]
+    return _with_aliases(service, cards)
+
+
+def _with_aliases(service: Service, cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An alias is described by the version that answers most; `versions` has each one's share. It
+    hides an adapter of its name.
+    """
+    known = {card["id"]: card for card in cards}
+    for alias, shares in service.aliases.all().items():
+        most = max(shares, key=lambda version: shares[version])
+        own = known.get(most) or _card(service, alias, parent=service.base)
+        known[alias] = {**own, "id": alias, "versions": shares}
+    return list(known.values())
 
 
 def _adapter_card(service: Service, status: AdapterStatus) -> dict[str, Any]:

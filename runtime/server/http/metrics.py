@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from edgetune.core.memory import peak_rss_mb
+from edgetune.runtime.rollout.aliases import Aliases
 from edgetune.runtime.scheduler.scheduler import Scheduler
 from edgetune.runtime.tasks.answers import Completion
 
@@ -27,7 +28,7 @@ class Metrics:
     meet.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, aliases: Aliases) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "edgetune_http_requests",
@@ -69,7 +70,27 @@ class Metrics:
             buckets=BATCH_BUCKETS,
             registry=self.registry,
         )
+        self.versions = Counter(
+            "edgetune_version_requests",
+            "Requests for an alias, by the version that answered.",
+            ("alias", "version", "status"),
+            registry=self.registry,
+        )
+        self.version_seconds = Histogram(
+            "edgetune_version_request_seconds",
+            "The same requests, from the first byte to the answer's last.",
+            ("alias", "version"),
+            buckets=REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+        self.rollout_steps = Counter(
+            "edgetune_rollout_steps",
+            "Steps of roll-outs: fetched, checked, trial, kept, settled, rolled back, refused …",
+            ("alias", "step"),
+            registry=self.registry,
+        )
         self.registry.register(SchedulerCollector(scheduler))
+        self.registry.register(AliasCollector(aliases))
 
     def completed(self, completion: Completion, *, rows: int) -> None:
         """One generated text has ended."""
@@ -83,6 +104,25 @@ class Metrics:
     def page(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self.registry)
+
+
+class AliasCollector(Collector):
+    """Which version answers for an alias, and for which share."""
+
+    def __init__(self, aliases: Aliases) -> None:
+        self._aliases = aliases
+
+    def collect(self) -> Iterator[Metric]:
+        """As it is when Prometheus asks."""
+        family = GaugeMetricFamily(
+            "edgetune_alias_share",
+            "Share of an alias's requests that a version answers.",
+            labels=("alias", "version"),
+        )
+        for alias, shares in self._aliases.all().items():
+            for version, share in shares.items():
+                family.add_metric([alias, version], share)
+        yield family
 
 
 class SchedulerCollector(Collector):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgetune.core.errors import AdapterError, InputError
+from edgetune.core.errors import AdapterError, InputError, SignatureError
 from edgetune.core.tasks import CLASSIFICATION, REWARD
 from edgetune.runtime.generation.settings import GenerationSettings
 from edgetune.runtime.scheduler.requests import GenerationRequest
@@ -144,6 +144,8 @@ def error_of(error: Exception, *, param: str | None = None) -> ApiError | None:
         return not_found(message, code="model_not_found", param="model")
     if isinstance(error, AdapterError):
         return bad_request(str(error), param=param, code="adapter_error")
+    if isinstance(error, SignatureError):
+        return bad_request(str(error), param=param, code="signature_error")
     return None
 
 

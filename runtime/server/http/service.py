@@ -5,6 +5,7 @@ models.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,18 @@ from typing import Any, TypeVar
 
 from edgetune.core.errors import AdapterError
 from edgetune.core.settings import did_you_mean
+from edgetune.runtime.rollout.aliases import Aliases
+from edgetune.runtime.rollout.rollout import AliasRollout
 from edgetune.runtime.scheduler.scheduler import Scheduler
 from edgetune.runtime.server.http.errors import ApiError, not_found, overloaded, unavailable
 from edgetune.runtime.server.http.exchange import Exchange, Mailroom
+from edgetune.runtime.server.http.logs import LOGGER
 from edgetune.runtime.server.http.metrics import Metrics
 from edgetune.runtime.tasks.runtime import Runtime
 
 T = TypeVar("T")
+TROUBLE = ("refused", "rolled back", "lost", "failed")
+"""Steps of a roll-out that are warnings."""
 WAITS = 4
 """Unloads that wait for texts under way, at once."""
 
@@ -51,9 +57,18 @@ class ServerOptions:
 class Service:
     """One bundle being served. `started()` is called in the event loop, `stop()` when it ends."""
 
-    def __init__(self, runtime: Runtime, scheduler: Scheduler, options: ServerOptions) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        scheduler: Scheduler,
+        options: ServerOptions,
+        aliases: Aliases | None = None,
+    ) -> None:
         self.runtime, self.scheduler, self.options = runtime, scheduler, options
-        self.metrics = Metrics(scheduler)
+        self.aliases = Aliases() if aliases is None else aliases
+        self.metrics = Metrics(scheduler, self.aliases)
+        self.rollouts: dict[str, AliasRollout] = {}
+        """alias → what follows a source and hears how its versions do"""
         self.base = options.model_name or short_name(runtime.manifest.base.name)
         self.created = int(time.time())
         self.draining = False
@@ -124,12 +139,18 @@ class Service:
             return model
         raise no_such_model(model, self.models())
 
+    def tell(self, alias: str, step: str, **facts: Any) -> None:
+        """A step of a roll-out, into the log and the metrics."""
+        self.metrics.rollout_steps.labels(alias, step).inc()
+        level = logging.WARNING if step in TROUBLE else logging.INFO
+        LOGGER.log(level, "rollout", extra={"fields": {"alias": alias, "step": step, **facts}})
+
     def models(self) -> list[str]:
-        """Every name that can be asked for, the base first (a merged bundle's base is not there any
-        more).
+        """Every name that can be asked for: the base (a merged bundle's is not there any more),
+        adapters, aliases.
         """
         base = [] if self.runtime.manifest.mode == "merged" else [self.base]
-        return [*base, *self.runtime.adapters]
+        return list(dict.fromkeys([*base, *self.runtime.adapters, *self.aliases.all()]))
 
     def deadline(self, asked_s: float | None) -> float | None:
         """The moment of `time.monotonic()` by which an answer must be there: the caller's or the

@@ -1,0 +1,1 @@
+"""New versions of an adapter: fetched, checked, tried behind an alias, kept or rolled back."""

@@ -1,0 +1,91 @@
+"""A folder signed, and a folder against its signature: every file that is there, and none else."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from edgetune.core.errors import SignatureError, listed
+from edgetune.core.files import sha256_file, write_json
+from edgetune.runtime.signature.envelope import SIGNATURE, Signed, seal, unseal
+from edgetune.runtime.signature.keys import PrivateKey, PublicKey
+
+MAX_FILES = 20_000
+"""Of a signed folder: as many as a signature file of 4 MB lists."""
+
+
+def sign_folder(folder: str | Path, key: PrivateKey, *, version: int | None = None) -> Signed:
+    """Write the signature over every file of a folder into it, whole or not at all. SignatureError
+    for a link, or anything else that is no file.
+    """
+    folder = Path(folder)
+    files = {path: sha256_file(folder / path) for path in _files_of(folder)}
+    if not files:
+        raise SignatureError("there is nothing to sign", where=str(folder))
+    signed = Signed(folder.resolve().name, files, version)
+    write_json(folder / SIGNATURE, seal(signed, key))
+    return signed
+
+
+def check_signature(folder: str | Path, key: PublicKey) -> Signed:
+    """What the publisher signed, when it is what the folder holds. SignatureError lists what was
+    changed, added and is missing; links are refused.
+    """
+    folder = Path(folder)
+    if not (folder / SIGNATURE).exists():
+        raise SignatureError(
+            "there is no signature",
+            where=str(folder),
+            expected=SIGNATURE,
+            fix="Its publisher makes one: edgetune sign FOLDER --key KEY.pem.",
+        )
+    signed = unseal(folder / SIGNATURE, key)
+    there = set(_files_of(folder))
+    differing = [
+        *(f"{path}: missing" for path in signed.files if path not in there),
+        *(f"{path}: not signed" for path in sorted(there - set(signed.files))),
+        *(
+            f"{path}: changed since it was signed"
+            for path, digest in signed.files.items()
+            if path in there and sha256_file(folder / path) != digest
+        ),
+    ]
+    if differing:
+        raise SignatureError(
+            f"the folder is not what was signed: {listed(differing, 'files differ')}",
+            where=str(folder),
+            fix="Get it again from its publisher.",
+        )
+    return signed
+
+
+def digests_of(folder: str | Path) -> dict[str, str]:
+    """sha256 (hex) of every file in a folder but its signature, by path. SignatureError for
+    links.
+    """
+    return {path: sha256_file(Path(folder) / path) for path in _files_of(Path(folder))}
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The files of a folder and of those inside it, as POSIX paths, but for its signature."""
+    if not folder.is_dir():
+        raise SignatureError("there is no such folder", where=str(folder))
+    found: list[str] = []
+    for place, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            path = Path(place, name)
+            mode = path.lstat().st_mode
+            shown = path.relative_to(folder).as_posix()
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                what = "a link" if stat.S_ISLNK(mode) else "no file"
+                raise SignatureError(
+                    f"{shown}: {what}", where=str(folder), expected="files and folders only"
+                )
+            if stat.S_ISREG(mode) and shown != SIGNATURE:
+                found.append(shown)
+        if len(found) > MAX_FILES:
+            raise SignatureError(
+                "too many files", where=str(folder), expected=f"{MAX_FILES} at most"
+            )
+    return sorted(found)

@@ -1,0 +1,106 @@
+"""`edgetune-update` and the Mender module: a new bundle is pulled, verified, served, or not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runtime_helpers import encoder_bundle
+from signature_helpers import Keys, make_keys
+
+from edgetune.runtime.signature.folder import sign_folder
+from edgetune.runtime.signature.keys import read_private_key
+
+DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
+
+
+class Machine:
+    """A device's folders, with stand-ins for systemctl (it notes the restart) and curl (the server
+    gets ready unless there is a file `broken-` and the slot).
+    """
+
+    def __init__(self, folder: Path, keys: Keys) -> None:
+        self.root, self.tools, self.keys = folder / "srv", folder / "bin", keys
+        self.root.mkdir()
+        self.tools.mkdir()
+        edgetune = "import sys; from edgetune.cli import main; main(sys.argv[1:])"
+        self._tool("edgetune", f'exec "{sys.executable}" -c "{edgetune}" "$@"')
+        self._tool("systemctl", f'readlink "{self.root}/current" >> "{self.root}/restarts"')
+        self._tool("curl", f'test ! -e "{self.root}/broken-$(readlink {self.root}/current)"')
+
+    def _tool(self, name: str, line: str) -> None:
+        (self.tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (self.tools / name).chmod(0o755)
+
+    def run(self, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        own = {
+            "PATH": f"{self.tools}:{os.environ['PATH']}",
+            "EDGETUNE": str(self.tools / "edgetune"),
+            "EDGETUNE_ROOT": str(self.root),
+            "EDGETUNE_KEY": str(self.keys.public),
+            "EDGETUNE_UPDATE": str(DEPLOY / "edgetune-update"),
+        }
+        words = ["sh", str(DEPLOY / script), *map(str, arguments)]
+        return subprocess.run(words, env=os.environ | own, capture_output=True, text=True)
+
+    @property
+    def restarts(self) -> list[str]:
+        path = self.root / "restarts"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path, make_keys(tmp_path))
+
+
+def bundle(machine: Machine, tiny_encoder: Path, name: str) -> Path:
+    copy = machine.root.parent / name
+    shutil.copytree(encoder_bundle(tiny_encoder), copy)
+    sign_folder(copy, read_private_key(machine.keys.private))
+    return copy
+
+
+def test_a_new_bundle_is_served_and_a_changed_one_is_not(
+    machine: Machine, tiny_encoder: Path
+) -> None:
+    first = bundle(machine, tiny_encoder, "one")
+    done = machine.run("edgetune-update", first)
+    assert (done.returncode, machine.restarts) == (0, ["a"]), done.stderr
+    assert machine.run("edgetune-update", first).returncode == 0
+    assert machine.restarts == ["a"]  # it is served already
+    manifest = first / "edgetune.json"
+    manifest.write_text(manifest.read_text().replace('"calm"', '"glad"'))
+    assert machine.run("edgetune-update", first).returncode == 1
+    assert (machine.root / "current").readlink() == Path("a")
+
+
+def test_a_bundle_that_does_not_get_ready_gives_way_to_the_one_before(
+    machine: Machine, tiny_encoder: Path
+) -> None:
+    machine.run("edgetune-update", bundle(machine, tiny_encoder, "one"))
+    (machine.root / "broken-b").touch()
+    done = machine.run("edgetune-update", bundle(machine, tiny_encoder, "two"))
+    assert (done.returncode, machine.restarts) == (1, ["a", "b", "a"])
+    assert "back to the one before" in done.stderr
+
+
+def test_mender_installs_a_bundle_and_goes_back(
+    machine: Machine, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    for state, answer in (("SupportsRollback", "Yes"), ("NeedsArtifactReboot", "No")):
+        assert machine.run("mender-edgetune", state, tmp_path).stdout.strip() == answer
+    machine.run("edgetune-update", bundle(machine, tiny_encoder, "one"))
+    payload = tmp_path / "payload"
+    (payload / "files").mkdir(parents=True)
+    (payload / "tmp").mkdir()
+    second = bundle(machine, tiny_encoder, "two")
+    subprocess.run(["tar", "-C", second, "-cf", payload / "files" / "bundle.tar", "."], check=True)
+    done = machine.run("mender-edgetune", "ArtifactInstall", payload)
+    assert (done.returncode, machine.restarts) == (0, ["a", "b"]), done.stderr
+    assert machine.run("mender-edgetune", "ArtifactRollback", payload).returncode == 0
+    assert machine.restarts == ["a", "b", "a"]

@@ -1,0 +1,147 @@
+"""A server that follows a folder: versions come, are compared on requests asked again, go back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CommandLine
+from rollout_helpers import publish
+from runtime_helpers import decoder_bundle, encoder_bundle
+from safetensors.numpy import load_file, save_file
+from server_helpers import Running, serve, until
+from signature_helpers import Keys, make_keys
+
+from edgetune.cli.follow import followed, following
+from edgetune.core.files import sha256_file
+from edgetune.runtime.rollout.rollout import AliasRollout
+from edgetune.runtime.signature.keys import read_private_key
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return make_keys(tmp_path_factory.mktemp("keys"))
+
+
+@contextmanager
+def follow(running: Running, alias: str, place: Path, disk: Path, **more: Any) -> Iterator[None]:
+    given: dict[str, Any] = {
+        "follows": (f"{alias}={place}",),
+        "follow_every_s": 0.05,
+        "follow_state": disk,
+        "follow_bounds": ("share=0.5", "requests=30", "latency=1000", "shadow=1", "errors=0.1"),
+        "limits": (),
+        "device_name": None,
+        "signed_by": None,
+    }
+    with following(running.service, **(given | more)):
+        yield
+
+
+def rollout(running: Running, alias: str) -> AliasRollout:
+    return running.service.rollouts[alias]
+
+
+def broken(adapter: Path, copy: Path) -> Path:
+    """Answers that are not finite."""
+    publish(adapter, copy)
+    weights = copy / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: np.full_like(one, 1e30) for name, one in tensors.items()}, weights)
+    known = json.loads((copy / "edgetune_adapter.json").read_text())
+    known["files"]["adapter_model.safetensors"] = sha256_file(weights)
+    (copy / "edgetune_adapter.json").write_text(json.dumps(known))
+    return copy
+
+
+def test_a_good_version_is_kept_and_a_broken_one_goes_back(
+    tiny_encoder: Path, keys: Keys, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place, adapter = tmp_path / "source", encoder_bundle(tiny_encoder) / "adapters" / "mood"
+    key = read_private_key(keys.private)
+
+    def ask() -> tuple[int, str]:
+        answer = running.post("/classify", {"model": "mood", "input": "hello"})
+        return answer.status_code, answer.json().get("model", "")
+
+    with serve(encoder_bundle(tiny_encoder)) as running:
+        publish(adapter, place, key=key, version=2)
+        with follow(running, "mood", place, tmp_path / "disk", signed_by=keys.public):
+            own = rollout(running, "mood")
+            until(lambda: own.state.phase == "trial")
+            assert {ask() for _ in range(20)} == {(200, "mood"), (200, "mood@v2")}
+            trial = own._trial
+            assert trial is not None
+            until(lambda: trial.compared)
+            assert trial.alike == trial.compared
+            until(lambda: ask()[0] == 200 and own.state.phase == "settled")
+            assert ask() == (200, "mood@v2")
+            publish(broken(adapter, tmp_path / "broken"), place, key=key, version=3)
+            until(lambda: own.state.phase == "trial")
+            statuses = [ask()[0] for _ in range(40)]
+            assert statuses.count(400) >= 3 and statuses[-1] == 200
+            until(lambda: own.state.phase == "settled")
+            assert {ask() for _ in range(20)} == {(200, "mood@v2")}
+            page = running.get("/metrics").text
+            assert 'edgetune_rollout_steps_total{alias="mood",step="rolled back"} 1.0' in page
+        assert json.loads((tmp_path / "disk" / "mood" / "state.json").read_text())["phase"]
+
+
+def test_a_decoders_versions_are_compared_on_text(tiny_decoder: Path, tmp_path: Path) -> None:
+    adapters = decoder_bundle(tiny_decoder) / "adapters"
+    publish(adapters / "b", tmp_path / "source")
+    with serve(decoder_bundle(tiny_decoder)) as running:
+        bounds = ("share=0.5", "shadow=1", "latency=1000", "requests=1000")
+        with follow(running, "a", tmp_path / "source", tmp_path / "disk", follow_bounds=bounds):
+            own = rollout(running, "a")
+            until(lambda: own.state.phase == "trial")
+            trial = own._trial
+            assert trial is not None
+            asked = {"model": "a", "prompt": "hello", "max_tokens": 4, "stream": True}
+
+            def compared() -> bool:
+                running.post("/v1/completions", asked)
+                time.sleep(0.01)
+                return trial.compared >= 3
+
+            until(compared)
+            assert trial.alike == 0  # another adapter says something else
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("home=/srv/home", "home"),
+        ("/srv/channel/home/", "home"),
+        ("oci://registry.example:5000/acme/home:stable", "home"),
+        ("tea=oci://registry.example/acme/home:stable", "tea"),
+        ("https://example.org/home", "home"),
+    ],
+)
+def test_a_source_has_a_name(text: str, name: str) -> None:
+    assert followed(text)[0] == name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--follow", "=x"),
+        ("--follow", "../"),
+        ("--follow", "a=x", "--follow-bound", "share=0"),
+        ("--follow", "a=x", "--follow-bound", "speed=1"),
+        ("--follow", "a=x", "--follow-bound", "errors=2"),
+        ("--follow", "a=x", "--budget", "speed=1"),
+        ("--follow", "a=x", "--follow-state", "/dev/null/x"),
+    ],
+)
+def test_bad_options_are_one_line(
+    tiny_decoder: Path, command_line: CommandLine, arguments: tuple[str, ...]
+) -> None:
+    code, _, err = command_line("serve", decoder_bundle(tiny_decoder), "--port", 0, *arguments)
+    assert code == 2 and "Traceback" not in err

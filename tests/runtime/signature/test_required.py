@@ -1,0 +1,121 @@
+"""What opens with `--require-signature`: bundles, adapters from elsewhere, over HTTP too."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import CommandLine
+from runtime_helpers import ENCODER_ADAPTERS, encoder_bundle
+from server_helpers import Running, serve
+from signature_helpers import Keys, make_keys
+
+from edgetune.core.errors import SignatureError
+from edgetune.runtime import Runtime
+from edgetune.runtime.signature.envelope import SIGNATURE
+from edgetune.runtime.signature.folder import sign_folder
+from edgetune.runtime.signature.keys import read_private_key
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return make_keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_encoder: Path, keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Signed."""
+    copy = tmp_path_factory.mktemp("signed") / "bundle"
+    shutil.copytree(encoder_bundle(tiny_encoder), copy)
+    sign_folder(copy, read_private_key(keys.private))
+    return copy
+
+
+@pytest.fixture
+def adapter(bundle: Path, tmp_path: Path) -> Path:
+    """A folder that is not signed yet."""
+    folder = tmp_path / "incoming" / "mood"
+    shutil.copytree(bundle / "adapters" / "mood", folder)
+    return folder
+
+
+def test_a_signed_bundle_opens_and_takes_signed_adapters_only(
+    bundle: Path, adapter: Path, keys: Keys
+) -> None:
+    with Runtime.open(bundle, threads=1, signed_by=keys.public) as runtime:
+        with pytest.raises(SignatureError, match="no signature"):
+            runtime.load_adapter("hot", adapter)
+        sign_folder(adapter, read_private_key(keys.private))
+        runtime.load_adapter("hot", adapter)
+        assert runtime.classify(["hello"], "hot")[0].label in ENCODER_ADAPTERS["mood"]
+
+
+def test_a_manifest_changed_together_with_its_hashes_does_not_open(
+    bundle: Path, keys: Keys, tmp_path: Path
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    manifest = copy / "edgetune.json"
+    manifest.write_text(manifest.read_text().replace('"calm"', '"glad"'))
+    Runtime.open(copy, threads=1).close()  # hashes alone do not notice
+    with pytest.raises(SignatureError, match=r"edgetune\.json: changed"):
+        Runtime.open(copy, threads=1, signed_by=keys.public)
+
+
+def test_another_key_opens_nothing(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(SignatureError, match="not this key"):
+        Runtime.open(bundle, threads=1, signed_by=make_keys(tmp_path).public)
+
+
+@pytest.fixture
+def running(bundle: Path, adapter: Path, keys: Keys) -> Iterator[Running]:
+    with serve(
+        bundle, adapter_folders=(adapter.parent.resolve(),), opened={"signed_by": keys.public}
+    ) as found:
+        yield found
+
+
+def test_over_http_an_unsigned_adapter_is_refused(
+    running: Running, adapter: Path, keys: Keys
+) -> None:
+    body = {"lora_name": "new", "lora_path": str(adapter)}
+    answer = running.post("/v1/load_lora_adapter", body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "signature_error")
+    sign_folder(adapter, read_private_key(keys.private))
+    assert running.post("/v1/load_lora_adapter", body).status_code == 200
+    (adapter / "README.md").write_text("added")
+    answer = running.post("/v1/load_lora_adapter", {**body, "load_inplace": True})
+    assert answer.json()["error"]["code"] == "signature_error"
+    assert running.post("/classify", {"model": "new", "input": "hello"}).status_code == 200
+
+
+def test_the_commands_sign_verify_and_require(
+    bundle: Path, adapter: Path, keys: Keys, command_line: CommandLine
+) -> None:
+    assert command_line("verify", adapter, "--key", keys.public)[0] == 1
+    assert command_line("sign", adapter, "--key", keys.private, "--version", 3)[0] == 0
+    code, out, _ = command_line("verify", adapter, "--key", keys.public)
+    assert (code, out.rstrip().endswith(f"as signed by {keys.public}, version 3")) == (0, True)
+    assert command_line("verify", bundle, "--key", keys.public)[0] == 0
+    ask = ("predict", bundle, "hello", "--adapter", "mood", "--require-signature", keys.public)
+    assert command_line(*ask)[0] == 0
+    signature = (bundle / SIGNATURE).read_text()
+    (bundle / SIGNATURE).unlink()
+    try:
+        code, _, err = command_line(*ask)
+        assert (code, err.count("\n")) == (2, 1) and "there is no signature" in err
+    finally:
+        (bundle / SIGNATURE).write_text(signature)
+
+
+def test_what_is_not_as_exported_is_not_signed(
+    bundle: Path, keys: Keys, command_line: CommandLine, tmp_path: Path
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    (copy / SIGNATURE).unlink()
+    (copy / "tokenizer.json").write_text("{}")
+    code, _, err = command_line("sign", copy, "--key", keys.private)
+    assert (code, "tokenizer.json" in err, (copy / SIGNATURE).exists()) == (1, True, False)
