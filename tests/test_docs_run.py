@@ -25,7 +25,7 @@ NOT_RUN = {
     r"\[OPTIONS\]|[ =/](BUNDLE\w*|NAME|RUN|FAMILY|FILE|DATA|PYTHON|URL)\b|\[--|…": (
         "a form whose words are the reader's own"
     ),
-    r"^python benchmarks/|^make (quickstart|test)": "minutes on real models",
+    r"^python benchmarks/|^make (quickstart|test|bench|peers)": "minutes on real models",
     r"^edgetune models ": "fetches a base",
     r"device=cuda|--multi_gpu": "needs GPUs",
     r"^torchrun": "several processes: tests/training/test_distributed.py starts them",
