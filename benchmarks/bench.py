@@ -221,10 +221,26 @@ def last_line(words: list[str]) -> dict[str, Any] | str:
 
 def machine() -> dict[str, Any]:
     """What other work and the memory leave, at this moment."""
+    busy = busy_cores()
     speeds = {"one": host_speed(1), "all": host_speed()}
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     read = {name: round(speed.gb_s, 1) for name, speed in speeds.items()}
-    return {"load_average": load, "read_gb_s": read, "threads": speeds["all"].threads}
+    return {"busy_cores": busy, "read_gb_s": read, "threads": speeds["all"].threads}
+
+
+def busy_cores(seconds: float = 1.0) -> float | None:
+    """Cores at others' work while this process waits; None where the system does not tell."""
+    seen = []
+    for pause in (seconds, 0.0):
+        try:
+            times = [
+                int(ticks) for ticks in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+            ]
+        except OSError:
+            return None
+        seen.append((sum(times), times[3] + times[4]))  # all; idle and waiting for a disk
+        time.sleep(pause)
+    spent, idle = (after - before for before, after in zip(*seen, strict=True))
+    return round((1 - idle / spent) * (os.cpu_count() or 1), 1) if spent else None
 
 
 def versions(peers: Mapping[str, Peer], benchmark: str) -> dict[str, str]:
@@ -243,14 +259,15 @@ def versions(peers: Mapping[str, Peer], benchmark: str) -> dict[str, str]:
 
 def measured(runs: Runs, benchmark: str) -> dict[str, Any]:
     """One benchmark, as the file holds it."""
-    before, start = machine(), time.monotonic()
     missing = [
         {"what": peer.package, "why": WHY, "how": peer.how_to()}
         for peer in runs.peers.values()
         if benchmark in peer.benchmarks and peer.python is None
     ]
     commands, measures = [], []
-    for words in runs.commands(benchmark):
+    asked = [*runs.commands(benchmark)]  # exports what is not there yet
+    before, start = machine(), time.monotonic()
+    for words in asked:
         commands.append(shown(words))
         line = last_line(words)
         if isinstance(line, str):
@@ -278,7 +295,10 @@ def results_path(folder: Path, host: Mapping[str, Any], date: str) -> Path:
 def as_text(document: Mapping[str, Any]) -> str:
     """JSON, a list of numbers on one line."""
     text = json.dumps(document, indent=1, ensure_ascii=False)
-    return re.sub(r"\[[-\d.,e+\s]+\]", lambda found: " ".join(found[0].split()), text) + "\n"
+    return (
+        re.sub(r"\[[-\d.,e+\s]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+        + "\n"
+    )
 
 
 def main() -> None:

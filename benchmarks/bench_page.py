@@ -33,8 +33,8 @@ TITLES = {
     "training": "Training",
 }
 BUSY = 0.5
-"""Of the cores: a load average above this share is other people's work."""
-WIDTH, LEFT, RIGHT, BAR, STEP = 720, 330, 70, 15, 22  # user units
+"""Cores at other work beside a benchmark, from which on it is not final."""
+WIDTH, LEFT, RIGHT, BAR, STEP = 780, 390, 70, 15, 22  # user units
 STYLE = (
     ".t{font:12px system-ui,sans-serif;fill:#57606a}.own{fill:#0f8a7e}.peer{fill:#a5afba}"
     ".reach{stroke:#d1620d;stroke-width:1.5}"
@@ -106,9 +106,9 @@ def _around(found: Mapping[str, Any]) -> str:
     threads = sides[0]["threads"]
     text = f"Memory read by one thread {one[0]} GB/s before and {one[1]} after"
     text += f", by {threads} {more[0]} and {more[1]}. " if threads > 1 else ". "
-    load = sides[0]["load_average"]
-    if load is not None and load > BUSY * threads:
-        text += f"**Other work was under way (load average {load:.1f}): not final.** "
+    busy = max(side["busy_cores"] or 0 for side in sides)
+    if busy > BUSY:
+        text += f"**Other work was under way, on {busy:.1f} cores: not final.** "
     said = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     rounds = found["rounds"]
     return text + f"{rounds} round{'s' if rounds > 1 else ''}, {found['seconds']} s; {said}."
