@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# one process a core, a file's tests in one of them: they share the exports they make
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# one process a core and one more, for tests that wait for servers and children; a file's tests in
+# one of them: they share the exports they make
+CORES := $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+PARALLEL := -n $(CORES) --dist loadfile
 
 .PHONY: quickstart test test-all fuzz check coverage docs bench peers clean
 

@@ -156,7 +156,15 @@ def test_every_method_and_kind_of_base_is_among_them() -> None:
     assert {train for _, train, *_ in SUCCESSIONS} == set(TRAINED)
 
 
-@pytest.mark.parametrize("succession", SUCCESSIONS, ids=name_of)
+# all weights resume as an adapter does, by the same code: one method after itself shows it quickly
+QUICK = [one for one in SUCCESSIONS if one[1] != "full" or one[2] == one[3]]
+
+
+@pytest.mark.parametrize(
+    "succession",
+    [pytest.param(s, marks=[] if s in QUICK else [pytest.mark.slow]) for s in SUCCESSIONS],
+    ids=name_of,
+)
 def test_one_method_follows_another(
     succession: Succession, bases: dict[str, Path], tmp_path: Path
 ) -> None:

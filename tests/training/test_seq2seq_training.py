@@ -190,6 +190,7 @@ def test_from_a_recipe_to_the_device_on_the_command_line(
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_trained_for_the_int4_base_learns_on_what_both_graphs_hold(
     t5: Path, tmp_path: Path
 ) -> None:

@@ -213,8 +213,8 @@ def test_a_tied_embedding_and_output_projection_are_one_place(
     ("name", "precision", "reason"),
     [
         ("gpt2", "fp32", "LayerNormalization"),
-        ("gpt_neox", "int8", "LayerNormalization"),
-        ("opt", "int4", "LayerNormalization"),
+        pytest.param("gpt_neox", "int8", "LayerNormalization", marks=pytest.mark.slow),
+        pytest.param("opt", "int4", "LayerNormalization", marks=pytest.mark.slow),
         ("llama", "fp16", "not in float32"),
     ],
 )

@@ -30,15 +30,19 @@ COPIES = {
     "electra",
     "gemma",
     "gemma2",
+    "gpt2",
     "gpt_neox",
+    "modernbert",
     "mistral",
     "opt",
+    "phi3",
     "qwen2",
     "qwen3",
     "roberta",
     "smollm3",
     "xlm-roberta",
-}  # their layers are another family's, but for what those of gemma3, gpt2 and phi3 have too
+}  # their layers are another family's, or have what those of deberta, gemma3 and llama have; gpt2's
+# own kind of attributes is a test of its own
 
 
 def deep(name: str, request: Any, folder: Path, *, layers: int = 4, **more: Any) -> Base:

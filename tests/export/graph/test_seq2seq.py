@@ -178,7 +178,7 @@ def greedy(family: Exported, prompt: list[int], count: int, *, adapter: bool) ->
 
 
 # what flan-t5 has, umt5 has too: gated layers, an output projection of its own
-@pytest.mark.parametrize("name", some(FAMILIES, slow={*COPIES, "flan-t5"}))
+@pytest.mark.parametrize("name", some(FAMILIES, slow={*COPIES, "flan-t5", "umt5"}))
 def test_merged_into_the_weights_it_answers_as_torch(name: str, tmp_path: Path) -> None:
     adapter = make_adapter(make_seq2seq(name, tmp_path / "base"), tmp_path / "a", strength=0.1)
     manifest = export(tmp_path / "bundle", adapter, mode="merged")

@@ -38,10 +38,13 @@ template <class C> INLINE float *scales_of(typename C::Number *step, int width) 
     return (float *)(step + LANES * width);
 }
 
-// Scores of R queries with W steps of 16 keys from the key `at`, written to `scores`.
+// Scores of R queries with W steps of 16 keys from the key `at`, written to `scores`. Their values,
+// which are read next, are asked for meanwhile.
 template <class C, int R, int W>
-INLINE void score_keys(const Span *rows, uint8_t *keys, int at, int dim, int width, float softcap,
-                       float *scores) {
+INLINE void score_keys(const Span *rows, uint8_t *keys, uint8_t *values, int at, int dim, int width,
+                       float softcap, float *scores) {
+    constexpr int numbers = W * LANES;
+    const typename C::Number *next = step_at<C>(values, at, width);
     const typename C::Number *key[W];
     F s[R][W];
     for (int w = 0; w < W; w++) key[w] = step_at<C>(keys, at + w * LANES, width);
@@ -49,6 +52,7 @@ INLINE void score_keys(const Span *rows, uint8_t *keys, int at, int dim, int wid
         for (int w = 0; w < W; w++) s[r][w] = all(0.0f);
     for (int d = 0; d < dim; d++) {
         F k[W];
+        ask_for(next + d * numbers, numbers * sizeof(*next));
         for (int w = 0; w < W; w++) k[w] = C::load16(key[w] + d * LANES);
         for (int r = 0; r < R; r++) {
             F q = all(rows[r].q[d]);
@@ -63,10 +67,11 @@ INLINE void score_keys(const Span *rows, uint8_t *keys, int at, int dim, int wid
         }
 }
 
-// The values from `first` to `end`, each times its weight, as W vectors of R results.
+// The values from `first` to `end`, each times its weight, as W vectors of R results. `next`: what is
+// read after them, of the same form.
 template <class C, int R, int W>
-INLINE void add_values(const Span *rows, uint8_t *values, int first, int end, int width, int d,
-                       const float *weights) {
+INLINE void add_values(const Span *rows, uint8_t *values, uint8_t *next, int first, int end, int width,
+                       int d, const float *weights) {
     F a[R][W];
     for (int r = 0; r < R; r++)
         for (int w = 0; w < W; w++) a[r][w] = all(0.0f);
@@ -75,6 +80,7 @@ INLINE void add_values(const Span *rows, uint8_t *values, int first, int end, in
         const typename C::Number *value = step_at<C>(values, step, width) + (k - step) * width + d;
         for (; k < stop; k++, value += width) {
             F v[W];
+            ask_for(next + ((uint8_t *)value - values), W * LANES * sizeof(*value));
             for (int w = 0; w < W; w++) v[w] = C::load16(value + w * LANES);
             for (int r = 0; r < R; r++) {
                 F p = all(weights[r * KEYS + (k - first)]);
@@ -117,9 +123,9 @@ static void attend_keys(const Model &model, uint8_t *keys, uint8_t *values, floa
     if (first < start) first = start;
     int k = start;
     for (; k + STEPS * LANES <= round_up(end, LANES); k += STEPS * LANES)
-        score_keys<C, R, STEPS>(rows, keys, k, dim, width, softcap, scores + (k - start));
+        score_keys<C, R, STEPS>(rows, keys, values, k, dim, width, softcap, scores + (k - start));
     for (; k < end; k += LANES)
-        score_keys<C, R, 1>(rows, keys, k, dim, width, softcap, scores + (k - start));
+        score_keys<C, R, 1>(rows, keys, values, k, dim, width, softcap, scores + (k - start));
     for (int r = 0; r < R; r++) {
         float *own = scores + r * KEYS;
         weigh(rows[r], start, end, own);
@@ -127,10 +133,12 @@ static void attend_keys(const Model &model, uint8_t *keys, uint8_t *values, floa
             store(own, mul(load(own), load(scales_of<C>(step_at<C>(values, step, width), width))));
     }
     const float *weights = scores + (first - start);
+    uint8_t *next = (uint8_t *)step_at<C>(keys, KEYS, width); // the next block of keys
     int d = 0;
     for (; d + STEPS * LANES <= width; d += STEPS * LANES)
-        add_values<C, R, STEPS>(rows, values, first, end, width, d, weights);
-    for (; d < width; d += LANES) add_values<C, R, 1>(rows, values, first, end, width, d, weights);
+        add_values<C, R, STEPS>(rows, values, next, first, end, width, d, weights);
+    for (; d < width; d += LANES)
+        add_values<C, R, 1>(rows, values, next, first, end, width, d, weights);
 }
 
 template <class C>

@@ -1,6 +1,12 @@
 // Activations, norms and rotary positions on vectors of 16 floats.
 // Included by kernels_*.cpp behind a simd_*.h, inside that instruction set's namespace; see forward.h.
 
+// Begin to read what is needed soon: memory answers while the processor multiplies. Any address will
+// do; nothing is read behind what exists.
+INLINE void ask_for(const void *from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 3);
+}
+
 INLINE F exponential(F x) {
     x = most(least(x, all(88.0f)), all(-87.0f));
     F n = nearest(mul(x, all(1.44269504f)));

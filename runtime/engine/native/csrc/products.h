@@ -109,6 +109,8 @@ INLINE void finish(const Reading &r, int group, int row, int rows, F *f) {
         if (!adapter || !adapter->sites[m.site].rank) continue;
         const Ranks ranks = adapter->sites[m.site].ranks[group];
         const uint16_t *b = adapter->sites[m.site].b + ranks.at;
+        const int numbers = (ranks.last - ranks.first) * LANES;
+        if (rows > 1) ask_for(b + 2 * numbers, numbers * sizeof(*b)); // of the group after the next
         const float *low = r.lane->low + size_t(row) * r.model->low_line;
         int j = ranks.first;
         for (; j + 8 <= ranks.last; j += 8, b += 8 * LANES)
@@ -133,8 +135,7 @@ INLINE void group_times(const Matrix &m, const uint8_t *p, const int8_t *x, cons
         const uint16_t *factors = (const uint16_t *)p;
         p += OFFSETS ? 64 : 32;
         if (T >= 4) // several tokens take longer than the processor's own prefetching looks ahead
-            for (int i = 0; i < (OFFSETS ? 64 : 32) + 64 * BITS; i += 64)
-                __builtin_prefetch(p + AHEAD + i, 0, 3);
+            ask_for(p + AHEAD, (OFFSETS ? 64 : 32) + 64 * BITS);
         Sums s[T];
         for (int t = 0; t < T; t++) s[t] = sums(starts[t]);
         for (int sub = 0; sub < subs; sub++, p += 64 * BITS, x += SIDE * COLUMNS) {
