@@ -159,6 +159,7 @@ def train_ours(options: argparse.Namespace) -> None:
             tokens_per_second: float,
             seconds: float,
             reward: float | None = None,
+            stage: int | None = None,
         ) -> None:
             tokens = round(tokens_per_second * seconds)
             turns.counted(loss=loss, tokens=tokens - self.before)

@@ -37,7 +37,8 @@ NOT_RUN = {
         "tools of their own: tests/examples/test_clients.py runs them where they are"
     ),
     r"^(eval|_EDGETUNE_COMPLETE)": "a shell's completion: tests/cli/test_completion.py",
-    r"^edgetune (init|data|label|compress|decompress|bench) |(few|more|shop/\w+)\.toml|\btickets\b": (
+    r"^edgetune bench": "compares files of make bench: tests/cli/test_bench.py",
+    r"^edgetune (init|data|label|compress|decompress) |(few|more|shop/\w+)\.toml|\btickets\b": (
         "written or read by a command that looks at its base or its rows: each has tests of its own"
     ),
     r"^curl|^edgetune top": "asks a server: below",
