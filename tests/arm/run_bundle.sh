@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A decoder's bundle by the native engine on Arm, from another processor: an arm64 Debian root out of packages, in it this
-# repository's wheel for aarch64 under qemu, and its answers token for token beside this machine's.
+# A decoder's bundle by the native engine on Arm, from another processor: an arm64 Debian root out of
+# packages, in it this repository's wheel for aarch64 under qemu, and its answers token for token
+# beside this machine's.
 #
 #   tests/arm/run_bundle.sh BUNDLE ADAPTER FOLDER     FOLDER: for the root, about 400 MB, kept
 #
