@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 CORES := $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 PARALLEL := -n $(CORES) --dist loadfile
 
-.PHONY: quickstart test test-all fuzz check coverage docs clean
+.PHONY: quickstart test test-all fuzz check coverage docs bench peers clean
 
 quickstart: $(STAMP)
 	$(BIN)/edgetune quickstart --out quickstart-out
@@ -24,6 +24,18 @@ test-all: $(STAMP)
 # target), EDGETUNE_FUZZ_SEED: from which seed on
 fuzz: $(STAMP)
 	EDGETUNE_FUZZ=$${EDGETUNE_FUZZ:-300} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/fuzz
+
+# decode, serving, encoders and training beside the peers that `make peers` has installed, in turns,
+# into benchmarks/results/ and SPEED.md; needs what `make quickstart` leaves, or DECODER=BUNDLE and
+# ENCODER=BUNDLE. A small one: make bench BENCH=decode ROUNDS=1
+BENCH ?= decode serving encoder training
+ROUNDS ?= 7
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench.py $(BENCH) --rounds $(ROUNDS) $(if $(DECODER),--decoder $(DECODER)) $(if $(ENCODER),--encoder $(ENCODER)) $(if $(GENAI),--genai $(GENAI)) $(if $(PEERS),--peers $(PEERS))
+	$(BIN)/python benchmarks/bench_page.py
+
+peers: $(STAMP)
+	$(BIN)/python benchmarks/bench.py --install-peers $(if $(PEERS),--peers $(PEERS))
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,16 +2,16 @@
 JSON line.
 
     python benchmarks/decode.py --bundle BUNDLE [--adapter NAME]
-                                [--genai FOLDER --genai-python PYTHON]
+                                [--genai-python PYTHON [--genai FOLDER]]
                                 [--llama FILE.gguf --llama-python PYTHON]
 
-With --genai also the bundle itself in onnxruntime-genai, with and without the adapter: the same
-weights in both engines.
+With --genai-python also the bundle itself in onnxruntime-genai, with and without the adapter: the
+same weights in both engines; with --genai its own int4 in FOLDER, too.
 
 Every engine is a worker process of its own, loaded once and asked in turns, so that a drifting
-machine hits all alike. A round is one prompt of 256 tokens and 128 greedy tokens, batch 1. Medians
-over rounds; memory is the worker's peak. Peers live in their own virtual environments: pip install
-onnxruntime-genai==0.18.0, llama-cpp-python==0.3.36.
+machine hits all alike. A round is one prompt (256 tokens) and greedy tokens (128), batch 1. Medians
+over rounds; memory is the worker's peak. Peers live in their own virtual environments
+(`benchmarks/peers.toml` pins them).
 """
 
 from __future__ import annotations
@@ -25,21 +25,27 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-PROMPT, NEW = 256, 128
 Round = Callable[
     [], tuple[float, float]
 ]  # → seconds to the first token, seconds for the other tokens
 
 
-def prompt_ids() -> list[int]:
-    """The same pseudo-random prompt everywhere."""
-    return [100 + (i * 7919) % 40000 for i in range(PROMPT)]
+class Work(NamedTuple):
+    """What a round asks for, in tokens."""
+
+    prompt: int
+    new: int
+    vocabulary: int
+
+    def ids(self) -> list[int]:
+        """The same pseudo-random prompt everywhere."""
+        return [100 + (i * 7919) % min(40000, self.vocabulary - 100) for i in range(self.prompt)]
 
 
 def edgetune_rounds(
-    bundle: str, adapter: str, threads: int, *, engine: str, rows: int = 1
+    bundle: str, adapter: str, threads: int, work: Work, *, engine: str, rows: int = 1
 ) -> Round:
     """Our runtime's decoder engine, adapter bound or not; `rows` streams at once, all with the
     adapter, each in a binding of its own.
@@ -58,17 +64,17 @@ def edgetune_rounds(
 
     def once() -> tuple[float, float]:
         start = time.perf_counter()
-        state, logits = decoder.start([prompt_ids()] * rows, bound, capacity=PROMPT + NEW)
+        state, logits = decoder.start([work.ids()] * rows, bound, capacity=work.prompt + work.new)
         tokens = logits.argmax(-1).tolist()
         first = time.perf_counter()
-        for _ in range(NEW - 1):
+        for _ in range(work.new - 1):
             tokens = state.step(tokens).argmax(-1).tolist()
         return (first - start) / rows, (time.perf_counter() - first) / rows
 
     return once
 
 
-def genai_rounds(folder: str, adapter: str, threads: int) -> Round:
+def genai_rounds(folder: str, adapter: str, threads: int, work: Work) -> Round:
     """onnxruntime-genai's own generator; an adapter is an `.onnx_adapter` file."""
     import onnxruntime_genai as og
 
@@ -83,22 +89,23 @@ def genai_rounds(folder: str, adapter: str, threads: int) -> Round:
 
     def once() -> tuple[float, float]:
         params = og.GeneratorParams(model)
-        params.set_search_options(max_length=PROMPT + NEW, min_length=PROMPT + NEW, do_sample=False)
+        length = work.prompt + work.new
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, params)
         if adapter:
             generator.set_active_adapter(adapters, "a")
         start = time.perf_counter()
-        generator.append_tokens(prompt_ids())
+        generator.append_tokens(work.ids())
         generator.generate_next_token()
         first = time.perf_counter()
-        for _ in range(NEW - 1):
+        for _ in range(work.new - 1):
             generator.generate_next_token()
         return first - start, time.perf_counter() - first
 
     return once
 
 
-def llama_rounds(file: str, adapter: str, threads: int) -> Round:
+def llama_rounds(file: str, adapter: str, threads: int, work: Work) -> Round:
     """llama.cpp through llama-cpp-python; an adapter is a GGUF LoRA."""
     import llama_cpp
     import numpy as np
@@ -116,7 +123,7 @@ def llama_rounds(file: str, adapter: str, threads: int) -> Round:
     library.llama_model_default_params = without_extra_buffers
     model = llama_cpp.Llama(
         file,
-        n_ctx=PROMPT + NEW + 8,
+        n_ctx=work.prompt + work.new + 8,
         n_threads=threads,
         n_threads_batch=threads,
         lora_path=adapter or None,
@@ -131,10 +138,10 @@ def llama_rounds(file: str, adapter: str, threads: int) -> Round:
     def once() -> tuple[float, float]:
         model.reset()
         start = time.perf_counter()
-        model.eval(prompt_ids())
+        model.eval(work.ids())
         token = likeliest()
         first = time.perf_counter()
-        for _ in range(NEW - 1):
+        for _ in range(work.new - 1):
             model.eval([token])
             token = likeliest()
         return first - start, time.perf_counter() - first
@@ -153,29 +160,30 @@ ENGINES = {
 }
 
 
-def worker(engine: str, model: str, adapter: str, threads: int) -> None:
+def worker(engine: str, model: str, adapter: str, threads: int, work: Work) -> None:
     """Load, say so, then run a round for every line read."""
     sys.path.append(str(Path(__file__).parent.parent))  # a peer's environment has no edgetune
     from edgetune.core.memory import peak_rss_mb
 
     loaded = time.perf_counter()
-    once = ENGINES[engine](model, adapter, threads)
+    once = ENGINES[engine](model, adapter, threads, work)
     print(json.dumps({"load_s": time.perf_counter() - loaded}), flush=True)
     for _ in sys.stdin:
         first, rest = once()
-        print(
-            json.dumps(
-                {"prefill": PROMPT / first, "decode": (NEW - 1) / rest, "peak_mb": peak_rss_mb()}
-            ),
-            flush=True,
-        )
+        speeds = {"prefill": work.prompt / first, "decode": (work.new - 1) / rest}
+        print(json.dumps({**speeds, "peak_mb": peak_rss_mb()}), flush=True)
 
 
 def configurations(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """(title, worker command) of everything asked for."""
 
+    from edgetune.runtime.bundle.manifest import read_manifest
+
+    vocabulary = read_manifest(options.bundle).graph.vocab_size
+    sizes = [str(n) for n in (options.threads, options.prompt, options.new, vocabulary)]
+
     def command(python: str, engine: str, model: str, adapter: str = "") -> list[str]:
-        return [python, __file__, "--worker", engine, model, adapter, str(options.threads)]
+        return [python, __file__, "--worker", engine, model, adapter, *sizes]
 
     for engine, title in (("native", "edgetune"), ("onnxruntime", "edgetune by ONNX Runtime")):
         ours = partial(command, sys.executable)
@@ -190,11 +198,12 @@ def configurations(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
             "onnxruntime-genai, its own int4",
             command(options.genai_python, "genai", options.genai),
         )
+    if options.genai_python:
         yield (
             "onnxruntime-genai, this bundle",
             command(options.genai_python, "genai", options.bundle),
         )
-    if options.genai and options.adapter:
+    if options.genai_python and options.adapter:
         adapter = (
             Path(options.bundle) / "adapters" / options.adapter / f"{options.adapter}.onnx_adapter"
         )
@@ -234,7 +243,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             **loaded,
             **middle,
             "peak_mb": rows[-1]["peak_mb"],
-            "decode_rounds": [round(row["decode"], 1) for row in rows],
+            "decode_rounds": [round(row["decode"], 2) for row in rows],
+            "prefill_rounds": [round(row["prefill"], 2) for row in rows],
         }
     return results
 
@@ -266,7 +276,8 @@ def plain_reads(bundle: str) -> dict[str, float]:
 
 def main() -> None:
     if len(sys.argv) > 2 and sys.argv[1] == "--worker":
-        worker(*sys.argv[2:5], int(sys.argv[5]))  # type: ignore[misc]
+        threads, *sizes = map(int, sys.argv[5:])
+        worker(*sys.argv[2:5], threads, Work(*sizes))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -275,9 +286,11 @@ def main() -> None:
     parser.add_argument("--adapter", default="")
     for name in ("genai", "llama", "llama-adapter"):
         parser.add_argument(f"--{name}", default="")
-    parser.add_argument("--genai-python", default=sys.executable)
+    parser.add_argument("--genai-python", default="")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=256, help="tokens")
+    parser.add_argument("--new", type=int, default=128, help="tokens")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     before = plain_reads(options.bundle)
@@ -302,8 +315,8 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "decode",
-                "prompt": PROMPT,
-                "new": NEW,
+                "prompt": options.prompt,
+                "new": options.new,
                 "reads": [before, after],
                 "results": results,
             }

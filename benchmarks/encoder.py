@@ -1,13 +1,14 @@
 """One sentence → its embedding: a MiniLM bundle beside sentence-transformers and plain ONNX
 Runtime; a table, then one JSON line.
 
-    python benchmarks/encoder.py --bundle BUNDLE [--adapter NAME] --base FOLDER --peer-python PYTHON
-    [--rounds 20] [--accuracy]
+    python benchmarks/encoder.py --bundle BUNDLE [--adapter NAME] [--base FOLDER --peer-python
+    PYTHON] [--texts FILE.jsonl] [--rounds 20] [--accuracy]
 
 BUNDLE is an encoder's (`edgetune export --precision int8`), FOLDER its base in transformers' files,
-PYTHON one of an environment with `sentence-transformers[onnx]`. The peers share one worker process:
-sentence-transformers with its ONNX backend (the graph is optimum's fp32 export), and the same file
-in a plain ONNX Runtime session with `tokenizers` and mean pooling in numpy. All take the same
+PYTHON one of an environment with `sentence-transformers[onnx]` (`benchmarks/peers.toml`). The peers
+share one worker process: sentence-transformers with its ONNX backend (the graph is optimum's fp32
+export), and the same file in a plain ONNX Runtime session with `tokenizers` and mean pooling in
+numpy. All take the same
 sentences in turns, every engine on `--threads` threads; times are of one sentence at a time,
 medians over all. "graph" starts from token ids, "whole" from the text.
 
@@ -195,10 +196,17 @@ def rows_of(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def of_length(runtime: Any, tokens: int, count: int) -> list[str]:
-    """Sentences of STS-B's test rows with exactly so many tokens, special ones included."""
-    texts = dict.fromkeys(row["sentence1"] for row in rows_of("stsb_en/test.jsonl.gz"))
-    return [text for text in texts if len(runtime.text_ids(text)) == tokens][:count]
+def of_length(runtime: Any, options: argparse.Namespace) -> list[str]:
+    """Different texts with exactly so many tokens, special ones included."""
+    if options.texts:
+        lines = options.texts.read_text(encoding="utf-8").splitlines()
+        texts = dict.fromkeys(json.loads(line)["text"] for line in lines)
+    else:
+        texts = dict.fromkeys(row["sentence1"] for row in rows_of("stsb_en/test.jsonl.gz"))
+    found = [text for text in texts if len(runtime.text_ids(text)) == options.tokens]
+    if not found:
+        raise SystemExit(f"no text of exactly {options.tokens} tokens")
+    return found[: options.sentences]
 
 
 def accuracy(embed: Callable[[list[str]], np.ndarray]) -> dict[str, float]:
@@ -242,11 +250,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--sentences", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--texts", type=Path, help='rows with a "text"; default: STS-B test')
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         serve_peers(options.worker, options.threads)
+        return
+    if not options.peer_python:
+        report(options, None, Path())
         return
     with tempfile.TemporaryDirectory() as folder:
         worker = start_worker(options, Path(folder))
@@ -260,10 +272,11 @@ def main() -> None:
 def report(options: argparse.Namespace, worker: Any, folder: Path) -> None:
     """Measure, print."""
     ours = Ours(options.bundle, options.adapter, options.threads)
-    texts = of_length(ours.runtime, options.tokens, options.sentences)
+    texts = of_length(ours.runtime, options)
     taken: dict[str, list[float]] = {}
     for turn in range(options.rounds):
-        turns = [lambda: ours.times(texts), lambda: ask(worker, times=texts)]
+        turns = [lambda: ours.times(texts)]
+        turns += [] if worker is None else [lambda: ask(worker, times=texts)]
         for take in turns[:: -1 if turn % 2 else 1]:
             for kind, values in take().items():
                 taken.setdefault(kind, []).extend(values)
@@ -284,7 +297,9 @@ def report(options: argparse.Namespace, worker: Any, folder: Path) -> None:
     }
     for pair, ratio in ratios.items():
         print(f"{ratio:.2f} x  {pair}")
-    result: dict[str, Any] = {"p50_ms": medians, "ratios": ratios}
+    rounds = {kind: [round(ms, 4) for ms in values] for kind, values in taken.items()}
+    result: dict[str, Any] = {"benchmark": "encoder", "p50_ms": medians, "ratios": ratios}
+    result |= {"samples_ms": rounds, "sentences": len(texts)}
     if options.accuracy:
 
         def theirs(texts: list[str]) -> np.ndarray:

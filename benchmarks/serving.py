@@ -27,13 +27,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from serving_adapters import make_adapters
 from serving_http import cold, http
-from serving_load import STREAMS, Job, Prompts, Row, by_python, made, opened, speed, table
+from serving_load import STREAMS, Job, Prompts, Row, by_python, made, middle, opened, speed, table
 from serving_soak import soak
 from serving_swap import swap
 
@@ -91,7 +91,7 @@ def _stream_rows(engine: str, kinds: Sequence[str], whole: Rounds, steps: Rounds
     """Tokens/s of each kind by one engine, and what eight adapters take."""
     one, shared, mixed = ((engine, kind) for kind in kinds[:3])
     rows = [
-        Row(f"{engine}: {kind}, {what}", median(of[engine, kind]), "tokens/s")
+        middle(f"{engine}: {kind}, {what}", of[engine, kind], "tokens/s")
         for what, of in (("with prompts", whole), ("engine steps only", steps))
         for kind in kinds
     ]
@@ -103,12 +103,12 @@ def _stream_rows(engine: str, kinds: Sequence[str], whole: Rounds, steps: Rounds
             (shared, one), ("one shared", "one stream"), targets, strict=True
         ):
             title = f"{engine}: 8 adapters against {to}, {what}"
-            rows.append(Row(title, _ratio(of, mixed, beside), "x", target, at_least=True))
+            rows.append(middle(title, _ratios(of, mixed, beside), "x", target, at_least=True))
     return rows
 
 
-def _ratio(rounds: Rounds, kind: tuple[str, str], to: tuple[str, str]) -> float:
-    return median(a / b for a, b in zip(rounds[kind], rounds[to], strict=True))
+def _ratios(rounds: Rounds, kind: tuple[str, str], to: tuple[str, str]) -> list[float]:
+    return [a / b for a, b in zip(rounds[kind], rounds[to], strict=True)]
 
 
 def together(options: argparse.Namespace, work: Path) -> list[Row]:
@@ -134,7 +134,7 @@ def together(options: argparse.Namespace, work: Path) -> list[Row]:
                     mean[way].append(1e3 * statistics.mean(answer.first for answer in answers))
                     last[way].append(1e3 * max(answer.first for answer in answers))
     return [
-        Row(f"time to first token of 8 at once, {what}, {way}", median(of[way]), "ms")
+        middle(f"time to first token of 8 at once, {what}, {way}", of[way], "ms")
         for what, of in (("mean", mean), ("last", last))
         for way in ways
     ]
@@ -175,25 +175,22 @@ def llama(options: argparse.Namespace, work: Path) -> list[Row]:
                 print(
                     json.dumps({"prompts": load, "new": options.new}), file=worker.stdin, flush=True
                 )
-                theirs = json.loads(worker.stdout.readline())
+                took = json.loads(worker.stdout.readline())
                 answers = by_python(
                     scheduler,
                     [Job(name, ids, options.new) for name, ids in zip(names, load, strict=True)],
                 )
                 if turn:
-                    seconds.append(theirs)
+                    seconds.append(took)
                     ours.append(speed(answers))
         worker.kill()
     tokens = STREAMS * options.new
-    ratio = median(own * theirs / tokens for own, theirs in zip(ours, seconds, strict=True))
+    theirs = [tokens / one for one in seconds]
+    ratios = [own / other for own, other in zip(ours, theirs, strict=True)]
     return [
-        Row("8 streams, 8 adapters, with prompts: edgetune", median(ours), "tokens/s"),
-        Row(
-            "the same requests in llama.cpp, one after the other",
-            tokens / median(seconds),
-            "tokens/s",
-        ),
-        Row("edgetune against llama.cpp", ratio, "x", 2.0, at_least=True),
+        middle("8 streams, 8 adapters, with prompts: edgetune", ours, "tokens/s"),
+        middle("the same requests in llama.cpp, one after the other", theirs, "tokens/s"),
+        middle("edgetune against llama.cpp", ratios, "x", 2.0, at_least=True),
     ]
 
 
@@ -269,16 +266,18 @@ def main() -> None:
     options = parser.parse_args()
     options.engine = options.engine or ["native", "onnxruntime"]
     results: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.sections:
             rows = SECTIONS[name](options, made((options.work or Path(folder)) / name))
             results[name] = {row.title: round(row.value, 4) for row in rows}
+            found += [{"section": name, **asdict(row)} for row in rows]
             print(f"\n## {name}\n\n{table(rows)}\n", flush=True)
     asked = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(options).items()
     }
-    print(json.dumps({"benchmark": "serving", "options": asked, "results": results}))
+    print(json.dumps({"benchmark": "serving", "options": asked, "results": results, "rows": found}))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from serving_load import (
     by_http,
     by_python,
     made,
+    middle,
     no_end,
     opened,
     served,
@@ -81,32 +82,31 @@ def http(options: argparse.Namespace, work: Path) -> list[Row]:
     if log:
         raise SystemExit(f"the server logged errors: {log[0]}")
     lost = [100 * (1 - h / p) for h, p in zip(whole["http"], whole["python"], strict=True)]
-    rows = [Row(f"8 streams, 8 adapters, {way}", median(whole[way]), "tokens/s") for way in ways]
-    rows.append(Row("tokens/s lost to HTTP", median(lost), "%", 5))
+    rows = [middle(f"8 streams, 8 adapters, {way}", whole[way], "tokens/s") for way in ways]
+    rows.append(middle("tokens/s lost to HTTP", lost, "%", 5))
     rows += [
-        Row(f"time to first token of a single request, {way}", median(alone[way]), "ms")
-        for way in ways
+        middle(f"time to first token of a single request, {way}", alone[way], "ms") for way in ways
     ]
     rows.append(
-        Row(
+        middle(
             "added by HTTP to the first token of a single request",
-            median(h - p for h, p in zip(alone["http"], alone["python"], strict=True)),
+            [h - p for h, p in zip(alone["http"], alone["python"], strict=True)],
             "ms",
             3,
         )
     )
     rows += [
-        Row(
+        middle(
             f"time to first token, open loop of {options.rate:g} requests/s, {way}",
-            median(loaded[way]),
+            loaded[way],
             "ms",
         )
         for way in ways
     ]
     rows.append(
-        Row(
+        middle(
             "added by HTTP to the first token, open loop",
-            median(h - p for h, p in zip(loaded["http"], loaded["python"], strict=True)),
+            [h - p for h, p in zip(loaded["http"], loaded["python"], strict=True)],
             "ms",
         )
     )
@@ -126,7 +126,7 @@ def cold(options: argparse.Namespace, work: Path) -> list[Row]:
     for (engine, flags), seconds in taken.items():
         title = " ".join([f"{engine}: predict", *flags])
         what = f"{title}, start to first token"
-        rows.append(Row(f"{what}, median of {options.starts}", median(seconds), "s", 0.5))
+        rows.append(middle(f"{what}, median of {options.starts}", seconds, "s", 0.5))
         rows.append(Row(f"{what}, best", min(seconds), "s"))
     return rows
 

@@ -10,13 +10,14 @@ import random
 import selectors
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ STREAMS = 8
 @dataclass(frozen=True)
 class Row:
     """A measured value beside its target (None: for comparison only); `at_least`: the target is a
-    lower bound.
+    lower bound; `samples`: of each turn, where the value is their median.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Row:
     unit: str = ""
     target: float | None = None
     at_least: bool = False
+    samples: list[float] = field(default_factory=list)
 
     def line(self) -> str:
         """The row as markdown."""
@@ -66,6 +68,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(
         ["| measure | measured | to reach |", "|---|---|---|", *(row.line() for row in rows)]
     )
+
+
+def middle(
+    title: str,
+    samples: Sequence[float],
+    unit: str,
+    target: float | None = None,
+    *,
+    at_least: bool = False,
+) -> Row:
+    """A row of the median of the turns."""
+    return Row(title, statistics.median(samples), unit, target, at_least, [*samples])
 
 
 def opened(options: argparse.Namespace, adapters: Path | None = None) -> Runtime:

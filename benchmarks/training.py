@@ -116,6 +116,7 @@ def compare(options: argparse.Namespace) -> None:
     print(
         json.dumps(
             {
+                "benchmark": "training",
                 "task": options.task,
                 "tokens_per_second": speeds,
                 "turns": turns,
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("task", choices=tuple(TRAINERS))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--held-out", type=Path)
+    parser.add_argument("--columns", default="mr,ref", help="sft: of the prompt, of the answer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")

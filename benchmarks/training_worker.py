@@ -18,7 +18,7 @@ from typing import Any
 from edgetune.core.memory import peak_rss_mb
 
 FORMS = {
-    "sft": 'prompt = "{{ mr }}"\ncompletion = "{{ ref }}"\nsystem = ""',
+    "sft": 'prompt = "{{ %s }}"\ncompletion = "{{ %s }}"\nsystem = ""',  # two columns
     "classification": 'text = "text"\nlabel = "label"',
     "dpo": (
         'prompt = "{{ instruction }}{% if input %}\\n{{ input }}{% endif %}"\nsystem ='
@@ -69,16 +69,18 @@ def recipe_of(options: argparse.Namespace) -> Any:
         "builtin:minilm-l6" if options.task == "classification" else "builtin:smollm2-135m-instruct"
     )
     head = 'head_init = "random"\n' if options.task == "classification" else ""
+    form = FORMS[options.task]
+    form = form % tuple(options.columns.split(",")) if options.task == "sft" else form
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.toml")
         path.write_text(
             f'base = "{base}"\nout = "{folder}/run"\nthreads ='
             f" {options.threads}\n[parameters]\nrank = 8\nalpha = 16\ntarget_modules ="
-            f' "all-linear"\n[[stage]]\nmethod = "{METHODS[options.task]}"\nepochs = 1\nbatch_size'
-            f" = {options.batch_size}\nmax_steps = {options.steps * options.rounds}\nlearning_rate"
-            " = 2e-4\nmax_length = 256\nprecision ="
+            f' "all-linear"\n[[stage]]\nmethod = "{METHODS[options.task]}"\nepochs = 100\n'
+            f"batch_size = {options.batch_size}\nmax_steps = {options.steps * options.rounds}\n"
+            "learning_rate = 2e-4\nmax_length = 256\nprecision ="
             f' "{options.precision}"\n{head}[stage.data]\ntrain = "{options.data.resolve()}"\nlimit'
-            f" = {options.rows}\nhold_out = 0\n{FORMS[options.task]}\n",
+            f" = {options.rows}\nhold_out = 0\n{form}\n",
             encoding="utf-8",
         )
         return load_recipe(path)
@@ -157,6 +159,7 @@ def train_ours(options: argparse.Namespace) -> None:
             tokens_per_second: float,
             seconds: float,
             reward: float | None = None,
+            stage: int | None = None,
         ) -> None:
             tokens = round(tokens_per_second * seconds)
             turns.counted(loss=loss, tokens=tokens - self.before)

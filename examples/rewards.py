@@ -36,6 +36,14 @@ def facts_told(prompt: str, completion: str, row: dict) -> float:
     return sum(_told(name, value.lower(), completion.lower()) for name, value in facts) / len(facts)
 
 
+def facts_told_in_full(prompt: str, completion: str, row: dict) -> float:
+    """`facts_told`, half of it where the text does not end with a full stop: else a policy learns
+    to run on to the limit.
+    """
+    share = facts_told(prompt, completion, row)
+    return share if completion.rstrip().endswith(".") else share / 2
+
+
 def _told(name: str, value: str, text: str) -> bool:
     if name == "familyFriendly":
         friendly = re.search(r"famil|child|kid", text) is not None

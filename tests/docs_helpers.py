@@ -17,7 +17,7 @@ from training_helpers import action_rows, intent_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 BASES = {"builtin:minilm-l6": "encoder", "builtin:smollm2-135m-instruct": "decoder"}
-DECODER_RUNS = ("home", "a", "b", "recipe")
+DECODER_RUNS = ("home", "a", "b", "kitchen", "recipe", "e2e-500")
 BUNDLES = {
     "desk": ("support", "urgency"),
     "shop": ("support", "urgency"),
@@ -35,6 +35,11 @@ SMALLER = {
     "max_new_tokens": 8,
     "max_length": 128,
     "rank": 2,
+}
+SMALLER_WORDS = {
+    "--shots 8": "--shots 2",  # what a tiny context holds
+    # of random weights; in int8 an adapter of two steps would move them elsewhere
+    "bundles/e2e-grpo --precision int8": "bundles/e2e-grpo --precision fp32",
 }
 RECIPE = """
 base = "{base}"
@@ -70,6 +75,8 @@ class World:
         """The same words with tiny bases for the built-in ones and this folder for /srv."""
         for name, kind in BASES.items():
             text = text.replace(name, str(self._bases[kind]))
+        for shown, small in SMALLER_WORDS.items():
+            text = text.replace(shown, small)
         return text.replace("/srv/", f"{self.folder}/srv/")
 
     def need(self, words: list[str]) -> None:
@@ -79,6 +86,9 @@ class World:
                 place = self.folder / kind / name
                 if not place.exists():
                     (self.run if kind == "runs" else self.bundle)(name)
+        if "--against" in words and not (self.folder / "baseline.json").exists():
+            asked = ["--rounds", 3, "--runs", 3, "--json", "baseline.json"]
+            self._run("check", words[1], *asked, expected=frozenset({0, 1, 3}))
 
     def run(self, name: str) -> None:
         """A run of one epoch over a dozen rows."""
@@ -150,9 +160,9 @@ class World:
             folder / "answers.jsonl",
             [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
         )
-        write_rows(
-            folder / "general_ability" / "piqa_val.jsonl",
-            [{"goal": "open a door", "sol1": "turn", "sol2": "eat", "label": 0}] * 4,
+        item = json.dumps({"query": "Open a door.", "choices": ["turn", "eat"], "gold": 0})
+        (folder / "general_ability" / "piqa_val.jsonl.gz").write_bytes(
+            gzip.compress(f"{item}\n".encode() * 4)
         )
         (folder / "action.json").write_text(json.dumps(SCHEMA))
         (folder / "action.lark").write_text('start: "on" | "off"\n')
@@ -167,6 +177,7 @@ class World:
         shutil.copytree(ROOT / "examples", folder / "examples", ignore=only_examples)
         for path in (folder / "examples").glob("*.toml"):
             self._recipe(path, path.read_text())
+        write_rows(folder / "examples" / "banking77-pseudo.jsonl", intent_rows())
         self._write_datasets(folder / "datasets")
 
     def _write_datasets(self, datasets: Path) -> None:

@@ -29,6 +29,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks" / "RESULTS.md",
+    ROOT / "benchmarks" / "SPEED.md",
     ROOT / "examples" / "clients" / "README.md",
     ROOT / "examples" / "browser" / "README.md",
 ]

@@ -25,7 +25,7 @@ NOT_RUN = {
     r"\[OPTIONS\]|[ =/](BUNDLE\w*|NAME|RUN|FAMILY|FILE|DATA|PYTHON|URL)\b|\[--|…": (
         "a form whose words are the reader's own"
     ),
-    r"^python benchmarks/|^make (quickstart|test)": "minutes on real models",
+    r"^python benchmarks/|^make (quickstart|test|bench|peers)": "minutes on real models",
     r"^edgetune models ": "fetches a base",
     r"device=cuda|--multi_gpu": "needs GPUs",
     r"^torchrun": "several processes: tests/training/test_distributed.py starts them",
@@ -37,6 +37,7 @@ NOT_RUN = {
         "tools of their own: tests/examples/test_clients.py runs them where they are"
     ),
     r"^(eval|_EDGETUNE_COMPLETE)": "a shell's completion: tests/cli/test_completion.py",
+    r"^edgetune bench": "compares files of make bench: tests/cli/test_bench.py",
     r"^edgetune (init|data|label|compress|decompress) |(few|more|shop/\w+)\.toml|\btickets\b": (
         "written or read by a command that looks at its base or its rows: each has tests of its own"
     ),
@@ -119,7 +120,7 @@ class edgetune:  # noqa: N801
 @pytest.mark.parametrize("line", [marked(x) for x in RUN if x not in SERVE])
 def test_a_command_that_is_shown_runs(line: str, world: World) -> None:
     words = shlex.split(os.path.expandvars(world.here(line).replace("$PWD", str(world.folder))))
-    if words[0] == "edgetune" and ">" not in words:  # else a shell writes the file
+    if words[0] == "edgetune" and not {">", "chat"} & {*words}:  # else a shell writes or asks
         out = words[words.index("--out") + 1] if "--out" in words else None
         world.need([word for word in words[1:] if word != out])
         if words[1] == "train":
@@ -137,6 +138,7 @@ def test_a_command_that_is_shown_runs(line: str, world: World) -> None:
         ["bash", "-ec", f'edgetune() {{ {sys.executable} -m edgetune "$@"; }}\n{shell}'],
         cwd=world.folder,
         env={**os.environ, "PATH": beside, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )

@@ -41,6 +41,7 @@ COMMANDS = {
     "serve": "Answer over HTTP: OpenAI's endpoints, adapters as models, a playground.",
     "top": "Watch a server live in the terminal.",
     "check": "Measure latency and memory against a device's budget.",
+    "bench": "Compare two files of results of make bench.",
     "devices": "Show device profiles and this machine's own.",
 }
 

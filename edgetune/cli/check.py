@@ -174,6 +174,9 @@ def command(
     from edgetune.runtime.check.sweep import parse_sweep
     from edgetune.runtime.check.verdict import judge
 
+    judging = {"--against": against, "--budget": limits, "--rounds": rounds}
+    judging |= {"--markdown": markdown, "--junit": junit}
+    _refuse_beside_sweep(sweeps, page, [name for name, value in judging.items() if value])
     manifest = read_manifest(bundle)
     axes = parse_sweep(sweeps)
     baseline = None if against is None else read_baseline(against)
@@ -248,6 +251,22 @@ def command(
     if junit is not None:
         write_text(junit, report.junit(verdicts, changed, bundle=bundle.name, on=device.name))
     return EXIT[state]
+
+
+def _refuse_beside_sweep(sweeps: Sequence[str], page: Path | None, judging: list[str]) -> None:
+    """DeviceError for options that a sweep would ignore, and for a page without one."""
+    from edgetune.core.errors import DeviceError
+
+    if sweeps and judging:
+        raise DeviceError(
+            "a sweep measures each point once and gives no verdict",
+            where="--sweep",
+            got=f"{', '.join(judging)} beside it",
+            fix="Leave one of them out.",
+        )
+    if page is not None and not sweeps:
+        fix = "Give --sweep prompt=64,256, or --markdown for the verdicts."
+        raise DeviceError("a page shows a sweep, and none was asked for", where="--page", fix=fix)
 
 
 def _measured_adapters(asked: tuple[str, ...], manifest: Manifest) -> tuple[str, ...]:

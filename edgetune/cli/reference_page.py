@@ -19,9 +19,9 @@ Made from the code by `python -m edgetune.cli.reference_page`; a test keeps it t
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | a proof, a check or a budget failed; of `diff`: the bundles differ |
+| 1 | a proof, a check or a budget failed; of `diff`: the bundles differ; of `bench`: slower |
 | 2 | bad usage or bad input: one line on standard error says what, where, expected, got and fix |
-| 3 | `check`: too noisy to tell |
+| 3 | `check`, `bench`: too noisy to tell |
 | 130 | interrupted |
 
 The Tab key completes commands, options, choices and files after one of these, for good in
@@ -44,7 +44,10 @@ def _section(group: click.Context, name: str) -> Iterator[str]:
     assert command is not None
     context = click.Context(command, info_name=name, parent=group)
     yield f"## edgetune {name}\n"
-    yield f"    {' '.join(['edgetune', name, *command.collect_usage_pieces(context)])}\n"
+    while isinstance(command, click.Group):  # of one command
+        name, command = next(iter(command.commands.items()))
+        context = click.Context(command, info_name=name, parent=context)
+    yield f"    {' '.join([context.command_path, *command.collect_usage_pieces(context)])}\n"
     yield inspect.cleandoc(command.help or "") + "\n"
     yield "| option | value | default | meaning |"
     yield "|---|---|---|---|"

@@ -4,15 +4,16 @@ setting.
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from edgetune.core import settings
 from edgetune.core.errors import RecipeError
-from edgetune.core.settings import shortened
+from edgetune.core.settings import key_of, shortened
 from edgetune.core.tasks import METHODS
 from edgetune.recipe.checks import (
     _check_stage,
@@ -34,7 +35,15 @@ from edgetune.recipe.paths import (
     from_here,
     locate_reward,
 )
-from edgetune.recipe.schema import Data, Recipe, Replay, Stage
+from edgetune.recipe.schema import (
+    Data,
+    Forgetting,
+    Generation,
+    Parameters,
+    Recipe,
+    Replay,
+    Stage,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -222,6 +231,9 @@ def override(values: dict[str, Any], setting: str) -> None:
             f"{key.strip()} is {new} now", where=where, fix=f"Write --set {new}={text}."
         )
     *parents, last = key.strip().split(".")
+    if not parents and (inner := _inner_key(last)):
+        fix = f'Did you mean "{inner}"?'
+        raise RecipeError(f'unknown key "{shortened(last)}"', where=where, fix=fix)
     place: Any = values
     for part in parents:
         place = _step(place, part, where=where)
@@ -234,6 +246,20 @@ def override(values: dict[str, Any], setting: str) -> None:
     if not isinstance(place, dict):
         raise RecipeError(f'"{parents[-1]}" has no settings inside', where=where)
     place[last] = from_here(key.strip(), value)
+
+
+def _inner_key(word: str) -> str | None:
+    """The whole name of a setting inside a table, for a word that is near to no key of the top."""
+    top = [key_of(field) for field in fields(Recipe)]
+    tables = {"stage.0": Stage, "parameters": Parameters, "generation": Generation}
+    tables |= {"stage.0.data": Data, "forgetting": Forgetting}
+    inner: dict[str, str] = {}
+    for table, cls in tables.items():
+        for field in fields(cls):
+            inner.setdefault(key_of(field), f"{table}.{key_of(field)}")
+    if difflib.get_close_matches(word, top, n=1):
+        return None
+    return next((inner[near] for near in difflib.get_close_matches(word, inner, n=1)), None)
 
 
 def _value(text: str, *, where: str) -> Any:

@@ -148,7 +148,7 @@ def _figures(one: Mapping[str, Any]) -> dict[Key, _Round]:
 
 def _change(key: Key, then: list[_Round], now: list[_Round], allowed: float) -> Against:
     sides = [np.log([one.units for one in side]) for side in (then, now)]
-    ratio, low, high = _ratio(*sides)
+    ratio, low, high = welch(*sides)
     if ratio > 1 + allowed and low > 1:
         state = SLOWER
     elif low < 1 and high > 1 + 2 * allowed:
@@ -159,7 +159,7 @@ def _change(key: Key, then: list[_Round], now: list[_Round], allowed: float) -> 
     return Against(key[0], key[1], ms[0], ms[1], ratio, low, high, state)
 
 
-def _ratio(
+def welch(
     then: npt.NDArray[np.float64], now: npt.NDArray[np.float64]
 ) -> tuple[float, float, float]:
     """The ratio of two sides' typical rounds, of their logarithms, and Welch's interval of it."""

@@ -5,6 +5,7 @@ machine did is told; files for people and for scripts.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -198,6 +199,26 @@ def test_a_sweep_measures_every_combination(
     assert all(p["tpot_ms"]["p50"] > 0 for p in points)
     assert page.read_text().count("<svg") == 2
     assert "batch 3, prompt 16 (a): TTFT p50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--sweep", "batch=1", "--against", "x.json"], "--sweep: .*got --against beside it"),
+        (
+            ["--sweep", "batch=1", "--budget", "ttft_ms=1", "--markdown", "x.md"],
+            "got --budget, --markdown beside it",
+        ),
+        (["--page", "x.html"], "--page: a page shows a sweep"),
+    ],
+)
+def test_what_a_sweep_would_ignore_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["check", "no-bundle", *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(said, error)
 
 
 @pytest.mark.parametrize(

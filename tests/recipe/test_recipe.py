@@ -137,6 +137,9 @@ def test_set_changes_one_value(recipe_file: Path) -> None:
         ("stage.2.epochs=2", r'no stage "2" \(expected a number from 0 to 1\)'),
         ("stage.epochs=2", r'"epochs" is not a setting'),
         ("epochs", r"not a setting \(expected KEY=VALUE"),
+        ("epoch=1", r'--set epoch=1: unknown key "epoch". Did you mean "stage.0.epochs"\?'),
+        ("rank=4", r'Did you mean "parameters.rank"\?'),
+        ("sed=4", r'Did you mean "seed"\?'),
         ("parameters.ranc=4", r'unknown key "parameters.ranc".*Did you mean "rank"\?'),
         (
             "parameters.rank=four",
