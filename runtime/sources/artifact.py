@@ -15,7 +15,13 @@ from typing import Any, Literal
 
 from edgetune.core.errors import BundleError, SourceError
 from edgetune.core.files import MAX_JSON_BYTES, parse_json
-from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
+from edgetune.core.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_METADATA,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    TOKENIZER_FILES,
+)
 from edgetune.runtime.bundle.manifest import manifest_from_dict
 
 ArtifactKind = Literal["bundle", "adapter"]
@@ -33,6 +39,11 @@ own manifest and an adapter's metadata have it.
 """
 MAX_FILES, MAX_BYTES, MAX_PATH = 4096, 1 << 38, 512
 """Of an artifact: files, bytes altogether, and characters of a path."""
+OURS = {
+    name.casefold(): name
+    for name in (ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, MANIFEST, *TOKENIZER_FILES)
+}
+"""Files that have a meaning, by the name under which some file systems would find them too."""
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 PUSH_IT = "Publish it with `edgetune push`."
 
@@ -107,6 +118,8 @@ def check_files(files: Iterable[ArtifactFile], url: str) -> None:
     for file in files:
         if not is_inside(file.path):
             raise _wrong(url, f"a path leaves the folder or is none: {file.path[:80]!r}")
+        if (ours := _imitated(file.path)) is not None:
+            raise _wrong(url, f"{file.path[:80]!r} is {ours} in another writing, or holds files")
         key = file.path.casefold()  # as file systems of some devices have it
         if key in seen or key in folders:
             raise _wrong(url, f"two files are called {file.path[:80]!r}")
@@ -115,6 +128,16 @@ def check_files(files: Iterable[ArtifactFile], url: str) -> None:
             raise _wrong(url, f"{file.path}: no size and sha256")
     if len(files) > MAX_FILES or sum(file.size for file in files) > MAX_BYTES:
         raise _wrong(url, f"more than {MAX_FILES} files or {MAX_BYTES} bytes")
+
+
+def _imitated(path: str) -> str | None:
+    """The file with a meaning that a path spells otherwise, or makes a folder of."""
+    *above, last = path.split("/")
+    folded = {part.casefold() for part in above}
+    for key, name in OURS.items():
+        if key in folded or (last.casefold() == key and last != name):
+            return name
+    return None
 
 
 def is_inside(path: str) -> bool:
