@@ -27,6 +27,7 @@ KINDS = {
 COPIES = {
     "bert",
     "camembert",
+    "deberta-v2",
     "electra",
     "gemma",
     "gemma2",
@@ -41,8 +42,8 @@ COPIES = {
     "roberta",
     "smollm3",
     "xlm-roberta",
-}  # their layers are another family's, or have what those of deberta, gemma3 and llama have; gpt2's
-# own kind of attributes is a test of its own
+}  # their layers are another family's, or have what distilbert, gemma3 and llama have; gpt2's own
+# kind of attributes is a test of its own
 
 
 def deep(name: str, request: Any, folder: Path, *, layers: int = 4, **more: Any) -> Base:

@@ -64,7 +64,7 @@ class Exported:
             )
 
 
-@pytest.fixture(scope="module", params=some(FAMILIES))
+@pytest.fixture(scope="module", params=some(FAMILIES, slow={*COPIES, "umt5"}))
 def family(request: Any, tmp_path_factory: Any) -> Iterator[Exported]:
     folder = tmp_path_factory.mktemp("seq2seq")
     base = make_seq2seq(request.param, folder / "base")

@@ -28,7 +28,7 @@ def run(program: Path, folder: Path) -> None:
 
 
 def test_every_instruction_set_gives_the_numbers_of_double_precision(tmp_path: Path) -> None:
-    run(kernel_test(tmp_path, "-O1"), tmp_path)
+    run(kernel_test(tmp_path, "-O1", "-DQUICK"), tmp_path)
 
 
 @pytest.mark.slow
