@@ -98,6 +98,10 @@ class AliasRollout:
         more is left out; one that was on trial at too many starts is rolled back.
         """
         state = self._folder.read()
+        trial = state.new if state.phase == "trial" else state.current
+        if state.phase != "settled" and trial is not None:  # before it is loaded, which may end us
+            state = replace(state, attempts={trial: state.attempts.get(trial, 0) + 1})
+            self._remember(state)
         for version in sorted(state.used()):
             try:
                 self._load(version, state)
@@ -106,24 +110,27 @@ class AliasRollout:
                 state = _without(state, version)
         trial = state.new if state.phase == "trial" else state.current
         if state.phase != "settled" and trial is not None:
-            attempts = state.attempts.get(trial, 0) + 1
-            state = replace(state, attempts={trial: attempts})
+            attempts = state.attempts.get(trial, 1)
             if attempts > MOST_ATTEMPTS:
                 self._leaving.append(state.seen[trial].name)
                 reason = f"the process ended {attempts - 1} times while it was on trial"
                 state = _rolled_back(state, reason)
                 self._tell("rolled back", version=state.seen[trial].name, reason=reason)
         self._state = state
-        try:
-            self._folder.write(state)
-            self._folder.tidy(state)
-        except EdgetuneError as error:  # a full disk: what is in memory answers all the same
-            self._tell("failed", reason=str(error))
+        self._remember(state)
+        self._folder.tidy(state)
         self._answer()
         if state.phase == "trial" and state.new is not None:
             self._begin_trial(state.new, state.current)
         if state.phase == "watched" and state.current is not None:
             self._begin_trial(state.current, state.previous)
+
+    def _remember(self, state: RolloutState) -> None:
+        """Write the state; on a full disk what is in memory answers all the same."""
+        try:
+            self._folder.write(state)
+        except (EdgetuneError, OSError) as error:
+            self._tell("failed", reason=str(error))
 
     def step(self, *, poll: bool = True) -> None:
         """Write down a decision, or look for a new version. Errors of the source are told."""
@@ -131,13 +138,14 @@ class AliasRollout:
         while self._leaving:
             self._unload(self._leaving.pop())
         self._decide()
-        if self._decided is not None:
-            self._carry_out(*self._decided)
-        elif poll and self._state.phase == "settled":
+        if self._decided is not None or (poll and self._state.phase == "settled"):
             try:
-                self._poll()
+                if self._decided is not None:
+                    self._carry_out(*self._decided)
+                else:
+                    self._poll()
                 self._failing = ""
-            except (EdgetuneError, OSError) as error:  # told once, tried again at every poll
+            except (EdgetuneError, OSError) as error:  # told once, tried again at every step
                 if str(error) != self._failing:
                     self._failing = str(error)
                     self._tell("failed", reason=self._failing)
@@ -162,6 +170,10 @@ class AliasRollout:
             return None
         return trial.new, trial.old
 
+    def holds(self, name: str) -> bool:
+        """Whether a name is one of its versions', which nobody else may load or unload."""
+        return name == self._shipped or name.startswith(f"{self.alias}@")
+
     def _decide(self) -> None:
         with self._lock:
             trial = self._trial
@@ -179,8 +191,8 @@ class AliasRollout:
         state, trial = self._state, self._trial
         assert trial is not None
         if decision == "roll back":
+            self._write(_rolled_back(state, reason))  # first: a full disk is tried again
             self._trial = None
-            self._write(_rolled_back(state, reason))
             self._tell("rolled back", version=trial.new, reason=reason)
             self._leaving.append(trial.new)
         elif state.phase == "trial":
@@ -194,8 +206,8 @@ class AliasRollout:
             if before is not None:
                 self._leaving.append(state.seen[before].name)
         else:
-            self._trial = None
             self._write(replace(state, phase="settled", attempts={}))
+            self._trial = None
             self._tell("settled", version=trial.new, reason=reason)
         self._answer()
         self._decided = None

@@ -125,6 +125,9 @@ class VersionTrial:
                     return "roll back", f"it takes {times:.2f} times as long"
             if self.compared >= FEWEST_TIMES and self.alike < bounds.agreement * self.compared:
                 return "roll back", f"{self.alike} of {self.compared} answers alike"
+            over = new.answered >= bounds.requests or now - self.began >= bounds.wait_s
+            if over and new.failed * 2 > new.answered:  # too few requests for the bound above
+                return "roll back", f"{new.failed} of {new.answered} requests failed"
             if new.answered >= bounds.requests:
                 return "keep", f"{new.answered} requests, {new.failed} failed"
             if now - self.began >= bounds.wait_s:

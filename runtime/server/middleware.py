@@ -119,7 +119,8 @@ class RequestScope:
         rollout = self.service.rollouts.get(alias)
         error = notes(scope).get("error")
         failed = error is not None and (status == 200 or error in FAILURES)
-        if rollout is None or not (failed or status == 200):
+        asked = error == "deadline_exceeded" and scope[BODY].get("deadline_s") is not None
+        if rollout is None or asked or self.service.draining or not (failed or status == 200):
             return
         tokens = notes(scope).get("completion_tokens") or 1
         rollout.answered(version, seconds / tokens, failed=failed)

@@ -64,7 +64,12 @@ def digests_of(folder: str | Path) -> dict[str, str]:
     """sha256 (hex) of every file in a folder but its signature, by path. SignatureError for
     links.
     """
-    return {path: sha256_file(Path(folder) / path) for path in _files_of(Path(folder))}
+    try:
+        return {path: sha256_file(Path(folder) / path) for path in _files_of(Path(folder))}
+    except OSError as error:
+        raise SignatureError(
+            f"cannot be read: {error.strerror}", where=str(error.filename)
+        ) from error
 
 
 def _files_of(folder: Path) -> list[str]:
@@ -72,7 +77,11 @@ def _files_of(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise SignatureError("there is no such folder", where=str(folder))
     found: list[str] = []
-    for place, folders, names in os.walk(folder):
+
+    def unread(error: OSError) -> None:
+        raise SignatureError(f"cannot be read: {error.strerror}", where=str(error.filename))
+
+    for place, folders, names in os.walk(folder, onerror=unread):
         for name in [*folders, *names]:
             path = Path(place, name)
             mode = path.lstat().st_mode

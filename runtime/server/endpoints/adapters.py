@@ -50,6 +50,7 @@ async def unload_lora_adapter(request: Request) -> Response:
             near = did_you_mean(name, service.runtime.adapters)
             message = f"The lora adapter '{name}' cannot be found. {near}".rstrip()
             raise not_found(message, code="adapter_not_found", param="lora_name")
+        _check_free(service, name)
         if (alias := service.aliases.using(name)) is not None:
             message = f"The lora adapter '{name}' answers for the alias '{alias}'."
             raise ApiError(409, message, param="lora_name", code="adapter_in_use")
@@ -92,6 +93,14 @@ def _one_at_a_time(request: Request) -> asyncio.Lock:
     return lock
 
 
+def _check_free(service: Service, name: str) -> None:
+    """409 for a version that a followed alias has, or may come to have."""
+    for alias, rollout in service.rollouts.items():
+        if rollout.holds(name):
+            message = f"The lora adapter '{name}' belongs to the followed alias '{alias}'."
+            raise ApiError(409, message, param="lora_name", code="adapter_in_use")
+
+
 def _load(service: Service, name: str, path: str, in_place: bool) -> tuple[str, ...]:
     """What is to be noted of it. Every check first; with `in_place` the old adapter of that name
     goes only when the new one is known to fit.
@@ -106,6 +115,7 @@ def _load(service: Service, name: str, path: str, in_place: bool) -> tuple[str, 
         raise bad_request(
             f"'{name}' is the base model's name.", param="lora_name", code="invalid_value"
         )
+    _check_free(service, name)
     if not runtime.registry.knows(name):
         return runtime.load_adapter(name, folder).notes
     if not in_place:
