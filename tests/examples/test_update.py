@@ -87,6 +87,28 @@ def test_a_bundle_that_does_not_get_ready_gives_way_to_the_one_before(
     done = machine.run("edgetune-update", bundle(machine, tiny_encoder, "two"))
     assert (done.returncode, machine.restarts) == (1, ["a", "b", "a"])
     assert "back to the one before" in done.stderr
+    (machine.root / "broken-b").unlink()
+    again = machine.run("edgetune-update", machine.root.parent / "two")
+    assert (again.returncode, machine.restarts) == (0, ["a", "b", "a"])  # not tried again
+
+
+def test_a_bundle_taken_back_by_hand_stays_back(machine: Machine, tiny_encoder: Path) -> None:
+    first, second = (bundle(machine, tiny_encoder, name) for name in ("one", "two"))
+    for step in (first, second, "--back", second):
+        assert machine.run("edgetune-update", step).returncode == 0
+    assert machine.restarts == ["a", "b", "a"]
+
+
+def test_a_power_cut_while_a_bundle_is_tried_goes_back_where_it_is_not_ready(
+    machine: Machine, tiny_encoder: Path
+) -> None:
+    for name in ("one", "two"):
+        machine.run("edgetune-update", bundle(machine, tiny_encoder, name))
+    shutil.copy(machine.root / "b" / "model.sig", machine.root / "trying.sig")
+    (machine.root / "before").write_text("a\n")
+    (machine.root / "broken-b").touch()
+    done = machine.run("edgetune-update", machine.root.parent / "two")
+    assert (done.returncode, machine.restarts) == (1, ["a", "b", "a"])
 
 
 def test_mender_installs_a_bundle_and_goes_back(

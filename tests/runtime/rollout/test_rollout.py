@@ -12,9 +12,11 @@ from rollout_helpers import Device, publish, spoil
 from runtime_helpers import encoder_bundle
 from signature_helpers import Keys, make_keys
 
+from edgetune.core.errors import OutputError
 from edgetune.devices import load_device
 from edgetune.runtime import Runtime
 from edgetune.runtime.rollout.rollout import MOST_ATTEMPTS
+from edgetune.runtime.rollout.state import RolloutFolder
 from edgetune.runtime.signature.keys import PrivateKey, read_private_key, read_public_key
 
 
@@ -82,6 +84,37 @@ def test_the_roll_back_holds_before_it_is_on_the_disk(trial: Device) -> None:
     for _ in range(3):
         trial.rollout.answered("mood@v2", 1.0, failed=True)
     assert trial.aliases.all() == {"mood": {"mood": 1.0}}  # no step was taken yet
+
+
+def test_a_roll_back_that_the_disk_cannot_take_is_written_later(
+    trial: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RolloutFolder, state: object) -> None:
+        raise OutputError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutFolder, "write", full)
+        for _ in range(3):
+            trial.rollout.answered("mood@v2", 1.0, failed=True)
+        trial.rollout.step()
+        trial.rollout.step()
+    assert trial.steps.names[-1] == "failed" and trial.rollout.state.phase == "trial"
+    trial.rollout.step()
+    assert trial.steps.last == ("rolled back", "3 of 3 requests failed")
+    assert trial.rollout.state.phase == "settled"
+
+
+def test_a_version_that_failed_most_of_few_requests_is_not_kept(trial: Device) -> None:
+    for failed in (True, True, False):
+        trial.rollout.answered("mood@v2", 1.0, failed=failed)
+    trial.now += trial.rules.bounds.wait_s
+    trial.rollout.step()
+    assert trial.steps.last == ("rolled back", "2 of 3 requests failed")
+
+
+def test_an_aliass_versions_are_nobody_elses(trial: Device) -> None:
+    held = [trial.rollout.holds(name) for name in ("mood", "mood@v2", "mood@v9", "moody")]
+    assert held == [True, True, True, False]
 
 
 def test_a_slow_version_is_rolled_back(trial: Device) -> None:
