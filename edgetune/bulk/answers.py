@@ -35,6 +35,7 @@ class Answerer:
         engine: str = "auto",
         providers: Sequence[str] = (),
         verify: bool = True,
+        signed_by: str | Path | None = None,
         **settings: Any,
     ) -> None:
         self.bundle, self.adapter = str(bundle), adapter
@@ -44,8 +45,11 @@ class Answerer:
             "engine": engine,
             "providers": providers,
             "verify": verify,
+            "signed_by": signed_by,
         }
         self._runtime: Runtime | None = None
+        self.loaded: Path | None = None
+        """the folder that the adapter came out of, once the bundle is open"""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_runtime": None}
@@ -57,7 +61,8 @@ class Answerer:
             runtime = Runtime.open(self.bundle, **self._opening)
             name = self.adapter
             if name is not None and name not in runtime.adapters and Path(name).is_dir():
-                runtime.load_adapter(Path(name).resolve().name, name)
+                self.loaded = Path(name).resolve()
+                runtime.load_adapter(self.loaded.name, name)
             self._runtime = runtime
         return self._runtime
 
@@ -75,16 +80,20 @@ class Answerer:
         """The rows with their answers, in their order. `source` and `first` say in errors where a
         row is from: a file, and the number of the first row.
         """
+        runtime, name = (
+            self.runtime,
+            self.adapter_name,
+        )  # what is wrong with these is no row's fault
         given = [{key: plain(value) for key, value in row.items()} for row in rows]
         answered: list[dict[str, Any]] = [dict(row) for row in given]
         requests: dict[int, Request] = {}
         for at, row in enumerate(given):
             try:
                 (requests[at],) = requests_of(
-                    self.runtime,
+                    runtime,
                     [(first + at, row)],
                     path=source,
-                    adapter=self.adapter_name,
+                    adapter=name,
                     truncate=self.truncate,
                 )
             except EdgetuneError as error:

@@ -12,8 +12,8 @@ from typing import Any
 from edgetune.bulk.answers import ERROR, Answerer
 from edgetune.bulk.places import Folder, inputs_of, local_copy
 from edgetune.core.errors import OutputError
-from edgetune.core.files import parse_json, sha256_file
-from edgetune.core.layout import ADAPTER_WEIGHTS, MANIFEST
+from edgetune.core.files import TEMPORARY, sha256_file, sha256_text
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.data.rows import Rows, read_rows
 from edgetune.runtime.tasks.prediction_file import row_line
 
@@ -72,6 +72,7 @@ def plan(
     `about`: what answers depend on. OutputError where the folder holds another job, or other files;
     DataError for a file that cannot be read.
     """
+    answers.runtime.task(answers.adapter_name)  # a bundle or an adapter that is none: no job
     parts: list[RowRange] = []
     files = {}
     for name in inputs_of(source):
@@ -87,10 +88,12 @@ def plan(
         "settings": {k: v for k, v in sorted(about.items()) if v is not None},
         "files": files,
     }
+    job = json.loads(json.dumps(job))  # as it is read again
     folder = Folder(output)
-    known = folder.read(PLAN)
+    there = sorted(name for name in folder.names() if not TEMPORARY.match(name))
+    known = folder.read(PLAN)  # after the names: another shard may be writing it
     if known is None:
-        if there := sorted(folder.names()):
+        if there:
             raise OutputError(
                 "this folder holds something else",
                 where=output,
@@ -98,7 +101,7 @@ def plan(
                 got=", ".join(there[:3]),
             )
         folder.write(PLAN, (json.dumps(job, indent=1) + "\n").encode())
-    elif (other := _difference(parse_json(known), job)) is not None:
+    elif (other := _difference(_parsed(known), job)) is not None:
         raise OutputError(
             f"this folder holds the answers of another job: {other}",
             where=output,
@@ -111,7 +114,7 @@ def answer_part(answers: Answerer, part: RowRange, output: str) -> Done:
     """Answer a part and write its file, whole or not at all."""
     rows = [row.values for row in _rows(part.source).rows[part.first : part.end]]
     answered = answers.rows(rows, source=part.source, first=part.first + 1)
-    Folder(output).write(part.name, "".join(map(row_line, answered)).encode())
+    Folder(output).write(part.name, "".join(map(row_line, answered)).encode(errors="replace"))
     return Done(part.number, len(answered), sum(ERROR in row for row in answered))
 
 
@@ -122,10 +125,21 @@ def answer_here(answers: Answerer, job: Job, parts: Sequence[RowRange]) -> Itera
 
 
 def _adapter(answers: Answerer) -> str | None:
-    """Its name, and of a folder's the digest of its weights."""
-    if (name := answers.adapter_name) is None or answers.adapter == name:
+    """Its name, and of a folder's the digest of its files."""
+    name = answers.adapter_name
+    if (folder := answers.loaded) is None:
         return name
-    return f"{name}@{sha256_file(Path(str(answers.adapter)) / ADAPTER_WEIGHTS)}"
+    files = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, ADAPTER_METADATA)
+    digests = [sha256_file(folder / one) for one in files if (folder / one).is_file()]
+    return f"{name}@{sha256_text(' '.join(digests))}"
+
+
+def _parsed(raw: bytes) -> Any:
+    """What a plan holds; None where it is damaged."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 @lru_cache(maxsize=1)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import DataError, EdgetuneError, OutputError
-from edgetune.core.files import whole_file
+from edgetune.core.files import PARTIAL, whole_file
 from edgetune.data.sources import FORMATS, check_file, files_of
 from edgetune.recipe.paths import file_format
 
@@ -84,15 +85,18 @@ class Folder:
             return bytes(store.cat_file(whole)) if store.isfile(whole) else None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all (a store's objects appear when they are finished)."""
+        """Write a file whole or not at all."""
         if not is_remote(self.place):
-            with whole_file(Path(self.place) / name) as partial:
-                partial.write_bytes(content)
+            with whole_file(Path(self.place) / name) as path:
+                path.write_bytes(content)
             return
         with _reaching(self.place, OutputError):
-            store, path = _store(self.place)
-            store.makedirs(path, exist_ok=True)
-            store.pipe_file(f"{path.rstrip('/')}/{name}", content)
+            store, root = _store(self.place)
+            store.makedirs(root, exist_ok=True)
+            root = root.rstrip("/")
+            partial = f"{root}/{PARTIAL}{uuid.uuid4().hex[:8]}-{name}"
+            store.pipe_file(partial, content)  # some stores write in place
+            store.mv(partial, f"{root}/{name}")
 
 
 def _store(place: str) -> tuple[Any, str]:

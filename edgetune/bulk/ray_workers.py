@@ -12,6 +12,8 @@ from edgetune.bulk.answers import Answerer
 from edgetune.bulk.parts import Done, Job, RowRange, answer_part, as_row
 from edgetune.core.errors import EdgetuneError, InputError
 
+RETRIES = 3
+"""How often a part is answered again whose worker died."""
 HERE = "here"
 """In place of an address: the cluster of this machine, or a new one on it."""
 
@@ -91,7 +93,7 @@ def answer_by_ray(
         compute=ray.data.ActorPoolStrategy(size=pool),
         num_cpus=threads,
         max_restarts=-1,
-        max_task_retries=-1,
+        max_task_retries=RETRIES,
     )
     for row in _rows(done):
         if row["said"]:

@@ -157,6 +157,7 @@ def command(
             engine=engine,
             providers=chosen,
             verify=not no_verify,
+            signed_by=signed_by,
             settings={name: value for name, value in settings.items() if value is not None},
         )
         return

@@ -108,6 +108,9 @@ def answer_many(
     from edgetune.bulk.ray_workers import answer_by_ray
 
     by_ray = many.ray is not None
+    if by_ray:  # whose workers have working folders of their own
+        bundle, source, output = bundle.resolve(), _absolute(source), _absolute(output)
+        adapter = _absolute(adapter) if adapter and Path(adapter).is_dir() else adapter
     answers = Answerer(
         bundle,
         adapter=adapter,
@@ -145,6 +148,11 @@ def answer_many(
             raise SystemExit(1)
     else:
         click.echo(f"nothing is left to answer: {output}")
+
+
+def _absolute(place: str) -> str:
+    """A path from the root; URLs stay."""
+    return place if "://" in place else str(Path(place).absolute())
 
 
 def _follow(finished: Iterator[Done], parts: Sequence[Any]) -> tuple[int, int]:

@@ -115,7 +115,9 @@ class Registry:
                     method, url, headers={**(headers or {}), **own}, body=body, attempts=attempts
                 )
             except StatusError as error:
-                if error.status != 401 or not ours or again:
+                # after a redirect it is another host that asks, and may name any realm
+                asked_here = ours and origin(error.url) == origin(self.root)
+                if error.status != 401 or not asked_here or again:
                     raise
                 self._authorize(error)
         raise AssertionError("two tries")

@@ -130,7 +130,7 @@ class Store:
         arrived: Callable[[int], None],
     ) -> None:
         """Fill the half to its size; a try that brought bytes gives the next ones new patience."""
-        partial, attempt = self._partial(file), 0
+        partial, attempt, refused = self._partial(file), 0, 0
         partial.touch()
         while (before := partial.stat().st_size) != file.size or not file.size:
             if before > file.size:
@@ -140,7 +140,10 @@ class Store:
                 return
             try:
                 self._append(file, opened, before, where, arrived)
-            except StatusError:
+            except StatusError as error:
+                refused += 1
+                if not before or refused >= transport.attempts:
+                    raise SourceError(f"{file.path}: HTTP {error.status}", where=where) from error
                 partial.write_bytes(b"")  # 416: the source does not have as much as came before
             except BROKEN as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -71,6 +71,11 @@ class Transport:
                 if attempt == most:
                     raise unreachable(url, error) from error
                 self.pause(attempt)
+            except ValueError:  # whose text may hold the token
+                raise SourceError(
+                    "the address or the credential has a letter that HTTP cannot carry",
+                    where=shown_url(url),
+                ) from None
         raise AssertionError("at least one attempt")
 
     def patiently(self, answer: Callable[[], T], url: str) -> T:
@@ -134,7 +139,9 @@ class Transport:
         except urllib.error.HTTPError as error:
             with error:
                 text = error.read(2000).decode("utf-8", "replace")
-            raise StatusError(url, error.code, dict(error.headers.items()), text) from error
+            raise StatusError(
+                error.url or url, error.code, dict(error.headers.items()), text
+            ) from error
 
     def _opener(self, local: bool) -> urllib.request.OpenerDirector:
         """Of http and https alone, where urllib's own also reads files; no proxy to this

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import CommandLine
 from runtime_helpers import decoder_bundle, encoder_bundle
+from signature_helpers import make_keys
 
 from edgetune.bulk import Answerer
 from edgetune.bulk.parts import Job, RowRange, plan
@@ -102,6 +104,49 @@ def test_answers_of_another_job_are_not_added_to(
     assert command_line(*again)[0] == 0
     code, _, err = command_line(*again, *change)
     assert code != 0 and said in err and len(err.splitlines()) == 1
+
+
+def test_a_job_with_lists_among_its_settings_goes_on_and_a_damaged_plan_is_a_line(
+    command_line: CommandLine, tiny_decoder: Path, source: Path, tmp_path: Path
+) -> None:
+    bundle, parts = decoder_bundle(tiny_decoder), tmp_path / "parts"
+    again = predict(bundle, source, "--output", f"{parts}/", "--stop", "x", "--stop", "y")
+    assert [command_line(*again)[0] for _ in range(2)] == [0, 0]
+    (parts / "job.json").write_text('{"files"')
+    code, _, err = command_line(*again)
+    assert code == 2 and "job.json is damaged" in err
+
+
+def test_an_adapters_folder_that_changed_is_another_job(
+    command_line: CommandLine, tiny_decoder: Path, source: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "tone"
+    shutil.copytree(decoder_bundle(tiny_decoder) / "adapters" / "a", adapter)
+    call = predict(decoder_bundle(tiny_decoder), source, "--output", f"{tmp_path / 'parts'}/")
+    call += ["--adapter", adapter]
+    assert command_line(*call)[0] == 0
+    metadata = adapter / "edgetune_adapter.json"
+    metadata.write_text(metadata.read_text() + "\n")
+    code, _, err = command_line(*call)
+    assert code == 2 and "adapter was" in err
+
+
+def test_a_folder_of_parts_asks_for_the_signature_too(
+    command_line: CommandLine, tiny_decoder: Path, source: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("cryptography", reason="pip install 'edgetune[sign]' runs it")
+    key = make_keys(tmp_path).public
+    call = predict(decoder_bundle(tiny_decoder), source, "--output", f"{tmp_path / 'parts'}/")
+    code, _, err = command_line(*call, "--require-signature", key)
+    assert code == 2 and "sign" in err and not (tmp_path / "parts").exists()
+
+
+def test_an_adapter_that_is_none_fills_no_folder(
+    command_line: CommandLine, tiny_decoder: Path, source: Path, tmp_path: Path
+) -> None:
+    call = predict(decoder_bundle(tiny_decoder), source, "--output", f"{tmp_path / 'parts'}/")
+    code, _, err = command_line(*call, "--adapter", "nobody")
+    assert code == 2 and "nobody" in err and not (tmp_path / "parts").exists()
 
 
 def test_a_changed_file_and_a_strangers_folder_are_refused(
