@@ -88,6 +88,35 @@ def test_a_token_is_bought_with_the_password_of_the_container_configuration(
         assert len(server.asked) == 3
 
 
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Sends everybody to `to`, or, where there is none, asks for the password itself."""
+
+    def do_GET(self) -> None:
+        server: Any = self.server
+        server.asked.append(self.headers.get("Authorization"))
+        to = server.redirects.get("to")
+        self.send_response(307 if to else 401)
+        if to:
+            self.send_header("Location", to + self.path)
+        else:
+            self.send_header("WWW-Authenticate", f'Bearer realm="{server.url}/token"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_a_host_that_a_registry_leads_to_gets_no_password(home: Path) -> None:
+    with serving(Stranger) as first, serving(Stranger) as second:
+        first.redirects["to"] = second.url
+        login = {"auth": packed(f"ann:{PASSWORD}")}
+        configure(home, auths={f"127.0.0.1:{first.server_port}": login})
+        with pytest.raises(SourceError):
+            resolve(f"oci://127.0.0.1:{first.server_port}/a:v1")
+        assert second.asked and not any(second.asked)
+
+
 @pytest.mark.parametrize("key", ["r.io", "https://r.io/v1/", "r.io/team"])
 def test_a_login_is_found_by_any_of_its_keys(home: Path, key: str) -> None:
     configure(home, auths={"x.io": {"auth": packed("a:b")}, key: {"auth": packed("ann:p:w")}})
