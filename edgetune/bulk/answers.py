@@ -63,6 +63,7 @@ class Answerer:
             if name is not None and name not in runtime.adapters and Path(name).is_dir():
                 self.loaded = Path(name).resolve()
                 runtime.load_adapter(self.loaded.name, name)
+                self.adapter = str(self.loaded)  # workers may have other working folders
             self._runtime = runtime
         return self._runtime
 

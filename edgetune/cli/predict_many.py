@@ -110,7 +110,6 @@ def answer_many(
     by_ray = many.ray is not None
     if by_ray:  # whose workers have working folders of their own
         bundle, source, output = bundle.resolve(), _absolute(source), _absolute(output)
-        adapter = _absolute(adapter) if adapter and Path(adapter).is_dir() else adapter
     answers = Answerer(
         bundle,
         adapter=adapter,

@@ -131,6 +131,22 @@ def test_an_adapters_folder_that_changed_is_another_job(
     assert code == 2 and "adapter was" in err
 
 
+def test_an_adapter_of_the_bundle_comes_before_a_folder_of_its_name(
+    tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = decoder_bundle(tiny_decoder) / "adapters"
+    for folder, name in (("a", "b"), ("own", "b")):
+        shutil.copytree(adapters / name, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    bundle = decoder_bundle(tiny_decoder)
+    ours, theirs = (Answerer(bundle, adapter=name, max_new_tokens=2) for name in ("a", "own"))
+    assert (ours.runtime.adapters, ours.adapter, ours.loaded) == (("a", "b"), "a", None)
+    assert "own" in theirs.runtime.adapters and theirs.adapter == str(tmp_path / "own")
+    monkeypatch.chdir("/")
+    again = pickle.loads(pickle.dumps(theirs))
+    assert again.rows([{"prompt": "hello"}]) == theirs.rows([{"prompt": "hello"}])
+
+
 def test_a_folder_of_parts_asks_for_the_signature_too(
     command_line: CommandLine, tiny_decoder: Path, source: Path, tmp_path: Path
 ) -> None:
