@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgetune.cli.options import slower_option
+
 if TYPE_CHECKING:
     from edgetune.runtime.check.benchmarks import Compared
 
@@ -19,14 +21,7 @@ def command() -> None:
 @command.command("compare")
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option(
-    "--allow-slower",
-    type=click.FloatRange(min=0, max=100),
-    default=3.0,
-    show_default=True,
-    metavar="%",
-    help="Worse by less is no regression.",
-)
+@slower_option("Worse by less is no regression.")
 @click.option(
     "--json",
     "json_file",

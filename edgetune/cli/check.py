@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import THREADS, chosen_providers, engine_option, provider_option
+from edgetune.cli.options import (
+    THREADS,
+    chosen_providers,
+    engine_option,
+    provider_option,
+    slower_option,
+)
 
 if TYPE_CHECKING:
     from edgetune.devices.loader import Device
@@ -84,14 +90,7 @@ EXIT = {"ok": 0, "over": 1, "slower": 1, "noisy": 3}
     metavar="BASELINE.json",
     help="Exit 1 where a figure is slower than in this file of --json (of 3 rounds or more).",
 )
-@click.option(
-    "--allow-slower",
-    type=click.FloatRange(min=0, max=100),
-    default=3.0,
-    show_default=True,
-    metavar="%",
-    help="With --against: slower by less is no regression.",
-)
+@slower_option("With --against: slower by less is no regression.")
 @click.option(
     "--sweep",
     "sweeps",

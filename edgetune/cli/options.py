@@ -128,3 +128,15 @@ def share_of(text: str) -> float:
             "cannot read --max-loss", expected="a share of the metric, as 0.5% or 0.005", got=text
         )
     return value
+
+
+def slower_option(what: str) -> Callable[[Command], Command]:
+    """`--allow-slower` of a command that compares times; `what` it says of it."""
+    return click.option(
+        "--allow-slower",
+        type=click.FloatRange(min=0, max=100),
+        default=3.0,
+        show_default=True,
+        metavar="%",
+        help=what,
+    )
