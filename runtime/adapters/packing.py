@@ -81,6 +81,11 @@ class PackedAdapter:
         return (self.prompt_format or {}).get("text_pair") is not None
 
     @property
+    def reads_case_marks(self) -> bool:
+        """Whether it tags words that are marked where they have capitals."""
+        return (self.prompt_format or {}).get("case_marks") is True
+
+    @property
     def task(self) -> str | None:
         """What it was trained for; None for a foreign adapter without a head."""
         if self.metadata.get("task") == MASKED:  # which answers with an embedding
