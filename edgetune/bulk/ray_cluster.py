@@ -1,0 +1,43 @@
+"""A cluster of Ray: the one at an address, or one on this machine."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from edgetune.core.errors import InputError
+
+HERE = "here"
+"""In place of an address: the cluster of this machine, or a new one on it."""
+RETRIES = 3
+"""How often work is begun again whose worker died."""
+
+
+def connected(address: str = HERE, *, needs: str = "ray") -> Any:
+    """The module `ray`, connected, unless it already is; `needs`: which module of it is imported.
+    InputError where Ray is missing or cannot be reached.
+    """
+    try:
+        importlib.import_module(needs)
+        import ray
+    except ImportError as error:
+        raise InputError(
+            "Ray is not installed", fix='Install it: pip install "edgetune[ray]".'
+        ) from error
+    if not ray.is_initialized():
+        try:
+            ray.init(
+                address=None if address == HERE else address,
+                log_to_driver=False,
+                include_dashboard=False,
+                configure_logging=True,
+                logging_level="ERROR",
+            )
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            raise InputError(
+                "there is no Ray cluster",
+                where=address,
+                got=f"{type(error).__name__}: {line}"[:200],
+            ) from error
+    return ray
