@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import socket
 from typing import Any
 
 from edgetune.core.errors import InputError
@@ -11,6 +13,8 @@ HERE = "here"
 """In place of an address: the cluster of this machine, or a new one on it."""
 RETRIES = 3
 """How often work is begun again whose worker died."""
+PATIENCE_S = 10
+"""For an answer at an address; Ray itself tries for minutes."""
 
 
 def connected(address: str = HERE, *, needs: str = "ray") -> Any:
@@ -26,6 +30,7 @@ def connected(address: str = HERE, *, needs: str = "ray") -> Any:
         ) from error
     if not ray.is_initialized():
         try:
+            _reach(address)
             ray.init(
                 address=None if address == HERE else address,
                 log_to_driver=False,
@@ -41,3 +46,9 @@ def connected(address: str = HERE, *, needs: str = "ray") -> Any:
                 got=f"{type(error).__name__}: {line}"[:200],
             ) from error
     return ray
+
+
+def _reach(address: str) -> None:
+    """OSError where nobody listens at host:port; names of other forms are Ray's to understand."""
+    if found := re.fullmatch(r"(?:ray://)?([^:/]+):(\d{1,5})", address):
+        socket.create_connection((found[1], int(found[2])), timeout=PATIENCE_S).close()

@@ -43,6 +43,8 @@ def train_by_ray(
     _check_machines(ray, runs)
     task = ray.remote(max_retries=RETRIES)(_train)
     waiting, under_way, said = deque(runs), dict[Any, PlannedRun](), progress or Progress()
+    processors = int(ray.cluster_resources().get("CPU", 0))
+    said.say(f"{len(runs)} runs on {processors} processors")
     try:
         while waiting or under_way:
             while waiting and len(under_way) < (workers or len(runs)):
@@ -82,13 +84,14 @@ def _outcome(ray: Any, reference: Any, run: PlannedRun) -> TrainedRun:
         return done
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        last = lines[-1] if isinstance(error, ray.exceptions.RayTaskError) else lines[0]
+        raised = isinstance(error, ray.exceptions.RayTaskError)  # a traceback, its reason last
+        what = "its worker cannot train" if raised else f"its worker died, {RETRIES + 1} times"
         return TrainedRun(
             run,
             None,
             TrainingError(
-                "its workers died" if last == lines[0] else "its worker could not train it",
-                got=f"{type(error).__name__}: {last}"[:300],
+                what,
+                got=f"{type(error).__name__}: {lines[-1 if raised else 0]}"[:300],
                 fix="What it had done is kept; give the command again to go on.",
             ),
         )

@@ -59,10 +59,7 @@ def command(
     from edgetune.core.errors import TrainingError
     from edgetune.training.sweep import sweep_table
 
-    done = {}
-    for one in train_all(made, by, replace=replace):
-        if one.error is not None and not isinstance(one.error, TrainingError):
-            raise one.error  # of the recipe or its rows, so of every run
-        done[one.run.name] = one
-    outcomes = [done[one.name] for one in made]
-    return compare(outcomes, made[0].out.parent, "sweep.json", table=sweep_table)
+    folder = made[0].out.parent
+    # an error of the recipe or of its rows would be one of every run
+    outcomes = train_all(made, folder, by, replace=replace, one_runs_own=TrainingError)
+    return compare(outcomes, folder, "sweep.json", table=sweep_table)

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from edgetune.cli.options import wait_briefly
-from edgetune.cli.train_many import Workers, ray_options, train_recipes
+from edgetune.cli.train_many import Workers, compare, ray_options, train_all
+from edgetune.core.errors import EdgetuneError
 
 
 @click.command()
@@ -148,11 +149,13 @@ def _train_many(
     runs = plan_runs(recipes, overrides=overrides, out=out)  # before torch is imported
     folder = out if out is not None else common_folder(runs)
     wait_briefly()
+    from edgetune.training.many import runs_table
     from edgetune.training.parallel.distributed import launched
 
     if launched().size > 1:
         raise click.UsageError("torchrun and the like train one RECIPE; several go without")
-    return train_recipes(runs, folder, by, replace=replace)
+    done = train_all(runs, folder, by, replace=replace, one_runs_own=EdgetuneError)
+    return compare(done, folder, "runs.json", table=runs_table)
 
 
 UNITS = {"s": 1, "m": 60, "h": 3600}

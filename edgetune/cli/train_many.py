@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from edgetune.core.errors import EdgetuneError, OutputError
 
 if TYPE_CHECKING:
     from edgetune.recipe.runs import PlannedRun
@@ -57,33 +62,48 @@ def ray_options(command: F) -> F:
 
 
 def train_all(
-    runs: Sequence[PlannedRun], by: Workers, *, replace: bool = False
-) -> Iterator[TrainedRun]:
-    """What comes of each run, in the order of finishing; see `train_one`."""
+    runs: Sequence[PlannedRun],
+    folder: Path,
+    by: Workers,
+    *,
+    replace: bool,
+    one_runs_own: type[EdgetuneError],
+) -> list[TrainedRun]:
+    """What comes of each run, in their order; an error that is not `one_runs_own` ends them all.
+    OutputError before the first of them where `folder`, for the page, cannot be written.
+    """
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OutputError(
+            "cannot write the comparison there",
+            where=str(folder),
+            expected="a folder that is writable",
+            fix="Choose another --out.",
+        )
     from edgetune.core.progress import Progress
     from edgetune.report.run_page import write_report
 
     if by.ray is None:
         from edgetune.training.many import train_here
 
-        return train_here(runs, progress=Progress(), write_more=write_report, replace=replace)
-    from edgetune.bulk.ray_trainings import train_by_ray
+        coming = train_here(runs, progress=Progress(), write_more=write_report, replace=replace)
+    else:
+        from edgetune.bulk.ray_trainings import train_by_ray
 
-    return train_by_ray(
-        runs,
-        address=by.ray,
-        workers=by.workers,
-        write_more=write_report,
-        replace_others=replace,
-    )
-
-
-def train_recipes(runs: Sequence[PlannedRun], folder: Path, by: Workers, *, replace: bool) -> int:
-    """Train, show a line for each run, and compare them in `folder`; the exit code."""
-    from edgetune.training.many import runs_table
-
-    done = {one.run.name: one for one in train_all(runs, by, replace=replace)}
-    return compare([done[run.name] for run in runs], folder, "runs.json", table=runs_table)
+        coming = train_by_ray(
+            runs,
+            address=by.ray,
+            workers=by.workers,
+            write_more=write_report,
+            replace_others=replace,
+        )
+    done = {}
+    with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of a worker that died
+        for one in coming:
+            if one.error is not None and not isinstance(one.error, one_runs_own):
+                raise one.error
+            done[one.run.name] = one
+    return [done[run.name] for run in runs]
 
 
 def compare(
@@ -98,8 +118,8 @@ def compare(
     from edgetune.report.comparison import read_runs, render_comparison
     from edgetune.training.many import runs_facts
 
-    write_json(folder / name, runs_facts(outcomes))
     click.echo(table(outcomes))
+    write_json(folder / name, runs_facts(outcomes))
     finished = [one.run.out for one in outcomes if one.summary is not None]
     if finished:
         write_text(folder / PAGE, render_comparison(read_runs(finished)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import CommandLine
+from process_helpers import free_port
 from resume_helpers import WEIGHTS
 from training_helpers import sft_recipe, silent, write_rows
 
@@ -105,7 +106,7 @@ def test_the_command_compares_them_and_a_sweep_goes_the_same_way(
     again = ["train", *recipes[:2], "--out", tmp_path / "all", "--set", "stage.0.max_steps=2"]
     code, out, err = command_line(*again, "--ray", "--workers", 1)
     assert code == 1 and [line.split()[0] for line in out.splitlines()[1:3]] == ["ann", "bob"]
-    assert err.startswith("1/2 ann  loss ") and "2/2 bob  failed" in err
+    assert err.startswith("2 runs on 2 processors\n1/2 ann  loss ") and "2/2 bob  failed" in err
     assert (tmp_path / "all" / "comparison.html").exists()
     assert (tmp_path / "all" / "ann" / "report.html").exists()
     assert "1/2 ann  finished before: loss" in command_line(*again, "--ray", "--workers", 1)[2]
@@ -122,3 +123,10 @@ def test_a_run_that_fits_no_machine_is_a_line(
     for setting, said in (("threads=64", "enough CPUs"), ("device=cuda", "enough GPUs")):
         code, _, err = command_line("train", recipes[0], "--ray", "--set", setting)
         assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_an_address_where_nobody_is_is_a_line(
+    recipes: list[Path], command_line: CommandLine
+) -> None:
+    code, _, err = command_line("train", recipes[0], "--ray", f"127.0.0.1:{free_port()}")
+    assert code == 2 and "there is no Ray cluster" in err and len(err.splitlines()) == 1

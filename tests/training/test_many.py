@@ -105,6 +105,7 @@ def test_other_rows_are_refused_and_replace_the_run_where_that_is_asked(
         (["--set", "seeds=3"], 'unknown key "seeds"'),
         (["--search", "10m"], "go with one RECIPE"),
         (["--migrate"], "go with one RECIPE"),
+        (["--out", "ann/recipe.toml"], "cannot write the comparison there"),
         (["--workers", "2"], "--workers belongs to --ray"),
         (["--ray", "more.toml"], "write --ray last"),
     ],
