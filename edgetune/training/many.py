@@ -72,7 +72,11 @@ def train_one(
     try:
         try:
             summary = run_recipe(
-                run.recipe, out=run.out, progress=progress, resume=True, write_more=write_more
+                run.recipe,
+                out=run.out,
+                progress=progress,
+                resume=run.out.exists(),
+                write_more=write_more,
             )
         except (RecipeError, DataError) as error:
             if "--resume" not in error.what:

@@ -75,6 +75,14 @@ class Killed:
         """Nothing more is written."""
 
 
+def test_an_address_where_nobody_is_is_a_line(
+    recipes: list[Path], command_line: CommandLine
+) -> None:
+    assert not ray.is_initialized()  # as below, where `cluster` is
+    code, _, err = command_line("train", recipes[0], "--ray", f"127.0.0.1:{free_port()}")
+    assert code == 2 and "there is no Ray cluster" in err and len(err.splitlines()) == 1
+
+
 def test_tasks_train_what_one_process_does_though_one_is_killed_and_one_fails(
     cluster: None, recipes: list[Path], tmp_path: Path
 ) -> None:
@@ -123,10 +131,3 @@ def test_a_run_that_fits_no_machine_is_a_line(
     for setting, said in (("threads=64", "enough CPUs"), ("device=cuda", "enough GPUs")):
         code, _, err = command_line("train", recipes[0], "--ray", "--set", setting)
         assert code == 2 and said in err and len(err.splitlines()) == 1
-
-
-def test_an_address_where_nobody_is_is_a_line(
-    recipes: list[Path], command_line: CommandLine
-) -> None:
-    code, _, err = command_line("train", recipes[0], "--ray", f"127.0.0.1:{free_port()}")
-    assert code == 2 and "there is no Ray cluster" in err and len(err.splitlines()) == 1
