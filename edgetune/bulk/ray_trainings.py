@@ -16,7 +16,7 @@ import torch
 from edgetune.bulk.ray_cluster import HERE, RETRIES, connected
 from edgetune.core.errors import InputError, TrainingError
 from edgetune.core.progress import Progress
-from edgetune.recipe.runs import PlannedRun
+from edgetune.recipe.runs import PlannedRun, check_independent
 from edgetune.training.many import TrainedRun, train_one
 from edgetune.training.run import WriteMore
 
@@ -34,11 +34,14 @@ def train_by_ray(
 
     A task has as many processors as its recipe has `threads` (1 where it says nothing), and a GPU
     where its `device` is "cuda". `workers`: at most so many at a time. Recipes' files and folders
-    must lie at the same paths on every machine. What stops one run is its outcome; InputError
-    where Ray is missing, cannot be reached, or has no machine that is large enough. The other
-    arguments are those of `train_one`. Runs that are under way when the iteration ends are stopped,
-    and can go on later.
+    must lie at the same paths on every machine. What stops one run is its outcome. RecipeError
+    where a run begins with what another one trains; InputError where Ray is missing, cannot be
+    reached, or has no machine that is large enough. The other arguments are those of `train_one`.
+    Runs that are under way when the iteration ends are stopped, and can go on later.
     """
+    if not runs:
+        return
+    check_independent(runs)
     ray = connected(address)
     _check_machines(ray, runs)
     task = ray.remote(max_retries=RETRIES)(_train)

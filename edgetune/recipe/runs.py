@@ -30,6 +30,8 @@ def plan_runs(
     named as its file is; `overrides` are for all. RecipeError, before anything trains, for all
     files that are no recipes, and where a recipe or a folder stands there twice.
     """
+    if not paths:
+        return []
     _check_distinct([path.resolve() for path in paths])
     recipes, problems = list[Recipe](), list[str]()
     for path in paths:
@@ -66,6 +68,22 @@ def common_folder(runs: Sequence[PlannedRun]) -> Path:
     except ValueError:  # drives of Windows
         return Path.cwd()
     return Path.cwd() if common == Path(common.anchor) else common
+
+
+def check_independent(runs: Sequence[PlannedRun]) -> None:
+    """RecipeError where a run needs what another one trains, so that they cannot go on together."""
+    trained = {run.out.resolve(): run for run in runs}
+    for run in runs:
+        rewards = [place for one in run.recipe.stage if one.grpo for place in one.grpo.rewards]
+        for needed in [run.recipe.base, run.recipe.parameters.start, *rewards]:
+            place = Path(needed or ".").resolve()
+            other = next((trained[up] for up in (place, *place.parents) if up in trained), None)
+            if needed and other is not None:
+                raise RecipeError(
+                    f"{run.name} begins with what {other.name} trains",
+                    where=str(other.out),
+                    fix=f"Train {other.name} first, or leave --ray out and name it first.",
+                )
 
 
 def _with_file(path: Path, line: str) -> str:

@@ -13,7 +13,7 @@ from training_helpers import action_rows, sft_recipe, silent, write_rows
 
 from edgetune.core.errors import RecipeError
 from edgetune.recipe.read import load_recipe, recipe_to_toml
-from edgetune.recipe.runs import common_folder, plan_runs
+from edgetune.recipe.runs import check_independent, common_folder, plan_runs
 from edgetune.training import run_recipe
 
 
@@ -147,6 +147,17 @@ def test_a_run_inside_another_is_refused(recipes: list[Path]) -> None:
         with pytest.raises(RecipeError, match="lies in it") as refused:
             plan_runs(recipes)
         assert above in str(refused.value)
+
+
+def test_a_run_that_begins_with_another_one_goes_after_it_not_beside_it(
+    recipes: list[Path], command_line: CommandLine, tmp_path: Path
+) -> None:
+    check_independent(plan_runs(recipes))
+    start = f'[parameters]\nstart = "{tmp_path}/runs/ann"\n'
+    recipes[1].write_text(recipes[1].read_text().replace("[parameters]\n", start))
+    with pytest.raises(RecipeError, match="bob begins with what ann trains"):
+        check_independent(plan_runs(recipes))
+    assert command_line("train", *recipes)[0] == 0
 
 
 def test_what_nobody_expected_is_the_outcome_of_its_run_alone(
