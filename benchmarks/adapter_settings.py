@@ -22,10 +22,10 @@ from typing import Any
 
 from edgetune.core.layout import ADAPTER, ADAPTER_WEIGHTS
 from edgetune.core.progress import Progress
-from edgetune.recipe.grid import Combination
 from edgetune.recipe.read import load_recipe
+from edgetune.recipe.runs import PlannedRun
 from edgetune.report.run_page import write_report
-from edgetune.training.sweep import SweptRun, run_all
+from edgetune.training.many import TrainedRun, train_here
 
 ATTENTION = '".*(attention|self_attn).*"'
 MLP = '".*(intermediate|layer\\\\.\\\\d+\\\\.output\\\\.|mlp).*"'
@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 }
 
 
-def variants(path: Path, seeds: list[str], overrides: list[str]) -> list[Combination]:
+def variants(path: Path, out: Path, seeds: list[str], overrides: list[str]) -> list[PlannedRun]:
     """The recipe with every setting and seed."""
     plain = load_recipe(path, overrides)
     made = []
@@ -59,18 +59,19 @@ def variants(path: Path, seeds: list[str], overrides: list[str]) -> list[Combina
                 settings.setdefault("parameters.alpha", "16")
             settings["seed"] = seed
             recipe = load_recipe(path, [*overrides, *(f"{k}={v}" for k, v in settings.items())])
-            made.append(Combination(f"{number:02}-{seed}", settings, recipe))
+            name = f"{number:02}-{seed}"
+            made.append(PlannedRun(name, recipe, out / name, settings))
     return made
 
 
-def facts(outcome: SweptRun, folder: Path, metric: str) -> dict[str, Any]:
+def facts(outcome: TrainedRun, metric: str) -> dict[str, Any]:
     """What the table says of a run."""
     summary = outcome.summary
     if summary is None:
-        return {"error": outcome.error}
-    weights = folder / outcome.combination.name / ADAPTER / ADAPTER_WEIGHTS
+        return {"error": str(outcome.error)}
+    weights = outcome.run.out / ADAPTER / ADAPTER_WEIGHTS
     return {
-        "seed": int(outcome.combination.settings["seed"]),
+        "seed": int(outcome.run.settings["seed"]),
         "metric": float(summary.metrics[metric]),
         "parameters": summary.trainable_parameters,
         "mb": weights.stat().st_size / 1e6 if weights.is_file() else None,
@@ -86,11 +87,11 @@ def main() -> None:
     parser.add_argument("--metric", default="exact_match")
     parser.add_argument("--out", type=Path, default=Path("runs/adapter-settings"))
     options = parser.parse_args()
-    made = variants(options.recipe, options.seeds.split(","), options.set)
+    made = variants(options.recipe, options.out, options.seeds.split(","), options.set)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in SETTINGS}
-    for outcome in run_all(made, options.out, progress=Progress(), write_more=write_report):
-        name = list(SETTINGS)[int(outcome.combination.name.split("-")[0])]
-        found[name].append(facts(outcome, options.out, options.metric))
+    for outcome in train_here(made, progress=Progress(), write_more=write_report):
+        name = list(SETTINGS)[int(outcome.run.name.split("-")[0])]
+        found[name].append(facts(outcome, options.metric))
         print(name, json.dumps(found[name][-1]), flush=True)
     for name, runs in found.items():
         done = [one for one in runs if "error" not in one]
