@@ -65,6 +65,10 @@ class Device:
         self.now = 0.0
         self.start()
 
+    def stop(self) -> None:
+        """As a server is told to; without it the next start is one after a crash."""
+        self.rollout.close()
+
     def start(self) -> None:
         for name in self.runtime.adapters:  # another process would not have them
             if "@" in name:
@@ -77,8 +81,8 @@ class Device:
         self.rollout.open()
 
     def source(self) -> ArtifactVersions:
-        base = self.runtime.manifest.base.digest
-        return ArtifactVersions(str(self.place), self.disk / "store", base=base)
+        manifest = self.runtime.manifest
+        return ArtifactVersions(str(self.place), self.disk / "store", manifest=manifest)
 
     def answer(self, key: str = "x") -> str:
         """The version that answers; it does."""

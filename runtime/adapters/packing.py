@@ -116,11 +116,11 @@ def pack_adapter(
     """
     path = Path(folder)
     _takes_adapters(manifest, path)
-    read = read_lora(path, base_digest=manifest.base.digest, max_bytes=_most_bytes(manifest))
+    read = read_lora(path, base_digest=manifest.base.digest, max_bytes=most_bytes(manifest))
     return pack_lora(read, manifest, name=name or path.name, by_site=by_site)
 
 
-def _most_bytes(manifest: Manifest) -> int:
+def most_bytes(manifest: Manifest) -> int:
     """What an adapter's file may come to: fp64, the full rank of every module, and twice the
     vocabulary (the copies that PEFT saves).
     """

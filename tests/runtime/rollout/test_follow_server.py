@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from server_helpers import Running, serve, until
 from signature_helpers import Keys, make_keys
 
-from edgetune.cli.follow import followed, following
+from edgetune.cli.follow import followed, following, state_beside
+from edgetune.core.errors import OutputError
 from edgetune.core.files import sha256_file
 from edgetune.runtime.rollout.rollout import AliasRollout
 from edgetune.runtime.signature.keys import read_private_key
@@ -128,9 +129,36 @@ def test_a_source_has_a_name(text: str, name: str) -> None:
     assert followed(text)[0] == name
 
 
+def test_the_state_has_a_folder_for_each_name_and_stays_where_a_link_is(tmp_path: Path) -> None:
+    for slot in "ab":
+        (tmp_path / slot).mkdir()
+    link = tmp_path / "current"
+    link.symlink_to("a")
+    assert state_beside(link) == tmp_path / "current.rollout"
+    assert state_beside(Path("x.v1")) != state_beside(Path("x.v2"))
+    assert state_beside(Path("x/..")) == Path.cwd().with_name(f"{Path.cwd().name}.rollout")
+
+
+def test_a_second_server_with_the_same_state_is_refused_in_one_line(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    adapter = encoder_bundle(tiny_encoder) / "adapters" / "mood"
+    publish(adapter, tmp_path / "source")
+    with serve(encoder_bundle(tiny_encoder)) as running:
+        with follow(running, "mood", tmp_path / "source", tmp_path / "disk"):
+            again = follow(running, "mood", tmp_path / "source", tmp_path / "disk")
+            with pytest.raises(OutputError, match="Stop the other server") as error:
+                again.__enter__()
+            assert "\n" not in str(error.value)
+        with follow(running, "mood", tmp_path / "source", tmp_path / "disk"):
+            pass  # the first one has ended
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("--follow", "a=x", "--follow", "a=y"),
+        ("--follow", "a=x", "--follow", "oci://host/team/A:stable"),
         ("--follow", "=x"),
         ("--follow", "../"),
         ("--follow", "a=x", "--follow-bound", "share=0"),
