@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from server_helpers import Running, serve, until
 from signature_helpers import Keys, make_keys
 
 from edgetune.cli.follow import followed, following, state_beside
-from edgetune.core.errors import OutputError
+from edgetune.core.errors import InputError, OutputError
 from edgetune.core.files import sha256_file
 from edgetune.runtime.rollout.rollout import AliasRollout
+from edgetune.runtime.rollout.trial import RANGES, RolloutBounds, parse_bounds
 from edgetune.runtime.signature.keys import read_private_key
 
 
@@ -137,6 +139,28 @@ def test_the_state_has_a_folder_for_each_name_and_stays_where_a_link_is(tmp_path
     assert state_beside(link) == tmp_path / "current.rollout"
     assert state_beside(Path("x.v1")) != state_beside(Path("x.v2"))
     assert state_beside(Path("x/..")) == Path.cwd().with_name(f"{Path.cwd().name}.rollout")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("share=0", "share is out of its range (expected a number from 0.001 to 1, got 0)"),
+        ("errors=2", "errors is out of its range (expected a number from 0 to 1, got 2)"),
+        ("requests=0", "expected a number from 1 to 1e+09"),
+        ("latency=fast", "expected a number from 0 to 1e+09, got fast"),
+        ("speed=1", "KEY is one of share, shadow, requests"),
+    ],
+)
+def test_a_bound_out_of_its_range_says_the_range(text: str, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_bounds((text,))
+    assert said in str(error.value)
+
+
+def test_every_bound_has_a_range_that_its_default_is_in() -> None:
+    defaults = asdict(RolloutBounds())
+    assert set(defaults) == set(RANGES)
+    assert all(low <= defaults[key] <= high for key, (low, high) in RANGES.items())
 
 
 def test_a_second_server_with_the_same_state_is_refused_in_one_line(
