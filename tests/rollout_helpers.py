@@ -6,9 +6,14 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from edgetune.core.files import sha256_file
 from edgetune.runtime import Runtime
@@ -18,6 +23,9 @@ from edgetune.runtime.rollout.source import ArtifactVersions
 from edgetune.runtime.rollout.trial import RolloutBounds
 from edgetune.runtime.signature.folder import sign_folder
 from edgetune.runtime.signature.keys import PrivateKey, read_public_key
+
+if TYPE_CHECKING:
+    from server_helpers import Running
 
 BOUNDS = RolloutBounds(share=0.5, requests=10, errors=0.1, latency=3.0)
 
@@ -150,3 +158,35 @@ def spoil(folder: Path) -> None:
     known = json.loads(path.read_text())
     known["files"]["adapter_model.safetensors"] = sha256_file(weights)
     path.write_text(json.dumps(known))
+
+
+def broken(adapter: Path, copy: Path) -> Path:
+    """Answers that are not finite."""
+    publish(adapter, copy)
+    weights = copy / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: np.full_like(one, 1e30) for name, one in tensors.items()}, weights)
+    known = json.loads((copy / "edgetune_adapter.json").read_text())
+    known["files"]["adapter_model.safetensors"] = sha256_file(weights)
+    (copy / "edgetune_adapter.json").write_text(json.dumps(known))
+    return copy
+
+
+@contextmanager
+def follow(
+    running: Running, alias: str, place: Path | str, disk: Path, **more: Any
+) -> Iterator[None]:
+    """The server follows a source as with `--follow`."""
+    from edgetune.cli.follow import following
+
+    given: dict[str, Any] = {
+        "follows": (f"{alias}={place}",),
+        "follow_every_s": 0.05,
+        "follow_state": disk,
+        "follow_bounds": ("share=0.5", "requests=30", "latency=1000", "shadow=1", "errors=0.1"),
+        "limits": (),
+        "device_name": None,
+        "signed_by": None,
+    }
+    with following(running.service, **(given | more)):
+        yield

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from conftest import CommandLine
-from rollout_helpers import publish
+from rollout_helpers import broken, follow, publish
 from runtime_helpers import decoder_bundle, encoder_bundle
-from safetensors.numpy import load_file, save_file
 from server_helpers import Running, serve, until
 from signature_helpers import Keys, make_keys
 
-from edgetune.cli.follow import followed, following, state_beside
+from edgetune.cli.follow import followed, state_beside
 from edgetune.core.errors import InputError, OutputError
-from edgetune.core.files import sha256_file
 from edgetune.runtime.rollout.rollout import AliasRollout
 from edgetune.runtime.rollout.trial import RANGES, RolloutBounds, parse_bounds
 from edgetune.runtime.signature.keys import read_private_key
@@ -32,35 +26,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     return make_keys(tmp_path_factory.mktemp("keys"))
 
 
-@contextmanager
-def follow(running: Running, alias: str, place: Path, disk: Path, **more: Any) -> Iterator[None]:
-    given: dict[str, Any] = {
-        "follows": (f"{alias}={place}",),
-        "follow_every_s": 0.05,
-        "follow_state": disk,
-        "follow_bounds": ("share=0.5", "requests=30", "latency=1000", "shadow=1", "errors=0.1"),
-        "limits": (),
-        "device_name": None,
-        "signed_by": None,
-    }
-    with following(running.service, **(given | more)):
-        yield
-
-
 def rollout(running: Running, alias: str) -> AliasRollout:
     return running.service.rollouts[alias]
-
-
-def broken(adapter: Path, copy: Path) -> Path:
-    """Answers that are not finite."""
-    publish(adapter, copy)
-    weights = copy / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    save_file({name: np.full_like(one, 1e30) for name, one in tensors.items()}, weights)
-    known = json.loads((copy / "edgetune_adapter.json").read_text())
-    known["files"]["adapter_model.safetensors"] = sha256_file(weights)
-    (copy / "edgetune_adapter.json").write_text(json.dumps(known))
-    return copy
 
 
 def test_a_good_version_is_kept_and_a_broken_one_goes_back(
