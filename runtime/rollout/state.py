@@ -107,7 +107,8 @@ class RolloutState:
     def with_seen(self, version: str, seen: SeenVersion) -> RolloutState:
         """With one more version remembered, or another fate of it."""
         kept = {key: value for key, value in self.seen.items() if key != version}
-        newest = dict(list(kept.items())[-MOST_SEEN + 1 :])
+        needed = self.used().union(list(kept)[-MOST_SEEN + 1 :])
+        newest = {key: value for key, value in kept.items() if key in needed}
         return dataclasses.replace(self, seen={**newest, version: seen})
 
 

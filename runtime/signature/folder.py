@@ -70,14 +70,16 @@ def as_signed(folder: Path, key: PublicKey) -> Iterator[Signed]:
     """
     before = _marks(folder)
     signed = check_signature(folder, key)
-    yield signed
-    if changed := {path for path, _ in before.items() ^ _marks(folder).items()}:
-        raise SignatureError(
-            "the folder was changed while it was opened:"
-            f" {listed([f'{path}: changed' for path in sorted(changed)], 'files differ')}",
-            where=str(folder),
-            fix="Open it when nobody writes there.",
-        )
+    try:
+        yield signed
+    finally:  # also where something cannot be read, which explains it
+        if changed := {path for path, _ in before.items() ^ _marks(folder).items()}:
+            raise SignatureError(
+                "the folder was changed while it was opened:"
+                f" {listed([f'{path}: changed' for path in sorted(changed)], 'files differ')}",
+                where=str(folder),
+                fix="Open it when nobody writes there.",
+            )
 
 
 def demand_signed(

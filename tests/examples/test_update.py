@@ -73,6 +73,11 @@ def test_a_new_bundle_is_served_and_a_changed_one_is_not(
     assert (done.returncode, machine.restarts) == (0, ["a"]), done.stderr
     assert machine.run("edgetune-update", first).returncode == 0
     assert machine.restarts == ["a"]  # it is served already
+    adapter = first.parent / "adapter"
+    shutil.copytree(first / "adapters" / "mood", adapter)
+    sign_folder(adapter, read_private_key(machine.keys.private))
+    done = machine.run("edgetune-update", adapter)
+    assert done.returncode == 1 and "is no bundle" in done.stderr
     manifest = first / "edgetune.json"
     manifest.write_text(manifest.read_text().replace('"calm"', '"glad"'))
     assert machine.run("edgetune-update", first).returncode == 1

@@ -141,6 +141,9 @@ def test_a_second_server_with_the_same_state_is_refused_in_one_line(
             with pytest.raises(OutputError, match="Stop the other server") as error:
                 again.__enter__()
             assert "\n" not in str(error.value)
+            until(lambda: rollout(running, "mood").state.phase == "trial")
+        state = json.loads((tmp_path / "disk" / "mood" / "state.json").read_text())
+        assert (state["phase"], state["attempts"]) == ("trial", {})  # a stop is no attempt
         with follow(running, "mood", tmp_path / "source", tmp_path / "disk"):
             pass  # the first one has ended
 

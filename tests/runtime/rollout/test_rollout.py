@@ -17,7 +17,7 @@ from edgetune.core.errors import OutputError
 from edgetune.devices import load_device
 from edgetune.runtime import Runtime
 from edgetune.runtime.rollout.rollout import MOST_ATTEMPTS
-from edgetune.runtime.rollout.state import RolloutFolder
+from edgetune.runtime.rollout.state import MOST_SEEN, RolloutFolder, RolloutState, SeenVersion
 from edgetune.runtime.signature.keys import PrivateKey, read_private_key, read_public_key
 
 
@@ -258,6 +258,15 @@ def test_after_a_loss_nothing_older_comes_and_what_was_lost_does(
     publish(adapter, trial.place, key=key, version=7)
     trial.rollout.step()
     assert trial.steps.last[0] == "trial"
+
+
+def test_what_answers_is_remembered_however_many_came_after_it() -> None:
+    first = "a" * 64
+    state = RolloutState(current=first, seen={first: SeenVersion("home@v1", 1)})
+    for at in range(MOST_SEEN + 5):
+        state = state.with_seen(f"{at:064x}", SeenVersion(f"home@{at}", fate="slow"))
+    assert first in state.seen and len(state.seen) == MOST_SEEN + 1
+    assert f"{at:064x}" in state.seen and "0" * 64 not in state.seen
 
 
 def test_what_was_checked_is_what_is_loaded(

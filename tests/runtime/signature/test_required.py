@@ -136,6 +136,20 @@ def test_a_bundle_changed_while_it_is_opened_is_refused(
         Runtime.open(tmp_path / "bundle", threads=1, signed_by=keys.public)
 
 
+def test_what_cannot_be_read_is_explained_by_who_wrote_there(
+    bundle: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = shutil.copytree(bundle, tmp_path / "bundle") / "tokenizer.json"
+
+    def opened(*arguments: Any, **options: Any) -> OpenBundle:
+        file.write_bytes(b"{")
+        return OpenBundle(*arguments, **options)
+
+    monkeypatch.setattr("edgetune.runtime.tasks.runtime.OpenBundle", opened)
+    with pytest.raises(SignatureError, match=r"changed while it was opened: tokenizer\.json"):
+        Runtime.open(tmp_path / "bundle", threads=1, signed_by=keys.public)
+
+
 def test_a_manifest_is_parsed_from_the_bytes_that_were_signed(
     bundle: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
