@@ -56,7 +56,8 @@ FLOORS = {
     "report": "core metrics recipe",
     "runtime.check": "core devices runtime.tasks",
     "runtime.rollout": (
-        "core devices runtime.check runtime.signature runtime.sources runtime.tasks"
+        "core devices runtime.adapters runtime.bundle runtime.check runtime.signature "
+        "runtime.sources runtime.tasks"
     ),
     "export": (
         "adapters core edgetune export.graph export.inputs export.proof models quantisation "

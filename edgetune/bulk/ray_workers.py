@@ -23,10 +23,9 @@ class PartWorker:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Answer the parts of a batch (one); numbers, rows and errors of each."""
         numbers, rows, errors, said = [], [], [], []
-        for number, source, first, end in zip(
-            batch["number"], batch["source"], batch["first"], batch["end"], strict=True
-        ):
-            part = RowRange(int(number), str(source), int(first), int(end))
+        columns = (batch[key] for key in ("number", "source", "first", "end", "digest"))
+        for number, source, first, end, digest in zip(*columns, strict=True):
+            part = RowRange(int(number), str(source), int(first), int(end), str(digest))
             line = ""
             try:
                 done = answer_part(self.answers, part, self.output)
