@@ -9,11 +9,10 @@ from typing import Any
 
 from edgetune.core.errors import TrainingError
 from edgetune.core.progress import Progress
-from edgetune.data.batching import Batch
+from edgetune.data.batching import VALIDATION_TOKENS, Batch
 from edgetune.models.torch_device import device_of, generators_untouched
-from edgetune.training.answer_confidence import measure_answers, wants_confidence
 from edgetune.training.checkpoint import Position, State
-from edgetune.training.confidence import measure_scores
+from edgetune.training.confidence import measure_held_out
 from edgetune.training.context import Kept, Prepared, ResolvedRun, ResolvedStage, StageStart
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
@@ -23,7 +22,6 @@ from edgetune.training.parallel.shards import Stateful
 from edgetune.training.stage_model import RunModel
 from edgetune.training.validation import (
     EFFECT_TOKENS,
-    VALIDATION_TOKENS,
     adapter_effect,
     batches_for_measuring,
 )
@@ -113,19 +111,16 @@ class Stages:
                 got="mean logit change 0",
                 fix="Raise learning_rate or epochs.",
             )
-        asked = self.settled.recipe.confidence
-        if wants_confidence(stage, asked, self.settled.generation):
-            fitted = measure_answers(self.model.model, stage, held_out)
-        else:
-            fitted = measure_scores(self.model.model, stage, held_out, asked)
+        asked, generation = self.settled.recipe.confidence, self.settled.generation
+        found = measure_held_out(self.model.model, stage, held_out, asked, generation)
         return {
             "metrics": metrics,
             "base_metrics": base_metrics,
             "effect": effect,
             "effect_rows": "validation" if examples.validation else "train",
-            "confidence": fitted.facts,
-            "analysis": fitted.analysis,
-            "warnings": [*fitted.warnings],
+            "confidence": found.fitted.facts,
+            "analysis": found.analysis,
+            "warnings": [*found.fitted.warnings],
         }
 
 
