@@ -4,66 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from confidence_helpers import MORE, intents, rows, told, trained
 from export_helpers import export
 from head_helpers import room_recipe, room_rows
-from training_helpers import INTENTS, ROOMS, recipe, silent, write_rows
+from training_helpers import INTENTS, recipe, silent, write_rows
 
 from edgetune.cli import cli
 from edgetune.core.errors import RecipeError
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.recipe.checks import check_confidence
 from edgetune.recipe.confidence import ConfidenceSettings
-from edgetune.recipe.schema import Recipe
 from edgetune.report.answers import confidence_section, errors_section
 from edgetune.runtime import Runtime
 from edgetune.runtime.tasks.prediction_file import answer_rows, requests_of
 from edgetune.training import run_recipe
-
-MORE = ("cellar", "attic", "garage", "office", "bath", "study", "porch", "shed", "loft", "den")
-
-
-def rows(rooms: tuple[str, ...]) -> list[dict[str, Any]]:
-    return [
-        {"text": text.format(room), "label": label}
-        for room in rooms
-        for label, text in INTENTS.items()
-    ]
-
-
-def intents(base: Path, folder: Path, **confidence: Any) -> Recipe:
-    """Trained on four rooms, measured on 30 rows of ten others, of which some have a wrong
-    label: there is something to be unsure of.
-    """
-    held_out = rows(MORE)
-    for row in held_out[::7]:
-        row["label"] = "music" if row["label"] != "music" else "heat"
-    train = write_rows(folder / "train.jsonl", rows(ROOMS))
-    validation = write_rows(folder / "dev.jsonl", held_out)
-    settings = ConfidenceSettings(**confidence) if confidence else None
-    made = recipe(base, "sequence-classification", train, validation, epochs=6)
-    return replace(made, confidence=settings)
-
-
-@cache
-def trained(base: Path) -> Path:
-    """A run whose threshold answers four fifths of the rows, and its bundle beside it."""
-    folder = base.parent / f"{base.name}-confidence"
-    folder.mkdir()
-    run_recipe(intents(base, folder, answered=0.8), out=folder / "run", progress=silent())
-    export(folder / "bundle", folder / "run")
-    return folder
-
-
-def told(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "adapter" / "edgetune_adapter.json").read_text())
-    return found["confidence"]
 
 
 def test_temperature_and_threshold_are_part_of_the_adapter(tiny_encoder: Path) -> None:
