@@ -47,16 +47,23 @@ def measure_held_out(
     if not held_out:
         return HeldOutFit(Fitted(warnings=too_few(0, asked)))
     found = _logits(model, stage, held_out)
-    fitted = _choices(model, stage, found).fit(asked)
+    fitted = _together(model, stage, found).fit(asked)
     confidence = fitted.confidence if isinstance(fitted.confidence, Confidence) else NONE
     return HeldOutFit(fitted, analyse(stage, held_out, [one for one, _ in found], confidence))
+
+
+def measure_labels(
+    model: nn.Module, stage: ResolvedStage, held_out: Sequence[Batch]
+) -> LabelledLogits:
+    """Every row, word or label of several, and the rows that are none of the labels."""
+    return _together(model, stage, _logits(model, stage, held_out))
 
 
 BatchLogits = list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 """logits (rows, classes) and right classes (rows,) of each batch"""
 
 
-def _choices(model: nn.Module, stage: ResolvedStage, found: BatchLogits) -> LabelledLogits:
+def _together(model: nn.Module, stage: ResolvedStage, found: BatchLogits) -> LabelledLogits:
     logits, targets = (np.concatenate(column) for column in zip(*found, strict=True))
     others = batches_for_measuring(
         stage.examples.out_of_scope, stage.batching, tokens=VALIDATION_TOKENS

@@ -55,7 +55,7 @@ class Stages:
         stage = self.settled.stages[index]
         model = self.model.for_stage(stage, begins=resumed is None)
         prepared = self._prepare(stage, model, resumed)
-        held_out = _held_out(stage) if self.group.leads else []
+        held_out = held_out_batches(stage) if self.group.leads else []
         result = train_stage(
             Learner(model, stage.precision, self.group, shard=self.settled.shard),
             stage,
@@ -93,7 +93,7 @@ class Stages:
         """
         stage, before = self.settled.stages[-1], self.model.before
         examples, precision = stage.examples, stage.precision
-        held_out = _held_out(stage)
+        held_out = held_out_batches(stage)
         metrics = self.journal.validation(stage.index, self._kept_step)
         base_metrics = None
         if held_out and self.model.base_answers and self._prepared is not None:
@@ -124,6 +124,7 @@ class Stages:
         }
 
 
-def _held_out(stage: ResolvedStage) -> Sequence[Batch]:
+def held_out_batches(stage: ResolvedStage) -> Sequence[Batch]:
+    """Those of the validation rows that are measured."""
     rows = stage.examples.validation
     return batches_for_measuring(rows, stage.batching, tokens=VALIDATION_TOKENS) if rows else []

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgetune.core.answer_confidence import AnswerConfidence, answer_confidence_of
-from edgetune.core.confidence import Confidence, confidence_of
+from edgetune.core.answer_confidence import answer_confidence_of
+from edgetune.core.confidence import confidence_of
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import read_json, write_json
 from edgetune.core.layout import ADAPTER_METADATA, ADAPTERS, RECIPE, SUMMARY
@@ -38,54 +38,52 @@ from edgetune.runtime.tasks.encoder import ENCODE_ROWS, EncoderAnswers
 from edgetune.runtime.tasks.open_bundle import OpenBundle, batches
 from edgetune.runtime.tasks.scoring import score_batches
 
-EXACT = "no weight is rounded"
-
 
 @dataclass(frozen=True)
 class ShippedConfidence:
-    """Of one adapter: what training fitted, and what is in the bundle; each with what it gives on
-    the bundle's answers to the validation rows (`LabelledLogits.figures`), where these were taken.
+    """Of one adapter: what training fitted, and what ships; each with what it gives on the answers
+    to the validation rows as they ship (`metrics.confidence`), where these were taken.
     """
 
     trained: Mapping[str, Any]
     shipped: Mapping[str, Any]
     kept: str = ""
     """why the trained one ships; "": it was fitted again"""
+    warnings: tuple[str, ...] = ()
     confidence: Mapping[str, Any] = field(default_factory=dict)
     """for the adapter"""
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        found = asdict(self)
-        del found["confidence"]
-        return found
+        return {"trained": self.trained, "shipped": self.shipped, "kept": self.kept}
 
     def line(self) -> str:
         """For a person."""
         if self.kept:
-            return (
-                f"as fitted on {self.trained['fitted_on']}, not again on this bundle: {self.kept}"
-            )
-        before, after = self.trained, self.shipped
-        parts = []
-        if "temperature" in after:
-            parts.append(f"temperature {before['temperature']:.3f} to {after['temperature']:.3f}")
-        if after.get("threshold") is not None:
-            least = before["threshold"]
-            parts.append(
-                f"no answer below {'0' if least is None else f'{least:.3f}'} to"
-                f" {after['threshold']:.3f}"
-            )
-            share = before["share_answered"]
-            parts.append(
-                f"rows answered {1.0 if share is None else share:.1%} to"
-                f" {after['share_answered']:.1%}"
-            )
-        parts.append(
-            f"calibration error {before['expected_calibration_error']:.3f} to"
-            f" {after['expected_calibration_error']:.3f}"
+            return f"as fitted on {self.trained['fitted_on']}, not again: {self.kept}"
+        parts = [
+            f"{words} {shown_figure(self.trained[name], form)} to {shown_figure(after, form)}"
+            for name, words, form in FIGURES
+            if (after := self.shipped.get(name)) is not None
+        ]
+        rows, on = self.shipped["rows"], self.shipped["fitted_on"]
+        return "; ".join(
+            [f"fitted again on {on} ({rows:,} answers): {', '.join(parts)}", *self.warnings]
         )
-        return f"{', '.join(parts)}; fitted again on the bundle's answers to {after['rows']:,} rows"
+
+
+FIGURES = (
+    ("temperature", "temperature", ".3f"),
+    ("threshold", "no answer below", ".3f"),
+    ("share_answered", "answered", ".1%"),
+    ("expected_calibration_error", "calibration error", ".3f"),
+)
+"""key, words for it, form"""
+
+
+def shown_figure(value: float | None, form: str) -> str:
+    """For people; None: there is none, or it was not measured."""
+    return "-" if value is None else format(value, form)
 
 
 def fit_again(
@@ -102,17 +100,15 @@ def fit_again(
     sure = [source for source in sources if source.metadata.get("confidence") is not None]
     if not sure:
         return {}
-    keep = keep or ("" if rounds(manifest) else EXACT)
-    found = {}
-    with Runtime(OpenBundle(folder, manifest, threads=threads)) as runtime:
-        for source in sure:
-            try:
-                one = _fitted(runtime, base, source, keep)
-            except EdgetuneError as error:
-                one = _as_trained(source, f"{error}")
-            found[source.name] = one
-            if one.kept != EXACT:
-                say(f"confidence {source.name}: {one.line()}")
+    if not rounds(manifest):
+        return {source.name: as_trained(source, "no weight is rounded") for source in sure}
+    if keep:
+        found = {source.name: as_trained(source, keep) for source in sure}
+    else:
+        with Runtime(OpenBundle(folder, manifest, threads=threads)) as runtime:
+            found = {source.name: _fitted(runtime, base, source) for source in sure}
+    for name, one in found.items():
+        say(f"confidence {name}: {one.line()}")
     return found
 
 
@@ -139,50 +135,62 @@ def ship(folder: Path, manifest: Manifest, found: Mapping[str, ShippedConfidence
     return replace(manifest, adapters=tuple(map(shipped, manifest.adapters)))
 
 
-def _as_trained(source: AdapterSource, why: str) -> ShippedConfidence:
-    own = _known(source).to_dict()
-    return ShippedConfidence(own, own, why, own)
+def as_trained(source: AdapterSource, why: str) -> ShippedConfidence:
+    """Nothing is fitted again."""
+    known = answer_confidence_of(source.metadata) or confidence_of(source.metadata)
+    return ShippedConfidence(known.to_dict(), known.to_dict(), why)
 
 
-def _known(source: AdapterSource) -> Confidence | AnswerConfidence:
-    return answer_confidence_of(source.metadata) or confidence_of(source.metadata)
-
-
-def _fitted(runtime: Runtime, base: Base, source: AdapterSource, keep: str) -> ShippedConfidence:
-    """The errors of a recipe and its data where the rows cannot be read any more."""
-    if keep:
-        return _as_trained(source, keep)
-    examples = run_examples(source.folder, load_tokenizer(base), base)
-    if examples is None:
-        return _as_trained(source, f"no {RECIPE} beside the adapter names its validation rows")
-    if _moved(source, examples):
-        return _as_trained(source, "its validation rows are others than those of the training")
-    known, label = _known(source), _fitted_on(runtime.manifest)
-    if isinstance(known, AnswerConfidence):
-        answers = _written(runtime, source, examples)
-        fitted = answers.fit(fitted_on=label)
-        before = known.to_dict() | answers.figures(known) if len(answers.right) else {}
+def refit(
+    source: AdapterSource, answers: LabelledLogits | WrittenAnswers, *, fitted_on: str
+) -> ShippedConfidence:
+    """What these answers to the validation rows ask for. What training fitted stays where they are
+    too few, and where a threshold that it found would be lost.
+    """
+    if isinstance(answers, WrittenAnswers):
+        fitted = answers.fit(fitted_on=fitted_on)
+        told = answer_confidence_of(source.metadata)
+        before = {} if told is None else told.to_dict() | answers.figures(told)
     else:
-        choices = _choices(runtime, source, examples)
         asked = load_run_recipe(source.folder.parent / RECIPE).confidence
-        fitted = choices.fit(asked, fitted_on=label)
-        before = known.to_dict() | choices.figures(known) if len(choices.targets) else {}
-        if fitted.confidence and known.threshold and not fitted.confidence.to_dict()["threshold"]:
-            return _as_trained(source, "; ".join(fitted.warnings))
+        fitted = answers.fit(asked, fitted_on=fitted_on)
+        known = confidence_of(source.metadata)
+        before = known.to_dict() | answers.figures(known)
     if fitted.confidence is None:
-        return _as_trained(source, f"its recipe's validation has less than {FEWEST_ROWS} rows")
+        return as_trained(source, f"its recipe's validation has less than {FEWEST_ROWS} rows")
     own = fitted.confidence.to_dict()
-    return ShippedConfidence(before, own | dict(fitted.figures or {}), "", own)
+    if before.get("threshold") is not None and own["threshold"] is None:
+        return as_trained(source, "; ".join(fitted.warnings))
+    return ShippedConfidence(before, {**own, **(fitted.figures or {})}, "", fitted.warnings, own)
 
 
-def _moved(source: AdapterSource, examples: ExampleSet) -> bool:
-    """Whether the run says that it was measured on other rows."""
+def _fitted(runtime: Runtime, base: Base, source: AdapterSource) -> ShippedConfidence:
+    """Rows that cannot be read any more are no reason to fail an export."""
+    try:
+        examples = run_examples(source.folder, load_tokenizer(base), base)
+        if examples is None:
+            return as_trained(source, f"no {RECIPE} beside the adapter names its validation rows")
+        if why := moved(source, examples):
+            return as_trained(source, why)
+        take = _written if answer_confidence_of(source.metadata) else _labelled
+        answers = take(runtime, source, examples)
+        return refit(source, answers, fitted_on=_fitted_on(runtime.manifest))
+    except EdgetuneError as error:
+        return as_trained(source, str(error))
+
+
+def moved(source: AdapterSource, examples: ExampleSet) -> str:
+    """Why these are not the rows that the run was measured on; "" where nothing says so."""
+    if not examples.validation:
+        return "its recipe has no validation rows any more"
     path = source.folder.parent / SUMMARY
     if not path.is_file():
-        return False
+        return ""
     stages = read_json(path, error=EdgetuneError).get("data") or [{}]
     recorded = (stages[-1].get("digests") or {}).get("validation")
-    return recorded is not None and recorded != examples.digests.get("validation")
+    if recorded is None or recorded == examples.digests.get("validation"):
+        return ""
+    return "its validation rows are others than those of the training"
 
 
 def _fitted_on(manifest: Manifest) -> str:
@@ -190,7 +198,7 @@ def _fitted_on(manifest: Manifest) -> str:
     return manifest.precision.weights + (f", adapters in {adapters}" if adapters else "")
 
 
-def _choices(runtime: Runtime, source: AdapterSource, examples: ExampleSet) -> LabelledLogits:
+def _labelled(runtime: Runtime, source: AdapterSource, examples: ExampleSet) -> LabelledLogits:
     if source.task == TAGGING:
         return _words(runtime, source, _measured(examples.validation))
     rows = _measured(examples.validation)

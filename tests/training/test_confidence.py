@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from confidence_helpers import MORE, intents, rows, told, trained
-from export_helpers import export
 from head_helpers import room_recipe, room_rows
 from training_helpers import INTENTS, recipe, silent, write_rows
 
@@ -154,16 +153,6 @@ def test_rows_that_are_none_of_the_labels_teach_nothing_and_raise_the_threshold(
     assert {error["line"] for error in found.errors if not error["wanted"]} == {
         one["line"] for one in found.predictions if not one["label"] and not one.get("rejected")
     }
-
-
-def test_a_merged_bundle_rejects_as_well(tiny_encoder: Path, tmp_path: Path) -> None:
-    folder = trained(tiny_encoder)
-    export(tmp_path / "merged", folder / "run", mode="merged")
-    texts = [row["text"] for row in rows(MORE)]
-    with Runtime.open(folder / "bundle") as apart, Runtime.open(tmp_path / "merged") as merged:
-        ours, theirs = apart.classify(texts, "run"), merged.classify(texts)
-    assert [one.label for one in ours] == [one.label for one in theirs]
-    assert None in [one.label for one in theirs]
 
 
 def test_the_proof_counts_changed_rejections_and_the_page_draws_the_scores(
