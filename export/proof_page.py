@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetune.core.files import sha256_file, write_text
 from edgetune.core.layout import REPORT
-from edgetune.export.proof.confidence import FIGURES, shown_figure
+from edgetune.export.proof.confidence import FIT_FIGURES, shown_figure
 from edgetune.report.html import (
     STYLE,
     figure,
@@ -237,12 +237,12 @@ def _confidence(manifest: Manifest) -> Iterable[str]:
     for name, one in manifest.proof.get("confidence", {}).items():
         sides = ("trained", "shipped")
         for at, side in enumerate(sides):
-            figures = [shown_figure(one[side].get(key), form) for key, _, form in FIGURES]
+            figures = [shown_figure(one[side].get(key), form) for key, _, form in FIT_FIGURES]
             rows.append((name if at == 0 else "", f"{side}: {one[side]['fitted_on']}", *figures))
         if one["kept"]:
-            rows[-1] = ("", f"shipped as trained: {one['kept']}", *[""] * len(FIGURES))
+            rows[-1] = ("", f"shipped as trained: {one['kept']}", *[""] * len(FIT_FIGURES))
     if rows:
-        head = ("adapter", "fitted on", *(words for _, words, _ in FIGURES))
+        head = ("adapter", "fitted on", *(words for _, words, _ in FIT_FIGURES))
         yield "<h2>Confidence: on the bundle's answers to the validation rows</h2>" + html_table(
             head, rows
         )

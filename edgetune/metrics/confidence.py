@@ -84,12 +84,16 @@ class LabelledLogits:
         }
 
     def fit(self, asked: ConfidenceSettings | None, *, fitted_on: str = TORCH) -> Fitted:
-        """Temperature and threshold; nothing where the rows are fewer than FEWEST_ROWS."""
+        """Temperature and threshold; nothing where the rows are fewer than FEWEST_ROWS, or where a
+        logit is not finite.
+        """
         settings = asked or ConfidenceSettings()
         if not settings.calibrate:
             return Fitted()
         if len(self.targets) < FEWEST_ROWS:
             return Fitted(warnings=too_few(len(self.targets), asked))
+        if lines := not_finite(np.concatenate([self.logits, self.outside])):
+            return Fitted(warnings=lines)
         temperature = fit_temperature(self.logits, self.targets)
         best, scores = best_labels(self.logits, temperature)
         threshold, warnings = _threshold(
@@ -123,9 +127,13 @@ class WrittenAnswers:
         return {"expected_calibration_error": calibration_error(reliability(sure, self.right))}
 
     def fit(self, *, fitted_on: str = TORCH) -> Fitted:
-        """The calibration; nothing where the rows are fewer than FEWEST_ROWS."""
+        """The calibration; nothing where there are fewer than FEWEST_ROWS, or a score that is not
+        finite.
+        """
         if len(self.right) < FEWEST_ROWS:
             return Fitted()
+        if lines := not_finite(self.scores[:, None]):
+            return Fitted(warnings=lines)
         slope, intercept = fit_platt(self.scores, self.right)
         fitted = AnswerConfidence(slope, intercept, rows=len(self.right), fitted_on=fitted_on)
         plain = calibration_error(reliability(np.exp(self.scores), self.right))
@@ -140,6 +148,17 @@ def too_few(rows: int, asked: ConfidenceSettings | None) -> tuple[str, ...]:
     return (
         f"[confidence]: {rows} validation rows are too few to calibrate on, {FEWEST_ROWS} are"
         f" needed{kept}",
+    )
+
+
+def not_finite(values: npt.NDArray[Any]) -> tuple[str, ...]:
+    """A line where some rows of (rows, n) are none that anything can be fitted on."""
+    wrong = int((~np.isfinite(values)).any(-1).sum())
+    if not wrong:
+        return ()
+    return (
+        f"[confidence]: the logits of {wrong} of {len(values)} validation rows are not finite, so"
+        " nothing is fitted",
     )
 
 

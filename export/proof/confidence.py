@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.core.answer_confidence import answer_confidence_of
-from edgetune.core.confidence import confidence_of
+from edgetune.core.answer_confidence import AnswerConfidence, answer_confidence_of
+from edgetune.core.confidence import Confidence, confidence_of
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import read_json, write_json
 from edgetune.core.layout import ADAPTER_METADATA, ADAPTERS, RECIPE, SUMMARY
@@ -63,7 +63,7 @@ class ShippedConfidence:
             return f"as fitted on {self.trained['fitted_on']}, not again: {self.kept}"
         parts = [
             f"{words} {shown_figure(self.trained[name], form)} to {shown_figure(after, form)}"
-            for name, words, form in FIGURES
+            for name, words, form in FIT_FIGURES
             if (after := self.shipped.get(name)) is not None
         ]
         rows, on = self.shipped["rows"], self.shipped["fitted_on"]
@@ -72,7 +72,7 @@ class ShippedConfidence:
         )
 
 
-FIGURES = (
+FIT_FIGURES = (
     ("temperature", "temperature", ".3f"),
     ("threshold", "no answer below", ".3f"),
     ("share_answered", "answered", ".1%"),
@@ -137,8 +137,11 @@ def ship(folder: Path, manifest: Manifest, found: Mapping[str, ShippedConfidence
 
 def as_trained(source: AdapterSource, why: str) -> ShippedConfidence:
     """Nothing is fitted again."""
-    known = answer_confidence_of(source.metadata) or confidence_of(source.metadata)
-    return ShippedConfidence(known.to_dict(), known.to_dict(), why)
+    return ShippedConfidence(_known(source).to_dict(), _known(source).to_dict(), why)
+
+
+def _known(source: AdapterSource) -> Confidence | AnswerConfidence:
+    return answer_confidence_of(source.metadata) or confidence_of(source.metadata)
 
 
 def refit(
@@ -149,19 +152,25 @@ def refit(
     """
     if isinstance(answers, WrittenAnswers):
         fitted = answers.fit(fitted_on=fitted_on)
-        told = answer_confidence_of(source.metadata)
-        before = {} if told is None else told.to_dict() | answers.figures(told)
     else:
         asked = load_run_recipe(source.folder.parent / RECIPE).confidence
         fitted = answers.fit(asked, fitted_on=fitted_on)
-        known = confidence_of(source.metadata)
-        before = known.to_dict() | answers.figures(known)
+    few = f"its recipe's validation has less than {FEWEST_ROWS} rows"
     if fitted.confidence is None:
-        return as_trained(source, f"its recipe's validation has less than {FEWEST_ROWS} rows")
-    own = fitted.confidence.to_dict()
+        return as_trained(source, "; ".join(fitted.warnings) or few)
+    own, before = fitted.confidence.to_dict(), _known(source).to_dict()
     if before.get("threshold") is not None and own["threshold"] is None:
         return as_trained(source, "; ".join(fitted.warnings))
+    before |= _figures(source, answers)
     return ShippedConfidence(before, {**own, **(fitted.figures or {})}, "", fitted.warnings, own)
+
+
+def _figures(source: AdapterSource, answers: LabelledLogits | WrittenAnswers) -> dict[str, Any]:
+    """What training's numbers give on these answers."""
+    if isinstance(answers, LabelledLogits):
+        return answers.figures(confidence_of(source.metadata))
+    known = answer_confidence_of(source.metadata)
+    return {} if known is None else answers.figures(known)
 
 
 def _fitted(runtime: Runtime, base: Base, source: AdapterSource) -> ShippedConfidence:

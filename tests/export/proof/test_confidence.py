@@ -165,9 +165,10 @@ def test_without_rounding_the_adapter_ships_as_it_is(tiny_encoder: Path) -> None
         ("gone", "dev.jsonl"),
         ("others", "its validation rows are others than those of the training"),
         ("no recipe", "no recipe.toml beside the adapter names its validation rows"),
+        ("target", "no threshold gives 99% right answers with 90% certainty"),
     ],
 )
-def test_what_training_fitted_ships_where_the_rows_are_not_there(
+def test_what_training_fitted_ships_where_rows_or_a_threshold_are_not_there(
     harm: str, said: str, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     for name in ("run", "train.jsonl", "dev.jsonl"):
@@ -175,7 +176,8 @@ def test_what_training_fitted_ships_where_the_rows_are_not_there(
         copy(trained(tiny_encoder) / name, tmp_path / name)
     moved, run = tmp_path / "dev.jsonl", tmp_path / "run"
     text = (run / "recipe.toml").read_text().replace(str(trained(tiny_encoder)), str(tmp_path))
-    (run / "recipe.toml").write_text(text)
+    target = text.replace("answered = 0.8", "target = 0.99")
+    (run / "recipe.toml").write_text(target if harm == "target" else text)
     if harm == "gone":
         moved.unlink()
     elif harm == "others":
