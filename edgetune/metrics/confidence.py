@@ -25,6 +25,7 @@ from edgetune.metrics.calibration import (
     threshold_that_answers,
 )
 from edgetune.metrics.platt import fit_platt
+from edgetune.metrics.statistics import share
 from edgetune.recipe.confidence import ConfidenceSettings
 
 FEWEST_ROWS = 30
@@ -75,9 +76,7 @@ class LabelledLogits:
             recall = float((best_labels(self.outside, confidence.temperature)[1] < least).mean())
         return {
             "expected_calibration_error": calibration_error(reliability(scores, right)),
-            "accuracy_answered": (
-                None if least is None else float(right[given].mean()) if given.any() else 1.0
-            ),
+            "accuracy_answered": None if least is None else share(right[given]),
             "share_answered": None if least is None else float(given.mean()),
             "out_of_scope_rows": len(self.outside),
             "out_of_scope_recall": recall,

@@ -26,7 +26,7 @@ def test_figures_by_hand() -> None:
     assert found["out_of_scope_recall"] == 0.75 and found["out_of_scope_rows"] == 4
     # 0.9 against 20 of 20, 0.6 against 14 of 20
     assert found["expected_calibration_error"] == pytest.approx((0.1 + 0.1) / 2)
-    assert rows().figures(Confidence(threshold=0.95))["accuracy_answered"] == 1.0
+    assert rows().figures(Confidence(threshold=0.95))["share_answered"] == 0.0
     assert rows().figures(Confidence())["share_answered"] is None
 
 

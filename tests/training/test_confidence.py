@@ -15,8 +15,12 @@ from head_helpers import room_recipe, room_rows
 from training_helpers import INTENTS, recipe, silent, write_rows
 
 from edgetune.cli import cli
-from edgetune.core.errors import RecipeError
+from edgetune.core.confidence import Confidence
+from edgetune.core.errors import AdapterError, DataError, RecipeError
+from edgetune.data.rows import read_rows
 from edgetune.evaluation.evaluate import evaluate
+from edgetune.evaluation.measures import measure_rows
+from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.recipe.checks import check_confidence
 from edgetune.recipe.confidence import ConfidenceSettings
 from edgetune.report.answers import confidence_section, errors_section
@@ -193,6 +197,47 @@ def test_eval_says_and_writes_what_is_wrong(tiny_encoder: Path, tmp_path: Path) 
     assert all({"line", "text", "wanted", "got", "score"} <= set(one) for one in wrong)
     for words in ("right of the surest", "weakest labels", "most often confused", "the worst:"):
         assert words in said.output
+
+
+def test_a_file_of_rows_that_are_none_of_the_labels_is_measured(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    folder = trained(tiny_encoder)
+    data = write_rows(tmp_path / "none.jsonl", [{**row, "label": ""} for row in rows(MORE)])
+    for name in ("run", "bundle"):
+        found = evaluate(folder / name, data)
+        rejected = [one.get("rejected", False) for one in found.predictions]
+        assert found.metrics == {"out_of_scope_recall": sum(rejected) / 30}
+        assert len(found.errors) == 30 - sum(rejected) > 0
+
+
+def test_eval_says_that_no_row_reaches_the_threshold(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder = trained(tiny_encoder)
+    answers = TorchAnswers.open(folder / "run")
+    answers.confidence = replace(answers.confidence, threshold=0.999999)
+    found = measure_rows(answers, tmp_path, read_rows(folder / "dev.jsonl"))
+    assert found.metrics["answered"] == 0.0
+    assert found.notes == (
+        "no row reaches the adapter's threshold of 0.999999, so none is answered",
+    )
+
+
+def test_a_row_without_a_label_that_nothing_rejects_is_named(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    answers = TorchAnswers.open(trained(tiny_encoder) / "run")
+    answers.confidence = Confidence(out_of_scope="other")
+    data = write_rows(tmp_path / "none.jsonl", [{"text": "who wrote it", "label": "other"}])
+    with pytest.raises(DataError, match="no row has a label, and no threshold rejects any"):
+        measure_rows(answers, tmp_path, read_rows(data))
+
+
+def test_what_is_not_finite_is_no_answer_in_torch_either(tiny_encoder: Path) -> None:
+    answers = TorchAnswers.open(trained(tiny_encoder) / "run")
+    for weight in answers.model.parameters():
+        weight.data.fill_(float("inf"))
+    with pytest.raises(AdapterError, match="is not finite, so there is no answer"):
+        answers.scored(["play a song"])
 
 
 @pytest.mark.parametrize(
