@@ -76,7 +76,7 @@ class LabelledLogits:
             recall = float((best_labels(self.outside, confidence.temperature)[1] < least).mean())
         return {
             "expected_calibration_error": calibration_error(reliability(scores, right)),
-            "accuracy_answered": None if least is None else share(right[given]),
+            "accuracy_answered": None if least is None else share(right[given].tolist()),
             "share_answered": None if least is None else float(given.mean()),
             "out_of_scope_rows": len(self.outside),
             "out_of_scope_recall": recall,
