@@ -79,7 +79,7 @@ FLOORS = {
         "training.parallel"
     ),
     "labelling": "core data metrics runtime",
-    "bulk": "core data recipe runtime.tasks",
+    "bulk": "core data recipe runtime.tasks training",
     "publishing": "core models runtime.bundle runtime.sources",
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "
