@@ -7,7 +7,7 @@ its labels: Banking77 with ten labels held out of training; a table, then one JS
 Near rows are test rows of the ten labels, far ones requests to a smart speaker (SNIPS) and short
 messages (SMS spam). Every score is judged by its recall of these where 95 of 100 other test rows
 are answered. The last lines are what a user gets: `[confidence] answered = 0.95`, fitted on five
-validation rows a label, in torch and in bundles.
+validation rows a label, in torch and in bundles, which fit it again ("as trained": which do not).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from sklearn.metrics import roc_auc_score
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.export.bundle import export_bundle
+from edgetune.export.graph.trace import Traced
+from edgetune.export.proof.task_metric import TaskPlan
 from edgetune.metrics.calibration import calibration_error, reliability
 from edgetune.models.heads import unwrapped
 from edgetune.quantisation.precision import Precision
@@ -204,10 +206,17 @@ def shipped(
     run: Path, data: dict[str, list[Row]], folder: Path, precisions: list[str]
 ) -> dict[str, Any]:
     """What `edgetune eval` says of the run and of its bundles."""
-    places = {"torch": run}
+    places, traced = {"torch": run}, Traced()
     for precision in precisions:
-        places[precision] = folder / precision
-        export_bundle([("intents", run)], places[precision], precision=Precision(precision))
+        for name, keep in ((f"{precision} as trained", True), (precision, False)):
+            places[name] = folder / name
+            export_bundle(
+                [("intents", run)],
+                places[name],
+                precision=Precision(precision),
+                task=TaskPlan(allowed_by="--allow-metric-loss", keep_confidence=keep),
+                traced=traced,
+            )
     file = write(folder / "test.jsonl", data["known"] + data["near"] + data["far"])
     ends = np.cumsum([0, len(data["known"]), len(data["near"]), len(data["far"])])
     found: dict[str, Any] = {}
@@ -231,7 +240,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shots", type=int, choices=(5, 10), default=10)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--precision", nargs="*", default=["int8"])
+    parser.add_argument("--precision", nargs="*", default=["int8", "int4"])
     given = parser.parse_args()
     found = [one_seed(seed, given.shots, given.epochs, given.precision) for seed in given.seeds]
     print(json.dumps(found))

@@ -41,6 +41,7 @@ from edgetune.export.inputs.sources import (
     check_sources,
     read_source,
 )
+from edgetune.export.proof.confidence import fit_again, ship
 from edgetune.export.proof.cost import CostPlan
 from edgetune.export.proof.from_text import prove_from_text
 from edgetune.export.proof.probe import probe_rows
@@ -139,6 +140,10 @@ def export_bundle(
                 say(proof_line(name, engine, proof))
             where = str(out) if engine == ONNX_RUNTIME else f"{out}, {engine} engine"
             demand(found_by, where=where, merged=merged)
+        sure = fit_again(
+            folder, manifest, base, sources, keep=plan.confidence_kept_by, threads=threads, say=say
+        )
+        manifest = ship(folder, manifest, sure)
         answers = prove_from_text(folder, manifest, base, sources, threads=threads)
         for name, one in answers.items():
             say(f"answers {name}: {one.line()}")
@@ -163,6 +168,7 @@ def export_bundle(
             manifest = replace(manifest, quality={**manifest.quality, "cost": found.to_dict()})
         document = proof_document(proven, rows, precision) | {
             "task": {name: result.to_dict() for name, result in results.items()},
+            "confidence": {name: one.to_dict() for name, one in sure.items()},
             "text": asdict(text),
             "answers": {name: one.to_dict() for name, one in answers.items()},
             "verdict": {name: verdict.to_dict() for name, verdict in verdicts.items()},

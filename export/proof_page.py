@@ -11,6 +11,7 @@ from typing import Any
 
 from edgetune.core.files import sha256_file, write_text
 from edgetune.core.layout import REPORT
+from edgetune.export.proof.confidence import FIT_FIGURES, shown_figure
 from edgetune.report.html import (
     STYLE,
     figure,
@@ -42,6 +43,7 @@ def render_proof(manifest: Manifest) -> str:
         _tiles(manifest),
         "<h2>Verdict</h2>" + _verdict(manifest),
         *_task(manifest),
+        *_confidence(manifest),
         *_changed(manifest),
         *_answers(manifest),
         "<h2>Proof: the bundle against torch</h2>" + _proof(manifest),
@@ -226,6 +228,23 @@ def _task(manifest: Manifest) -> Iterable[str]:
     if rows:
         yield "<h2>Task: validation rows</h2>" + html_table(
             ("adapter", "metric", "torch", "bundle", "rows", "same answer"), rows
+        )
+
+
+def _confidence(manifest: Manifest) -> Iterable[str]:
+    """How sure each adapter is: as trained, and as it ships."""
+    rows = []
+    for name, one in manifest.proof.get("confidence", {}).items():
+        sides = ("trained", "shipped")
+        for at, side in enumerate(sides):
+            figures = [shown_figure(one[side].get(key), form) for key, _, form in FIT_FIGURES]
+            rows.append((name if at == 0 else "", f"{side}: {one[side]['fitted_on']}", *figures))
+        if one["kept"]:
+            rows[-1] = ("", f"shipped as trained: {one['kept']}", *[""] * len(FIT_FIGURES))
+    if rows:
+        head = ("adapter", "fitted on", *(words for _, words, _ in FIT_FIGURES))
+        yield "<h2>Confidence: on the bundle's answers to the validation rows</h2>" + html_table(
+            head, rows
         )
 
 

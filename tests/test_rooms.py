@@ -27,7 +27,7 @@ FLOORS = {
     "data": "core models recipe",
     "devices": "core",
     "adapters": "core edgetune models quantisation recipe",
-    "metrics": "core",
+    "metrics": "core recipe",
     "objectives": "data models",
     "runtime.bundle": "core",
     "runtime.signature": "core",

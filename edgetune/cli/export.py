@@ -147,6 +147,14 @@ BLOCK_SIZE = 32
     ),
 )
 @click.option(
+    "--keep-confidence",
+    is_flag=True,
+    help=(
+        "Ship temperature and threshold as trained; else, where weights are rounded, they are"
+        " fitted again on the bundle's own answers to the run's validation rows."
+    ),
+)
+@click.option(
     "--general",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="FOLDER",
@@ -192,6 +200,7 @@ def command(
     task_rows: int | None,
     task_data: Path | None,
     allow_metric_loss: bool,
+    keep_confidence: bool,
     general: Path | None,
     general_items: int | None,
     context: int | None,
@@ -216,7 +225,12 @@ def command(
     pairs = [_pair(text, "--adapter", FORM) for text in adapters]
     with tempfile.TemporaryDirectory(prefix="edgetune-sum-") as folder:
         sources = resolve_sums(pairs, Path(folder))
-        task = TaskPlan(task_rows, task_data, allowed_by=ALLOW if allow_metric_loss else "")
+        task = TaskPlan(
+            task_rows,
+            task_data,
+            allowed_by=ALLOW if allow_metric_loss else "",
+            keep_confidence=keep_confidence,
+        )
         cost = _cost(general, general_items)
         if precision == "auto" and activations != "float":
             raise ExportError(
@@ -339,24 +353,7 @@ def _cost(general: Path | None, items: int | None) -> Any:
     return CostPlan(general or Path(root or "") / "general_ability", items)
 
 
-OF_BUNDLES = (
-    "replace",
-    "mode",
-    "precision",
-    "adapter_precision",
-    "max_loss",
-    "block_size",
-    "activations",
-    "keep",
-    "threads",
-    "quantiser",
-    "calibration",
-    "task_rows",
-    "task_data",
-    "allow_metric_loss",
-    "general",
-    "general_items",
-)
+OF_ADAPTERS = ("adapters", "out", "form", "base_name")  # what a GGUF adapter takes
 
 
 def _gguf(adapters: tuple[str, ...], out: Path, base_name: str | None) -> None:
@@ -369,7 +366,7 @@ def _gguf(adapters: tuple[str, ...], out: Path, base_name: str | None) -> None:
     context = click.get_current_context()
     if given := [
         name
-        for name in OF_BUNDLES
+        for name in sorted(set(context.params) - set(OF_ADAPTERS))
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     ]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from edgetune.compression.confidence import refit_small
 from edgetune.compression.finish import can_finish
 from edgetune.compression.measure import TaskMetric
 from edgetune.compression.search import STEPS, Compressed, Search, SizeTrial, sizes_of
@@ -40,7 +42,8 @@ def compress(
     something is at `out`; ExportError where no size holds; the errors of adapter, data and base.
     """
     _check_place(out)
-    folder = read_source("adapter", run).folder
+    source = read_source("adapter", run)
+    folder = source.folder
     if not (folder / ADAPTER_CONFIG).is_file():
         raise AdapterError(
             "all weights of this run were trained: there is no adapter to make small",
@@ -81,8 +84,14 @@ def compress(
         (folder / ADAPTER_WEIGHTS).stat().st_size,
         search.reference,
     )
+    sure = refit_small(source, task, search.made[chosen])
+    more: dict[str, Any] = {"compressed": chosen_size(found)}
+    if sure is not None:
+        progress.say(f"confidence: {sure.line()}")
+        more["compressed"]["confidence"] = sure.to_dict()
+        more |= {} if sure.kept else {"confidence": dict(sure.confidence)}
     with whole_folder(out) as partial:
-        write_small(search.made[chosen], partial / ADAPTER, more={"compressed": chosen_size(found)})
+        write_small(search.made[chosen], partial / ADAPTER, more=more)
         if (folder.parent / RECIPE).is_file():
             shutil.copyfile(folder.parent / RECIPE, partial / RECIPE)
     return found

@@ -75,14 +75,18 @@ class TaskMetric:
         set_peft_model_state_dict(self.model, self._trained)
         return self._measure()
 
-    @torch.no_grad()
     def of(self, small: SmallAdapter) -> TaskFigure:
         """The adapter that these codes stand for."""
+        self.put(small)
+        return self._measure()
+
+    @torch.no_grad()
+    def put(self, small: SmallAdapter) -> None:
+        """Give the model the adapter that these codes stand for."""
         tensors = {
             name: torch.from_numpy(array) for name, array in decode_file(small.tensors).items()
         }
         set_peft_model_state_dict(self.model, _as_trained(tensors, self._trained, self.model))
-        return self._measure()
 
     def _measure(self) -> TaskFigure:
         found = measure_in_torch(self.model, self.base, self.source, self.rows)

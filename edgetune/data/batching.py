@@ -22,6 +22,8 @@ POOL_BATCHES = 32
 # padded tokens for each distinct one, where rows share a prefix: attention and the projection onto
 # the vocabulary compute a repeated prefix every time
 PADDED_AT_MOST = 2
+# of more, a validation takes rows at equal distances; `edgetune eval` takes them all
+VALIDATION_TOKENS = 50_000
 
 
 class Example(Protocol):
@@ -156,3 +158,23 @@ def in_order_of_length(
     """
     parts = split(range(len(lengths)), lengths, max_tokens)
     return [part[at : at + batch_size] for part in parts for at in range(0, len(part), batch_size)]
+
+
+def rows_within(lengths: Sequence[int], tokens: int) -> list[int]:
+    """All rows, or evenly spaced ones when there are more than `tokens` tokens; the same every
+    time.
+    """
+    rows = len(lengths)
+    keep = min(rows, max(1, rows * tokens // max(1, sum(lengths))))
+    return [at * rows // keep for at in range(keep)]
+
+
+def last_answer(labels: Sequence[int]) -> tuple[int, list[int]]:
+    """How many positions carry loss, and which of them are the last that follow one another: of a
+    conversation its last answer.
+    """
+    learned = [at for at, label in enumerate(labels) if label != IGNORE]
+    begins = len(learned) - 1
+    while begins > 0 and learned[begins - 1] == learned[begins] - 1:
+        begins -= 1
+    return len(learned), learned[begins:]

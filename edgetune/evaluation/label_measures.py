@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from edgetune.core.confidence import ScoredLabel
 from edgetune.core.errors import DataError
+from edgetune.core.settings import some_of
 from edgetune.core.text import Text
 from edgetune.data.labels import labelled_rows
 from edgetune.data.out_of_scope import out_of_scope_rows
@@ -92,12 +93,23 @@ def measure_classification(
     ]
     inside, others = judged[: len(rows)], judged[len(rows) :]
     predicted, expected = [one.got for one in inside], [one.wanted for one in inside]
-    metrics = {"accuracy": accuracy(predicted, expected), "macro_f1": macro_f1(predicted, expected)}
-    analysis, errors = error_analysis(inside), wrong_first(inside)
+    metrics, analysis, errors = dict[str, float](), dict[str, Any](), wrong_first(inside)
+    if inside:
+        metrics |= {
+            "accuracy": accuracy(predicted, expected),
+            "macro_f1": macro_f1(predicted, expected),
+        }
+        analysis |= error_analysis(inside)
     if all(one.score is not None for one in judged):
         metrics |= score_metrics(inside, others, threshold=confidence.threshold)
-        analysis |= score_curves(inside)
+        analysis |= score_curves(inside) if inside else {}
         errors = wrong_first([*inside, *(one for one in others if not one.rejected)])
+    if not metrics:
+        raise DataError(
+            "no row has a label, and no threshold rejects any",
+            where=source.source,
+            expected=f"rows with {some_of(sorted(known))}",
+        )
     return Measured(
         metrics,
         [_prediction(one) for one in judged],

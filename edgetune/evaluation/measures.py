@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,10 +177,16 @@ def measure_rows(
         metrics=measured.metrics,
         seconds=time.perf_counter() - started,
         predictions=measured.predictions,
-        notes=answers.notes,
+        notes=(*answers.notes, *_nothing_given(answers, measured)),
         analysis=measured.analysis,
         errors=measured.errors,
     )
+
+
+def _nothing_given(answers: Answers, measured: Measured) -> Iterator[str]:
+    if measured.metrics.get("answered") == 0.0:
+        least = answers.confidence.threshold
+        yield f"no row reaches the adapter's threshold of {least}, so none is answered"
 
 
 def _measure_of(answers: Answers) -> Callable[[Any, Rows, bool, Advance], Measured]:

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.confidence import ScoredLabel, confidence_of, scored
-from edgetune.core.errors import InputError
+from edgetune.core.errors import AdapterError, InputError
 from edgetune.core.tag_sequences import likeliest_tags
 from edgetune.core.templates import chat_messages
 from edgetune.core.text import Text, first_subwords, join_words, outside_tag
@@ -99,7 +99,9 @@ class TorchAnswers(HeadAnswers):
             return_tensors="pt",
             verbose=False,
         )
-        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits = finite(
+            self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        )
         labels = self.labels or ()
         probabilities = (logits / self.confidence.temperature).softmax(-1)
         found = []
@@ -156,7 +158,7 @@ class TorchAnswers(HeadAnswers):
             for row in ids:
                 tokens = torch.tensor([row])
                 found.append(self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)))
-            return torch.cat(found)
+            return finite(torch.cat(found))
         columns = (
             [list(texts)]
             if not texts or isinstance(texts[0], str)
@@ -175,7 +177,7 @@ class TorchAnswers(HeadAnswers):
         logits: Tensor = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types
         )
-        return logits
+        return finite(logits)
 
     @torch.no_grad()
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
@@ -186,8 +188,8 @@ class TorchAnswers(HeadAnswers):
         )
         return score_rows(
             rows,
-            lambda batch: self.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask
+            lambda batch: finite(
+                self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             ),
         )
 
@@ -268,6 +270,16 @@ class TorchAnswers(HeadAnswers):
                 self.tokenizer, chat_messages(prompt, system=self.prompt_format.system)
             )
         return prompt
+
+
+def finite(values: Tensor) -> Tensor:
+    """AdapterError where a result holds NaN or infinite values, as in a bundle: it is no answer."""
+    if not torch.isfinite(values).all():
+        raise AdapterError(
+            "what the model computed with this adapter is not finite, so there is no answer",
+            fix="Its weights are too large, or damaged: train or copy it again.",
+        )
+    return values
 
 
 def first_part(text: str, stops: Sequence[str]) -> str:

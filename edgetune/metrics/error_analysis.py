@@ -200,10 +200,12 @@ def score_metrics(
     """
     scores = [one.score or 0.0 for one in answers]
     right = [one.right for one in answers]
-    found = {"expected_calibration_error": calibration_error(reliability(scores, right))}
-    if threshold is not None:
+    found = dict[str, float]()
+    if answers:
+        found["expected_calibration_error"] = calibration_error(reliability(scores, right))
+    if answers and threshold is not None:
         given = [one for one in answers if not one.rejected]
-        found["answered"] = len(given) / max(1, len(answers))
+        found["answered"] = len(given) / len(answers)
         found["accuracy_answered"] = share(one.right for one in given)
     if out_of_scope:
         if threshold is not None:

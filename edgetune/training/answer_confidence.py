@@ -14,13 +14,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from edgetune.core.answer_confidence import AnswerConfidence
-from edgetune.data.batching import IGNORE, Batch
-from edgetune.metrics.calibration import calibration_error, reliability
-from edgetune.metrics.platt import fit_platt
+from edgetune.data.batching import Batch, last_answer
+from edgetune.metrics.confidence import WrittenAnswers
 from edgetune.recipe.confidence import ConfidenceSettings
 from edgetune.recipe.generation import FORMS
-from edgetune.training.confidence import FEWEST_ROWS, Fitted
 from edgetune.training.context import ResolvedStage
 from edgetune.training.validation import outputs_of
 
@@ -34,21 +31,14 @@ def wants_confidence(
     return stage.method == "sft" and stage.base.kind == "decoder" and wanted
 
 
-def measure_answers(model: nn.Module, stage: ResolvedStage, held_out: Sequence[Batch]) -> Fitted:
-    """The calibration of answers; nothing where the rows are fewer than FEWEST_ROWS."""
+def measure_answers(
+    model: nn.Module, stage: ResolvedStage, held_out: Sequence[Batch]
+) -> WrittenAnswers:
+    """The last answer of every row."""
     found = list(_answers(model, stage, held_out))
-    if len(found) < FEWEST_ROWS:
-        return Fitted()
-    scores, right = np.array([score for score, _ in found]), np.array([hit for _, hit in found])
-    slope, intercept = fit_platt(scores, right)
-    fitted = AnswerConfidence(slope, intercept, rows=len(found))
-    sure = [fitted.of(float(score)) for score in scores]
-    facts = {
-        **fitted.to_dict(),
-        "expected_calibration_error": calibration_error(reliability(sure, right)),
-        "expected_calibration_error_before": calibration_error(reliability(np.exp(scores), right)),
-    }
-    return Fitted(facts=facts)
+    return WrittenAnswers(
+        np.array([score for score, _ in found]), np.array([hit for _, hit in found], bool)
+    )
 
 
 def _answers(
@@ -60,11 +50,9 @@ def _answers(
         best = logits.float().log_softmax(-1).max(-1)
         hits, values = (best.indices == targets).cpu().numpy(), best.values.cpu().numpy()
         at = 0
-        for labels in batch.labels[:, 1:].cpu().numpy():
-            learned = np.flatnonzero(labels != IGNORE)
-            places = np.arange(at, at + len(learned))
-            at += len(learned)
-            breaks = np.flatnonzero(np.diff(learned) > 1)
-            last = places[breaks[-1] + 1 if len(breaks) else 0 :]
-            if len(last):
-                yield float(values[last].astype(np.float64).sum()), bool(hits[last].all())
+        for labels in batch.labels[:, 1:].tolist():
+            learned, last = last_answer(labels)
+            places = slice(at + learned - len(last), at + learned)
+            at += learned
+            if last:
+                yield float(values[places].astype(np.float64).sum()), bool(hits[places].all())

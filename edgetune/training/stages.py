@@ -9,11 +9,10 @@ from typing import Any
 
 from edgetune.core.errors import TrainingError
 from edgetune.core.progress import Progress
-from edgetune.data.batching import Batch
+from edgetune.data.batching import VALIDATION_TOKENS, Batch
 from edgetune.models.torch_device import device_of, generators_untouched
-from edgetune.training.answer_confidence import measure_answers, wants_confidence
 from edgetune.training.checkpoint import Position, State
-from edgetune.training.confidence import measure_scores
+from edgetune.training.confidence import measure_held_out
 from edgetune.training.context import Kept, Prepared, ResolvedRun, ResolvedStage, StageStart
 from edgetune.training.journal import Journal, StageLog
 from edgetune.training.learner import Learner
@@ -23,7 +22,6 @@ from edgetune.training.parallel.shards import Stateful
 from edgetune.training.stage_model import RunModel
 from edgetune.training.validation import (
     EFFECT_TOKENS,
-    VALIDATION_TOKENS,
     adapter_effect,
     batches_for_measuring,
 )
@@ -57,7 +55,7 @@ class Stages:
         stage = self.settled.stages[index]
         model = self.model.for_stage(stage, begins=resumed is None)
         prepared = self._prepare(stage, model, resumed)
-        held_out = _held_out(stage) if self.group.leads else []
+        held_out = held_out_batches(stage) if self.group.leads else []
         result = train_stage(
             Learner(model, stage.precision, self.group, shard=self.settled.shard),
             stage,
@@ -95,7 +93,7 @@ class Stages:
         """
         stage, before = self.settled.stages[-1], self.model.before
         examples, precision = stage.examples, stage.precision
-        held_out = _held_out(stage)
+        held_out = held_out_batches(stage)
         metrics = self.journal.validation(stage.index, self._kept_step)
         base_metrics = None
         if held_out and self.model.base_answers and self._prepared is not None:
@@ -113,22 +111,20 @@ class Stages:
                 got="mean logit change 0",
                 fix="Raise learning_rate or epochs.",
             )
-        asked = self.settled.recipe.confidence
-        if wants_confidence(stage, asked, self.settled.generation):
-            fitted = measure_answers(self.model.model, stage, held_out)
-        else:
-            fitted = measure_scores(self.model.model, stage, held_out, asked)
+        asked, generation = self.settled.recipe.confidence, self.settled.generation
+        found = measure_held_out(self.model.model, stage, held_out, asked, generation)
         return {
             "metrics": metrics,
             "base_metrics": base_metrics,
             "effect": effect,
             "effect_rows": "validation" if examples.validation else "train",
-            "confidence": fitted.facts,
-            "analysis": fitted.analysis,
-            "warnings": [*fitted.warnings],
+            "confidence": found.fitted.facts,
+            "analysis": found.analysis,
+            "warnings": [*found.fitted.warnings],
         }
 
 
-def _held_out(stage: ResolvedStage) -> Sequence[Batch]:
+def held_out_batches(stage: ResolvedStage) -> Sequence[Batch]:
+    """Those of the validation rows that are measured."""
     rows = stage.examples.validation
     return batches_for_measuring(rows, stage.batching, tokens=VALIDATION_TOKENS) if rows else []

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from edgetune.adapters.lora import adapter_off
 from edgetune.core.tag_sequences import likeliest_tags
 from edgetune.core.text import outside_tag
-from edgetune.data.batching import Batch, Example, in_order_of_length
+from edgetune.data.batching import (
+    VALIDATION_TOKENS,
+    Batch,
+    Example,
+    in_order_of_length,
+    rows_within,
+)
 from edgetune.metrics.labels import (
     accuracy,
     macro_f1,
@@ -37,8 +43,6 @@ from edgetune.training.fast.memory import computing
 ROWS_AT_ONCE = 64
 # the logits of a vocabulary take 200 kB a token, and the effect keeps six tensors of that size
 TOKENS_AT_ONCE = 256
-# of more, a validation takes rows at equal distances; `edgetune eval` takes them all
-VALIDATION_TOKENS = 50_000
 EFFECT_TOKENS = 5_000
 
 
@@ -48,9 +52,8 @@ def batches_for_measuring(
     """Batches over all rows, or over evenly spaced ones when there are more than `tokens` tokens;
     the same every time.
     """
-    total = sum(batching.length(example) for example in examples)
-    keep = min(len(examples), max(1, len(examples) * tokens // max(1, total)))
-    chosen = [examples[at * len(examples) // keep] for at in range(keep)]
+    places = rows_within([batching.length(example) for example in examples], tokens)
+    chosen = [examples[at] for at in places]
     lengths = [batching.length(example) for example in chosen]
     parts = in_order_of_length(lengths, TOKENS_AT_ONCE, batch_size=ROWS_AT_ONCE)
     return [batching.batch([chosen[i] for i in part], 0) for part in parts]

@@ -191,7 +191,9 @@ class _Walk:
         }
         model = torch_model(self.base, self.source)
         recorded = {key: value for key, value in self.source.metadata.items() if value is not None}
-        return TorchAnswers(model, self.tokenizer, {**told, **recorded})
+        # what is compared is logits: both sides make them scores as the bundle does
+        shipped = self.runtime.adapter(self.source.name).metadata.get("confidence")
+        return TorchAnswers(model, self.tokenizer, {**told, **recorded, "confidence": shipped})
 
     def _judge(
         self,

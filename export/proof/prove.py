@@ -5,7 +5,7 @@ and once more from a finished bundle alone and the base it names (`edgetune veri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +295,15 @@ def _shipped(folder: Path, manifest: Manifest) -> tuple[Base, list[AdapterSource
         )
         for entry in manifest.adapters
     )
-    return base, [read_source(name, place) for name, place in places]
+    return base, [_as_trained(read_source(name, place), manifest) for name, place in places]
+
+
+def _as_trained(source: AdapterSource, manifest: Manifest) -> AdapterSource:
+    """What torch is compared with knows how sure it is as the run did, not as the bundle."""
+    known = manifest.proof.get("confidence", {}).get(source.name)
+    if known is None:
+        return source
+    return replace(source, metadata={**source.metadata, "confidence": known["trained"]})
 
 
 def _is_the_base(entry: AdapterEntry, folder: Path) -> bool:

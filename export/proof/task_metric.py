@@ -301,6 +301,15 @@ class TaskPlan:
     """what torch answered, kept from bundle to bundle of the same adapters"""
     allowed_by: str = ""
     """the option that ships what lost more than the verdict allows, for the manifest; "": none"""
+    keep_confidence: bool = False
+    """whether temperature and threshold ship as trained, see `proof.confidence`"""
+
+    @property
+    def confidence_kept_by(self) -> str:
+        """The option that leaves no rows to fit them on again; "": none."""
+        if self.keep_confidence:
+            return "--keep-confidence"
+        return "--task-rows 0" if self.rows == 0 else ""
 
     def check(self) -> None:
         """DataError where `data` cannot be read, before anything takes its time."""

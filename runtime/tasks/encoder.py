@@ -162,6 +162,16 @@ class EncoderAnswers:
             self.text_ids(text, name, truncate=truncate)
             for text, name in zip(texts, names, strict=True)
         ]
+        return self.encode_ids(engine, ids, names, held)
+
+    def encode_ids(
+        self,
+        engine: Encoder,
+        ids: Sequence[Sequence[int]],
+        names: Sequence[str | None],
+        held: Held,
+    ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+        """The logits (labels,) of each row, and pooled states (rows, hidden)."""
         logits: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(ids)
         pooled = np.zeros((len(ids), self._opened.manifest.graph.hidden_size), np.float32)
         for places in batches([len(row) for row in ids], ENCODE_ROWS):
@@ -182,11 +192,20 @@ class EncoderAnswers:
         *,
         truncate: bool,
     ) -> list[npt.NDArray[np.float32]]:
-        """The logits (labels,) of each text by a decoder: its head on the last token's state."""
         ids = [
             self.text_ids(text, name, truncate=truncate)
             for text, name in zip(texts, names, strict=True)
         ]
+        return self.read_ids(decoder, ids, names, held)
+
+    def read_ids(
+        self,
+        decoder: Decoder,
+        ids: Sequence[Sequence[int]],
+        names: Sequence[str | None],
+        held: Held,
+    ) -> list[npt.NDArray[np.float32]]:
+        """The logits (labels,) of each row by a decoder: its head on the last token's state."""
         logits: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(ids)
         for places in score_batches([len(row) for row in ids]):
             adapters = [bound(held[names[i]]) for i in places]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from confidence_helpers import told, trained
 from conftest import CommandLine
 from export_helpers import make_adapter
 from training_helpers import action_rows, intent_recipe, sft_recipe, silent
@@ -23,6 +24,7 @@ from edgetune.compression.straight_through import factors_on, rounded_weights
 from edgetune.core.errors import AdapterError, ExportError, OutputError
 from edgetune.core.layout import ADAPTER_METADATA, ADAPTER_WEIGHTS
 from edgetune.core.progress import Progress
+from edgetune.evaluation.evaluate import evaluate
 from edgetune.export.inputs.small_adapter import Factors, SmallAdapter, read_whole, round_factors
 from edgetune.models.load import load_body
 from edgetune.models.resolve import resolve_base
@@ -78,6 +80,23 @@ def test_a_run_is_made_small_and_says_by_what(run: Path, tmp_path: Path) -> None
     smaller = [one for one in found.trials if one.bytes < chosen.bytes]
     assert all(one.loss is not None and one.loss > 0.3 for one in smaller)
     load_adapted_model(tmp_path / "small")
+
+
+def test_a_small_adapter_says_how_sure_it_is_itself(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder, progress = trained(tiny_encoder), silent()
+    small = tmp_path / "small"
+    compress(folder / "run", small, rank=1, bits=2, steps=0, progress=progress)
+    about = json.loads((small / "adapter" / ADAPTER_METADATA).read_text())
+    own, recorded = about["confidence"], about["compressed"]["confidence"]
+    before, after = recorded["trained"], recorded["shipped"]
+    assert own == {name: after[name] for name in own}
+    assert own["fitted_on"] == "torch, 2-bit adapter"
+    assert before["threshold"] == told(folder / "run")["threshold"]
+    assert after["share_answered"] == 0.8 != before["share_answered"]
+    assert evaluate(small, folder / "dev.jsonl").metrics["answered"] == pytest.approx(0.8)
+    as_it_was = tmp_path / "unmeasured"
+    compress(folder / "run", as_it_was, rank=1, bits=2, steps=0, rows=0, progress=progress)
+    assert told(as_it_was) == told(folder / "run")
 
 
 def test_a_step_moves_what_the_codes_round_and_products_see_the_codes(

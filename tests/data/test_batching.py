@@ -13,6 +13,8 @@ from edgetune.data.batching import (
     IGNORE,
     epoch_order,
     in_order_of_length,
+    last_answer,
+    rows_within,
     split,
     split_by_prefix,
     steps,
@@ -102,3 +104,16 @@ def test_rows_that_share_a_prefix_stand_in_one_part() -> None:
         assert padded <= 2 * 60 and different <= 60
     assert split_by_prefix([[1] * 99, [1] * 99, [3]], 60) == [[0], [1], [2]]
     assert split_by_prefix([], 60) == []
+
+
+def test_rows_within_are_evenly_spaced_and_all_where_they_fit() -> None:
+    assert rows_within([10] * 4, 40) == [0, 1, 2, 3]
+    assert rows_within([10] * 6, 30) == [0, 2, 4]
+    assert rows_within([10] * 3, 1) == [0] and rows_within([], 50) == []
+
+
+def test_the_last_answer_of_a_conversation() -> None:
+    no = IGNORE
+    assert last_answer([no, 5, 6, no, 7, 8, 9, no]) == (5, [4, 5, 6])
+    assert last_answer([no, 5]) == (1, [1]) and last_answer([5, 6]) == (2, [0, 1])
+    assert last_answer([no, no]) == (0, [])

@@ -4,66 +4,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from export_helpers import export
+from confidence_helpers import MORE, intents, rows, told, trained
 from head_helpers import room_recipe, room_rows
-from training_helpers import INTENTS, ROOMS, recipe, silent, write_rows
+from training_helpers import INTENTS, recipe, silent, write_rows
 
 from edgetune.cli import cli
-from edgetune.core.errors import RecipeError
+from edgetune.core.confidence import Confidence
+from edgetune.core.errors import AdapterError, DataError, RecipeError
+from edgetune.data.rows import read_rows
 from edgetune.evaluation.evaluate import evaluate
+from edgetune.evaluation.measures import measure_rows
+from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.recipe.checks import check_confidence
 from edgetune.recipe.confidence import ConfidenceSettings
-from edgetune.recipe.schema import Recipe
 from edgetune.report.answers import confidence_section, errors_section
 from edgetune.runtime import Runtime
 from edgetune.runtime.tasks.prediction_file import answer_rows, requests_of
 from edgetune.training import run_recipe
-
-MORE = ("cellar", "attic", "garage", "office", "bath", "study", "porch", "shed", "loft", "den")
-
-
-def rows(rooms: tuple[str, ...]) -> list[dict[str, Any]]:
-    return [
-        {"text": text.format(room), "label": label}
-        for room in rooms
-        for label, text in INTENTS.items()
-    ]
-
-
-def intents(base: Path, folder: Path, **confidence: Any) -> Recipe:
-    """Trained on four rooms, measured on 30 rows of ten others, of which some have a wrong
-    label: there is something to be unsure of.
-    """
-    held_out = rows(MORE)
-    for row in held_out[::7]:
-        row["label"] = "music" if row["label"] != "music" else "heat"
-    train = write_rows(folder / "train.jsonl", rows(ROOMS))
-    validation = write_rows(folder / "dev.jsonl", held_out)
-    settings = ConfidenceSettings(**confidence) if confidence else None
-    made = recipe(base, "sequence-classification", train, validation, epochs=6)
-    return replace(made, confidence=settings)
-
-
-@cache
-def trained(base: Path) -> Path:
-    """A run whose threshold answers four fifths of the rows, and its bundle beside it."""
-    folder = base.parent / f"{base.name}-confidence"
-    folder.mkdir()
-    run_recipe(intents(base, folder, answered=0.8), out=folder / "run", progress=silent())
-    export(folder / "bundle", folder / "run")
-    return folder
-
-
-def told(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "adapter" / "edgetune_adapter.json").read_text())
-    return found["confidence"]
 
 
 def test_temperature_and_threshold_are_part_of_the_adapter(tiny_encoder: Path) -> None:
@@ -196,16 +159,6 @@ def test_rows_that_are_none_of_the_labels_teach_nothing_and_raise_the_threshold(
     }
 
 
-def test_a_merged_bundle_rejects_as_well(tiny_encoder: Path, tmp_path: Path) -> None:
-    folder = trained(tiny_encoder)
-    export(tmp_path / "merged", folder / "run", mode="merged")
-    texts = [row["text"] for row in rows(MORE)]
-    with Runtime.open(folder / "bundle") as apart, Runtime.open(tmp_path / "merged") as merged:
-        ours, theirs = apart.classify(texts, "run"), merged.classify(texts)
-    assert [one.label for one in ours] == [one.label for one in theirs]
-    assert None in [one.label for one in theirs]
-
-
 def test_the_proof_counts_changed_rejections_and_the_page_draws_the_scores(
     tiny_encoder: Path,
 ) -> None:
@@ -244,6 +197,47 @@ def test_eval_says_and_writes_what_is_wrong(tiny_encoder: Path, tmp_path: Path) 
     assert all({"line", "text", "wanted", "got", "score"} <= set(one) for one in wrong)
     for words in ("right of the surest", "weakest labels", "most often confused", "the worst:"):
         assert words in said.output
+
+
+def test_a_file_of_rows_that_are_none_of_the_labels_is_measured(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    folder = trained(tiny_encoder)
+    data = write_rows(tmp_path / "none.jsonl", [{**row, "label": ""} for row in rows(MORE)])
+    for name in ("run", "bundle"):
+        found = evaluate(folder / name, data)
+        rejected = [one.get("rejected", False) for one in found.predictions]
+        assert found.metrics == {"out_of_scope_recall": sum(rejected) / 30}
+        assert len(found.errors) == 30 - sum(rejected) > 0
+
+
+def test_eval_says_that_no_row_reaches_the_threshold(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder = trained(tiny_encoder)
+    answers = TorchAnswers.open(folder / "run")
+    answers.confidence = replace(answers.confidence, threshold=0.999999)
+    found = measure_rows(answers, tmp_path, read_rows(folder / "dev.jsonl"))
+    assert found.metrics["answered"] == 0.0
+    assert found.notes == (
+        "no row reaches the adapter's threshold of 0.999999, so none is answered",
+    )
+
+
+def test_a_row_without_a_label_that_nothing_rejects_is_named(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    answers = TorchAnswers.open(trained(tiny_encoder) / "run")
+    answers.confidence = Confidence(out_of_scope="other")
+    data = write_rows(tmp_path / "none.jsonl", [{"text": "who wrote it", "label": "other"}])
+    with pytest.raises(DataError, match="no row has a label, and no threshold rejects any"):
+        measure_rows(answers, tmp_path, read_rows(data))
+
+
+def test_what_is_not_finite_is_no_answer_in_torch_either(tiny_encoder: Path) -> None:
+    answers = TorchAnswers.open(trained(tiny_encoder) / "run")
+    for weight in answers.model.parameters():
+        weight.data.fill_(float("inf"))
+    with pytest.raises(AdapterError, match="is not finite, so there is no answer"):
+        answers.scored(["play a song"])
 
 
 @pytest.mark.parametrize(
