@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--after", default="grpo")
     parser.add_argument("--rows", type=int, help="prompts at most; not set: all")
     parser.add_argument(
-        "--samples", type=int, default=4, help="sampled answers a prompt, at temperature 1"
+        "--samples", type=int, default=4, help="sampled answers a prompt, at temperature 1; 0: none"
     )
     parser.add_argument("--reference", help="the column that answers are compared with")
     parser.add_argument("--answers", type=Path, help="where the greedy answers are written")
@@ -147,6 +147,8 @@ def main() -> None:
             ("greedy", 1, {"temperature": 0.0}),
             ("sampled", options.samples, {"temperature": 1.0, "seed": 0}),
         ):
+            if not samples:
+                continue
             given = {
                 name: runtime.generate(prompts, name, n=samples, **settings)
                 for name in (options.before, options.after)

@@ -38,6 +38,7 @@ SMALLER = {
 }
 SMALLER_WORDS = {
     "--shots 8": "--shots 2",  # what a tiny context holds
+    "hold_out = 190": "hold_out = 8",
     # of random weights; in int8 an adapter of two steps would move them elsewhere
     "bundles/e2e-grpo --precision int8": "bundles/e2e-grpo --precision fp32",
     "bundles/politeness --precision int8": "bundles/politeness --precision fp32",
@@ -200,7 +201,7 @@ class World:
                     "chosen": f"please {n}",
                     "rejected": f"{n}",
                 }
-                for n in range(240)
+                for n in range(40)
             ],
             "instruct_mix/dolly_hhrlhf_train": [{"output": "A book is read by day."}] * 8,
             "wnut17/": [{"tokens": ["In", "Rome"], "tags": ["O", "B-location"]}] * 6,
