@@ -4,13 +4,14 @@ and after.
     python benchmarks/reward_gain.py BUNDLE DATA REWARD... --before sft --after grpo [--rows 300]
     [--samples 4] [--reference output] [--answers answers.jsonl]
 
-BUNDLE holds both adapters. A REWARD is a function (FILE.py:FUNCTION or MODULE:FUNCTION) or the name
-of a reward adapter in BUNDLE; all of them score the same answers. Beside them stand tokens an
-answer, the share that ended by itself and the share that says three words twice; with --reference,
-ROUGE-L (F-measure and recall) against that column. Everything is compared prompt by prompt; 95 %
-intervals are bootstrapped over prompts. DATA needs the columns of the prompt and those that the
-functions read; of rows with the same prompt the first counts. --answers writes the greedy answers
-with their rewards, to be read. A table, then one JSON line.
+BUNDLE holds both adapters; one that it lacks may be named by its run folder. A REWARD is a function
+(FILE.py:FUNCTION or MODULE:FUNCTION) or the name of a reward adapter in BUNDLE; all of them score
+the same answers. Beside them stand tokens an answer, the share that ended by itself and the share
+that says three words twice; with --reference, ROUGE-L (F-measure and recall) against that column.
+Everything is compared prompt by prompt; 95 % intervals are bootstrapped over prompts. DATA needs
+the columns of the prompt and those that the functions read; of rows with the same prompt the first
+counts. --answers writes the greedy answers with their rewards, to be read. A table, then one JSON
+line.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from edgetune.adapters.runs import find_adapter
 from edgetune.data.conversations import last_turn, row_prompt
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.row import Row
@@ -34,6 +36,14 @@ from edgetune.training.reinforcement.rewards import load_function
 
 Asked = Sequence[tuple[Any, Row]]  # prompts and their rows
 Measure = Callable[[Asked, Sequence[Any]], list[float]]  # of each completion
+
+
+def usable(runtime: Runtime, name: str) -> str:
+    """The name of an adapter of the bundle, or of one that is loaded out of a run folder now."""
+    if name in runtime.adapters or not Path(name).is_dir():
+        return name
+    runtime.load_adapter(Path(name).name, find_adapter(Path(name)))
+    return Path(name).name
 
 
 def questions(data: Path, form: PromptFormat, limit: int | None) -> list[tuple[Any, Row]]:
@@ -139,7 +149,10 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, dict[str, dict[str, float]]] = {}
     with Runtime.open(options.bundle) as runtime:
-        form = PromptFormat(**(runtime.adapter(options.after).prompt_format or {}))
+        before_name, after_name = (
+            usable(runtime, name) for name in (options.before, options.after)
+        )
+        form = PromptFormat(**(runtime.adapter(after_name).prompt_format or {}))
         asked = questions(options.data, form, options.rows)
         prompts = [prompt for prompt, _ in asked]
         of = measures(runtime, options.reward, options.reference)
@@ -151,7 +164,7 @@ def main() -> None:
                 continue
             given = {
                 name: runtime.generate(prompts, name, n=samples, **settings)
-                for name in (options.before, options.after)
+                for name in (before_name, after_name)
             }
             before, after = (measured(of, asked, answers, samples) for answers in given.values())
             results[how] = {name: compared(before[name], after[name]) for name in of}
