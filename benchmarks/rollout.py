@@ -66,8 +66,7 @@ class Device:
     def __init__(self, runtime: Runtime, alias: str, folder: Path, public: Path) -> None:
         self.runtime, self.alias, self.place = runtime, alias, folder / "source"
         self.aliases, self.steps = Aliases(), Counter[str]()
-        base = runtime.manifest.base.digest
-        source = ArtifactVersions(str(self.place), folder / "store", base=base)
+        source = ArtifactVersions(str(self.place), folder / "store", manifest=runtime.manifest)
         bounds = RolloutBounds(share=0.5, requests=10)
         rules = RolloutRules(bounds=bounds, signed_by=read_public_key(public))
         self.rollout = AliasRollout(

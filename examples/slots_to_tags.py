@@ -1,15 +1,12 @@
 """Rows with an intent and slots become words and tags, for a tagger: a request is understood in one
 pass of an encoder.
 
-    python examples/slots_to_tags.py $EDGETUNE_DATASETS/snips_slots/train.jsonl.gz
-    snips-tags-train.jsonl python examples/slots_to_tags.py bundles/snips-tags slots --ask "Play
-    some 1959 songs on Iheart"
+    python examples/slots_to_tags.py $EDGETUNE_DATASETS/snips_slots/train.jsonl.gz tags.jsonl
+    python examples/slots_to_tags.py bundles/snips-tags slots --ask "Play some 1959 songs"
 
-The words are the request's with "?" before them, and "^" before each that begins with a capital
-letter: MiniLM's tokenizer makes all letters small, and names in requests are known by their
-capitals. The tag of "?" is the intent, the others mark slots by B- and I-. Where a sentence's
-entities are all right its JSON is, so `exact_match` of the tags is at most that of the JSON, which
-`understand` reads on the device, without torch.
+The words are the request's with "?" before them. The tag of "?" is the intent, the others mark
+slots by B- and I-. Where a sentence's entities are all right its JSON is, so `exact_match` of the
+tags is at most that of the JSON, which `understand` reads on the device, without torch.
 """
 
 from __future__ import annotations
@@ -23,19 +20,15 @@ from typing import Any
 from edgetune.core.text import entities, split_words
 from edgetune.runtime import Runtime
 
-ASKED, CAPITAL = "?", "^"
+ASKED = "?"
 
 
 def request_words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     """What the tagger reads of a request, and the characters of the text that each word
     stands for.
     """
-    words, spans = [ASKED], [(0, 0)]
-    for start, end in split_words(text):
-        if text[start].isupper():
-            words, spans = [*words, CAPITAL], [*spans, (start, end)]
-        words, spans = [*words, text[start:end]], [*spans, (start, end)]
-    return words, spans
+    spans = split_words(text)
+    return [ASKED, *(text[start:end] for start, end in spans)], [(0, 0), *spans]
 
 
 def tagged(row: dict[str, Any]) -> dict[str, list[str]]:

@@ -6,9 +6,14 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from edgetune.core.files import sha256_file
 from edgetune.runtime import Runtime
@@ -18,6 +23,9 @@ from edgetune.runtime.rollout.source import ArtifactVersions
 from edgetune.runtime.rollout.trial import RolloutBounds
 from edgetune.runtime.signature.folder import sign_folder
 from edgetune.runtime.signature.keys import PrivateKey, read_public_key
+
+if TYPE_CHECKING:
+    from server_helpers import Running
 
 BOUNDS = RolloutBounds(share=0.5, requests=10, errors=0.1, latency=3.0)
 
@@ -65,6 +73,10 @@ class Device:
         self.now = 0.0
         self.start()
 
+    def stop(self) -> None:
+        """As a server is told to; without it the next start is one after a crash."""
+        self.rollout.close()
+
     def start(self) -> None:
         for name in self.runtime.adapters:  # another process would not have them
             if "@" in name:
@@ -77,8 +89,8 @@ class Device:
         self.rollout.open()
 
     def source(self) -> ArtifactVersions:
-        base = self.runtime.manifest.base.digest
-        return ArtifactVersions(str(self.place), self.disk / "store", base=base)
+        manifest = self.runtime.manifest
+        return ArtifactVersions(str(self.place), self.disk / "store", manifest=manifest)
 
     def answer(self, key: str = "x") -> str:
         """The version that answers; it does."""
@@ -146,3 +158,35 @@ def spoil(folder: Path) -> None:
     known = json.loads(path.read_text())
     known["files"]["adapter_model.safetensors"] = sha256_file(weights)
     path.write_text(json.dumps(known))
+
+
+def broken(adapter: Path, copy: Path) -> Path:
+    """Answers that are not finite."""
+    publish(adapter, copy)
+    weights = copy / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: np.full_like(one, 1e30) for name, one in tensors.items()}, weights)
+    known = json.loads((copy / "edgetune_adapter.json").read_text())
+    known["files"]["adapter_model.safetensors"] = sha256_file(weights)
+    (copy / "edgetune_adapter.json").write_text(json.dumps(known))
+    return copy
+
+
+@contextmanager
+def follow(
+    running: Running, alias: str, place: Path | str, disk: Path, **more: Any
+) -> Iterator[None]:
+    """The server follows a source as with `--follow`."""
+    from edgetune.cli.follow import following
+
+    given: dict[str, Any] = {
+        "follows": (f"{alias}={place}",),
+        "follow_every_s": 0.05,
+        "follow_state": disk,
+        "follow_bounds": ("share=0.5", "requests=30", "latency=1000", "shadow=1", "errors=0.1"),
+        "limits": (),
+        "device_name": None,
+        "signed_by": None,
+    }
+    with following(running.service, **(given | more)):
+        yield

@@ -27,11 +27,11 @@ OTHER_DIGEST = "sha256:" + "b" * 64
 
 
 @contextlib.contextmanager
-def docker_registry(folder: Path) -> Iterator[str]:
+def docker_registry(folder: Path, *, tls: tuple[Path, Path] | None = None) -> Iterator[str]:
     """A registry of its own; the test is skipped where none is installed."""
     if not is_installed():
         pytest.skip(INSTALL)
-    with local_registry(folder) as url:
+    with local_registry(folder, tls=tls) as url:
         yield url
 
 

@@ -56,7 +56,8 @@ FLOORS = {
     "report": "core metrics recipe",
     "runtime.check": "core devices runtime.tasks",
     "runtime.rollout": (
-        "core devices runtime.check runtime.signature runtime.sources runtime.tasks"
+        "core devices runtime.adapters runtime.bundle runtime.check runtime.signature "
+        "runtime.sources runtime.tasks"
     ),
     "export": (
         "adapters core edgetune export.graph export.inputs export.proof models quantisation "
@@ -79,7 +80,7 @@ FLOORS = {
         "training.parallel"
     ),
     "labelling": "core data metrics runtime",
-    "bulk": "core data recipe runtime.tasks",
+    "bulk": "core data recipe runtime.tasks training",
     "publishing": "core models runtime.bundle runtime.sources",
     "quickstart": (
         "adapters core data devices evaluation export export.proof models quantisation recipe "

@@ -1,4 +1,4 @@
-"""Many rows answered by a bundle: divided into parts, resumed, by shards or by workers of Ray.
+"""Many rows answered by a bundle, in parts, shards or by Ray; many recipes trained by it.
 
 `Answerer` is what a pipeline of one's own uses (Ray Data, Spark, Dask): see `examples/pipelines`.
 """

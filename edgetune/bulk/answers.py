@@ -81,6 +81,14 @@ class Answerer:
         """The rows with their answers, in their order. `source` and `first` say in errors where a
         row is from: a file, and the number of the first row.
         """
+        return self.answered(rows, source=source, first=first)[0]
+
+    def answered(
+        self, rows: Iterable[Mapping[str, Any]], *, source: str = "rows", first: int = 1
+    ) -> tuple[list[dict[str, Any]], dict[int, str]]:
+        """As `rows`, and beside them why those at some places (from 0) could not be answered: an
+        `error` of a row's own says nothing of its answer.
+        """
         runtime, name = (
             self.runtime,
             self.adapter_name,
@@ -88,6 +96,7 @@ class Answerer:
         given = [{key: plain(value) for key, value in row.items()} for row in rows]
         answered: list[dict[str, Any]] = [dict(row) for row in given]
         requests: dict[int, Request] = {}
+        failed: dict[int, str] = {}
         for at, row in enumerate(given):
             try:
                 (requests[at],) = requests_of(
@@ -98,7 +107,7 @@ class Answerer:
                     truncate=self.truncate,
                 )
             except EdgetuneError as error:
-                answered[at][ERROR] = str(error)
+                failed[at] = str(error)
         places = list(requests)
         try:
             for index, row in self._answer([requests[at] for at in places]):
@@ -108,8 +117,10 @@ class Answerer:
                 try:
                     ((_, answered[at]),) = self._answer([requests[at]])
                 except EdgetuneError as error:
-                    answered[at][ERROR] = str(error)
-        return answered
+                    failed[at] = str(error)
+        for at, why in failed.items():
+            answered[at][ERROR] = why
+        return answered, failed
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Columns in, columns out: what `map_batches` of Ray Data gives and takes."""

@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from edgetune.bulk.answers import ERROR, Answerer
+from edgetune.bulk.answers import Answerer
 from edgetune.bulk.places import Folder, inputs_of, local_copy
-from edgetune.core.errors import OutputError
+from edgetune.core.errors import DataError, OutputError
 from edgetune.core.files import TEMPORARY, sha256_file, sha256_text
-from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, MANIFEST
+from edgetune.core.layout import ADAPTER_FILES, MANIFEST
 from edgetune.data.rows import Rows, read_rows
 from edgetune.runtime.tasks.prediction_file import row_line
 
@@ -31,11 +31,29 @@ class RowRange:
     source: str
     first: int
     end: int
+    digest: str
+    """of the file as the job began with it"""
 
     @property
     def name(self) -> str:
         """The file of its answers."""
         return f"part-{self.number:05d}.jsonl"
+
+    @property
+    def failed_name(self) -> str:
+        """The file of its rows that could not be answered, where there are any; not among the
+        answers' *.jsonl.
+        """
+        return f"failed-{self.number:05d}.json"
+
+
+@dataclass(frozen=True)
+class FailedRow:
+    """A row that could not be answered: its file, its number there (from 1), and why."""
+
+    source: str
+    row: int
+    error: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,16 @@ class Job:
         there = Folder(self.output).names()
         return [part for part in self.parts if part.name not in there]
 
+    def failed(self) -> list[FailedRow]:
+        """The rows of answered parts that could not be answered, whoever tried."""
+        folder = Folder(self.output)
+        there, found = folder.names(), []
+        for part in self.parts:
+            if {part.name, part.failed_name} <= there:
+                rows = _parsed(folder.read(part.failed_name) or b"")
+                found += [FailedRow(**row) for row in rows or ()]
+        return found
+
 
 def plan(
     source: str, output: str, answers: Answerer, *, rows: int = ROWS, about: Mapping[str, Any]
@@ -75,12 +103,13 @@ def plan(
     answers.runtime.task(answers.adapter_name)  # a bundle or an adapter that is none: no job
     parts: list[RowRange] = []
     files = {}
+    _rows.cache_clear()  # a file of an earlier job may be another one by now
     for name in inputs_of(source):
         found = _rows(name)
         files[name] = {"rows": len(found.rows), "digest": found.digest}
         for first in range(0, len(found.rows), rows):
             end = min(first + rows, len(found.rows))
-            parts.append(RowRange(len(parts), name, first, end))
+            parts.append(RowRange(len(parts), name, first, end, found.digest))
     job = {
         "bundle": sha256_file(Path(answers.bundle) / MANIFEST),
         "adapter": _adapter(answers),
@@ -111,11 +140,23 @@ def plan(
 
 
 def answer_part(answers: Answerer, part: RowRange, output: str) -> Done:
-    """Answer a part and write its file, whole or not at all."""
-    rows = [row.values for row in _rows(part.source).rows[part.first : part.end]]
-    answered = answers.rows(rows, source=part.source, first=part.first + 1)
-    Folder(output).write(part.name, "".join(map(row_line, answered)).encode(errors="replace"))
-    return Done(part.number, len(answered), sum(ERROR in row for row in answered))
+    """Answer a part and write its file, whole or not at all. DataError where its rows are not those
+    that the job began with.
+    """
+    found, folder = _rows(part.source), Folder(output)
+    if found.digest != part.digest:
+        raise DataError(
+            "the file has changed since the job began",
+            where=part.source,
+            fix="Give another folder for the answers, or put the file back and go on.",
+        )
+    rows = [row.values for row in found.rows[part.first : part.end]]
+    answered, failed = answers.answered(rows, source=part.source, first=part.first + 1)
+    why = [asdict(FailedRow(part.source, part.first + 1 + at, failed[at])) for at in sorted(failed)]
+    folder.write_if_any(part.failed_name, json.dumps(why, indent=1).encode() if why else b"")
+    lines = "".join(map(row_line, answered))
+    folder.write(part.name, lines.encode(errors="replace"))  # last: a part that is there is done
+    return Done(part.number, len(answered), len(failed))
 
 
 def answer_here(answers: Answerer, job: Job, parts: Sequence[RowRange]) -> Iterator[Done]:
@@ -129,8 +170,8 @@ def _adapter(answers: Answerer) -> str | None:
     name = answers.adapter_name
     if (folder := answers.loaded) is None:
         return name
-    files = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, ADAPTER_METADATA)
-    digests = [sha256_file(folder / one) for one in files if (folder / one).is_file()]
+    files = [folder / one for one in ADAPTER_FILES]
+    digests = [sha256_file(one) for one in files if one.is_file()]
     return f"{name}@{sha256_text(' '.join(digests))}"
 
 

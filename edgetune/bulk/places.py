@@ -98,6 +98,17 @@ class Folder:
             store.pipe_file(partial, content)  # some stores write in place
             store.mv(partial, f"{root}/{name}")
 
+    def write_if_any(self, name: str, content: bytes) -> None:
+        """As `write`; without content there is no such file afterwards."""
+        if content:
+            self.write(name, content)
+        elif not is_remote(self.place):
+            (Path(self.place) / name).unlink(missing_ok=True)
+        elif self.read(name) is not None:
+            with _reaching(self.place, OutputError):
+                store, root = _store(self.place)
+                store.rm_file(f"{root.rstrip('/')}/{name}")
+
 
 def _store(place: str) -> tuple[Any, str]:
     import fsspec

@@ -10,12 +10,8 @@ from typing import Any
 
 from edgetune.bulk.answers import Answerer
 from edgetune.bulk.parts import Done, Job, RowRange, answer_part, as_row
+from edgetune.bulk.ray_cluster import HERE, RETRIES, connected
 from edgetune.core.errors import EdgetuneError, InputError
-
-RETRIES = 3
-"""How often a part is answered again whose worker died."""
-HERE = "here"
-"""In place of an address: the cluster of this machine, or a new one on it."""
 
 
 class PartWorker:
@@ -27,10 +23,9 @@ class PartWorker:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Answer the parts of a batch (one); numbers, rows and errors of each."""
         numbers, rows, errors, said = [], [], [], []
-        for number, source, first, end in zip(
-            batch["number"], batch["source"], batch["first"], batch["end"], strict=True
-        ):
-            part = RowRange(int(number), str(source), int(first), int(end))
+        columns = (batch[key] for key in ("number", "source", "first", "end", "digest"))
+        for number, source, first, end, digest in zip(*columns, strict=True):
+            part = RowRange(int(number), str(source), int(first), int(end), str(digest))
             line = ""
             try:
                 done = answer_part(self.answers, part, self.output)
@@ -56,23 +51,7 @@ def answer_by_ray(
     as the cluster has processors for. InputError where Ray is missing or cannot be reached, and
     what a worker raised.
     """
-    ray = _ray()
-    if not ray.is_initialized():
-        try:
-            ray.init(
-                address=None if address == HERE else address,
-                log_to_driver=False,
-                include_dashboard=False,
-                configure_logging=True,
-                logging_level="ERROR",
-            )
-        except Exception as error:
-            line = (str(error).splitlines() or [""])[0]
-            raise InputError(
-                "there is no Ray cluster",
-                where=address,
-                got=f"{type(error).__name__}: {line}"[:200],
-            ) from error
+    ray = connected(address, needs="ray.data")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     most = int(ray.cluster_resources().get("CPU", 1)) // threads
@@ -112,14 +91,3 @@ def _rows(done: Any) -> Iterator[Mapping[str, Any]]:
             got=(said or [f"{type(error).__name__}: {error}"])[0][:300],
             fix="What is answered stays; give the command again to go on.",
         ) from error
-
-
-def _ray() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise InputError(
-            "Ray is not installed", fix='Install it: pip install "edgetune[ray]".'
-        ) from error
-    return ray

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgetune.runtime.server.http.service import Service
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+ONE_SERVER = "Stop the other server, or give this one a --follow-state of its own."
 OPTIONS = (
     click.option(
         "--follow",
@@ -101,25 +102,38 @@ def following(
         budget={**own, **parse_budget(limits)},
         device=device,
     )
-    named = dict(map(followed, follows))
-    state = follow_state or runtime.folder.resolve().with_suffix(".rollout")
-    with exclusive(state):
-        for alias, source in named.items():
+    named = [followed(text) for text in follows]
+    for at, (alias, _) in enumerate(named):
+        if alias.casefold() in (one.casefold() for one, _ in named[:at]):  # as some disks see it
+            raise click.UsageError(
+                f"--follow: two sources are called {alias}; name one NAME=SOURCE"
+            )
+    state = follow_state or state_beside(runtime.folder)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(state, fix=ONE_SERVER))
+        for alias, source in named:
             rollout = AliasRollout(
                 alias,
-                ArtifactVersions(
-                    source, state / alias / "store", base=runtime.manifest.base.digest
-                ),
+                ArtifactVersions(source, state / alias / "store", manifest=runtime.manifest),
                 state / alias,
                 runtime,
                 service.aliases,
                 rules=rules,
                 tell=partial(service.tell, alias),
             )
+            stack.callback(rollout.close)
             rollout.open()
             service.rollouts[alias] = rollout
         with Follower(list(service.rollouts.values()), every_s=follow_every_s):
             yield
+
+
+def state_beside(bundle: Path) -> Path:
+    """The folder of what is followed for a bundle: beside it, under its whole name. Where the
+    bundle is a link, beside the link, so that what it leads to may change.
+    """
+    path = bundle.absolute() if bundle.name not in ("", "..") else bundle.resolve()
+    return path.with_name(f"{path.name}.rollout")
 
 
 def followed(text: str) -> tuple[str, str]:

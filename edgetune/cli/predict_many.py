@@ -137,16 +137,17 @@ def answer_many(
             if by_ray
             else answer_here(answers, job, parts)
         )
-        rows, errors = _follow(finished, parts)
-        click.echo(f"{rows} rows answered: {output}")
-        if errors:
-            click.echo(
-                f"{errors} of {rows} rows could not be answered: see their `error` in {output}",
-                err=True,
-            )
-            raise SystemExit(1)
+        click.echo(f"{_follow(finished, parts)} rows answered: {output}")
     else:
         click.echo(f"nothing is left to answer: {output}")
+    if failed := job.failed():  # at earlier calls too
+        rows, one = sum(part.end - part.first for part in job.parts), failed[0]
+        click.echo(
+            f"{len(failed)} of {rows} rows could not be answered, listed in failed-*.json there;"
+            f" the first is row {one.row} of {one.source}: {one.error}",
+            err=True,
+        )
+        raise SystemExit(1)
 
 
 def _absolute(place: str) -> str:
@@ -154,12 +155,12 @@ def _absolute(place: str) -> str:
     return place if "://" in place else str(Path(place).absolute())
 
 
-def _follow(finished: Iterator[Done], parts: Sequence[Any]) -> tuple[int, int]:
-    """Show progress; the rows answered, and those that could not be."""
-    rows = errors = 0
+def _follow(finished: Iterator[Done], parts: Sequence[Any]) -> int:
+    """Show progress; the rows of the parts."""
+    rows = 0
     begun = time.monotonic()
     for at, done in enumerate(finished, 1):
-        rows, errors = rows + done.rows, errors + done.errors
+        rows += done.rows
         if sys.stderr.isatty():
             speed = rows / max(time.monotonic() - begun, 1e-9)
             click.echo(
@@ -167,4 +168,4 @@ def _follow(finished: Iterator[Done], parts: Sequence[Any]) -> tuple[int, int]:
                 nl=at == len(parts),
                 err=True,
             )
-    return rows, errors
+    return rows

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgetune.cli.options import wait_briefly
+from edgetune.cli.train_many import Workers, compare, ray_options, train_all
 
 
 @click.command()
@@ -30,33 +31,35 @@ from edgetune.cli.options import wait_briefly
     type=click.Path(path_type=Path),
     help="The folder of all runs; default: the recipe's out with -sweep behind it.",
 )
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Train anew where a folder holds the run of another recipe or of other data.",
+)
+@ray_options
 def command(
     recipe: Path,
     grid: tuple[str, ...],
     seeds: str | None,
     overrides: tuple[str, ...],
     out: Path | None,
+    replace: bool,
+    ray: str | None,
+    workers: int | None,
 ) -> int:
     """Train RECIPE once for each combination of settings and compare the runs in a table and on a
     page. Runs that are there already are taken as they are; one that was interrupted goes on.
     """
     from edgetune.recipe.grid import combinations
 
-    made = combinations(recipe, grid, seeds, overrides=overrides)  # before torch is imported
+    by = Workers(ray, workers)
+    made = combinations(recipe, grid, seeds, overrides=overrides, out=out)  # before torch is there
 
     wait_briefly()
-    from edgetune.core.files import write_json, write_text
-    from edgetune.core.progress import Progress
-    from edgetune.report.comparison import read_runs, render_comparison
-    from edgetune.report.run_page import write_report
-    from edgetune.training.sweep import run_all, sweep_facts, sweep_table
+    from edgetune.core.errors import TrainingError
+    from edgetune.training.sweep import sweep_table
 
-    folder = out if out is not None else Path(f"{made[0].recipe.out.rstrip('/')}-sweep")
-    outcomes = list(run_all(made, folder, progress=Progress(), write_more=write_report))
-    finished = [folder / one.combination.name for one in outcomes if one.summary is not None]
-    write_json(folder / "sweep.json", sweep_facts(outcomes))
-    click.echo(sweep_table(outcomes))
-    if finished:
-        write_text(folder / "comparison.html", render_comparison(read_runs(finished)))
-        click.echo(f"compared in {folder / 'comparison.html'}")
-    return 0 if len(finished) == len(outcomes) else 1
+    folder = made[0].out.parent
+    # an error of the recipe or of its rows would be one of every run
+    outcomes = train_all(made, folder, by, replace=replace, one_runs_own=TrainingError)
+    return compare(outcomes, folder, "sweep.json", table=sweep_table)

@@ -1,17 +1,22 @@
-"""`edgetune train`: recipe → run folder."""
+"""`edgetune train`: recipe → run folder; several recipes → a folder each, compared."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from edgetune.cli.options import wait_briefly
+from edgetune.cli.train_many import Workers, compare, ray_options, train_all
+from edgetune.core.errors import EdgetuneError
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument(
+    "recipes", nargs=-1, required=True, metavar="RECIPE…", type=click.Path(path_type=Path)
+)
 @click.option(
     "--set",
     "overrides",
@@ -23,17 +28,28 @@ from edgetune.cli.options import wait_briefly
     ),
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="The run folder, instead of the recipe's out."
+    "--out",
+    type=click.Path(path_type=Path),
+    help=(
+        "The run folder, instead of the recipe's out; of several recipes, and with --ray, the"
+        " folder of all runs, each named as its recipe is."
+    ),
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue an unfinished run of this recipe from its newest checkpoint.",
+    help=(
+        "Continue an unfinished run of this recipe from its newest checkpoint; several recipes"
+        " always go on."
+    ),
 )
 @click.option(
     "--replace",
     is_flag=True,
-    help="Put the new run in the place of a finished one, once it is finished too.",
+    help=(
+        "Put the new run in the place of a finished one, once it is finished too; of several"
+        " recipes, where that one is of another recipe or of other data."
+    ),
 )
 @click.option(
     "--search",
@@ -50,23 +66,36 @@ from edgetune.cli.options import wait_briefly
         "Train nothing: rewrite a RECIPE of version 0.1, in place or as the file that --out names."
     ),
 )
+@ray_options
 def command(
-    recipe: Path,
+    recipes: tuple[Path, ...],
     overrides: tuple[str, ...],
     out: Path | None,
     resume: bool,
     replace: bool,
     search: str | None,
     migrate: bool,
-) -> None:
-    """Train an adapter as RECIPE (a .toml file) says and write the run folder."""
+    ray: str | None,
+    workers: int | None,
+) -> int:
+    """Train an adapter as RECIPE (a .toml file) says and write the run folder.
+
+    Several recipes, or --ray: each becomes a run of its own, one that fails does not stop the
+    others, and a page compares them. Given again, what is finished stays and the rest goes on.
+    """
     from edgetune.recipe.read import load_recipe
 
+    by = Workers(ray, workers)
+    if len(recipes) > 1 or ray is not None:
+        if migrate or search is not None:
+            raise click.UsageError("--migrate and --search go with one RECIPE, without --ray")
+        return _train_many(recipes, overrides, out, by, replace=replace)
+    (recipe,) = recipes
     if migrate:
         if overrides or resume or replace or search:
             raise click.UsageError("--migrate goes with --out alone")
         _migrate(recipe, out)
-        return
+        return 0
     seconds = None if search is None else seconds_of(search)
     settings = load_recipe(
         recipe, overrides
@@ -97,12 +126,36 @@ def command(
             searched=found.facts,
         )
     if not launched().leads:
-        return  # of several processes one speaks
+        return 0  # of several processes one speaks
     numbers = summary.metrics or {"train_loss": summary.train_loss}
     click.echo(
         f"{summary.out}: "
         + ", ".join(f"{name} {value:.4g}" for name, value in headline(numbers).items())
     )
+    return 0
+
+
+def _train_many(
+    recipes: Sequence[Path],
+    overrides: Sequence[str],
+    out: Path | None,
+    by: Workers,
+    *,
+    replace: bool,
+) -> int:
+    """Several recipes, or one by Ray."""
+    from edgetune.recipe.runs import common_folder, plan_runs
+
+    runs = plan_runs(recipes, overrides=overrides, out=out)  # before torch is imported
+    folder = out if out is not None else common_folder(runs)
+    wait_briefly()
+    from edgetune.training.many import runs_table
+    from edgetune.training.parallel.distributed import launched
+
+    if launched().size > 1:
+        raise click.UsageError("torchrun and the like train one RECIPE; several go without")
+    done = train_all(runs, folder, by, replace=replace, one_runs_own=EdgetuneError)
+    return compare(done, folder, "runs.json", table=runs_table)
 
 
 UNITS = {"s": 1, "m": 60, "h": 3600}

@@ -23,7 +23,12 @@ LOCK = ".lock-"  # then the folder's name
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, wait_for: Callable[[], None] | None = None) -> Iterator[None]:
+def exclusive(
+    folder: Path,
+    *,
+    wait_for: Callable[[], None] | None = None,
+    fix: str = "Wait until it is done, or choose another --out.",
+) -> Iterator[None]:
     """Hold `folder` for this block, and clear what a killed process left beside it first.
 
     The lock is a file beside the folder that the operating system holds for this process (flock, or
@@ -45,7 +50,7 @@ def exclusive(folder: Path, *, wait_for: Callable[[], None] | None = None) -> It
             raise OutputError(
                 "another process is writing this folder",
                 where=str(folder),
-                fix="Wait until it is done, or choose another --out.",
+                fix=fix,
             )
         with output_errors(folder):
             clear_interrupted(folder)

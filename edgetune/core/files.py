@@ -187,6 +187,17 @@ def read_json(
     """The value in a JSON file that may come from anywhere; `error` for one that is no regular
     file, larger than `max_bytes`, not valid, or beyond the limits of `parse_json`.
     """
+    return read_hashed_json(path, error=error, max_bytes=max_bytes, fix=fix)[0]
+
+
+def read_hashed_json(
+    path: Path,
+    *,
+    error: type[EdgetuneError],
+    max_bytes: int = MAX_JSON_BYTES,
+    fix: str = "",
+) -> tuple[Any, str]:
+    """As `read_json`, with the sha256 (hex) of the very bytes that the value was made of."""
     where = str(path)
     if not is_regular(path):
         raise error("not a regular file", where=where, fix=fix)
@@ -198,7 +209,7 @@ def read_json(
     if len(raw) > max_bytes:
         raise error("too large", where=where, expected=f"at most {max_bytes} bytes", fix=fix)
     try:
-        return parse_json(raw)
+        return parse_json(raw), hashlib.sha256(raw).hexdigest()
     except ValueError as problem:
         raise error(f"not valid JSON: {problem}", where=where, fix=fix) from problem
 

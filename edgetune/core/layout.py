@@ -13,6 +13,7 @@ LAYOUT = frozenset(
 # An adapter: PEFT's own two files, and ours.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_METADATA = "edgetune_adapter.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_METADATA)  # what one is made of
 PEFT_PREFIX = "base_model.model."  # of every name in its weights
 # A base model.
 BUILTIN = "builtin:"  # before the name of one that edgetune knows where to find

@@ -50,16 +50,33 @@ def split_words(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def join_words(words: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+def join_words(
+    words: Sequence[str], *, case_marks: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
     """The words with a space between each two, and where each stands: what a tagger reads.
 
     The space gives byte-level BPE the form it has seen words in; WordPiece splits there anyway.
+    `case_marks`: the `case_mark` of a word stands before it, and is no part of it.
     """
-    spans, start = [], 0
+    spans, start, parts = [], 0, []
     for word in words:
+        mark = case_mark(word) if case_marks else ""
+        if mark:
+            parts.append(mark)
+            start += len(mark) + 1
+        parts.append(word)
         spans.append((start, start + len(word)))
         start += len(word) + 1
-    return " ".join(words), spans
+    return " ".join(parts), spans
+
+
+def case_mark(word: str) -> str:
+    """What tells a tokenizer that makes all letters small of a word's capitals: "^" where there is
+    one, "^^" where all of two or more letters are; "" where there is none.
+    """
+    letters = [letter for letter in word if letter.isupper() or letter.islower()]
+    capitals = sum(map(str.isupper, letters))
+    return "" if not capitals else "^^" if 1 < capitals == len(letters) else "^"
 
 
 def first_subwords(text: str, offsets: Spans, words: Spans) -> list[int | None]:

@@ -73,15 +73,19 @@ class PromptFormat:
     control_tokens: Literal["text", "tokens"] = "text"  # what a row's spelling of one is
     positive: str | None = None  # contrastive: a text that is like `text`, and one that is not
     negative: str | None = None
+    case_marks: bool = False  # a tagger's words are marked where they have capitals
+    tag_scheme: str | None = None  # what its tags of a sentence are together; None: on their own
 
-    def to_dict(self) -> dict[str, str | None]:
+    def to_dict(self) -> dict[str, str | bool | None]:
         """As it is recorded in `edgetune_adapter.json`."""
         recorded = asdict(self)
         if self.control_tokens == "text":  # as every adapter before there was a choice
             del recorded["control_tokens"]
-        for name in ("positive", "negative"):  # no other method's adapter has them
+        for name in ("positive", "negative", "tag_scheme"):  # no other method's adapter has them
             if recorded[name] is None:
                 del recorded[name]
+        if not self.case_marks:
+            del recorded["case_marks"]
         return recorded
 
 
@@ -105,6 +109,7 @@ def prompt_format(
         return PromptFormat(
             tokens=column_name(data.tokens or first_column(WORD_COLUMNS, columns)),
             tags=column_name(data.tags or first_column(TAG_COLUMNS, columns)),
+            case_marks=data.case_marks,
         )
     if "label" in read:
         pair = None if data.text_pair is None else template_of("text_pair")

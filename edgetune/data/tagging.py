@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgetune.core.errors import DataError
+from edgetune.core.errors import DataError, RecipeError
+from edgetune.core.tag_sequences import scheme_of_labels
 from edgetune.core.text import first_subwords, join_words
 from edgetune.data.batching import IGNORE
 from edgetune.data.columns import FIX, tags_in, words_in
@@ -81,15 +82,21 @@ def tagged_rows(
 
 def load_tagged(loading: Loading) -> ExampleSet:
     """Sentences, longer ones cut to `max_length` tokens; words that the model never sees are
-    counted.
+    counted. RecipeError for `data.case_marks` with a tokenizer that has no use for them.
     """
+    if loading.form.case_marks:
+        check_case_marks(loading.tokenizer)
     truncated: dict[str, int] = {}
     unseen: dict[str, dict[str, int]] = {}
     labels = Labels(tuple(loading.labels or ()), tag_names, unknown_tag)
 
     def encode(name: str, rows: list[TaggedRow]) -> list[TaggedExample]:
         examples, truncated[name], unseen[name] = encode_tagged(
-            rows, labels.names, loading.tokenizer, limit=loading.limit
+            rows,
+            labels.names,
+            loading.tokenizer,
+            limit=loading.limit,
+            case_marks=loading.form.case_marks,
         )
         if not any(first is not None for example in examples for first in example.first):
             raise DataError(
@@ -100,7 +107,26 @@ def load_tagged(loading: Loading) -> ExampleSet:
         return examples
 
     found = load(loading, tagged_rows, encode, labels=labels)
-    return replace(found, truncated=truncated, unseen_words=unseen)
+    form = replace(loading.form, tag_scheme=scheme_of_labels(labels.names))
+    return replace(found, truncated=truncated, unseen_words=unseen, prompt_format=form)
+
+
+def check_case_marks(tokenizer: Any) -> None:
+    """RecipeError where capitals are told without marks, or marks are not read."""
+    small, capital, marked = tokenizer(["a", "A", join_words(["A"], case_marks=True)[0]])[
+        "input_ids"
+    ]
+    if small != capital:
+        reason = "tells capitals from small letters by itself"
+    elif marked == capital:
+        reason = "drops the marks"
+    else:
+        return
+    raise RecipeError(
+        f"data.case_marks has no use here: the base's tokenizer {reason}",
+        expected="a tokenizer that makes all letters small, such as MiniLM's",
+        fix="Remove case_marks.",
+    )
 
 
 def tag_names(rows: Sequence[TaggedRow], source: str) -> tuple[str, ...]:
@@ -128,13 +154,19 @@ def unknown_tag(
 
 
 def encode_tagged(
-    rows: Sequence[TaggedRow], names: Sequence[str], tokenizer: Any, *, limit: int
+    rows: Sequence[TaggedRow],
+    names: Sequence[str],
+    tokenizer: Any,
+    *,
+    limit: int,
+    case_marks: bool = False,
 ) -> tuple[list[TaggedExample], int, dict[str, int]]:
     """Examples of at most `limit` tokens, how many rows were cut, and how many words the model
     never sees and why.
     """
     index = {name: number for number, name in enumerate(names)}
-    texts, spans = zip(*(join_words(row.words) for row in rows), strict=True) if rows else ((), ())
+    joined = [join_words(row.words, case_marks=case_marks) for row in rows]
+    texts, spans = zip(*joined, strict=True) if rows else ((), ())
     encoded = _encode(tokenizer, texts, truncation=True, max_length=limit)
     examples, cut_rows, unseen = [], 0, {"cut": 0, "no_sub_word": 0}
     for row, text, words, ids, offsets in zip(

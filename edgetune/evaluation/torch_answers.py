@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from edgetune.adapters.runs import load_adapted_model
 from edgetune.core.confidence import ScoredLabel, confidence_of, scored
 from edgetune.core.errors import InputError
+from edgetune.core.tag_sequences import likeliest_tags
 from edgetune.core.templates import chat_messages
 from edgetune.core.text import Text, first_subwords, join_words, outside_tag
 from edgetune.data.batching import Batch, in_order_of_length, split_by_prefix
@@ -86,7 +87,9 @@ class TorchAnswers(HeadAnswers):
         """The tag of every word of each row with its score; O for words that are cut off or have no
         sub-word.
         """
-        texts, spans = zip(*(join_words(words) for words in rows), strict=True)
+        marks = self.prompt_format.case_marks
+        joined = [join_words(words, case_marks=marks) for words in rows]
+        texts, spans = zip(*joined, strict=True)
         batch = self.tokenizer(
             list(texts),
             padding=True,
@@ -99,20 +102,30 @@ class TorchAnswers(HeadAnswers):
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         labels = self.labels or ()
         probabilities = (logits / self.confidence.temperature).softmax(-1)
-        unseen = ScoredLabel(outside_tag(labels), 0.0)
-        return [
-            [
-                unseen if token is None else scored(labels, row[token], self.confidence)
-                for token in first_subwords(text, offsets, words)
-            ]
-            for row, text, offsets, words in zip(
-                probabilities.tolist(),
-                texts,
-                batch["offset_mapping"].tolist(),
-                spans,
-                strict=True,
+        found = []
+        for row, shares, text, offsets, words in zip(
+            logits.numpy(),
+            probabilities.tolist(),
+            texts,
+            batch["offset_mapping"].tolist(),
+            spans,
+            strict=True,
+        ):
+            first = first_subwords(text, offsets, words)
+            tags = likeliest_tags(
+                [None if token is None else row[token] for token in first],
+                labels,
+                scheme=self.prompt_format.tag_scheme,
             )
-        ]
+            found.append(
+                [
+                    ScoredLabel(outside_tag(labels), 0.0)
+                    if token is None or tag is None
+                    else ScoredLabel(labels[tag], shares[token][tag])
+                    for token, tag in zip(first, tags, strict=True)
+                ]
+            )
+        return found
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Any:

@@ -18,6 +18,9 @@ from edgetune.runtime.sources.registry import OCI
 from edgetune.runtime.sources.transport import Transport, shown_url
 from edgetune.runtime.sources.web import HUB
 
+LIKE_A_REGISTRY = re.compile(r"(?:localhost|[\w-]+(?:\.[\w-]+)+|[\w.-]+:\d+)(?::\d+)?/", re.ASCII)
+"""HOST/REPOSITORY, as docker has it without a scheme."""
+
 
 @dataclass(frozen=True)
 class Pushed:
@@ -66,6 +69,12 @@ def push(
             where=shown_url(target),
             expected="oci://HOST/REPOSITORY:TAG, hf://OWNER/NAME or a folder",
             fix="For a web server push into the folder that it serves.",
+        )
+    elif LIKE_A_REGISTRY.match(target) and not Path(target).parent.exists():
+        raise SourceError(
+            "this may be a folder or a registry's",
+            where=target,
+            fix=f"Write oci://{target}, or ./{target} for the folder.",
         )
     else:
         url = _push_to_folder(packed, Path(target.removeprefix("file://")))

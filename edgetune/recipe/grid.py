@@ -6,33 +6,29 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import RecipeError
 from edgetune.core.settings import shortened
 from edgetune.recipe.read import load_recipe
-from edgetune.recipe.schema import Recipe
+from edgetune.recipe.runs import PlannedRun
 
 SEED, MOST = "seed", 1_000  # runs of a sweep
 QUOTES, OPENING, CLOSING = "\"'", "[{", "]}"
 
 
-@dataclass(frozen=True)
-class Combination:
-    """One run of a sweep."""
-
-    name: str  # of its folder
-    settings: Mapping[str, str]  # what it sets, by dotted key, as TOML
-    recipe: Recipe
-
-
 def combinations(
-    path: Path, grid: Sequence[str], seeds: str | None, *, overrides: Sequence[str]
-) -> list[Combination]:
-    """Every combination of `key=a,b,c` and the seeds. RecipeError for the first that is no
-    recipe.
+    path: Path,
+    grid: Sequence[str],
+    seeds: str | None,
+    *,
+    overrides: Sequence[str],
+    out: Path | None = None,
+) -> list[PlannedRun]:
+    """Every combination of `key=a,b,c` and the seeds, in a folder of `out` (default: the recipe's
+    with -sweep behind it). RecipeError for the first that is no recipe.
     """
     values = _values([*grid, *([f"{SEED}={seeds}"] if seeds is not None else [])])
     count = math.prod(map(len, values.values()))
@@ -42,15 +38,17 @@ def combinations(
             where=str(path),
             expected=f"at most {MOST:,} runs" if values else "--grid KEY=A,B or --seeds 0,1,2",
         )
-    made, names = list[Combination](), short_keys(values)
+    made, names = list[PlannedRun](), short_keys(values)
     for chosen in itertools.product(*values.values()):
         settings = dict(zip(values, chosen, strict=True))
         recipe = load_recipe(path, [*overrides, *(f"{k}={v}" for k, v in settings.items())])
         name = "_".join(f"{names[key]}={value}" for key, value in settings.items())
-        made.append(Combination(re.sub(r"[^\w.=+-]", "-", name)[:120], settings, recipe))
+        folder = out or Path(f"{recipe.out.rstrip('/')}-sweep")
+        name = re.sub(r"[^\w.=+-]", "-", name)[:120]
+        made.append(PlannedRun(name, recipe, folder, settings))
     if len({one.name for one in made}) < len(made):  # alike but for signs that no folder has
         made = [replace(one, name=f"{number}_{one.name}") for number, one in enumerate(made)]
-    return made
+    return [replace(one, out=made[0].out / one.name) for one in made]
 
 
 def short_keys(keys: Mapping[str, Any]) -> dict[str, str]:

@@ -110,6 +110,14 @@ class Data:
     tags: str | None = option(
         None, help="token-classification: the column with the list of their tags; default: tags"
     )
+    case_marks: bool = option(
+        False,
+        help=(
+            'token-classification, where the tokenizer makes all letters small: "^" before words'
+            ' with a capital letter, "^^" before those that have no other, in training as on the'
+            " device"
+        ),
+    )
     system: str | None = option(
         None,
         help=(

@@ -19,6 +19,7 @@ from edgetune.core.settings import toml_value
 from edgetune.core.tasks import lower_is_better
 from edgetune.metrics.statistics import headline
 from edgetune.recipe.migrate import migrated
+from edgetune.recipe.runs import short_names
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.gain_against_loss import UNITS, ComparedRun, gain_table, measured, plane
 from edgetune.report.html import STYLE, words
@@ -82,15 +83,6 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
         _read_run(folder, name)
         for folder, name in zip(distinct, short_names(distinct), strict=True)
     ]
-
-
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or more of them where that is the same for two."""
-    paths = [folder.resolve() for folder in folders]
-    length, longest = 1, max(len(path.parts) for path in paths)
-    while length < longest and len({path.parts[-length:] for path in paths}) < len(paths):
-        length += 1
-    return ["/".join(path.parts[-length:]) for path in paths]
 
 
 def _read_run(folder: Path, name: str) -> FinishedRun:

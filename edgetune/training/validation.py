@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgetune.adapters.lora import adapter_off
+from edgetune.core.tag_sequences import likeliest_tags
 from edgetune.core.text import outside_tag
 from edgetune.data.batching import Batch, Example, in_order_of_length
 from edgetune.metrics.labels import (
@@ -287,7 +288,12 @@ def prepare_tagging(start: StageStart) -> Iterator[Prepared]:
     examples = start.stage.examples
     sentences = {example.row: example for example in examples.validation}
     yield Prepared(
-        functools.partial(measure_tags, sentences=sentences, names=examples.labels or ())
+        functools.partial(
+            measure_tags,
+            sentences=sentences,
+            names=examples.labels or (),
+            scheme=examples.prompt_format.tag_scheme,
+        )
     )
 
 
@@ -298,6 +304,7 @@ def measure_tags(
     precision: Precision,
     sentences: Mapping[int, Any],
     names: Sequence[str],
+    scheme: str | None = None,
 ) -> dict[str, float]:
     """Cross entropy a word that is seen, and `tag_metrics` over all words of the batches' rows."""
     loss, count = 0.0, 0
@@ -308,11 +315,11 @@ def measure_tags(
     ):
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         count += targets.numel()
-        best = iter(logits.argmax(-1).tolist())  # row after row, word after word
+        rows = iter(logits.cpu().numpy())  # sentence after sentence, word after word
         for line in batch.rows:
             example = sentences[line]
-            predicted.append(
-                [outside if token is None else names[next(best)] for token in example.first]
-            )
+            seen = [None if token is None else next(rows) for token in example.first]
+            best = likeliest_tags(seen, names, scheme=scheme)
+            predicted.append([outside if tag is None else names[tag] for tag in best])
             expected.append(example.tags)
     return {"loss": loss / max(1, count), **tag_metrics(predicted, expected, names)}

@@ -40,6 +40,10 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_regex(value: Any) -> bool:
     return isinstance(value, str) and is_safe(value)
 
@@ -117,6 +121,8 @@ PROMPT_FORMAT: Table = {
     "text": TEXT,
     "text_pair": TEXT,
     "tokens": TEXT,
+    "tag_scheme": TEXT,
+    "case_marks": (_is_flag, "true or false"),
 }
 GENERATION: Table = {
     **dict.fromkeys(("max_new_tokens", "top_k", "seed", "logprobs"), WHOLE),

@@ -22,7 +22,7 @@ import numpy as np
 from edgetune.core.adapter_codes import is_coded, plain_config, unknown_layout
 from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError, listed
-from edgetune.core.files import is_regular, read_json, sha256_file
+from edgetune.core.files import is_regular, read_hashed_json, sha256_file
 from edgetune.core.layout import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -79,6 +79,8 @@ class LoraFolder:
     config: dict[str, Any]
     metadata: dict[str, Any] | None
     digest: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """name → sha256 (hex) of the very bytes that all this was made of"""
     deltas: dict[str, tuple[Array, Array]] = field(default_factory=dict)
     """module → A (r, in) float32 and scaling·B (out, r) float32"""
     head: dict[str, Array] = field(default_factory=dict)
@@ -110,11 +112,14 @@ def read_lora(
     `.problems`. Weights of more than `max_bytes` are not read.
     """
     path = Path(folder)
-    written = _read_json(path, ADAPTER_CONFIG, required=True) or {}
+    files: dict[str, str] = {}
+    written = _read_json(path, ADAPTER_CONFIG, files, required=True) or {}
     config = plain_config(written)
-    metadata = _read_json(path, ADAPTER_METADATA, required=False)
+    metadata = _read_json(path, ADAPTER_METADATA, files, required=False)
     refuse_if(wrong_types(config, metadata or {}), path)
-    read = LoraFolder(path=path, config=config, metadata=metadata, coded=is_coded(written))
+    read = LoraFolder(
+        path=path, config=config, metadata=metadata, files=files, coded=is_coded(written)
+    )
     if (layout := unknown_layout(written)) is not None:
         read.problems.append(f"{ADAPTER_CONFIG}: {layout}")
     read.problems += _config_problems(read.config)
@@ -125,9 +130,10 @@ def read_lora(
         try:
             file = TensorFile(weights)
             _check_header(file, max_bytes)
+            file.read()
             digest = beside.submit(file.digest)
             _sort_tensors(file, read)
-            read.digest = digest.result()
+            files[ADAPTER_WEIGHTS] = read.digest = digest.result()
         except FileNotFoundError:
             read.problems.append(f"{ADAPTER_WEIGHTS}: missing")
         except OSError as error:
@@ -209,7 +215,10 @@ def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any)
     return default
 
 
-def _read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any] | None:
+def _read_json(
+    folder: Path, name: str, files: dict[str, str], *, required: bool
+) -> dict[str, Any] | None:
+    """A file's object; its sha256 goes into `files`. None where there is none and none is asked."""
     path = folder / name
     if not os.path.lexists(path):
         if not required:
@@ -222,7 +231,7 @@ def _read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any] | N
             where=str(folder),
             fix=fix,
         )
-    value = read_json(path, error=AdapterError)
+    value, files[name] = read_hashed_json(path, error=AdapterError)
     if not isinstance(value, dict):
         raise AdapterError("not a JSON object", where=str(path), got=type(value).__name__)
     return value

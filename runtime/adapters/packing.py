@@ -4,6 +4,7 @@ folded in.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,8 @@ class PackedAdapter:
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     """why it may not be what is meant: its base could not be checked, or it has no effect"""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """name → sha256 (hex) of the very bytes that it was made of"""
 
     @cached_property
     def nbytes(self) -> int:
@@ -79,6 +82,11 @@ class PackedAdapter:
     def reads_pairs(self) -> bool:
         """Whether it classifies two texts at once."""
         return (self.prompt_format or {}).get("text_pair") is not None
+
+    @property
+    def reads_case_marks(self) -> bool:
+        """Whether it tags words that are marked where they have capitals."""
+        return (self.prompt_format or {}).get("case_marks") is True
 
     @property
     def task(self) -> str | None:
@@ -113,11 +121,11 @@ def pack_adapter(
     """
     path = Path(folder)
     _takes_adapters(manifest, path)
-    read = read_lora(path, base_digest=manifest.base.digest, max_bytes=_most_bytes(manifest))
+    read = read_lora(path, base_digest=manifest.base.digest, max_bytes=most_bytes(manifest))
     return pack_lora(read, manifest, name=name or path.name, by_site=by_site)
 
 
-def _most_bytes(manifest: Manifest) -> int:
+def most_bytes(manifest: Manifest) -> int:
     """What an adapter's file may come to: fp64, the full rank of every module, and twice the
     vocabulary (the copies that PEFT saves).
     """
@@ -148,16 +156,25 @@ def pack_lora(
         metadata=read.metadata or described_by_peft(read, manifest),
         notes=(*(doubts := _doubts(read, manifest)), *_notes(read, manifest)),
         doubts=doubts,
+        files=read.files,
     )
 
 
-def merged_head(folder: Path, task: str, manifest: Manifest) -> dict[str, Float32]:
+def merged_head(
+    folder: Path,
+    task: str,
+    manifest: Manifest,
+    *,
+    check: Callable[[Mapping[str, str]], None] | None = None,
+) -> dict[str, Float32]:
     """What of a merged adapter in `folder` is not in the graph: a decoder's classifier, which the
-    runtime applies.
+    runtime applies. `check` may refuse what was read: name → sha256.
     """
     if not manifest.is_decoder or task != CLASSIFICATION:
         return {}
     read = read_lora(folder)
+    if check is not None:
+        check(read.files)
     refuse_if(head_problems(read, manifest, labels_of(read, manifest)), folder)
     return pack_head(read, manifest)
 

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -116,13 +116,14 @@ class AdapterRegistry:
         strict: bool = False,
         by_site: bool = False,
         signed_by: PublicKey | None = None,
+        signed: Mapping[str, str] | None = None,
     ) -> None:
         """`bind` makes an adapter's tensors ready for the engine. Each PEFT folder in
         `adapter_folder` is an adapter of its name.
 
         `memory_mb` (10⁶ bytes) bounds the resident ones, but for those that are pinned or in use;
-        None is no bound. `strict`, `signed_by`: see AdapterSources. `by_site`: `bind` makes
-        a copy of its own, site by site, so that nothing is packed all at once.
+        None is no bound. `strict`, `signed_by`, `signed`: see AdapterSources. `by_site`: `bind`
+        makes a copy of its own, site by site, so that nothing is packed all at once.
         """
         self._sources = AdapterSources(
             folder,
@@ -131,6 +132,7 @@ class AdapterRegistry:
             strict=strict,
             by_site=by_site,
             signed_by=signed_by,
+            signed=signed,
         )
         self._bind = bind
         head = manifest.head

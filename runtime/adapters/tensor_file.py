@@ -47,12 +47,17 @@ class TensorFile:
             self._file_size = os.fstat(file.fileno()).st_size
             self._read_header(file)
 
+    def read(self) -> None:
+        """Have the bytes in memory, so that several threads look at the same ones."""
+        _ = self.data
+
     def _read_header(self, file: BinaryIO) -> None:
         size = self._file_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
             raise ValueError(f"truncated or damaged, {size} bytes (its header has {length})")
-        header = parse_json(file.read(length))
+        self._raw_header = file.read(length)
+        header = parse_json(self._raw_header)
         if not isinstance(header, dict) or not all(map(_is_entry, header.items())):
             raise ValueError(f"truncated or damaged, {size} bytes (no header of safetensors)")
         header.pop("__metadata__", None)
@@ -84,8 +89,10 @@ class TensorFile:
 
     @cached_property
     def data(self) -> npt.NDArray[np.uint8]:
-        """The whole file."""
+        """The whole file. ValueError where it is not the one any more whose header was read."""
         data: npt.NDArray[np.uint8] = np.fromfile(self.path, np.uint8, count=self._file_size)
+        if data.size != self._file_size or data[8 : self._start].tobytes() != self._raw_header:
+            raise ValueError("it was changed while it was read")
         return data
 
     def digest(self) -> str:

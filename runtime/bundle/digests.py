@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgetune.core.errors import BundleError, listed
 from edgetune.core.files import is_regular, sha256_file
-from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS
+from edgetune.core.layout import ADAPTER_FILES
 from edgetune.runtime.bundle.manifest import FileInfo, Manifest
 
 
@@ -27,7 +27,7 @@ def verify_files(folder: str | Path, manifest: Manifest) -> list[str]:
         f"{entry.path}/{name}"
         for entry in manifest.adapters
         if entry.path is not None
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_METADATA)
+        for name in ADAPTER_FILES
     ]
     return differing + [
         f"{path}: not in the manifest"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgetune.core.errors import BundleError
-from edgetune.core.files import read_json
+from edgetune.core.errors import BundleError, SignatureError
+from edgetune.core.files import read_hashed_json
 from edgetune.core.head_layers import HeadLayers
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.core.precisions import PRECISIONS
@@ -224,9 +224,9 @@ class Manifest:
         return next((entry for entry in self.adapters if entry.name == name), None)
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, *, sha256: str | None = None) -> Manifest:
     """Read and check a bundle's manifest. BundleError names the file, the field, expected and
-    got.
+    got; SignatureError: what was read has not this `sha256`, which was signed.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
@@ -235,7 +235,9 @@ def read_manifest(folder: str | Path) -> Manifest:
             where=str(folder),
             fix="Give the folder that `edgetune export --out` wrote.",
         )
-    document = read_json(path, error=BundleError)
+    document, digest = read_hashed_json(path, error=BundleError)
+    if sha256 is not None and digest != sha256:
+        raise SignatureError("it was changed while it was read", where=str(path))
     manifest = manifest_from_dict(document, where=str(path))
     _check_complete(manifest, str(path))
     _check_sizes(manifest, str(path))

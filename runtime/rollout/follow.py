@@ -55,6 +55,8 @@ class Follower:
             try:
                 rollout.step(poll=polls)
             except Exception as error:  # a defect of ours must not end what keeps a device current
+                if self._ending.is_set():  # what it works with is being closed
+                    return
                 log.error("error", exc_info=error, extra={"fields": {"alias": rollout.alias}})
             if polls:
                 due = time.monotonic() + self._every_s

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import AdapterError
-from edgetune.core.files import is_regular, parse_json
+from edgetune.core.files import parse_json
 from edgetune.devices.budget import Budget
 from edgetune.devices.loader import Device
 from edgetune.runtime.check.latency import Workload, time_request
 from edgetune.runtime.check.verdict import OVER, judge
-from edgetune.runtime.signature.folder import check_signature, digests_of
+from edgetune.runtime.signature.folder import check_signature, demand_signed, digests_of
 from edgetune.runtime.signature.keys import PublicKey
 from edgetune.runtime.tasks.prediction_file import answer_rows, requests_of
 from edgetune.runtime.tasks.runtime import Runtime
@@ -41,6 +41,8 @@ class Identity:
 
     id: str
     number: int | None
+    files: Mapping[str, str]
+    """path → sha256 (hex)"""
 
 
 def identify(folder: Path, key: PublicKey | None) -> Identity:
@@ -51,17 +53,19 @@ def identify(folder: Path, key: PublicKey | None) -> Identity:
     files = digests_of(folder) if signed is None else signed.files
     number = None if signed is None else signed.version
     listed = json.dumps([sorted(files.items()), number]).encode()
-    return Identity(hashlib.sha256(listed).hexdigest(), number)
+    return Identity(hashlib.sha256(listed).hexdigest(), number, files)
 
 
-def check_proof(runtime: Runtime, name: str, folder: Path, least: float) -> int:
+def check_proof(
+    runtime: Runtime, name: str, folder: Path, least: float, *, signed: Mapping[str, str]
+) -> int:
     """Answer the rows of the adapter's own proof, where it brings one: how many. AdapterError where
-    fewer than `least` (a share) are as they were where it was made.
+    fewer than `least` (a share) are as they were where it was made. `signed`: of its files.
     """
     path = folder / PROOF_ROWS
-    if not is_regular(path):
+    if PROOF_ROWS not in signed:
         return 0
-    rows = _rows(path)
+    rows = _rows(path, signed)
     asked = [
         (line, {key: value for key, value in row.items() if key not in (*ANSWERS, "adapter")})
         for line, row in rows
@@ -108,9 +112,12 @@ def check_times(runtime: Runtime, name: str, budget: Budget, device: Device) -> 
         )
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, signed: Mapping[str, str]) -> list[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         raw = file.read(MAX_PROOF_BYTES + 1)
+    if len(raw) <= MAX_PROOF_BYTES:
+        read = {PROOF_ROWS: hashlib.sha256(raw).hexdigest()}
+        demand_signed(read, signed, read, where=path.parent)
     lines = [line for line in enumerate(raw.split(b"\n"), 1) if line[1].strip()]
     if len(raw) > MAX_PROOF_BYTES or not 0 < len(lines) <= MAX_PROOF_ROWS:
         raise AdapterError(

@@ -16,13 +16,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgetune.core.errors import AdapterError, EdgetuneError, OutputError, SourceError
+from edgetune.core.errors import (
+    AdapterError,
+    EdgetuneError,
+    OutputError,
+    SignatureError,
+    SourceError,
+)
+from edgetune.core.layout import ADAPTER_FILES
 from edgetune.devices.budget import Budget
 from edgetune.devices.loader import Device
+from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.rollout.aliases import Aliases
 from edgetune.runtime.rollout.gate import Identity, check_proof, check_times, identify
 from edgetune.runtime.rollout.state import RolloutFolder, RolloutState, SeenVersion
 from edgetune.runtime.rollout.trial import Decision, RolloutBounds, VersionTrial
+from edgetune.runtime.signature.folder import demand_signed
 from edgetune.runtime.signature.keys import PublicKey
 from edgetune.runtime.tasks.runtime import Runtime
 
@@ -82,9 +91,12 @@ class AliasRollout:
         self._decided: tuple[Decision, str] | None = None
         self._last = self._failing = ""
         self._loaded: set[str] = set()
+        self._counted: str | None = None
+        """the version of which this process is an attempt"""
         self._leaving: list[str] = []
         """names that no request is given any more; those under way are let go first"""
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._closed = False
         self.woken = threading.Event()
         """set when a decision waits to be written down"""
 
@@ -97,24 +109,25 @@ class AliasRollout:
         """Have answer what answered before the process ended. A version whose files do not load any
         more is left out; one that was on trial at too many starts is rolled back.
         """
-        state = self._folder.read()
+        state = self._folder.read(lambda folder: self._identity(folder).number)
         trial = state.new if state.phase == "trial" else state.current
         if state.phase != "settled" and trial is not None:  # before it is loaded, which may end us
-            state = replace(state, attempts={trial: state.attempts.get(trial, 0) + 1})
+            state = state.attempted(trial, state.attempts.get(trial, 0) + 1)
+            self._state, self._counted = state, trial
             self._remember(state)
         for version in sorted(state.used()):
             try:
                 self._load(version, state)
             except (EdgetuneError, OSError) as error:
                 self._tell("lost", version=state.seen[version].name, reason=str(error))
-                state = _without(state, version)
+                state = state.without(version)
         trial = state.new if state.phase == "trial" else state.current
         if state.phase != "settled" and trial is not None:
             attempts = state.attempts.get(trial, 1)
             if attempts > MOST_ATTEMPTS:
                 self._leaving.append(state.seen[trial].name)
                 reason = f"the process ended {attempts - 1} times while it was on trial"
-                state = _rolled_back(state, reason)
+                state = state.rolled_back(reason)
                 self._tell("rolled back", version=state.seen[trial].name, reason=reason)
         self._state = state
         self._remember(state)
@@ -124,6 +137,15 @@ class AliasRollout:
             self._begin_trial(state.new, state.current)
         if state.phase == "watched" and state.current is not None:
             self._begin_trial(state.current, state.previous)
+
+    def close(self) -> None:
+        """Write down that the process was told to stop: its start is no failed attempt. Nothing is
+        written afterwards.
+        """
+        with self._writing:
+            self._closed, version = True, self._counted
+            if version is not None and version in (attempts := self._state.attempts):
+                self._remember(self._state.attempted(version, attempts[version] - 1))
 
     def _remember(self, state: RolloutState) -> None:
         """Write the state; on a full disk what is in memory answers all the same."""
@@ -191,7 +213,7 @@ class AliasRollout:
         state, trial = self._state, self._trial
         assert trial is not None
         if decision == "roll back":
-            self._write(_rolled_back(state, reason))  # first: a full disk is tried again
+            self._write(state.rolled_back(reason))  # first: a full disk is tried again
             self._trial = None
             self._tell("rolled back", version=trial.new, reason=reason)
             self._leaving.append(trial.new)
@@ -236,15 +258,17 @@ class AliasRollout:
             shutil.rmtree(incoming.parent, ignore_errors=True)
 
     def _refuse_replayed(self, identity: Identity) -> None:
-        state, newest = self._state, self._state.newest_number
+        state, newest, number = self._state, self._state.newest, identity.number
         if (seen := state.seen.get(identity.id)) is not None:
             why = f"was rolled back: {seen.fate}" if seen.fate else "was replaced by a newer one"
             raise AdapterError(f"{seen.name} {why}", fix="Publish it under a higher --version.")
-        if newest is not None and (identity.number is None or identity.number <= newest):
+        if newest is None or identity.id == state.newest_id:
+            return
+        if number is None or number <= newest:
             raise AdapterError(
-                "an older version than one that was served here",
+                "an older version than one that came before",
                 expected=f"a number above {newest}",
-                got=str(identity.number),
+                got=str(number),
             )
 
     def _try(self, identity: Identity) -> None:
@@ -256,19 +280,20 @@ class AliasRollout:
         name = f"{self.alias}@" + (
             version[:12] if identity.number is None else f"v{identity.number}"
         )
-        self._write(replace(state, attempts={version: tries + 1}))
+        self._write(state.attempted(version, tries + 1), counted=version)
         folder = self._folder.keep(version)
         self._tell("checking", version=name)
         known = state.with_seen(version, SeenVersion(name, identity.number))
         try:
             self._check(version, name, known, folder)
         except BaseException as error:
-            self._unload(name)
             if isinstance(error, EdgetuneError):
-                self._write(replace(state, attempts={}))
+                fits = name in self._loaded
+                self._write(replace(self._newest(state, identity) if fits else state, attempts={}))
+            self._unload(name)
             self._folder.tidy(state)
             raise
-        trial = replace(known, attempts={version: 1})
+        trial = self._newest(known, identity).attempted(version, 1)
         if self._name(state.current) is None:  # nobody is there to compare it with
             self._write(replace(trial, current=version, attempts={}))
             self._tell("settled", version=name, reason="there was none before")
@@ -279,25 +304,42 @@ class AliasRollout:
         self._answer()
         self._tell("trial", version=name, share=self.rules.bounds.share)
 
+    @staticmethod
+    def _newest(state: RolloutState, identity: Identity) -> RolloutState:
+        return state.with_newest(identity.id, identity.number)
+
     def _check(self, version: str, name: str, state: RolloutState, folder: Path) -> None:
-        packed = self._load(version, state)
+        packed, identity = self._load(version, state)
         if packed.doubts:
             raise AdapterError("; ".join(packed.doubts), where=name)
-        rows = check_proof(self._runtime, name, folder, self.rules.bounds.proof)
+        rows = check_proof(
+            self._runtime, name, folder, self.rules.bounds.proof, signed=identity.files
+        )
         if self.rules.budget and self.rules.device is not None:
             check_times(self._runtime, name, self.rules.budget, self.rules.device)
         self._tell("checked", version=name, proof_rows=rows)
 
-    def _load(self, version: str, state: RolloutState) -> Any:
-        """An adapter in memory, kept there; its files are those that have this id."""
-        folder = self._folder.version(version)
-        if identify(folder, self.rules.signed_by).id != version:
+    def _identity(self, folder: Path) -> Identity:
+        """What a version's folder holds. AdapterError where it is not what its name says."""
+        identity = identify(folder, self.rules.signed_by)
+        if identity.id != folder.name:
             raise AdapterError("its files have changed", where=str(folder))
+        return identity
+
+    def _load(self, version: str, state: RolloutState) -> tuple[PackedAdapter, Identity]:
+        """An adapter in memory, kept there; it is made of the bytes that have this id."""
+        folder = self._folder.version(version)
+        identity = self._identity(folder)
         name = state.seen[version].name
         self._unload(name)
         packed = self._runtime.load_adapter(name, folder, pin=True)
         self._loaded.add(name)
-        return packed
+        try:
+            demand_signed(packed.files, identity.files, ADAPTER_FILES, where=folder)
+        except SignatureError:
+            self._unload(name)
+            raise
+        return packed, identity
 
     def _unload(self, name: str) -> None:
         """Forget a version that was loaded here; nothing of the bundle's own."""
@@ -325,28 +367,9 @@ class AliasRollout:
             shares = {name: 1 - share for name in shares if share < 1} | {new: share}
         self._aliases.set(self.alias, shares)
 
-    def _write(self, state: RolloutState) -> None:
-        self._folder.write(state)
-        self._state = state
-
-
-def _rolled_back(state: RolloutState, reason: str) -> RolloutState:
-    """Back to the version before; the one on trial is remembered with its fate."""
-    version = state.new if state.phase == "trial" else state.current
-    assert version is not None
-    state = state.with_seen(version, replace(state.seen[version], fate=reason))
-    if state.phase == "trial":
-        return replace(state, phase="settled", new=None, attempts={})
-    return replace(state, phase="settled", current=state.previous, previous=None, attempts={})
-
-
-def _without(state: RolloutState, version: str) -> RolloutState:
-    """As if a version whose files are damaged had never come: it may come again."""
-    seen = {key: value for key, value in state.seen.items() if key != version}
-    if version == state.new:
-        return replace(state, phase="settled", new=None, seen=seen)
-    if version == state.current:
-        return replace(
-            state, phase="settled", current=state.previous, previous=None, new=None, seen=seen
-        )
-    return replace(state, previous=None, seen=seen)
+    def _write(self, state: RolloutState, *, counted: str | None = None) -> None:
+        with self._writing:
+            if self._closed:
+                raise OutputError("the server stops")
+            self._folder.write(state)
+            self._state, self._counted = state, counted or self._counted

@@ -6,6 +6,8 @@ import contextlib
 from pathlib import Path
 
 from edgetune.core.errors import AdapterError
+from edgetune.runtime.adapters.packing import most_bytes
+from edgetune.runtime.bundle.manifest import Manifest
 from edgetune.runtime.sources.artifact import Artifact
 from edgetune.runtime.sources.pull import pull, resolve
 
@@ -15,9 +17,12 @@ class ArtifactVersions:
     on where it broke and what two versions share comes once.
     """
 
-    def __init__(self, url: str, store: Path, *, base: str) -> None:
-        """`base`: digest of the model here; what is for another one is not fetched."""
-        self._url, self._store, self._base = url, store, base
+    def __init__(self, url: str, store: Path, *, manifest: Manifest) -> None:
+        """`manifest`: of the bundle here. What is for another base, or larger than any adapter of
+        this one, is not fetched.
+        """
+        self._url, self._store, self._base = url, store, manifest.base.digest
+        self._most = most_bytes(manifest)
         self._found: Artifact | None = None
 
     def resolve(self) -> str:
@@ -37,12 +42,22 @@ class ArtifactVersions:
                 expected=f"an adapter for {self._base[:23]}…",
                 got=f"{found.kind} for {(found.base or 'none')[:23]}…",
             )
-        self._forget_unused()
+        if found.size > self._most:
+            raise AdapterError(
+                "it is larger than any adapter for this base",
+                where=self._url,
+                expected=f"at most {self._most:,} bytes",
+                got=f"{found.size:,}",
+            )
+        self._forget_unused({file.sha256 for file in found.files})
         pull(found, folder, store=self._store)
 
-    def _forget_unused(self) -> None:
-        """Remove files of versions that are gone; those of the others are links to them."""
-        for path in self._store.glob("sha256/*"):
+    def _forget_unused(self, wanted: set[str]) -> None:
+        """Remove files of versions that are gone, and halves of what is not wanted any more; those
+        of the others are links to them.
+        """
+        halves = self._store.glob("partial/*")
+        for path in (*self._store.glob("sha256/*"), *halves):
             with contextlib.suppress(OSError):
-                if path.stat().st_nlink == 1:
+                if path.stat().st_nlink == 1 and path.name not in wanted:
                     path.unlink()

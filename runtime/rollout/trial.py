@@ -4,9 +4,10 @@ verdict.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
@@ -41,22 +42,40 @@ class RolloutBounds:
     """share of the rows of its own `edgetune_proof.jsonl` that it must answer as written there"""
 
 
+RANGES = {
+    "share": (0.001, 1.0),
+    "shadow": (0.0, 1.0),
+    "requests": (1.0, 1e9),
+    "wait_s": (0.0, 1e9),
+    "errors": (0.0, 1.0),
+    "latency": (0.0, 1e9),
+    "agreement": (0.0, 1.0),
+    "proof": (0.0, 1.0),
+}
+"""What each bound may be, from and to."""
+
+
 def parse_bounds(pairs: tuple[str, ...]) -> RolloutBounds:
     """`key=value` each. InputError for an unknown key or a value out of range."""
-    known = {one.name: one.type for one in fields(RolloutBounds)}
     given: dict[str, float] = {}
     for pair in pairs:
         key, _, text = pair.partition("=")
-        most = 1.0 if key in ("share", "shadow", "errors", "agreement", "proof") else 1e9
+        if key not in RANGES:
+            raise InputError(
+                "cannot read a bound of the roll-out",
+                expected=f"KEY=NUMBER, where KEY is one of {', '.join(RANGES)}",
+                got=pair,
+            )
+        least, most = RANGES[key]
         try:
             value = float(text)
         except ValueError:
-            value = -1.0
-        if key not in known or not 0 <= value <= most or (key == "share" and value == 0):
+            value = math.nan
+        if not least <= value <= most:
             raise InputError(
-                "cannot read a bound of the roll-out",
-                expected=f"KEY=NUMBER, where KEY is one of {', '.join(known)}",
-                got=pair,
+                f"the roll-out's bound {key} is out of its range",
+                expected=f"a number from {least:g} to {most:g}",
+                got=text,
             )
         given[key] = value
     asked = int(given.pop("requests", RolloutBounds.requests))

@@ -207,14 +207,13 @@ class Scheduler:
 
         def finish_with(packed: PackedAdapter | None) -> Finish:
             assert packed is not None
-            labels, confidence = packed.labels or (), packed.confidence
 
             def finish(logits: list[npt.NDArray[np.float32]], _: Any) -> list[Tagging]:
                 for row in logits:
                     need_finite(row, name)
                 found = iter(logits)
                 return [
-                    r.tagging(next(found), labels, confidence) if r.ids else Tagging(r.text, ())
+                    r.tagging(next(found), packed) if r.ids else Tagging(r.text, ())
                     for r in readings
                 ]
 

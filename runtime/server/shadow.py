@@ -23,6 +23,8 @@ from edgetune.runtime.server.http.service import Service
 
 GREEDY = {"temperature": 0, "stream": False}
 GENERATES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+BUSY = (429, 503)
+"""Statuses that say nothing of a version: the server has too much to do, or ends."""
 COMPARED = (*GENERATES, "/classify", "/tag", "/score", "/pooling")
 
 
@@ -47,16 +49,19 @@ class Shadow:
     async def _compare(
         self, scope: Scope, body: Mapping[str, Any], rollout: AliasRollout, trial: tuple[str, str]
     ) -> None:
-        new, old = [await self._ask(scope, body, version) for version in trial]
-        if old is None or rollout.on_trial != trial:  # what the old one cannot answer says nothing
+        (status, new), (_, old) = [await self._ask(scope, body, version) for version in trial]
+        # what the old one cannot answer says nothing
+        if old is None or status in BUSY or rollout.on_trial != trial:
             return
         alike = new is not None and len(new) == len(old)
         rollout.shadowed(alike=alike and all(map(is_alike, old, new or ())))
 
     async def _ask(
         self, scope: Scope, body: Mapping[str, Any], version: str
-    ) -> list[dict[str, Any]] | None:
-        """What a version says to a request, an entry an answer; None where it fails."""
+    ) -> tuple[int, list[dict[str, Any]] | None]:
+        """The status, and what a version says to a request, an entry an answer; None where it
+        fails.
+        """
         greedy = GREEDY if scope["path"] in GENERATES else {}
         plain = {key: value for key, value in body.items() if key != "stream_options"}
         asked = json.dumps({**plain, **greedy, "model": version}).encode()
@@ -89,10 +94,10 @@ class Shadow:
 
         try:
             await self._app(own, receive, send)
+            return status, said(json.loads(content)) if status == 200 else None
         except Exception as error:  # as a failed answer
             log_error(own, error)
-            return None
-        return said(json.loads(content)) if status == 200 else None
+            return 500, None
 
 
 def said(answer: Mapping[str, Any]) -> list[dict[str, Any]]:

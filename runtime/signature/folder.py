@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from edgetune.core.errors import SignatureError, listed
@@ -60,6 +62,44 @@ def check_signature(folder: str | Path, key: PublicKey) -> Signed:
     return signed
 
 
+@contextlib.contextmanager
+def as_signed(folder: Path, key: PublicKey) -> Iterator[Signed]:
+    """Run the block on a folder that `check_signature` accepts. SignatureError also where a file of
+    it was written, replaced or added before the block ended: what is read in the block is what was
+    checked.
+    """
+    before = _marks(folder)
+    signed = check_signature(folder, key)
+    try:
+        yield signed
+    finally:  # also where something cannot be read, which explains it
+        if changed := {path for path, _ in before.items() ^ _marks(folder).items()}:
+            raise SignatureError(
+                "the folder was changed while it was opened:"
+                f" {listed([f'{path}: changed' for path in sorted(changed)], 'files differ')}",
+                where=str(folder),
+                fix="Open it when nobody writes there.",
+            )
+
+
+def demand_signed(
+    read: Mapping[str, str],
+    signed: Mapping[str, str | None],
+    names: Iterable[str],
+    *,
+    where: Path,
+) -> None:
+    """SignatureError where the bytes that were read (name → sha256) are not those that were signed:
+    somebody changed the folder after `check_signature`.
+    """
+    if changed := [name for name in names if read.get(name) != signed.get(name)]:
+        raise SignatureError(
+            f"{changed[0]}: changed while it was read",
+            where=str(where),
+            fix="Get it again from its publisher.",
+        )
+
+
 def digests_of(folder: str | Path) -> dict[str, str]:
     """sha256 (hex) of every file in a folder but its signature, by path. SignatureError for
     links.
@@ -70,6 +110,17 @@ def digests_of(folder: str | Path) -> dict[str, str]:
         raise SignatureError(
             f"cannot be read: {error.strerror}", where=str(error.filename)
         ) from error
+
+
+def _marks(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What the file system says of every file, which no write or replacement leaves as it was."""
+    marks: dict[str, tuple[int, ...]] = {}
+    for path in [*_files_of(folder), SIGNATURE]:
+        with contextlib.suppress(FileNotFoundError):
+            one = (folder / path).lstat()
+            times = one.st_mtime_ns, one.st_ctime_ns
+            marks[path] = (one.st_dev, one.st_ino, one.st_size, *times)
+    return marks
 
 
 def _files_of(folder: Path) -> list[str]:

@@ -90,9 +90,11 @@ def _configurations() -> Iterator[Path]:
 def _find(config: Mapping[str, Any], host: str, repository: str) -> Login | None:
     places = _places(host, repository)
     helpers, logins = _object(config.get("credHelpers")), _object(config.get("auths"))
+    helped = {_place_of(key): key for key in helpers}
     for place in places:
-        if isinstance(helper := helpers.get(place), str):
-            return _ask(helper, place)
+        key = helped.get(place, place)
+        if isinstance(helper := helpers.get(key), str):
+            return _ask(helper, key)
         for key, entry in logins.items():
             if _place_of(key) == place and (found := _entry(_object(entry))):
                 return found
@@ -110,8 +112,10 @@ def _places(host: str, repository: str) -> list[str]:
 
 
 def _place_of(key: str) -> str:
-    """A key of `auths` without what docker once put around the host."""
-    return re.sub(r"^https?://|/v[12]/?$|/$", "", re.sub(r"/$", "", key))
+    """A key of `auths` without what docker once put around the host, which is in small letters."""
+    place = re.sub(r"^https?://|/v[12]/?$|/$", "", re.sub(r"/$", "", key))
+    host, slash, path = place.partition("/")
+    return f"{host.lower()}{slash}{path}"
 
 
 def _entry(entry: Mapping[str, Any]) -> Login | None:

@@ -62,7 +62,7 @@ class Reference:
                 where=shown_url(url),
                 expected="oci://HOST/REPOSITORY:TAG, the repository in small letters",
             )
-        host, tag = found["host"] + (found["port"] or ""), found["tag"] or "latest"
+        host, tag = found["host"].lower() + (found["port"] or ""), found["tag"] or "latest"
         return cls(host, found["repository"], tag, found["digest"])
 
     @property

@@ -11,7 +11,7 @@ import errno
 import http.client
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +105,16 @@ class Store:
             shutil.copyfile(source, path)
             sync(path)
 
-    def prune(self) -> int:
+    def prune(self, *, keep: Collection[str] = ()) -> int:
         """Remove files that no folder has a link to, and halves; bytes freed. Folders on another
-        file system hold copies, and lose nothing.
+        file system hold copies, and lose nothing. `keep`: the sha256 of files that stay.
         """
         freed = 0
         for name in ("sha256", "partial"):
             for path in (self.folder / name).glob("[0-9a-f]*"):
                 with exclusive(self.folder / "partial" / path.name, wait_for=lambda: None):
-                    if is_regular(path) and path.stat().st_nlink == 1:
+                    unused = is_regular(path) and path.stat().st_nlink == 1
+                    if unused and path.name not in keep:
                         freed += path.stat().st_size
                         path.unlink()
         return freed

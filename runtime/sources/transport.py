@@ -8,6 +8,8 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import random
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -68,7 +70,7 @@ class Transport:
                     raise
                 self.pause(attempt, error.headers.get("Retry-After"))
             except BROKEN as error:
-                if attempt == most:
+                if attempt == most or is_untrusted(error):
                     raise unreachable(url, error) from error
                 self.pause(attempt)
             except ValueError:  # whose text may hold the token
@@ -220,10 +222,24 @@ def _without_secrets(url: str) -> Iterable[str]:
     return scheme, slashes, place.rpartition("@")[2], slash, path
 
 
+def is_untrusted(error: Exception) -> bool:
+    """Whether the server is not the one that its certificate is for, or nobody known signed it."""
+    reason = getattr(error, "reason", None) or error
+    return isinstance(reason, ssl.SSLCertVerificationError)
+
+
 def unreachable(url: str, error: Exception) -> SourceError:
     """One line for a connection that failed."""
     reason: Any = getattr(error, "reason", None) or error
     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+    if is_untrusted(error):
+        return SourceError(
+            f"the server's certificate is not trusted: {reason.verify_message}",
+            where=shown_url(url),
+            fix="For an authority of your own: SSL_CERT_FILE=its-certificate.pem.",
+        )
+    if isinstance(reason, socket.gaierror):
+        text = f"the host {urllib.parse.urlsplit(url).hostname!r} is not known here ({text})"
     return SourceError(
         f"no answer: {text}",
         where=shown_url(url),

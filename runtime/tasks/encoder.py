@@ -224,9 +224,7 @@ class EncoderAnswers:
                 one = found[i]
                 need_finite(row, names[i])
                 if one is not None:
-                    results[i] = readings[i].tagging(
-                        row, one.packed.labels or (), one.packed.confidence
-                    )
+                    results[i] = readings[i].tagging(row, one.packed)
         return results
 
 

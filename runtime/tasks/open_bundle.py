@@ -47,8 +47,11 @@ class OpenBundle:
         strict: bool = False,
         engine: str = AUTO,
         signed_by: PublicKey | None = None,
+        signed: Mapping[str, str] | None = None,
     ) -> None:
-        """See `Runtime.open`, whose arguments these are."""
+        """See `Runtime.open`, whose arguments these are. `signed`: the bundle's files as its key
+        signed them.
+        """
         check_engine_name(engine)
         self.folder, self.manifest = folder, manifest
         with ThreadPoolExecutor(1) as beside:  # the engine takes as long as the vocabulary
@@ -64,6 +67,7 @@ class OpenBundle:
             strict=strict,
             by_site=self.engine.name == OURS,
             signed_by=signed_by,
+            signed=signed,
         )
         release_free_memory()  # what parsing the vocabulary and rearranging the weights took
         opened = self.decoder or self.encoder

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.core.layout import MANIFEST
 from edgetune.core.text import Text
 from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.adapters.registry import AdapterRegistry, InUse
@@ -21,7 +22,7 @@ from edgetune.runtime.engine.interface import AdapterRow, Decoder, Encoder
 from edgetune.runtime.engine.providers import ProvidersInUse, parse_providers
 from edgetune.runtime.generation.sampling import TokenSequence
 from edgetune.runtime.generation.settings import GenerationSettings
-from edgetune.runtime.signature.folder import check_signature
+from edgetune.runtime.signature.folder import as_signed
 from edgetune.runtime.signature.keys import read_public_key
 from edgetune.runtime.tasks.answers import Classification, Completion, TextStream
 from edgetune.runtime.tasks.choose_engine import AUTO, EngineInUse
@@ -76,10 +77,11 @@ class Runtime:
         parse_providers(providers)  # a typo is found before gigabytes are hashed
         path = Path(folder)
         key = None if signed_by is None else read_public_key(signed_by)
-        if key is not None:
-            check_signature(path, key)
-        manifest = read_manifest(path)
-        with as_exported(path, manifest) if verify else contextlib.nullcontext():
+        with contextlib.ExitStack() as checked:
+            signed = None if key is None else checked.enter_context(as_signed(path, key)).files
+            manifest = read_manifest(path, sha256=None if signed is None else signed.get(MANIFEST))
+            if verify:
+                checked.enter_context(as_exported(path, manifest))
             opened = OpenBundle(
                 path,
                 manifest,
@@ -90,6 +92,7 @@ class Runtime:
                 strict=strict,
                 engine=engine,
                 signed_by=key,
+                signed=signed,
             )
         return cls(opened)
 

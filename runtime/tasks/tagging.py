@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.core.confidence import Confidence
 from edgetune.core.errors import InputError
+from edgetune.core.tag_sequences import likeliest_tags
 from edgetune.core.text import entities, first_subwords, join_words, outside_tag, split_words
+from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.generation.sampling import softmax
 from edgetune.runtime.tasks.open_bundle import OpenBundle
 
@@ -91,16 +92,18 @@ class WordReading:
     ids: list[int]
     first: list[int | None]
 
-    def tagging(
-        self, logits: npt.NDArray[np.float32], labels: Sequence[str], confidence: Confidence
-    ) -> Tagging:
+    def tagging(self, logits: npt.NDArray[np.float32], packed: PackedAdapter) -> Tagging:
         """The words' tags by the logits (tokens, labels), with calibrated scores."""
-        words = []
-        for (start, end), token in zip(self.spans, self.first, strict=True):
+        labels, words = packed.labels or (), []
+        chosen = likeliest_tags(
+            [None if token is None else logits[token] for token in self.first],
+            labels,
+            scheme=(packed.prompt_format or {}).get("tag_scheme"),
+        )
+        for (start, end), token, best in zip(self.spans, self.first, chosen, strict=True):
             tag, score = outside_tag(labels), 0.0
-            if token is not None:
-                scores = softmax(confidence.scaled(logits[token]))
-                best = int(scores.argmax())
+            if token is not None and best is not None:
+                scores = softmax(packed.confidence.scaled(logits[token]))
                 tag, score = labels[best], float(scores[best])
             words.append(TaggedWord(self.text[start:end], tag, score, start, end))
         return Tagging(self.text, tuple(words))
@@ -121,12 +124,13 @@ def read_words(
     """
     spans = split_words(row) if isinstance(row, str) else []
     words = [row[start:end] for start, end in spans] if isinstance(row, str) else check_words(row)
-    joined, places = join_words(words)
+    packed = None if adapter is None else opened.adapter(adapter)
+    joined, places = join_words(words, case_marks=packed is not None and packed.reads_case_marks)
     text, shown = (row, spans) if isinstance(row, str) else (joined, places)
     if not words:
         return WordReading(text, [], [], [])
     limit = opened.manifest.graph.max_length
-    trained = opened.adapter(adapter).metadata.get("max_length") if adapter is not None else None
+    trained = None if packed is None else packed.metadata.get("max_length")
     most = min(limit, trained or limit) if truncate else None
     tokenizer = opened.tokenizer_of(adapter, control_tokens)
     ids, offsets = tokenizer.encode_with_offsets(joined, max_tokens=most)

@@ -18,8 +18,8 @@ from runtime_helpers import decoder_bundle, encoder_bundle
 from signature_helpers import make_keys
 
 from edgetune.bulk import Answerer
-from edgetune.bulk.parts import Job, RowRange, plan
-from edgetune.bulk.ray_workers import answer_by_ray
+from edgetune.bulk.parts import Job, RowRange, _rows, as_row, plan
+from edgetune.bulk.ray_workers import PartWorker, answer_by_ray
 from edgetune.core.errors import OutputError
 
 ROWS = [{"id": i, "prompt": f"hello {i}", "adapter": ["a", "b", None][i % 3]} for i in range(11)]
@@ -192,6 +192,45 @@ def test_a_row_that_cannot_be_answered_says_why_and_the_others_are(
     assert "nobody" in unknown["error"]
 
 
+def test_a_second_call_says_again_which_rows_failed(
+    command_line: CommandLine, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    bundle, source, parts = encoder_bundle(tiny_encoder), tmp_path / "in.jsonl", tmp_path / "parts"
+    own = '{"text": "hello", "error": "E42"}\n'  # a column of the user's
+    source.write_text(own + '{"txt": "hello"}\n' + own)
+    call = ("predict", bundle, "--input", source, "--output", f"{parts}/", "--part-rows", 1)
+    said = [command_line(*call)[::2] for _ in range(2)]
+    assert said[0] == said[1] and said[0][0] == 1
+    assert "1 of 3 rows could not be answered, listed in failed-*.json there" in said[0][1]
+    assert f"the first is row 2 of {source}" in said[0][1]
+    assert [row["error"][:3] for row in read(parts)][::2] == ["E42", "E42"]
+    assert sorted(path.name for path in parts.glob("failed-*")) == ["failed-00001.json"]
+    (parts / "part-00001.jsonl").unlink()  # is answered anew
+    assert command_line(*call)[0] == 1
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_file_that_changes_in_the_middle_of_a_job_ends_it(
+    tiny_encoder: Path, tmp_path: Path, second: bool
+) -> None:
+    source, parts = tmp_path / "in.jsonl", str(tmp_path / "parts")
+    source.write_text('{"text": "hello"}\n{"text": "there"}\n')
+    answers = Answerer(encoder_bundle(tiny_encoder))
+    job = plan(str(source), parts, answers, rows=1, about={})
+    worker = PartWorker(answers, parts)
+    batch = {key: [value] for key, value in as_row(job.parts[0]).items()}
+    assert worker(batch)["said"] == [""]
+    source.write_text('{"text": "hello"}\n{"text": "other"}\n')
+    if second:  # a worker that has read nothing yet
+        _rows.cache_clear()
+        batch = {key: [value] for key, value in as_row(job.parts[1]).items()}
+        (said,) = PartWorker(answers, parts)(batch)["said"]
+        assert "the file has changed since the job began" in said
+        assert job.unanswered() == job.parts[1:]
+    with pytest.raises(OutputError, match="is another file"):
+        plan(str(source), parts, answers, rows=1, about={})
+
+
 def test_a_store_behind_a_url_is_read_and_written(
     command_line: CommandLine, tiny_encoder: Path, tmp_path: Path
 ) -> None:
@@ -251,14 +290,16 @@ def cluster() -> Iterator[Any]:
 class Fragile(Answerer):
     """Its process is killed once, at one row."""
 
-    def rows(self, rows: Any, *, source: str = "rows", first: int = 1) -> list[dict[str, Any]]:
+    def answered(
+        self, rows: Any, *, source: str = "rows", first: int = 1
+    ) -> tuple[list[dict[str, Any]], dict[int, str]]:
         """See `Answerer`."""
         mark = Path(str(self.settings.pop("mark", "") or self.__dict__.get("kept")))
         self.__dict__["kept"] = str(mark)
         if first == 4 and not mark.exists():
             mark.write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().rows(rows, source=source, first=first)
+        return super().answered(rows, source=source, first=first)
 
 
 def test_workers_of_ray_give_the_rows_of_one_process_though_one_is_killed(

@@ -11,6 +11,7 @@ from tokenizers import pre_tokenizers, processors
 
 from edgetune.core.text import (
     Entity,
+    case_mark,
     entities,
     first_subwords,
     has_entities,
@@ -83,6 +84,30 @@ def test_words_with_spaces_or_nothing_in_them_keep_their_place() -> None:
             text, tokenizer(text, return_offsets_mapping=True)["offset_mapping"], spans
         )
         assert [token is None for token in first] == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("word", "mark"),
+    [
+        ("dog", ""),
+        ("Dog", "^"),
+        ("iPhone", "^"),
+        ("I", "^"),
+        ("@Anna", "^"),
+        ("NBA", "^^"),
+        ("U.S.", "^^"),
+        ("B2", "^"),
+        ("ΔΣ", "^^"),
+        ("東京", ""),
+        ("!", ""),
+        ("", ""),
+    ],
+)
+def test_a_word_with_capitals_has_a_mark(word: str, mark: str) -> None:
+    assert case_mark(word) == mark
+    text, [(start, end), _] = join_words([word, "a"], case_marks=True)
+    assert text == (f"{mark} {word} a" if mark else f"{word} a")
+    assert text[start:end] == word
 
 
 def test_a_space_in_front_of_a_token_belongs_to_no_word() -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from export_helpers import export
 from training_helpers import recipe, silent
 
+from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.runtime import Runtime
 from edgetune.training import run_recipe
 
@@ -52,8 +54,8 @@ ANSWERS = [
 
 def test_words_and_tags_of_a_row() -> None:
     assert slots_to_tags.tagged(ROWS[1]) == {
-        "tokens": ["?", "^", "The", "quick", "brown", "^", "Fox", "jumps"],
-        "tags": ["B-Jump", "O", "O", "B-animal", "I-animal", "I-animal", "I-animal", "O"],
+        "tokens": ["?", "The", "quick", "brown", "Fox", "jumps"],
+        "tags": ["B-Jump", "O", "B-animal", "I-animal", "I-animal", "O"],
     }
     assert slots_to_tags.tagged(ROWS[0])["tokens"][-4:] == ["kitchen", ",", "please", "!"]
 
@@ -95,6 +97,8 @@ def test_a_trained_taggers_answers_are_the_json(
         learning_rate=5e-3,
         max_length=64,
     )
+    (stage,) = made.stage
+    made = replace(made, stage=(replace(stage, data=replace(stage.data, case_marks=True)),))
     summary = run_recipe(made, out=tmp_path / "slots", progress=silent())
     assert summary.metrics["exact_match"] == 1.0
     export(tmp_path / "bundle", tmp_path / "slots" / "adapter")
@@ -102,6 +106,19 @@ def test_a_trained_taggers_answers_are_the_json(
         assert [
             slots_to_tags.understand(runtime, "adapter", str(each["text"])) for each in ROWS
         ] == ANSWERS
+        form = runtime.adapter("adapter").prompt_format or {}
+        assert (form["case_marks"], form["tag_scheme"]) == (True, "IOB2")
+        words = [["?", "NAME", "the", "lazy", "Dog"], ["?", "name", "the", "lazy", "dog"]]
+        expected = TorchAnswers.open(tmp_path / "slots").scored_tags(words)
+        for ours, theirs in zip(runtime.tag(words, "adapter"), expected, strict=True):
+            assert ours.tags == [one.label for one in theirs]
+            assert [word.score for word in ours.words] == pytest.approx(
+                [one.score for one in theirs], abs=1e-4
+            )
+        with_marks, without = (
+            [word.score for word in row.words] for row in runtime.tag(words, "adapter")
+        )
+        assert with_marks != without
     capsys.readouterr()
     monkeypatch.setattr(
         sys,

@@ -58,10 +58,10 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path, make_keys(tmp_path))
 
 
-def bundle(machine: Machine, tiny_encoder: Path, name: str) -> Path:
+def bundle(machine: Machine, tiny_encoder: Path, name: str, version: int | None = None) -> Path:
     copy = machine.root.parent / name
     shutil.copytree(encoder_bundle(tiny_encoder), copy)
-    sign_folder(copy, read_private_key(machine.keys.private))
+    sign_folder(copy, read_private_key(machine.keys.private), version=version)
     return copy
 
 
@@ -73,6 +73,11 @@ def test_a_new_bundle_is_served_and_a_changed_one_is_not(
     assert (done.returncode, machine.restarts) == (0, ["a"]), done.stderr
     assert machine.run("edgetune-update", first).returncode == 0
     assert machine.restarts == ["a"]  # it is served already
+    adapter = first.parent / "adapter"
+    shutil.copytree(first / "adapters" / "mood", adapter)
+    sign_folder(adapter, read_private_key(machine.keys.private))
+    done = machine.run("edgetune-update", adapter)
+    assert done.returncode == 1 and "is no bundle" in done.stderr
     manifest = first / "edgetune.json"
     manifest.write_text(manifest.read_text().replace('"calm"', '"glad"'))
     assert machine.run("edgetune-update", first).returncode == 1
@@ -109,6 +114,39 @@ def test_a_power_cut_while_a_bundle_is_tried_goes_back_where_it_is_not_ready(
     (machine.root / "broken-b").touch()
     done = machine.run("edgetune-update", machine.root.parent / "two")
     assert (done.returncode, machine.restarts) == (1, ["a", "b", "a"])
+
+
+def test_an_older_bundle_comes_only_when_it_is_asked_for_and_the_store_does_not_grow(
+    machine: Machine, tiny_encoder: Path
+) -> None:
+    one, two, three, also_three, none = (
+        bundle(machine, tiny_encoder, name, number)
+        for name, number in (("1", 1), ("2", 2), ("3", 3), ("also 3", 3), ("none", None))
+    )
+    for source in (one, three):
+        assert machine.run("edgetune-update", source).returncode == 0
+    for source in (two, also_three, none):
+        done = machine.run("edgetune-update", source)
+        assert done.returncode == 1 and "is not above 3" in done.stderr
+    assert machine.run("edgetune-update", "--older", one).returncode == 0
+    assert machine.run("edgetune-update", one).returncode == 0  # the timer's
+    assert machine.restarts == ["a", "b", "a"]
+    assert not (machine.root / "next").exists()
+    stored = {path.stat().st_ino for path in (machine.root / "store" / "sha256").iterdir()}
+    used = {path.stat().st_ino for slot in "ab" for path in (machine.root / slot).rglob("*")}
+    assert stored <= used
+    assert machine.run("edgetune-update", "--back").returncode == 0
+    served = machine.root / "current" / "model.sig"
+    assert served.read_bytes() == (three / "model.sig").read_bytes()
+
+
+def test_a_version_that_did_not_get_ready_is_not_followed_by_an_older_one(
+    machine: Machine, tiny_encoder: Path
+) -> None:
+    (machine.root / "broken-b").touch()
+    sources = [bundle(machine, tiny_encoder, str(at), at) for at in (1, 3, 2)]
+    codes = [machine.run("edgetune-update", source).returncode for source in sources]
+    assert (codes, machine.restarts) == ([0, 1, 1], ["a", "b", "a"])
 
 
 def test_mender_installs_a_bundle_and_goes_back(

@@ -12,7 +12,7 @@ from runtime_helpers import DIGEST
 from source_helpers import content, docker_registry, small_adapter, small_bundle
 
 from edgetune.cli import main
-from edgetune.core.errors import EdgetuneError
+from edgetune.core.errors import EdgetuneError, SourceError
 from edgetune.publishing import registry as publishing_registry
 from edgetune.publishing.package import package
 from edgetune.publishing.push import push
@@ -58,6 +58,19 @@ def test_a_tag_moves_and_a_digest_stays(registry: str, tmp_path: Path) -> None:
     )
     assert resolve(f"{registry}/tag:x").digest == two.artifact.digest
     assert resolve(one.url).digest == one.artifact.digest
+
+
+def test_a_host_in_capitals_is_the_same_host(registry: str, tmp_path: Path) -> None:
+    host = registry.replace("127.0.0.1", "LocalHost")
+    url = push(small_adapter(tmp_path / "a"), f"{host}/team/a:v1").url
+    assert url.startswith(registry.replace("127.0.0.1", "localhost"))
+    assert pull(f"{host}/team/a:v1", tmp_path / "b", store=tmp_path / "store").fetched_bytes
+
+
+@pytest.mark.parametrize("target", ["localhost/a", "r.example/team/a:v1", "box:5000/a"])
+def test_a_registry_without_oci_is_not_taken_for_a_folder(target: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=f"Write oci://{target}"):
+        push(small_adapter(tmp_path / "a"), target)
 
 
 def test_a_run_publishes_its_adapter(registry: str, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from training_helpers import sft_recipe, silent
 
 from edgetune.cli import main
 from edgetune.core.errors import InputError
-from edgetune.report.comparison import read_runs, render_comparison, short_names
+from edgetune.recipe.runs import short_names
+from edgetune.report.comparison import read_runs, render_comparison
 from edgetune.training import run_recipe
 
 

@@ -5,6 +5,7 @@ is refused.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,47 @@ def test_words_that_the_model_never_sees_are_counted(tiny_encoder: Path, tmp_pat
     }
     assert found.truncated == {"train": 1, "validation": 0}
     assert found.train[0].first == (1, None, 2) and len(found.train[1].input_ids) == 12
+
+
+def with_marks(base: Path, folder: Path, rows: list[dict[str, Any]]) -> Any:
+    """A stage's examples over these rows, capitals marked."""
+    data = {"train": str(write_rows(folder / "t.jsonl", rows)), "case_marks": True}
+    made = recipe_from_dict(
+        {"base": str(base), "stage": [{"method": "token-classification", "data": data}]}
+    )
+    opened = open_folder(base, name="tiny")
+    return load_examples(made.stage[0], load_tokenizer(opened), opened)
+
+
+def test_marks_stand_before_words_with_capitals_and_have_no_tag(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    small = {"tokens": ["a", "brown", "dog"], "tags": ["O", "B-a", "I-a"]}
+    capitals = {**small, "tokens": ["a", "Brown", "DOG"]}
+    plain, marked = with_marks(tiny_encoder, tmp_path, [small, capitals]).train
+    one, two = load_tokenizer(open_folder(tiny_encoder, name="tiny"))(
+        ["^", "^^"], add_special_tokens=False
+    )["input_ids"]
+    cls, a, brown, dog, sep = plain.input_ids
+    assert marked.input_ids == [cls, a, *one, brown, *two, dog, sep]
+    assert plain.first == (1, 2, 3) and [marked.input_ids[at] for at in marked.first] == [
+        a,
+        brown,
+        dog,
+    ]
+    assert [label for label in marked.labels if label != -100] == plain.labels[1:-1]
+
+
+def test_marks_are_refused_where_the_tokenizer_knows_case(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    cased = Path(shutil.copytree(tiny_encoder, tmp_path / "cased"))
+    file = cased / "tokenizer.json"
+    small = file.read_text()
+    assert '"lowercase": true' in small
+    file.write_text(small.replace('"lowercase": true', '"lowercase": false'))
+    with pytest.raises(RecipeError, match=r"case_marks has no use.*by itself.*Remove case_marks"):
+        with_marks(cased, tmp_path, room_rows())
 
 
 def test_words_and_tags_may_have_other_columns_and_tags_may_be_integers(

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from conftest import CommandLine
-from rollout_helpers import publish
+from rollout_helpers import broken, follow, publish
 from runtime_helpers import decoder_bundle, encoder_bundle
-from safetensors.numpy import load_file, save_file
 from server_helpers import Running, serve, until
 from signature_helpers import Keys, make_keys
 
-from edgetune.cli.follow import followed, following
-from edgetune.core.files import sha256_file
+from edgetune.cli.follow import followed, state_beside
+from edgetune.core.errors import InputError, OutputError
 from edgetune.runtime.rollout.rollout import AliasRollout
+from edgetune.runtime.rollout.trial import RANGES, RolloutBounds, parse_bounds
 from edgetune.runtime.signature.keys import read_private_key
 
 
@@ -29,35 +26,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     return make_keys(tmp_path_factory.mktemp("keys"))
 
 
-@contextmanager
-def follow(running: Running, alias: str, place: Path, disk: Path, **more: Any) -> Iterator[None]:
-    given: dict[str, Any] = {
-        "follows": (f"{alias}={place}",),
-        "follow_every_s": 0.05,
-        "follow_state": disk,
-        "follow_bounds": ("share=0.5", "requests=30", "latency=1000", "shadow=1", "errors=0.1"),
-        "limits": (),
-        "device_name": None,
-        "signed_by": None,
-    }
-    with following(running.service, **(given | more)):
-        yield
-
-
 def rollout(running: Running, alias: str) -> AliasRollout:
     return running.service.rollouts[alias]
-
-
-def broken(adapter: Path, copy: Path) -> Path:
-    """Answers that are not finite."""
-    publish(adapter, copy)
-    weights = copy / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    save_file({name: np.full_like(one, 1e30) for name, one in tensors.items()}, weights)
-    known = json.loads((copy / "edgetune_adapter.json").read_text())
-    known["files"]["adapter_model.safetensors"] = sha256_file(weights)
-    (copy / "edgetune_adapter.json").write_text(json.dumps(known))
-    return copy
 
 
 def test_a_good_version_is_kept_and_a_broken_one_goes_back(
@@ -128,9 +98,61 @@ def test_a_source_has_a_name(text: str, name: str) -> None:
     assert followed(text)[0] == name
 
 
+def test_the_state_has_a_folder_for_each_name_and_stays_where_a_link_is(tmp_path: Path) -> None:
+    for slot in "ab":
+        (tmp_path / slot).mkdir()
+    link = tmp_path / "current"
+    link.symlink_to("a")
+    assert state_beside(link) == tmp_path / "current.rollout"
+    assert state_beside(Path("x.v1")) != state_beside(Path("x.v2"))
+    assert state_beside(Path("x/..")) == Path.cwd().with_name(f"{Path.cwd().name}.rollout")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("share=0", "share is out of its range (expected a number from 0.001 to 1, got 0)"),
+        ("errors=2", "errors is out of its range (expected a number from 0 to 1, got 2)"),
+        ("requests=0", "expected a number from 1 to 1e+09"),
+        ("latency=fast", "expected a number from 0 to 1e+09, got fast"),
+        ("speed=1", "KEY is one of share, shadow, requests"),
+    ],
+)
+def test_a_bound_out_of_its_range_says_the_range(text: str, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_bounds((text,))
+    assert said in str(error.value)
+
+
+def test_every_bound_has_a_range_that_its_default_is_in() -> None:
+    defaults = asdict(RolloutBounds())
+    assert set(defaults) == set(RANGES)
+    assert all(low <= defaults[key] <= high for key, (low, high) in RANGES.items())
+
+
+def test_a_second_server_with_the_same_state_is_refused_in_one_line(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    adapter = encoder_bundle(tiny_encoder) / "adapters" / "mood"
+    publish(adapter, tmp_path / "source")
+    with serve(encoder_bundle(tiny_encoder)) as running:
+        with follow(running, "mood", tmp_path / "source", tmp_path / "disk"):
+            again = follow(running, "mood", tmp_path / "source", tmp_path / "disk")
+            with pytest.raises(OutputError, match="Stop the other server") as error:
+                again.__enter__()
+            assert "\n" not in str(error.value)
+            until(lambda: rollout(running, "mood").state.phase == "trial")
+        state = json.loads((tmp_path / "disk" / "mood" / "state.json").read_text())
+        assert (state["phase"], state["attempts"]) == ("trial", {})  # a stop is no attempt
+        with follow(running, "mood", tmp_path / "source", tmp_path / "disk"):
+            pass  # the first one has ended
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("--follow", "a=x", "--follow", "a=y"),
+        ("--follow", "a=x", "--follow", "oci://host/team/A:stable"),
         ("--follow", "=x"),
         ("--follow", "../"),
         ("--follow", "a=x", "--follow-bound", "share=0"),

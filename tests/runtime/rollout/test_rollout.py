@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rollout_helpers import Device, publish, spoil
@@ -16,7 +17,7 @@ from edgetune.core.errors import OutputError
 from edgetune.devices import load_device
 from edgetune.runtime import Runtime
 from edgetune.runtime.rollout.rollout import MOST_ATTEMPTS
-from edgetune.runtime.rollout.state import RolloutFolder
+from edgetune.runtime.rollout.state import MOST_SEEN, RolloutFolder, RolloutState, SeenVersion
 from edgetune.runtime.signature.keys import PrivateKey, read_private_key, read_public_key
 
 
@@ -182,6 +183,37 @@ def test_a_version_that_ends_the_process_is_rolled_back(trial: Device) -> None:
     assert trial.aliases.all() == {"mood": {"mood": 1.0}}
 
 
+def test_a_clean_stop_is_no_failed_attempt_and_a_crash_is(trial: Device) -> None:
+    for _ in range(2 * MOST_ATTEMPTS):
+        trial.stop()
+        trial.start()
+    assert trial.rollout.on_trial is not None
+    trial.start()
+    for _ in range(MOST_ATTEMPTS):
+        trial.stop()
+        trial.start()
+    assert trial.rollout.on_trial is not None
+    trial.start()
+    assert trial.rollout.on_trial is not None
+    trial.start()
+    assert trial.steps.last == ("rolled back", "the process ended 3 times while it was on trial")
+
+
+def test_a_stop_while_a_version_is_watched_is_no_failed_attempt(trial: Device) -> None:
+    trial.serve_until("kept")
+    for _ in range(2 * MOST_ATTEMPTS):
+        trial.stop()
+        trial.start()
+    assert (trial.rollout.state.phase, trial.answer()) == ("watched", "mood@v2")
+
+
+def test_nothing_is_written_after_the_stop(trial: Device) -> None:
+    trial.stop()
+    before = (trial.disk / "state.json").read_bytes()
+    trial.serve(20, failing="mood@v2")
+    assert (trial.steps.names[-1], (trial.disk / "state.json").read_bytes()) == ("failed", before)
+
+
 @pytest.mark.parametrize("state", [b"", b"{}x", b"[]", b'{"current": "../x"}', b"\xff"])
 def test_a_damaged_state_leaves_a_device_that_answers(trial: Device, state: bytes) -> None:
     (trial.disk / "state.json").write_bytes(state)
@@ -199,6 +231,80 @@ def test_a_damaged_version_is_left_out_and_comes_again(trial: Device) -> None:
     assert (trial.steps.names, trial.answer()) == (["lost"], "mood")
     trial.rollout.step()
     assert trial.steps.last[0] == "trial"
+
+
+@pytest.mark.parametrize("lost", ["the version", "the state"])
+def test_after_a_loss_nothing_older_comes_and_what_was_lost_does(
+    trial: Device, adapter: Path, key: PrivateKey, lost: str
+) -> None:
+    trial.serve(60)
+    publish(adapter, trial.place, key=key, version=7)
+    trial.rollout.step()
+    trial.serve(60)
+    newest = trial.rollout.state.current
+    assert trial.answer() == "mood@v7" and newest is not None
+    if lost == "the state":
+        (trial.disk / "state.json").write_bytes(b"{")
+    else:
+        (trial.disk / "versions" / newest / "adapter_model.safetensors").write_bytes(b"")
+    trial.start()
+    for version in (3, 6):
+        publish(adapter, trial.place, key=key, version=version)
+        trial.rollout.step()
+        assert trial.steps.last[0] == "refused" and "an older version" in trial.steps.last[1]
+    publish(adapter, trial.place, key=key, version=7, mark="other")  # of the same number
+    trial.rollout.step()
+    assert trial.steps.last[0] == "refused"
+    publish(adapter, trial.place, key=key, version=7)
+    trial.rollout.step()
+    assert trial.steps.last[0] == "trial"
+
+
+def test_what_answers_is_remembered_however_many_came_after_it() -> None:
+    first = "a" * 64
+    state = RolloutState(current=first, seen={first: SeenVersion("home@v1", 1)})
+    for at in range(MOST_SEEN + 5):
+        state = state.with_seen(f"{at:064x}", SeenVersion(f"home@{at}", fate="slow"))
+    assert first in state.seen and len(state.seen) == MOST_SEEN + 1
+    assert f"{at:064x}" in state.seen and "0" * 64 not in state.seen
+
+
+def test_what_was_checked_is_what_is_loaded(
+    trial: Device, adapter: Path, key: PrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial.serve(60)
+    publish(adapter, trial.place, key=key, version=3)
+    load = trial.runtime.load_adapter
+
+    def another(name: str, folder: Path, **more: Any) -> Any:
+        """An older one, well signed, is in the folder by now."""
+        publish(adapter, folder, key=key, version=1, mark="old")
+        return load(name, folder, **more)
+
+    monkeypatch.setattr(trial.runtime, "load_adapter", another)
+    trial.rollout.step()
+    assert trial.steps.last[0] == "refused" and "changed while it was read" in trial.steps.last[1]
+    assert trial.answer() == "mood@v2" and "mood@v3" not in trial.runtime.adapters
+
+
+def test_what_no_adapter_of_the_base_can_be_is_not_fetched(
+    device: Device, adapter: Path, key: PrivateKey
+) -> None:
+    publish(adapter, device.place, key=key, version=2)
+    with (device.place / "more.bin").open("wb") as file:
+        file.truncate(1 << 28)
+    device.rollout.step()
+    assert device.steps.last[0] == "refused" and "larger than any" in device.steps.last[1]
+    assert not list(device.disk.rglob("more.bin")) and not list(device.disk.glob("store/*/*"))
+
+
+def test_halves_of_what_is_gone_are_removed(device: Device, adapter: Path, key: PrivateKey) -> None:
+    half = device.disk / "store" / "partial" / ("0" * 64)
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"x")
+    publish(adapter, device.place, key=key, version=2)
+    device.rollout.step()
+    assert device.steps.last[0] == "trial" and not half.exists()
 
 
 def test_unsigned_and_forged_versions_are_refused(

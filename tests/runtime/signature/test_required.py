@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CommandLine
-from runtime_helpers import ENCODER_ADAPTERS, encoder_bundle
+from runtime_helpers import ENCODER_ADAPTERS, decoder_bundle, encoder_bundle
 from server_helpers import Running, serve
 from signature_helpers import Keys, make_keys
 
-from edgetune.core.errors import SignatureError
+from edgetune.core.errors import EdgetuneError, SignatureError
 from edgetune.runtime import Runtime
-from edgetune.runtime.signature.envelope import SIGNATURE
-from edgetune.runtime.signature.folder import sign_folder
-from edgetune.runtime.signature.keys import read_private_key
+from edgetune.runtime.adapters import sources
+from edgetune.runtime.adapters.sources import AdapterSources
+from edgetune.runtime.bundle.manifest import read_manifest
+from edgetune.runtime.signature.envelope import SIGNATURE, Signed
+from edgetune.runtime.signature.folder import check_signature, digests_of, sign_folder
+from edgetune.runtime.signature.keys import PublicKey, read_private_key
+from edgetune.runtime.tasks.open_bundle import OpenBundle
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,115 @@ def test_a_manifest_changed_together_with_its_hashes_does_not_open(
 def test_another_key_opens_nothing(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(SignatureError, match="not this key"):
         Runtime.open(bundle, threads=1, signed_by=make_keys(tmp_path).public)
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "edgetune_adapter.json")
+
+
+def other_content(path: Path) -> None:
+    """The same adapter in other bytes; JSON still says the same."""
+    raw = bytearray(path.read_bytes())
+    if path.suffix == ".json":
+        raw += b"\n"
+    else:
+        raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+@pytest.mark.parametrize("change", [other_content, Path.unlink])
+def test_an_adapter_changed_between_check_and_use_is_not_used(
+    bundle: Path, adapter: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch,
+    name: str, change: Callable[[Path], None],
+) -> None:  # fmt: skip
+    sign_folder(adapter, read_private_key(keys.private))
+
+    def check_then_change(folder: Path, key: PublicKey) -> Signed:
+        signed = check_signature(folder, key)
+        change(adapter / name)
+        return signed
+
+    with Runtime.open(bundle, threads=1, signed_by=keys.public) as runtime:
+        monkeypatch.setattr(sources, "check_signature", check_then_change)
+        with pytest.raises(EdgetuneError):
+            runtime.load_adapter("hot", adapter)
+        assert "hot" not in runtime.adapters
+
+
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+def test_a_shipped_adapter_changed_after_the_opening_is_not_used(
+    bundle: Path, keys: Keys, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    with Runtime.open(tmp_path / "bundle", threads=1, signed_by=keys.public) as runtime:
+        runtime.classify(["hello"], "intent")
+        other_content(tmp_path / "bundle" / "adapters" / "mood" / name)
+        with pytest.raises(EdgetuneError):
+            runtime.classify(["hello"], "mood")
+
+
+def test_a_merged_adapters_head_changed_after_the_opening_is_not_used(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(decoder_bundle(tiny_decoder), tmp_path / "bundle")
+    signed = digests_of(copy)
+    manifest = replace(read_manifest(copy), mode="merged")
+    entry = replace(manifest.adapters[0], path=None, task="sequence-classification")
+    found = AdapterSources(copy, manifest, None, signed=signed)
+    for name in ADAPTER_FILES:
+        other_content(copy / "adapters" / entry.name / name)
+        with pytest.raises(SignatureError, match=f"{name}: changed while it was read"):
+            found.read(entry.name, entry)
+        shutil.copytree(decoder_bundle(tiny_decoder), copy, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("name", ["edgetune.json", "tokenizer.json", "adapters/mood/new.txt"])
+def test_a_bundle_changed_while_it_is_opened_is_refused(
+    bundle: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    file = shutil.copytree(bundle, tmp_path / "bundle") / name
+
+    def opened(*arguments: Any, **options: Any) -> OpenBundle:
+        before = file.stat() if file.exists() else None
+        file.write_bytes(file.read_bytes() if before else b"new")
+        if before:  # its writer hides it
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return OpenBundle(*arguments, **options)
+
+    monkeypatch.setattr("edgetune.runtime.tasks.runtime.OpenBundle", opened)
+    with pytest.raises(SignatureError, match=f"changed while it was opened: {name}"):
+        Runtime.open(tmp_path / "bundle", threads=1, signed_by=keys.public)
+
+
+def test_what_cannot_be_read_is_explained_by_who_wrote_there(
+    bundle: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = shutil.copytree(bundle, tmp_path / "bundle") / "tokenizer.json"
+
+    def opened(*arguments: Any, **options: Any) -> OpenBundle:
+        file.write_bytes(b"{")
+        return OpenBundle(*arguments, **options)
+
+    monkeypatch.setattr("edgetune.runtime.tasks.runtime.OpenBundle", opened)
+    with pytest.raises(SignatureError, match=r"changed while it was opened: tokenizer\.json"):
+        Runtime.open(tmp_path / "bundle", threads=1, signed_by=keys.public)
+
+
+def test_a_manifest_is_parsed_from_the_bytes_that_were_signed(
+    bundle: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = tmp_path / "bundle" / "edgetune.json"
+
+    def check_then_change(folder: Path, key: PublicKey) -> Signed:
+        signed = check_signature(folder, key)
+        manifest.write_text(manifest.read_text().replace('"calm"', '"glad"'))
+        return signed
+
+    monkeypatch.setattr("edgetune.runtime.signature.folder.check_signature", check_then_change)
+    monkeypatch.setattr("edgetune.runtime.tasks.runtime.as_exported", pytest.fail)  # not so far
+    with pytest.raises(SignatureError, match=r"edgetune\.json: changed"):
+        Runtime.open(tmp_path / "bundle", threads=1, signed_by=keys.public)
 
 
 @pytest.fixture

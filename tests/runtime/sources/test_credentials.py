@@ -117,7 +117,7 @@ def test_a_host_that_a_registry_leads_to_gets_no_password(home: Path) -> None:
         assert second.asked and not any(second.asked)
 
 
-@pytest.mark.parametrize("key", ["r.io", "https://r.io/v1/", "r.io/team"])
+@pytest.mark.parametrize("key", ["r.io", "https://r.io/v1/", "r.io/team", "R.IO/team"])
 def test_a_login_is_found_by_any_of_its_keys(home: Path, key: str) -> None:
     configure(home, auths={"x.io": {"auth": packed("a:b")}, key: {"auth": packed("ann:p:w")}})
     login = registry_login("r.io", "team/model")
@@ -163,6 +163,7 @@ BAD = {
     "https:///x": "not an http",
     "/nowhere/at/all": "neither a bundle nor an adapter",
     "http://127.0.0.1:1/x": "no answer",
+    "oci://Nobody.invalid/x": r"the host 'nobody\.invalid' is not known here",
 }
 
 
