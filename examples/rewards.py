@@ -5,25 +5,7 @@ answer as text, `row` all columns of the data row. A function must return a fini
 completion, also for an empty one.
 """
 
-import json
 import re
-
-
-def exact_json(prompt: str, completion: str, row: dict) -> float:
-    """1 for JSON that equals the row's `json`; for other valid JSON objects up to 0.5, by the share
-    of right pairs; else 0.
-    """
-    wanted = json.loads(row["json"])
-    try:
-        got = json.loads(completion)
-    except ValueError:
-        return 0.0
-    if not isinstance(got, dict):
-        return 0.0
-    if got == wanted:
-        return 1.0
-    right = sum(key in got and got[key] == value for key, value in wanted.items())
-    return 0.1 + 0.4 * right / max(len(wanted), len(got))
 
 
 def facts_told(prompt: str, completion: str, row: dict) -> float:

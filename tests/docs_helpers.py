@@ -38,8 +38,10 @@ SMALLER = {
 }
 SMALLER_WORDS = {
     "--shots 8": "--shots 2",  # what a tiny context holds
+    "hold_out = 190": "hold_out = 8",
     # of random weights; in int8 an adapter of two steps would move them elsewhere
     "bundles/e2e-grpo --precision int8": "bundles/e2e-grpo --precision fp32",
+    "bundles/politeness --precision int8": "bundles/politeness --precision fp32",
 }
 RECIPE = """
 base = "{base}"
@@ -191,29 +193,22 @@ class World:
             "snips_slots/": [{**asked, "json": json.dumps(answer)}] * 6,
             "e2e_nlg/": [{"mr": "name[Alimentum], area[city centre]", "ref": "Alimentum is here."}]
             * 6,
-            "hh_helpful/": [
-                {
-                    "prompt": [{"role": "user", "content": f"how {index}"}],
-                    "chosen": f"so, {index} times",
-                    "rejected": "no",
-                }
-                for index in range(8)
-            ],
             "instruct_mix/llmfs_preference_politeness": [
                 {
                     "instruction": f"say {n}",
                     "input": "",
+                    "output": f"{n}",
                     "chosen": f"please {n}",
                     "rejected": f"{n}",
                 }
-                for n in range(240)
+                for n in range(40)
             ],
+            "instruct_mix/dolly_hhrlhf_train": [{"output": "A book is read by day."}] * 8,
             "wnut17/": [{"tokens": ["In", "Rome"], "tags": ["O", "B-location"]}] * 6,
         }
         parts = ("train", "dev", "test", "train_5shot", "train_10shot")
         for name, found in rows.items():
-            more = ("train_extra_rejection_sampled",) if name == "hh_helpful/" else ()
-            for part in [*parts, *more] if name.endswith("/") else [""]:
+            for part in parts if name.endswith("/") else [""]:
                 path = datasets / f"{name}{part}.jsonl.gz"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 text = "".join(json.dumps(row) + "\n" for row in found)
