@@ -5,11 +5,11 @@ then one JSON line.
 
 The recipe's own [parameters] are empty.
 
-LoRA of rank 1 to 32 on all linear layers, with edgetune's own alpha of 16 and with twice the rank;
-with 16, rank 8 on the attention's or the MLP's alone, rsLoRA and DoRA; and all weights. Rates and
-epochs are the same for all adapters, all weights learn at a tenth of the rate. The metric is the
-last stage's on the recipe's validation rows, at its end. `[forgetting]` of the recipe is measured
-with it. Runs that are there are taken as they are.
+LoRA of rank 1 to 32 on all linear layers, with an alpha of 16 and of twice the rank; with 16, rank
+8 on the attention's or the MLP's alone, rsLoRA and DoRA; and all weights. Rates and epochs are the
+same for all adapters, all weights learn at a tenth of the rate. The metric is the last stage's on
+the recipe's validation rows, at its end. `[forgetting]` of the recipe is measured with it. Runs
+that are there are taken as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from edgetune.core.layout import ADAPTER, ADAPTER_WEIGHTS
+from edgetune.core.layout import ADAPTER, ADAPTER_WEIGHTS, MODEL, MODEL_WEIGHTS
 from edgetune.core.progress import Progress
 from edgetune.recipe.read import load_recipe
 from edgetune.recipe.runs import PlannedRun
@@ -70,6 +70,8 @@ def facts(outcome: TrainedRun, metric: str) -> dict[str, Any]:
     if summary is None:
         return {"error": str(outcome.error)}
     weights = outcome.run.out / ADAPTER / ADAPTER_WEIGHTS
+    if outcome.run.settings.get("parameters.train") == '"full"':
+        weights = outcome.run.out / MODEL / MODEL_WEIGHTS
     return {
         "seed": int(outcome.run.settings["seed"]),
         "metric": float(summary.metrics[metric]),

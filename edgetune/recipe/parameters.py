@@ -34,7 +34,10 @@ class Parameters:
     )
     alpha: float | Literal["auto"] = option(
         "auto",
-        help="the delta weight is alpha / r · B A; auto = 16, with a rank that --search finds 2 r",
+        help=(
+            "the delta weight is alpha / r · B A; auto = 16, beyond rank 8 and with a rank that"
+            " --search finds 2 r (rsLoRA: 16)"
+        ),
         above=0,
     )
     dropout: float = option(0.0, help="dropout before lora_A", at_least=0, below=1)
@@ -83,8 +86,10 @@ class Parameters:
 
     @property
     def lora_alpha(self) -> float:
-        """Alpha, settled."""
-        return ALPHA if isinstance(self.alpha, str) else self.alpha
+        """Alpha, settled: a larger rank's delta weight is as large as rank 8's."""
+        if not isinstance(self.alpha, str):
+            return self.alpha
+        return ALPHA if self.rslora else max(ALPHA, 2.0 * self.r)
 
 
 def what_learns(parameters: Parameters) -> str:
