@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from head_helpers import room_recipe, room_rows
@@ -20,7 +19,6 @@ from safetensors.numpy import load_file
 from training_helpers import recipe, silent, write_rows
 from transformers import BertForTokenClassification
 
-from edgetune.core.confidence import Confidence
 from edgetune.core.errors import DataError, RecipeError
 from edgetune.data.collation import collate_tagged
 from edgetune.data.loaders import load_examples
@@ -29,16 +27,10 @@ from edgetune.evaluation.torch_answers import TorchAnswers
 from edgetune.models.base import open_folder
 from edgetune.models.heads import TokenClassifier
 from edgetune.models.load import load_body, load_tokenizer
-from edgetune.models.torch_device import CPU_DEVICE
 from edgetune.objectives.labels import token_classification, word_logits
 from edgetune.recipe.read import recipe_from_dict, recipe_to_toml, tomllib
 from edgetune.training import run_recipe
-from edgetune.training.held_out import analyse
-from edgetune.training.inputs import read_inputs
-from edgetune.training.parallel.distributed import Group
 from edgetune.training.probes import word_states
-from edgetune.training.resolve import resolve
-from edgetune.training.stages import held_out_batches
 
 TAGS = ("B-room", "I-room", "O")
 
@@ -175,22 +167,6 @@ def test_marks_are_refused_where_the_tokenizer_knows_case(
     file.write_text(small.replace('"lowercase": true', '"lowercase": false'))
     with pytest.raises(RecipeError, match=r"case_marks has no use.*by itself.*Remove case_marks"):
         with_marks(cased, tmp_path, room_rows())
-
-
-def test_errors_of_held_out_rows_are_those_of_tags_chosen_together(
-    tiny_encoder: Path, tmp_path: Path
-) -> None:
-    inputs = read_inputs(room_recipe(tiny_encoder, tmp_path))
-    (stage,) = resolve(inputs, device=CPU_DEVICE, group=Group()).stages
-    batches = held_out_batches(stage)
-    words = [int((batch.labels != -100).sum()) for batch in batches]
-    logits = [np.tile(np.array([0.0, 2.0, 1.0], np.float32), (count, 1)) for count in words]
-    found = analyse(stage, batches, logits, Confidence())
-    assert len(found["worst"]) == 4
-    for one in found["worst"]:
-        first, *others = one["got"].split()
-        assert first == "B-room" and set(others) == {"I-room"}
-        assert one["score"] == pytest.approx(1 / (1 + np.exp(2) + np.exp(1)))
 
 
 def test_words_and_tags_may_have_other_columns_and_tags_may_be_integers(
