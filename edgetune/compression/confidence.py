@@ -36,12 +36,12 @@ def refit_small(
         return as_trained(source, f"no {RECIPE} beside the adapter names its validation rows")
     try:
         stage = _stage(source)
+        if stage.examples.labels != source.labels:
+            return as_trained(source, "the rows of its last stage have other labels")
+        if why := moved(source, stage.examples):
+            return as_trained(source, why)
     except EdgetuneError as error:
         return as_trained(source, str(error))
-    if stage.examples.labels != source.labels:
-        return as_trained(source, "the rows of its last stage have other labels")
-    if why := moved(source, stage.examples):
-        return as_trained(source, why)
     task.put(small)
     take = measure_answers if answer_confidence_of(source.metadata) else measure_labels
     answers = take(task.model, stage, held_out_batches(stage))

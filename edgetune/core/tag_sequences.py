@@ -12,14 +12,14 @@ import numpy.typing as npt
 from edgetune.core.text import has_entities
 
 IOB2 = "IOB2"  # B-x begins an entity, I-x continues it
-FORBIDDEN = -1e9  # finite, so that there is a path even where nothing is allowed
+FORBIDDEN = -np.inf  # there is always another path: what may not be continued may be begun
 
 
 def scheme_of_labels(labels: Sequence[str]) -> str | None:
     """IOB2 for tags that training has brought into that form; None for others, whose words are
     tagged one by one.
     """
-    prefixes = {label[0] for label in labels}
+    prefixes = {label[:1] for label in labels}
     return IOB2 if has_entities(labels) and not prefixes & set("ESLU") else None
 
 
@@ -72,7 +72,7 @@ def _rules(labels: tuple[str, ...]) -> tuple[Any, Any]:
     after = np.zeros((len(labels), len(labels)))
     for at, label in enumerate(labels):
         begin = "B" + label[1:]
-        if label[0] == "I" and begin in known:
+        if label[:1] == "I" and begin in known:
             first[at] = FORBIDDEN
             after[:, at] = [0.0 if one in (begin, label) else FORBIDDEN for one in labels]
     return first, after

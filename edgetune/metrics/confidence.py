@@ -95,12 +95,11 @@ class LabelledLogits:
             return Fitted(warnings=lines)
         temperature = fit_temperature(self.logits, self.targets)
         best, scores = best_labels(self.logits, temperature)
-        threshold, warnings = _threshold(
-            scores, best == self.targets, best_labels(self.outside, temperature)[1], settings
-        )
+        unknown = best_labels(self.outside, temperature)[1]
+        threshold, warnings = _threshold(scores, best == self.targets, unknown, settings)
         fitted = Confidence(
             temperature=temperature,
-            threshold=None if threshold is None else round(threshold, 6),
+            threshold=None if threshold is None else _short(threshold, [*scores, *unknown]),
             target=None if threshold is None else settings.target,
             answered=None if threshold is None else settings.answered,
             out_of_scope=settings.out_of_scope,
@@ -180,6 +179,12 @@ def _threshold(
         else:
             found.append(reached.threshold)
     return max(found, default=None), warnings
+
+
+def _short(threshold: float, scores: npt.ArrayLike) -> float:
+    """To six decimals, unless these let other scores through, as they do among scores near 1."""
+    short, values = round(threshold, 6), np.asarray(scores)
+    return short if np.array_equal(values >= short, values >= threshold) else threshold
 
 
 def _unreached(right: npt.NDArray[Any], target: float, *, kept: bool) -> str:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from scipy.special import expit, softmax
 
 from edgetune.core.confidence import Confidence, scored
+from edgetune.core.tag_sequences import likeliest_tags
 from edgetune.core.tasks import TAGGING
 from edgetune.core.text import outside_tag
 from edgetune.data.batching import Batch
@@ -75,19 +76,24 @@ def _tagged(
 ) -> tuple[list[JudgedRow], list[JudgedRow]]:
     """Every word, and every sentence as one answer that is as sure as its least certain word."""
     labels, texts = stage.examples.labels or (), _texts(stage)
+    scheme = stage.examples.prompt_format.tag_scheme
     examples: dict[int, Any] = {example.row: example for example in stage.examples.validation}
     words, sentences = list[JudgedRow](), list[JudgedRow]()
     for batch, found in zip(batches, logits, strict=True):
-        p = iter(softmax(found / confidence.temperature, axis=-1).tolist())  # word after word
+        p = softmax(found / confidence.temperature, axis=-1)
+        rows = iter(range(len(found)))  # word after word
         for line in batch.rows:
             example = examples[line]
-            own = []
-            for token, tag in zip(example.first, example.tags, strict=True):
-                if token is None:
-                    own.append(JudgedRow(line, "", tag, outside_tag(labels)))
-                else:
-                    one = scored(labels, next(p), confidence)
-                    own.append(JudgedRow(line, "", tag, one.label, one.score))
+            seen = [None if token is None else next(rows) for token in example.first]
+            best = likeliest_tags(
+                [None if at is None else found[at] for at in seen], labels, scheme=scheme
+            )
+            own = [
+                JudgedRow(line, "", tag, outside_tag(labels))
+                if at is None or chosen is None
+                else JudgedRow(line, "", tag, labels[chosen], float(p[at, chosen]))
+                for at, chosen, tag in zip(seen, best, example.tags, strict=True)
+            ]
             words += own
             sure = min((one.score for one in own if one.score is not None), default=None)
             wanted, got = (" ".join(one.wanted for one in own), " ".join(one.got for one in own))

@@ -111,7 +111,7 @@ def _terms(value: str, known: Mapping[str, Path], *, name: str) -> list[Term]:
 
 def combine(terms: Sequence[Term], out: Path) -> None:
     """Write the weighted sum of adapters of one base to `out`, a PEFT folder; prompts and defaults
-    are the first one's.
+    are the first one's; how sure the sum is nothing has measured.
 
     AdapterError for what cannot be added: heads, DoRA, biases, adapters of different bases.
     """
@@ -207,7 +207,5 @@ def _write(
     write_json(out / ADAPTER_CONFIG, {**first.config, **DEFAULTS, **changes})
     if first.metadata is not None:
         files = {name: sha256_file(out / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
-        write_json(
-            out / ADAPTER_METADATA,
-            {**first.metadata, "metrics": {"sum_of": dict(weights)}, "files": files},
-        )
+        own = {"metrics": {"sum_of": dict(weights)}, "files": files, "confidence": None}
+        write_json(out / ADAPTER_METADATA, {**first.metadata, **own})

@@ -126,7 +126,7 @@ def read_words(
     words = [row[start:end] for start, end in spans] if isinstance(row, str) else check_words(row)
     packed = None if adapter is None else opened.adapter(adapter)
     joined, places = join_words(words, case_marks=packed is not None and packed.reads_case_marks)
-    text, shown = (row, spans) if isinstance(row, str) else (joined, places)
+    text, shown = (row, spans) if isinstance(row, str) else join_words(words)
     if not words:
         return WordReading(text, [], [], [])
     limit = opened.manifest.graph.max_length

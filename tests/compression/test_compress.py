@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,10 @@ def test_a_small_adapter_says_how_sure_it_is_itself(tiny_encoder: Path, tmp_path
     as_it_was = tmp_path / "unmeasured"
     compress(folder / "run", as_it_was, rank=1, bits=2, steps=0, rows=0, progress=progress)
     assert told(as_it_was) == told(folder / "run")
+    damaged, unread = shutil.copytree(folder / "run", tmp_path / "damaged"), tmp_path / "unread"
+    (damaged / "summary.json").write_text("{")
+    compress(damaged, unread, rank=1, bits=2, steps=0, progress=progress)
+    assert told(unread) == told(folder / "run")
 
 
 def test_a_step_moves_what_the_codes_round_and_products_see_the_codes(

@@ -56,6 +56,15 @@ def test_a_type_without_a_beginning_is_begun_by_what_there_is() -> None:
     assert likeliest_tags([np.array([1.0, 0])] * 2, ("I-a", "O"), scheme=IOB2) == [0, 0]
 
 
+def test_no_logit_is_so_large_that_an_entity_is_continued_from_nothing() -> None:
+    rows = [np.array([0, 0, 1e12, 0, 1], np.float32)] * 2
+    assert likeliest_tags(rows, LABELS, scheme=IOB2) == [0, 2]
+
+
+def test_an_empty_label_is_one_like_any_other() -> None:
+    assert likeliest_tags([np.array([0.0, 1])], ("", "O"), scheme=IOB2) == [1]
+
+
 @pytest.mark.parametrize(
     ("labels", "scheme"),
     [
@@ -64,6 +73,7 @@ def test_a_type_without_a_beginning_is_begun_by_what_there_is() -> None:
         (("B-a", "E-a", "O"), None),
         (("DET", "NOUN"), None),
         (("0", "1"), None),
+        (("", "O"), None),
         ((), None),
     ],
 )

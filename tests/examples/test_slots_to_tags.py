@@ -109,6 +109,10 @@ def test_a_trained_taggers_answers_are_the_json(
         form = runtime.adapter("adapter").prompt_format or {}
         assert (form["case_marks"], form["tag_scheme"]) == (True, "IOB2")
         words = [["?", "NAME", "the", "lazy", "Dog"], ["?", "name", "the", "lazy", "dog"]]
+        for row, given in zip(runtime.tag(words, "adapter"), words, strict=True):
+            assert row.text == " ".join(given)  # without the marks that the model reads
+            assert [word.word for word in row.words] == given
+            assert [row.text[word.start : word.end] for word in row.words] == given
         expected = TorchAnswers.open(tmp_path / "slots").scored_tags(words)
         for ours, theirs in zip(runtime.tag(words, "adapter"), expected, strict=True):
             assert ours.tags == [one.label for one in theirs]

@@ -38,6 +38,14 @@ def test_the_figures_of_a_fit_are_those_of_what_it_found() -> None:
     assert fitted.before == rows().figures(Confidence())["expected_calibration_error"]
 
 
+def test_a_threshold_among_scores_near_1_lets_through_what_was_asked_for() -> None:
+    margins = np.concatenate([np.full(100, 1.0), np.linspace(16, 20, 900)])
+    logits = np.stack([margins, np.zeros(1000)], axis=-1)
+    targets = np.concatenate([np.ones(27, int), np.zeros(973, int)])
+    fitted = LabelledLogits(logits, targets, logits[:0]).fit(ConfidenceSettings(answered=0.25))
+    assert fitted.figures is not None and fitted.figures["share_answered"] == 0.25
+
+
 def test_logits_that_are_not_finite_fit_nothing_and_are_counted() -> None:
     found = rows()
     found.logits[3, 0] = np.nan

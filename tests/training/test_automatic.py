@@ -59,8 +59,13 @@ def test_a_number_in_the_recipe_wins(tiny_decoder: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("given", "alpha"),
-    [({"rank": 1}, 16.0), ({"rank": 8}, 16.0), ({"rank": 32}, 64.0)]
-    + [({"rank": 32, "rslora": True}, 16.0), ({"rank": 32, "alpha": 8.0}, 8.0)],
+    [
+        ({"rank": 1}, 16.0),
+        ({"rank": 8}, 16.0),
+        ({"rank": 32}, 64.0),
+        ({"rank": 32, "rslora": True}, 16.0),
+        ({"rank": 32, "alpha": 8.0}, 8.0),
+    ],
 )
 def test_a_larger_rank_has_a_larger_alpha(given: dict[str, Any], alpha: float) -> None:
     assert Parameters(**given).lora_alpha == alpha

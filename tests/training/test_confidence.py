@@ -21,12 +21,18 @@ from edgetune.data.rows import read_rows
 from edgetune.evaluation.evaluate import evaluate
 from edgetune.evaluation.measures import measure_rows
 from edgetune.evaluation.torch_answers import TorchAnswers
+from edgetune.models.torch_device import CPU_DEVICE
 from edgetune.recipe.checks import check_confidence
 from edgetune.recipe.confidence import ConfidenceSettings
 from edgetune.report.answers import confidence_section, errors_section
 from edgetune.runtime import Runtime
 from edgetune.runtime.tasks.prediction_file import answer_rows, requests_of
 from edgetune.training import run_recipe
+from edgetune.training.held_out import analyse
+from edgetune.training.inputs import read_inputs
+from edgetune.training.parallel.distributed import Group
+from edgetune.training.resolve import resolve
+from edgetune.training.stages import held_out_batches
 
 
 def test_temperature_and_threshold_are_part_of_the_adapter(tiny_encoder: Path) -> None:
@@ -130,6 +136,22 @@ def test_a_tagger_is_calibrated_by_its_words(tiny_encoder: Path, tmp_path: Path)
     assert found.metrics["expected_calibration_error"] == pytest.approx(
         summary.confidence["expected_calibration_error"], abs=1e-3
     )
+
+
+def test_errors_of_held_out_rows_are_those_of_tags_chosen_together(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    inputs = read_inputs(room_recipe(tiny_encoder, tmp_path))
+    (stage,) = resolve(inputs, device=CPU_DEVICE, group=Group()).stages
+    batches = held_out_batches(stage)
+    words = [int((batch.labels != -100).sum()) for batch in batches]
+    logits = [np.tile(np.array([0.0, 2.0, 1.0], np.float32), (count, 1)) for count in words]
+    found = analyse(stage, batches, logits, Confidence())
+    assert len(found["worst"]) == 4
+    for one in found["worst"]:
+        first, *others = one["got"].split()
+        assert first == "B-room" and set(others) == {"I-room"}
+        assert one["score"] == pytest.approx(1 / (1 + np.exp(2) + np.exp(1)))
 
 
 def test_rows_that_are_none_of_the_labels_teach_nothing_and_raise_the_threshold(

@@ -15,9 +15,11 @@ from export_helpers import export, make_adapter
 from runtime_helpers import peft_adapter, write_metadata
 from safetensors.torch import load_file, save_file
 
-from edgetune.adapters.folder import load_adapter
+from edgetune.adapters.folder import load_adapter, read_metadata
 from edgetune.cli.export import command
+from edgetune.core.answer_confidence import AnswerConfidence
 from edgetune.core.errors import AdapterError, ExportError
+from edgetune.core.layout import ADAPTER_METADATA
 from edgetune.export.inputs.combine import Term, combine, resolve_sums
 from edgetune.export.proof.torch_model import merge_adapter
 from edgetune.models.load import load_body
@@ -91,6 +93,15 @@ def test_peft_opens_the_sum_and_answers_as_with_the_summed_weights(
     torch.testing.assert_close(
         logits(tiny_decoder, tmp_path / "ab"), expected, atol=1e-4, rtol=1e-4
     )
+
+
+def test_how_sure_an_adapter_is_says_nothing_of_a_sum(tiny_decoder: Path, tmp_path: Path) -> None:
+    about = make_adapter(tiny_decoder, tmp_path / "a") / ADAPTER_METADATA
+    sure = AnswerConfidence(slope=2.0, intercept=1.0).to_dict()
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"confidence": sure}))
+    combine([Term("a", tmp_path / "a", 0.5)], tmp_path / "half")
+    found = read_metadata(tmp_path / "half")
+    assert found["metrics"] == {"sum_of": {"a": 0.5}} and found["confidence"] is None
 
 
 def test_export_takes_sums_of_names_and_of_folders(tiny_decoder: Path, tmp_path: Path) -> None:
