@@ -13,7 +13,7 @@ from edgetune.bulk.answers import Answerer
 from edgetune.bulk.places import Folder, inputs_of, local_copy
 from edgetune.core.errors import DataError, OutputError
 from edgetune.core.files import TEMPORARY, sha256_file, sha256_text
-from edgetune.core.layout import ADAPTER_FILES, MANIFEST
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.data.rows import Rows, read_rows
 from edgetune.runtime.tasks.prediction_file import row_line
 
@@ -170,8 +170,8 @@ def _adapter(answers: Answerer) -> str | None:
     name = answers.adapter_name
     if (folder := answers.loaded) is None:
         return name
-    files = [folder / one for one in ADAPTER_FILES]
-    digests = [sha256_file(one) for one in files if one.is_file()]
+    files = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, ADAPTER_METADATA)  # as in jobs that are under way
+    digests = [sha256_file(folder / one) for one in files if (folder / one).is_file()]
     return f"{name}@{sha256_text(' '.join(digests))}"
 
 

@@ -111,6 +111,8 @@ def following(
     state = follow_state or state_beside(runtime.folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(state, fix=ONE_SERVER))
+        if follow_state is None:
+            take_over(state, runtime.folder)
         for alias, source in named:
             rollout = AliasRollout(
                 alias,
@@ -134,6 +136,22 @@ def state_beside(bundle: Path) -> Path:
     """
     path = bundle.absolute() if bundle.name not in ("", "..") else bundle.resolve()
     return path.with_name(f"{path.name}.rollout")
+
+
+def take_over(state: Path, bundle: Path) -> None:
+    """Move the state of a bundle here from where it lay once: beside what a link leads to, and
+    under the bundle's name without its last suffix. One that another bundle has a right to stays.
+    """
+    from edgetune.core.errors import OutputError
+    from edgetune.core.exclusive import exclusive
+
+    place = bundle.resolve()
+    before = place.with_suffix(".rollout")
+    owner = before.with_suffix("")
+    if state.exists() or not before.is_dir() or (owner != place and owner.exists()):
+        return
+    with contextlib.suppress(OutputError), exclusive(before):
+        before.replace(state)
 
 
 def followed(text: str) -> tuple[str, str]:

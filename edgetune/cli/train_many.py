@@ -32,10 +32,15 @@ class Workers:
     def __post_init__(self) -> None:
         if self.workers is not None and self.ray is None:
             raise click.UsageError("--workers belongs to --ray")
-        if self.ray is not None and self.ray.endswith(".toml"):
-            raise click.UsageError(
-                f"--ray takes the word behind it, {self.ray}, for an address: write --ray last"
-            )
+
+
+def _address(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Before a RECIPE is missed, which --ray took."""
+    if value is not None and value.endswith(".toml"):
+        raise click.UsageError(
+            f"--ray takes the word behind it, {value}, for an address: write --ray last"
+        )
+    return value
 
 
 def ray_options(command: F) -> F:
@@ -51,6 +56,7 @@ def ray_options(command: F) -> F:
             is_flag=False,
             flag_value="here",
             metavar="[ADDRESS]",
+            callback=_address,
             help=(
                 "Train by tasks of Ray (the extra `ray`), here or on the cluster at ADDRESS, where"
                 " files must lie at the same paths; a run takes one processor, or its `threads`."

@@ -76,6 +76,7 @@ def train_one(
                 out=run.out,
                 progress=progress,
                 resume=run.out.exists(),
+                replace_finished=replace,
                 write_more=write_more,
             )
         except (RecipeError, DataError) as error:

@@ -71,7 +71,8 @@ def run_recipe(
     it is given that unfinished folder and the result (`report.run_page.write_report` is one).
     `resume` continues an unfinished run of the same recipe and data where its newest checkpoint
     left it, to the same adapter, bit for bit. A finished run in `out` is replaced, which is said;
-    with `replace_finished=False` it is an OutputError. `searched` is what a search came to, for
+    with `replace_finished=False` it is an OutputError (with `resume`: where
+    it cannot be read). `searched` is what a search came to, for
     the summary. Raises the errors of recipe, data and base before anything is written;
     TrainingError when training cannot go on.
     """
@@ -80,11 +81,11 @@ def run_recipe(
     work = _Work(
         Path(recipe.out if out is None else out),
         resume,
-        replace_finished or resume,
+        replace_finished,
         write_more,
         searched,
     )
-    check_replaceable(work.folder, finished=work.finished_may_go)
+    check_replaceable(work.folder, finished=work.finished_may_go or work.resume)
     with process_group() as group:
         shown = progress if group.leads else Progress(io.StringIO())
         with contextlib.closing(shown):
@@ -117,7 +118,7 @@ def _run(recipe: Recipe, work: _Work, group: Group, progress: Progress) -> tuple
             opened = unfinished(folder, keep=recipe.keep_checkpoints, say=progress.say)
             checkpoints = stack.enter_context(opened)
             # a kill's may be back in place
-            check_replaceable(folder, finished=work.finished_may_go)
+            check_replaceable(folder, finished=work.finished_may_go or work.resume)
         device = choose_device(recipe.device, local_rank=group.local_rank)
         inputs = read_inputs(recipe)
         _say_opening(inputs, progress)
@@ -129,6 +130,8 @@ def _run(recipe: Recipe, work: _Work, group: Group, progress: Progress) -> tuple
         )
         if finished is not None:
             return RunSummary(**finished), False
+        if state is None and work.resume and not work.finished_may_go:
+            check_replaceable(folder, finished=False)  # another version's, which cannot be compared
         if (folder / SUMMARY).is_file():
             progress.say(f"the finished run in {folder} will be replaced")
 

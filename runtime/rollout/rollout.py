@@ -275,6 +275,8 @@ class AliasRollout:
         """Load and check a version, then have it answer its share."""
         version, state = identity.id, self._state
         tries = state.attempts.get(version, 0)
+        if tries and self._counted == version:  # this process is one of them, and lives
+            tries -= 1
         if tries >= MOST_ATTEMPTS:
             raise AdapterError(f"the process ended {tries} times while it was being loaded")
         name = f"{self.alias}@" + (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from edgetune.core.errors import SignatureError, listed
 from edgetune.core.files import sha256_file, write_json
@@ -15,6 +16,9 @@ from edgetune.runtime.signature.keys import PrivateKey, PublicKey
 
 MAX_FILES = 20_000
 """Of a signed folder: as many as a signature file of 4 MB lists."""
+TRIES = 3
+"""How often a folder is opened whose files others take links to meanwhile."""
+T = TypeVar("T")
 
 
 def sign_folder(folder: str | Path, key: PrivateKey, *, version: int | None = None) -> Signed:
@@ -62,19 +66,33 @@ def check_signature(folder: str | Path, key: PublicKey) -> Signed:
     return signed
 
 
-@contextlib.contextmanager
-def as_signed(folder: Path, key: PublicKey) -> Iterator[Signed]:
-    """Run the block on a folder that `check_signature` accepts. SignatureError also where a file of
-    it was written, replaced or added before the block ended: what is read in the block is what was
-    checked.
+class _TouchedError(SignatureError):
+    """Nothing but change times differ: a pull that shares the files has linked or unlinked one, or
+    its content was changed and put back.
     """
+
+
+def open_as_signed(folder: Path, key: PublicKey, read: Callable[[Mapping[str, str]], T]) -> T:
+    """What `read` makes of a folder that `check_signature` accepts, given its files' sha256.
+    SignatureError also where a file of it was written, replaced or added before `read` ended: what
+    it read is what was checked. Where change times alone differ, all of that is done again.
+    """
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(_TouchedError):
+            return _open_once(folder, key, read)
+    return _open_once(folder, key, read)
+
+
+def _open_once(folder: Path, key: PublicKey, read: Callable[[Mapping[str, str]], T]) -> T:
     before = _marks(folder)
     signed = check_signature(folder, key)
     try:
-        yield signed
+        return read(signed.files)
     finally:  # also where something cannot be read, which explains it
-        if changed := {path for path, _ in before.items() ^ _marks(folder).items()}:
-            raise SignatureError(
+        after = _marks(folder)
+        if changed := {path for path, _ in before.items() ^ after.items()}:
+            touched = all(before.get(path, ())[:-1] == after.get(path, ())[:-1] for path in changed)
+            raise (_TouchedError if touched else SignatureError)(
                 "the folder was changed while it was opened:"
                 f" {listed([f'{path}: changed' for path in sorted(changed)], 'files differ')}",
                 where=str(folder),

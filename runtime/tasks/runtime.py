@@ -22,7 +22,7 @@ from edgetune.runtime.engine.interface import AdapterRow, Decoder, Encoder
 from edgetune.runtime.engine.providers import ProvidersInUse, parse_providers
 from edgetune.runtime.generation.sampling import TokenSequence
 from edgetune.runtime.generation.settings import GenerationSettings
-from edgetune.runtime.signature.folder import as_signed
+from edgetune.runtime.signature.folder import open_as_signed
 from edgetune.runtime.signature.keys import read_public_key
 from edgetune.runtime.tasks.answers import Classification, Completion, TextStream
 from edgetune.runtime.tasks.choose_engine import AUTO, EngineInUse
@@ -77,24 +77,24 @@ class Runtime:
         parse_providers(providers)  # a typo is found before gigabytes are hashed
         path = Path(folder)
         key = None if signed_by is None else read_public_key(signed_by)
-        with contextlib.ExitStack() as checked:
-            signed = None if key is None else checked.enter_context(as_signed(path, key)).files
+
+        def opened(signed: Mapping[str, str] | None) -> OpenBundle:
             manifest = read_manifest(path, sha256=None if signed is None else signed.get(MANIFEST))
-            if verify:
-                checked.enter_context(as_exported(path, manifest))
-            opened = OpenBundle(
-                path,
-                manifest,
-                threads=threads,
-                providers=providers,
-                adapter_folder=None if adapter_folder is None else Path(adapter_folder),
-                adapter_memory_mb=adapter_memory_mb,
-                strict=strict,
-                engine=engine,
-                signed_by=key,
-                signed=signed,
-            )
-        return cls(opened)
+            with as_exported(path, manifest) if verify else contextlib.nullcontext():
+                return OpenBundle(
+                    path,
+                    manifest,
+                    threads=threads,
+                    providers=providers,
+                    adapter_folder=None if adapter_folder is None else Path(adapter_folder),
+                    adapter_memory_mb=adapter_memory_mb,
+                    strict=strict,
+                    engine=engine,
+                    signed_by=key,
+                    signed=signed,
+                )
+
+        return cls(opened(None) if key is None else open_as_signed(path, key, opened))
 
     def close(self) -> None:
         """Let go of the engine's and the adapters' memory."""

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,11 @@ def test_an_adapters_folder_that_changed_is_another_job(
     call += ["--adapter", adapter]
     assert command_line(*call)[0] == 0
     metadata = adapter / "edgetune_adapter.json"
+    names = "adapter_model.safetensors", "adapter_config.json", metadata.name
+    digests = " ".join(sha256((adapter / name).read_bytes()).hexdigest() for name in names)
+    (known,) = tmp_path.rglob("job.json")  # as every version writes it
+    whole = f"tone@{sha256(digests.encode()).hexdigest()}"
+    assert json.loads(known.read_text())["adapter"] == whole
     metadata.write_text(metadata.read_text() + "\n")
     code, _, err = command_line(*call)
     assert code == 2 and "adapter was" in err

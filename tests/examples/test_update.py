@@ -149,6 +149,41 @@ def test_a_version_that_did_not_get_ready_is_not_followed_by_an_older_one(
     assert (codes, machine.restarts) == ([0, 1, 1], ["a", "b", "a"])
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_older_one_that_does_not_get_ready_opens_the_way_for_none_between(
+    machine: Machine, tiny_encoder: Path, cut: bool
+) -> None:
+    one, two, three = (bundle(machine, tiny_encoder, str(at), at) for at in (1, 2, 3))
+    assert machine.run("edgetune-update", three).returncode == 0
+    (machine.root / "broken-b").touch()
+    if cut:  # the power, while it is tried
+        shutil.copytree(one, machine.root / "b")
+        shutil.copy(one / "model.sig", machine.root / "trying.sig")
+        (machine.root / "before").write_text("a\n")
+        (machine.root / "current").unlink()
+        (machine.root / "current").symlink_to("b")
+    assert machine.run("edgetune-update", "--older", one).returncode == 1
+    done = machine.run("edgetune-update", two)
+    assert done.returncode == 1 and "is not above 3" in done.stderr
+    assert (machine.root / "current").readlink() == Path("a")
+
+
+def test_what_an_earlier_script_put_there_is_followed_by_nothing_older(
+    machine: Machine, tiny_encoder: Path
+) -> None:
+    two, one = (bundle(machine, tiny_encoder, str(at), at) for at in (2, 1))
+    assert machine.run("edgetune-update", two).returncode == 0
+    (machine.root / "newest").unlink()
+    done = machine.run("edgetune-update", one)
+    assert done.returncode == 1 and "is not above 2" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], [""], ["--older"]])
+def test_no_source_is_a_line(machine: Machine, arguments: list[str]) -> None:
+    done = machine.run("edgetune-update", *arguments)
+    assert done.returncode == 2 and "no source" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_mender_installs_a_bundle_and_goes_back(
     machine: Machine, tiny_encoder: Path, tmp_path: Path
 ) -> None:

@@ -95,6 +95,23 @@ def test_other_rows_are_refused_and_replace_the_run_where_that_is_asked(
     assert (after[0] == before[0], after[1] == before[1]) == (True, False)
 
 
+def test_a_finished_run_that_another_version_wrote_is_replaced_only_where_that_is_asked(
+    recipes: list[Path], command_line: CommandLine, tmp_path: Path
+) -> None:
+    assert command_line("train", *recipes)[0] == 0
+    own = tmp_path / "runs" / "bob" / "recipe.toml"
+    own.write_text(f"of_a_later_version = 1\n{own.read_text()}")
+    before = times(tmp_path / "runs")
+    code, out, _ = command_line("train", *recipes)
+    assert code == 1 and "a finished run is there already" in out and "--replace" in out
+    alone = command_line("train", recipes[1], "--resume")
+    assert alone[0] == 2 and "a finished run is there already" in alone[2]
+    assert times(tmp_path / "runs") == before
+    assert command_line("train", *recipes, "--replace")[0] == 0
+    after = times(tmp_path / "runs")
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -117,6 +134,14 @@ def test_what_makes_no_sense_is_a_line_before_anything_trains(
     code, out, err = command_line("train", "ann/recipe.toml", "bob/recipe.toml", *more)
     assert (code, out) == (2, "") and said in err.splitlines()[-1]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_recipe_behind_ray_is_told_from_an_address(
+    command: str, command_line: CommandLine
+) -> None:
+    code, _, err = command_line(command, "--ray", "ann/recipe.toml")
+    assert code == 2 and "write --ray last" in err.splitlines()[-1]
 
 
 def test_all_files_that_are_no_recipes_are_named(recipes: list[Path]) -> None:

@@ -14,7 +14,7 @@ from runtime_helpers import decoder_bundle, encoder_bundle
 from server_helpers import Running, serve, until
 from signature_helpers import Keys, make_keys
 
-from edgetune.cli.follow import followed, state_beside
+from edgetune.cli.follow import followed, state_beside, take_over
 from edgetune.core.errors import InputError, OutputError
 from edgetune.runtime.rollout.rollout import AliasRollout
 from edgetune.runtime.rollout.trial import RANGES, RolloutBounds, parse_bounds
@@ -106,6 +106,23 @@ def test_the_state_has_a_folder_for_each_name_and_stays_where_a_link_is(tmp_path
     assert state_beside(link) == tmp_path / "current.rollout"
     assert state_beside(Path("x.v1")) != state_beside(Path("x.v2"))
     assert state_beside(Path("x/..")) == Path.cwd().with_name(f"{Path.cwd().name}.rollout")
+
+
+def test_a_state_from_before_links_had_one_of_their_own_is_taken_over(tmp_path: Path) -> None:
+    for name in ("a", "home.v1", "other", "other.v2"):
+        (tmp_path / name).mkdir()
+    for name in ("a", "home", "other"):
+        (tmp_path / f"{name}.rollout").mkdir()
+        (tmp_path / f"{name}.rollout" / "of").write_text(name)
+    (tmp_path / "current").symlink_to("a")
+    for name, of in (("current", "a"), ("home.v1", "home"), ("other.v2", None)):
+        state = state_beside(tmp_path / name)
+        take_over(state, tmp_path / name)
+        assert (state / "of").read_text() == of if of else not state.exists()
+    (tmp_path / "a.rollout").mkdir()
+    take_over(tmp_path / "current.rollout", tmp_path / "current")  # it has one
+    assert (tmp_path / "current.rollout" / "of").read_text() == "a"
+    assert (tmp_path / "other.rollout" / "of").read_text() == "other"
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,22 @@ def test_a_roll_back_that_the_disk_cannot_take_is_written_later(
     assert trial.rollout.state.phase == "settled"
 
 
+def test_a_disk_that_is_full_for_long_is_no_failed_attempt(
+    device: Device, adapter: Path, key: PrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RolloutFolder, identity: str) -> Path:
+        raise OutputError("no space left on device")
+
+    publish(adapter, device.place, key=key, version=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutFolder, "keep", full)
+        for _ in range(2 * MOST_ATTEMPTS):
+            device.rollout.step()
+    assert "refused" not in device.steps.names
+    device.rollout.step()
+    assert device.steps.last[0] == "trial"
+
+
 def test_a_version_that_failed_most_of_few_requests_is_not_kept(trial: Device) -> None:
     for failed in (True, True, False):
         trial.rollout.answered("mood@v2", 1.0, failed=failed)

@@ -154,6 +154,27 @@ def test_a_bundle_changed_while_it_is_opened_is_refused(
         Runtime.open(tmp_path / "bundle", threads=1, signed_by=keys.public)
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_bundle_that_another_pull_takes_links_to_opens_all_the_same(
+    bundle: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    file = shutil.copytree(bundle, tmp_path / "bundle") / "tokenizer.json"
+    link = tmp_path / "link"
+    if not shares:
+        os.link(file, link)
+
+    def opened(*arguments: Any, **options: Any) -> OpenBundle:
+        if shares and not link.exists():
+            os.link(file, link)
+        elif not shares:
+            link.unlink(missing_ok=True)
+        return OpenBundle(*arguments, **options)
+
+    monkeypatch.setattr("edgetune.runtime.tasks.runtime.OpenBundle", opened)
+    with Runtime.open(tmp_path / "bundle", threads=1, signed_by=keys.public) as runtime:
+        assert "mood" in runtime.adapters
+
+
 def test_what_cannot_be_read_is_explained_by_who_wrote_there(
     bundle: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
