@@ -150,7 +150,7 @@ def take_over(state: Path, bundle: Path) -> None:
     owner = before.with_suffix("")
     if state.exists() or not before.is_dir() or (owner != place and owner.exists()):
         return
-    with contextlib.suppress(OutputError), exclusive(before):
+    with contextlib.suppress(OutputError, OSError), exclusive(before):  # another disk: begins anew
         before.replace(state)
 
 
