@@ -53,7 +53,7 @@ class Against:
 
 def read_baseline(path: Path) -> dict[str, Any]:
     """A file of `edgetune check --json`; DeviceError where it is none or has too few rounds."""
-    fix = "Write one: edgetune check BUNDLE --rounds 5 --json FILE."
+    fix = "Write one: edgetune check BUNDLE --rounds 15 --runs 6 --json FILE."
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         rounds = document["measured"]["rounds"]
