@@ -48,6 +48,8 @@ ROOT = HERE.parent
 DATA = ROOT / "edgetune" / "quickstart" / "data"
 PACKAGES = ("numpy", "onnxruntime", "tokenizers", "torch", "transformers", "peft")
 WHY = "not installed"
+SETTLE = 2.0
+"""Seconds for a benchmark's own processes to be gone, before other work is looked for."""
 
 
 @dataclass(frozen=True)
@@ -274,10 +276,12 @@ def measured(runs: Runs, benchmark: str) -> dict[str, Any]:
             missing.append({"what": benchmark, "why": "failed", "how": line})
         else:
             measures += [one.to_dict() for one in READ[benchmark](line)]
+    seconds = round(time.monotonic() - start)
+    time.sleep(SETTLE)
     return {
         "rounds": runs.options.rounds,
         "commands": commands,
-        "seconds": round(time.monotonic() - start),
+        "seconds": seconds,
         "versions": versions(runs.peers, benchmark),
         "machine": {"before": before, "after": machine()},
         "measures": measures,

@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=180.0, help="seconds between verdicts")
     parser.add_argument("--planted", type=int, default=10)
     parser.add_argument("--slower", type=float, default=1.05)
-    parser.add_argument("--rounds", type=int, default=5, help="fresh processes of a run")
+    parser.add_argument("--rounds", type=int, default=15, help="fresh processes of a run")
     parser.add_argument("--device", default="raspberry-pi-5")
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
