@@ -49,6 +49,35 @@ def engine_option(command: Command) -> Command:
     )(command)
 
 
+def ray_options(*, ray: str, workers: str) -> Callable[[Command], Command]:
+    """`--ray` and `--workers`, with what they do for a command."""
+
+    def options(command: Command) -> Command:
+        command = click.option("--workers", type=click.IntRange(1), help=workers)(command)
+        return click.option(
+            "--ray",
+            is_flag=False,
+            flag_value="here",
+            metavar="[ADDRESS]",
+            callback=_address,
+            help=ray,
+        )(command)
+
+    return options
+
+
+def _address(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Before an argument is missed, which --ray took."""
+    looks_a_path = value is not None and (
+        "/" in value or value.endswith(".toml") or Path(value).exists()
+    )
+    if looks_a_path and "://" not in str(value):
+        raise click.UsageError(
+            f"--ray takes the word behind it, {value}, for an address: write --ray last"
+        )
+    return value
+
+
 def signature_option(command: Command) -> Command:
     """`--require-signature` of a command that opens a bundle."""
     return click.option(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgetune.cli.options import Command, ray_options
+
 if TYPE_CHECKING:
     from edgetune.bulk.parts import Done
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Shard(click.ParamType):  # type: ignore[type-arg]
@@ -41,7 +41,16 @@ class Many:
     part_rows: int | None
 
 
-def many_options(command: F) -> F:
+ray_answering = ray_options(
+    ray=(
+        "With a folder: workers of Ray answer (the extra `ray`), here or on the cluster at ADDRESS,"
+        " where bundle and files must lie at the same paths."
+    ),
+    workers="With --ray: how many processes answer (default: one a processor of the cluster).",
+)
+
+
+def many_options(command: Command) -> Command:
     """The options of a folder of parts."""
     for option in (
         click.option(
@@ -49,21 +58,7 @@ def many_options(command: F) -> F:
             type=click.IntRange(1),
             help="With a folder: rows of a part (default 1000).",
         ),
-        click.option(
-            "--workers",
-            type=click.IntRange(1),
-            help="With --ray: how many processes answer (default: one a processor of the cluster).",
-        ),
-        click.option(
-            "--ray",
-            is_flag=False,
-            flag_value="here",
-            metavar="[ADDRESS]",
-            help=(
-                "With a folder: workers of Ray answer (the extra `ray`), here or on the cluster at"
-                " ADDRESS, where bundle and files must lie at the same paths."
-            ),
-        ),
+        ray_answering,
         click.option(
             "--shard",
             type=Shard(),

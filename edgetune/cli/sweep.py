@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edgetune.cli.options import wait_briefly
-from edgetune.cli.train_many import Workers, compare, ray_options, train_all
+from edgetune.cli.train_many import Workers, compare, ray_training, train_all
 
 
 @click.command()
@@ -36,7 +36,7 @@ from edgetune.cli.train_many import Workers, compare, ray_options, train_all
     is_flag=True,
     help="Train anew where a folder holds the run of another recipe or of other data.",
 )
-@ray_options
+@ray_training
 def command(
     recipe: Path,
     grid: tuple[str, ...],

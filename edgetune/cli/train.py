@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from edgetune.cli.options import wait_briefly
-from edgetune.cli.train_many import Workers, compare, ray_options, train_all
+from edgetune.cli.train_many import Workers, compare, ray_training, train_all
 from edgetune.core.errors import EdgetuneError
 
 
@@ -66,7 +66,7 @@ from edgetune.core.errors import EdgetuneError
         "Train nothing: rewrite a RECIPE of version 0.1, in place or as the file that --out names."
     ),
 )
-@ray_options
+@ray_training
 def command(
     recipes: tuple[Path, ...],
     overrides: tuple[str, ...],

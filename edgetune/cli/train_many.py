@@ -8,17 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from edgetune.cli.options import ray_options
 from edgetune.core.errors import EdgetuneError, OutputError
 
 if TYPE_CHECKING:
     from edgetune.recipe.runs import PlannedRun
     from edgetune.training.many import TrainedRun
 
-F = TypeVar("F", bound=Callable[..., Any])
 PAGE = "comparison.html"
 
 
@@ -34,37 +34,14 @@ class Workers:
             raise click.UsageError("--workers belongs to --ray")
 
 
-def _address(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    """Before a RECIPE is missed, which --ray took."""
-    if value is not None and value.endswith(".toml"):
-        raise click.UsageError(
-            f"--ray takes the word behind it, {value}, for an address: write --ray last"
-        )
-    return value
-
-
-def ray_options(command: F) -> F:
-    """`--ray` and `--workers` of a command that trains."""
-    for option in (
-        click.option(
-            "--workers",
-            type=click.IntRange(1),
-            help="With --ray: at most so many runs at a time (default: as many as fit).",
-        ),
-        click.option(
-            "--ray",
-            is_flag=False,
-            flag_value="here",
-            metavar="[ADDRESS]",
-            callback=_address,
-            help=(
-                "Train by tasks of Ray (the extra `ray`), here or on the cluster at ADDRESS, where"
-                " files must lie at the same paths; a run takes one processor, or its `threads`."
-            ),
-        ),
-    ):
-        command = option(command)
-    return command
+ray_training = ray_options(
+    ray=(
+        "Train by tasks of Ray (the extra `ray`), here or on the cluster at ADDRESS, where files"
+        " must lie at the same paths; a run takes one processor, or its `threads`."
+    ),
+    workers="With --ray: at most so many runs at a time (default: as many as fit).",
+)
+"""Of a command that trains."""
 
 
 def train_all(

@@ -136,11 +136,14 @@ def test_what_makes_no_sense_is_a_line_before_anything_trains(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "sweep"])
-def test_a_recipe_behind_ray_is_told_from_an_address(
-    command: str, command_line: CommandLine
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [("train", "ann/recipe.toml"), ("sweep", "ann/recipe.toml"), ("predict", "bundles/desk")],
+)
+def test_what_stands_behind_ray_is_told_from_an_address(
+    command: str, word: str, command_line: CommandLine
 ) -> None:
-    code, _, err = command_line(command, "--ray", "ann/recipe.toml")
+    code, _, err = command_line(command, "--ray", word)
     assert code == 2 and "write --ray last" in err.splitlines()[-1]
 
 
