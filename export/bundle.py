@@ -332,7 +332,9 @@ def _add_adapter(
     """Copy the PEFT folder, write the same weights for other engines, describe both."""
     place = Path(ADAPTERS) / source.name
     own = manifest.quality.get("adapter_precision")
-    if own is not None:
+    if own is not None and source.coded:
+        say(f"{source.name}: in codes already, so it ships as it is")
+    if own is not None and not source.coded:
         write_rounded(source.folder, folder / place, own)
     elif not source.is_model:
         copy_adapter(source.folder, folder / place)

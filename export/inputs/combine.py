@@ -208,4 +208,6 @@ def _write(
     if first.metadata is not None:
         files = {name: sha256_file(out / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
         own = {"metrics": {"sum_of": dict(weights)}, "files": files, "confidence": None}
-        write_json(out / ADAPTER_METADATA, {**first.metadata, **own})
+        made_small = {"codes", "compressed"}  # which the sum is not
+        kept = {name: value for name, value in first.metadata.items() if name not in made_small}
+        write_json(out / ADAPTER_METADATA, {**kept, **own})
