@@ -15,11 +15,12 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
+from edgetune.adapters.folder import write_metadata
 from edgetune.core.adapter_codes import Coded, coded_config
 from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError
 from edgetune.core.files import sha256_file, whole_folder, write_json
-from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, PEFT_PREFIX
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
 from edgetune.core.precisions import ADAPTER_BITS
 from edgetune.quantisation.adapter_rounding import codes_of, rounded, scales_of, truncated
 from edgetune.runtime.adapters.lora import LoraFolder, read_lora, refuse_if
@@ -265,7 +266,7 @@ def _write(
         if read.metadata is not None:
             names = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
             files = {name: sha256_file(partial / name) for name in names}
-            write_json(partial / ADAPTER_METADATA, {**read.metadata, **more, "files": files})
+            write_metadata(partial, {**read.metadata, **more, "files": files})
 
 
 def _bytes_of(tensors: Mapping[str, Array]) -> bytes:

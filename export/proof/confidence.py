@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from edgetune.adapters.folder import write_metadata
 from edgetune.core.answer_confidence import AnswerConfidence, answer_confidence_of
 from edgetune.core.confidence import Confidence, confidence_of
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import read_json, write_json
+from edgetune.core.files import read_json
 from edgetune.core.layout import ADAPTER_METADATA, ADAPTERS, RECIPE, SUMMARY
 from edgetune.core.progress import Say
 from edgetune.core.tag_sequences import likeliest_tags
@@ -130,7 +131,7 @@ def ship(folder: Path, manifest: Manifest, found: Mapping[str, ShippedConfidence
         path = folder / ADAPTERS / entry.name / ADAPTER_METADATA
         if path.is_file():
             metadata = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, {**metadata, "confidence": own})
+            write_metadata(path.parent, {**metadata, "confidence": own})
         return entry if entry.confidence is None else replace(entry, confidence=own)
 
     return replace(manifest, adapters=tuple(map(shipped, manifest.adapters)))
