@@ -235,4 +235,6 @@ def _mask_thread() -> ThreadPoolExecutor:
 
 
 def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[0][:200]
+    """The reason; of a message that only begins in its first line, with its last."""
+    first, *others = text.strip().splitlines() or ["no reason given"]
+    return (f"{first} {others[-1].strip()}" if others and first.endswith(":") else first)[:200]
