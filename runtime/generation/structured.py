@@ -235,6 +235,7 @@ def _mask_thread() -> ThreadPoolExecutor:
 
 
 def _first_line(text: str) -> str:
-    """The reason; of a message that only begins in its first line, with its last."""
+    """The first line of a message, and the one with the error where the first only announces it."""
     first, *others = text.strip().splitlines() or ["no reason given"]
-    return (f"{first} {others[-1].strip()}" if others and first.endswith(":") else first)[:200]
+    error = next((line.strip() for line in others if "error: " in line), "")
+    return (f"{first} {error}" if error and first.endswith(":") else first)[:200]
