@@ -12,6 +12,7 @@ from edgetune import __version__
 from edgetune.core.errors import OutputError
 from edgetune.core.exclusive import exclusive
 from edgetune.core.files import sha256_file, whole_folder, write_json
+from edgetune.core.format_version import FORMAT_VERSIONS, format_version
 from edgetune.core.layout import ADAPTER_WEIGHTS, ADAPTERS, MANIFEST
 from edgetune.core.precisions import FLOATS
 from edgetune.core.progress import Say
@@ -57,7 +58,6 @@ from edgetune.models.load import load_tokenizer
 from edgetune.quantisation.precision import INT4_DECODER, Precision
 from edgetune.runtime.adapters.packing import pack_adapter
 from edgetune.runtime.bundle.manifest import (
-    SCHEMA,
     AdapterEntry,
     BaseInfo,
     FileInfo,
@@ -262,7 +262,7 @@ def _build(
     ):  # a merged reward only scores
         write_genai_config(config, files, folder, max_length=info.max_length)
     manifest = Manifest(
-        schema=SCHEMA,
+        schema=FORMAT_VERSIONS[0],
         edgetune_version=__version__,
         task=_task(base, sources),
         base=BaseInfo(base.name, base.digest, base.model_type, parameters),
@@ -291,7 +291,14 @@ def _build(
     ):
         say(line)
     entries = [_add_adapter(source, folder, manifest, say=say) for source in sources]
-    manifest = replace(manifest, adapters=tuple(entries))
+    merged = [one for one in entries if one.path is None]  # others say it in their own folders
+    versions = [
+        format_version({"prompt_format": one.prompt_format, "confidence": one.confidence})
+        for one in merged
+    ]
+    manifest = replace(
+        manifest, adapters=tuple(entries), schema=max(versions, default=manifest.schema)
+    )
     rows = {source.name: probe_rows(source.folder, tokenizer, base) for source in sources}
     if not sources:
         rows = {ALONE: probe_rows(base.folder, tokenizer, base)}
@@ -332,7 +339,9 @@ def _add_adapter(
     """Copy the PEFT folder, write the same weights for other engines, describe both."""
     place = Path(ADAPTERS) / source.name
     own = manifest.quality.get("adapter_precision")
-    if own is not None:
+    if own is not None and source.coded:
+        say(f"{source.name}: in codes already, so it ships as it is")
+    if own is not None and not source.coded:
         write_rounded(source.folder, folder / place, own)
     elif not source.is_model:
         copy_adapter(source.folder, folder / place)

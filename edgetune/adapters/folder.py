@@ -24,6 +24,7 @@ from edgetune import __version__
 from edgetune.core.adapter_codes import decode_file, is_coded, plain_config, unknown_layout
 from edgetune.core.errors import AdapterError
 from edgetune.core.files import sha256_file, whole_folder, write_json
+from edgetune.core.format_version import format_version, unknown_version
 from edgetune.core.layout import (
     ADAPTER_CONFIG,
     ADAPTER_METADATA,
@@ -33,7 +34,6 @@ from edgetune.core.layout import (
 )
 from edgetune.models.heads import HEAD, SequenceClassifier
 
-SCHEMA = 1
 PEFT_TASKS = {
     "text-generation": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
@@ -80,9 +80,13 @@ def save_adapter(model: PeftModel, folder: Path, metadata: AdapterMetadata) -> N
         )  # a full disk is then an OSError
         write_json(partial / ADAPTER_CONFIG, _config_dict(model, metadata))
         files = {name: sha256_file(partial / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
-        write_json(
-            partial / ADAPTER_METADATA, {"schema": SCHEMA, **asdict(metadata), "files": files}
-        )
+        write_metadata(partial, {**asdict(metadata), "files": files})
+
+
+def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Write `edgetune_adapter.json`, in the version that its readers must know."""
+    own = {name: value for name, value in metadata.items() if name != "schema"}
+    write_json(folder / ADAPTER_METADATA, {"schema": format_version(own), **own})
 
 
 def _config_dict(model: PeftModel, metadata: AdapterMetadata) -> dict[str, Any]:
@@ -128,6 +132,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             got=got,
             fix="Train the adapter again.",
         )
+    if (version := unknown_version(metadata.get("schema"))) is not None:
+        raise AdapterError(f"{path}: {version}")
     for name, expected in metadata["files"].items():
         got = sha256_file(folder / name) if (folder / name).is_file() else "no such file"
         if got != expected:

@@ -17,13 +17,13 @@ from edgetune.adapters.folder import AdapterMetadata, save_adapter
 from edgetune.adapters.lora import adapt_head
 from edgetune.core.errors import AdapterError
 from edgetune.core.files import output_errors, write_json
+from edgetune.core.format_version import format_version, unknown_version
 from edgetune.core.layout import ADAPTER, MODEL, MODEL_METADATA, TOKENIZER_FILES
 from edgetune.models.base import Base, digest_of, open_folder
 from edgetune.models.heads import Embedder, SequenceClassifier
 from edgetune.models.load import quiet
 from edgetune.models.sentence_encoder import sentence_files
 
-SCHEMA = 1
 BESIDE = (  # files of the base that are not the model's own
     *TOKENIZER_FILES,
     "vocab.txt",
@@ -43,7 +43,8 @@ def save_full(model: Any, run: Path, *, final: Path, base: Base, metadata: Adapt
             if (base.folder / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(base.folder / name, folder / name)
-    write_json(folder / MODEL_METADATA, {"schema": SCHEMA, **asdict(metadata)})
+    own = asdict(metadata)
+    write_json(folder / MODEL_METADATA, {"schema": format_version(own), **own})
     if isinstance(model, SequenceClassifier):
         own = {"name": str(final.absolute() / MODEL), "digest": digest_of(folder)}
         save_adapter(adapt_head(model), run / ADAPTER, replace(metadata, base=own))
@@ -79,6 +80,8 @@ def read_full(folder: Path) -> tuple[Base, dict[str, Any]]:
             got=got,
             fix="Train the model again.",
         )
+    if (version := unknown_version(metadata.get("schema"))) is not None:
+        raise AdapterError(f"{path}: {version}")
     return open_folder(folder.absolute(), name=str(folder.absolute())), metadata
 
 

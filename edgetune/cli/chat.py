@@ -169,6 +169,8 @@ class Terminal:
                 " out)",
                 err=True,
             )
+        if session.completion is not None and session.completion.confidence is not None:
+            click.echo(f"confidence {session.completion.confidence:.4f}", err=True)
         if self._stats and session.completion is not None:
             click.echo(speed_line(session.completion), err=True)
 

@@ -173,6 +173,11 @@ def command(
     ) as runtime:
         name = _adapter(runtime, adapter)
         _check_settings(runtime, name, settings, alone=source is None)
+        if threshold is not None and source is None and runtime.task(name) != CLASSIFICATION:
+            raise click.UsageError(
+                "--threshold says below which score a label is none, and"
+                f" {name or 'the base model'} gives no labels of texts"
+            )
         if source is not None and output is not None:
             _answer_file(
                 runtime,
@@ -256,8 +261,8 @@ def _check_settings(
     generates = runtime.manifest.is_decoder and not (alone and runtime.task(adapter) in HEADED)
     if given and not generates:
         raise click.UsageError(
-            f"{', '.join(given)} say how a text is generated, and {adapter or 'this bundle'}"
-            " generates none"
+            f"{', '.join(given)} {'say' if len(given) > 1 else 'says'} how a text is generated,"
+            f" and {adapter or 'this bundle'} generates none"
         )
 
 

@@ -16,6 +16,7 @@ from edgetune.core.layout import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIP
 from edgetune.core.progress import Progress
 from edgetune.export.inputs.small_adapter import read_whole, write_plain, write_small
 from edgetune.export.inputs.sources import read_source
+from edgetune.runtime.adapters.lora import read_lora, refuse_if
 
 MAX_LOSS = 0.005
 
@@ -103,7 +104,8 @@ def decompress(folder: Path, out: Path) -> None:
     """
     _check_place(out)
     inner = read_source("adapter", folder).folder
-    read = read_whole(inner)
+    read = read_lora(inner)
+    refuse_if(read.problems, inner)
     if not read.coded:
         raise AdapterError("this adapter is PEFT's own already", where=str(folder))
     write_plain(read, out)

@@ -8,6 +8,7 @@ some steps of training against its codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -170,7 +171,18 @@ class Search:
         return losses.index(min(losses)) if losses else len(self.trials) - 1
 
     def smallest(self, sizes: Sequence[AdapterSize]) -> int:
-        """The trial of the smallest size that holds."""
+        """The trial of the smallest size that holds. ExportError where none does, or where the
+        adapter as trained gets nothing right: no size could lose by that.
+        """
+        reference = self.reference
+        if reference is not None and not (math.isfinite(reference.value) and reference.value):
+            raise ExportError(
+                f"the adapter as trained has {reference.metric} {reference.value:g} on these rows,"
+                " so they choose no size",
+                where=str(self.read.path),
+                got=f"{reference.rows} rows of {reference.data}",
+                fix="Give other rows (--task-data FILE, more --task-rows), or --rank and --bits.",
+            )
         chosen = -1
 
         def note(size: AdapterSize, *, steps: int = 0) -> bool:

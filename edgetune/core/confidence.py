@@ -53,7 +53,9 @@ class Confidence:
         """The logits whose softmax (of several labels, sigmoid) is calibrated."""
         if self.temperature == 1.0:
             return logits
-        return np.asarray(logits / np.float32(self.temperature), np.float32)
+        most = float(np.finfo(np.float32).max)
+        wide = np.asarray(logits, np.float64) / self.temperature
+        return np.asarray(wide.clip(-most, most), np.float32)
 
 
 NONE = Confidence()

@@ -139,14 +139,16 @@ def swapped_rows(rows: Sequence[TaggedRow], loading: Loading) -> list[TaggedRow]
 
 
 def check_case_marks(tokenizer: Any) -> None:
-    """RecipeError where capitals are told without marks, or marks are not read."""
-    small, capital, marked = tokenizer(["a", "A", join_words(["A"], case_marks=True)[0]])[
-        "input_ids"
-    ]
+    """RecipeError where capitals are told without marks, or marks are not read as such."""
+    one, two = (join_words([word], case_marks=True)[0] for word in ("A", "AA"))
+    small, capital, *marked = tokenizer(["a", "A", one, two])["input_ids"]
+    unknown = tokenizer.unk_token_id
     if small != capital:
         reason = "tells capitals from small letters by itself"
-    elif marked == capital:
+    elif marked[0] == capital:
         reason = "drops the marks"
+    elif unknown is not None and unknown not in capital and unknown in [*marked[0], *marked[1]]:
+        reason = f'has no token for "^", which is {tokenizer.unk_token} to it as every unknown word'
     else:
         return
     raise RecipeError(

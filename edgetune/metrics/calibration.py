@@ -63,6 +63,15 @@ def best_labels(logits: npt.ArrayLike, temperature: float) -> tuple[npt.NDArray[
     return p.argmax(-1), p.max(-1)
 
 
+def probabilities_of(logits: npt.ArrayLike, classes: npt.ArrayLike, temperature: float) -> Floats:
+    """The calibrated probability that each row of logits (rows, classes) gives its own class of
+    `classes` (rows,).
+    """
+    p = np.exp(_log_softmax(np.asarray(logits, np.float64) / temperature))
+    found: Floats = p[np.arange(len(p)), np.asarray(classes, np.int64)]
+    return found
+
+
 @dataclass(frozen=True)
 class Bin:
     """The answers whose score lies in one part of 0 … 1: how many, their mean score, and the share

@@ -19,6 +19,7 @@ from edgetune.metrics.calibration import (
     best_labels,
     calibration_error,
     fit_temperature,
+    probabilities_of,
     reliability,
     rows_needed,
     threshold_for,
@@ -59,16 +60,24 @@ class Fitted:
 @dataclass(frozen=True)
 class LabelledLogits:
     """Logits (rows, classes) with the right classes (rows,), and logits of rows that are none of
-    the classes.
+    the classes. `chosen` (rows,): the classes that are answered, where these are not each row's
+    likeliest, as of tags that a sentence chooses together.
     """
 
     logits: npt.NDArray[Any]
     targets: npt.NDArray[Any]
     outside: npt.NDArray[Any]
+    chosen: npt.NDArray[Any] | None = None
+
+    def answers(self, temperature: float) -> tuple[npt.NDArray[np.int64], Floats]:
+        """The class that each row is answered with, and its calibrated probability."""
+        if self.chosen is None:
+            return best_labels(self.logits, temperature)
+        return self.chosen, probabilities_of(self.logits, self.chosen, temperature)
 
     def figures(self, confidence: Confidence) -> dict[str, Any]:
         """What a temperature and a threshold give on these rows."""
-        best, scores = best_labels(self.logits, confidence.temperature)
+        best, scores = self.answers(confidence.temperature)
         right, least = best == self.targets, confidence.threshold
         given = scores >= (least or 0.0)
         recall = None
@@ -94,7 +103,7 @@ class LabelledLogits:
         if lines := not_finite(np.concatenate([self.logits, self.outside])):
             return Fitted(warnings=lines)
         temperature = fit_temperature(self.logits, self.targets)
-        best, scores = best_labels(self.logits, temperature)
+        best, scores = self.answers(temperature)
         unknown = best_labels(self.outside, temperature)[1]
         threshold, warnings = _threshold(scores, best == self.targets, unknown, settings)
         fitted = Confidence(

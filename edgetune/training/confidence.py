@@ -13,12 +13,13 @@ import numpy.typing as npt
 from torch import nn
 
 from edgetune.core.confidence import NONE, Confidence
+from edgetune.core.tasks import TAGGING
 from edgetune.data.batching import VALIDATION_TOKENS, Batch
 from edgetune.metrics.confidence import Fitted, LabelledLogits, too_few
 from edgetune.recipe.confidence import ConfidenceSettings, can_calibrate
 from edgetune.training.answer_confidence import measure_answers, wants_confidence
 from edgetune.training.context import ResolvedStage
-from edgetune.training.held_out import analyse
+from edgetune.training.held_out import analyse, sentence_tags
 from edgetune.training.validation import batches_for_measuring, outputs_of
 
 
@@ -47,7 +48,7 @@ def measure_held_out(
     if not held_out:
         return HeldOutFit(Fitted(warnings=too_few(0, asked)))
     found = _logits(model, stage, held_out)
-    fitted = _together(model, stage, found).fit(asked)
+    fitted = _together(model, stage, held_out, found).fit(asked)
     confidence = fitted.confidence if isinstance(fitted.confidence, Confidence) else NONE
     return HeldOutFit(fitted, analyse(stage, held_out, [one for one, _ in found], confidence))
 
@@ -56,20 +57,32 @@ def measure_labels(
     model: nn.Module, stage: ResolvedStage, held_out: Sequence[Batch]
 ) -> LabelledLogits:
     """Every row, word or label of several, and the rows that are none of the labels."""
-    return _together(model, stage, _logits(model, stage, held_out))
+    return _together(model, stage, held_out, _logits(model, stage, held_out))
 
 
 BatchLogits = list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 """logits (rows, classes) and right classes (rows,) of each batch"""
 
 
-def _together(model: nn.Module, stage: ResolvedStage, found: BatchLogits) -> LabelledLogits:
+def _together(
+    model: nn.Module, stage: ResolvedStage, held_out: Sequence[Batch], found: BatchLogits
+) -> LabelledLogits:
     logits, targets = (np.concatenate(column) for column in zip(*found, strict=True))
     others = batches_for_measuring(
         stage.examples.out_of_scope, stage.batching, tokens=VALIDATION_TOKENS
     )
     outside = [logits for logits, _ in _logits(model, stage, others)]
-    return LabelledLogits(logits, targets, np.concatenate([logits[:0], *outside]))
+    chosen = _tags(stage, held_out, found) if stage.task == TAGGING else None
+    return LabelledLogits(logits, targets, np.concatenate([logits[:0], *outside]), chosen)
+
+
+def _tags(
+    stage: ResolvedStage, held_out: Sequence[Batch], found: BatchLogits
+) -> npt.NDArray[np.int64]:
+    """The number of the tag of every word that is seen, as they are answered."""
+    batches = sentence_tags(stage, held_out, [logits for logits, _ in found])
+    sentences = [best for tags in batches for _, best in tags]
+    return np.array([tag for best in sentences for tag in best if tag is not None], np.int64)
 
 
 def _logits(model: nn.Module, stage: ResolvedStage, batches: Sequence[Batch]) -> BatchLogits:

@@ -76,26 +76,38 @@ def _tagged(
 ) -> tuple[list[JudgedRow], list[JudgedRow]]:
     """Every word, and every sentence as one answer that is as sure as its least certain word."""
     labels, texts = stage.examples.labels or (), _texts(stage)
-    scheme = stage.examples.prompt_format.tag_scheme
-    examples: dict[int, Any] = {example.row: example for example in stage.examples.validation}
     words, sentences = list[JudgedRow](), list[JudgedRow]()
-    for batch, found in zip(batches, logits, strict=True):
-        p = softmax(found / confidence.temperature, axis=-1)
-        rows = iter(range(len(found)))  # word after word
-        for line in batch.rows:
-            example = examples[line]
-            seen = [None if token is None else next(rows) for token in example.first]
-            best = likeliest_tags(
-                [None if at is None else found[at] for at in seen], labels, scheme=scheme
-            )
+    shares = [softmax(found / confidence.temperature, axis=-1) for found in logits]
+    for p, tags in zip(shares, sentence_tags(stage, batches, logits), strict=True):
+        rows = iter(p)  # word after word
+        for example, best in tags:
+            line = example.row
             own = [
                 JudgedRow(line, "", tag, outside_tag(labels))
-                if at is None or chosen is None
-                else JudgedRow(line, "", tag, labels[chosen], float(p[at, chosen]))
-                for at, chosen, tag in zip(seen, best, example.tags, strict=True)
+                if chosen is None
+                else JudgedRow(line, "", tag, labels[chosen], float(next(rows)[chosen]))
+                for chosen, tag in zip(best, example.tags, strict=True)
             ]
             words += own
             sure = min((one.score for one in own if one.score is not None), default=None)
             wanted, got = (" ".join(one.wanted for one in own), " ".join(one.got for one in own))
             sentences.append(JudgedRow(line, texts[line], wanted, got, sure))
     return words, sentences
+
+
+def sentence_tags(
+    stage: ResolvedStage, batches: Sequence[Batch], logits: Logits
+) -> Iterator[list[tuple[Any, list[int | None]]]]:
+    """Of each batch: its sentences with the number of every word's tag, chosen together; None for
+    a word that the model never sees.
+    """
+    labels, scheme = stage.examples.labels or (), stage.examples.prompt_format.tag_scheme
+    examples: dict[int, Any] = {example.row: example for example in stage.examples.validation}
+    for batch, found in zip(batches, logits, strict=True):
+        rows = iter(found)  # word after word
+        own = [examples[line] for line in batch.rows]
+        seen = [[None if token is None else next(rows) for token in one.first] for one in own]
+        yield [
+            (one, likeliest_tags(words, labels, scheme=scheme))
+            for one, words in zip(own, seen, strict=True)
+        ]

@@ -176,7 +176,8 @@ export class Bundle {
 }
 
 function refuse({ schema, graph, precision }) {
-  if (schema !== 1) throw new Error(`edgetune.json: expected schema 1, got ${schema}`);
+  if (schema !== 1 && schema !== 2)
+    throw new Error(`edgetune.json: expected schema 1 or 2, got ${schema}`);
   if (graph.encoder) throw new Error("an encoder-decoder: this page runs decoders and encoders");
   if (precision.weights === "fp16") {
     throw new Error("an fp16 bundle, for GPUs: export it in fp32, int8 or int4 for a browser");

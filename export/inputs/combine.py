@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from edgetune.adapters.folder import write_metadata
 from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError, ExportError
 from edgetune.core.files import sha256_file, write_json
 from edgetune.core.layout import (
     ADAPTER,
     ADAPTER_CONFIG,
-    ADAPTER_METADATA,
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
 )
@@ -208,4 +208,6 @@ def _write(
     if first.metadata is not None:
         files = {name: sha256_file(out / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
         own = {"metrics": {"sum_of": dict(weights)}, "files": files, "confidence": None}
-        write_json(out / ADAPTER_METADATA, {**first.metadata, **own})
+        made_small = {"codes", "compressed"}  # which the sum is not
+        kept = {name: value for name, value in first.metadata.items() if name not in made_small}
+        write_metadata(out, {**kept, **own})

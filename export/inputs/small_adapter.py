@@ -15,11 +15,12 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
+from edgetune.adapters.folder import write_metadata
 from edgetune.core.adapter_codes import Coded, coded_config
 from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError
 from edgetune.core.files import sha256_file, whole_folder, write_json
-from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_METADATA, ADAPTER_WEIGHTS, PEFT_PREFIX
+from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
 from edgetune.core.precisions import ADAPTER_BITS
 from edgetune.quantisation.adapter_rounding import codes_of, rounded, scales_of, truncated
 from edgetune.runtime.adapters.lora import LoraFolder, read_lora, refuse_if
@@ -178,7 +179,9 @@ def small_adapter(read: LoraFolder, factors: Mapping[str, Factors], bits: int) -
             one = Coded(name, HEAD_BITS, (tensor.shape[1],))
             tensors[one.key] = one.encode([_codes(torch.from_numpy(tensor), HEAD_BITS)])
         else:
-            tensors[name] = tensor.astype(np.float16)
+            with np.errstate(over="ignore"):
+                half = tensor.astype(np.float16)  # too small for a number of thousands, as a bias
+            tensors[name] = half if np.isfinite(half).all() else tensor.astype(np.float32)
     ranks = {module: own.rank for module, own in factors.items()}
     return SmallAdapter(read, tensors, ranks, bits)
 
@@ -210,9 +213,13 @@ def write_plain(read: LoraFolder, out: Path) -> None:
     for module, (a, b) in read.deltas.items():
         tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a
         tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b
-    rank, pattern = rank_settings({module: a.shape[0] for module, (a, _) in read.deltas.items()})
-    own = {"r": rank, "lora_alpha": rank, "rank_pattern": pattern, "alpha_pattern": pattern}
-    _write(out, read, {**read.config, **own, "use_rslora": False}, tensors, {"codes": None})
+    config = {**read.config, "use_rslora": False}
+    if read.deltas:
+        ranks = {module: a.shape[0] for module, (a, _) in read.deltas.items()}
+        rank, pattern = rank_settings(ranks)
+        config |= {"r": rank, "lora_alpha": rank}
+        config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
+    _write(out, read, config, tensors, {"codes": None})
 
 
 def write_rounded(folder: Path, out: Path, precision: str) -> None:
@@ -259,7 +266,7 @@ def _write(
         if read.metadata is not None:
             names = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
             files = {name: sha256_file(partial / name) for name in names}
-            write_json(partial / ADAPTER_METADATA, {**read.metadata, **more, "files": files})
+            write_metadata(partial, {**read.metadata, **more, "files": files})
 
 
 def _bytes_of(tensors: Mapping[str, Array]) -> bytes:

@@ -206,7 +206,9 @@ def check_sources(
 
 
 def check_adapter_precision(precision: str, sources: Sequence[AdapterSource], mode: str) -> None:
-    """ExportError for a precision of adapters that is none, or where none stands by itself."""
+    """ExportError for a precision of adapters that is none, or where none stands by itself;
+    AdapterError where all are in codes.
+    """
     if precision not in ADAPTER_PRECISIONS:
         raise ExportError(
             "unknown precision",
@@ -220,6 +222,12 @@ def check_adapter_precision(precision: str, sources: Sequence[AdapterSource], mo
             where=f"--adapter-precision {precision}",
             got="a base alone" if not sources else "--mode merged",
             fix="Leave it out.",
+        )
+    if precision != "fp32" and all(source.coded for source in sources):
+        raise AdapterError(
+            "every adapter of this bundle is in codes already",
+            where=f"--adapter-precision {precision}",
+            fix="Leave it out: the bundle holds the codes as they are.",
         )
 
 

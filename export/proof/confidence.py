@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from edgetune.adapters.folder import write_metadata
 from edgetune.core.answer_confidence import AnswerConfidence, answer_confidence_of
 from edgetune.core.confidence import Confidence, confidence_of
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import read_json, write_json
+from edgetune.core.files import read_json
 from edgetune.core.layout import ADAPTER_METADATA, ADAPTERS, RECIPE, SUMMARY
 from edgetune.core.progress import Say
+from edgetune.core.tag_sequences import likeliest_tags
 from edgetune.core.tasks import TAGGING
 from edgetune.data.batching import IGNORE, VALIDATION_TOKENS, last_answer, rows_within
 from edgetune.data.examples import ExampleSet
@@ -129,7 +131,7 @@ def ship(folder: Path, manifest: Manifest, found: Mapping[str, ShippedConfidence
         path = folder / ADAPTERS / entry.name / ADAPTER_METADATA
         if path.is_file():
             metadata = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, {**metadata, "confidence": own})
+            write_metadata(path.parent, {**metadata, "confidence": own})
         return entry if entry.confidence is None else replace(entry, confidence=own)
 
     return replace(manifest, adapters=tuple(map(shipped, manifest.adapters)))
@@ -246,21 +248,26 @@ def _class_logits(runtime: Runtime, source: AdapterSource, rows: Sequence[Any]) 
 
 
 def _words(runtime: Runtime, source: AdapterSource, rows: Sequence[Any]) -> LabelledLogits:
-    """Every word that is seen."""
+    """Every word that is seen, and the tags that its sentence chooses."""
     engine, found = runtime.opened.need_encoder(), list[tuple[Any, Any]]()
+    scheme = (source.metadata.get("prompt_format") or {}).get("tag_scheme")
+    chosen: list[int] = []
     for places in batches([len(row.input_ids) for row in rows], ENCODE_ROWS):
         part = [rows[at] for at in places]
-        logits, _ = engine.tokens(
+        states, _ = engine.tokens(
             [row.input_ids for row in part],
             [runtime.bound(source.name)] * len(part),
             pad_token_id=runtime.tokenizer.pad_token_id or 0,
         )
-        for row, own in zip(part, logits, strict=True):
+        for row, own in zip(part, states, strict=True):
             need_finite(own, source.name)
             seen = np.array(row.labels) != IGNORE
             found.append((own[seen], np.array(row.labels)[seen]))
-    words, targets = (np.concatenate(column) for column in zip(*found, strict=True))
-    return LabelledLogits(words, targets, words[:0])
+            words = [None if token is None else own[token] for token in row.first]
+            tags = likeliest_tags(words, source.labels or (), scheme=scheme)
+            chosen += [tag for tag in tags if tag is not None]
+    logits, targets = (np.concatenate(column) for column in zip(*found, strict=True))
+    return LabelledLogits(logits, targets, logits[:0], np.array(chosen))
 
 
 def _written(runtime: Runtime, source: AdapterSource, examples: ExampleSet) -> WrittenAnswers:

@@ -10,6 +10,7 @@ from edgetune.core.confidence import confidence_problems
 from edgetune.core.errors import InputError
 from edgetune.core.head_layers import LINEAR, TRANSFORMERS
 from edgetune.core.precisions import PRECISIONS
+from edgetune.core.tag_sequences import IOB2
 from edgetune.core.tasks import PROBLEMS
 from edgetune.runtime.adapters.patterns import is_safe
 
@@ -121,7 +122,7 @@ PROMPT_FORMAT: Table = {
     "text": TEXT,
     "text_pair": TEXT,
     "tokens": TEXT,
-    "tag_scheme": TEXT,
+    "tag_scheme": _one_of(IOB2),
     "case_marks": (_is_flag, "true or false"),
 }
 GENERATION: Table = {

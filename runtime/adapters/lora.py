@@ -23,6 +23,7 @@ from edgetune.core.adapter_codes import is_coded, plain_config, unknown_layout
 from edgetune.core.arrays import Array
 from edgetune.core.errors import AdapterError, listed
 from edgetune.core.files import is_regular, read_hashed_json, sha256_file
+from edgetune.core.format_version import unknown_version
 from edgetune.core.layout import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -275,8 +276,8 @@ def _metadata_problems(
     read: LoraFolder, metadata: Mapping[str, Any], base_digest: str | None
 ) -> list[str]:
     problems = []
-    if metadata.get("schema") != 1:
-        problems.append(f"{ADAPTER_METADATA}: schema: expected 1, got {metadata.get('schema')!r}")
+    if (version := unknown_version(metadata.get("schema"))) is not None:
+        problems.append(f"{ADAPTER_METADATA}: {version}")
     base = metadata.get("base") or {}
     if base_digest is not None and base.get("digest") != base_digest:
         got = f"{base.get('name', '?')} {str(base.get('digest'))[:23]}…"

@@ -12,13 +12,13 @@ from typing import Any
 
 from edgetune.core.errors import BundleError, SignatureError
 from edgetune.core.files import read_hashed_json
+from edgetune.core.format_version import FORMAT_VERSIONS, unknown_version
 from edgetune.core.head_layers import HeadLayers
 from edgetune.core.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from edgetune.core.precisions import PRECISIONS
 from edgetune.core.settings import about, from_dict, key_of
 from edgetune.core.tasks import ENCODER_TASKS, GENERATION, PROBLEMS, TAGGING
 
-SCHEMA = 1
 MAX_SIZE = 1 << 24
 """Of a vocabulary, a context or a layer's width."""
 SCORE_OUTPUT = "score"
@@ -250,12 +250,12 @@ def manifest_from_dict(document: Any, *, where: str = MANIFEST) -> Manifest:
     """
     if not isinstance(document, dict):
         raise BundleError("a manifest is a JSON object", where=where, got=type(document).__name__)
-    if document.get("schema") != SCHEMA:
+    if unknown_version(document.get("schema")) is not None:
         raise BundleError(
             "the bundle has another schema version",
             where=where,
-            expected=str(SCHEMA),
-            got=repr(document.get("schema")),
+            expected=" or ".join(map(str, FORMAT_VERSIONS)),
+            got=f"{document.get('schema')!r:.40}",
             fix="Export it again with this version of edgetune, or upgrade edgetune.",
         )
     manifest = from_dict(

@@ -4,11 +4,59 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from edgetune.core.errors import InputError
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value)
+
+
+def _biases(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(pair, (tuple, list)) and len(pair) == 2 and _whole(pair[0]) and _number(pair[1])
+        for pair in value
+    )
+
+
+TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (_whole, "a whole number"),
+    "top_k": (_whole, "a whole number"),
+    **dict.fromkeys(
+        ("seed", "logprobs"), (lambda value: value is None or _whole(value), "a whole number")
+    ),
+    **dict.fromkeys(
+        (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+        ),
+        (_number, "a number"),
+    ),
+    "confidence": (lambda value: isinstance(value, bool), "true or false"),
+    "stop": (_texts, "a text, or several"),
+    "logit_bias": (_biases, "token ids with numbers"),
+    **dict.fromkeys(
+        ("schema", "regex", "grammar"),
+        (lambda value: value is None or isinstance(value, str), "a text"),
+    ),
+}
+"""setting → (whether a value fits, what is expected)"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +108,10 @@ class GenerationSettings:
     """The answer is of this Lark grammar."""
 
     def __post_init__(self) -> None:
+        for name, (is_one, expected) in TYPES.items():
+            if not is_one(getattr(self, name)):
+                got = repr(getattr(self, name))[:80]
+                raise InputError(f"{name} has a wrong type", expected=expected, got=got)
         bounds = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "temperature": (0 <= self.temperature < math.inf, "0 or more"),
@@ -110,14 +162,26 @@ def settings_from(
         given = {k: v for k, v in given.items() if k not in KINDS}
     given |= wanted
     if "stop" in given:
-        given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
-    if isinstance(given.get("logit_bias"), Mapping):
-        given["logit_bias"] = tuple(
-            (int(token), float(bias)) for token, bias in given["logit_bias"].items()
-        )
+        given["stop"] = _several(given["stop"])
+    if "logit_bias" in given:
+        given["logit_bias"] = _pairs(given["logit_bias"])
     if isinstance(given.get("schema"), (Mapping, bool)):
         given["schema"] = json.dumps(given["schema"])
     return replace(base or GenerationSettings(), **given)
+
+
+def _several(stop: Any) -> tuple[Any, ...]:
+    return tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+
+
+def _pairs(biases: Any) -> tuple[Any, ...]:
+    """A mapping of token ids, which JSON has as texts, to what is added to their logits."""
+    if not isinstance(biases, Mapping):
+        return tuple(biases) if isinstance(biases, Iterable) else (biases,)
+    try:
+        return tuple((int(token), bias) for token, bias in biases.items())
+    except ValueError:
+        return tuple(biases.items())  # which are no token ids
 
 
 KINDS = ("schema", "regex", "grammar")

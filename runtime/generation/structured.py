@@ -235,4 +235,7 @@ def _mask_thread() -> ThreadPoolExecutor:
 
 
 def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[0][:200]
+    """The first line of a message, and the one with the error where the first only announces it."""
+    first, *others = text.strip().splitlines() or ["no reason given"]
+    error = next((line.strip() for line in others if "error: " in line), "")
+    return (f"{first} {error}" if error and first.endswith(":") else first)[:200]

@@ -99,9 +99,17 @@ def classification_of(
     logits: npt.NDArray[np.float32], adapter: PackedAdapter, threshold: float | None = None
 ) -> Classification:
     """A head's logits (labels,) as probabilities of its labels; `threshold` in place of the
-    adapter's own. AdapterError where they are not finite.
+    adapter's own. AdapterError where they are not finite; InputError for a threshold of answers
+    that are not one label.
     """
     need_finite(logits, adapter.name)
+    if threshold is not None and adapter.problem != "single-label":
+        gives = "a number" if adapter.problem == "regression" else "several labels"
+        raise InputError(
+            f"the adapter {adapter.name!r} gives {gives}, which no threshold rejects",
+            got=f"threshold {threshold}",
+            fix="Leave the threshold out.",
+        )
     if adapter.problem == "regression":
         value = float(logits[0])
         return Classification(label=VALUE, score=value, scores={VALUE: value}, value=value)
@@ -120,7 +128,8 @@ def classification_of(
 
 def check_threshold(threshold: float | None) -> None:
     """InputError for a request's threshold that is no probability."""
-    if threshold is not None and not 0 <= threshold <= 1:
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and 0 <= threshold <= 1):
         raise InputError("the threshold is out of range", expected="0 to 1", got=repr(threshold))
 
 

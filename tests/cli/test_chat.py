@@ -46,13 +46,23 @@ def test_stats_follow_an_answer_where_they_are_asked_for(tiny_decoder: Path) -> 
     assert re.fullmatch(r"\[3 tokens, first after \d+ ms, \d+ tokens/s, length\]\n", said)
 
 
+def test_how_sure_an_answer_is_follows_it_where_it_is_asked_for(tiny_decoder: Path) -> None:
+    _, _, said = piped(decoder_bundle(tiny_decoder), "/settings confidence=true\nhello\n")
+    assert re.fullmatch(r"confidence [01]\.\d{4}\n", said)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("/adapter nobody", r"there is no adapter 'nobody' \(expected a, b, none\)"),
         ("/adapter", "/adapter needs a name"),
         ("/what", r"there is no command /what \(expected /adapter, /adapters"),
-        ("/settings temperature=hot", "a setting is of another type"),
+        (
+            "/settings temperature=hot",
+            r"temperature has a wrong type \(expected a number, got 'hot'\)",
+        ),
+        ("/settings max_new_tokens=1e3", "max_new_tokens has a wrong type"),
+        ("""/settings 'logit_bias={"x": 1}'""", "logit_bias has a wrong type"),
         ("/settings beams=2", "unknown generation setting 'beams'"),
         ("/settings seed", r"/settings \(expected key=value, got seed\)"),
         ("word " * 5000, "longer than the context"),

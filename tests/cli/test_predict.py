@@ -175,6 +175,16 @@ def test_settings_of_generation_are_refused_where_nothing_is_generated(
     assert "--temperature, --stop say how a text is generated, and mood generates none" in err
 
 
+def test_a_threshold_is_refused_where_no_label_is_given(
+    command_line: CommandLine, tiny_encoder: Path
+) -> None:
+    bundle = encoder_bundle(tiny_encoder)
+    code, out, err = command_line("predict", bundle, "lights", "--threshold", 1)
+    assert (code, out) == (2, "") and "the base model gives no labels of texts" in err
+    code, out, _ = command_line("predict", bundle, "lights", "--adapter", "mood", "--threshold", 1)
+    assert code == 0 and out.startswith("(no label)")
+
+
 BAD_ROWS: list[tuple[str, str]] = [
     ("{", "line 2: not valid JSON"),
     ("[1]", "line 2: the row is not an object (expected a JSON object such as"),

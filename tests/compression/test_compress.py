@@ -179,6 +179,19 @@ def test_a_bound_that_nothing_keeps_names_the_best(run: Path) -> None:
     assert len(search.trials) <= 5
 
 
+class NothingRight(HalfRight):
+    def as_trained(self) -> TaskFigure:
+        return TaskFigure("json_exact_match", 0.0, 4, "dev.jsonl")
+
+
+def test_rows_that_nothing_gets_right_choose_no_size(run: Path) -> None:
+    read, task = read_whole(run / "adapter"), NothingRight()
+    search = Search(read, task, max_loss=0.05, steps=0, progress=silent())  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=r"json_exact_match 0 on these.*of dev\.jsonl"):
+        search.smallest(sizes_of(read))
+    assert search.trials == []
+
+
 def test_bad_input_is_one_line(
     run: Path, tiny_decoder: Path, tmp_path: Path, command_line: CommandLine
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgetune.core.confidence import NONE, Confidence, confidence_of
@@ -18,6 +19,12 @@ def test_an_adapter_without_it_is_as_before() -> None:
 def test_what_is_written_is_read_and_keys_of_later_versions_are_passed_over() -> None:
     written = Confidence(temperature=1.5, threshold=0.4, target=0.9, rows=50)
     assert confidence_of({"confidence": {**written.to_dict(), "of_later": 1}}) == written
+
+
+def test_logits_of_any_size_stay_finite() -> None:
+    largest = np.finfo(np.float32).max
+    scaled = Confidence(temperature=0.05).scaled(np.array([largest, -largest, 1.0], np.float32))
+    assert scaled.tolist() == [largest, -largest, 20.0]
 
 
 def test_a_requests_threshold_goes_before_the_adapters() -> None:

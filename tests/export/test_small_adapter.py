@@ -16,6 +16,7 @@ from runtime_helpers import engines_here
 from safetensors.numpy import load_file, save_file
 
 from edgetune.adapters.folder import load_adapter
+from edgetune.compression.compress import decompress
 from edgetune.core.adapter_codes import Coded
 from edgetune.core.errors import AdapterError, ExportError
 from edgetune.core.files import sha256_file
@@ -219,6 +220,41 @@ def test_an_adapter_is_proven_as_it_ships(trained: Path, bundle: Path) -> None:
     again = reprove(bundle, manifest, threads=1)["onnxruntime"]["a"]
     # here the codes are both sides: what rounding them cost was in the first proof
     assert again.passed and again.mean_kl < shipped["mean_kl"]
+
+
+def test_codes_ship_as_they_are_beside_an_adapter_that_is_rounded(
+    trained: Path, small: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    both = [("whole", trained), ("small", small)]
+    export_bundle(
+        both, tmp_path / "b", threads=1, task=AS_IT_IS, adapter_precision="int8", say=said.append
+    )
+    shipped = tmp_path / "b" / "adapters"
+    assert read_lora(shipped / "whole").coded
+    codes = [folder / ADAPTER_WEIGHTS for folder in (shipped / "small", small)]
+    assert codes[0].read_bytes() == codes[1].read_bytes()
+    assert "small: in codes already, so it ships as it is" in said
+
+
+def test_a_head_by_itself_finds_its_way_back(tiny_encoder: Path, tmp_path: Path) -> None:
+    read = read_whole(make_adapter(tiny_encoder, tmp_path / "a"))
+    write_plain(replace(read, deltas={}), tmp_path / "head")
+    write_rounded(tmp_path / "head", tmp_path / "coded", "int8")
+    decompress(tmp_path / "coded", tmp_path / "plain")
+    coded, plain = read_lora(tmp_path / "coded"), read_lora(tmp_path / "plain")
+    assert not plain.coded and plain.problems == [] and plain.deltas == {}
+    assert all((plain.head[name] == coded.head[name]).all() for name in coded.head)
+
+
+def test_a_bias_that_fp16_has_no_number_for_keeps_its_value(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    read = read_whole(make_adapter(tiny_encoder, tmp_path / "a"))
+    prices = {**read.head, "classifier.bias": np.array([120_000.0, 1.5, 0.0], np.float32)}
+    write_small(small_adapter(replace(read, head=prices), spectra_of(read), 4), tmp_path / "small")
+    again = read_lora(tmp_path / "small")
+    assert again.problems == [] and again.head["classifier.bias"].tolist() == [120_000.0, 1.5, 0.0]
 
 
 def test_a_small_adapter_loads_beside_others_in_both_engines(

@@ -30,6 +30,16 @@ def test_figures_by_hand() -> None:
     assert rows().figures(Confidence())["share_answered"] is None
 
 
+def test_answers_that_are_not_the_likeliest_have_their_own_scores() -> None:
+    logits = np.array([SURE] * 40)
+    right = np.array([1] * 10 + [0] * 30)
+    found = LabelledLogits(logits, right, logits[:0], right).figures(Confidence())
+    # 0.1 against 10 of 10, 0.9 against 30 of 30
+    assert found["expected_calibration_error"] == pytest.approx((10 * 0.9 + 30 * 0.1) / 40)
+    alone = LabelledLogits(logits, right, logits[:0]).figures(Confidence())
+    assert alone["expected_calibration_error"] == pytest.approx(0.9 - 30 / 40)
+
+
 def test_the_figures_of_a_fit_are_those_of_what_it_found() -> None:
     fitted = rows().fit(ConfidenceSettings(answered=0.5), fitted_on="int8")
     assert isinstance(fitted.confidence, Confidence) and fitted.confidence.fitted_on == "int8"

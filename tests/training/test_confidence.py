@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from confidence_helpers import MORE, intents, rows, told, trained
 from head_helpers import room_recipe, room_rows
@@ -28,10 +29,12 @@ from edgetune.report.answers import confidence_section, errors_section
 from edgetune.runtime import Runtime
 from edgetune.runtime.tasks.prediction_file import answer_rows, requests_of
 from edgetune.training import run_recipe
+from edgetune.training.confidence import measure_labels
 from edgetune.training.held_out import analyse
 from edgetune.training.inputs import read_inputs
 from edgetune.training.parallel.distributed import Group
 from edgetune.training.resolve import resolve
+from edgetune.training.stage_model import RunModel
 from edgetune.training.stages import held_out_batches
 
 
@@ -152,6 +155,24 @@ def test_errors_of_held_out_rows_are_those_of_tags_chosen_together(
         first, *others = one["got"].split()
         assert first == "B-room" and set(others) == {"I-room"}
         assert one["score"] == pytest.approx(1 / (1 + np.exp(2) + np.exp(1)))
+
+
+def test_a_taggers_calibration_error_is_that_of_tags_chosen_together(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    run = resolve(
+        read_inputs(room_recipe(tiny_encoder, tmp_path)), device=CPU_DEVICE, group=Group()
+    )
+    (stage,), model = run.stages, RunModel(run).model
+    for name, weight in model.named_parameters():
+        if "classifier" in name:  # each word by itself is I-room
+            weight.data = torch.tensor([0.0, 2.0, 1.0]) if weight.ndim == 1 else 0 * weight
+    found = measure_labels(model, stage, held_out_batches(stage))
+    best, scores = found.answers(1.0)
+    lengths = [len(row.tags) for row in stage.examples.validation]
+    assert sorted(set(best.tolist())) == [0, 1] and (best == 0).sum() == len(lengths)
+    odds = np.exp([0.0, 2.0]) / np.exp([0.0, 2.0, 1.0]).sum()
+    assert scores == pytest.approx(odds[best])
 
 
 def test_rows_that_are_none_of_the_labels_teach_nothing_and_raise_the_threshold(

@@ -169,6 +169,20 @@ def test_marks_are_refused_where_the_tokenizer_knows_case(
         with_marks(cased, tmp_path, room_rows())
 
 
+def test_marks_are_refused_where_the_tokenizer_does_not_know_them(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    blind = Path(shutil.copytree(tiny_encoder, tmp_path / "blind"))
+    file = blind / "tokenizer.json"
+    known = file.read_text()
+    assert '"^": 319' in known
+    file.write_text(known.replace('"^": 319', '"\u00a4": 319'))
+    with pytest.raises(
+        RecipeError, match=r'no token for "\^", which is \[UNK\].*Remove case_marks'
+    ):
+        with_marks(blind, tmp_path, room_rows())
+
+
 def test_words_and_tags_may_have_other_columns_and_tags_may_be_integers(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:

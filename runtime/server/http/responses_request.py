@@ -6,7 +6,7 @@ OpenAI's newer interface says the same in other words: `input` and `instructions
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgetune.runtime.server.http.bodies import (
@@ -46,14 +46,22 @@ MESSAGE_FIELDS: dict[str, Schema] = {
     "status": STATUS,
     "phase": optional("string", enum=["commentary", "final_answer"]),
 }
+
+
+def _item(required: Sequence[str], **properties: Schema) -> dict[str, Any]:
+    """An item as an answer had it: clients send what their library adds along, as null."""
+    unknown = unsupported("an item has no such field here.")
+    return obj(required, **properties) | {"additionalProperties": unknown}
+
+
 ITEM = either(
-    obj(
+    _item(
         ("type", "role", "content"),
         type={"type": "string", "enum": ["message"]},
         **MESSAGE_FIELDS,
     ),
-    obj(("role", "content"), **MESSAGE_FIELDS),
-    obj(
+    _item(("role", "content"), **MESSAGE_FIELDS),
+    _item(
         ("type", "call_id", "name", "arguments"),
         type={"type": "string", "enum": ["function_call"]},
         call_id={"type": "string", "maxLength": 128},
@@ -62,7 +70,7 @@ ITEM = either(
         id=ITEM_ID,
         status=STATUS,
     ),
-    obj(
+    _item(
         ("type", "call_id", "output"),
         type={"type": "string", "enum": ["function_call_output"]},
         call_id={"type": "string", "maxLength": 128},

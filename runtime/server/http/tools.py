@@ -17,6 +17,8 @@ from edgetune.runtime.generation.sampling import stop_overlap
 from edgetune.runtime.server.http.errors import bad_request
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
+SPELLING = {"whitespace_pattern": "", "item_separator": ", ", "key_separator": ": "}
+"""llguidance's words for JSON as `tojson` writes it: a small model can write blanks for ever."""
 
 
 def takes_tools(template: str | None) -> bool:
@@ -58,10 +60,14 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], choice: Any) -> str | None:
                 f"'tool_choice' names {choice['function']['name']!r}, which is not in 'tools'."
             )
             raise bad_request(message, param="tool_choice", code="invalid_value")
-    calls = [_call_schema(function) for function in functions]
-    return (
-        f'start: "{OPENING}\\n" call "\\n{CLOSING}"\ncall: %json {json.dumps({"anyOf": calls})}\n'
-    )
+    calls, rules = [], []
+    for number, function in enumerate(functions):
+        calls.append(f"call_{number}")
+        before = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": '
+        rules.append(f'call_{number}: {json.dumps(before)} arguments_{number} "}}"')
+        rules.append(f"arguments_{number}: %json {json.dumps(_arguments_schema(function))}")
+    start = f'start: "{OPENING}\\n" ({" | ".join(calls)}) "\\n{CLOSING}"'
+    return "\n".join([start, *rules]) + "\n"
 
 
 class ToolParser:
@@ -125,15 +131,16 @@ def _function(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": call["function"]["name"], "arguments": arguments}
 
 
-def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = function.get("parameters") or {"type": "object"}
-    properties = {"name": {"const": function["name"]}, "arguments": arguments}
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
+def _arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema of its own, since a `$ref` counts from the root; spelled as templates spell it."""
+    given = function.get("parameters") or {}
+    if given.get("type", "object") != "object":
+        message = (
+            f"The parameters of {function['name']!r} have the type {given['type']!r:.40}: expected"
+            " 'object'."
+        )
+        raise bad_request(message, param="tools", code="invalid_value")
+    return {"type": "object", "x-guidance": SPELLING, **given}
 
 
 def _parse(inside: str) -> dict[str, Any] | None:
@@ -144,8 +151,8 @@ def _parse(inside: str) -> dict[str, Any] | None:
             and isinstance(value.get("name"), str)
             and isinstance(value.get("arguments"), dict)
         )
-        return (
-            {"name": value["name"], "arguments": json.dumps(value["arguments"])} if fits else None
-        )
-    except (ValueError, RecursionError):  # what is nested too deeply is no call either
+        if not fits:
+            return None
+        return {"name": value["name"], "arguments": json.dumps(value["arguments"], allow_nan=False)}
+    except (ValueError, RecursionError):  # NaN and what is nested too deeply are no call either
         return None

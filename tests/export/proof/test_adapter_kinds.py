@@ -95,13 +95,16 @@ def test_peft_opens_the_sum_and_answers_as_with_the_summed_weights(
     )
 
 
-def test_how_sure_an_adapter_is_says_nothing_of_a_sum(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_how_sure_and_how_small_an_adapter_is_says_nothing_of_a_sum(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
     about = make_adapter(tiny_decoder, tmp_path / "a") / ADAPTER_METADATA
     sure = AnswerConfidence(slope=2.0, intercept=1.0).to_dict()
-    about.write_text(json.dumps(json.loads(about.read_text()) | {"confidence": sure}))
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"confidence": sure, "codes": {}}))
     combine([Term("a", tmp_path / "a", 0.5)], tmp_path / "half")
     found = read_metadata(tmp_path / "half")
     assert found["metrics"] == {"sum_of": {"a": 0.5}} and found["confidence"] is None
+    assert "codes" not in found
 
 
 def test_export_takes_sums_of_names_and_of_folders(tiny_decoder: Path, tmp_path: Path) -> None:

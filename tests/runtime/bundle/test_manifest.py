@@ -54,7 +54,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        (changed(schema=2), "another schema version (expected 1, got 2)"),
+        (changed(schema=3), "another schema version (expected 1 or 2, got 3)"),
         (changed(surprise=1), 'unknown key "surprise"'),
         (
             changed(task="poetry"),

@@ -228,3 +228,30 @@ def test_a_callers_settings_win_over_the_adapters() -> None:
 def test_settings_out_of_range_are_named(setting: str, value: Any) -> None:
     with pytest.raises(InputError, match=setting):
         settings_from({}, {setting: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 8.5),
+        ("max_new_tokens", True),
+        ("temperature", "hot"),
+        ("seed", "1"),
+        ("stop", 5),
+        ("stop", [5]),
+        ("logit_bias", 5),
+        ("logit_bias", [5]),
+        ("logit_bias", {"x": 1.0}),
+        ("logit_bias", {"1": "much"}),
+        ("confidence", 1),
+        ("regex", 5),
+    ],
+)
+def test_a_setting_of_a_wrong_type_is_one_line(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name} has a wrong type"):
+        settings_from({}, {name: value})
+
+
+def test_settings_take_numpys_numbers_and_json_s_keys() -> None:
+    found = settings_from({}, {"max_new_tokens": np.int64(3), "logit_bias": {"7": 1}, "stop": "x"})
+    assert (found.max_new_tokens, found.logit_bias, found.stop) == (3, ((7, 1),), ("x",))

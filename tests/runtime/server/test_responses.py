@@ -139,6 +139,7 @@ def test_a_required_call_is_an_item_of_its_own(server: Running) -> None:
     assert events[4].arguments == call.arguments == events[5].item.arguments
     assert events[-1].response.output[0].call_id == events[2].item.call_id
     again = [{"role": "user", "content": "on"}, events[-1].response.output[0].to_dict()]
+    again.append({**again[1], "namespace": None, "caller": None})  # as the client's model_dump has
     done = {"type": "function_call_output", "call_id": events[2].item.call_id, "output": "done"}
     assert asked(server, [*again, done], tools=[LIGHTS]).status in ("completed", "incomplete")
 
@@ -192,6 +193,7 @@ def test_log_probabilities_come_where_they_are_included(server: Running) -> None
         ({"store": True}, "store"),
         ({"input": []}, "input"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": "x", "name": "me"}]}, "input[0].name"),
         ({"input": [{"type": "reasoning"}]}, "input[0].type"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},

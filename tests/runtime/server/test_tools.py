@@ -58,6 +58,31 @@ def test_a_required_call_fits_the_tools_schema(server: Running) -> None:
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
 
 
+def test_a_calls_arguments_may_refer_to_definitions_of_their_own(server: Running) -> None:
+    switch = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    parameters = {
+        "$defs": {"Switch": {**switch, "additionalProperties": False}},
+        "properties": {"lamp": {"$ref": "#/$defs/Switch"}},
+        "required": ["lamp"],
+        "additionalProperties": False,
+    }  # as pydantic writes nested models
+    tool = {"type": "function", "function": {"name": 'say "lié"', "parameters": parameters}}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 90, "tools": [tool, LIGHTS]}
+    choice = {"type": "function", "function": {"name": 'say "lié"'}}
+    answer = server.post("/v1/chat/completions", {**body, "tool_choice": choice}).json()
+    ((call,),) = [one["message"]["tool_calls"] for one in answer["choices"]]
+    arguments = call["function"]["arguments"]
+    assert call["function"]["name"] == 'say "lié"'
+    assert arguments in ('{"lamp": {"on": true}}', '{"lamp": {"on": false}}')
+
+
+def test_a_call_is_spelled_without_room_for_blanks(server: Running) -> None:
+    """A small model writes blanks until its tokens run out, wherever a form lets it."""
+    blanks = {str(token): 100 for token in server.runtime.tokenizer.encode(" ")}
+    (choice,) = asked(server, tool_choice="required", logit_bias=blanks).choices
+    assert choice.finish_reason == "tool_calls"
+
+
 def test_a_streamed_call_is_the_same(server: Running) -> None:
     choice = {"type": "function", "function": {"name": "lights"}}
     (whole,) = asked(server, tool_choice=choice).choices
@@ -98,6 +123,15 @@ def test_tools_and_their_results_reach_the_template(server: Running) -> None:
         ({"tools": None, "tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tool_choice": "required", "guided_regex": "x"}, "tool_choice"),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [
+                    {"type": "function", "function": {"name": "x", "parameters": {"type": "array"}}}
+                ],
+            },
+            "tools",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], param: str, server: Running) -> None:
@@ -125,6 +159,12 @@ def test_a_template_without_tools_is_said_so(tiny_decoder: Path) -> None:
             "/v1/chat/completions", {"model": "tiny", "messages": HELLO, "tools": [LIGHTS]}
         )
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_lacks_make_no_call(number: str) -> None:
+    text = f'{OPENING}{{"name": "x", "arguments": {{"a": {number}}}}}{CLOSING}'
+    assert ToolParser().add(text, last=True) == (text, [])
 
 
 TEXT = (

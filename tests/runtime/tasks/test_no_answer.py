@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from safetensors.numpy import load_file, save_file
 from edgetune.core.errors import AdapterError, InputError
 from edgetune.core.files import sha256_file
 from edgetune.runtime import Runtime
+from edgetune.runtime.adapters.packing import PackedAdapter
 from edgetune.runtime.scheduler.scheduler import Scheduler
+from edgetune.runtime.tasks.answers import classification_of
 
 NOT_FINITE = "what the adapter 'x' computed is not finite"
 
@@ -50,6 +53,23 @@ def generator(tiny_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         folder = tmp_path_factory.mktemp("nan") / "x"
         runtime.load_adapter("x", overflowing(bundle, "a", folder))
         yield runtime
+
+
+@pytest.mark.parametrize(
+    ("problem", "gives"), [("multi-label", "several labels"), ("regression", "a number")]
+)
+def test_a_threshold_of_what_is_not_one_label_is_refused(problem: str, gives: str) -> None:
+    adapter = PackedAdapter("x", {}, ("one",), 1, "", {"problem": problem})
+    logits = np.zeros(1, np.float32)
+    assert classification_of(logits, adapter).score in (0.0, 0.5)
+    with pytest.raises(InputError, match=f"'x' gives {gives}, which no threshold rejects"):
+        classification_of(logits, adapter, 0.3)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), True, "0.5"])
+def test_a_threshold_that_is_no_probability_is_refused(threshold: Any, classifier: Runtime) -> None:
+    with pytest.raises(InputError, match="threshold is out of range"):
+        classifier.classify(["hello"], "intent", threshold=threshold)
 
 
 def test_a_classification_that_is_not_finite_is_an_error(classifier: Runtime) -> None:
