@@ -14,7 +14,7 @@ from edgetune.core.errors import DataError
 from edgetune.core.tasks import METHODS
 from edgetune.data.batching import IGNORE
 from edgetune.data.examples import ExampleSet, Loading
-from edgetune.data.findings import Finding, cut, find
+from edgetune.data.findings import Finding, cut, find, without_names
 from edgetune.data.loaders import loader_of, open_rows, texts_in
 from edgetune.data.plain_text import encode_documents, text_rows
 from edgetune.data.row import RowTexts
@@ -87,6 +87,7 @@ def look_at(
     texts = {n: texts_in(lenient, one, loading.form) for n, one in loading.sources.items()}
     data = {k: v for k in ROW_KEYS if (v := getattr(loading.form, k)) is not None}
     findings = [
+        *without_names(loading.sources),
         *_unusable(stage, loading, found),
         *_long(stage, loading, lengths),
         *find(

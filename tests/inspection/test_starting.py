@@ -86,7 +86,7 @@ def test_the_tasks_of_the_command_line_are_all_that_rows_can_be_read_as() -> Non
 def test_a_recipe_says_why(bases: Bases, tmp_path: Path) -> None:
     rows = each(lambda n: {"a text": text(n), "how much": 40 * n + 0.5})
     made = begin(write_table(tmp_path / "rows.csv", rows, ","), bases)
-    assert 'label = "{{ row[\\"how much\\"] | float / 1000 }}" # numbers up to 4760.5' in made.text
+    assert 'label = "{{ row[\\"how much\\"] | number / 1000 }}" # numbers up to 4760.5' in made.text
     assert "hold_out = 20" in made.text and "120 rows of rows.csv (CSV)" in made.text
 
 
@@ -97,10 +97,23 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(bases: Bases, tmp_pat
     assert made.recipe.stage[0].data.skip_invalid
 
 
+def test_numbers_with_a_comma_are_read_and_empty_cells_are_not_zero(
+    bases: Bases, tmp_path: Path
+) -> None:
+    rows = each(lambda n: {"text": text(n), "Preis": f"{n},50 €" if n % 20 else ""})
+    made = begin(write_table(tmp_path / "rows.csv", rows, ";"), bases)
+    assert "label = \"{{ Preis | number(',') / 10 }}\"" in made.text
+    assert "small and large numbers alike" in made.text and "# 6 rows cannot be used" in made.text
+    numbers = [float(row.answered) for of in made.overview.texts.values() for row in of]
+    assert min(numbers) == 1.5 and max(numbers) == 119.5
+    summary = trained(made, tmp_path / "rows.toml", tmp_path / "run")
+    assert summary["data"][0]["skipped"] == {"train": 6, "validation": 0}
+
+
 def test_labels_that_differ_in_case_alone_are_made_one(bases: Bases, tmp_path: Path) -> None:
     rows = each(lambda n: {"text": text(n), "label": label(n).title() if n % 5 else label(n)})
     made = begin(write_jsonl(tmp_path / "rows.jsonl", rows), bases)
-    assert "normalise_labels = true" in made.text
+    assert "normalise_labels = true" in made.text and "one of 3 labels" in made.text
     assert made.findings == [] or all(one.kind != "alike-labels" for one in made.findings)
 
 
