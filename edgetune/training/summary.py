@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from edgetune import __version__
@@ -27,6 +28,7 @@ from edgetune.recipe.schema import Recipe
 from edgetune.training.context import ResolvedRun, ResolvedStage
 from edgetune.training.loop import StageResult
 
+TENTH = 0.1  # of a stage's steps
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
 
 
@@ -263,16 +265,19 @@ def _confidence_line(found: Mapping[str, Any]) -> str:
 
 def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each stage whose training loss ended higher than it began (grpo's says nothing
-    about that), and for each finding in its rows that matters.
+    about that), by the means of TENTH of its steps, for single ones differ by their rows; and for
+    each finding in its rows that matters.
     """
     lines = []
     for stage in run.stages:
         name = f"stage {stage.index} ({stage.method})"
         losses = [r["loss"] for r in records if r["kind"] == "train" and r["stage"] == stage.index]
-        if stage.method != "grpo" and len(losses) > 1 and losses[-1] > losses[0]:
+        count = max(1, int(TENTH * len(losses)))
+        began, ended = fmean(losses[:count] or [0.0]), fmean(losses[-count:] or [0.0])
+        if stage.method != "grpo" and ended > began:
             lines.append(
-                f"the loss of {name} ended higher than it began: {losses[0]:.4f} to"
-                f" {losses[-1]:.4f}; a lower learning_rate may help"
+                f"the loss of {name} ended higher than it began: {began:.4f} to {ended:.4f} on the"
+                " mean of the first and the last tenth of its steps; a lower learning_rate may help"
             )
         lines += [f"{name}: {one.line}" for one in stage.examples.findings if one.matters]
     return lines
