@@ -180,9 +180,12 @@ def _notes(
     said = f"{held} rows held out of train" + ("" if asked is None else " by data.hold_out")
     if asked is not None and held < asked:
         said += f", not {asked}, for rows that ask the same stay together and each label keeps one"
+    sizes = [len(group.rows) for group in groups]
+    too_many = sum(size for size in sizes if size > held and SHARE * size >= sum(sizes))
+    learned = [f"{too_many} rows that ask the same are all learned: nothing is measured on them"]
     every, measured = ({name for one in some for name in one.names} for some in (groups, drawn))
     alone = sorted(every - measured)
-    notes = [said]
+    notes = [said, *(learned if too_many else [])]
     if alone:
         named = ", ".join(repr(name) for name in alone[:NAMED])
         more = f" and {len(alone) - NAMED} more" if len(alone) > NAMED else ""
