@@ -48,8 +48,8 @@ def latin_page(data: bytes) -> str | None:
         except UnicodeDecodeError:
             continue
         seen = Counter(c for c in text.lower() if c > "\x7f" and c not in ANYWHERE)
-        share = max(sum(seen[c] for c in letters) for letters in languages.values())
-        share = share / seen.total() if seen else 1.0
+        known = max(sum(seen[c] for c in letters) for letters in languages.values())
+        share = known / seen.total() if seen else 1.0
         if share > most + (SURE if best else 0.0):
             best, most = page, share
     return best

@@ -28,7 +28,8 @@ from edgetune.recipe.schema import Recipe
 from edgetune.training.context import ResolvedRun, ResolvedStage
 from edgetune.training.loop import StageResult
 
-TENTH = 0.1  # of a stage's steps
+TENTH, FEW = 0.1, 3  # of a stage's steps, that many at least where there are
+RISE = 1.1  # times as much loss at the end as at the beginning is no chance of its rows
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
 
 
@@ -265,19 +266,19 @@ def _confidence_line(found: Mapping[str, Any]) -> str:
 
 def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each stage whose training loss ended higher than it began (grpo's says nothing
-    about that), by the means of TENTH of its steps, for single ones differ by their rows; and for
-    each finding in its rows that matters.
+    about that), by the means of some steps, for single ones differ by their rows; and for each
+    finding in its rows that matters.
     """
     lines = []
     for stage in run.stages:
         name = f"stage {stage.index} ({stage.method})"
         losses = [r["loss"] for r in records if r["kind"] == "train" and r["stage"] == stage.index]
-        count = max(1, int(TENTH * len(losses)))
+        count = max(1, min(FEW, len(losses) // 2), int(TENTH * len(losses)))
         began, ended = fmean(losses[:count] or [0.0]), fmean(losses[-count:] or [0.0])
-        if stage.method != "grpo" and ended > began:
+        if stage.method != "grpo" and ended > RISE * began:
             lines.append(
-                f"the loss of {name} ended higher than it began: {began:.4f} to {ended:.4f} on the"
-                " mean of the first and the last tenth of its steps; a lower learning_rate may help"
+                f"the loss of {name} ended higher than it began: {began:.4f} to {ended:.4f}, the"
+                f" means of its first and its last {count} steps; a lower learning_rate may help"
             )
         lines += [f"{name}: {one.line}" for one in stage.examples.findings if one.matters]
     return lines

@@ -76,5 +76,8 @@ def test_single_steps_that_differ_by_their_rows_are_no_rising_loss() -> None:
     assert falling[-1] > falling[0]
     run: Any = SimpleNamespace(stages=[stage])
     assert warnings_of(run, records) == []
+    assert (
+        warnings_of(run, [{**one, "loss": 1 + 0.001 * one["loss"]} for one in records[::-1]]) == []
+    )
     (rising,) = warnings_of(run, records[::-1])
-    assert "1.9500 to 2.5000 on the mean of the first and the last tenth" in rising
+    assert "1.8833 to 2.5000, the means of its first and its last 3 steps" in rising
