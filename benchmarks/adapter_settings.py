@@ -1,7 +1,8 @@
 """Which adapter for how many bytes: one recipe, trained with an adapter of every setting; a table,
 then one JSON line.
 
-    python benchmarks/adapter_settings.py RECIPE [--set KEY=VALUE]… [--seeds 0,1] [--out FOLDER]
+    python benchmarks/adapter_settings.py RECIPE [--set KEY=VALUE]… [--seeds 0,1] [--only PART]
+                                          [--out FOLDER]
 
 The recipe's own [parameters] are empty.
 
@@ -44,12 +45,16 @@ SETTINGS: dict[str, dict[str, str]] = {
 }
 
 
-def variants(path: Path, out: Path, seeds: list[str], overrides: list[str]) -> list[PlannedRun]:
-    """The recipe with every setting and seed."""
+def variants(
+    path: Path, out: Path, seeds: list[str], overrides: list[str], only: str
+) -> list[PlannedRun]:
+    """The recipe with every setting whose name holds `only`, and every seed."""
     plain = load_recipe(path, overrides)
     made = []
     for seed in seeds:
-        for number, chosen in enumerate(SETTINGS.values()):
+        for number, (setting, chosen) in enumerate(SETTINGS.items()):
+            if only not in setting:
+                continue
             settings = {f"parameters.{key}": value for key, value in chosen.items()}
             if chosen.get("train") == '"full"':
                 rates = {"learning_rate": plain.stage[-1].learning_rate}
@@ -75,6 +80,7 @@ def facts(outcome: TrainedRun, metric: str) -> dict[str, Any]:
     return {
         "seed": int(outcome.run.settings["seed"]),
         "metric": float(summary.metrics[metric]),
+        "loss": float(summary.metrics["loss"]),
         "parameters": summary.trainable_parameters,
         "mb": weights.stat().st_size / 1e6 if weights.is_file() else None,
         "forgetting": summary.forgetting,
@@ -87,9 +93,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--metric", default="exact_match")
+    parser.add_argument("--only", default="", help="settings whose name holds this")
     parser.add_argument("--out", type=Path, default=Path("runs/adapter-settings"))
     options = parser.parse_args()
-    made = variants(options.recipe, options.out, options.seeds.split(","), options.set)
+    made = variants(
+        options.recipe, options.out, options.seeds.split(","), options.set, options.only
+    )
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in SETTINGS}
     for outcome in train_here(made, progress=Progress(), write_more=write_report):
         name = list(SETTINGS)[int(outcome.run.name.split("-")[0])]
@@ -99,8 +108,9 @@ def main() -> None:
         done = [one for one in runs if "error" not in one]
         cells = [f"{one['metric']:.4f}" for one in done]
         mean = f"{fmean(one['metric'] for one in done):.4f}" if done else "failed"
+        loss = f"loss {fmean(one['loss'] for one in done):.4f}" if done else ""
         size = f"{done[0]['mb']:.2f} MB" if done and done[0]["mb"] is not None else "a base"
-        print(f"{name:24} {mean} ({', '.join(cells)})  {size}")
+        print(f"{name:24} {mean} ({', '.join(cells)})  {loss}  {size}")
     print(json.dumps(found))
 
 

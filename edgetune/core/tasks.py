@@ -93,7 +93,10 @@ METHODS: dict[MethodName, Method] = {
         has_head=True,
     ),
     "token-classification": Method(
-        task=TAGGING, kinds=("encoder",), columns=("tokens", "tags", "case_marks"), has_head=True
+        task=TAGGING,
+        kinds=("encoder",),
+        columns=("tokens", "tags", "case_marks", "swap_entities"),
+        has_head=True,
     ),
 }
 # What a bundle of a decoder and of an encoder answers.

@@ -14,7 +14,7 @@ from edgetune.data.prompts import PromptFormat, render, row_text
 from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
 
-NO_LINE = 0  # of a row that is a label's name and stands in no file
+NO_LINE = 0  # of a row that stands in no file, such as a label's name
 
 
 @dataclass(frozen=True)

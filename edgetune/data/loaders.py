@@ -15,7 +15,7 @@ from edgetune.data.contrasts import load_contrasts, stage_format
 from edgetune.data.examples import Example, ExampleSet, Loading, token_limit
 from edgetune.data.findings import Finding, cut, find, unusable, without_names
 from edgetune.data.implicit_prompts import paired, well_answered
-from edgetune.data.labels import LabelledRow, encode_texts, load_labelled
+from edgetune.data.labels import NO_LINE, LabelledRow, encode_texts, load_labelled
 from edgetune.data.masking import load_masked
 from edgetune.data.out_of_scope import without_outside
 from edgetune.data.plain_text import load_packed
@@ -135,7 +135,7 @@ def _findings(
 ) -> list[Finding]:
     """Of the rows that are learned and measured; of packed text, the documents."""
     lines = {
-        "train": {example.row for example in found.train},
+        "train": {example.row for example in found.train} - {NO_LINE},
         "validation": {example.row for example in found.validation},
     }
     if stage.method == "causal-lm":

@@ -10,15 +10,16 @@ from typing import Any
 
 from edgetune.core.errors import DataError, RecipeError
 from edgetune.core.tag_sequences import scheme_of_labels
-from edgetune.core.text import first_subwords, join_words
+from edgetune.core.text import first_subwords, has_entities, join_words
 from edgetune.data.batching import IGNORE
 from edgetune.data.columns import FIX, as_lists, tags_in, words_in
 from edgetune.data.examples import Example, ExampleSet, Labels, Loading, load
-from edgetune.data.labels import first_of, two_or_more
+from edgetune.data.labels import NO_LINE, first_of, two_or_more
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.row import Row
 from edgetune.data.rows import Rows, convert_rows
 from edgetune.data.sentences import scheme_of, sentences, to_iob2
+from edgetune.data.swapped_entities import swapped
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,19 @@ def load_tagged(loading: Loading) -> ExampleSet:
     unseen: dict[str, dict[str, int]] = {}
     labels = Labels(tuple(loading.labels or ()), tag_names, unknown_tag)
 
-    def encode(name: str, rows: list[TaggedRow]) -> list[TaggedExample]:
-        examples, truncated[name], unseen[name] = encode_tagged(
+    def encoded(rows: list[TaggedRow]) -> tuple[list[TaggedExample], int, dict[str, int]]:
+        return encode_tagged(
             rows,
             labels.names,
             loading.tokenizer,
             limit=loading.limit,
             case_marks=loading.form.case_marks,
         )
+
+    def encode(name: str, rows: list[TaggedRow]) -> list[TaggedExample]:
+        examples, truncated[name], unseen[name] = encoded(rows)
+        if name == "train" and loading.stage.data.swap_entities:
+            examples += encoded(swapped_rows(rows, loading))[0]
         if not any(first is not None for example in examples for first in example.first):
             raise DataError(
                 "there is no word to tag",
@@ -110,6 +116,27 @@ def load_tagged(loading: Loading) -> ExampleSet:
     found = load(loading, tagged_rows, encode, labels=labels)
     form = replace(loading.form, tag_scheme=scheme_of_labels(labels.names))
     return replace(found, truncated=truncated, unseen_words=unseen, prompt_format=form)
+
+
+def swapped_rows(rows: Sequence[TaggedRow], loading: Loading) -> list[TaggedRow]:
+    """The rows that `data.swap_entities` adds, which stand at no line. RecipeError where the tags
+    mark no entities.
+    """
+    if not has_entities(sorted({tag for row in rows for tag in row.tags})):
+        raise RecipeError(
+            "data.swap_entities has no use here: no words are marked as entities",
+            where=loading.sources["train"].source,
+            expected="tags such as B-person, I-person and O",
+            got=first_of(sorted({tag for row in rows for tag in row.tags}), "tags"),
+            fix="Remove swap_entities.",
+        )
+    found = swapped(
+        [(row.words, row.tags) for row in rows],
+        loading.stage.data.swap_entities,
+        seed=loading.seed,
+    )
+    loading.sources["train"].note(f"{len(found)} rows more, whose entities come from other rows")
+    return [TaggedRow(NO_LINE, *one) for one in found]
 
 
 def check_case_marks(tokenizer: Any) -> None:

@@ -118,6 +118,14 @@ class Data:
             " device"
         ),
     )
+    swap_entities: int = option(
+        0,
+        help=(
+            "token-classification: so many versions more of every training row, in which entities"
+            " are replaced by others of their type from the training rows; 0: none"
+        ),
+        at_least=0,
+    )
     system: str | None = option(
         None,
         help=(
