@@ -130,6 +130,14 @@ def test_a_missing_column_is_refused_or_skipped(action_run: Path, tmp_path: Path
     assert evaluate(action_run, rows, skip_invalid=True).skipped == 1
 
 
+def test_the_command_names_its_own_option_for_rows_that_cannot_be_used(
+    intent_run: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [*intent_rows()[:1], {"text": "hi", "label": ""}])
+    result = CliRunner().invoke(command, [str(intent_run), "--data", str(rows)])
+    assert "leave such rows out with --skip-invalid." in str(result.exception)
+
+
 def test_a_run_has_no_adapters_to_choose_from(intent_run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--adapter"):
         evaluate(intent_run, write_rows(tmp_path / "rows.jsonl", intent_rows()), adapter="other")
