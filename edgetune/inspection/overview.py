@@ -54,6 +54,7 @@ class Overview:
     names: Sequence[str] | None  # what a head tells apart
     findings: Sequence[Finding]
     texts: Mapping[str, Sequence[RowTexts]] = field(repr=False)
+    examples: int = 0  # that are learned: a row may give several
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and the page."""
@@ -112,6 +113,7 @@ def look_at(
         names=found.labels,
         findings=findings,
         texts=texts,
+        examples=len(found.train),
     )
 
 
@@ -138,10 +140,20 @@ def _measured(loading: Loading, base: Base) -> tuple[ExampleSet, dict[str, list[
         }
     parts = {"train": found.train, "validation": found.validation}
     seq2seq = base.kind == "encoder-decoder"
-    return found, {
+    lengths = {
         name: [_length(example, seq2seq=seq2seq) for example in parts[name] if example.row]
         for name in loading.sources
     }
+    return found, {name: _of_rows(of) for name, of in lengths.items()}
+
+
+def _of_rows(lengths: Sequence[RowLength]) -> list[RowLength]:
+    """One length a row: of several examples the longest."""
+    longest: dict[int, RowLength] = {}
+    for one in lengths:
+        known = longest.setdefault(one.line, one)
+        longest[one.line] = max(known, one, key=lambda of: of.tokens)
+    return list(longest.values())
 
 
 def _length(example: Any, *, seq2seq: bool) -> RowLength:

@@ -117,11 +117,14 @@ def draft(
     reading = replace(reading, what=_counted(reading, overview))
     size = Size(
         rows=overview.rows["train"],
+        examples=overview.examples,
         labels=len(overview.labels),
         lengths=[one.tokens for of in overview.lengths.values() for one in of],
         hidden=hidden_size(found),
         positions=token_limit(WHOLE, tokenizer, found),
     )
+    if _names_too(reading, size, overview):
+        size = replace(size, examples=size.examples + size.labels)
     held_out = 0
     if validation is None:
         held_out = overview.rows.get("validation", 0) + overview.unusable.get("validation", 0)
@@ -153,6 +156,12 @@ def _alike(overview: Overview) -> bool:
     """Whether labels of a classifier differ in case or spaces alone, which makes them one."""
     one_label = (overview.method, overview.problem) == ("sequence-classification", "single-label")
     return one_label and any(one.kind == "alike-labels" for one in overview.findings)
+
+
+def _names_too(reading: Reading, size: Size, overview: Overview) -> bool:
+    """Whether each label's name is learned as one more row of it."""
+    few = fitting.few_rows_a_label(size) and reading.task == "sequence-classification"
+    return few and not _alike(overview)
 
 
 def _foreign(overview: Overview) -> str:
@@ -275,7 +284,7 @@ def _data_settings(
         found.append(Setting("hold_out", held_out, why))
     if _alike(overview):
         found.append(Setting("normalise_labels", True, "some differ in case or spaces alone"))
-    elif fitting.few_rows_a_label(size) and reading.task == "sequence-classification":
+    elif _names_too(reading, size, overview):
         found.append(Setting("label_names", True, "few rows a label: its name is one more"))
     unusable = sum(overview.unusable.values())
     if not fitting.can_be_cut(reading) and reading.method != "causal-lm":

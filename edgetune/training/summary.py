@@ -19,7 +19,7 @@ from edgetune.core.confidence import confidence_of
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
 from edgetune.core.text import outside_tag
-from edgetune.data.examples import ExampleSet
+from edgetune.data.examples import ExampleSet, rows_of
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.torch_device import peak_device_mb
@@ -145,12 +145,16 @@ def stage_facts(stage: ResolvedStage, result: StageResult) -> dict[str, Any]:
 
 
 def data_facts(stage: ResolvedStage) -> dict[str, Any]:
-    """A stage's rows, for summary.json; `rows` of packed text are sequences."""
+    """A stage's rows, for summary.json; `rows` of packed text are sequences. `examples`, where they
+    are more or less: pairs of rows with labels, names of labels.
+    """
     examples = stage.examples
+    rows, made = rows_of(examples.train), len(examples.train)
     replayed = {} if stage.replay is None else {"replay": len(stage.replay.examples)}
     return {
         "digests": dict(stage.digests),
-        "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
+        "rows": {"train": rows, "validation": rows_of(examples.validation), **replayed},
+        **({"examples": made} if made != rows else {}),
         "skipped": examples.skipped,
         "truncated": examples.truncated,
         "held_out": examples.held_out or 0,
@@ -195,8 +199,8 @@ def versions() -> dict[str, str]:
 
 def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) -> str:
     """What is about to be trained, in a line or two; `learns` says which weights."""
-    rows = " + ".join(str(len(examples.train)) for examples in sets)
-    held_out = len(sets[-1].validation)
+    rows = " + ".join(str(rows_of(examples.train)) for examples in sets)
+    held_out = rows_of(sets[-1].validation)
     lines = [f"{method} of {base.name}: {rows} rows, {held_out} held out, {learns}"]
     for examples in sets:
         for name, notes in examples.notes.items():

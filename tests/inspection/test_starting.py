@@ -123,6 +123,17 @@ def test_few_rows_hold_none_out_and_many_labels_get_their_names(
     rows = each(lambda n: {"text": text(n), "label": f"topic {'abcdefghijkl'[n % 12]}"}, 60)
     made = begin(write_jsonl(tmp_path / "rows.jsonl", rows), bases)
     assert "hold_out = 0" in made.text and "label_names = true" in made.text
+    assert "50 steps over 72 examples" in made.text  # 60 rows, 12 names
+    (data,) = trained(made, tmp_path / "rows.toml", tmp_path / "run")["data"]
+    assert (data["rows"]["train"], data["examples"]) == (60, 72)
+
+
+def test_rows_with_labels_are_counted_and_not_their_pairs(bases: Bases, tmp_path: Path) -> None:
+    made = begin(write_jsonl(tmp_path / "rows.jsonl", KINDS["one label"]), bases, "contrastive")
+    assert made.overview.rows == {"train": 100, "validation": 20}
+    assert "# 120 rows of rows.jsonl" in made.text and "over 400 examples" in made.text
+    (data,) = trained(made, tmp_path / "rows.toml", tmp_path / "run")["data"]
+    assert (data["rows"], data["examples"]) == ({"train": 100, "validation": 20}, 400)
 
 
 def test_a_folder_of_splits_measures_on_its_own(bases: Bases, tmp_path: Path) -> None:
@@ -153,7 +164,7 @@ def test_a_recipe_lies_beside_its_data(data: str, path: str) -> None:
 
 
 def size(rows: int, *lengths: int, labels: int = 4, positions: int = 512) -> Size:
-    return Size(rows, labels, lengths or (20,), 384, positions)
+    return Size(rows, rows, labels, lengths or (20,), 384, positions)
 
 
 def test_what_auto_comes_to_is_said_beside_it(bases: Bases, tmp_path: Path) -> None:
