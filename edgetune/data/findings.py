@@ -91,15 +91,19 @@ def without_names(sources: Mapping[str, Rows]) -> list[Finding]:
 
 
 def _value_as_name(rows: Sequence[Row]) -> str | None:
-    """A column's name that is a number or a value of its column, beside one that is a sentence."""
+    """A column's name that is a number or a value of its column, beside one that is, too, or is a
+    sentence.
+    """
     names = [*rows[0].values] if rows else []
-    if not any(len(name.split()) >= SENTENCE for name in names):
-        return None
-    for name in names:
-        again = sum(str(row.values.get(name)).strip() == name for row in rows)
-        if again > 1 or NUMBER.fullmatch(name):
-            return name
-    return None
+    again = [
+        name
+        for name in names
+        if sum(str(row.values.get(name)).strip() == name for row in rows) > 1
+        or NUMBER.fullmatch(name)
+    ]
+    sentence = any(len(name.split()) >= SENTENCE for name in names)
+    words = [name for name in again if not NUMBER.fullmatch(name)]
+    return again[-1] if again and (sentence or len(words) > 1) else None
 
 
 def unusable(skipped: Mapping[str, int]) -> list[Finding]:

@@ -94,7 +94,7 @@ def hold_out(stage: Stage, source: Rows, *, seed: int) -> tuple[Rows, Rows] | No
     groups = _groups(_binned(texts) if stage.problem == "regression" else texts)
     drawn = _drawn(groups, count, random.Random(seed))
     if not drawn and asked is None:
-        source.note("nothing is held out: all rows ask the same, or no label has a second row")
+        source.note("nothing is held out: all rows ask the same, or no label has a second text")
         return None
     if not drawn:
         raise DataError(

@@ -34,6 +34,7 @@ LABELS = (
     "tag", "tags", "emotion", "language", "priority", "urgency", "polarity", "score", "rating",
     "stars", "grade", "price", "value", "y", "output", "gold", "annotation", "code",
 )  # fmt: skip
+SEVERAL = {"labels", "categories", "classes", "intents", "topics", "tags"}  # 1,2 are two of them
 IDENTITY = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|guid|key|row|nr|no|number|date|time|timestamp|created.*|"
     r"updated.*|url|link|split|fold|source|author|user|username)",
@@ -184,7 +185,7 @@ def _measured(name: str, filled: Sequence[Any], words: float) -> Column | None:
     """
     texts = [_spelled(one) for one in filled]
     point = point_of(texts, share=MEASURED)
-    if point is None:
+    if point is None or (point == "," and name.casefold() in SEVERAL):
         return None
     numbers = Counter[str]()
     for one in filled:

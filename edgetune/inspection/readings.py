@@ -197,7 +197,8 @@ def _of_label(
     if column.is_continuous:
         yield value
     usable = column.holds in ("text", "number", "bits") and column.repeats
-    if usable and not column.has_fractions and (chosen or column.words <= LABEL_WORDS):
+    short = column.words <= LABEL_WORDS or column.name.casefold() in LABEL
+    if usable and not column.has_fractions and (chosen or short):
         names = column.distinct
         yield Reading("sequence-classification", data, f"{said}, one of {names} labels {where}")
         if column.holds == "number" and names > 2 and not column.is_continuous:

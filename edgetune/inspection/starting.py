@@ -19,6 +19,7 @@ from edgetune.data.examples import token_limit
 from edgetune.data.findings import Finding
 from edgetune.data.rows import read_rows
 from edgetune.data.sources import SPLIT
+from edgetune.data.splits import ENOUGH
 from edgetune.inspection import fitting
 from edgetune.inspection.fitting import Setting, Size
 from edgetune.inspection.overview import WHOLE, Overview, look_at
@@ -280,6 +281,8 @@ def _data_settings(
             f"measured, not learned: {_drawn(reading)} on one side"
             if held_out
             else f"{size.rows} rows are too few to hold any out"
+            if size.rows < ENOUGH
+            else "no row can be: texts are all the same, or those of each label"
         )
         found.append(Setting("hold_out", held_out, why))
     if _alike(overview):

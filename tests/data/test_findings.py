@@ -52,6 +52,7 @@ def test_labels_that_are_rare_alike_or_nearly_all_are_named() -> None:
     [
         (("where is my parcel", "shipping"), ("the bill is wrong", "shipping"), True),
         (("a fine film", "4,5"), ("a dull film", "2"), True),
+        (("lost parcel", "shipping"), ("lost parcel", "shipping"), True),
         (("Text of the ticket", "Queue"), ("the bill is wrong", "shipping"), False),
         (("message", "spam"), ("the bill is wrong", "spam"), False),
         (("0", "1"), ("the bill is wrong", "spam"), False),

@@ -163,6 +163,16 @@ def test_words_and_tags_may_be_spelled_in_cells(kind: str) -> None:
     assert read(rows)[0].options() == "--task token-classification --tokens tokens --tags ner_tags"
 
 
+def test_what_is_called_a_label_may_be_long_and_may_be_several_numbers() -> None:
+    long = [f"a question on the {one} of a customer in Europe" for one in ("bill", "parcel")]
+    assert read(each(lambda n: {"text": text(n), "label": long[n % 2]}))[0].task == (
+        "sequence-classification"
+    )
+    several = ("1", "2", "1,2", "2,3", "3", "1,3")
+    first = read(each(lambda n: {"text": text(n), "labels": several[n % 6]}))[0]
+    assert first.task == "multi-label" and "some of 3 labels" in first.what
+
+
 def test_a_text_that_is_like_another_is_no_label() -> None:
     rows = each(lambda n: {"anchor": text(n), "positive": label(n) + " it is", "negative": "so so"})
     assert read(rows)[0].task == "contrastive"
