@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -36,6 +37,7 @@ ENCODER, DECODER = "builtin:minilm-l6", "builtin:smollm2-135m-instruct"
 ABOUT = {ENCODER: "a sentence encoder of 23M parameters", DECODER: "135M parameters"}
 SCALE = 20  # numbers beyond it are divided, as the learning rate expects 1 to 10
 LATIN, FOREIGN = "\u024f", 0.2  # the last of Latin's letters; the share of others that is said
+FEW_LINES, ALL_BUT = 20, 0.9  # of a document, of which so many have to look like rows
 UNEVEN = 10  # times as many rows of one label as of another
 COLUMN = 34  # where comments begin
 
@@ -51,7 +53,7 @@ class Draft:
     overview: Overview  # of the rows, none cut
     findings: Sequence[Finding]  # as the recipe reads them
     held_out: int
-    note: str = ""  # what the built-in base is not made for
+    note: str = ""  # what the built-in base is not made for, or the rows seem to be
 
 
 def sources_of(data: str, validation: str | None) -> tuple[str | tuple[str, ...], str | None]:
@@ -142,7 +144,24 @@ def draft(
             continue  # answers that are JSON of no one form
         break
     findings, note = inputs.sets[0].findings, "" if base else _foreign(overview)
+    note = _rows_in_text(reading, overview) or note
     return Draft(whole, recipe, reading, others, overview, findings, held_out, note)
+
+
+def _rows_in_text(reading: Reading, overview: Overview) -> str:
+    """A line where a document seems to be a table or fastText's, a row a line; "" for others."""
+    texts = overview.texts["train"]
+    lines = texts[0].asked.splitlines()[:1000] if len(texts) == 1 else []
+    if reading.method not in ("causal-lm", "masked-lm") or len(lines) < FEW_LINES:
+        return ""
+    tabs = Counter(line.count("\t") for line in lines).most_common(1)[0]
+    labels = sum(line.startswith("__label__") for line in lines)
+    if max(labels, tabs[1] if tabs[0] else 0) < ALL_BUT * len(lines):
+        return ""
+    return (
+        "read as one document, and its lines look like rows: for a label each, save them as .tsv"
+        " with a first line of names, such as label and text"
+    )
 
 
 def _counted(reading: Reading, overview: Overview) -> str:

@@ -128,6 +128,17 @@ def test_few_rows_hold_none_out_and_many_labels_get_their_names(
     assert (data["rows"]["train"], data["examples"]) == (60, 72)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"), [("spam\t{}", True), ("__label__spam {}", True), ("{}\n", False)]
+)
+def test_a_document_whose_lines_are_rows_is_told(
+    line: str, said: bool, bases: Bases, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.txt").write_text("\n".join(line.format(text(n)) for n in range(40)))
+    made = begin(tmp_path / "rows.txt", bases)
+    assert made.reading.task == "causal-lm" and ("look like rows" in made.note) == said
+
+
 def test_rows_with_labels_are_counted_and_not_their_pairs(bases: Bases, tmp_path: Path) -> None:
     made = begin(write_jsonl(tmp_path / "rows.jsonl", KINDS["one label"]), bases, "contrastive")
     assert made.overview.rows == {"train": 100, "validation": 20}
