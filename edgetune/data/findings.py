@@ -98,12 +98,15 @@ def _value_as_name(rows: Sequence[Row]) -> str | None:
     again = [
         name
         for name in names
-        if sum(str(row.values.get(name)).strip() == name for row in rows) > 1
-        or NUMBER.fullmatch(name)
+        if sum(_is_text(row.values.get(name), name) for row in rows) > 1 or NUMBER.fullmatch(name)
     ]
     sentence = any(len(name.split()) >= SENTENCE for name in names)
     words = [name for name in again if not NUMBER.fullmatch(name)]
     return again[-1] if again and (sentence or len(words) > 1) else None
+
+
+def _is_text(value: Any, text: str) -> bool:
+    return isinstance(value, str) and value.strip() == text
 
 
 def unusable(skipped: Mapping[str, int]) -> list[Finding]:
