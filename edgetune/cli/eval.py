@@ -184,6 +184,7 @@ def _measure(
     out_of_scope: str | None,
 ) -> dict[str, Any]:
     from edgetune.cli.error_lines import error_lines
+    from edgetune.core.errors import DataError
     from edgetune.evaluation.evaluate import evaluate
     from edgetune.metrics.statistics import headline
 
@@ -193,17 +194,23 @@ def _measure(
         if live:
             click.echo(f"\r{done}/{total} rows", nl=done == total, err=True)
 
-    result = evaluate(
-        folder,
-        data,
-        adapter=adapter,
-        skip_invalid=skip_invalid,
-        advance=advance,
-        how=how,
-        providers=providers,
-        engine=engine,
-        out_of_scope=out_of_scope,
-    )
+    try:
+        result = evaluate(
+            folder,
+            data,
+            adapter=adapter,
+            skip_invalid=skip_invalid,
+            advance=advance,
+            how=how,
+            providers=providers,
+            engine=engine,
+            out_of_scope=out_of_scope,
+        )
+    except DataError as error:  # a recipe has a key for it, this command an option
+        fix = error.fix.replace("data.skip_invalid = true", "--skip-invalid")
+        raise DataError(
+            error.what, where=error.where, expected=error.expected, got=error.got, fix=fix
+        ) from error
     name = f"{result.source} [{result.adapter}]" if result.adapter else result.source
     click.echo(f"{name} on {result.rows} rows of {result.data}")
     width = max(18, *map(len, headline(result.metrics)), 0)

@@ -1,8 +1,8 @@
 """A row or a conversation → text, in jinja2's sandbox: the same for training and on the device.
 
 Row templates: unknown columns are errors, a trailing newline is kept, `tojson` writes plain JSON
-(nothing escaped for HTML). Chat templates come with models from elsewhere; they are set up as
-transformers does.
+(nothing escaped for HTML), `number` reads one as people write it (`core.numbers`). Chat templates
+come with models from elsewhere; they are set up as transformers does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from edgetune.core.control_tokens import marked_value, without_marks
 from edgetune.core.errors import InputError
+from edgetune.core.numbers import number_of
 
 Message = Mapping[str, Any]
 ROW = "row"  # what a template calls the whole row, for columns whose names are no identifiers
@@ -187,6 +188,7 @@ def _rows(*, mark: bool = False) -> Any:
         finalize=_marked if mark else _printable,
     )
     environment.filters["tojson"] = lambda value, indent=None: _tojson(value, indent=indent)
+    environment.filters["number"] = number_of
     return environment
 
 

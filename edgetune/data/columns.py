@@ -2,18 +2,71 @@
 
 from __future__ import annotations
 
+import ast
+import io
+import json
 import math
-from collections.abc import Callable
+import re
+import tokenize
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgetune.core.errors import DataError
+from edgetune.core.numbers import point_of
 from edgetune.core.settings import shown
+from edgetune.core.templates import column_reference
 from edgetune.data.prompts import render
 from edgetune.data.row import Row
 from edgetune.recipe.checks import column_name
 
 FIX = "Correct the row, or leave such rows out with data.skip_invalid = true."
+NEIGHBOURS = re.compile(r"""['"]\s+['"]""")  # strings without a comma between
 WORDS_AND_TAGS = "Set data.tokens and data.tags to the columns that hold words and tags."
+
+
+def spelled_list(text: str) -> list[Any] | None:
+    """The list that a text in brackets spells, as JSON, Python or numpy; None where it is none."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for parse in (json.loads, _python, _numpy):
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, list):
+            return found
+    return None
+
+
+def _python(text: str) -> Any:
+    """A list as Python prints it. Of numpy's, which has no commas, Python would make one string."""
+    if not NEIGHBOURS.search(text):
+        return ast.literal_eval(text)
+    try:
+        parts = [*tokenize.generate_tokens(io.StringIO(text).readline)]
+    except tokenize.TokenError as error:
+        raise ValueError(str(error)) from error
+    if any(part.string == "," for part in parts):
+        return ast.literal_eval(text)
+    return [ast.literal_eval(part.string) for part in parts if part.type == tokenize.STRING]
+
+
+def _numpy(text: str) -> list[int]:
+    """`[0 1 0]`, as numpy prints an array."""
+    return [int(part) for part in text[1:-1].split()]
+
+
+def as_lists(values: Mapping[str, Any], *columns: str) -> Mapping[str, Any]:
+    """A row's values with lists in columns that all hold texts that spell them: in brackets, as
+    tables hold lists, or with spaces between the words; as it is where some are no text.
+    """
+    texts = [values.get(column) for column in columns]
+    if not all(isinstance(text, str) for text in texts):
+        return values
+    lists = [spelled_list(str(text).strip()) for text in texts]
+    if None in lists:
+        lists = [str(text).split() for text in texts]
+    return {**values, **dict(zip(columns, lists, strict=True))}
 
 
 def words_in(row: Row, column: str, *, where: str) -> list[str]:
@@ -116,9 +169,18 @@ def number_in(row: Row, template: str, *, where: str) -> float:
             where=where,
             expected="a finite number such as 3.5",
             got=_described(value),
-            fix=FIX,
+            fix=_spelled_otherwise(value, template) or FIX,
         )
     return number
+
+
+def _spelled_otherwise(value: Any, template: str) -> str:
+    """How the label is read where it is a number in another spelling; "" where it is none."""
+    point, column = point_of([str(value)]), column_name(template)
+    if point is None or column is None:
+        return ""
+    read = "number(',')" if point == "," else "number"
+    return f"Read it by data.label = {column_reference(column)[:-3]} | {read} }}}}."
 
 
 def _is_text(item: Any) -> bool:

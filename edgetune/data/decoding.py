@@ -7,8 +7,10 @@ import gzip
 import lzma
 import zlib
 from pathlib import Path
+from string import ascii_letters
 
 from edgetune.core.errors import DataError
+from edgetune.data.code_pages import latin_page
 
 # of a byte order mark: the encoding that reads it away
 MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -23,6 +25,7 @@ GUESSES = (
     "gb18030",
     "big5",
 )
+LATIN = 2  # letters of ASCII for each byte beyond it: so many have languages with Latin letters
 GUESSED_FROM = 200_000  # bytes
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
@@ -95,6 +98,9 @@ def guessed(data: bytes) -> str | None:
     damaged = data.decode("utf-8", errors="replace").count("\ufffd")
     if damaged * 4 < beyond:  # most of what is not ASCII is well-formed UTF-8
         return None
+    letters = len(data) - len(data.translate(None, ascii_letters.encode()))
+    if beyond * LATIN < letters and (page := latin_page(data)) is not None:
+        return page
     best = from_bytes(data[:GUESSED_FROM], cp_isolation=list(GUESSES)).best()
     for name in ([best.encoding] if best is not None else []) + ["cp1252"]:
         try:

@@ -46,6 +46,14 @@ class Example:
     features: Tensor | None = None
 
 
+def rows_of(examples: Sequence[Example]) -> int:
+    """How many rows examples are made of: one row may give several, and what stands in no file,
+    such as a label's name, is none. Of packed text, sequences.
+    """
+    packed = any(getattr(one, "position_ids", None) is not None for one in examples)
+    return len(examples) if packed else len({one.row for one in examples if one.row})
+
+
 @dataclass(frozen=True)
 class ExampleSet:
     """A stage's examples. `digests`, `skipped` and `truncated` have the keys `train` and

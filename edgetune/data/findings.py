@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgetune.data.alike import alike_keys, equal_key
-from edgetune.data.row import RowTexts
+from edgetune.data.row import Row, RowTexts
+from edgetune.data.rows import Rows
 
 NAMED = 3  # labels that a line names
 PLACES = 5  # lines that a finding keeps
@@ -23,6 +24,9 @@ HIGH = "".join(bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(0x
 TRAIL = f"[{re.escape(HIGH)}\x80-\x9f]"
 MOJIBAKE = re.compile(f"\ufffd|[\xc2-\xdf]{TRAIL}|[\xe0-\xef]{TRAIL}{{2}}|[\xf0-\xf4]{TRAIL}{{3}}")
 SINGLE_BYTES = {character: 0x80 + at for at, character in enumerate(HIGH)}
+NOTHING = {"nan", "n/a", "#n/a", "null", "<na>", "nat", "undefined"}  # in small letters
+SENTENCE = 3  # words
+NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 QUOTES = "”“’‘»…"  # which may stand behind a capital Ã or É for themselves
 
 
@@ -63,8 +67,46 @@ def find(
         found += _leaked(train, validation, labelled=labelled)
     if one_label:
         found += [_rare(train), _one_sided(train)]
-    found.append(_alike_labels({name for row in train for name in row.names}))
+    found += [_alike_labels({name for row in train for name in row.names}), _no_labels(train)]
     return [one for one in found if one is not None and one.rows]
+
+
+def without_names(sources: Mapping[str, Rows]) -> list[Finding]:
+    """Tables whose first line seems to be a row, and was taken for the columns' names."""
+    apart = dict[str, tuple[str, Rows]]()  # rows that are held out have the same first line
+    for name, source in sources.items():
+        apart.setdefault(source.source, (name, source))
+    return [
+        Finding(
+            "first-line",
+            1,
+            len(source.rows) + 1,
+            f"the first line of the {name} file is taken for the columns' names, and may be a row:"
+            f' "{like}" is one of them. Put a line with names, such as text and label, above it',
+            matters=True,
+        )
+        for name, source in apart.values()
+        if (like := _value_as_name(source.rows)) is not None
+    ]
+
+
+def _value_as_name(rows: Sequence[Row]) -> str | None:
+    """A column's name that is a number or a value of its column, beside one that is, too, or is a
+    sentence.
+    """
+    names = [*rows[0].values] if rows else []
+    again = [
+        name
+        for name in names
+        if sum(_is_text(row.values.get(name), name) for row in rows) > 1 or NUMBER.fullmatch(name)
+    ]
+    sentence = any(len(name.split()) >= SENTENCE for name in names)
+    words = [name for name in again if not NUMBER.fullmatch(name)]
+    return again[-1] if again and (sentence or len(words) > 1) else None
+
+
+def _is_text(value: Any, text: str) -> bool:
+    return isinstance(value, str) and value.strip() == text
 
 
 def unusable(skipped: Mapping[str, int]) -> list[Finding]:
@@ -263,6 +305,21 @@ def _alike_labels(labels: Iterable[str]) -> Finding | None:
         f"labels that differ only in case or spaces: {said} (data.normalise_labels = true makes"
         " them one)",
         matters=True,
+    )
+
+
+def _no_labels(train: Sequence[RowTexts]) -> Finding:
+    """Labels that programs write where there is none."""
+    rows = [row for row in train if any(name.casefold() in NOTHING for name in row.names)]
+    names = sorted({name for row in rows for name in row.names if name.casefold() in NOTHING})
+    return Finding(
+        "no-label",
+        len(rows),
+        len(train),
+        f"{len(rows)} training rows have the label {' or '.join(map(repr, names))}, which usually"
+        " stands where there is none: it is learned like any other",
+        matters=True,
+        lines=_first(rows),
     )
 
 

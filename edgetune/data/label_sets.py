@@ -4,7 +4,6 @@ columns of 0 and 1.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from edgetune.core.errors import DataError
 from edgetune.core.settings import shown
 from edgetune.core.templates import columns_of
-from edgetune.data.columns import FIX, labels_in
+from edgetune.data.columns import FIX, labels_in, spelled_list
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.row import Row
 from edgetune.data.rows import Rows
@@ -77,7 +76,7 @@ def _named_bits(row: Row, columns: Sequence[str], *, where: str) -> tuple[str, .
 
 def _of_column(source: Rows, column: str) -> tuple[Read, Names]:
     """Labels of one column: a list of them, a vector of 0 and 1, or text."""
-    cells = [_cell(row.values.get(column)) for row in source.rows]
+    cells = [cell_labels(row.values.get(column)) for row in source.rows]
     lists = [cell for cell in cells if isinstance(cell, list)]
     sizes = {len(cell) for cell in lists}
     bits = all(not isinstance(one, str) and _bit(one) is not None for cell in lists for one in cell)
@@ -89,39 +88,30 @@ def _of_column(source: Rows, column: str) -> tuple[Read, Names]:
         )
         names = tuple(str(at) for at in range(min(sizes)))
         return lambda row, where: tuple(
-            name for name, one in zip(names, _cell(row.values[column]), strict=True) if _bit(one)
+            name
+            for name, one in zip(names, cell_labels(row.values[column]), strict=True)
+            if _bit(one)
         ), names
 
     def read(row: Row, where: str) -> tuple[str, ...]:
         values = dict(row.values)
         if isinstance(values.get(column), str):
             source.note(f'several labels in a cell of "{column}"')
-            values[column] = _cell(values[column])
+            values[column] = cell_labels(values[column])
         return labels_in(Row(row.line, values), column, where=where)
 
     return read, ()
 
 
-def _cell(value: Any) -> Any:
+def cell_labels(value: Any) -> Any:
     """The list that a text spells, as JSON, as Python or with | ; or , between labels."""
     if not isinstance(value, str):
         return value
     text = value.strip()
-    if text.startswith("[") and text.endswith("]"):
-        for parse in (json.loads, ast.literal_eval, _numpy):
-            try:
-                found = parse(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                continue
-            if isinstance(found, list):
-                return found
+    if (found := spelled_list(text)) is not None:
+        return found
     parts = re.split(r"[|;]" if re.search(r"[|;]", text) else ",", text)
     return [part.strip() for part in parts if part.strip()]
-
-
-def _numpy(text: str) -> list[int]:
-    """`[0 1 0]`, as numpy prints an array."""
-    return [int(part) for part in text[1:-1].split()]
 
 
 def _bit(value: Any) -> bool | None:

@@ -13,7 +13,7 @@ from edgetune.core.tasks import EMBEDDING, METHODS
 from edgetune.data.completions import load_completions, prompted_rows, without_end
 from edgetune.data.contrasts import load_contrasts, stage_format
 from edgetune.data.examples import Example, ExampleSet, Loading, token_limit
-from edgetune.data.findings import Finding, cut, find, unusable
+from edgetune.data.findings import Finding, cut, find, unusable, without_names
 from edgetune.data.implicit_prompts import paired, well_answered
 from edgetune.data.labels import NO_LINE, LabelledRow, encode_texts, load_labelled
 from edgetune.data.masking import load_masked
@@ -149,6 +149,7 @@ def _findings(
     }
     one_label = stage.learned == "sequence-classification"
     return [
+        *without_names(sources),
         *unusable(found.skipped),
         *cut(found.truncated, lines, found.max_length),
         *find(

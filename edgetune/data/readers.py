@@ -18,7 +18,7 @@ from edgetune.core.errors import DataError
 from edgetune.core.settings import shown
 from edgetune.data.decoding import decoded, unpacked
 from edgetune.data.row import Row
-from edgetune.data.tables import read_text_table
+from edgetune.data.tables import kept_columns, read_text_table
 from edgetune.recipe.paths import file_format
 
 SIGNED = {b"PAR1": ".parquet", b"PK\x03\x04": ".xlsx"}
@@ -259,18 +259,21 @@ def _read_xlsx(
             fix="Install it (pip install openpyxl), or save the sheet as CSV.",
         ) from error
     try:
-        sheet = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True).worksheets[
-            0
-        ]
-        rows = [list(row) for row in sheet.iter_rows(values_only=True)]
+        sheets = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True).worksheets
+        rows = [list(row) for row in sheets[0].iter_rows(values_only=True)]
     except Exception as error:  # zipfile's, XML's and openpyxl's own have no common class
         raise DataError(f"not a readable Excel file: {error}", where=str(path)) from error
-    header = ["" if name is None else str(name).strip() for name in (rows[0] if rows else [])]
-    for number, row in enumerate(rows[1:], start=2):
-        if any(value is not None for value in row):
-            yield Row(
-                number, {name: value for name, value in zip(header, row, strict=False) if name}
-            )
+    if len(sheets) > 1:
+        notes.append(f'the first of {len(sheets)} sheets, "{sheets[0].title}"')
+    there = [at for at, row in enumerate(rows) if any(value is not None for value in row)]
+    if not there:
+        return
+    header, *records = [
+        ["" if one is None else str(one).strip() for one in rows[at]] for at in there
+    ]
+    kept = kept_columns(header, records, path=path, line=there[0] + 1, notes=notes)
+    for at in there[1:]:
+        yield Row(at + 1, {header[column]: rows[at][column] for column in kept})
 
 
 def _read_txt(

@@ -61,17 +61,18 @@ def read_rows(
     check_file(path)
     rows: list[Row] = []
     notes: list[str] = []
-    skipped = 0
+    skipped, reason = 0, ""
     with _reading(path):
         for row in read_file(path, encoding, notes):
             if isinstance(row, Row):
                 rows.append(row)
             elif skip_invalid:
                 skipped += 1
+                reason = reason or f"; the first: {row}"
             else:
                 raise row
     if not rows:
-        got = f"{skipped} invalid rows" if skipped else "none"
+        got = f"{skipped} that cannot be read{reason}" if skipped else "none"
         raise DataError(
             "there are no rows in this file", where=str(path), expected="at least one row", got=got
         )

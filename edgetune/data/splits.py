@@ -94,7 +94,7 @@ def hold_out(stage: Stage, source: Rows, *, seed: int) -> tuple[Rows, Rows] | No
     groups = _groups(_binned(texts) if stage.problem == "regression" else texts)
     drawn = _drawn(groups, count, random.Random(seed))
     if not drawn and asked is None:
-        source.note("nothing is held out: all rows ask the same, or no label has a second row")
+        source.note("nothing is held out: all rows ask the same, or no label has a second text")
         return None
     if not drawn:
         raise DataError(
@@ -180,9 +180,12 @@ def _notes(
     said = f"{held} rows held out of train" + ("" if asked is None else " by data.hold_out")
     if asked is not None and held < asked:
         said += f", not {asked}, for rows that ask the same stay together and each label keeps one"
+    sizes = [len(group.rows) for group in groups]
+    too_many = sum(size for size in sizes if size > held and SHARE * size >= sum(sizes))
+    learned = [f"{too_many} rows that ask the same are all learned: nothing is measured on them"]
     every, measured = ({name for one in some for name in one.names} for some in (groups, drawn))
     alone = sorted(every - measured)
-    notes = [said]
+    notes = [said, *(learned if too_many else [])]
     if alone:
         named = ", ".join(repr(name) for name in alone[:NAMED])
         more = f" and {len(alone) - NAMED} more" if len(alone) > NAMED else ""

@@ -8,7 +8,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,12 @@ def read_table(text: str, *, path: Path, usual: str, notes: list[str]) -> Iterat
     if quoting == csv.QUOTE_NONE:
         notes.append("quotes taken as characters, for they do not match")
     records = _records(text, delimiter, quoting=quoting, path=path, line=first_line)
-    _, header = next(records, (1, []))
+    named_at, header = next(records, (1, []))
     header = [name.strip() for name in header]
     rest = list(records)
-    kept = _kept_columns(header, [fields for _, fields in rest], path=path, notes=notes)
+    kept = kept_columns(
+        header, [fields for _, fields in rest], path=path, line=named_at, notes=notes
+    )
     swallowed = _Swallowed(header, delimiter, [fields for _, fields in rest])
     lines = NEWLINE.split(text) if quoting != csv.QUOTE_NONE and '"' in text else []
     for line, fields in rest:
@@ -110,37 +112,43 @@ def _quoting(text: str, delimiter: str) -> Any:
     return csv.QUOTE_NONE if not fits and len(plain) == 1 else csv.QUOTE_MINIMAL
 
 
-def _kept_columns(
-    header: list[str], rows: list[list[str]], *, path: Path, notes: list[str]
+def kept_columns(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    path: Path,
+    line: int,
+    notes: list[str],
 ) -> list[int]:
     """The places of the columns that have names; a first one without is an index, later ones must
-    be empty.
+    be empty. DataError for one that is not, and for a name that stands twice. `line`: the header's.
     """
     if not any(header):
-        raise _unnamed(header, path)
+        raise _unnamed(header, 0, f"{path}, line {line}")
     for at, name in enumerate(header):
         if name:
             continue
         if at == 0:
             notes.append("a first column without a name left out")
         elif any(len(fields) > at and fields[at].strip() for fields in rows):
-            raise _unnamed(header, path)
+            raise _unnamed(header, at, f"{path}, line {line}")
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
         raise DataError(
             f'the column "{twice[0]}" appears twice',
-            where=f"{path}, line 1",
+            where=f"{path}, line {line}",
             fix="Rename one of them.",
         )
     return [at for at, name in enumerate(header) if name]
 
 
-def _unnamed(header: list[str], path: Path) -> DataError:
+def _unnamed(header: Sequence[str], at: int, where: str) -> DataError:
     return DataError(
-        "a column has no name",
-        where=f"{path}, line 1",
+        f"column {at + 1} has no name",
+        where=where,
         expected="a first line with the columns' names",
         got=shown(",".join(header)),
+        fix="Name it there, or delete it; what stands above the names must go.",
     )
 
 

@@ -12,7 +12,7 @@ from edgetune.core.errors import DataError, RecipeError
 from edgetune.core.tag_sequences import scheme_of_labels
 from edgetune.core.text import first_subwords, has_entities, join_words
 from edgetune.data.batching import IGNORE
-from edgetune.data.columns import FIX, tags_in, words_in
+from edgetune.data.columns import FIX, as_lists, tags_in, words_in
 from edgetune.data.examples import Example, ExampleSet, Labels, Loading, load
 from edgetune.data.labels import NO_LINE, first_of, two_or_more
 from edgetune.data.prompts import PromptFormat
@@ -59,6 +59,7 @@ def tagged_rows(
     words_column, tags_column = form.tokens or "tokens", form.tags or "tags"
 
     def convert(row: Row, where: str) -> TaggedRow:
+        row = Row(row.line, {**as_lists(row.values, words_column, tags_column)})
         words = words_in(row, words_column, where=where)
         tags = tags_in(row, tags_column, where=where)
         if len(tags) != len(words):

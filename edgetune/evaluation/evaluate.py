@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from edgetune.core.errors import InputError
-from edgetune.core.layout import MANIFEST
+from edgetune.core.layout import MANIFEST, SUMMARY
 from edgetune.core.tasks import TAGGING
 from edgetune.data.prompts import PromptFormat
 from edgetune.data.rows import read_rows
@@ -76,13 +77,27 @@ def evaluate(
         )
     from edgetune.evaluation.torch_answers import TorchAnswers
 
-    return measure(
+    found = measure(
         _with_scope(TorchAnswers.open(folder), out_of_scope),
         folder,
         data,
         skip_invalid=skip_invalid,
         advance=advance,
     )
+    return replace(found, notes=(*found.notes, *_learned(folder, found.data_digest)))
+
+
+def _learned(folder: Path, digest: str) -> list[str]:
+    """What to know of figures on a file that the run was trained on."""
+    if not (folder / SUMMARY).is_file():
+        return []
+    stages = json.loads((folder / SUMMARY).read_text(encoding="utf-8")).get("data", [])
+    rows = [one["rows"]["train"] for one in stages if one["digests"].get("train") == digest]
+    return [
+        f"{max(rows)} rows of this file were learned: what is measured on them says nothing of"
+        " other rows"
+        for _ in rows[:1]
+    ]
 
 
 def _with_scope(answers: H, out_of_scope: str | None) -> H:

@@ -67,7 +67,8 @@ def _pairs(table: Profile, first: str, second: str, given: Given) -> Iterator[Re
     score = _score(table, data, given)
     if score is not None:
         what = f'two texts in "{first}" and "{second}", a number in "{score}" how much alike'
-        yield Reading(TASK, data | {"label": score}, what)
+        point = table.columns[score].point if score in table.columns else None
+        yield Reading(TASK, data | {"label": score}, what, point)
     elif "label" not in given and ("text_pair" in given or not _labels(table, data)):
         yield Reading(TASK, data, f"{said}; an embedding learns to find one by the other")
 

@@ -6,16 +6,21 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgetune.core.errors import DataError
+from edgetune.core.numbers import number_of, point_of
 from edgetune.core.settings import nearest
 from edgetune.data.label_sets import BIT_VALUES
 from edgetune.data.rows import Rows, spread
 
 LABEL_WORDS = 5  # of a label, on the mean, at most
 LOOKED_AT = 5000  # rows, at equal distances
+MEASURED = 0.9  # of a column's values are numbers where it holds some
+NEAR = 10  # times as far apart as there are rows
+DATE = re.compile(r"\d{1,4}([-./])\d{1,2}\1\d{1,4}([T ]+\d.*)?")
 Holds = Literal["text", "number", "bits", "strings", "list", "object", "nothing"]
 # by name: what a person means by a column; the first of these that is there is taken
 TEXTS = (
@@ -29,6 +34,7 @@ LABELS = (
     "tag", "tags", "emotion", "language", "priority", "urgency", "polarity", "score", "rating",
     "stars", "grade", "price", "value", "y", "output", "gold", "annotation", "code",
 )  # fmt: skip
+SEVERAL = {"labels", "categories", "classes", "intents", "topics", "tags"}  # 1,2 are two of them
 IDENTITY = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|guid|key|row|nr|no|number|date|time|timestamp|created.*|"
     r"updated.*|url|link|split|fold|source|author|user|username)",
@@ -38,13 +44,16 @@ IDENTITY = re.compile(
 
 @dataclass(frozen=True)
 class Column:
-    """What a column holds. `words`: of its texts, on the mean."""
+    """What a column holds. `words`: of its texts, on the mean. `point`: what stands before the
+    fractions of numbers that are not written plainly; their `values` are.
+    """
 
     name: str
     holds: Holds
     filled: int  # rows that have something in it
     values: Counter[str]
     words: float
+    point: str | None = None
 
     @property
     def distinct(self) -> int:
@@ -58,8 +67,21 @@ class Column:
             return True
         if _place(self.name, TEXTS) < len(TEXTS):
             return False
+        if self.holds == "text" and self.values and all(map(DATE.fullmatch, self.values)):
+            return True
         short = self.holds in ("text", "number") and self.words < 2 and not self.has_fractions
-        return short and self.filled > 20 and self.distinct == self.filled
+        differ = short and self.filled > 20 and self.distinct == self.filled
+        return differ and not (self.holds == "number" and self._is_spread)
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether different whole numbers measure something: those that count rows go up or down,
+        are near each other or have as many digits each.
+        """
+        numbers = [int(float(one)) for one in self.values]
+        ordered = numbers in (sorted(numbers), sorted(numbers, reverse=True))
+        near = max(numbers) - min(numbers) < NEAR * len(numbers)
+        return not (ordered or near or len({len(str(one)) for one in numbers}) == 1)
 
     @property
     def repeats(self) -> bool:
@@ -76,7 +98,7 @@ class Column:
         """Whether its numbers are measured, and not those of classes: with fractions, or many that
         are not simply 0, 1, 2 …
         """
-        if self.holds != "number" or self.has_fractions:
+        if self.holds != "number" or self.has_fractions or self.point is not None:
             return self.holds == "number"
         numbers = {int(float(one)) for one in self.values}
         in_a_row = min(numbers) in (0, 1) and max(numbers) - min(numbers) + 1 == len(numbers)
@@ -150,8 +172,28 @@ def _column(name: str, values: Sequence[Any]) -> Column:
     filled = [value for value in values if value is not None and value != ""]
     texts = [one for one in filled if isinstance(one, str)]
     words = sum(len(text.split()) for text in texts) / max(1, len(texts))
+    holds = _holds(filled)
+    if holds == "text" and (measured := _measured(name, filled, words)) is not None:
+        return measured
     counted = Counter(one.strip() if isinstance(one, str) else _spelled(one) for one in filled)
-    return Column(name, _holds(filled), len(filled), counted, words)
+    return Column(name, holds, len(filled), counted, words)
+
+
+def _measured(name: str, filled: Sequence[Any], words: float) -> Column | None:
+    """A column of numbers that are not written plainly, or of which a few are none ("n/a"); None
+    where these are too many, or may be the names of classes.
+    """
+    texts = [_spelled(one) for one in filled]
+    point = point_of(texts, share=MEASURED)
+    if point is None or (point == "," and name.casefold() in SEVERAL):
+        return None
+    numbers = Counter[str]()
+    for one in filled:
+        with suppress(ValueError):
+            numbers[f"{number_of(one, point):.10g}"] += 1
+    plain = point == "." and all(map(_is_number, (t for t in texts if point_of([t]))))
+    column = Column(name, "number", numbers.total(), numbers, words, None if plain else point)
+    return column if column.is_continuous else None
 
 
 def _holds(filled: Sequence[Any]) -> Holds:

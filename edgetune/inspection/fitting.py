@@ -36,6 +36,7 @@ class Size:
     """What the settings are chosen by. `lengths`: tokens of every row, validation too."""
 
     rows: int  # that are learned
+    examples: int  # that they give, the names of labels too
     labels: int
     lengths: Sequence[int]
     hidden: int
@@ -82,10 +83,11 @@ def few_rows_a_label(size: Size) -> bool:
 def stage_settings(stage: Stage, size: Size) -> list[Setting]:
     """Passes, batch and rate: what the rule of `"auto"` comes to for these rows, said beside it."""
     batch = batch_of(stage.method, size.rows)
-    epochs, rate = epochs_of(stage, size.rows), rate_of(stage, train="lora", width=size.hidden)
-    steps = math.ceil(epochs * math.ceil(size.rows / batch))
+    epochs, rate = epochs_of(stage, size.examples), rate_of(stage, train="lora", width=size.hidden)
+    steps = math.ceil(epochs * math.ceil(size.examples / batch))
+    over = f"{size.examples:,} {'rows' if size.examples == size.rows else 'examples'}"
     return [
-        Setting("epochs", "auto", f"{epochs:g} by rule: {steps:,} steps over {size.rows:,} rows"),
+        Setting("epochs", "auto", f"{epochs:g} by rule: {steps:,} steps over {over}"),
         Setting("batch_size", batch),
         Setting("learning_rate", "auto", f"{rate:g} by rule; edgetune train --search 10m measures"),
     ]

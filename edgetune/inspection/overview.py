@@ -14,7 +14,7 @@ from edgetune.core.errors import DataError
 from edgetune.core.tasks import METHODS
 from edgetune.data.batching import IGNORE
 from edgetune.data.examples import ExampleSet, Loading
-from edgetune.data.findings import Finding, cut, find
+from edgetune.data.findings import Finding, cut, find, without_names
 from edgetune.data.loaders import loader_of, open_rows, texts_in
 from edgetune.data.plain_text import encode_documents, text_rows
 from edgetune.data.row import RowTexts
@@ -54,6 +54,7 @@ class Overview:
     names: Sequence[str] | None  # what a head tells apart
     findings: Sequence[Finding]
     texts: Mapping[str, Sequence[RowTexts]] = field(repr=False)
+    examples: int = 0  # that are learned: a row may give several
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and the page."""
@@ -87,6 +88,7 @@ def look_at(
     texts = {n: texts_in(lenient, one, loading.form) for n, one in loading.sources.items()}
     data = {k: v for k in ROW_KEYS if (v := getattr(loading.form, k)) is not None}
     findings = [
+        *without_names(loading.sources),
         *_unusable(stage, loading, found),
         *_long(stage, loading, lengths),
         *find(
@@ -111,6 +113,7 @@ def look_at(
         names=found.labels,
         findings=findings,
         texts=texts,
+        examples=len(found.train),
     )
 
 
@@ -137,10 +140,20 @@ def _measured(loading: Loading, base: Base) -> tuple[ExampleSet, dict[str, list[
         }
     parts = {"train": found.train, "validation": found.validation}
     seq2seq = base.kind == "encoder-decoder"
-    return found, {
+    lengths = {
         name: [_length(example, seq2seq=seq2seq) for example in parts[name] if example.row]
         for name in loading.sources
     }
+    return found, {name: _of_rows(of) for name, of in lengths.items()}
+
+
+def _of_rows(lengths: Sequence[RowLength]) -> list[RowLength]:
+    """One length a row: of several examples the longest."""
+    longest: dict[int, RowLength] = {}
+    for one in lengths:
+        known = longest.setdefault(one.line, one)
+        longest[one.line] = max(known, one, key=lambda of: of.tokens)
+    return list(longest.values())
 
 
 def _length(example: Any, *, seq2seq: bool) -> RowLength:

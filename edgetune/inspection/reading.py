@@ -25,12 +25,14 @@ TASKS: dict[str, tuple[MethodName, Problem]] = {
 @dataclass(frozen=True)
 class Reading:
     """One way to read a file: the task (a method, or a problem of sequence-classification), the
-    settings of `data` that it needs, and a sentence.
+    settings of `data` that it needs, and a sentence. `point`: what stands before the fractions of
+    a label that is a number and is not written plainly.
     """
 
     task: str
     data: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     what: str = ""
+    point: str | None = None
 
     @property
     def method(self) -> MethodName:

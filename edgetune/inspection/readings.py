@@ -5,7 +5,6 @@ preferences, plain text. The likeliest reading comes first.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,11 +13,14 @@ from edgetune.core.errors import DataError
 from edgetune.core.messages import conversation_column
 from edgetune.core.tasks import METHODS
 from edgetune.core.text import has_entities
+from edgetune.data.columns import as_lists, spelled_list
+from edgetune.data.contrasts import POSITIVES
 from edgetune.data.implicit_prompts import MARKS
+from edgetune.data.label_sets import cell_labels
 from edgetune.data.prompts import ASKED, TAG_COLUMNS, WORD_COLUMNS, first_column
 from edgetune.data.rows import Rows
 from edgetune.data.sentences import sentences
-from edgetune.inspection.alike import alike, alike_by_label, any_two_texts
+from edgetune.inspection.alike import NEGATIVE, alike, alike_by_label, any_two_texts
 from edgetune.inspection.columns import LABEL_WORDS, LABELS, Column, Profile, likeliest, profile
 from edgetune.inspection.reading import PAIRS, Given, Reading, quoted
 
@@ -29,7 +31,6 @@ ANSWERS = (
     ("text", "json"), ("text", "target"), ("text", "output"),
 )  # fmt: skip
 LABEL = ("label", "labels", "category", "class", "intent")
-SEPARATORS = re.compile(r"\s*[|;]\s*|\s*,\s+")
 
 
 def readings(source: Rows, given: Given, task: str | None = None) -> list[Reading]:
@@ -59,13 +60,14 @@ def _tagging(source: Rows, table: Profile, given: Given) -> Iterator[Reading]:
     words = given.get("tokens") or first_column(WORD_COLUMNS, table.columns)
     tags = given.get("tags") or first_column(TAG_COLUMNS, table.columns)
     if {words, tags} <= set(table.columns):
-        lists = all(
+        rows = [as_lists(row, words, tags) for row in table.rows]
+        fit = sum(
             isinstance(row.get(words), list)
             and isinstance(row.get(tags), list)
             and len(row[words]) == len(row[tags])
-            for row in table.rows
+            for row in rows
         )
-        if lists:
+        if 2 * fit > len(rows):
             what = f'the words in "{words}", a tag for each in "{tags}"'
             yield Reading("token-classification", {"tokens": words, "tags": tags}, what)
         return
@@ -165,13 +167,16 @@ def _labelled(source: Rows, table: Profile, given: Given) -> Iterator[Reading]:
     if label is not None:
         column = table.columns.get(label)
         if column is None:
-            yield Reading("sequence-classification", own | {"label": label}, f"{said}, {label}")
+            for task in ("sequence-classification", "regression"):
+                yield Reading(task, own | {"label": label}, f"{said}, {label}")
             return
         yield from _of_label(table, column, own, said, chosen=True)
         return
     yield from _bits(table, read, own, said)
     rest = [column for column in table.columns.values() if column.name not in read.values()]
     for column in likeliest(rest, LABELS):
+        if column.name in (POSITIVES[0], NEGATIVE) and column.words > 1:  # alike, and no label
+            continue
         yield from _of_label(table, column, own, said, chosen=False)
 
 
@@ -188,11 +193,12 @@ def _of_label(
         return
     if (several := _labels_in_cells(column)) is not None:
         yield Reading("multi-label", data, f"{said}, some of {several} labels in a cell {where}")
-    value = Reading("regression", data, f"{said}, a number {where}")
+    value = Reading("regression", data, f"{said}, a number {where}", column.point)
     if column.is_continuous:
         yield value
     usable = column.holds in ("text", "number", "bits") and column.repeats
-    if usable and not column.has_fractions and (chosen or column.words <= LABEL_WORDS):
+    short = column.words <= LABEL_WORDS or column.name.casefold() in LABEL
+    if usable and not column.has_fractions and (chosen or short):
         names = column.distinct
         yield Reading("sequence-classification", data, f"{said}, one of {names} labels {where}")
         if column.holds == "number" and names > 2 and not column.is_continuous:
@@ -207,9 +213,11 @@ def _labels_in_cells(column: Column) -> int | None:
     """How many labels a column's cells name, where they hold several; None where they do not."""
     if column.holds != "text" or column.distinct < 2:
         return None
-    cells = [SEPARATORS.split(value) for value in column.values]
+    cells = [cell_labels(value) for value in column.values]
+    labels = {str(label) for cell in cells for label in cell}
+    if all(spelled_list(value) is not None for value in column.values):
+        return len(labels)
     several = sum(len(cell) > 1 for cell in cells)
-    labels = {label for cell in cells for label in cell}
     long = any(len(label.split()) > 3 for label in labels)
     few = len(labels) < min(column.distinct, 2 + column.filled // 3)
     return len(labels) if several > len(cells) / 3 and few and not long else None

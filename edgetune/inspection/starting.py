@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from typing import Any
 from edgetune.core.errors import DataError
 from edgetune.core.settings import toml_value
 from edgetune.core.tasks import METHODS
+from edgetune.core.templates import column_reference
+from edgetune.data.alike import equal_key
 from edgetune.data.examples import token_limit
 from edgetune.data.findings import Finding
 from edgetune.data.rows import read_rows
 from edgetune.data.sources import SPLIT
+from edgetune.data.splits import ENOUGH
 from edgetune.inspection import fitting
 from edgetune.inspection.fitting import Setting, Size
 from edgetune.inspection.overview import WHOLE, Overview, look_at
@@ -33,6 +37,7 @@ ENCODER, DECODER = "builtin:minilm-l6", "builtin:smollm2-135m-instruct"
 ABOUT = {ENCODER: "a sentence encoder of 23M parameters", DECODER: "135M parameters"}
 SCALE = 20  # numbers beyond it are divided, as the learning rate expects 1 to 10
 LATIN, FOREIGN = "\u024f", 0.2  # the last of Latin's letters; the share of others that is said
+FEW_LINES, ALL_BUT = 20, 0.9  # of a document, of which so many have to look like rows
 UNEVEN = 10  # times as many rows of one label as of another
 COLUMN = 34  # where comments begin
 
@@ -48,7 +53,7 @@ class Draft:
     overview: Overview  # of the rows, none cut
     findings: Sequence[Finding]  # as the recipe reads them
     held_out: int
-    note: str = ""  # what the built-in base is not made for
+    note: str = ""  # what the built-in base is not made for, or the rows seem to be
 
 
 def sources_of(data: str, validation: str | None) -> tuple[str | tuple[str, ...], str | None]:
@@ -112,13 +117,17 @@ def draft(
     rows = _data(reading, data, validation, path.parent)
     first = _recipe({"base": name, "stage": [_stage(reading, rows, max_length=WHOLE)]}, path)
     overview = look_at(first.stage[0], tokenizer, found, seed=first.seed)
+    reading = replace(reading, what=_counted(reading, overview))
     size = Size(
         rows=overview.rows["train"],
+        examples=overview.examples,
         labels=len(overview.labels),
         lengths=[one.tokens for of in overview.lengths.values() for one in of],
         hidden=hidden_size(found),
         positions=token_limit(WHOLE, tokenizer, found),
     )
+    if _names_too(reading, size, overview):
+        size = replace(size, examples=size.examples + size.labels)
     held_out = 0
     if validation is None:
         held_out = overview.rows.get("validation", 0) + overview.unusable.get("validation", 0)
@@ -135,7 +144,44 @@ def draft(
             continue  # answers that are JSON of no one form
         break
     findings, note = inputs.sets[0].findings, "" if base else _foreign(overview)
+    note = _rows_in_text(reading, overview) or note
     return Draft(whole, recipe, reading, others, overview, findings, held_out, note)
+
+
+def _rows_in_text(reading: Reading, overview: Overview) -> str:
+    """A line where a document seems to be a table or fastText's, a row a line; "" for others."""
+    texts = overview.texts["train"]
+    lines = texts[0].asked.splitlines()[:1000] if len(texts) == 1 else []
+    if reading.method not in ("causal-lm", "masked-lm") or len(lines) < FEW_LINES:
+        return ""
+    tabs = Counter(line.count("\t") for line in lines).most_common(1)[0]
+    labels = sum(line.startswith("__label__") for line in lines)
+    if max(labels, tabs[1] if tabs[0] else 0) < ALL_BUT * len(lines):
+        return ""
+    return (
+        "read as one document, and its lines look like rows: for a label each, save them as .tsv"
+        " with a first line of names, such as label and text"
+    )
+
+
+def _counted(reading: Reading, overview: Overview) -> str:
+    """What the reading says, with the number of labels that all rows have as they are learned."""
+    found = len(
+        {equal_key(name) for name in overview.labels} if _alike(overview) else overview.labels
+    )
+    return re.sub(r"(one|some) of \d+ labels", rf"\1 of {found} labels", reading.what)
+
+
+def _alike(overview: Overview) -> bool:
+    """Whether labels of a classifier differ in case or spaces alone, which makes them one."""
+    one_label = (overview.method, overview.problem) == ("sequence-classification", "single-label")
+    return one_label and any(one.kind == "alike-labels" for one in overview.findings)
+
+
+def _names_too(reading: Reading, size: Size, overview: Overview) -> bool:
+    """Whether each label's name is learned as one more row of it."""
+    few = fitting.few_rows_a_label(size) and reading.task == "sequence-classification"
+    return few and not _alike(overview)
 
 
 def _foreign(overview: Overview) -> str:
@@ -175,7 +221,17 @@ def _data(
 
     train = seen(data) if isinstance(data, str) else [seen(one) for one in data]
     measured = {} if validation is None else {"validation": seen(validation)}
-    return {"train": train, **measured, **reading.data}
+    return {"train": train, **measured, **reading.data, **_numbers(reading)}
+
+
+def _numbers(reading: Reading, *, divided_by: int = 1) -> dict[str, str]:
+    """The label as a template, where it is a number that is not written plainly or is too large."""
+    column = reading.data.get("label")
+    if not isinstance(column, str) or "{" in column or (reading.point, divided_by) == (None, 1):
+        return {}
+    read = "number(',')" if reading.point == "," else "number"
+    scaled = "" if divided_by == 1 else f" / {divided_by}"
+    return {"label": column_reference(column)[:-3] + f" | {read}{scaled} }}}}"}
 
 
 def _stage(reading: Reading, data: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
@@ -238,18 +294,19 @@ def _data_settings(
     measured = {"validation": "measured, not learned"}
     found = [Setting(key, value, measured.get(key, "")) for key, value in data.items()]
     if reading.task == "regression":
-        found = [_scaled(one, overview) if one.key == "label" else one for one in found]
+        found = [_scaled(one, reading, overview) if one.key == "label" else one for one in found]
     if "validation" not in data:
         why = (
-            "measured, not learned: each label its share, equal texts on one side"
+            f"measured, not learned: {_drawn(reading)} on one side"
             if held_out
             else f"{size.rows} rows are too few to hold any out"
+            if size.rows < ENOUGH
+            else "no row can be: texts are all the same, or those of each label"
         )
         found.append(Setting("hold_out", held_out, why))
-    kinds = {finding.kind for finding in overview.findings}
-    if "alike-labels" in kinds and reading.task == "sequence-classification":
+    if _alike(overview):
         found.append(Setting("normalise_labels", True, "some differ in case or spaces alone"))
-    elif fitting.few_rows_a_label(size) and reading.task == "sequence-classification":
+    elif _names_too(reading, size, overview):
         found.append(Setting("label_names", True, "few rows a label: its name is one more"))
     unusable = sum(overview.unusable.values())
     if not fitting.can_be_cut(reading) and reading.method != "causal-lm":
@@ -259,17 +316,29 @@ def _data_settings(
     return found
 
 
-def _scaled(label: Setting, overview: Overview) -> Setting:
+def _drawn(reading: Reading) -> str:
+    """How rows are held out: by what is answered, and by what is asked (`data.splits`)."""
+    if reading.task == "regression":
+        return "small and large numbers alike, equal texts"
+    columns = METHODS[reading.method].columns
+    if reading.task == "contrastive" and {"text_pair", "negative"} & set(reading.data):
+        return "equal first texts"
+    if {"label", "tags"} & set(columns):
+        return f"each {'tag' if 'tags' in columns else 'label'} its share, equal texts"
+    return "equal prompts" if "prompt" in columns else "equal texts"
+
+
+def _scaled(label: Setting, reading: Reading, overview: Overview) -> Setting:
     """A label divided by a power of ten where the numbers are large."""
     numbers = [abs(float(row.answered)) for of in overview.texts.values() for row in of]
     most = max(numbers, default=0.0)
-    if most <= SCALE or not isinstance(label.value, str) or "{" in label.value:
-        return label
-    power = 10
+    power = 1
     while most / power > SCALE:
         power *= 10
-    template = f'{{{{ row["{label.value}"] | float / {power} }}}}'
-    return Setting("label", template, f"numbers up to {most:g}, brought to a scale of 1 to 10")
+    made = _numbers(reading, divided_by=power)
+    if power == 1 or not made:
+        return label
+    return Setting("label", made["label"], f"numbers up to {most:g}, brought to a scale of 1 to 10")
 
 
 def _line(setting: Setting) -> str:

@@ -32,7 +32,7 @@ def confidence_section(summary: Mapping[str, Any]) -> Iterable[str]:
         return
     yield "<h2>How sure the answers are</h2>"
     if found:
-        yield f"<p>{escape(_fitted(found, summary['task']))}</p>"
+        yield f"<p>{escape(_fitted(found, summary))}</p>"
     bins, curve = analysis["reliability"], analysis["coverage"]
     drawn = [
         line_chart(
@@ -57,8 +57,13 @@ def confidence_section(summary: Mapping[str, Any]) -> Iterable[str]:
     )
 
 
-def _fitted(found: Mapping[str, Any], task: str) -> str:
-    what = "words of the validation rows" if task == TAGGING else "validation rows"
+def _fitted(found: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    measured = summary["data"][-1]["rows"]["validation"]
+    what = "validation rows"
+    if summary["task"] == TAGGING:
+        what = "words of the validation rows"
+    elif found["rows"] > measured:
+        what = f"answers to {measured:,} validation rows, a yes or no for each label"
     line = (
         f"On {found['rows']:,} {what}: logits divided by {found['temperature']:.3g}, which takes"
         f" the expected calibration error from {found['expected_calibration_error_before']:.1%} to"

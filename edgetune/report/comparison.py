@@ -31,10 +31,10 @@ else:
     import tomli as tomllib
 COLORS = 8  # then they begin again
 MORE_STYLE = """
-:root { --c4: #9333a8; --c5: #b91c2e; --c6: #0e7f8c; --c7: #8a6d00; --c8: #64748b; }
-@media (prefers-color-scheme: dark) { :root { --c4: #cf8ce0; --c5: #f58a94; --c6: #58c7d3;
+:root { --c5: #b91c2e; --c6: #0e7f8c; --c7: #8a6d00; --c8: #64748b; }
+@media (prefers-color-scheme: dark) { :root { --c5: #f58a94; --c6: #58c7d3;
   --c7: #d9bd4e; --c8: #a8b3c2; } }
-.c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); }
+.c5 { color: var(--c5); } .c6 { color: var(--c6); }
 .c7 { color: var(--c7); } .c8 { color: var(--c8); }
 body { max-width: 76rem; } .wide th, .wide td { padding-right: 1.1rem; }
 .number { text-align: right; white-space: nowrap; }

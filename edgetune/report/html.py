@@ -9,10 +9,10 @@ from typing import Any
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2530; --soft: #5d6b7c;
   --rule: #e1e6ec; --card: #f6f8fa;
-  --c1: #2563c9; --c2: #d1620d; --c3: #15803d; }
+  --c1: #2563c9; --c2: #d1620d; --c3: #15803d; --c4: #9333a8; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e9ef; --soft: #98a5b3;
   --rule: #2d353f;
-  --card: #1c2229; --c1: #6ea8fe; --c2: #f59e4c; --c3: #5fc98a; } }
+  --card: #1c2229; --c1: #6ea8fe; --c2: #f59e4c; --c3: #5fc98a; --c4: #cf8ce0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; background: var(--paper);
   color: var(--ink);
@@ -38,6 +38,7 @@ svg { width: 100%; height: auto; display: block; } .grid { stroke: var(--rule); 
 .line { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
 .dot { fill: currentColor; }
 .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.c4 { color: var(--c4); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule);
@@ -49,11 +50,17 @@ td { overflow-wrap: anywhere; }
 PLOTTED_SHARES = (
     "accuracy",
     "macro_f1",
+    "micro_f1",
+    "entity_f1",
+    "macro_entity_f1",
     "token_accuracy",
     "preference_accuracy",
     "length_baseline",
 )
-SHARES = {*PLOTTED_SHARES, "above_length", "ended"}
+PLOTTED = (*PLOTTED_SHARES, "mrr", "spearman", "pearson")
+SHARES = {
+    *PLOTTED_SHARES, "exact_match", "recall_at_1", "recall_at_10", "above_length", "ended",
+}  # fmt: skip
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -20,7 +20,7 @@ from edgetune.recipe.schema import Recipe
 from edgetune.report.answers import confidence_section, errors_section
 from edgetune.report.charts import Series, line_chart
 from edgetune.report.forgetting import general_changes, picture, task_changes
-from edgetune.report.html import PLOTTED_SHARES, STYLE, figure, html_table, words
+from edgetune.report.html import PLOTTED, STYLE, figure, html_table, words
 from edgetune.report.kept import Points, kept_lines, kept_points
 from edgetune.report.trials import read_trials, trial_section
 
@@ -132,7 +132,7 @@ def _plots(records: Sequence[Record], kept: Mapping[str, Points]) -> Iterable[st
             *_of(kept, 3, "loss"),
         ],
     )
-    shares = [name for name in PLOTTED_SHARES if any(name in r for _, r in held_out)]
+    shares = [name for name in PLOTTED if any(name in r for _, r in held_out)]
     title = f"Validation {words(shares[0])}" if len(shares) == 1 else "Validation"
     yield line_chart(
         title,

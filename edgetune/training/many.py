@@ -38,9 +38,14 @@ class TrainedRun:
     @property
     def value(self) -> float:
         """The metric of the weights that were kept; NaN for a run that failed."""
+        return self.by(self.metric)
+
+    def by(self, metric: str) -> float:
+        """This metric of the weights that were kept; NaN where there is none."""
         if self.summary is None:
             return math.nan
-        return float(self.summary.metrics.get(self.metric, self.summary.train_loss))
+        own = {self.metric: self.summary.train_loss} | self.summary.metrics
+        return float(own.get(metric, math.nan))
 
     @property
     def steps(self) -> int:

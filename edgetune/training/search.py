@@ -119,7 +119,7 @@ def find_settings(
         f" ended early; chosen: {_words(facts['settings'])}"
         + ("" if facts["best"] is None else f" ({facts['metric']} {facts['best']:.4f})")
     )
-    return Searched(with_settings(recipe, facts["settings"]), path, facts)
+    return Searched(with_settings(recipe, facts["settings"] | search.points()), path, facts)
 
 
 def _searched(key: str, recipe: Recipe) -> bool:
@@ -280,6 +280,16 @@ class _Search:
         whole = [r for r in measured if r["state"] == "complete"]
         best = min(whole or measured, key=lambda r: self._cost(r["value"]), default=None)
         return None if best is None else dict(best["settings"])
+
+    def points(self) -> dict[str, int]:
+        """Where the chosen trial was measured, so that the run keeps what the trial's figure is of;
+        not where the recipe says where.
+        """
+        if self.recipe.stage[-1].validate_every is not None:
+            return {}
+        curves = [r["curve"] for r in self.trials.records if r["settings"] == self.trials.chosen]
+        key = f"stage.{len(self.recipe.stage) - 1}.validate_every"
+        return {key: int(curves[0][0][0])} if curves and curves[0] else {}
 
     def facts(self) -> dict[str, Any]:
         """For summary.json."""

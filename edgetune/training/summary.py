@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from edgetune import __version__
@@ -18,7 +19,7 @@ from edgetune.core.confidence import confidence_of
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
 from edgetune.core.text import outside_tag
-from edgetune.data.examples import ExampleSet
+from edgetune.data.examples import ExampleSet, rows_of
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.torch_device import peak_device_mb
@@ -27,6 +28,8 @@ from edgetune.recipe.schema import Recipe
 from edgetune.training.context import ResolvedRun, ResolvedStage
 from edgetune.training.loop import StageResult
 
+TENTH, FEW = 0.1, 3  # of a stage's steps, that many at least where there are
+RISE = 1.1  # times as much loss at the end as at the beginning is no chance of its rows
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sklearn")
 
 
@@ -142,12 +145,16 @@ def stage_facts(stage: ResolvedStage, result: StageResult) -> dict[str, Any]:
 
 
 def data_facts(stage: ResolvedStage) -> dict[str, Any]:
-    """A stage's rows, for summary.json; `rows` of packed text are sequences."""
+    """A stage's rows, for summary.json; `rows` of packed text are sequences. `examples`, where they
+    are more or less: pairs of rows with labels, names of labels.
+    """
     examples = stage.examples
+    rows, made = rows_of(examples.train), len(examples.train)
     replayed = {} if stage.replay is None else {"replay": len(stage.replay.examples)}
     return {
         "digests": dict(stage.digests),
-        "rows": {"train": len(examples.train), "validation": len(examples.validation), **replayed},
+        "rows": {"train": rows, "validation": rows_of(examples.validation), **replayed},
+        **({"examples": made} if made != rows else {}),
         "skipped": examples.skipped,
         "truncated": examples.truncated,
         "held_out": examples.held_out or 0,
@@ -192,8 +199,8 @@ def versions() -> dict[str, str]:
 
 def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) -> str:
     """What is about to be trained, in a line or two; `learns` says which weights."""
-    rows = " + ".join(str(len(examples.train)) for examples in sets)
-    held_out = len(sets[-1].validation)
+    rows = " + ".join(str(rows_of(examples.train)) for examples in sets)
+    held_out = rows_of(sets[-1].validation)
     lines = [f"{method} of {base.name}: {rows} rows, {held_out} held out, {learns}"]
     for examples in sets:
         for name, notes in examples.notes.items():
@@ -263,16 +270,19 @@ def _confidence_line(found: Mapping[str, Any]) -> str:
 
 def warnings_of(run: ResolvedRun, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each stage whose training loss ended higher than it began (grpo's says nothing
-    about that), and for each finding in its rows that matters.
+    about that), by the means of some steps, for single ones differ by their rows; and for each
+    finding in its rows that matters.
     """
     lines = []
     for stage in run.stages:
         name = f"stage {stage.index} ({stage.method})"
         losses = [r["loss"] for r in records if r["kind"] == "train" and r["stage"] == stage.index]
-        if stage.method != "grpo" and len(losses) > 1 and losses[-1] > losses[0]:
+        count = max(1, min(FEW, len(losses) // 2), int(TENTH * len(losses)))
+        began, ended = fmean(losses[:count] or [0.0]), fmean(losses[-count:] or [0.0])
+        if stage.method != "grpo" and ended > RISE * began:
             lines.append(
-                f"the loss of {name} ended higher than it began: {losses[0]:.4f} to"
-                f" {losses[-1]:.4f}; a lower learning_rate may help"
+                f"the loss of {name} ended higher than it began: {began:.4f} to {ended:.4f}, the"
+                f" means of its first and its last {count} steps; a lower learning_rate may help"
             )
         lines += [f"{name}: {one.line}" for one in stage.examples.findings if one.matters]
     return lines

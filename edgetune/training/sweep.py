@@ -6,9 +6,19 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from edgetune.core.tasks import lower_is_better
+from edgetune.core.tasks import WEIGHTED_BEST_BY, lower_is_better
 from edgetune.recipe.grid import SEED, short_keys
 from edgetune.training.many import TrainedRun, aligned
+
+
+def compared_by(outcomes: Sequence[TrainedRun]) -> str:
+    """The one metric that all runs are compared by. Where they kept their weights by several, as
+    with class weights and without, it is one of these that all have, and counts rare labels.
+    """
+    finished = [one for one in outcomes if one.summary is not None]
+    own = sorted({one.metric for one in finished}, key=lambda name: name not in WEIGHTED_BEST_BY)
+    shared = (name for name in own if all(math.isfinite(one.by(name)) for one in finished))
+    return next(shared, own[0] if own else "result")
 
 
 def best_first(outcomes: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
@@ -17,12 +27,13 @@ def best_first(outcomes: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
     for outcome in outcomes:
         of = tuple((k, v) for k, v in outcome.run.settings.items() if k != SEED)
         groups.setdefault(of, []).append(outcome)
+    metric = compared_by(outcomes)
 
     def order(group: list[TrainedRun]) -> float:
-        mean = fmean(outcome.value for outcome in group)
+        mean = fmean(outcome.by(metric) for outcome in group)
         if not math.isfinite(mean):
             return math.inf
-        return mean if lower_is_better(group[0].metric) else -mean
+        return mean if lower_is_better(metric) else -mean
 
     return sorted(groups.values(), key=order)
 
@@ -31,11 +42,11 @@ def sweep_table(outcomes: Sequence[TrainedRun]) -> str:
     """A line for each setting, the best first; mean and standard deviation over several seeds."""
     settings = outcomes[0].run.settings
     keys, names = [key for key in settings if key != SEED], short_keys(settings)
-    named = next((one.metric for one in outcomes if one.summary is not None), "result")
-    rows = [[*(names[key] for key in keys), named, "runs", "steps"]]
+    metric = compared_by(outcomes)
+    rows = [[*(names[key] for key in keys), metric, "runs", "steps"]]
     for group in best_first(outcomes):
         finished = [one for one in group if one.summary is not None]
-        values = [one.value for one in finished]
+        values = [one.by(metric) for one in finished]
         shown = f"{fmean(values):.4f}" if values else "failed"
         if len(values) > 1:
             shown += f" ± {stdev(values):.4f}"

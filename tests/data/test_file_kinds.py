@@ -161,14 +161,36 @@ def test_a_recipe_names_files_lists_and_hub_sets(tmp_path: Path) -> None:
         made("https://example.com/train.jsonl", tmp_path)
 
 
-def test_the_first_sheet_of_a_workbook_is_read(tmp_path: Path) -> None:
+def workbook(path: Path, *rows: tuple[Any, ...]) -> str:
     import openpyxl
 
     book = openpyxl.Workbook()
-    for cells in (("text", "label"), ("good, film", "pos"), (None, None), ("bad", "neg")):
+    for cells in rows:
         book.active.append(cells)
     book.create_sheet("notes").append(["other"])
-    book.save(tmp_path / "a.xlsx")
-    found = read_rows(str(tmp_path / "a.xlsx"))
+    book.save(path)
+    return str(path)
+
+
+def test_the_first_sheet_of_a_workbook_is_read(tmp_path: Path) -> None:
+    rows = (None, None), ("text", "label"), ("good, film", "pos"), (None, None), ("bad", "neg")
+    found = read_rows(workbook(tmp_path / "a.xlsx", *rows))
     assert [dict(row.values) for row in found.rows] == ROWS
-    assert [row.line for row in found.rows] == [2, 4]
+    assert [row.line for row in found.rows] == [3, 5]
+    assert found.notes == ['Excel, the first of 2 sheets, "Sheet"']
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("text", "label", "label"), r'line 1: the column "label" appears twice'),
+        (("text", None, "label"), r"line 1: column 2 has no name"),
+        (("Tickets of May", None, None), r"line 1: column 2 has no name .* must go"),
+    ],
+)
+def test_columns_of_a_workbook_are_never_lost(
+    names: tuple[Any, ...], message: str, tmp_path: Path
+) -> None:
+    path = workbook(tmp_path / "a.xlsx", names, ("good", "seen", "pos"), ("bad", "seen", "neg"))
+    with pytest.raises(DataError, match=message):
+        read_rows(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
 
-from edgetune.data.findings import Finding, find, is_mojibake
-from edgetune.data.row import RowTexts
+from edgetune.data.findings import Finding, find, is_mojibake, without_names
+from edgetune.data.row import Row, RowTexts
+from edgetune.data.rows import Rows
 
 
 def rows(*texts: str | tuple[str, str]) -> list[RowTexts]:
@@ -43,6 +45,33 @@ def test_labels_that_are_rare_alike_or_nearly_all_are_named() -> None:
     assert kinds(found) == {"rare-labels": 2, "one-sided": 9, "alike-labels": 1}
     assert "an accuracy of 0.82 is what always answering it gets" in found[1].line
     assert all(one.matters for one in found)
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "suspicious"),
+    [
+        (("where is my parcel", "shipping"), ("the bill is wrong", "shipping"), True),
+        (("a fine film", "4,5"), ("a dull film", "2"), True),
+        (("lost parcel", "shipping"), ("lost parcel", "shipping"), True),
+        (("Text of the ticket", "Queue"), ("the bill is wrong", "shipping"), False),
+        (("message", "spam"), ("the bill is wrong", "spam"), False),
+        (("0", "1"), ("the bill is wrong", "spam"), False),
+    ],
+)
+def test_a_first_line_that_is_a_row_is_told(
+    names: tuple[str, str], values: tuple[str, str], suspicious: bool
+) -> None:
+    source = Rows("a.csv", [Row(n, dict(zip(names, values, strict=True))) for n in (2, 3)], 0, "")
+    found = without_names({"train": source, "validation": source})  # held out of the same file
+    assert [one.kind for one in found] == ["first-line"] * suspicious
+    said = f'of the train file .* "{names[1]}" is one of them'
+    assert all(one.matters and re.search(said, one.line) for one in found)
+
+
+def test_a_label_that_says_that_there_is_none_is_told() -> None:
+    found = find(rows(("a", "NaN"), ("b", "bill"), ("c", "NaN"), ("d", "bill")), [], labelled=True)
+    assert kinds(found) == {"no-label": 2} and found[0].lines == (1, 3)
+    assert find(rows(("a", "none of these"), ("b", "None")), [], labelled=True) == []
 
 
 def test_a_few_repeated_rows_do_not_matter_and_many_do() -> None:

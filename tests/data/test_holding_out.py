@@ -104,6 +104,15 @@ def test_of_questions_that_are_all_the_same_equal_answers_stay_together() -> Non
     assert len(found[1].rows) == 20 and not told[0] & told[1]
 
 
+def test_rows_that_are_too_many_to_be_held_out_are_told() -> None:
+    same = [{"text": "please help me", "label": f"l{n % 4}"} for n in range(300)]
+    found = held([*same, *intents(100)], 20)
+    assert found is not None and len(found[1].rows) == 20
+    assert found[1].notes[1] == (
+        "300 rows that ask the same are all learned: nothing is measured on them"
+    )
+
+
 def test_pairs_and_conversations_and_tags_are_held_out_too() -> None:
     turns = [
         {

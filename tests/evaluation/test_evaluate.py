@@ -72,6 +72,13 @@ def test_a_classifier_gets_accuracy_and_macro_f1(intent_run: Path, tmp_path: Pat
     assert first == {"line": 1, "prediction": "lights", "label": "lights"}
 
 
+def test_a_file_that_was_learned_is_told(intent_run: Path, tmp_path: Path) -> None:
+    others = write_rows(tmp_path / "rows.jsonl", intent_rows()[:6])
+    assert evaluate(intent_run, others).notes == ()
+    (note,) = evaluate(intent_run, intent_run.parent / "intents.jsonl").notes
+    assert note.startswith("12 rows of this file were learned: what is measured on them says")
+
+
 def test_a_generator_that_learnt_its_rows_gets_exact_json(action_run: Path, tmp_path: Path) -> None:
     result = evaluate(action_run, write_rows(tmp_path / "rows.jsonl", action_rows()))
     assert result.metrics["json_exact_match"] == 1.0
@@ -121,6 +128,14 @@ def test_a_missing_column_is_refused_or_skipped(action_run: Path, tmp_path: Path
     with pytest.raises(DataError, match="line 2"):
         evaluate(action_run, rows)
     assert evaluate(action_run, rows, skip_invalid=True).skipped == 1
+
+
+def test_the_command_names_its_own_option_for_rows_that_cannot_be_used(
+    intent_run: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [*intent_rows()[:1], {"text": "hi", "label": ""}])
+    result = CliRunner().invoke(command, [str(intent_run), "--data", str(rows)])
+    assert "leave such rows out with --skip-invalid." in str(result.exception)
 
 
 def test_a_run_has_no_adapters_to_choose_from(intent_run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,83 @@ def test_many_numbers_in_a_row_are_classes_and_others_are_measured() -> None:
         "regression",
     ]
     assert read(rows, label="weight")[0].task == "regression"
+
+
+NUMBERS: dict[str, Any] = {
+    "decimal comma": lambda n: f"{n % 40},{n % 7}",
+    "money": lambda n: f"1.2{n % 99:02},50 €",
+    "a few are none": lambda n: f"{n}.5" if n % 20 else "n/a",
+    "all different, of several lengths": lambda n: (n * 7919) % 99991,
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_are_measured_however_they_are_written(kind: str) -> None:
+    rows = each(lambda n: {"Beschreibung": text(n), "Preis": NUMBERS[kind](n)})
+    first = read(rows)[0]
+    assert first.options() == "--task regression --text Beschreibung --label Preis"
+    assert read(rows, "regression", label="Preis")[0] == first
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda n: f"{n % 28 + 1:02}.03.2024",
+        lambda n: f"2024-03-{n % 28 + 1:02} 10:00",
+        lambda n: 10001 + (n * 37) % 500,
+        lambda n: 3 * n,
+    ],
+)
+def test_dates_and_counted_rows_are_no_labels(value: Any) -> None:
+    rows = each(lambda n: {"Nachricht": text(n), "Spalte": value(n)})
+    assert {one.task for one in read(rows)} == {"causal-lm", "masked-lm"}
+
+
+CELLS = {
+    "JSON": '["cold", "water"]',
+    "Python": "['cold', 'water']",
+    "numpy": "['cold' 'water']",
+    "commas": "cold,water",
+}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_labels_in_cells_are_as_many_as_are_learned(kind: str) -> None:
+    named = [*itertools.combinations(("cold", "water", "heat", "noise"), 2)]
+    cells = [CELLS[kind].replace("cold", a).replace("water", b) for a, b in named]
+    first = read(each(lambda n: {"text": text(n), "labels": cells[n % 6]}))[0]
+    assert first.task == "multi-label" and "some of 4 labels" in first.what
+
+
+TAGS = {
+    "JSON": ('["Ann", "sings"]', '["B-PER", "O"]'),
+    "Python": ("['Ann', \"it's\"]", "['B-PER', 'O']"),
+    "numpy": ("['Ann' 'sings']", "['B-PER' 'O']"),
+    "numbers": ("['Ann' 'sings']", "[1 0]"),
+    "spaces": ("Ann sings", "B-PER O"),
+}
+
+
+@pytest.mark.parametrize("kind", TAGS)
+def test_words_and_tags_may_be_spelled_in_cells(kind: str) -> None:
+    words, tags = TAGS[kind]
+    rows = each(lambda n: {"tokens": words, "ner_tags": tags if n else "one too many"})
+    assert read(rows)[0].options() == "--task token-classification --tokens tokens --tags ner_tags"
+
+
+def test_what_is_called_a_label_may_be_long_and_may_be_several_numbers() -> None:
+    long = [f"a question on the {one} of a customer in Europe" for one in ("bill", "parcel")]
+    assert read(each(lambda n: {"text": text(n), "label": long[n % 2]}))[0].task == (
+        "sequence-classification"
+    )
+    several = ("1", "2", "1,2", "2,3", "3", "1,3")
+    first = read(each(lambda n: {"text": text(n), "labels": several[n % 6]}))[0]
+    assert first.task == "multi-label" and "some of 3 labels" in first.what
+
+
+def test_a_text_that_is_like_another_is_no_label() -> None:
+    rows = each(lambda n: {"anchor": text(n), "positive": label(n) + " it is", "negative": "so so"})
+    assert read(rows)[0].task == "contrastive"
 
 
 def test_long_texts_that_repeat_are_asked_and_answered() -> None:

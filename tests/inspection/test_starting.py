@@ -86,7 +86,7 @@ def test_the_tasks_of_the_command_line_are_all_that_rows_can_be_read_as() -> Non
 def test_a_recipe_says_why(bases: Bases, tmp_path: Path) -> None:
     rows = each(lambda n: {"a text": text(n), "how much": 40 * n + 0.5})
     made = begin(write_table(tmp_path / "rows.csv", rows, ","), bases)
-    assert 'label = "{{ row[\\"how much\\"] | float / 1000 }}" # numbers up to 4760.5' in made.text
+    assert 'label = "{{ row[\\"how much\\"] | number / 1000 }}" # numbers up to 4760.5' in made.text
     assert "hold_out = 20" in made.text and "120 rows of rows.csv (CSV)" in made.text
 
 
@@ -97,10 +97,23 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(bases: Bases, tmp_pat
     assert made.recipe.stage[0].data.skip_invalid
 
 
+def test_numbers_with_a_comma_are_read_and_empty_cells_are_not_zero(
+    bases: Bases, tmp_path: Path
+) -> None:
+    rows = each(lambda n: {"text": text(n), "Preis": f"{n},50 €" if n % 20 else ""})
+    made = begin(write_table(tmp_path / "rows.csv", rows, ";"), bases)
+    assert "label = \"{{ Preis | number(',') / 10 }}\"" in made.text
+    assert "small and large numbers alike" in made.text and "# 6 rows cannot be used" in made.text
+    numbers = [float(row.answered) for of in made.overview.texts.values() for row in of]
+    assert min(numbers) == 1.5 and max(numbers) == 119.5
+    summary = trained(made, tmp_path / "rows.toml", tmp_path / "run")
+    assert summary["data"][0]["skipped"] == {"train": 6, "validation": 0}
+
+
 def test_labels_that_differ_in_case_alone_are_made_one(bases: Bases, tmp_path: Path) -> None:
     rows = each(lambda n: {"text": text(n), "label": label(n).title() if n % 5 else label(n)})
     made = begin(write_jsonl(tmp_path / "rows.jsonl", rows), bases)
-    assert "normalise_labels = true" in made.text
+    assert "normalise_labels = true" in made.text and "one of 3 labels" in made.text
     assert made.findings == [] or all(one.kind != "alike-labels" for one in made.findings)
 
 
@@ -110,6 +123,28 @@ def test_few_rows_hold_none_out_and_many_labels_get_their_names(
     rows = each(lambda n: {"text": text(n), "label": f"topic {'abcdefghijkl'[n % 12]}"}, 60)
     made = begin(write_jsonl(tmp_path / "rows.jsonl", rows), bases)
     assert "hold_out = 0" in made.text and "label_names = true" in made.text
+    assert "50 steps over 72 examples" in made.text  # 60 rows, 12 names
+    (data,) = trained(made, tmp_path / "rows.toml", tmp_path / "run")["data"]
+    assert (data["rows"]["train"], data["examples"]) == (60, 72)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [("spam\t{}", True), ("__label__spam {}", True), ("{}\n", False)]
+)
+def test_a_document_whose_lines_are_rows_is_told(
+    line: str, said: bool, bases: Bases, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.txt").write_text("\n".join(line.format(text(n)) for n in range(40)))
+    made = begin(tmp_path / "rows.txt", bases)
+    assert made.reading.task == "causal-lm" and ("look like rows" in made.note) == said
+
+
+def test_rows_with_labels_are_counted_and_not_their_pairs(bases: Bases, tmp_path: Path) -> None:
+    made = begin(write_jsonl(tmp_path / "rows.jsonl", KINDS["one label"]), bases, "contrastive")
+    assert made.overview.rows == {"train": 100, "validation": 20}
+    assert "# 120 rows of rows.jsonl" in made.text and "over 400 examples" in made.text
+    (data,) = trained(made, tmp_path / "rows.toml", tmp_path / "run")["data"]
+    assert (data["rows"], data["examples"]) == ({"train": 100, "validation": 20}, 400)
 
 
 def test_a_folder_of_splits_measures_on_its_own(bases: Bases, tmp_path: Path) -> None:
@@ -140,7 +175,7 @@ def test_a_recipe_lies_beside_its_data(data: str, path: str) -> None:
 
 
 def size(rows: int, *lengths: int, labels: int = 4, positions: int = 512) -> Size:
-    return Size(rows, labels, lengths or (20,), 384, positions)
+    return Size(rows, rows, labels, lengths or (20,), 384, positions)
 
 
 def test_what_auto_comes_to_is_said_beside_it(bases: Bases, tmp_path: Path) -> None:

@@ -6,12 +6,16 @@ import io
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_helpers import sft_recipe, silent
 
 from edgetune.core.progress import Progress, duration
+from edgetune.core.tasks import BEST_BY, WEIGHTED_BEST_BY
+from edgetune.report.answers import confidence_section
 from edgetune.report.charts import Series, line_chart, number, ticks
+from edgetune.report.html import PLOTTED
 from edgetune.report.run_page import write_report
 from edgetune.training import run_recipe
 
@@ -59,6 +63,31 @@ def test_every_picture_is_well_formed_and_inside_its_frame(page: str) -> None:
             0 <= float(x) <= width and 0 <= float(y) <= height
             for x, y in (p.split(",") for p in points)
         )
+
+
+def test_every_metric_that_weights_are_kept_by_is_drawn() -> None:
+    kept = {*WEIGHTED_BEST_BY, *(name for names in BEST_BY.values() for name in names)}
+    assert kept - {*PLOTTED} == {"reward"}  # which has a picture of its own
+
+
+def test_answers_to_each_label_are_not_called_rows() -> None:
+    curve = [{"answered": 1.0, "score": 0.5, "right": 0.5}]
+    summary: dict[str, Any] = {
+        "task": "sequence-classification",
+        "data": [{"rows": {"validation": 40}}],
+        "analysis": {"reliability": [{"score": 0.5, "right": 0.5}], "coverage": curve},
+        "confidence": {
+            "rows": 160,
+            "temperature": 1.5,
+            "threshold": None,
+            "expected_calibration_error_before": 0.1,
+            "expected_calibration_error": 0.05,
+        },
+    }
+    page = "".join(confidence_section(summary))
+    assert "On 160 answers to 40 validation rows, a yes or no for each label: " in page
+    summary["confidence"]["rows"] = 40
+    assert "On 40 validation rows: " in "".join(confidence_section(summary))
 
 
 def test_a_chart_without_points_is_left_out() -> None:

@@ -67,6 +67,16 @@ def test_the_best_trials_numbers_train_the_run(searched: Any) -> None:
     assert "search: 5 trials in " in said and f"(loss {best['value']:.4f})" in said
 
 
+def test_the_run_is_measured_where_its_trial_was(searched: Any) -> None:
+    _, out, found, *_ = searched
+    curve = next(
+        t["curve"] for t in trials(out / "search.jsonl") if t["settings"] == found.facts["settings"]
+    )
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seen = {r["step"]: r["loss"] for r in records if r["kind"] == "validation"}
+    assert seen == pytest.approx(dict(curve), rel=1e-6) and len(seen) == 4
+
+
 def test_the_page_draws_the_trials(searched: Any) -> None:
     page = (searched[1] / "report.html").read_text()
     assert "<h2>Search</h2>" in page and ">chosen</span>" in page

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from training_helpers import sft_recipe
@@ -13,6 +15,8 @@ from edgetune.core.errors import RecipeError
 from edgetune.recipe.grid import combinations
 from edgetune.recipe.read import recipe_to_toml
 from edgetune.recipe.schema import Recipe
+from edgetune.training.many import TrainedRun
+from edgetune.training.sweep import best_first, compared_by, sweep_table
 
 RATE = "stage.0.learning_rate"
 
@@ -53,6 +57,22 @@ def test_every_combination_is_a_run_and_the_best_stands_first(
     assert swept(path, *grid, "--set", "stage.0.max_length=100") == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "of another recipe or of other data" in line and "Name another --out" in line
+
+
+def outcome(kept_by: str, settings: dict[str, str], **metrics: float) -> TrainedRun:
+    stages = [{"kept": {"metric": kept_by}, "steps": 1}]
+    summary: Any = SimpleNamespace(metrics=metrics, stages=stages, train_loss=9.0)
+    run: Any = SimpleNamespace(settings=settings)
+    return TrainedRun(run, summary)
+
+
+def test_runs_that_were_kept_by_several_metrics_are_compared_by_one() -> None:
+    plain = outcome("accuracy", {"weights": "none"}, accuracy=0.9, macro_f1=0.4)
+    weighed = outcome("macro_f1", {"weights": "balanced"}, accuracy=0.8, macro_f1=0.7)
+    lines = [line.split() for line in sweep_table([plain, weighed]).splitlines()]
+    assert lines[0][:2] == ["weights", "macro_f1"]
+    assert [line[:2] for line in lines[1:]] == [["balanced", "0.7000"], ["none", "0.4000"]]
+    assert compared_by([plain]) == "accuracy" and best_first([plain]) == [[plain]]
 
 
 def test_a_run_that_cannot_go_on_is_said_and_the_others_finish(

@@ -7,6 +7,8 @@ import json
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from training_helpers import TEXTS, packed_recipe, sft_recipe, write_rows
 
@@ -14,6 +16,7 @@ from edgetune.core.progress import Progress
 from edgetune.recipe.schema import Recipe
 from edgetune.report.run_page import write_report
 from edgetune.training import run_recipe
+from edgetune.training.summary import warnings_of
 
 MEASURED = "validation rows stand in train too: what is measured on them says nothing of other rows"
 
@@ -64,3 +67,17 @@ def test_a_loss_that_ended_higher_than_it_began_is_said_at_the_end(
     (warning, _), said = ended(wild, tmp_path / "run")
     assert warning.startswith("the loss of stage 0 (causal-lm) ended higher than it began: ")
     assert warning in said
+
+
+def test_single_steps_that_differ_by_their_rows_are_no_rising_loss() -> None:
+    stage = SimpleNamespace(index=0, method="sft", examples=SimpleNamespace(findings=[]))
+    falling = [2.0, 3.0, *[2.5 - 0.05 * step for step in range(17)], 2.2]
+    records = [{"kind": "train", "stage": 0, "loss": loss} for loss in falling]
+    assert falling[-1] > falling[0]
+    run: Any = SimpleNamespace(stages=[stage])
+    assert warnings_of(run, records) == []
+    assert (
+        warnings_of(run, [{**one, "loss": 1 + 0.001 * one["loss"]} for one in records[::-1]]) == []
+    )
+    (rising,) = warnings_of(run, records[::-1])
+    assert "1.8833 to 2.5000, the means of its first and its last 3 steps" in rising
