@@ -9,7 +9,7 @@ The recipe's own [parameters] are empty.
 LoRA of rank 1 to 32 on all linear layers, with an alpha of 16 and of twice the rank; with 16, rank
 8 on the attention's or the MLP's alone, rsLoRA and DoRA; and all weights. Rates and epochs are the
 same for all adapters, all weights learn at a tenth of the rate. The metric is the last stage's on
-the recipe's validation rows, at its end. `[forgetting]` of the recipe is measured with it. Runs
+the recipe's validation rows, at its end, or what `edgetune eval` says of them. `[forgetting]` of the recipe is measured with it. Runs
 that are there are taken as they are.
 """
 
@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from edgetune.core.layout import ADAPTER, ADAPTER_WEIGHTS, MODEL, MODEL_WEIGHTS
 from edgetune.core.progress import Progress
+from edgetune.evaluation.evaluate import evaluate
 from edgetune.recipe.read import load_recipe
 from edgetune.recipe.runs import PlannedRun
 from edgetune.report.run_page import write_report
@@ -79,12 +81,24 @@ def facts(outcome: TrainedRun, metric: str) -> dict[str, Any]:
         weights = outcome.run.out / MODEL / MODEL_WEIGHTS
     return {
         "seed": int(outcome.run.settings["seed"]),
-        "metric": float(summary.metrics[metric]),
+        "metric": _measured(outcome, summary.metrics, metric),
         "loss": float(summary.metrics["loss"]),
         "parameters": summary.trainable_parameters,
         "mb": weights.stat().st_size / 1e6 if weights.is_file() else None,
         "forgetting": summary.forgetting,
     }
+
+
+def _measured(outcome: TrainedRun, found: Mapping[str, Any], metric: str) -> float:
+    """The metric of the run's validation, else what `edgetune eval` says of its rows: text that is
+    generated, for one.
+    """
+    if metric not in found:
+        rows = outcome.run.recipe.stage[-1].data.validation
+        if rows is None:
+            raise SystemExit(f"{metric}: no validation, and the recipe names no file to measure on")
+        found = evaluate(outcome.run.out, Path(rows)).metrics
+    return float(found[metric])
 
 
 def main() -> None:

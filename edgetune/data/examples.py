@@ -46,7 +46,7 @@ class Example:
     features: Tensor | None = None
 
 
-def rows_of(examples: Sequence[Example]) -> int:
+def rows_behind(examples: Sequence[Example]) -> int:
     """How many rows examples are made of: one row may give several, and what stands in no file,
     such as a label's name, is none. Of packed text, sequences.
     """

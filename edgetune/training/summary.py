@@ -19,7 +19,7 @@ from edgetune.core.confidence import confidence_of
 from edgetune.core.memory import peak_rss_mb
 from edgetune.core.progress import duration
 from edgetune.core.text import outside_tag
-from edgetune.data.examples import ExampleSet, rows_of
+from edgetune.data.examples import ExampleSet, rows_behind
 from edgetune.metrics.statistics import headline
 from edgetune.models.base import Base
 from edgetune.models.torch_device import peak_device_mb
@@ -149,11 +149,11 @@ def data_facts(stage: ResolvedStage) -> dict[str, Any]:
     are more or less: pairs of rows with labels, names of labels.
     """
     examples = stage.examples
-    rows, made = rows_of(examples.train), len(examples.train)
+    rows, made = rows_behind(examples.train), len(examples.train)
     replayed = {} if stage.replay is None else {"replay": len(stage.replay.examples)}
     return {
         "digests": dict(stage.digests),
-        "rows": {"train": rows, "validation": rows_of(examples.validation), **replayed},
+        "rows": {"train": rows, "validation": rows_behind(examples.validation), **replayed},
         **({"examples": made} if made != rows else {}),
         "skipped": examples.skipped,
         "truncated": examples.truncated,
@@ -199,8 +199,8 @@ def versions() -> dict[str, str]:
 
 def opening(method: str, learns: str, base: Base, sets: Sequence[ExampleSet]) -> str:
     """What is about to be trained, in a line or two; `learns` says which weights."""
-    rows = " + ".join(str(rows_of(examples.train)) for examples in sets)
-    held_out = rows_of(sets[-1].validation)
+    rows = " + ".join(str(rows_behind(examples.train)) for examples in sets)
+    held_out = rows_behind(sets[-1].validation)
     lines = [f"{method} of {base.name}: {rows} rows, {held_out} held out, {learns}"]
     for examples in sets:
         for name, notes in examples.notes.items():
