@@ -9,8 +9,8 @@ The recipe's own [parameters] are empty.
 LoRA of rank 1 to 32 on all linear layers, with an alpha of 16 and of twice the rank; with 16, rank
 8 on the attention's or the MLP's alone, rsLoRA and DoRA; and all weights. Rates and epochs are the
 same for all adapters, all weights learn at a tenth of the rate. The metric is the last stage's on
-the recipe's validation rows, at its end, or what `edgetune eval` says of them. `[forgetting]` of the recipe is measured with it. Runs
-that are there are taken as they are.
+the recipe's validation rows, at its end, or what `edgetune eval` says of them. `[forgetting]` of
+the recipe is measured with it. Runs that are there are taken as they are.
 """
 
 from __future__ import annotations
