@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from edgetune.export.graph import attention
 from edgetune.export.graph.attention import now
 from edgetune.export.graph.deberta import Distances, is_disentangled
+from edgetune.export.graph.decomposition import only_where_needed
 from edgetune.export.graph.families import cache_sizes, decoder_family, encoder_family
 from edgetune.export.graph.repeated_layers import Repeats, UnlikeError, tidy
 from edgetune.export.graph.symbolic_layers import is_rotary, symbolic_leaves
@@ -246,6 +247,7 @@ def _exported(
             symbolic_leaves(model, module.rotary, logits_index=logits_index),
             swapped,
             abridged,
+            only_where_needed(),
         ):
             weights = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
             program = torch.onnx.export(
