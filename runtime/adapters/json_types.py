@@ -13,6 +13,7 @@ from edgetune.core.precisions import PRECISIONS
 from edgetune.core.tag_sequences import IOB2
 from edgetune.core.tasks import PROBLEMS
 from edgetune.runtime.adapters.patterns import is_safe
+from edgetune.runtime.generation.settings import SAMPLING_NUMBERS
 
 MAX_KEYS = 2000
 """Of `rank_pattern` and `alpha_pattern`: seven modules in each of a hundred layers, and more."""
@@ -127,17 +128,7 @@ PROMPT_FORMAT: Table = {
 }
 GENERATION: Table = {
     **dict.fromkeys(("max_new_tokens", "top_k", "seed", "logprobs"), WHOLE),
-    **dict.fromkeys(
-        (
-            "temperature",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "frequency_penalty",
-            "presence_penalty",
-        ),
-        NUMBER,
-    ),
+    **dict.fromkeys(SAMPLING_NUMBERS, NUMBER),
     **dict.fromkeys(("regex", "grammar"), TEXT),
     "stop": (_either(_is_text, _list_of(_is_text)), "a text or a list of texts"),
 }

@@ -31,23 +31,21 @@ def _biases(value: Any) -> bool:
     )
 
 
+SAMPLING_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
 TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (_whole, "a whole number"),
     "top_k": (_whole, "a whole number"),
     **dict.fromkeys(
         ("seed", "logprobs"), (lambda value: value is None or _whole(value), "a whole number")
     ),
-    **dict.fromkeys(
-        (
-            "temperature",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "frequency_penalty",
-            "presence_penalty",
-        ),
-        (_number, "a number"),
-    ),
+    **dict.fromkeys(SAMPLING_NUMBERS, (_number, "a number")),
     "confidence": (lambda value: isinstance(value, bool), "true or false"),
     "stop": (_texts, "a text, or several"),
     "logit_bias": (_biases, "token ids with numbers"),

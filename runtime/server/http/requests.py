@@ -11,19 +11,14 @@ from typing import Any
 
 from edgetune.core.errors import AdapterError, InputError, SignatureError
 from edgetune.core.tasks import CLASSIFICATION, REWARD
-from edgetune.runtime.generation.settings import GenerationSettings
+from edgetune.runtime.generation.settings import SAMPLING_NUMBERS, GenerationSettings
 from edgetune.runtime.scheduler.requests import GenerationRequest
 from edgetune.runtime.server.http.errors import ApiError, bad_request, not_found
 from edgetune.runtime.server.http.service import Service
 from edgetune.runtime.server.http.tools import call_grammar, chosen_tools, plain_tool_messages
 
 SAME_NAME = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
+    *SAMPLING_NUMBERS,
     "seed",
     "stop",
     "confidence",
